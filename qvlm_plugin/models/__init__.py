@@ -1,0 +1,1 @@
+"""Checkpoints in, transformers models and processors out."""

@@ -1,0 +1,1 @@
+"""Task definitions of lmms-eval that belong to this plugin."""

@@ -1,0 +1,1 @@
+"""Arithmetics of a quantized Linear, one file each."""

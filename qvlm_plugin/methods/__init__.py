@@ -1,0 +1,1 @@
+"""Quantization methods: each fits a rounding plan to a model, one file each."""

@@ -1,0 +1,30 @@
+"""The methods, topologies and kernels that come with the package, provided through the same hooks as anyone's."""
+
+from transformers import PretrainedConfig
+
+from qvlm_plugin.hooks import hookimpl
+from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.methods.base import Method
+from qvlm_plugin.methods.qlora import QLORA
+from qvlm_plugin.methods.rtn import RTN
+from qvlm_plugin.methods.unquantized import NONE
+from qvlm_plugin.topology import Topology, llava_topology
+
+
+@hookimpl
+def qvlm_methods() -> list[Method]:
+    """Full precision and the baselines."""
+    return [NONE, RTN, QLORA]
+
+
+@hookimpl(trylast=True)
+def qvlm_topology(config: PretrainedConfig) -> Topology | None:
+    """Hugging Face LLaVA; asked after other packages, so that they may describe a family better."""
+    return llava_topology(config)
+
+
+@hookimpl
+def qvlm_kernels() -> list[Kernel]:
+    """The reference arithmetic."""
+    return [REFERENCE]

@@ -1,0 +1,174 @@
+"""Calibration sets: image-text-answer triples that quantization parameters are fitted on.
+
+The paper draws 64 vision-language pairs at random (section 4.1). They come from a task's training split (see
+`qvlm_plugin.harness`), from a file in LLaVA's conversation format, or from memory - never from the documents evaluated:
+every sample carries a content digest by which an evaluation can tell.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers import BatchFeature, ProcessorMixin
+
+from qvlm_plugin.conversation import Conversation, encode, render_answer
+from qvlm_plugin.errors import QVLMError
+
+DEFAULT_COUNT = 64
+"""Samples drawn when a source does not say how many (paper, section 4.1)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One image-text-answer triple."""
+
+    conversation: Conversation
+    answer: str
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """Samples, and where they came from.
+
+    Attributes:
+        samples: in the order drawn.
+        source: as the user named it.
+        seed: of the draw.
+
+    Raises:
+        QVLMError: there are no samples, or none has an image.
+    """
+
+    samples: tuple[Sample, ...]
+    source: str = "memory"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise QVLMError(f"calibration={self.source!r} is empty; it needs at least one image-text-answer triple")
+        if not any(sample.conversation.images for sample in self.samples):
+            raise QVLMError(
+                f"calibration={self.source!r} has no image; a vision-language model needs some to calibrate"
+            )
+
+    def digests(self) -> tuple[str, ...]:
+        """Content digest of each sample's document (`Conversation.digest`)."""
+        return tuple(sample.conversation.digest() for sample in self.samples)
+
+    def content_hash(self) -> str:
+        """SHA-256 over documents and answers, in order."""
+        pairs = zip(self.digests(), (sample.answer for sample in self.samples), strict=True)
+        return hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()
+
+    def batches(self, processor: ProcessorMixin, batch_size: int) -> Iterator[tuple[BatchFeature, torch.Tensor]]:
+        """Model inputs with answers, left-padded, and the bool mask [B, T] of the answers' tokens."""
+        for start in range(0, len(self.samples), batch_size):
+            batch = self.samples[start : start + batch_size]
+            conversations = [sample.conversation for sample in batch]
+            answers = [render_answer(processor, sample.conversation, sample.answer) for sample in batch]
+            yield encode(processor, conversations, answers)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One term of ``calibration=``: a task's split or a conversation file, and how many samples to draw from it.
+
+    Attributes:
+        location: a task name, or the path of a ``.json`` or ``.jsonl`` file.
+        split: the task's split; None for a file.
+        count: samples to draw.
+    """
+
+    location: str
+    split: str | None
+    count: int
+
+
+def parse_sources(text: str) -> tuple[Source, ...]:
+    """Read ``task:split[:n]`` and ``file.json[:n]``, several of them joined by ``+``.
+
+    Raises:
+        QVLMError: a term is neither.
+    """
+    return tuple(_parse_source(term, text) for term in str(text).split("+"))
+
+
+def _parse_source(term: str, text: str) -> Source:
+    location, *rest = term.split(":")
+    count = DEFAULT_COUNT
+    if rest and rest[-1].isdigit():
+        count = int(rest.pop())
+    is_file = location.endswith((".json", ".jsonl"))
+    if not location or len(rest) != (0 if is_file else 1) or count < 1 or (rest and not rest[0]):
+        raise QVLMError(
+            f"calibration={text!r}: {term!r} is neither task:split:n (for example scienceqa:train:64) nor file.json:n; "
+            "join several with +"
+        )
+    return Source(location, rest[0] if rest else None, count)
+
+
+def read_conversations(path: Path, image_folder: Path | None, count: int, seed: int) -> list[Sample]:
+    """Draw samples from a file in LLaVA's conversation format.
+
+    The file is a JSON list, or JSON lines, of objects ``{"image": "file.png", "conversations": [{"from": "human",
+    "value": "<image>\\nWhat is shown?"}, {"from": "gpt", "value": "A cat"}, …]}``. Only rows with an image are drawn,
+    and of each its first question and answer.
+
+    Args:
+        path: the file.
+        image_folder: where image names are relative to; None means the file's own folder.
+        count: samples to draw; fewer rows than that is an error.
+        seed: of the draw.
+
+    Raises:
+        QVLMError: the file or an image is missing or unreadable, or it holds too few rows with images.
+    """
+    if not path.is_file():
+        raise QVLMError(f"calibration={str(path)!r}: there is no such file")
+    rows = [row for row in _read_rows(path) if row.get("image")]
+    if len(rows) < count:
+        raise QVLMError(f"calibration={str(path)!r} has {len(rows)} rows with an image; {count} were asked for")
+    folder = image_folder or path.parent
+    return [_sample(row, folder, path) for row in draw(rows, count, seed)]
+
+
+def draw(items: Sequence[Any], count: int, seed: int) -> list[Any]:
+    """``count`` of the items at random, reproducibly, in their original order."""
+    return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), count))]
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise QVLMError(f"calibration={str(path)!r} is not readable JSON: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise QVLMError(f"calibration={str(path)!r} must hold a list of objects in LLaVA's conversation format")
+    return rows
+
+
+def _sample(row: dict[str, Any], folder: Path, path: Path) -> Sample:
+    try:
+        question, answer = (turn["value"] for turn in row["conversations"][:2])
+        speakers = [turn["from"] for turn in row["conversations"][:2]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise QVLMError(f"calibration={str(path)!r}: row {row.get('id')!r} has no question and answer") from error
+    if speakers != ["human", "gpt"]:
+        raise QVLMError(f"calibration={str(path)!r}: row {row.get('id')!r} does not begin with human, then gpt")
+    names = row["image"] if isinstance(row["image"], list) else [row["image"]]
+    return Sample(Conversation.from_prompt(question, [_open_image(folder / name) for name in names]), answer)
+
+
+def _open_image(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise QVLMError(f"calibration image {str(file)!r} cannot be read: {error}") from error

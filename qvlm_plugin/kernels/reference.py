@@ -1,0 +1,54 @@
+"""The paper's arithmetic, quantize-dequantize: weights and inputs are rounded, the product runs in the compute type.
+
+Exact in what it simulates on every device and for every format; it saves neither memory nor time.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.quantizers import fake_quantize, quantize_int, quantize_normal_float, token_range
+
+
+def round_weight(weight: Tensor, weight_format: WeightFormat) -> Tensor:
+    """``weight`` [O, I] after quantization to the format and back, in its own dtype."""
+    if weight_format.kind == "int":
+        quantized = quantize_int(weight, weight_format.bits, weight_format.group_size, weight_format.symmetric)
+    elif weight_format.kind == "nf":
+        quantized = quantize_normal_float(weight, weight_format.bits, weight_format.double_quantization)
+    else:
+        return weight
+    return quantized.dequantize().to(weight.dtype)
+
+
+def round_activation(x: Tensor, activation_format: ActivationFormat, parameters: Mapping[str, Tensor]) -> Tensor:
+    """``x`` [..., I] after quantization to the format and back, in its own dtype."""
+    if activation_format.kind == "static_channel":
+        return fake_quantize(x, parameters["lower"], parameters["upper"], activation_format.bits)
+    if activation_format.kind == "dynamic_token":
+        return fake_quantize(x, *token_range(x, parameters["clip_ratio"]), activation_format.bits)
+    return x
+
+
+def _supports(weight_format: WeightFormat, activation_format: ActivationFormat, device: torch.device) -> bool:
+    return True
+
+
+def _prepare(
+    weight: Tensor, weight_format: WeightFormat, activation_format: ActivationFormat, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    return {"weight": round_weight(weight, weight_format), **parameters}
+
+
+def _forward(
+    x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, activation_format: ActivationFormat
+) -> Tensor:
+    return F.linear(round_activation(x, activation_format, tensors), tensors["weight"], bias)
+
+
+REFERENCE = Kernel("reference", _supports, _prepare, _forward)
+"""Quantize-dequantize on any device, for any format."""

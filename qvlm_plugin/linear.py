@@ -1,0 +1,57 @@
+"""QuantLinear: the one module that replaces nn.Linear."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.kernels.base import Kernel
+
+
+class QuantLinear(nn.Module):
+    """A Linear whose weight and input are quantized.
+
+    What differs between methods is data in its tensors; what differs between arithmetics is the kernel that made and
+    reads them. Tensors are parameters without gradient, so that accelerate moves and offloads them like any weight.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None,
+        weight_format: WeightFormat,
+        activation_format: ActivationFormat,
+        kernel: Kernel,
+        shape: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.weight_format, self.activation_format, self.kernel = weight_format, activation_format, kernel
+        self.tensor_names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        weight_format: WeightFormat,
+        activation_format: ActivationFormat,
+        parameters: Mapping[str, Tensor],
+        kernel: Kernel,
+    ) -> "QuantLinear":
+        """Quantize ``linear``; ``parameters`` are those that the activation format names."""
+        tensors = kernel.prepare(linear.weight.detach(), weight_format, activation_format, parameters)
+        shape = (linear.out_features, linear.in_features)
+        return cls(tensors, linear.bias, weight_format, activation_format, kernel, shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] → [..., out_features]."""
+        tensors = {name: getattr(self, name) for name in self.tensor_names}
+        return self.kernel.forward(x, tensors, self.bias, self.activation_format)
+
+    def extra_repr(self) -> str:
+        """Shape, formats and kernel, for ``print(model)``."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, {self.weight_format}, {self.activation_format}, kernel={self.kernel.name}"

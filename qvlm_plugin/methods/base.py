@@ -1,0 +1,133 @@
+"""What a quantization method is, the options they share, and how their findings become a plan."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from qvlm_plugin.calibration import CalibrationSet
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.plan import CalibrationRecord, ModulePlan, RoundingPlan
+from qvlm_plugin.scheme import UNQUANTIZED, BitWidths, Scheme
+from qvlm_plugin.topology import Site, Topology, linear_layers, resolve
+
+ACTIVATION_KINDS = {"vision": "dynamic_token", "projector": "dynamic_token", "decoder": "static_channel"}
+"""Where activations vary most decides their quantizer (paper, section 4.3): across channels in the language model,
+across tokens in the visual part, to which the projector's inputs belong."""
+
+WeightKind = Literal["int", "nf"]
+"""Number formats of quantized weights: uniform integers, or a normal-float codebook."""
+
+
+class MethodOptions(BaseModel):
+    """Options every quantizing method has.
+
+    Attributes:
+        weights: number format of the weights, ``int`` or ``nf``.
+        group_size: for ``int`` weights: input channels that share a scale; -1 shares it along an output channel.
+        symmetric: for ``int`` weights: no fitted zero point.
+        double_quantization: for ``nf`` weights: quantize the block scales too.
+        calibration_batch_size: samples per forward pass (paper, section 4.1: 8).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: WeightKind = "int"
+    group_size: int = Field(128, ge=-1)
+    symmetric: bool = False
+    double_quantization: bool = True
+    calibration_batch_size: int = Field(8, ge=1)
+
+    def weight_format(self, bits: int) -> WeightFormat:
+        """The format of a weight of ``bits`` bits."""
+        if bits == UNQUANTIZED:
+            return WeightFormat()
+        if self.weights == "nf":
+            return WeightFormat(kind="nf", bits=bits, double_quantization=self.double_quantization)
+        group_size = self.group_size if self.group_size > 0 else None
+        return WeightFormat(kind="int", bits=bits, group_size=group_size, symmetric=self.symmetric)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to quantize.
+
+    Attributes:
+        name: as ``method=`` names it.
+        summary: one line for help texts.
+        options: pydantic model of its options; unknown ones are errors.
+        needs_calibration: whether the scheme makes it look at calibration data.
+        fit: (model, topology, scheme, calibration or None, options) → plan. It must leave the model unchanged.
+    """
+
+    name: str
+    summary: str
+    options: type[BaseModel]
+    needs_calibration: Callable[[Scheme], bool]
+    fit: Callable[[LoadedModel, Topology, Scheme, CalibrationSet | None, BaseModel], RoundingPlan]
+
+
+def quantizes_activations(scheme: Scheme) -> bool:
+    """Whether any part's activations are rounded."""
+    return any(getattr(scheme, part).activation != UNQUANTIZED for part in ACTIVATION_KINDS)
+
+
+def activation_format(part: str, bits: int) -> ActivationFormat:
+    """The activation format of a part at ``bits`` bits."""
+    return ActivationFormat() if bits == UNQUANTIZED else ActivationFormat(kind=ACTIVATION_KINDS[part], bits=bits)
+
+
+def activation_sites(topology: Topology, loaded: LoadedModel, scheme: Scheme) -> list[tuple[Site, ActivationFormat]]:
+    """The sites whose activations the scheme rounds, with their formats."""
+    sites = resolve(topology, loaded.model)
+    formats = [(site, activation_format(site.part, getattr(scheme, site.part).activation)) for site in sites]
+    return [(site, fmt) for site, fmt in formats if fmt.kind != "none"]
+
+
+def build_plan(
+    method: str,
+    loaded: LoadedModel,
+    topology: Topology,
+    scheme: Scheme,
+    options: MethodOptions,
+    tensors: Mapping[str, Tensor],
+    calibration: CalibrationSet | None,
+) -> RoundingPlan:
+    """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are."""
+    site_of = {name: site for site in resolve(topology, loaded.model) for name in site.linears}
+    modules = []
+    for name, linear in linear_layers(loaded.model).items():
+        site = site_of.get(name)
+        widths = getattr(scheme, site.part) if site else BitWidths(UNQUANTIZED, UNQUANTIZED)
+        part = site.part if site else _part_of(name, topology)
+        modules.append(
+            ModulePlan(
+                name=name,
+                part=part,
+                site=site.name if site else None,
+                shape=(linear.out_features, linear.in_features),
+                weight=options.weight_format(widths.weight),
+                activation=activation_format(part, widths.activation) if site else ActivationFormat(),
+            )
+        )
+    record = None
+    if calibration is not None:
+        record = CalibrationRecord(source=calibration.source, seed=calibration.seed, digests=calibration.digests())
+    return RoundingPlan(
+        method=method,
+        scheme=str(scheme),
+        options=options.model_dump(),
+        model=loaded.fingerprint,
+        modules=tuple(modules),
+        tensors=tensors,
+        calibration=record,
+    )
+
+
+def _part_of(name: str, topology: Topology) -> str:
+    """The part of a Linear without a site: ``unused`` in a part (blocks above the feature layer), else ``other``."""
+    inside = any(name.startswith(getattr(topology, f"{part}_path") + ".") for part in ACTIVATION_KINDS)
+    return "unused" if inside else "other"

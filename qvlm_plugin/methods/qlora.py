@@ -1,0 +1,114 @@
+"""``qlora``: normal-float weights and layer-wise searched activation ranges - the paper's strongest baseline.
+
+Weights are QLoRA's: a normal-float codebook, blocks of 64, doubly quantized scales. Activation ranges are searched site
+by site, minimising the l_p distance between full-precision and rounded activations (Eq. 2 with the initialisation of
+section 4.1): a grid of ratios pulls the observed bounds in.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from qvlm_plugin.calibration import CalibrationSet
+from qvlm_plugin.formats import ActivationFormat
+from qvlm_plugin.methods.base import (
+    Method,
+    MethodOptions,
+    WeightKind,
+    activation_sites,
+    build_plan,
+    quantizes_activations,
+)
+from qvlm_plugin.methods.observe import visit_site_inputs
+from qvlm_plugin.methods.rtn import observe_ranges
+from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.observers import ChannelStatistics, channel_lp_losses, token_lp_losses
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.scheme import Scheme
+from qvlm_plugin.topology import Site, Topology
+
+
+class RangeSearchOptions(MethodOptions):
+    """Options of the layer-wise search of activation ranges.
+
+    Attributes:
+        norm: exponent p of the l_p distance.
+        min_ratio: the narrowest candidate range, as a share of the observed one.
+        ratio_step: distance between candidates, from 1 downwards.
+    """
+
+    norm: float = Field(2.0, gt=0)
+    min_ratio: float = Field(0.5, gt=0, le=1)
+    ratio_step: float = Field(0.05, gt=0, lt=1)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """The candidates, widest first."""
+        count = int((1 - self.min_ratio) / self.ratio_step + 1e-9) + 1
+        return tuple(round(1 - index * self.ratio_step, 6) for index in range(count))
+
+
+class QLoRAOptions(RangeSearchOptions):
+    """Options of ``qlora``: the weights are normal-float unless told otherwise."""
+
+    weights: WeightKind = "nf"
+
+
+def search_ranges(
+    loaded: LoadedModel,
+    formats: list[tuple[Site, ActivationFormat]],
+    calibration: CalibrationSet,
+    options: RangeSearchOptions,
+) -> dict[str, Tensor]:
+    """The plan tensors of every site, each site's ratio chosen by its own l_p distance; ties keep the wider range."""
+    format_of = dict(formats)
+    static = [site for site, fmt in formats if fmt.kind == "static_channel"]
+    statistics = observe_ranges(loaded, static, calibration, options.calibration_batch_size)
+    losses = {site: torch.zeros(len(options.ratios), dtype=torch.float64) for site in format_of}
+
+    def visit(site: Site, tokens: Tensor) -> None:
+        losses[site] += _losses(site, tokens, format_of[site], statistics, options).cpu()
+
+    visit_site_inputs(loaded, list(format_of), calibration, options.calibration_batch_size, visit, "range search")
+    tensors = {}
+    for site, fmt in formats:
+        ratio = options.ratios[int(losses[site].argmin())]
+        if fmt.kind == "static_channel":
+            tensors[f"{site.name}/lower"], tensors[f"{site.name}/upper"] = statistics[site.name].range(ratio)
+        else:
+            tensors[f"{site.name}/clip_ratio"] = torch.tensor([ratio])
+    return tensors
+
+
+def _losses(
+    site: Site,
+    tokens: Tensor,
+    fmt: ActivationFormat,
+    statistics: dict[str, ChannelStatistics],
+    options: RangeSearchOptions,
+) -> Tensor:
+    if fmt.kind == "static_channel":
+        return channel_lp_losses(tokens, statistics[site.name], options.ratios, fmt.bits, options.norm)
+    return token_lp_losses(tokens, options.ratios, fmt.bits, options.norm)
+
+
+def fit(
+    loaded: LoadedModel,
+    topology: Topology,
+    scheme: Scheme,
+    calibration: CalibrationSet | None,
+    options: QLoRAOptions,
+) -> RoundingPlan:
+    """Search the range of every quantized site; weights need no fit."""
+    formats = activation_sites(topology, loaded, scheme)
+    tensors = search_ranges(loaded, formats, calibration, options) if formats else {}
+    return build_plan(QLORA.name, loaded, topology, scheme, options, tensors, calibration)
+
+
+QLORA = Method(
+    name="qlora",
+    summary="normal-float weights (QLoRA) and layer-wise l_p search of activation ranges",
+    options=QLoRAOptions,
+    needs_calibration=quantizes_activations,
+    fit=fit,
+)

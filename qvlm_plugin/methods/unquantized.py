@@ -1,0 +1,38 @@
+"""``none``: full precision, as a plan that changes nothing - so that the baseline is reported like any method."""
+
+from pydantic import BaseModel, ConfigDict
+
+from qvlm_plugin.calibration import CalibrationSet
+from qvlm_plugin.methods.base import Method, MethodOptions, build_plan
+from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.scheme import Scheme
+from qvlm_plugin.topology import Topology
+
+IDENTITY = Scheme.parse("w16a16")
+
+
+class NoOptions(BaseModel):
+    """There is nothing to choose."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def fit(
+    loaded: LoadedModel,
+    topology: Topology,
+    scheme: Scheme,
+    calibration: CalibrationSet | None,
+    options: NoOptions,
+) -> RoundingPlan:
+    """A plan that lists every Linear as unquantized, whatever the scheme."""
+    return build_plan(NONE.name, loaded, topology, IDENTITY, MethodOptions(), {}, None)
+
+
+NONE = Method(
+    name="none",
+    summary="full precision",
+    options=NoOptions,
+    needs_calibration=lambda scheme: False,
+    fit=fit,
+)

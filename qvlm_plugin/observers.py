@@ -1,0 +1,76 @@
+"""Observers: what calibration learns about the inputs of a Linear, and the ranges that follow from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qvlm_plugin.quantizers import fake_quantize, shrink_range, token_range
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelStatistics:
+    """Extremes and mean of each channel over the tokens seen.
+
+    Attributes:
+        lower, upper, total: float32 [C].
+        count: tokens seen.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    total: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> "ChannelStatistics":
+        """Statistics of tokens x [N, C]."""
+        x = x.float()
+        lower, upper = x.aminmax(dim=0)
+        return cls(lower, upper, x.sum(dim=0), len(x))
+
+    def merge(self, other: "ChannelStatistics") -> "ChannelStatistics":
+        """Statistics of both sets of tokens together."""
+        return ChannelStatistics(
+            torch.minimum(self.lower, other.lower),
+            torch.maximum(self.upper, other.upper),
+            self.total + other.total,
+            self.count + other.count,
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """Channel means, float32 [C]; within the extremes."""
+        return (self.total / self.count).clamp(self.lower, self.upper)
+
+    def range(self, ratio: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Bounds [C] of a static per-channel quantizer: the extremes, pulled towards the mean by ``ratio``."""
+        return shrink_range(self.lower, self.upper, self.mean, ratio)
+
+
+def channel_lp_losses(x: Tensor, statistics: ChannelStatistics, ratios: Sequence[float], bits: int, p: float) -> Tensor:
+    """sum |Q(x) - x|^p of static per-channel quantization, for each candidate ratio.
+
+    The l_p criterion initialises the quantizers of the paper's baselines and of Q-VLM itself (section 4.1).
+
+    Args:
+        x: tokens [N, C].
+        statistics: of the whole calibration set.
+        ratios: R candidates.
+        bits: 2 to 8.
+        p: the norm's exponent, positive.
+
+    Returns:
+        float64 [R].
+    """
+    return torch.stack([_lp(fake_quantize(x, *statistics.range(ratio), bits), x, p) for ratio in ratios])
+
+
+def token_lp_losses(x: Tensor, ratios: Sequence[float], bits: int, p: float) -> Tensor:
+    """sum |Q(x) - x|^p of dynamic per-token quantization, for each candidate clipping ratio; float64 [R]."""
+    return torch.stack([_lp(fake_quantize(x, *token_range(x, ratio), bits), x, p) for ratio in ratios])
+
+
+def _lp(approximation: Tensor, x: Tensor, p: float) -> Tensor:
+    return (approximation.float() - x.float()).abs_().pow_(p).sum(dtype=torch.float64)

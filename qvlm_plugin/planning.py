@@ -1,0 +1,119 @@
+"""From a request to a quantized model: check it, search the plan or find it in the cache, apply it.
+
+Cached plans are keyed by the content that decides them: model, scheme, method, options, calibration data and version of
+this package. Processes that want the same plan at once wait for the one that searches it.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from pydantic import BaseModel, ValidationError
+
+from qvlm_plugin import __version__, plugins
+from qvlm_plugin.calibration import CalibrationSet
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.methods.base import Method
+from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.plan import RoundingPlan, apply_plan
+from qvlm_plugin.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """A method with its options, and a scheme: checked, before any weight is loaded."""
+
+    method: Method
+    scheme: Scheme
+    options: BaseModel
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `obtain_plan` needs a calibration set for it."""
+        return self.method.needs_calibration(self.scheme)
+
+
+def check_request(method: str, scheme: str, options: Mapping[str, Any]) -> PlanRequest:
+    """Validate the names and values of a request.
+
+    Raises:
+        QVLMError: the method or an option is unknown, or a value is not allowed.
+    """
+    known = plugins.method(method)
+    parsed = Scheme.parse(scheme)
+    allowed = ", ".join(known.options.model_fields) or "none"
+    if unknown := sorted(options.keys() - known.options.model_fields.keys()):
+        raise QVLMError(f"unknown argument {unknown[0]!r}; method={method} takes these options: {allowed}")
+    try:
+        return PlanRequest(known, parsed, known.options.model_validate(dict(options)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise QVLMError(f"{name}={first['input']!r} is not allowed for method={method}: {first['msg']}") from error
+
+
+def obtain_plan(
+    loaded: LoadedModel, request: PlanRequest, calibration: CalibrationSet | None, cache: Path | None
+) -> RoundingPlan:
+    """The plan of a request: from the cache when it is there, else searched and stored.
+
+    Args:
+        loaded: the model in full precision.
+        request: see `check_request`.
+        calibration: the samples; may be None where the request needs none.
+        cache: folder of cached plans; None neither reads nor writes any.
+
+    Raises:
+        QVLMError: the family is not supported, calibration is needed but missing, or the search fails.
+    """
+    topology = plugins.topology(loaded.model.config)
+    if not request.needs_calibration:
+        calibration = None
+    elif calibration is None:
+        raise QVLMError(f"method={request.method.name} with scheme={request.scheme} needs calibration data")
+
+    def search() -> RoundingPlan:
+        start = time.perf_counter()
+        plan = request.method.fit(loaded, topology, request.scheme, calibration, request.options)
+        return replace(plan, search_seconds=time.perf_counter() - start)
+
+    if cache is None:
+        return search()
+    directory = cache / cache_key(loaded, request, calibration)
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        try:
+            return RoundingPlan.load(directory)
+        except QVLMError:  # absent, or damaged: search anew
+            plan = search()
+            plan.save(directory)
+            return plan
+
+
+def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: CalibrationSet | None) -> str:
+    """Name of the cached plan: SHA-256 over all that decides it."""
+    content = {
+        "version": __version__,
+        "model": loaded.fingerprint,
+        "dtype": str(loaded.model.dtype),
+        "method": request.method.name,
+        "options": request.options.model_dump(mode="json"),
+        "scheme": str(request.scheme),
+        "calibration": calibration and [calibration.source, calibration.seed, calibration.content_hash()],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def apply(plan: RoundingPlan, loaded: LoadedModel, backend: str = "reference") -> None:
+    """Quantize the loaded model in place by ``plan``, with the arithmetic that ``backend`` names.
+
+    Raises:
+        QVLMError: see `apply_plan`; or the backend is unknown.
+    """
+    apply_plan(plan, loaded.model, loaded.fingerprint, plugins.kernels(backend))
+    plugins.plugin_manager().hook.qvlm_quantized(loaded=loaded, plan=plan)

@@ -1,0 +1,218 @@
+"""Quantizers as plain functions: tensors in, codes and parameters out, nothing else.
+
+Three families:
+
+* uniform affine ranges for activations (static per channel, or from each token), with real-valued bounds;
+* uniform integers for weights, per group of input channels or per output channel;
+* normal-float codebooks for weights (QLoRA's NF4 at 4 bits; the same construction at other widths), with optional
+  double quantization of the block scales.
+
+All arithmetic is in float32, so half-precision inputs neither overflow nor lose code points.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NF_BLOCK = 64
+"""Weights per normal-float scale (QLoRA, section 3)."""
+
+SCALE_BLOCK = 256
+"""Normal-float scales per second-level scale under double quantization (QLoRA, section 3)."""
+
+
+# Activations
+
+
+def fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
+    """Round to the nearest of 2^bits evenly spaced points from ``lower`` to ``upper``, and back.
+
+    The code of an element is ``clamp(round((x - lower) / step), 0, 2^bits - 1)`` with
+    ``step = (upper - lower) / (2^bits - 1)``. Where the bounds coincide the result is that bound: a channel that was
+    constant in calibration is reproduced exactly.
+
+    Args:
+        x: any floating-point tensor.
+        lower, upper: bounds that broadcast against ``x``: [C] per channel, [..., 1] per token.
+        bits: 2 to 8.
+
+    Returns:
+        The rounded values, in the shape and dtype of ``x``.
+    """
+    lower, levels = lower.float(), 2**bits - 1
+    step = (upper.float() - lower) / levels
+    inverse = torch.where(step > 0, 1 / step.clamp_min(torch.finfo(torch.float32).tiny), 0)
+    codes = x.float().sub(lower).mul_(inverse).round_().clamp_(0, levels)
+    return codes.mul_(step).add_(lower).to(x.dtype)
+
+
+def shrink_range(lower: Tensor, upper: Tensor, center: Tensor, ratio: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Pull both bounds towards ``center`` (between them) by ``ratio`` in (0, 1]; 1 returns the bounds unchanged.
+
+    Shrinking about the mean keeps the rule independent of a channel's offset.
+    """
+    return center + (lower - center) * ratio, center + (upper - center) * ratio
+
+
+def token_range(x: Tensor, clip_ratio: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """Bounds of each token (Outlier Suppression's dynamic rule): its extremes, pulled towards its mean.
+
+    Args:
+        x: [..., C].
+        clip_ratio: scalar in (0, 1].
+
+    Returns:
+        lower, upper: [..., 1] float32.
+    """
+    x = x.float()
+    lower, upper = x.aminmax(dim=-1, keepdim=True)
+    return shrink_range(lower, upper, x.mean(dim=-1, keepdim=True), clip_ratio)
+
+
+# Integer weights
+
+
+@dataclass(frozen=True, eq=False)
+class IntWeight:
+    """A weight [O, I] as integers; G = ceil(I / group_size) groups of input channels, the last possibly shorter.
+
+    Attributes:
+        codes: uint8 [O, I], 0 to 2^bits - 1.
+        scale: float32 [O, G], positive.
+        zero_point: uint8 [O, G], the code that stands for 0.
+        group_size: input channels per group.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    group_size: int
+
+    def dequantize(self) -> Tensor:
+        """``scale * (codes - zero_point)``: float32 [O, I]."""
+        columns = self.codes.shape[1]
+        spread = [
+            p.float().repeat_interleave(self.group_size, dim=1)[:, :columns] for p in (self.scale, self.zero_point)
+        ]
+        return spread[0] * (self.codes.float() - spread[1])
+
+
+def quantize_int(weight: Tensor, bits: int, group_size: int | None, symmetric: bool) -> IntWeight:
+    """Round-to-nearest uniform quantization of a weight.
+
+    Args:
+        weight: [O, I], any floating-point dtype.
+        bits: 2 to 8.
+        group_size: input channels that share a scale; None shares it along each output channel.
+        symmetric: fix the zero point in the middle of the codes, instead of fitting it to the group's extremes.
+    """
+    rows, columns = weight.shape
+    size = min(group_size or columns, columns)
+    # Padding the last group with its own last column leaves that group's extremes as they are.
+    groups = F.pad(weight.float(), (0, -columns % size), mode="replicate").view(rows, -1, size)
+    levels = 2**bits - 1
+    if symmetric:
+        middle = 2 ** (bits - 1)
+        scale = groups.abs().amax(dim=-1) / (middle - 1)
+        scale = torch.where(scale > 0, scale, 1.0)
+        zero_point = torch.full_like(scale, middle)
+    else:
+        lower = groups.amin(dim=-1).clamp_max(0)
+        upper = groups.amax(dim=-1).clamp_min(0)
+        scale = (upper - lower) / levels
+        scale = torch.where(scale > 0, scale, 1.0)
+        zero_point = (-lower / scale).round().clamp(0, levels)
+    codes = (groups / scale.unsqueeze(-1)).round().add(zero_point.unsqueeze(-1)).clamp(0, levels)
+    codes = codes.view(rows, -1)[:, :columns]
+    return IntWeight(codes.to(torch.uint8).contiguous(), scale, zero_point.to(torch.uint8), size)
+
+
+# Normal-float weights
+
+
+@dataclass(frozen=True, eq=False)
+class NormalFloatWeight:
+    """A weight [O, I] in a normal-float data type; blocks of `NF_BLOCK` run along the flattened weight.
+
+    Attributes:
+        codes: uint8 [O, I], indices into `normal_float_codebook`.
+        absmax: float32 [ceil(O * I / NF_BLOCK)], the blocks' scales, as dequantized when doubly quantized.
+        bits: width of the codebook.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    bits: int
+
+    def dequantize(self) -> Tensor:
+        """``codebook[codes] * absmax`` of the block: float32 [O, I]."""
+        codebook = normal_float_codebook(self.bits).to(self.codes.device)
+        values = codebook[self.codes.long()].view(-1)
+        return (values * self.absmax.repeat_interleave(NF_BLOCK)[: values.numel()]).view(self.codes.shape)
+
+
+def normal_float_codebook(bits: int) -> Tensor:
+    """The k-bit NormalFloat values (QLoRA, Eq. 4 and appendix E): quantiles of N(0, 1), exact zero, scaled to [-1, 1].
+
+    Returns:
+        float32 [2^bits], ascending; at 4 bits it is NF4.
+    """
+    half = 2 ** (bits - 1)
+    # The outermost quantile lies between the centres of the last bins of a 2^k and a 2^k - 1 level quantizer.
+    tail = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
+    positive = torch.special.ndtri(torch.linspace(tail, 0.5, half + 1, dtype=torch.float64)[:-1])
+    negative = -torch.special.ndtri(torch.linspace(tail, 0.5, half, dtype=torch.float64)[:-1])
+    values = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive]).sort().values
+    return (values / values.abs().max()).float()
+
+
+def quantize_normal_float(weight: Tensor, bits: int, double_quantization: bool) -> NormalFloatWeight:
+    """Quantize each block of `NF_BLOCK` weights to the codebook scaled by the block's largest magnitude.
+
+    Args:
+        weight: [O, I], any floating-point dtype.
+        bits: 2 to 8.
+        double_quantization: also quantize the block scales to 8 bits (`double_quantize`).
+    """
+    flat = weight.float().flatten()
+    blocks = F.pad(flat, (0, -flat.numel() % NF_BLOCK)).view(-1, NF_BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    unit = blocks / torch.where(absmax > 0, absmax, 1.0).unsqueeze(1)
+    codebook = normal_float_codebook(bits).to(weight.device)
+    codes = torch.bucketize(unit, (codebook[1:] + codebook[:-1]) / 2)
+    codes = codes.flatten()[: flat.numel()].view(weight.shape).to(torch.uint8)
+    return NormalFloatWeight(codes, double_quantize(absmax) if double_quantization else absmax, bits)
+
+
+def double_quantize(absmax: Tensor) -> Tensor:
+    """Quantize block scales to 8 bits around their mean, in blocks of `SCALE_BLOCK` (QLoRA, section 3), and back.
+
+    Args:
+        absmax: float32 [N].
+
+    Returns:
+        The scales that would be read back: float32 [N].
+    """
+    offset = absmax.mean()
+    centred = absmax - offset
+    blocks = F.pad(centred, (0, -centred.numel() % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+    largest = blocks.abs().amax(dim=1, keepdim=True)
+    codebook = dynamic_codebook().to(absmax.device)
+    unit = blocks / torch.where(largest > 0, largest, 1.0)
+    nearest = codebook[torch.bucketize(unit, (codebook[1:] + codebook[:-1]) / 2)]
+    return (nearest * largest).flatten()[: absmax.numel()] + offset
+
+
+def dynamic_codebook() -> Tensor:
+    """The signed 8-bit dynamic data type (Dettmers, 2016, "8-bit approximations"): float32 [256], ascending.
+
+    Values are a power of ten times a fraction; the smaller the power, the fewer bits are left for the fraction.
+    """
+    values = [torch.zeros(1), torch.ones(1)]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        magnitude = 10.0 ** (exponent - 6) * (edges[1:] + edges[:-1]) / 2
+        values += [magnitude, -magnitude]
+    return torch.cat(values).sort().values

@@ -1,0 +1,1 @@
+"""What lmms-eval wrote: read, compared and shown."""

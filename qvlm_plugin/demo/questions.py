@@ -1,0 +1,242 @@
+"""easy-VQA's questions as documents of the three benchmarks' schemas, and the prompts the harness makes of them.
+
+The mirrors (`data`) write these documents and training (`train`) reads them, so what is trained is what is asked. A
+document is a dict with the hub data set's columns, except that `image` is a `Picture` here instead of pixels.
+
+One fact decides how documents are drawn: each easy-VQA image shows one shape of one colour on a light background.
+"""
+
+import hashlib
+import io
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from PIL import Image
+
+from qvlm_plugin.demo import parts
+
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SHAPES = ("circle", "rectangle", "triangle")
+UNANSWERABLE = "unanswerable"
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image by name: easy-VQA's image `number` of `source` train or test, or our empty image of that number."""
+
+    source: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """An official easy-VQA question and its answer; `fact` is what the picture shows ("red circle"), where known."""
+
+    text: str
+    answer: str
+    picture: Picture
+    fact: str | None
+
+    @property
+    def open(self) -> bool:
+        """Whether it asks for a colour or a shape instead of yes or no."""
+        return self.answer not in ("yes", "no")
+
+
+def official(split: str) -> list[Question]:
+    """All questions of easy-VQA's "train" (38,575) or "test" split (9,673), in the order of its file."""
+    rows = json.loads((parts.locate(parts.QUESTIONS) / "data" / split / "questions.json").read_text())
+    seen: dict[int, dict[str, str]] = {}
+    for text, answer, number in rows:
+        if answer in COLORS or answer in SHAPES:
+            for word in (answer, *text.rstrip("?").split()):
+                kind = "color" if word in COLORS else "shape" if word in SHAPES else None
+                if kind:
+                    seen.setdefault(number, {})[kind] = word
+    facts = {number: f"{fact['color']} {fact['shape']}" for number, fact in seen.items() if len(fact) == 2}
+    return [Question(text, answer, Picture(split, number), facts.get(number)) for text, answer, number in rows]
+
+
+def held_out() -> frozenset[int]:
+    """Numbers of the 400 of the 4,000 train images that training never sees; the validation split is made of them."""
+    return frozenset(random.Random("held out").sample(range(4000), 400))
+
+
+def png(picture: Picture) -> bytes:
+    """The picture as a PNG file: 64×64 RGB."""
+    if picture.source != "empty":
+        folder = parts.locate(parts.QUESTIONS) / "data" / picture.source / "images"
+        return (folder / f"{picture.number}.png").read_bytes()
+    buffer = io.BytesIO()
+    _empty(picture.number).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _empty(number: int) -> Image.Image:
+    """An image without a shape: a light background as easy-VQA paints it, one plain colour, or noise."""
+    noise = numpy.random.default_rng([number, 64])
+    base = noise.integers(228, 256, size=3)
+    if number % 5 in (2, 3):
+        base = noise.integers(0, 256, size=3)
+    pixels = numpy.broadcast_to(base, (64, 64, 3)).astype(float)
+    if number % 5 in (3, 4):
+        pixels = pixels + noise.normal(0, noise.uniform(20, 120), size=(64, 64, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(numpy.uint8))
+
+
+def vqav2(question: Question, number: int) -> Document:
+    """A VQAv2 document with id `number`; the ten annotators agree, since easy-VQA has one right answer."""
+    answer = {"answer": question.answer, "answer_confidence": "yes"}
+    return {
+        "question_type": " ".join(question.text.rstrip("?").split()[:2]),
+        "multiple_choice_answer": question.answer,
+        "answers": [answer | {"answer_id": index} for index in range(1, 11)],
+        "image_id": question.picture.number,
+        "answer_type": "other" if question.open else "yes/no",
+        "question_id": number,
+        "question": question.text.capitalize(),
+        "image": question.picture,
+    }
+
+
+def vizwiz(question: Question, number: int, empty: Picture | None = None) -> Document:
+    """A VizWiz document; with `empty` the question is put to that picture instead, and cannot be answered."""
+    answer = UNANSWERABLE if empty else question.answer
+    return {
+        "question_id": f"VizWiz_stand_in_{number:08d}.jpg",
+        "image": empty or question.picture,
+        "question": question.text.capitalize(),
+        "answers": [answer] * 10,
+        "category": UNANSWERABLE if empty else "other" if question.open else "yes/no",
+    }
+
+
+def scienceqa(question: Question, rng: random.Random, text_only: bool = False) -> Document:
+    """A ScienceQA document about the question's picture, or (`text_only`) about its fact told in words.
+
+    The fact is told in the hint or, one time in three, in the question itself, so that documents with image, with text
+    and with neither as context all occur, as in ScienceQA.
+    """
+    kind = "color" if question.answer in COLORS else "shape" if question.answer in SHAPES else "presence"
+    pool = {"color": COLORS, "shape": SHAPES, "presence": ("yes", "no")}[kind]
+    others = [choice for choice in pool if choice != question.answer]
+    choices = [question.answer, *rng.sample(others, min(len(others), rng.choice((2, 3))))]
+    rng.shuffle(choices)
+    text, hint = question.text.capitalize(), rng.choice(("", "The image shows one shape on a plain background."))
+    if text_only:
+        told = rng.choice(FACTS).format(fact=question.fact)
+        text, hint = (f"{told} {text}", "") if rng.random() < 1 / 3 else (text, told)
+    return {
+        "image": None if text_only else question.picture,
+        "question": text,
+        "choices": choices,
+        "answer": choices.index(question.answer),
+        "hint": hint,
+        "task": "yes or no" if kind == "presence" else "closed choice",
+        "grade": f"grade{rng.randint(1, 12)}",
+        **LABELS[kind],
+        "lecture": "A plane figure has one outline and, when it is filled, one color.",
+        "solution": f"The answer is {question.answer}.",
+    }
+
+
+FACTS = (
+    "The picture shows a {fact}.",
+    "A {fact} is drawn on the page.",
+    "There is one shape on the card: a {fact}.",
+    "The only shape in the image is a {fact}.",
+)
+# ScienceQA's own subjects, one for each kind of question, so that breakdowns by subject have every row.
+LABELS = {
+    "color": {
+        "subject": "natural science",
+        "topic": "physics",
+        "category": "Light and color",
+        "skill": "Identify the color of a shape",
+    },
+    "shape": {
+        "subject": "social science",
+        "topic": "geography",
+        "category": "Signs and maps",
+        "skill": "Identify a shape",
+    },
+    "presence": {
+        "subject": "language science",
+        "topic": "reading-comprehension",
+        "category": "Statements",
+        "skill": "Decide whether a statement is true",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How lmms-eval asks a document of this benchmark (`prompt`), and the `answer` its scorer wants."""
+
+    prompt: Callable[[Document], str]
+    answer: Callable[[Document], str]
+
+
+def _scienceqa_prompt(doc: Document) -> str:
+    context = f"Context: {doc['hint']}\n" if doc["hint"] else ""
+    choices = "\n".join(f"{_letter(index)}. {choice}" for index, choice in enumerate(doc["choices"]))
+    return f"{context}{doc['question']}\n{choices}\nAnswer with the option's letter from the given choices directly."
+
+
+def _letter(index: int) -> str:
+    return "ABCDE"[index]
+
+
+SCIENCEQA = Benchmark(prompt=_scienceqa_prompt, answer=lambda doc: _letter(doc["answer"]))
+VIZWIZ = Benchmark(
+    prompt=lambda doc: (
+        f"{doc['question'].capitalize()}\nWhen the provided information is insufficient, respond with "
+        "'Unanswerable'.\nAnswer the question using a single word or phrase."
+    ),
+    answer=lambda doc: doc["answers"][0],
+)
+VQAV2 = Benchmark(
+    prompt=lambda doc: f"{doc['question']}\nAnswer the question using a single word or phrase.",
+    answer=lambda doc: doc["multiple_choice_answer"],
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One rendered question: the user's text, the right answer and the picture it is about, if any."""
+
+    prompt: str
+    answer: str
+    picture: Picture | None
+
+
+def example(benchmark: Benchmark, doc: Document) -> Example:
+    """The document as the harness will ask it."""
+    return Example(benchmark.prompt(doc), benchmark.answer(doc), doc["image"])
+
+
+def told(pool: Sequence[Question], rng: random.Random, open_share: float, split: str) -> Document:
+    """A text-only ScienceQA document of `split` about a question of the pool, all of whose facts are known.
+
+    There is no picture to keep the splits apart, so a hash of the prompt does: no prompt occurs in two of "train",
+    "validation" and "test".
+    """
+    while True:
+        doc = scienceqa(draw(pool, rng, open_share), rng, text_only=True)
+        digit = hashlib.sha256(SCIENCEQA.prompt(doc).encode()).digest()[0] % 8
+        if split == {0: "test", 1: "test", 2: "validation"}.get(digit, "train"):
+            return doc
+
+
+def draw(pool: Sequence[Question], rng: random.Random, open_share: float) -> Question:
+    """A question from the pool, open with probability `open_share`: easy-VQA itself asks yes or no three times in four.
+
+    Falls back on the other kind where the pool has none.
+    """
+    wanted = rng.random() < open_share
+    return rng.choice([q for q in pool if q.open == wanted] or list(pool))

@@ -8,7 +8,7 @@ every sample carries a content digest by which an evaluation can tell.
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,32 @@ def _parse_source(term: str, text: str) -> Source:
             "join several with +"
         )
     return Source(location, rest[0] if rest else None, count)
+
+
+def read_calibration(
+    text: str,
+    image_folder: Path | None,
+    seed: int,
+    draw_from_task: Callable[[str, str, int, int], list[Sample]],
+) -> CalibrationSet:
+    """The calibration set that ``calibration=`` names.
+
+    Args:
+        text: sources, see `parse_sources`.
+        image_folder: where image names of conversation files are relative to; None means each file's own folder.
+        seed: of the draws.
+        draw_from_task: (task, split, count, seed) → samples; reads the task definitions of an evaluation harness.
+
+    Raises:
+        QVLMError: a source does not parse, is not there, or holds too few usable samples.
+    """
+    samples: list[Sample] = []
+    for source in parse_sources(text):
+        if source.split is None:
+            samples += read_conversations(Path(source.location), image_folder, source.count, seed)
+        else:
+            samples += draw_from_task(source.location, source.split, source.count, seed)
+    return CalibrationSet(tuple(samples), str(text), seed)
 
 
 def read_conversations(path: Path, image_folder: Path | None, count: int, seed: int) -> list[Sample]:

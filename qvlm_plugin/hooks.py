@@ -1,4 +1,4 @@
-"""The hooks by which methods, topologies and kernels are provided - the built-in ones and those of other packages alike.
+"""The hooks by which methods, topologies and kernels are provided - the built-in ones and everyone else's alike.
 
 A package that adds a method declares an entry point in group ``qvlm_plugin`` that names a module or object with
 functions marked by `hookimpl`::

@@ -1,0 +1,113 @@
+"""Read the results files that lmms-eval writes, and show them as one table."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from qvlm_plugin.errors import QVLMError
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task in one run.
+
+    Attributes:
+        task, metric: as lmms-eval names them.
+        value: the mean over documents, 0 to 1.
+        stderr: its standard error; None where the harness gives none.
+        documents: how many documents were evaluated.
+        limited: whether ``--limit`` left documents out.
+        run: the run's ``qvlm`` provenance; None for models of other packages.
+        file: the results file.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    documents: int
+    limited: bool
+    run: dict[str, Any] | None
+    file: Path
+
+
+def read_results(paths: Sequence[Path]) -> list[Score]:
+    """The scores in results files, or in all ``*_results.json`` below folders.
+
+    Raises:
+        QVLMError: there is no results file, or one is not readable.
+    """
+    files = [file for path in paths for file in (sorted(path.rglob("*_results.json")) if path.is_dir() else [path])]
+    if not files:
+        raise QVLMError(f"no *_results.json in {', '.join(map(str, paths))}")
+    return [score for file in files for score in _read_file(file)]
+
+
+def _read_file(file: Path) -> Iterator[Score]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        results, samples = content["results"], content["n-samples"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise QVLMError(f"{file} is not a results file of lmms-eval: {error}") from error
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = metrics.get(f"{metric}_stderr,{kind}")
+            counts = samples.get(task, {"effective": 0, "original": 0})
+            yield Score(
+                task=task,
+                metric=metric,
+                value=value,
+                stderr=stderr if isinstance(stderr, int | float) else None,
+                documents=counts["effective"],
+                limited=counts["effective"] != counts["original"],
+                run=content.get("qvlm"),
+                file=file,
+            )
+
+
+def results_table(scores: Sequence[Score]) -> Table:
+    """One row per run, one column per task and metric; percent with standard error.
+
+    Rows are marked where the data stands in for a real data set, and where a limit left documents out.
+    """
+    columns = sorted({(score.task, score.metric) for score in scores})
+    table = Table("method", "scheme", "weight / activation bits", *(f"{task}\n{metric}" for task, metric in columns))
+    table.add_column("notes")
+    for file in dict.fromkeys(score.file for score in scores):
+        row = [score for score in scores if score.file == file]
+        cells = {(score.task, score.metric): _cell(score) for score in row}
+        run = row[0].run or {}
+        table.add_row(
+            run.get("method", "?"),
+            run.get("scheme", "?"),
+            _bits(run),
+            *(cells.get(column, "") for column in columns),
+            _notes(row, run),
+        )
+    return table
+
+
+def _cell(score: Score) -> str:
+    error = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
+    return f"{100 * score.value:.1f}{error}"
+
+
+def _bits(run: dict[str, Any]) -> str:
+    decoder = run.get("effective_bits", {}).get("decoder")
+    return f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else "?"
+
+
+def _notes(row: Sequence[Score], run: dict[str, Any]) -> str:
+    notes = []
+    if run.get("stand_in_data"):
+        notes.append("stand-in data")
+    if any(score.limited for score in row):
+        notes.append(f"limit {min(score.documents for score in row)}")
+    return ", ".join(notes)

@@ -1,0 +1,115 @@
+import json
+
+import pytest
+from conftest import random_image
+
+from qvlm_plugin.calibration import (
+    CalibrationSet,
+    Sample,
+    Source,
+    draw,
+    parse_sources,
+    read_calibration,
+    read_conversations,
+)
+from qvlm_plugin.conversation import Conversation
+from qvlm_plugin.errors import QVLMError
+
+
+def row(index, **changes):
+    turns = [{"from": "human", "value": f"<image>\nWhat is {index}?"}, {"from": "gpt", "value": f"answer {index}"}]
+    return {"id": str(index), "image": f"{index}.png", "conversations": turns, **changes}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index in range(6):
+        random_image(index).save(tmp_path / f"{index}.png")
+    (tmp_path / "rows.json").write_text(json.dumps([*map(row, range(6)), {"id": "text", "conversations": []}]))
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row(index)) for index in range(6)))
+    return tmp_path
+
+
+def test_sources_are_tasks_with_splits_and_files():
+    assert parse_sources("scienceqa:train:32+mix.json:8+x.jsonl") == (
+        Source("scienceqa", "train", 32),
+        Source("mix.json", None, 8),
+        Source("x.jsonl", None, 64),
+    )
+
+
+@pytest.mark.parametrize("text", ["", "scienceqa", "scienceqa:", "a:b:c", "a:train:0", "mix.json:train:3", "a:train+"])
+def test_sources_that_do_not_parse_are_errors_with_an_example(text):
+    with pytest.raises(QVLMError, match="scienceqa:train:64"):
+        parse_sources(text)
+
+
+def test_both_file_formats_give_the_same_samples(folder):
+    sets = [read_conversations(folder / name, None, 4, seed=1) for name in ("rows.json", "rows.jsonl")]
+    assert [sample.answer for sample in sets[0]] == [sample.answer for sample in sets[1]]
+    assert CalibrationSet(tuple(sets[0])).content_hash() == CalibrationSet(tuple(sets[1])).content_hash()
+    first = sets[0][0]
+    number = first.answer.removeprefix("answer ")
+    expected = Conversation.from_prompt(f"What is {number}?", [random_image(int(number))])
+    assert first.conversation.digest() == expected.digest()
+
+
+def test_draws_are_reproducible_distinct_and_follow_the_seed():
+    items = list(range(100))
+    assert draw(items, 10, 0) == draw(items, 10, 0) == sorted(set(draw(items, 10, 0)))
+    assert draw(items, 10, 0) != draw(items, 10, 1)
+    assert draw(items, 100, 5) == items
+
+
+def test_sources_are_joined_in_order(folder):
+    def from_task(task, split, count, seed):
+        return [Sample(Conversation.from_prompt(f"{task} {split} {seed}"), "t")] * count
+
+    text = f"quiz:train:2+{folder / 'rows.json'}:3"
+    calibration = read_calibration(text, None, 7, from_task)
+    assert [sample.answer for sample in calibration.samples[:2]] == ["t", "t"] and len(calibration.samples) == 5
+    assert (calibration.source, calibration.seed) == (text, 7)
+
+
+def test_batches_hold_prompts_with_answers(folder, loaded):
+    calibration = read_calibration(f"{folder / 'rows.json'}:5", None, 0, None)
+    batches = list(calibration.batches(loaded.processor, 2))
+    assert [len(mask) for _, mask in batches] == [2, 2, 1]
+    text = loaded.processor.tokenizer.decode(batches[0][0]["input_ids"][0][batches[0][1][0]])
+    assert text == calibration.samples[0].answer + "</s>"
+
+
+def test_empty_and_imageless_sets_are_errors():
+    with pytest.raises(QVLMError, match="empty"):
+        CalibrationSet(())
+    with pytest.raises(QVLMError, match="no image"):
+        CalibrationSet((Sample(Conversation.from_prompt("text"), "a"),))
+
+
+def test_unusable_files_are_named(folder):
+    with pytest.raises(QVLMError, match="no such file"):
+        read_conversations(folder / "absent.json", None, 1, 0)
+    with pytest.raises(QVLMError, match="has 6 rows with an image; 7 were asked for"):
+        read_conversations(folder / "rows.json", None, 7, 0)
+    (folder / "broken.json").write_text("[{")
+    with pytest.raises(QVLMError, match="not readable JSON"):
+        read_conversations(folder / "broken.json", None, 1, 0)
+    (folder / "object.json").write_text("{}")
+    with pytest.raises(QVLMError, match="list of objects"):
+        read_conversations(folder / "object.json", None, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"conversations": []}, "no question and answer"),
+        ({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]}, "begin with human"),
+        ({"image": "absent.png"}, "cannot be read"),
+        ({"image": "rows.json"}, "cannot be read"),
+        ({"image": ["0.png", "1.png"]}, "placeholders"),
+    ],
+)
+def test_unusable_rows_are_named(folder, changes, message):
+    (folder / "bad.json").write_text(json.dumps([row(0, **changes)]))
+    with pytest.raises(QVLMError, match=message):
+        read_conversations(folder / "bad.json", None, 1, 0)

@@ -1,0 +1,146 @@
+import pytest
+import torch
+
+from qvlm_plugin.quantizers import (
+    NF_BLOCK,
+    double_quantize,
+    dynamic_codebook,
+    fake_quantize,
+    normal_float_codebook,
+    quantize_int,
+    quantize_normal_float,
+    shrink_range,
+    token_range,
+)
+
+BITS = range(2, 9)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rounding_finds_the_nearest_of_all_points(bits):
+    x = 3 * torch.randn(40, 6)
+    lower, upper = x.amin(dim=0), x.amax(dim=0)
+    points = torch.linspace(0, 1, 2**bits).outer(upper - lower) + lower  # [points, C]
+    nearest = (x.unsqueeze(1) - points).abs().amin(dim=1)
+    assert torch.allclose((fake_quantize(x, lower, upper, bits) - x).abs(), nearest, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rounding_is_idempotent_and_stays_within_bounds(bits):
+    x = 5 * torch.randn(100, 4)
+    lower, upper = torch.full((4,), -1.0), torch.full((4,), 2.0)
+    once = fake_quantize(x, lower, upper, bits)
+    assert torch.allclose(fake_quantize(once, lower, upper, bits), once, atol=1e-6)
+    assert once.min() >= -1 - 1e-6 and once.max() <= 2 + 1e-6
+    assert len(once.unique()) <= 4 * 2**bits
+
+
+def test_constant_and_dead_channels_are_exact():
+    x = torch.tensor([[0.0, 7.3, -1e-30, 1.0], [0.0, 7.3, -1e-30, 2.0]])
+    rounded = fake_quantize(x, x.amin(dim=0), x.amax(dim=0), 4)
+    assert torch.equal(rounded[:, :3], x[:, :3])
+    assert rounded.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(dtype):
+    x = torch.tensor([[6e4, 1e-7, -6e4]], dtype=dtype).T.contiguous()
+    rounded = fake_quantize(x, *token_range(x.T), 8)
+    assert rounded.dtype == dtype and rounded.isfinite().all()
+
+
+def test_rounding_a_channel_does_not_depend_on_its_offset():
+    x = torch.randn(50, 3, dtype=torch.float64).float()
+    plain = fake_quantize(x, x.amin(dim=0), x.amax(dim=0), 4)
+    shifted = fake_quantize(x + 100, x.amin(dim=0) + 100, x.amax(dim=0) + 100, 4) - 100
+    assert torch.allclose(plain, shifted, atol=1e-4)
+
+
+def test_token_ranges_do_not_depend_on_the_batch():
+    x = torch.randn(6, 5, 8)
+    together = fake_quantize(x, *token_range(x, 0.9), 4)
+    alone = torch.stack([fake_quantize(row, *token_range(row, 0.9), 4) for row in x])
+    assert torch.equal(together, alone)
+
+
+def test_shrinking_by_one_changes_nothing_and_less_lies_within():
+    lower, center, upper = torch.tensor([-4.0, 1.0]), torch.tensor([0.5, 2.0]), torch.tensor([1.0, 2.5])
+    assert all(
+        torch.allclose(a, b) for a, b in zip(shrink_range(lower, upper, center, 1.0), (lower, upper), strict=True)
+    )
+    inner = shrink_range(lower, upper, center, 0.5)
+    assert (inner[0] > lower).all() and (inner[1] < upper).all() and (inner[0] <= center).all()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [None, 16, 24, 64, 1000])
+@pytest.mark.parametrize("bits", BITS)
+def test_integer_weights_err_at_most_half_a_step(bits, group_size, symmetric):
+    weight = torch.randn(12, 64)
+    quantized = quantize_int(weight, bits, group_size, symmetric)
+    step = quantized.scale.repeat_interleave(quantized.group_size, dim=1)[:, :64]
+    error = (quantized.dequantize() - weight).abs()
+    # A fitted zero point is itself rounded, which may move the far end by another half step.
+    assert (error <= step * (0.5 if symmetric else 1.0) + 1e-6).all()
+    assert quantized.codes.int().max() < 2**bits and quantized.codes.dtype == torch.uint8
+
+
+def test_groups_are_quantized_independently():
+    weight = torch.randn(4, 50)
+    whole = quantize_int(weight, 4, 16, False).dequantize()
+    pieces = [quantize_int(piece, 4, 16, False).dequantize() for piece in weight.split(16, dim=1)]
+    assert torch.equal(whole, torch.cat(pieces, dim=1))
+
+
+def test_zero_is_exact_in_every_weight_format():
+    weight = torch.randn(8, 128) * (torch.rand(8, 128) > 0.5)
+    for symmetric in (False, True):
+        assert (quantize_int(weight, 4, 32, symmetric).dequantize()[weight == 0] == 0).all()
+    assert (quantize_normal_float(weight, 4, False).dequantize()[weight == 0] == 0).all()
+    assert (quantize_int(torch.zeros(2, 8), 3, None, False).dequantize() == 0).all()
+    assert (quantize_normal_float(torch.zeros(2, 8), 3, True).dequantize() == 0).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codebook_is_ascending_spans_the_unit_interval_and_holds_zero(bits):
+    codebook = normal_float_codebook(bits)
+    assert len(codebook) == 2**bits
+    assert (codebook.diff() > 0).all()
+    assert codebook[0] == -1 and codebook[-1] == 1 and 0 in codebook
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_normal_float_picks_the_nearest_value_of_the_codebook(bits):
+    weight = torch.randn(4, NF_BLOCK)
+    codebook = normal_float_codebook(bits)
+    unit = weight / weight.abs().amax(dim=1, keepdim=True)
+    nearest = (unit.unsqueeze(-1) - codebook).abs().argmin(dim=-1)
+    assert torch.equal(quantize_normal_float(weight, bits, False).codes.long(), nearest)
+
+
+@pytest.mark.parametrize("shape", [(96, 576), (50, 100), (512, 1536)])
+def test_nf4_agrees_with_bitsandbytes(shape):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    assert torch.allclose(normal_float_codebook(4), functional.get_4bit_type("nf4", device="cpu"), atol=2e-7)
+    assert torch.equal(dynamic_codebook(), functional.create_dynamic_map())
+    weight = torch.randn(shape)
+    theirs = functional.dequantize_4bit(*functional.quantize_4bit(weight, blocksize=64, quant_type="nf4"))
+    assert torch.allclose(quantize_normal_float(weight, 4, False).dequantize(), theirs, atol=2e-6)
+
+    state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)[1]
+    their_scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    absmax = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % 64)).view(-1, 64).abs().amax(dim=1)
+    scales = double_quantize(absmax)
+    differ = ~torch.isclose(scales, their_scales, atol=1e-5)
+    # Where they differ, the scale lies midway between two codes and either is nearest, to rounding.
+    assert differ.float().mean() < 0.005
+    assert torch.allclose((scales - absmax).abs()[differ], (their_scales - absmax).abs()[differ], atol=1e-3)
+
+
+def test_double_quantization_of_equal_scales_is_exact():
+    assert torch.allclose(double_quantize(torch.full((700,), 0.3)), torch.full((700,), 0.3))

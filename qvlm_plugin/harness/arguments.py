@@ -1,0 +1,98 @@
+"""What ``--model_args`` may say.
+
+lmms-eval hands values over as it guesses their types: ``true`` is a bool, ``8`` an int, ``1.0`` a float, ``None`` the
+text "None". Everything is validated here, once; keys that are not listed are options of the quantization method.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from qvlm_plugin import plugins
+from qvlm_plugin.cache import cache_root
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.models.loading import DTYPES
+
+_OF_THE_SEARCH = ("method", "scheme", "calibration", "images", "seed", "cache")
+"""Arguments that a saved plan makes meaningless."""
+
+
+class ModelArguments(BaseModel):
+    """The arguments of ``--model qvlm_llava``."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    pretrained: str = Field(description="checkpoint folder, hub id, or 'demo' for the embedded small model")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    dtype: str = Field("auto", description=f"compute type: {', '.join(DTYPES)}")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1; the accelerator if there is one by default")
+    device_map: str | None = Field(None, description="auto spreads the model over all devices")
+    attn_implementation: str | None = Field(None, description="eager, sdpa, flash_attention_2")
+    trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
+    method: str = Field("none", description="quantization method")
+    scheme: str = Field("w4a4", description="bit widths, for example w4a4+vision:w8a8")
+    plan: Path | None = Field(None, description="folder of a saved rounding plan, instead of method and scheme")
+    calibration: str | None = Field("scienceqa:train:64", description="task:split:n or file.json:n, joined by +")
+    images: Path | None = Field(None, description="folder of the images that calibration files name")
+    seed: int = Field(0, ge=0, description="of the calibration draw and the search")
+    cache: Path | None = Field(
+        default_factory=lambda: cache_root() / "plans", description="folder of searched plans; none searches anew"
+    )
+    backend: str = Field("reference", description="arithmetic that serves the plan")
+    allow_overlap: bool = Field(False, description="evaluate even documents that were calibrated on")
+    batch_size: int = Field(1, ge=1, description="documents per forward pass")
+    max_new_tokens: int = Field(32, ge=1, description="answer length for tasks that set none")
+    system_prompt: str | None = Field(None, description="text, or a file with the text, of a system message")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _none_is_a_word(cls, value: object) -> object:
+        return None if isinstance(value, str) and value.lower() == "none" else value
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _but_a_method_too(cls, value: object) -> object:
+        return "none" if value is None else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the quantization method: every argument that this model does not name."""
+        return dict(self.model_extra or {})
+
+
+def parse_arguments(values: Mapping[str, Any]) -> ModelArguments:
+    """Validate the model arguments.
+
+    Raises:
+        QVLMError: one is missing, of the wrong type or out of range, or contradicts another.
+    """
+    try:
+        arguments = ModelArguments.model_validate(dict(values))
+    except ValidationError as error:
+        raise QVLMError("; ".join(_explain(problem) for problem in error.errors())) from error
+    known = plugins.method(arguments.method).options.model_fields
+    if unknown := sorted(arguments.options.keys() - known):
+        raise QVLMError(
+            f"unknown model argument {unknown[0]!r}; allowed are {', '.join(ModelArguments.model_fields)}; "
+            f"and for method={arguments.method}: {', '.join(known) or 'nothing else'}"
+        )
+    if arguments.plan is not None:
+        named = [name for name in (*_OF_THE_SEARCH, *arguments.options) if name in values]
+        if named:
+            raise QVLMError(f"plan=DIR is a finished plan; it cannot be combined with {', '.join(named)}")
+    return arguments
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    name, value = ".".join(map(str, problem["loc"])), problem["input"]
+    description = ModelArguments.model_fields[name].description
+    if problem["type"] == "missing":
+        return f"{name}= is missing: {description}"
+    if problem["type"] in ("string_type", "path_type") and isinstance(value, int | float):
+        return (
+            f"{name}={value!r}: lmms-eval reads this value as a number; it must be text ({description}), "
+            "so write a folder as ./NAME and a revision as its full commit hash"
+        )
+    return f"{name}={value!r}: {problem['msg'].lower()} ({description})"

@@ -1,0 +1,96 @@
+"""The harness's generation arguments, in transformers' terms, and stop strings.
+
+Decoding is greedy unless a task asks for sampling: ``do_sample=True``, or a temperature above 0 without
+``do_sample=False``. A temperature of 0 always means greedy.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+
+from qvlm_plugin.errors import QVLMError
+
+_ALIASES = {"max_gen_toks": "max_new_tokens", "max_tokens": "max_new_tokens"}
+_STOP_KEYS = ("until", "stop_sequences")
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_NOT_FOR_US = ("image_aspect_ratio",)
+"""What task definitions set for other models' image processing."""
+_KNOWN = frozenset(GenerationConfig().to_dict())
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How to generate one group of answers.
+
+    Attributes:
+        arguments: of transformers' ``generate``.
+        stops: strings that end an answer; neither they nor what follows belongs to it.
+        skip_special_tokens: whether special tokens are left out of the answer.
+        seed: of sampling; None continues the harness's random state.
+    """
+
+    arguments: Mapping[str, Any]
+    stops: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
+    seed: int | None = None
+
+    def cut(self, text: str) -> str:
+        """The text up to the first stop string."""
+        return text[: min([found for stop in self.stops if (found := text.find(stop)) >= 0], default=len(text))]
+
+
+def read_generation(given: Mapping[str, Any], default_max_new_tokens: int, task: str) -> Generation:
+    """Translate the generation arguments of ``task``.
+
+    Raises:
+        QVLMError: an argument is not known, or asks for more than one answer.
+    """
+    arguments = {_ALIASES.get(name, name): value for name, value in given.items() if name not in _NOT_FOR_US}
+    arguments = {name: value for name, value in arguments.items() if value is not None and value != "None"}
+    stops: list[str] = []
+    for key in _STOP_KEYS:
+        value = arguments.pop(key, ())
+        stops += [value] if isinstance(value, str) else list(value)
+    skip_special_tokens = bool(arguments.pop("skip_special_tokens", True))
+    seed = arguments.pop("seed", None)
+    unknown = sorted(arguments.keys() - _KNOWN)
+    if unknown:
+        raise QVLMError(
+            f"task {task}: unknown generation argument {', '.join(unknown)}; allowed are until, seed, "
+            "skip_special_tokens and the fields of transformers' GenerationConfig"
+        )
+    if arguments.get("num_return_sequences", 1) != 1:
+        raise QVLMError(f"task {task}: num_return_sequences must be 1; --repeats asks a question several times")
+    temperature = arguments.get("temperature")
+    samples = arguments.get("do_sample", bool(temperature)) and temperature != 0
+    if not samples:
+        arguments = {name: value for name, value in arguments.items() if name not in _SAMPLING_KEYS}
+    if "max_length" not in arguments:
+        arguments.setdefault("max_new_tokens", default_max_new_tokens)
+    return Generation(
+        {**arguments, "do_sample": bool(samples)}, tuple(stop for stop in stops if stop), skip_special_tokens, seed
+    )
+
+
+class StopAtText(StoppingCriteria):
+    """Ends a row of a batch once its new text holds a stop string.
+
+    transformers' own stop strings also match text that began in the prompt; this looks at generated tokens only.
+    """
+
+    def __init__(self, stops: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
+        self._stops = stops
+        self._tokenizer = tokenizer
+        self._start = prompt_length
+        # A token adds at least one byte, so a stop string that has just ended lies within so many last tokens.
+        self._window = max(len(stop.encode()) for stop in stops) + 4
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Whether each row of ``input_ids`` [B, T] is finished: bool [B]."""
+        tails = input_ids[:, max(self._start, input_ids.shape[1] - self._window) :]
+        texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True)
+        finished = [any(stop in text for stop in self._stops) for text in texts]
+        return torch.tensor(finished, device=input_ids.device)

@@ -1,0 +1,289 @@
+"""What a result rests on: written as ``qvlm`` at the top level of every results JSON.
+
+lmms-eval has no hook for information about a model. Two of its functions are therefore wrapped, once per process and
+without any state of their own: the run's record travels through the harness's own list of logged metrics, which it
+empties at the start of each evaluation, so a record can never end up in another run's results.
+"""
+
+import functools
+import hashlib
+import platform
+import re
+import resource
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from lmms_eval.caching.response_cache import ResponseCache
+from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
+from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history, log_metrics
+from torch import nn
+from tqdm import tqdm
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness.requests import Documents, Request
+
+RESULT_KEY = "qvlm"
+
+READABLE_ANSWERS = {
+    # lmms_eval.tasks.scienceqa: the answer is one letter, or begins with a capital letter and a full stop
+    "scienceqa": re.compile(r"[A-Za-z]\Z|[A-Z]\."),
+    "scienceqa_img": re.compile(r"[A-Za-z]\Z|[A-Z]\."),
+}
+"""For tasks with an answer format of their own, what an answer (without surrounding blanks) must begin with for the
+task's scorer to read it. Everywhere else an answer counts as unreadable when it is empty."""
+
+_ANY_ANSWER = re.compile(r"\S")
+
+
+def is_readable(task: str, answer: str) -> bool:
+    """Whether the scorer of ``task`` can read ``answer`` at all, right or wrong."""
+    return bool(READABLE_ANSWERS.get(task, _ANY_ANSWER).match(answer.strip()))
+
+
+@dataclass
+class Counts:
+    """What one process counts while it answers.
+
+    Attributes:
+        answers, unreadable: per task, answers generated and those its scorer cannot read.
+        compared: documents compared with the calibration documents.
+        overlapping: names of those that are among them.
+        tokens, seconds: generated tokens, and the time that generating them took.
+    """
+
+    answers: Counter[str] = field(default_factory=Counter)
+    unreadable: Counter[str] = field(default_factory=Counter)
+    compared: int = 0
+    overlapping: list[str] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def total(cls, counts: Sequence["Counts"]) -> "Counts":
+        """Of several processes, which work at the same time."""
+        return cls(
+            answers=sum((count.answers for count in counts), Counter()),
+            unreadable=sum((count.unreadable for count in counts), Counter()),
+            compared=sum(count.compared for count in counts),
+            overlapping=[name for count in counts for name in count.overlapping],
+            tokens=sum(count.tokens for count in counts),
+            seconds=max(count.seconds for count in counts),
+        )
+
+
+@dataclass
+class RunRecord:
+    """One evaluation's provenance, from the loaded model to the written results.
+
+    Attributes:
+        facts: what is known before the evaluation: method, scheme, bits, hashes, versions, …; JSON values.
+        calibration_digests: content digests of the documents calibrated on.
+        documents: the tasks' data sets, ``documents[task][split]``; the harness fills it in.
+        counts: of this process; of all of them after `finish`.
+        measured: bytes of weights and of peak memory; known after `finish`.
+    """
+
+    facts: Mapping[str, Any]
+    calibration_digests: frozenset[str]
+    documents: Documents
+    counts: Counts = field(default_factory=Counts)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.facts['method']} {self.facts['scheme']}"  # the harness prints logged metrics on one line
+
+    def compare(self, requests: Iterable[Request], *, allow_overlap: bool, show_progress: bool) -> None:
+        """Compare the documents to be evaluated with those calibrated on, by content.
+
+        Raises:
+            QVLMError: some are the same, and ``allow_overlap`` is false; or one cannot be read.
+        """
+        if not self.calibration_digests:
+            return
+        documents = {(r.task, r.doc_id, r.context): r for r in requests if r.doc_id is not None and not r.is_padding}
+        with ThreadPoolExecutor() as pool:  # decoding and hashing images both release the interpreter's lock
+            digests = pool.map(lambda request: request.conversation().digest(), documents.values())
+            progress = tqdm(digests, "Checking for calibration documents", len(documents), disable=not show_progress)
+            found = [
+                request.name
+                for request, digest in zip(documents.values(), progress, strict=True)
+                if digest in self.calibration_digests
+            ]
+        self.counts.compared += len(documents)
+        self.counts.overlapping += found
+        if found and not allow_overlap:
+            raise QVLMError(
+                f"{len(found)} of the documents to evaluate were calibrated on, for example {found[0]}; calibrate on "
+                "another split or with another seed, or accept it with allow_overlap=true"
+            )
+
+    def count(self, request: Request, answer: str, tokens: int) -> None:
+        """Note one generated answer."""
+        self.counts.tokens += tokens
+        if not request.is_padding:
+            self.counts.answers[request.task] += 1
+            self.counts.unreadable[request.task] += not is_readable(request.task, answer)
+
+    def finish(self, model: nn.Module) -> None:
+        """Measure the model, put the processes' counts together, and hand the record to the harness.
+
+        Every process must call it, while the model is still there.
+        """
+        counts, measured = zip(*gather_object([(self.counts, memory(model))]), strict=True)
+        self.counts = Counts.total(counts)
+        self.measured = {
+            **measured[0],
+            "peak_memory_bytes": max(process["peak_memory_bytes"] for process in measured),
+            "processes": len(measured),
+        }
+        seconds, tokens = self.counts.seconds, self.counts.tokens
+        log_metrics(
+            total_elapsed_time=seconds,
+            total_gen_tokens=tokens,
+            avg_speed=tokens / seconds if seconds else 0.0,
+            additional_metrics={**self._numbers(), RESULT_KEY: self},
+        )
+
+    def _numbers(self) -> dict[str, float]:
+        bits = self.facts["bits"].items()
+        return {
+            "qvlm_weight_bytes": self.measured["weight_bytes"],
+            "qvlm_peak_memory_bytes": self.measured["peak_memory_bytes"],
+            "qvlm_search_seconds": self.facts["search_seconds"],
+            "qvlm_parse_failures": self.counts.unreadable.total(),
+            **{f"qvlm_{part}_{kind}_bits": width for part, widths in bits for kind, width in widths.items()},
+        }
+
+    def report(self, task_configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """The JSON object for the results, given the results' ``configs``."""
+        counts = self.counts
+        data = {task: data_origin(config, self.documents.get(task, {})) for task, config in task_configs.items()}
+        return {
+            **self.facts,
+            "calibration": self.facts["calibration"]
+            and {
+                **self.facts["calibration"],
+                "documents_compared": counts.compared,
+                "documents_also_evaluated": len(counts.overlapping),
+            },
+            "data": data,
+            "stand_in": any(origin["stand_in"] for origin in data.values()),
+            "answers": {
+                task: {"generated": count, "parse_failures": counts.unreadable[task]}
+                for task, count in counts.answers.items()
+            },
+            **self.measured,
+        }
+
+
+def memory(model: nn.Module) -> dict[str, Any]:
+    """Bytes held by the model's parameters and buffers (shared storage once), and the process's peak memory."""
+    storages = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            storage = tensor.untyped_storage()
+            storages[tensor.device, storage.data_ptr()] = storage.nbytes()
+    if torch.cuda.is_available() and any(device.type == "cuda" for device, _ in storages):
+        peak = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+        source = "cuda"
+    else:
+        unit = 1 if platform.system() == "Darwin" else 1024
+        peak, source = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
+    return {"weight_bytes": sum(storages.values()), "peak_memory_bytes": peak, "peak_memory_of": source}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes a result."""
+    packages = ("torch", "transformers", "lmms_eval", "datasets", "accelerate", "qvlm_plugin")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def data_origin(config: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a task's documents come from.
+
+    Args:
+        config: the task's configuration, as in the results' ``configs``.
+        splits: the task's data set as loaded, by split.
+
+    Returns:
+        ``dataset``, ``config``, ``split``; ``origin``: ``hub`` with a ``revision``, or ``local`` with a
+        ``content_hash``; ``stand_in``: whether the local folder says, by a file stand_in.json, that it holds other
+        data than its name says.
+    """
+    dataset, split = str(config.get("dataset_path")), config.get("test_split") or config.get("validation_split")
+    origin = {"dataset": dataset, "config": config.get("dataset_name"), "split": split}
+    if files := _local_files(dataset, config.get("dataset_kwargs") or {}):
+        stand_in = (Path(dataset) / "stand_in.json").is_file()
+        return origin | {"origin": "local", "content_hash": content_hash(files), "stand_in": stand_in}
+    return origin | {"origin": "hub", "revision": hub_revision(splits.get(split)), "stand_in": False}
+
+
+def _local_files(dataset: str, options: Mapping[str, Any]) -> list[Path]:
+    """The files of a local data set: those of its folder, or those it lists; none for one from the hub."""
+    if Path(dataset).is_dir():
+        return sorted(path for path in Path(dataset).rglob("*") if path.is_file())
+    listed = options.get("data_files") or ()
+    groups = listed.values() if isinstance(listed, Mapping) else [listed]
+    names = [name for group in groups for name in ([group] if isinstance(group, str) else group)]
+    return sorted(path for name in names if (path := Path(name)).is_file())
+
+
+def content_hash(files: Iterable[Path]) -> str:
+    """SHA-256 over files' names and contents, in the order given."""
+    sha = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            sha.update(f"{file.name}\0".encode())
+            sha.update(hashlib.file_digest(stream, "sha256").digest())
+    return sha.hexdigest()
+
+
+def hub_revision(split: Any) -> str | None:
+    """The commit of a hub data set, by which ``datasets`` names its cache folder; None when that does not tell."""
+    folders = (Path(file["filename"]).parent.name for file in getattr(split, "cache_files", ()))
+    return next((name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)), None)
+
+
+def install() -> None:
+    """Let lmms-eval write provenance, and tell cached responses apart by content. Repeating it changes nothing."""
+    _wrap(EvaluationTracker, "save_results_aggregated", _saving_provenance)
+    _wrap(ResponseCache, "execute", _knowing_identity)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
+    original = getattr(owner, name)
+    if not hasattr(original, "wrapped_by_qvlm"):
+        wrapped = functools.wraps(original)(wrapper(original))
+        wrapped.wrapped_by_qvlm = True
+        setattr(owner, name, wrapped)
+
+
+def _saving_provenance(save: Callable) -> Callable:
+    def save_results_aggregated(self: EvaluationTracker, results: dict, *args: Any, **kwargs: Any) -> None:
+        for metrics in get_logged_metrics_history():
+            if isinstance(record := metrics.get(RESULT_KEY), RunRecord):
+                results[RESULT_KEY] = record.report(results["configs"])
+        save(self, results, *args, **kwargs)
+
+    return save_results_aggregated
+
+
+def _knowing_identity(execute: Callable) -> Callable:
+    # The harness keys cached responses on the text of --model_args, which does not change when a plan, a checkpoint or
+    # a local data set behind the same name does.
+    def execute_with_identity(self: ResponseCache, lm: Any, *args: Any, **kwargs: Any) -> list:
+        if hasattr(lm, "response_identity"):
+            if not hasattr(self, "_model_fingerprint_hash"):
+                raise QVLMError("--use_cache does not work with this version of lmms-eval; leave it out")
+            identity = f"{self.model_fingerprint}|{lm.response_identity()}"
+            self._model_fingerprint_hash = hashlib.sha256(identity.encode()).hexdigest()
+        return execute(self, lm, *args, **kwargs)
+
+    return execute_with_identity

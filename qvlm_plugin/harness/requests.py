@@ -1,0 +1,184 @@
+"""From the harness's request tuples to conversations.
+
+lmms-eval has two request formats, "simple" (a text, and a function that finds the images) and "chat" (a function that
+makes messages). This module is the only place that knows their layout.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.instance import Instance
+from PIL import Image
+
+from qvlm_plugin.conversation import Conversation
+from qvlm_plugin.errors import QVLMError
+
+Documents = Mapping[str, Mapping[str, Any]]
+"""``documents[task][split][doc_id]``, the harness's ``lm.task_dict``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One question to the model.
+
+    Attributes:
+        task, doc_id: which document it is about; for a text without a document, doc_id is None.
+        context: the prompt's text, by whose length requests are sorted and by which the response cache knows them.
+        build: makes the conversation; the document's images are decoded only then.
+        generation: generation arguments as the task gives them; None when a continuation is scored.
+        continuation: the text whose likelihood is asked for.
+        is_padding: whether the harness asks only to keep processes in step and drops the answer.
+        next_round: for multi-round tasks: given the round's index, the answers so far and what the task passes along,
+            the conversation of the next round (None at the end), the answers as the task wants them kept, and what it
+            passes along next.
+    """
+
+    task: str
+    doc_id: int | None
+    context: str
+    build: Callable[[], Conversation]
+    generation: Mapping[str, Any] | None = None
+    continuation: str | None = None
+    is_padding: bool = False
+    next_round: Callable[[int, list[str], Any], tuple[Conversation | None, list[str], Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        """How error messages call it."""
+        return f"document {self.doc_id} of task {self.task}"
+
+    def conversation(self) -> Conversation:
+        """Build the conversation.
+
+        Raises:
+            QVLMError: the document cannot be read, or shows something other than images.
+        """
+        try:
+            return self.build()
+        except Exception as error:
+            raise QVLMError(f"{self.name} cannot be prepared: {' '.join(str(error).split())}") from error
+
+
+def simple_generation(instance: Instance, documents: Documents) -> Request:
+    """A "simple" request to generate: (context, arguments, doc_to_visual, [doc_to_text,] doc_id, task, split)."""
+    context, generation, doc_to_visual, *doc_to_text, doc_id, task, split = instance.args
+    document = partial(_document, documents, task, split, doc_id)
+
+    def next_round(index: int, answers: list[str], info: object) -> tuple[Conversation | None, list[str], Any]:
+        step = doc_to_text[0](document(), previous_output=answers, round_idx=index, previous_round_info=info)
+        visuals, text, finished, kept, info = step
+        kept = answers if kept is None else list(kept)
+        return (None if finished else from_visuals(text, visuals)), kept, info
+
+    return Request(
+        task=task,
+        doc_id=doc_id,
+        context=context,
+        build=lambda: from_visuals(context, doc_to_visual(document())),
+        generation=generation,
+        is_padding=_is_padding(instance),
+        next_round=next_round if doc_to_text else None,
+    )
+
+
+def chat_generation(instance: Instance, documents: Documents) -> Request:
+    """A "chat" request to generate: (context, doc_to_messages, arguments, doc_id, task, split)."""
+    context, doc_to_messages, generation, doc_id, task, split = instance.args
+    document = partial(_document, documents, task, split, doc_id)
+
+    def next_round(index: int, answers: list[str], info: object) -> tuple[Conversation | None, list[str], Any]:
+        step = doc_to_messages(document(), round_idx=index, previous_output=answers, previous_round_info=info)
+        if not (isinstance(step, tuple) and len(step) == 4):  # a task that knows one round only
+            return None, answers, info
+        messages, finished, kept, info = step
+        kept = answers if kept is None else list(kept)
+        return (None if finished else from_messages(messages)), kept, info
+
+    return Request(
+        task=task,
+        doc_id=doc_id,
+        context=context,
+        build=lambda: from_messages(doc_to_messages(document())),
+        generation=generation,
+        is_padding=_is_padding(instance),
+        next_round=next_round,
+    )
+
+
+def scoring(instance: Instance, documents: Documents) -> Request:
+    """A request for a likelihood: (context, continuation, doc_to_visual, doc_id, task, split).
+
+    Only "simple" tasks make them. Without a document, (context, continuation), it asks for the text's own likelihood.
+    """
+    context, continuation, *rest = instance.args
+    if not rest:
+        return Request(
+            task=instance.task_name,
+            doc_id=None,
+            context=context,
+            build=lambda: Conversation.from_prompt(context),
+            continuation=continuation,
+            is_padding=_is_padding(instance),
+        )
+    doc_to_visual, doc_id, task, split = rest
+    document = partial(_document, documents, task, split, doc_id)
+    return Request(
+        task=task,
+        doc_id=doc_id,
+        context=context,
+        build=lambda: from_visuals(context, doc_to_visual(document())),
+        continuation=str(continuation(document())) if callable(continuation) else continuation,
+        is_padding=_is_padding(instance),
+    )
+
+
+def from_visuals(text: str, visuals: Iterable[object] | None) -> Conversation:
+    """One user turn out of a text and its images."""
+    return Conversation.from_prompt(text, [_image(visual) for visual in visuals or ()])
+
+
+def from_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
+    """A conversation out of the harness's messages, whose images lie within their content."""
+    turns, images = [], []
+    for message in messages:
+        content = message["content"]
+        parts = []
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part["type"] == "text":
+                parts.append({"type": "text", "text": part["text"]})
+            elif part["type"] == "image":
+                parts.append({"type": "image"})
+                images.append(_image(part["url"]))
+            else:
+                raise QVLMError(f"it shows {part['type']}; this model reads text and images")
+        turns.append({"role": message["role"], "content": parts})
+    return Conversation(tuple(turns), tuple(images))
+
+
+def with_system_prompt(conversation: Conversation, text: str | None) -> Conversation:
+    """The conversation, opened by a system message when there is a text for one."""
+    if not text:
+        return conversation
+    message = {"role": "system", "content": [{"type": "text", "text": text}]}
+    return Conversation((message, *conversation.messages), conversation.images)
+
+
+def _document(documents: Documents, task: str, split: str, doc_id: int) -> Any:
+    return documents[task][split][doc_id]
+
+
+def _is_padding(instance: Instance) -> bool:
+    return bool(instance.metadata.get("__padding_only__"))
+
+
+def _image(visual: object) -> Image.Image:
+    if isinstance(visual, Image.Image):
+        return visual
+    if isinstance(visual, str) and Path(visual).suffix.lower() in Image.registered_extensions():
+        with Image.open(visual) as image:
+            return image.convert("RGB")
+    kind = visual.get("type", "a dict") if isinstance(visual, dict) else repr(visual)[:80]
+    raise QVLMError(f"it shows {kind}; this model reads text and images")

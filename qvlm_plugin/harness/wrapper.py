@@ -1,0 +1,355 @@
+"""The models that lmms-eval runs: a vision-language model, quantized while it is loaded.
+
+``QVLMSimple`` and ``QVLMChat`` differ only in the harness's request format that they read.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.utils import Collator
+from tqdm import tqdm
+from transformers import StoppingCriteriaList
+
+from qvlm_plugin import planning, plugins
+from qvlm_plugin.conversation import Conversation, encode, to_device
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness import provenance
+from qvlm_plugin.harness.arguments import ModelArguments, parse_arguments
+from qvlm_plugin.harness.generation import Generation, StopAtText, read_generation
+from qvlm_plugin.harness.requests import (
+    Documents,
+    Request,
+    chat_generation,
+    scoring,
+    simple_generation,
+    with_system_prompt,
+)
+from qvlm_plugin.harness.task_source import read_calibration
+from qvlm_plugin.models.loading import LoadedModel, load
+from qvlm_plugin.plan import RoundingPlan
+
+
+class _QVLM(lmms):
+    """What both formats share."""
+
+    read_request: ClassVar[Callable[[Instance, Documents], Request]]
+
+    def __init__(self, **values: Any) -> None:
+        """Load a model, and quantize it by a searched or a saved plan.
+
+        Args:
+            values: see `ModelArguments`; unknown ones are options of the quantization method.
+
+        Raises:
+            QVLMError: an argument is not allowed, or what it names cannot be used. The cheap checks come first.
+        """
+        super().__init__()
+        arguments = parse_arguments(values)
+        plugins.kernels(arguments.backend)
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self._device = _device(arguments, self.accelerator)
+        system_prompt = arguments.system_prompt and self._resolve_system_prompt(arguments.system_prompt)
+        self._system_prompt = system_prompt
+
+        if arguments.plan is not None:
+            request, plan = None, RoundingPlan.load(arguments.plan)
+        else:
+            request = planning.check_request(arguments.method, arguments.scheme, arguments.options)
+            calibration = None
+            if request.needs_calibration and arguments.calibration:
+                with self.accelerator.main_process_first():  # one process fills the data sets' cache
+                    calibration = self._read_calibration(arguments)
+        loaded = self._load(arguments)
+        if request is not None:
+            plan = planning.obtain_plan(loaded, request, calibration, arguments.cache)
+        planning.apply(plan, loaded, arguments.backend)
+
+        self._model, self._processor = loaded.model, loaded.processor
+        if arguments.device_map is not None:
+            self._device = self._model.device
+        self._batch_size = arguments.batch_size
+        self._max_new_tokens = arguments.max_new_tokens
+        self._allow_overlap = arguments.allow_overlap
+        self.record = provenance.RunRecord(
+            facts=self._facts(arguments, loaded, plan),
+            calibration_digests=frozenset(plan.calibration.digests if plan.calibration else ()),
+            documents=self.task_dict,
+        )
+        provenance.install()
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go, and what processes exchange."""
+        return self._device
+
+    @property
+    def batch_size(self) -> int:
+        """Documents per forward pass."""
+        return self._batch_size
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer each request; answers come in the order of the requests.
+
+        Raises:
+            QVLMError: a generation argument or a document cannot be used, or a document was calibrated on.
+            RuntimeError: generation failed; it names the documents.
+        """
+        items = self._prepare(requests, self.read_request)
+        results = self._generate(items)
+        for item, result in zip(items, results, strict=True):
+            self.cache_hook.add_partial("generate_until", (item.context, item.generation), result.text)
+        return results
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """Answer each request round by round, as long as its task asks on; returns the answers of all rounds.
+
+        Raises:
+            QVLMError, RuntimeError: as `generate_until`.
+        """
+        items = self._prepare(requests, self.read_request)
+        answers: list[list[str]] = [[] for _ in items]
+        passed_along: list[Any] = [None] * len(items)
+        current, active, index = list(items), list(range(len(items))), 0
+        while active:
+            for row, result in zip(active, self._generate([current[row] for row in active]), strict=True):
+                answers[row].append(result.text)
+            index += 1
+            still_active = []
+            for row in active:
+                if (advance := items[row].next_round) is None:
+                    continue
+                try:
+                    following, answers[row], passed_along[row] = advance(index, answers[row], passed_along[row])
+                except Exception as error:
+                    raise QVLMError(f"{items[row].name}: round {index + 1} cannot be prepared: {error}") from error
+                if following is not None:
+                    current[row] = replace(items[row], build=lambda conversation=following: conversation)
+                    still_active.append(row)
+            active = still_active
+        return answers
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """For each request the log-probability of its continuation, and whether greedy decoding would produce it.
+
+        Raises:
+            QVLMError, RuntimeError: as `generate_until`.
+        """
+        items = self._prepare(requests, scoring)
+        order = Collator(items, sort_fn=lambda item: -len(item.context + item.continuation))
+        results = []
+        with self._progress(len(items), "Scoring") as progress:
+            for batch in order.get_batched(n=self._batch_size):
+                results += self._score(batch)
+                progress.update(len(batch))
+        results = order.get_original(results)
+        for item, result in zip(items, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood", (item.context, item.continuation), result)
+        return results
+
+    def clean(self) -> None:
+        """Close the run's record, then free the model; the harness calls it before it scores."""
+        if hasattr(self, "_model"):
+            self.record.finish(self._model)
+        super().clean()
+
+    def response_identity(self) -> str:
+        """What answers depend on, beyond the text of ``--model_args``: the response cache tells by it."""
+        files = sorted(
+            file["filename"]
+            for splits in self.task_dict.values()
+            for split in splits.values()
+            for file in getattr(split, "cache_files", ())
+        )
+        names = ("model_fingerprint", "plan_hash", "backend", "dtype", "prompt_format", "system_prompt", "versions")
+        return json.dumps([{name: self.record.facts[name] for name in names}, files], sort_keys=True)
+
+    def _prepare(self, requests: Sequence[Instance], read: Callable[[Instance, Documents], Request]) -> list[Request]:
+        items = [read(instance, self.task_dict) for instance in requests]
+        items = [replace(item, build=self._with_system_prompt(item.build)) for item in items]
+        self.record.compare(items, allow_overlap=self._allow_overlap, show_progress=self.rank == 0)
+        return items
+
+    def _with_system_prompt(self, build: Callable[[], Conversation]) -> Callable[[], Conversation]:
+        return lambda: with_system_prompt(build(), self._system_prompt)
+
+    def _generate(self, items: Sequence[Request]) -> list[GenerationResult]:
+        """Answer in batches of equal generation arguments, the longest questions first."""
+        pairs = [(item, read_generation(item.generation, self._max_new_tokens, item.task)) for item in items]
+        order = Collator(
+            pairs, sort_fn=lambda pair: -len(pair[0].context), group_fn=lambda pair: pair[0].generation, grouping=True
+        )
+        # What was drawn while loading (a search, or none when the plan was cached) must not change sampled answers.
+        torch.manual_seed(torch.initial_seed())
+        results: list[GenerationResult] = []
+        with self._progress(len(items), "Generating") as progress:
+            for batch in order.get_batched(n=self._batch_size):
+                results += self._answer([item for item, _ in batch], batch[0][1])
+                progress.update(len(batch))
+        return order.get_original(results)
+
+    @torch.inference_mode()
+    def _answer(self, batch: Sequence[Request], generation: Generation) -> list[GenerationResult]:
+        conversations = [item.conversation() for item in batch]
+        tokenizer = self._processor.tokenizer
+        if generation.seed is not None:
+            torch.manual_seed(generation.seed)
+        start = time.perf_counter()
+        try:
+            inputs, _ = encode(self._processor, conversations)
+            prompt_lengths, width = inputs["attention_mask"].sum(dim=1).tolist(), inputs["input_ids"].shape[1]
+            stops = [StopAtText(generation.stops, tokenizer, width)] if generation.stops else []
+            output = self._model.generate(
+                **to_device(inputs, self._device, self._model.dtype),
+                **generation.arguments,
+                pad_token_id=tokenizer.pad_token_id,
+                stopping_criteria=StoppingCriteriaList(stops),
+            )
+            tokens = output[:, width:].cpu()
+        except Exception as error:
+            raise _failure("generation", batch, error) from error
+        self.record.counts.seconds += time.perf_counter() - start
+        texts = tokenizer.batch_decode(
+            tokens, skip_special_tokens=generation.skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        results = []
+        for item, text, row, prompt_length in zip(batch, texts, tokens, prompt_lengths, strict=True):
+            count = int((row != tokenizer.pad_token_id).sum())
+            answer = generation.cut(text)
+            self.record.count(item, answer, count)
+            results.append(GenerationResult(answer, TokenCounts(input_tokens=prompt_length, output_tokens=count)))
+        return results
+
+    @torch.inference_mode()
+    def _score(self, batch: Sequence[Request]) -> list[tuple[float, bool]]:
+        conversations = [item.conversation() for item in batch]
+        try:
+            inputs, mask = encode(self._processor, conversations, [item.continuation for item in batch])
+            positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+            kept = int(mask.sum(dim=1).max())  # padding is on the left, so every continuation ends the row
+            logits = self._model(
+                **to_device(inputs, self._device, self._model.dtype),
+                position_ids=positions.to(self._device),
+                logits_to_keep=kept + 1,
+                use_cache=False,
+            ).logits[:, :-1]
+        except Exception as error:
+            raise _failure("scoring", batch, error) from error
+        mask, targets = mask[:, -kept:].to(logits.device), inputs["input_ids"][:, -kept:].to(logits.device)
+        log_probabilities = logits.float().log_softmax(dim=-1)
+        chosen = log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        sums = chosen.masked_fill(~mask, 0.0).sum(dim=1)
+        greedy = ((log_probabilities.argmax(dim=-1) == targets) | ~mask).all(dim=1)
+        return list(zip(sums.tolist(), greedy.tolist(), strict=True))
+
+    def _progress(self, total: int, what: str) -> tqdm:
+        return tqdm(total=total, desc=what, disable=self.rank != 0)
+
+    def _read_calibration(self, arguments: ModelArguments) -> planning.CalibrationSet:
+        """The calibration samples, with the same system prompt that evaluated documents get."""
+        calibration = read_calibration(
+            arguments.calibration,
+            arguments.images,
+            arguments.seed,
+            chat=not self.is_simple,
+            allow_overlap=arguments.allow_overlap,
+        )
+        samples = [
+            replace(sample, conversation=with_system_prompt(sample.conversation, self._system_prompt))
+            for sample in calibration.samples
+        ]
+        return replace(calibration, samples=tuple(samples))
+
+    def _load(self, arguments: ModelArguments) -> LoadedModel:
+        pretrained = arguments.pretrained
+        if pretrained == "demo":
+            from qvlm_plugin.demo import model as demo  # its packages are needed for nothing else
+
+            with self.accelerator.main_process_first():
+                pretrained = str(demo.build())
+        return load(
+            pretrained,
+            revision=arguments.revision,
+            dtype=arguments.dtype,
+            device=self._device,
+            device_map=arguments.device_map,
+            attn_implementation=arguments.attn_implementation,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+
+    def _facts(self, arguments: ModelArguments, loaded: LoadedModel, plan: RoundingPlan) -> dict[str, Any]:
+        calibration = plan.calibration and {
+            "source": plan.calibration.source,
+            "seed": plan.calibration.seed,
+            "documents": len(plan.calibration.digests),
+        }
+        on_cuda = loaded.model.device.type == "cuda"
+        return {
+            "method": plan.method,
+            "scheme": plan.scheme,
+            "options": dict(plan.options),
+            "bits": plan.effective_bits(),
+            "table_hash": plan.table_hash,
+            "plan_hash": plan.hash,
+            "backend": arguments.backend,
+            "calibration": calibration,
+            "search_seconds": plan.search_seconds,
+            "pretrained": arguments.pretrained,
+            "revision": arguments.revision,
+            "model_fingerprint": loaded.fingerprint,
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(loaded.model.device) if on_cuda else loaded.model.device.type,
+            "attn_implementation": loaded.model.config._attn_implementation,
+            "image_processor": type(loaded.processor.image_processor).__name__,
+            "prompt_format": "simple" if self.is_simple else "chat",
+            "system_prompt": self._system_prompt,
+            "versions": provenance.versions(),
+        }
+
+
+class QVLMSimple(_QVLM):
+    """Reads "simple" requests (``--force_simple``)."""
+
+    is_simple = True
+    read_request = staticmethod(simple_generation)
+
+
+class QVLMChat(_QVLM):
+    """Reads "chat" requests."""
+
+    is_simple = False
+    read_request = staticmethod(chat_generation)
+
+
+def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:
+    """This process's device."""
+    try:
+        wanted = torch.device(arguments.device) if arguments.device else accelerator.device
+    except RuntimeError as error:
+        raise QVLMError(f"device={arguments.device!r} is not a device; write cpu, cuda or cuda:N") from error
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise QVLMError(f"device={arguments.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if accelerator.num_processes == 1:
+        return wanted
+    if arguments.device_map is not None:
+        raise QVLMError(
+            f"device_map={arguments.device_map} spreads one process's model over all devices; start a single process"
+        )
+    if wanted.type != accelerator.device.type:
+        raise QVLMError(
+            f"device={arguments.device}: the {accelerator.num_processes} processes communicate on "
+            f"{accelerator.device.type}; leave device out, or set ACCELERATE_USE_CPU=true for cpu"
+        )
+    return accelerator.device
+
+
+def _failure(what: str, batch: Sequence[Request], error: Exception) -> RuntimeError:
+    names = ", ".join(item.name for item in batch)
+    return RuntimeError(f"{what} failed for {names}: {type(error).__name__}: {' '.join(str(error).split())}")

@@ -1,85 +1,15 @@
-"""A tiny, randomly initialised LLaVA in the Hugging Face layout, for tests that need a model's shape but not its wits."""
+"""Fixtures that many tests share."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from tiny_llava import random_image, write_tiny_llava
 
+from qvlm_plugin.calibration import CalibrationSet, Sample
+from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.models.loading import load
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() + ':' }}"
-    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
-    "{{ '</s>' if message['role'] == 'assistant' else '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-
-
-def write_tiny_llava(directory, *, seed=0, hidden=32, layers=2, vision_layers=3):
-    """Write a random LLaVA (CLIP tower, two-layer projector, grouped-query Llama) with a byte-level tokenizer."""
-    torch.manual_seed(seed)
-    specials = ["<pad>", "<s>", "</s>", "<image>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(specials + alphabet)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=["<image>"],
-        padding_side="left",
-    )
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=24, intermediate_size=40, num_hidden_layers=vision_layers, num_attention_heads=2,
-            image_size=28, patch_size=14, projection_dim=16,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(vocabulary), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        ),
-        image_token_index=3, vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=4,
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():  # random weights of a size that lets tokens and images matter
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(std=0.15)
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=1,
-    )
-    model.save_pretrained(directory)
-    processor.save_pretrained(directory)
-    return directory
-
-
-def random_image(seed, size=28):
-    """A small RGB image of noise."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 @pytest.fixture(scope="session")
@@ -92,3 +22,13 @@ def tiny_llava(tmp_path_factory):
 def loaded(tiny_llava):
     """A freshly loaded tiny LLaVA."""
     return load(str(tiny_llava), dtype="float32")
+
+
+@pytest.fixture
+def calibration():
+    """Five samples with images, one of them without."""
+    samples = [
+        Sample(Conversation.from_prompt(f"what is {index}?", [random_image(index)] if index else []), f"answer {index}")
+        for index in range(5)
+    ]
+    return CalibrationSet(tuple(samples))

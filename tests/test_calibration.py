@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import random_image
+from tiny_llava import random_image
 
 from qvlm_plugin.calibration import (
     CalibrationSet,

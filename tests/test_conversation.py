@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import random_image
+from tiny_llava import random_image
 
 from qvlm_plugin.conversation import Conversation, encode, render, render_answer
 from qvlm_plugin.errors import QVLMError

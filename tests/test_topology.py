@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import write_tiny_llava
+from tiny_llava import write_tiny_llava
 from torch import nn
 
 from qvlm_plugin import plugins
@@ -63,7 +63,7 @@ def test_a_topology_of_another_model_is_an_error(loaded):
 
 def test_unknown_families_are_named(loaded):
     loaded.model.config.vision_config.model_type = "resnet"
-    with pytest.raises(QVLMError, match="'resnet'.*known towers are clip_vision_model"):
+    with pytest.raises(QVLMError, match=r"'resnet'.*known towers are clip_vision_model"):
         plugins.topology(loaded.model.config)
     loaded.model.config.model_type = "gpt-image"
     with pytest.raises(QVLMError, match="'gpt-image' is not supported"):

@@ -1,0 +1,120 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny_llava import logits_of
+from torch import nn
+
+from qvlm_plugin import planning, plugins
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.plan import RoundingPlan, apply_plan
+from qvlm_plugin.topology import linear_layers
+
+
+@pytest.fixture
+def plan(loaded, calibration):
+    request = planning.check_request("rtn", "w4a4+vision:w8a8", {"group_size": 16})
+    return planning.obtain_plan(loaded, request, calibration, cache=None)
+
+
+def apply(plan, loaded):
+    apply_plan(plan, loaded.model, loaded.fingerprint, plugins.kernels("reference"))
+
+
+def test_saving_and_loading_keeps_everything(plan, tmp_path):
+    again = RoundingPlan.load(plan.save(tmp_path / "plan"))
+    assert again.hash == plan.hash and again.table_hash == plan.table_hash
+    assert again.modules == plan.modules and again.calibration == plan.calibration
+    assert (again.method, again.scheme, again.options) == (plan.method, plan.scheme, plan.options)
+    assert again.search_seconds == plan.search_seconds
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in plan.tensors.items())
+
+
+def test_saving_replaces_an_older_plan_and_nothing_else(plan, tmp_path):
+    plan.save(tmp_path / "plan")
+    newer = dataclasses.replace(plan, search_seconds=123.0)
+    assert RoundingPlan.load(newer.save(tmp_path / "plan")).search_seconds == 123.0
+    assert [file.name for file in tmp_path.iterdir()] == ["plan"]  # nothing half-written lies about
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("dear to someone")
+    with pytest.raises(QVLMError, match="holds other files"):
+        plan.save(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_the_hash_follows_what_the_plan_does(plan):
+    assert dataclasses.replace(plan, search_seconds=1e9, method="other").hash == plan.hash
+    name = next(iter(plan.tensors))
+    assert dataclasses.replace(plan, tensors={**plan.tensors, name: plan.tensors[name] + 1}).hash != plan.hash
+    assert dataclasses.replace(plan, modules=plan.modules[1:]).hash != plan.hash
+    assert dataclasses.replace(plan, model="another").hash != plan.hash
+
+
+def test_every_linear_is_listed_and_every_planned_one_replaced(plan, loaded):
+    before = linear_layers(loaded.model)
+    assert [module.name for module in plan.modules] == list(before)
+    apply(plan, loaded)
+    for module in plan.modules:
+        replaced = loaded.model.get_submodule(module.name)
+        assert isinstance(replaced, nn.Linear if module.is_identity else QuantLinear)
+    assert {module.part for module in plan.modules if module.is_identity} == {"unused", "other"}
+
+
+def test_effective_bits_count_scales_and_zero_points(plan):
+    bits = plan.effective_bits()
+    assert bits["decoder"] == {"weight": pytest.approx(4 + (16 + 4) / 16), "activation": 4}
+    assert 8 < bits["vision"]["weight"] <= 8 + 24 / 8 and bits["vision"]["activation"] == 8
+    assert bits["unused"] == bits["other"] == {"weight": 16, "activation": 16}
+
+
+def test_a_plan_for_another_model_is_refused_and_the_model_kept(plan, loaded):
+    def refuses(changed, message):
+        before = linear_layers(loaded.model)
+        with pytest.raises(QVLMError, match=message):
+            apply(changed, loaded)
+        assert linear_layers(loaded.model) == before
+
+    first = plan.modules[0]
+    refuses(dataclasses.replace(plan, model="f" * 64), "another model")
+    refuses(dataclasses.replace(plan, modules=plan.modules[1:]), f"leaves out 1 .*{first.name}")
+    stranger = first.model_copy(update={"name": "model.stranger"})
+    refuses(dataclasses.replace(plan, modules=(*plan.modules, stranger)), "does not have.*stranger")
+    reshaped = first.model_copy(update={"shape": (1, 2)})
+    refuses(dataclasses.replace(plan, modules=(reshaped, *plan.modules[1:])), r"as \(1, 2\)")
+    name = f"{plan.modules[-2].site}/lower"
+    without = {key: tensor for key, tensor in plan.tensors.items() if key != name}
+    refuses(dataclasses.replace(plan, tensors=without), name)
+    refuses(dataclasses.replace(plan, tensors={**plan.tensors, name: plan.tensors[name] * float("nan")}), name)
+
+
+def test_damaged_folders_are_named(plan, tmp_path):
+    folder = plan.save(tmp_path / "plan")
+    blob, header = (folder / "plan.safetensors").read_bytes(), (folder / "plan.json").read_text()
+    with pytest.raises(QVLMError, match=r"plan\.json is missing"):
+        RoundingPlan.load(tmp_path / "absent")
+    (folder / "plan.safetensors").write_bytes(blob[:-1])
+    with pytest.raises(QVLMError, match=r"plan\.safetensors is truncated or altered"):
+        RoundingPlan.load(folder)
+    (folder / "plan.safetensors").write_bytes(blob)
+    for content, message in [
+        (header[:-20], "not a plan"),
+        ("[]", "not a plan"),
+        (json.dumps({**json.loads(header), "surprise": 1}), "not a plan"),
+        (json.dumps({**json.loads(header), "format_version": 99}), "this version reads up to 1"),
+    ]:
+        (folder / "plan.json").write_text(content)
+        with pytest.raises(QVLMError, match=message):
+            RoundingPlan.load(folder)
+
+
+def test_a_16_bit_plan_is_the_identity_bit_for_bit(loaded, calibration):
+    inputs, _ = next(calibration.batches(loaded.processor, 5))
+    before = logits_of(loaded.model, inputs)
+    for method in ("none", "rtn", "qlora"):
+        request = planning.check_request(method, "w16a16", {})
+        plan = planning.obtain_plan(loaded, request, calibration, cache=None)
+        assert not request.needs_calibration and plan.calibration is None
+        apply(plan, loaded)
+        assert torch.equal(logits_of(loaded.model, inputs), before)

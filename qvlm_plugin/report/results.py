@@ -39,12 +39,19 @@ def read_results(paths: Sequence[Path]) -> list[Score]:
     """The scores in results files, or in all ``*_results.json`` below folders.
 
     Raises:
-        QVLMError: there is no results file, or one is not readable.
+        QVLMError: a folder has no results file (lmms-eval exits with 0 even when an evaluation failed), or a file is
+            not readable.
     """
-    files = [file for path in paths for file in (sorted(path.rglob("*_results.json")) if path.is_dir() else [path])]
+    return [score for path in paths for file in _results_files(path) for score in _read_file(file)]
+
+
+def _results_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.rglob("*_results.json"))
     if not files:
-        raise QVLMError(f"no *_results.json in {', '.join(map(str, paths))}")
-    return [score for file in files for score in _read_file(file)]
+        raise QVLMError(f"{path} has no *_results.json: the evaluation failed, or wrote elsewhere")
+    return files
 
 
 def _read_file(file: Path) -> Iterator[Score]:
@@ -100,13 +107,13 @@ def _cell(score: Score) -> str:
 
 
 def _bits(run: dict[str, Any]) -> str:
-    decoder = run.get("effective_bits", {}).get("decoder")
+    decoder = run.get("bits", {}).get("decoder")
     return f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else "?"
 
 
 def _notes(row: Sequence[Score], run: dict[str, Any]) -> str:
     notes = []
-    if run.get("stand_in_data"):
+    if run.get("stand_in"):
         notes.append("stand-in data")
     if any(score.limited for score in row):
         notes.append(f"limit {min(score.documents for score in row)}")

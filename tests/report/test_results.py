@@ -29,7 +29,7 @@ def test_scores_keep_their_error_count_and_provenance(tmp_path):
 
 def test_the_table_marks_stand_in_data_limits_and_foreign_runs(tmp_path):
     bits = {"decoder": {"weight": 4.127, "activation": 4.0}}
-    qvlm = {"method": "qlora", "scheme": "w4a4", "effective_bits": bits, "stand_in_data": True}
+    qvlm = {"method": "qlora", "scheme": "w4a4", "bits": bits, "stand_in": True}
     files = [write(tmp_path, "a", 0.923, effective=50, qvlm=qvlm), write(tmp_path, "b", 0.5)]
     console = Console(width=200, record=True)
     console.print(results_table(read_results(files)))
@@ -39,7 +39,7 @@ def test_the_table_marks_stand_in_data_limits_and_foreign_runs(tmp_path):
 
 
 def test_what_is_not_a_results_file_is_named(tmp_path):
-    with pytest.raises(QVLMError, match=r"no \*_results\.json"):
+    with pytest.raises(QVLMError, match=r"has no \*_results\.json"):
         read_results([tmp_path])
     file = write(tmp_path, "a", 0.5)
     file.write_text(file.read_text()[:30])

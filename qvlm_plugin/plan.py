@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -233,8 +234,9 @@ def apply_plan(plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: 
             for name in module.activation.parameters
         }
         quantized = QuantLinear.from_linear(linear, module.weight, module.activation, parameters, chosen[module.name])
-        parent, _, attribute = module.name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, quantized)
+        if hasattr(linear, "_hf_hook"):  # accelerate's: it brings inputs to the device of a dispatched model's layer
+            add_hook_to_module(quantized, linear._hf_hook)
+        model.set_submodule(module.name, quantized)
 
 
 def _require_same_linears(plan: RoundingPlan, linears: Mapping[str, nn.Linear]) -> None:

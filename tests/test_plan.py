@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from tiny_llava import logits_of
 from torch import nn
 
@@ -60,6 +61,17 @@ def test_every_linear_is_listed_and_every_planned_one_replaced(plan, loaded):
         replaced = loaded.model.get_submodule(module.name)
         assert isinstance(replaced, nn.Linear if module.is_identity else QuantLinear)
     assert {module.part for module in plan.modules if module.is_identity} == {"unused", "other"}
+
+
+def test_a_dispatched_model_keeps_its_device_hooks(plan, loaded, calibration):
+    inputs, _ = next(calibration.batches(loaded.processor, 5))
+    dispatch_model(loaded.model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    hooked = {name for name, module in linear_layers(loaded.model).items() if hasattr(module, "_hf_hook")}
+    apply(plan, loaded)
+    quantized = {name for name, module in loaded.model.named_modules() if isinstance(module, QuantLinear)}
+    assert quantized & hooked
+    assert all(hasattr(loaded.model.get_submodule(name), "_hf_hook") for name in quantized & hooked)
+    assert logits_of(loaded.model, inputs).isfinite().all()
 
 
 def test_effective_bits_count_scales_and_zero_points(plan):

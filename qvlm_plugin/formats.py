@@ -30,20 +30,32 @@ class WeightFormat(_Format):
         group_size: for ``int``: input channels that share a scale; None shares it along each output channel.
         symmetric: for ``int``: no fitted zero point.
         double_quantization: for ``nf``: the block scales are themselves quantized to 8 bits.
+        clipped: the groups' ranges are narrowed by a parameter ``clip`` (one factor in (0, 1] for each group).
     """
 
     kind: Literal["none", "int", "nf"] = "none"
     group_size: int | None = Field(None, ge=1)
     symmetric: bool = False
     double_quantization: bool = False
+    clipped: bool = False
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the tensors a plan holds for each Linear of this format."""
+        return ("clip",) if self.clipped else ()
+
+    def groups(self, shape: tuple[int, int]) -> int:
+        """How many scales a weight of this shape has."""
+        rows, columns = shape
+        if self.kind == "nf":
+            return ceil(rows * columns / NF_BLOCK)
+        return rows * (ceil(columns / self.group_size) if self.group_size else 1)
 
     def effective_bits(self, shape: tuple[int, int]) -> float:
         """Bits per weight when packed: the code and its share of 16-bit scales, zero points and block scales."""
         if self.kind == "int":
             metadata = 16 + (0 if self.symmetric else self.bits)
-            columns = shape[1]
-            groups = ceil(columns / self.group_size) if self.group_size else 1
-            return self.bits + metadata * groups / columns
+            return self.bits + metadata * self.groups(shape) / (shape[0] * shape[1])
         if self.kind == "nf":
             scale = 8 + 32 / SCALE_BLOCK if self.double_quantization else 32
             return self.bits + scale / NF_BLOCK

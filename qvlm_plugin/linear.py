@@ -41,7 +41,7 @@ class QuantLinear(nn.Module):
         parameters: Mapping[str, Tensor],
         kernel: Kernel,
     ) -> "QuantLinear":
-        """Quantize ``linear``; ``parameters`` are those that the activation format names."""
+        """Quantize ``linear``; ``parameters`` are those that the two formats name."""
         tensors = kernel.prepare(linear.weight.detach(), weight_format, activation_format, parameters)
         shape = (linear.out_features, linear.in_features)
         return cls(tensors, linear.bias, weight_format, activation_format, kernel, shape)

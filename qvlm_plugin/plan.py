@@ -64,6 +64,31 @@ class ModulePlan(_Record):
         return self.weight.kind == "none" and self.activation.kind == "none"
 
 
+class Fold(_Record):
+    """Per-channel scales that move between a module and the Linears that read it, without changing their product.
+
+    The producer's output channels are divided by the plan's tensor ``<site>/scale``, the columns of the site's Linears
+    multiplied by it (AWQ's equivalent transformation).
+
+    Attributes:
+        site: whose Linears read the producer.
+        producer: full name of a norm or Linear.
+        head_dim: for a producer with fewer heads than its readers (values under grouped-query attention): the width of
+            a head, each of which is read several times in a row; None where channels correspond one to one.
+    """
+
+    site: str
+    producer: str
+    head_dim: int | None = None
+
+    def spread(self, scale: Tensor, width: int) -> Tensor:
+        """The scale of each of ``width`` channels read: [width], from ``scale`` [channels produced]."""
+        if self.head_dim is None:
+            return scale
+        heads = scale.view(-1, self.head_dim)
+        return heads.repeat_interleave(width // scale.numel(), dim=0).flatten()
+
+
 class CalibrationRecord(_Record):
     """Which documents a plan was fitted on."""
 
@@ -86,6 +111,8 @@ class _Header(_Record):
     search_seconds: float
     tensors_sha256: str
     modules: tuple[ModulePlan, ...]
+    folds: tuple[Fold, ...]
+    replaced: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +123,10 @@ class RoundingPlan:
         method, scheme, options: what was asked for.
         model: fingerprint of the checkpoint the plan belongs to (`LoadedModel.fingerprint`).
         modules: every Linear of the model.
-        tensors: the formats' parameters, named ``<site>/<parameter>``; see `ActivationFormat`.
+        tensors: ``<site>/<parameter>`` of activation formats, ``<linear>/<parameter>`` of weight formats,
+            ``<site>/scale`` of folds, ``<name>/value`` of replaced parameters.
+        folds: scales to move between modules before quantizing, in this order.
+        replaced: names of the model's own parameters that take new values (trained norms) before anything else.
         calibration: the documents used, None for data-free methods.
         search_seconds: wall time of the fit.
     """
@@ -107,18 +137,26 @@ class RoundingPlan:
     model: str
     modules: tuple[ModulePlan, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    folds: tuple[Fold, ...] = ()
+    replaced: tuple[str, ...] = ()
     calibration: CalibrationRecord | None = None
     search_seconds: float = 0.0
 
     @property
     def hash(self) -> str:
         """SHA-256 of what the plan does: model, modules and tensors; not of how long it took or where it lies."""
-        return hashlib.sha256(f"{self.model}{self.table_hash}{_digest(_serialize(self.tensors))}".encode()).hexdigest()
+        edits = json.dumps([[fold.model_dump() for fold in self.folds], self.replaced])
+        parts = (self.model, self.table_hash, edits, _digest(_serialize(self.tensors)))
+        return _digest("|".join(parts).encode())
 
     @property
     def table_hash(self) -> str:
         """SHA-256 of the per-module table alone."""
         return _digest(json.dumps([module.model_dump() for module in self.modules], sort_keys=True).encode())
+
+    def readers(self, site: str) -> tuple[str, ...]:
+        """Names of the Linears at a site."""
+        return tuple(module.name for module in self.modules if module.site == site)
 
     def effective_bits(self) -> dict[str, dict[str, float]]:
         """Mean bits of each part's weights (scales and zero points included) and input elements, by weight count."""
@@ -149,6 +187,8 @@ class RoundingPlan:
             search_seconds=self.search_seconds,
             tensors_sha256=_digest(blob),
             modules=self.modules,
+            folds=self.folds,
+            replaced=self.replaced,
         )
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
@@ -219,24 +259,40 @@ def apply_plan(plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: 
         )
     linears = linear_layers(model)
     _require_same_linears(plan, linears)
-    chosen = {}
-    for module in plan.modules:
-        if not module.is_identity:
-            device = linears[module.name].weight.device
-            chosen[module.name] = _choose(kernels, module, device)
-            _require_tensors(plan, module)
-    for module in plan.modules:
-        if module.is_identity:
-            continue
-        linear = linears.pop(module.name)
-        parameters = {
-            name: plan.tensors[f"{module.site}/{name}"].to(linear.weight.device)
-            for name in module.activation.parameters
-        }
-        quantized = QuantLinear.from_linear(linear, module.weight, module.activation, parameters, chosen[module.name])
+    _require_tensors(plan, model)
+    quantized = [module for module in plan.modules if not module.is_identity]
+    chosen = [_choose(kernels, module, linears[module.name].weight.device) for module in quantized]
+    with torch.no_grad():
+        for name in plan.replaced:
+            model.get_parameter(name).copy_(plan.tensors[f"{name}/value"])
+        for fold in plan.folds:
+            _apply_fold(fold, plan.tensors[f"{fold.site}/scale"], model, plan.readers(fold.site))
+    for module, kernel in zip(quantized, chosen, strict=True):
+        linear = linears.pop(module.name)  # popped, so that its weight is freed once it is quantized
+        parameters = {name: plan.tensors[key].to(linear.weight.device) for name, key in _tensor_keys(module).items()}
+        layer = QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
         if hasattr(linear, "_hf_hook"):  # accelerate's: it brings inputs to the device of a dispatched model's layer
-            add_hook_to_module(quantized, linear._hf_hook)
-        model.set_submodule(module.name, quantized)
+            add_hook_to_module(layer, linear._hf_hook)
+        model.set_submodule(module.name, layer)
+
+
+def _apply_fold(fold: Fold, scale: Tensor, model: nn.Module, readers: tuple[str, ...]) -> None:
+    producer = model.get_submodule(fold.producer)
+    scale = scale.to(producer.weight.device, torch.float32)
+    # A norm scales its output channel by channel; a Linear's output channels are the rows of its weight.
+    rows = scale if producer.weight.dim() == 1 else scale.unsqueeze(1)
+    producer.weight.copy_(producer.weight.float() / rows)
+    if getattr(producer, "bias", None) is not None:
+        producer.bias.copy_(producer.bias.float() / scale)
+    for name in readers:
+        weight = model.get_submodule(name).weight
+        weight.copy_(weight.float() * fold.spread(scale, weight.shape[1]).to(weight.device))
+
+
+def _tensor_keys(module: ModulePlan) -> dict[str, str]:
+    """The plan's tensor for each parameter that a module's formats name."""
+    activation = {name: f"{module.site}/{name}" for name in module.activation.parameters}
+    return activation | {name: f"{module.name}/{name}" for name in module.weight.parameters}
 
 
 def _require_same_linears(plan: RoundingPlan, linears: Mapping[str, nn.Linear]) -> None:
@@ -262,14 +318,25 @@ def _choose(kernels: tuple[Kernel, ...], module: ModulePlan, device: torch.devic
     )
 
 
-def _require_tensors(plan: RoundingPlan, module: ModulePlan) -> None:
-    for name in module.activation.parameters:
-        tensor = plan.tensors.get(f"{module.site}/{name}")
-        size = module.shape[1] if module.activation.kind == "static_channel" else 1
+def _require_tensors(plan: RoundingPlan, model: nn.Module) -> None:
+    """Every tensor that applying the plan reads is there, finite and of the right size."""
+    sizes = {}
+    for module in plan.modules:
+        for name, key in _tensor_keys(module).items():
+            sizes[key] = {"clip_ratio": 1, "clip": module.weight.groups(module.shape)}.get(name, module.shape[1])
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    for name in plan.replaced:
+        if name not in parameters:
+            raise QVLMError(f"plan replaces {name}, which is not a parameter of the model")
+        sizes[f"{name}/value"] = parameters[name].numel()
+    for fold in plan.folds:
+        if fold.producer not in modules or not plan.readers(fold.site):
+            raise QVLMError(f"plan folds scales from {fold.producer} into {fold.site}, which the model does not have")
+        sizes[f"{fold.site}/scale"] = len(modules[fold.producer].weight)
+    for key, size in sizes.items():
+        tensor = plan.tensors.get(key)
         if tensor is None or tensor.numel() != size or not tensor.isfinite().all():
-            raise QVLMError(
-                f"plan has no finite tensor {module.site}/{name} of {size} elements, which {module.name} needs"
-            )
+            raise QVLMError(f"plan has no finite tensor {key} of {size} elements")
 
 
 def _serialize(tensors: Mapping[str, Tensor]) -> bytes:

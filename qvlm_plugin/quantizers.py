@@ -99,7 +99,9 @@ class IntWeight:
         return spread[0] * (self.codes.float() - spread[1])
 
 
-def quantize_int(weight: Tensor, bits: int, group_size: int | None, symmetric: bool) -> IntWeight:
+def quantize_int(
+    weight: Tensor, bits: int, group_size: int | None, symmetric: bool, clip: Tensor | None = None
+) -> IntWeight:
     """Round-to-nearest uniform quantization of a weight.
 
     Args:
@@ -107,20 +109,21 @@ def quantize_int(weight: Tensor, bits: int, group_size: int | None, symmetric: b
         bits: 2 to 8.
         group_size: input channels that share a scale; None shares it along each output channel.
         symmetric: fix the zero point in the middle of the codes, instead of fitting it to the group's extremes.
+        clip: [O, G] factors in (0, 1] that narrow the groups' ranges; values beyond saturate.
     """
     rows, columns = weight.shape
     size = min(group_size or columns, columns)
     # Padding the last group with its own last column leaves that group's extremes as they are.
     groups = F.pad(weight.float(), (0, -columns % size), mode="replicate").view(rows, -1, size)
-    levels = 2**bits - 1
+    levels, narrowed = 2**bits - 1, 1.0 if clip is None else clip.float()
     if symmetric:
         middle = 2 ** (bits - 1)
-        scale = groups.abs().amax(dim=-1) / (middle - 1)
+        scale = groups.abs().amax(dim=-1) * narrowed / (middle - 1)
         scale = torch.where(scale > 0, scale, 1.0)
         zero_point = torch.full_like(scale, middle)
     else:
-        lower = groups.amin(dim=-1).clamp_max(0)
-        upper = groups.amax(dim=-1).clamp_min(0)
+        lower = groups.amin(dim=-1).clamp_max(0) * narrowed
+        upper = groups.amax(dim=-1).clamp_min(0) * narrowed
         scale = (upper - lower) / levels
         scale = torch.where(scale > 0, scale, 1.0)
         zero_point = (-lower / scale).round().clamp(0, levels)
@@ -168,17 +171,20 @@ def normal_float_codebook(bits: int) -> Tensor:
     return (values / values.abs().max()).float()
 
 
-def quantize_normal_float(weight: Tensor, bits: int, double_quantization: bool) -> NormalFloatWeight:
+def quantize_normal_float(
+    weight: Tensor, bits: int, double_quantization: bool, clip: Tensor | None = None
+) -> NormalFloatWeight:
     """Quantize each block of `NF_BLOCK` weights to the codebook scaled by the block's largest magnitude.
 
     Args:
         weight: [O, I], any floating-point dtype.
         bits: 2 to 8.
         double_quantization: also quantize the block scales to 8 bits (`double_quantize`).
+        clip: one factor in (0, 1] for each block, in their order, that narrows its scale; values beyond saturate.
     """
     flat = weight.float().flatten()
     blocks = F.pad(flat, (0, -flat.numel() % NF_BLOCK)).view(-1, NF_BLOCK)
-    absmax = blocks.abs().amax(dim=1)
+    absmax = blocks.abs().amax(dim=1) * (1.0 if clip is None else clip.float().flatten())
     unit = blocks / torch.where(absmax > 0, absmax, 1.0).unsqueeze(1)
     codebook = normal_float_codebook(bits).to(weight.device)
     codes = torch.bucketize(unit, (codebook[1:] + codebook[:-1]) / 2)

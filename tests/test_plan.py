@@ -10,8 +10,8 @@ from torch import nn
 from qvlm_plugin import planning, plugins
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.linear import QuantLinear
-from qvlm_plugin.plan import RoundingPlan, apply_plan
-from qvlm_plugin.topology import linear_layers
+from qvlm_plugin.plan import Fold, RoundingPlan, apply_plan
+from qvlm_plugin.topology import linear_layers, resolve
 
 
 @pytest.fixture
@@ -99,6 +99,40 @@ def test_a_plan_for_another_model_is_refused_and_the_model_kept(plan, loaded):
     without = {key: tensor for key, tensor in plan.tensors.items() if key != name}
     refuses(dataclasses.replace(plan, tensors=without), name)
     refuses(dataclasses.replace(plan, tensors={**plan.tensors, name: plan.tensors[name] * float("nan")}), name)
+
+
+def test_folding_scales_leaves_full_precision_outputs_as_they_are(loaded, calibration):
+    torch.manual_seed(0)
+    inputs, _ = next(calibration.batches(loaded.processor, 5))
+    before = logits_of(loaded.model, inputs)
+    identity = planning.obtain_plan(loaded, planning.check_request("none", "w4a4", {}), None, cache=None)
+    folds, tensors = [], {}
+    for site in resolve(plugins.topology(loaded.model.config), loaded.model):
+        if site.producer:
+            shared_heads = site.producer.endswith("language_model.layers.0.self_attn.v_proj")
+            folds.append(
+                Fold(site=site.name, producer=site.producer, head_dim=8 if "v_proj" in site.producer else None)
+            )
+            width = len(loaded.model.get_submodule(site.producer).weight)
+            assert not shared_heads or width < loaded.model.get_submodule(site.name).in_features  # grouped queries
+            tensors[f"{site.name}/scale"] = torch.rand(width) + 0.5
+    weights = {name: linear.weight.clone() for name, linear in linear_layers(loaded.model).items()}
+    apply(dataclasses.replace(identity, folds=tuple(folds), tensors=tensors), loaded)
+    changed = [n for n, linear in linear_layers(loaded.model).items() if not torch.equal(linear.weight, weights[n])]
+    assert len(folds) == 2 * 3 + 2 * 4 and len(changed) >= 2 * 5 + 2 * 7
+    assert torch.allclose(logits_of(loaded.model, inputs), before, rtol=1e-3, atol=1e-4)
+
+
+def test_replaced_parameters_take_their_new_values(loaded, tmp_path):
+    identity = planning.obtain_plan(loaded, planning.check_request("none", "w4a4", {}), None, cache=None)
+    name = "model.vision_tower.encoder.layers.0.layer_norm1.weight"
+    value = torch.full_like(loaded.model.get_parameter(name), 3.0)
+    plan = dataclasses.replace(identity, replaced=(name,), tensors={f"{name}/value": value})
+    assert plan.hash != identity.hash
+    apply(RoundingPlan.load(plan.save(tmp_path / "plan")), loaded)
+    assert torch.equal(loaded.model.get_parameter(name), value)
+    with pytest.raises(QVLMError, match="not a parameter"):
+        apply(dataclasses.replace(plan, replaced=("model.nothing",)), loaded)
 
 
 def test_damaged_folders_are_named(plan, tmp_path):

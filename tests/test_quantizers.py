@@ -90,6 +90,18 @@ def test_integer_weights_err_at_most_half_a_step(bits, group_size, symmetric):
     assert quantized.codes.int().max() < 2**bits and quantized.codes.dtype == torch.uint8
 
 
+def test_clipping_narrows_the_range_and_one_changes_nothing():
+    weight = torch.randn(6, 128)
+    for symmetric in (False, True):
+        plain = quantize_int(weight, 4, 32, symmetric)
+        assert torch.equal(plain.codes, quantize_int(weight, 4, 32, symmetric, torch.ones(6, 4)).codes)
+        halved = quantize_int(weight, 4, 32, symmetric, torch.full((6, 4), 0.5))
+        assert torch.allclose(halved.scale, plain.scale / 2)
+        assert halved.dequantize().abs().max() < plain.dequantize().abs().max()
+    nf = quantize_normal_float(weight, 4, False, torch.full((12,), 0.5))
+    assert torch.allclose(nf.absmax, quantize_normal_float(weight, 4, False).absmax / 2)
+
+
 def test_groups_are_quantized_independently():
     weight = torch.randn(4, 50)
     whole = quantize_int(weight, 4, 16, False).dequantize()

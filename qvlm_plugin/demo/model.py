@@ -62,15 +62,17 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build(directory: Path | None = None) -> Path:
+def build(directory: Path | None = None, bridge: Path | None = None) -> Path:
     """Assemble the demo checkpoint in `directory` (default: in the cache) and return the folder; under a minute.
 
-    A finished build of the same parts and bridge is returned at once; one of other parts is replaced. The folder holds
-    bfloat16 safetensors, the processor, and `qvlm_demo.json` with what it was made of.
-    Raises QVLMError when a part cannot be fetched or `directory` holds something else.
+    `bridge` is a file that `train` wrote; default: the one that comes with this package. A finished build of the same
+    parts and bridge is returned at once; one of others is replaced. The folder holds bfloat16 safetensors, the
+    processor, and `qvlm_demo.json` with what it was made of.
+    Raises QVLMError when a part cannot be fetched, the bridge is missing, or `directory` holds something else.
     """
     target = Path(directory) if directory is not None else cache_root() / "demo" / "model"
-    record = _record()
+    bridge_bytes = _bridge_bytes(bridge)
+    record = _record(bridge_bytes)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / f".{target.name}.lock"):
         if _recorded(target) == record:
@@ -78,7 +80,7 @@ def build(directory: Path | None = None) -> Path:
         if target.exists() and _recorded(target) is None and any(target.iterdir()):
             raise QVLMError(f"demo: {target} is not empty and holds no demo model; name a new or empty folder")
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            model, processor = assemble(bridge())
+            model, processor = assemble(load(bridge_bytes))
             fresh = Path(scratch) / "model"
             model.to(torch.bfloat16).save_pretrained(fresh)
             processor.save_pretrained(fresh)
@@ -89,11 +91,13 @@ def build(directory: Path | None = None) -> Path:
     return target
 
 
-def assemble(bridge_tensors: dict[str, torch.Tensor] | None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def assemble(bridge: dict[str, torch.Tensor] | None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The float32 model and its processor.
 
-    `bridge_tensors` are those of `bridge()`; with None the projector is left at its random initialisation and the
-    language model as it was published, which is where training starts.
+    `bridge` holds tensors named after the model's modules: `…multi_modal_projector.linear_1.weight` and the like are
+    the projector's; for a decoder Linear of weight [out, in], `….lora_a` is [rank, in] and `….lora_b` [out, rank].
+    With None the projector stays at its random initialisation and the language model as it was published, which is
+    where training starts.
     """
     language, tokenizer = language_model()
     tower = vision_tower()
@@ -115,18 +119,9 @@ def assemble(bridge_tensors: dict[str, torch.Tensor] | None) -> tuple[LlavaForCo
     model.generation_config = GenerationConfig(
         do_sample=False, bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=tokenizer.pad_token_id
     )
-    if bridge_tensors is not None:
-        _merge(model, bridge_tensors)
+    if bridge is not None:
+        _merge(model, bridge)
     return model, _processor(tokenizer)
-
-
-def bridge() -> dict[str, torch.Tensor]:
-    """The committed bridge: float16 tensors named after the modules of the assembled model.
-
-    `…multi_modal_projector.linear_1.weight` and the like replace the projector's; for a decoder Linear of weight
-    [out, in], `….lora_a` is [rank, in] and `….lora_b` is [out, rank].
-    """
-    return load(_bridge_bytes())
 
 
 def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
@@ -141,18 +136,19 @@ def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
-def vision_tower() -> Dinov2Model:
-    """The DINOv2-S-shaped backbone in float32, for 112 px images.
+def vision_tower(image_size: int = IMAGE_SIZE) -> Dinov2Model:
+    """The DINOv2-S-shaped backbone in float32, for images of `image_size` pixels a side.
 
-    Its position embeddings, 37×37 in the ONNX file, are resized bicubically to 8×8, as DINOv2 does for a smaller image.
+    Its position embeddings, 37×37 in the ONNX file, are resized bicubically (to 8×8 for 112 px) and stored so, as
+    DINOv2 itself does whenever it is given a smaller image.
     """
-    weights = _tower_weights((parts.locate(parts.VISION) / "models" / ONNX).read_bytes())
+    weights = _tower_weights((parts.locate(parts.VISION) / "models" / ONNX).read_bytes(), image_size // PATCH_SIZE)
     tower = Dinov2Model(
         Dinov2Config(
             hidden_size=384,
             num_hidden_layers=12,
             num_attention_heads=6,
-            image_size=IMAGE_SIZE,
+            image_size=image_size,
             patch_size=PATCH_SIZE,
         )
     )
@@ -163,8 +159,8 @@ def vision_tower() -> Dinov2Model:
     return tower.eval()
 
 
-def _tower_weights(onnx_bytes: bytes) -> dict[str, torch.Tensor]:
-    """The backbone's tensors under the names of `Dinov2Model`.
+def _tower_weights(onnx_bytes: bytes, grid: int) -> dict[str, torch.Tensor]:
+    """The backbone's tensors under the names of `Dinov2Model`, for images of grid × grid patches.
 
     Biases and norms keep their module's name in the ONNX file. The Linear weights lost theirs when the exporter
     transposed them, but the MatMul nodes that use them are named after the module.
@@ -186,17 +182,17 @@ def _tower_weights(onnx_bytes: bytes) -> dict[str, torch.Tensor]:
         result[name.removeprefix("backbone.")] = tensor
     class_position = tensors[inputs["/backbone/embeddings/Concat_6"][0]]  # [1, 1, 384]
     patch_positions = tensors[inputs["/backbone/embeddings/Reshape_1"][0]]  # [1, 37·37, 384]
-    result["embeddings.position_embeddings"] = torch.cat([class_position, _resize(patch_positions)], dim=1)
+    result["embeddings.position_embeddings"] = torch.cat([class_position, _resize(patch_positions, grid)], dim=1)
     return result
 
 
-def _resize(positions: torch.Tensor) -> torch.Tensor:
-    """Position embeddings [1, n·n, width] to [1, m·m, width], m patches a side at IMAGE_SIZE."""
+def _resize(positions: torch.Tensor, grid: int) -> torch.Tensor:
+    """Position embeddings [1, n·n, width] to [1, grid·grid, width]."""
     _, count, width = positions.shape
-    old, new = round(count**0.5), IMAGE_SIZE // PATCH_SIZE
-    grid = positions.reshape(1, old, old, width).permute(0, 3, 1, 2)
-    grid = torch.nn.functional.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return grid.permute(0, 2, 3, 1).reshape(1, new * new, width)
+    old = round(count**0.5)
+    image = positions.reshape(1, old, old, width).permute(0, 3, 1, 2)
+    image = torch.nn.functional.interpolate(image, size=(grid, grid), mode="bicubic", align_corners=False)
+    return image.permute(0, 2, 3, 1).reshape(1, grid * grid, width)
 
 
 def _with_image_token(tokenizer: PreTrainedTokenizerBase, scratch: Path) -> PreTrainedTokenizerBase:
@@ -232,31 +228,31 @@ def _processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
 
 
 @torch.no_grad()
-def _merge(model: LlavaForConditionalGeneration, bridge_tensors: dict[str, torch.Tensor]) -> None:
+def _merge(model: LlavaForConditionalGeneration, bridge: dict[str, torch.Tensor]) -> None:
     parameters = dict(model.named_parameters())
-    for name, tensor in bridge_tensors.items():
-        if name in parameters:
-            parameters[name].copy_(tensor)
-        elif name.endswith(".lora_a"):
+    for name, tensor in bridge.items():
+        if name.endswith(".lora_a"):
             module = name.removesuffix(".lora_a")
-            update = bridge_tensors[f"{module}.lora_b"].float() @ tensor.float()
+            update = bridge[f"{module}.lora_b"].float() @ tensor.float()
             parameters[f"{module}.weight"].add_(update, alpha=LOW_RANK_SCALE)
+        elif not name.endswith(".lora_b"):
+            parameters[name].copy_(tensor)
 
 
-def _bridge_bytes() -> bytes:
-    file = resources.files("qvlm_plugin.demo") / "bridge.safetensors"
-    if not file.is_file():
-        raise QVLMError("demo: bridge.safetensors is missing from the package; reinstall, or make it: qvlm demo train")
-    return file.read_bytes()
+def _bridge_bytes(file: Path | None) -> bytes:
+    source = resources.files("qvlm_plugin.demo") / "bridge.safetensors" if file is None else Path(file)
+    if not source.is_file():
+        raise QVLMError(f"demo: there is no bridge {source}; name a file that `qvlm demo train` wrote")
+    return source.read_bytes()
 
 
-def _record() -> dict[str, object]:
+def _record(bridge_bytes: bytes) -> dict[str, object]:
     """What decides the build's content; a folder with an equal record is up to date."""
     return {
         "what": "demo LLaVA: SmolLM2-135M-Instruct + DINOv2-S-shaped tower + bridge trained on easy-VQA",
         "layout": 1,  # raise when this module assembles the same parts differently
         "parts": {p.distribution: {"version": p.version, "sha256": p.sha256} for p in (parts.LANGUAGE, parts.VISION)},
-        "bridge_sha256": hashlib.sha256(_bridge_bytes()).hexdigest(),
+        "bridge_sha256": hashlib.sha256(bridge_bytes).hexdigest(),
     }
 
 

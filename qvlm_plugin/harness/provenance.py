@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from lmms_eval.caching.response_cache import ResponseCache
 from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history, log_metrics
@@ -27,7 +26,9 @@ from torch import nn
 from tqdm import tqdm
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness import processes
 from qvlm_plugin.harness.requests import Documents, Request
+from qvlm_plugin.scheme import PARTS
 
 RESULT_KEY = "qvlm"
 
@@ -136,7 +137,7 @@ class RunRecord:
 
         Every process must call it, while the model is still there.
         """
-        counts, measured = zip(*gather_object([(self.counts, memory(model))]), strict=True)
+        counts, measured = zip(*processes.gather((self.counts, memory(model))), strict=True)
         self.counts = Counts.total(counts)
         self.measured = {
             **measured[0],
@@ -152,13 +153,13 @@ class RunRecord:
         )
 
     def _numbers(self) -> dict[str, float]:
-        bits = self.facts["bits"].items()
+        bits = {part: self.facts["bits"][part] for part in PARTS if part in self.facts["bits"]}
         return {
             "qvlm_weight_bytes": self.measured["weight_bytes"],
             "qvlm_peak_memory_bytes": self.measured["peak_memory_bytes"],
             "qvlm_search_seconds": self.facts["search_seconds"],
             "qvlm_parse_failures": self.counts.unreadable.total(),
-            **{f"qvlm_{part}_{kind}_bits": width for part, widths in bits for kind, width in widths.items()},
+            **{f"qvlm_{part}_{kind}_bits": width for part, widths in bits.items() for kind, width in widths.items()},
         }
 
     def report(self, task_configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

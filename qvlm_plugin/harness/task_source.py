@@ -3,7 +3,7 @@
 import difflib
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,18 @@ def read_calibration(
     Raises:
         QVLMError: a source is unknown, unreadable, or has too few documents with an image.
     """
+    sources = parse_sources(text)
+    tasks = _load_tasks({source.location for source in sources if source.split is not None}, chat)
     samples: list[Sample] = []
-    for source in parse_sources(text):
+    for source in sources:
         if source.split is None:
             samples += read_conversations(Path(source.location), images, source.count, seed)
         else:
-            samples += _draw(source, seed, chat, allow_overlap)
+            samples += _draw(source, tasks[source.location], seed, chat, allow_overlap)
     return CalibrationSet(tuple(samples), text, seed)
 
 
-def _draw(source: Source, seed: int, chat: bool, allow_overlap: bool) -> list[Sample]:
-    task = _load_task(source.location, chat)
+def _draw(source: Source, task: ConfigurableTask, seed: int, chat: bool, allow_overlap: bool) -> list[Sample]:
     evaluated = task.config.test_split or task.config.validation_split
     splits = [split for split in task.dataset if allow_overlap or split != evaluated]
     if source.split not in splits:
@@ -70,13 +71,21 @@ def _draw(source: Source, seed: int, chat: bool, allow_overlap: bool) -> list[Sa
     )
 
 
-def _load_task(name: str, chat: bool) -> ConfigurableTask:
+def _load_tasks(names: Collection[str], chat: bool) -> dict[str, ConfigurableTask]:
+    if not names:
+        return {}
     manager = TaskManager("ERROR", model_name=MODEL_ID)
-    if name not in manager.all_subtasks:
-        similar = difflib.get_close_matches(name, manager.all_subtasks, n=3) or ["scienceqa", "vqav2_val"]
-        raise QVLMError(
-            f"calibration={name}: not a task of lmms-eval (similar: {', '.join(similar)}) nor a .json or .jsonl file"
-        )
+    for name in names:
+        if name not in manager.all_subtasks:
+            similar = difflib.get_close_matches(name, manager.all_subtasks, n=3) or ["scienceqa", "vqav2_val"]
+            raise QVLMError(
+                f"calibration={name} is neither a task of lmms-eval (similar: {', '.join(similar)}) nor a .json or "
+                ".jsonl file"
+            )
+    return {name: _load_task(name, manager, chat) for name in names}
+
+
+def _load_task(name: str, manager: TaskManager, chat: bool) -> ConfigurableTask:
     try:
         return get_task_dict([name], manager, "chat" if chat else "simple")[name]
     except Exception as error:  # whatever datasets, the hub client or the retries around them raise

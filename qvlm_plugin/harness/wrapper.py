@@ -20,7 +20,7 @@ from transformers import StoppingCriteriaList
 from qvlm_plugin import planning, plugins
 from qvlm_plugin.conversation import Conversation, encode, to_device
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.harness import provenance
+from qvlm_plugin.harness import processes, provenance
 from qvlm_plugin.harness.arguments import ModelArguments, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, read_generation
 from qvlm_plugin.harness.requests import (
@@ -54,7 +54,7 @@ class _QVLM(lmms):
         arguments = parse_arguments(values)
         plugins.kernels(arguments.backend)
         self.accelerator = Accelerator()
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self._rank, self._world_size = processes.rank(), processes.count()
         self._device = _device(arguments, self.accelerator)
         system_prompt = arguments.system_prompt and self._resolve_system_prompt(arguments.system_prompt)
         self._system_prompt = system_prompt
@@ -65,7 +65,7 @@ class _QVLM(lmms):
             request = planning.check_request(arguments.method, arguments.scheme, arguments.options)
             calibration = None
             if request.needs_calibration and arguments.calibration:
-                with self.accelerator.main_process_first():  # one process fills the data sets' cache
+                with processes.first_process_first():
                     calibration = self._read_calibration(arguments)
         loaded = self._load(arguments)
         if request is not None:
@@ -272,7 +272,7 @@ class _QVLM(lmms):
         if pretrained == "demo":
             from qvlm_plugin.demo import model as demo  # its packages are needed for nothing else
 
-            with self.accelerator.main_process_first():
+            with processes.first_process_first():
                 pretrained = str(demo.build())
         return load(
             pretrained,
@@ -336,7 +336,7 @@ def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device
         raise QVLMError(f"device={arguments.device!r} is not a device; write cpu, cuda or cuda:N") from error
     if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
         raise QVLMError(f"device={arguments.device}: this machine has {torch.cuda.device_count()} CUDA devices")
-    if accelerator.num_processes == 1:
+    if processes.count() == 1:
         return wanted
     if arguments.device_map is not None:
         raise QVLMError(
@@ -344,7 +344,7 @@ def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device
         )
     if wanted.type != accelerator.device.type:
         raise QVLMError(
-            f"device={arguments.device}: the {accelerator.num_processes} processes communicate on "
+            f"device={arguments.device}: the {processes.count()} processes communicate on "
             f"{accelerator.device.type}; leave device out, or set ACCELERATE_USE_CPU=true for cpu"
         )
     return accelerator.device

@@ -16,7 +16,7 @@ class Kernel:
     Attributes:
         name: as ``backend=`` and results state it.
         supports: (weight format, activation format, device) → whether this kernel runs them there.
-        prepare: (weight [O, I], formats, activation parameters) → the named tensors that `QuantLinear` holds.
+        prepare: (weight [O, I], formats, the parameters they name) → the named tensors that `QuantLinear` holds.
         forward: (x [..., I], those tensors, bias [O] or None, activation format) → [..., O] in the dtype of x.
     """
 

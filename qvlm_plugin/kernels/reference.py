@@ -14,12 +14,13 @@ from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.quantizers import fake_quantize, quantize_int, quantize_normal_float, token_range
 
 
-def round_weight(weight: Tensor, weight_format: WeightFormat) -> Tensor:
-    """``weight`` [O, I] after quantization to the format and back, in its own dtype."""
-    if weight_format.kind == "int":
-        quantized = quantize_int(weight, weight_format.bits, weight_format.group_size, weight_format.symmetric)
-    elif weight_format.kind == "nf":
-        quantized = quantize_normal_float(weight, weight_format.bits, weight_format.double_quantization)
+def round_weight(weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None) -> Tensor:
+    """``weight`` [O, I] after quantization to the format and back, in its own dtype; ``clip`` as in `quantizers`."""
+    fmt = weight_format
+    if fmt.kind == "int":
+        quantized = quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, clip)
+    elif fmt.kind == "nf":
+        quantized = quantize_normal_float(weight, fmt.bits, fmt.double_quantization, clip)
     else:
         return weight
     return quantized.dequantize().to(weight.dtype)
@@ -41,7 +42,8 @@ def _supports(weight_format: WeightFormat, activation_format: ActivationFormat, 
 def _prepare(
     weight: Tensor, weight_format: WeightFormat, activation_format: ActivationFormat, parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    return {"weight": round_weight(weight, weight_format), **parameters}
+    activation = {name: parameters[name] for name in activation_format.parameters}
+    return {"weight": round_weight(weight, weight_format, parameters.get("clip")), **activation}
 
 
 def _forward(

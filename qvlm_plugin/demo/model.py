@@ -8,7 +8,6 @@
 
 import hashlib
 import json
-import shutil
 import tempfile
 from importlib import resources
 from pathlib import Path
@@ -18,6 +17,7 @@ import onnx
 import onnx.numpy_helper
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load
 from transformers import (
     AutoModelForCausalLM,
@@ -86,7 +86,7 @@ def build(directory: Path | None = None, bridge: Path | None = None) -> Path:
             processor.save_pretrained(fresh)
             (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n")
             if target.exists():
-                shutil.move(target, Path(scratch) / "replaced")
+                target.rename(Path(scratch) / "replaced")
             fresh.rename(target)
     return target
 
@@ -243,7 +243,14 @@ def _bridge_bytes(file: Path | None) -> bytes:
     source = resources.files("qvlm_plugin.demo") / "bridge.safetensors" if file is None else Path(file)
     if not source.is_file():
         raise QVLMError(f"demo: there is no bridge {source}; name a file that `qvlm demo train` wrote")
-    return source.read_bytes()
+    content = source.read_bytes()
+    try:
+        names = load(content).keys()
+    except SafetensorError as error:
+        raise QVLMError(f"demo: {source} is no safetensors file: {error}") from error
+    if not any(name.endswith(".lora_a") for name in names):
+        raise QVLMError(f"demo: {source} is not a bridge; name a file that `qvlm demo train` wrote")
+    return content
 
 
 def _record(bridge_bytes: bytes) -> dict[str, object]:

@@ -104,7 +104,7 @@ def train(output: Path, recipe: Recipe | None = None) -> Path:
     model, processor = assemble(None)
     features = _features(model, processor)
     questions = official("train")
-    rows = _Rows(questions, recipe)
+    rows = Rows(questions, recipe)
 
     parameters = _prepare(model)
     optimizer = torch.optim.AdamW(
@@ -233,7 +233,7 @@ def _align(
 # Questions, packed ----------------------------------------------------------------------------------------------------
 
 
-class _Rows:
+class Rows:
     """Draws each step's pictures and their questions; a step's draw depends on the seed and the step alone."""
 
     def __init__(self, questions: Sequence[Question], recipe: Recipe) -> None:

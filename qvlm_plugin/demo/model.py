@@ -41,6 +41,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ONNX = "vit_s_focus.onnx"
 RECORD = "qvlm_demo.json"
 IMAGE_SIZE, PATCH_SIZE = 112, 14
+IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 IMAGE_TOKEN, RESERVED_TOKEN = "<image>", "<reponame>"  # token 4: SmolLM2 never uses it in chats
 LOW_RANK_SCALE = 2.0
 CHAT_TEMPLATE = """\
@@ -105,7 +106,7 @@ def assemble(bridge: dict[str, torch.Tensor] | None) -> tuple[LlavaForConditiona
         vision_config=tower.config,
         text_config=language.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",

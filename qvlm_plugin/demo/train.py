@@ -30,7 +30,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 
 from qvlm_plugin.cache import cache_root
 from qvlm_plugin.demo import parts
-from qvlm_plugin.demo.model import IMAGE_TOKEN, LOW_RANK_SCALE, assemble
+from qvlm_plugin.demo.model import IMAGE_TOKEN, IMAGE_TOKENS, LOW_RANK_SCALE, assemble
 from qvlm_plugin.demo.questions import (
     SCIENCEQA,
     VIZWIZ,
@@ -323,7 +323,7 @@ def _pack_row(tokenizer: PreTrainedTokenizerBase, row: Sequence[Example], image:
         shared = ids[:head]
         if item.picture:
             at = shared.index(image)
-            shared = shared[:at] + [image] * 64 + shared[at + 1 :]
+            shared = shared[:at] + [image] * IMAGE_TOKENS + shared[at + 1 :]
         if not packed:
             if not item.picture:
                 raise ValueError("the first question of a row must have a picture")

@@ -148,14 +148,19 @@ def methods() -> None:
 @reports_errors
 def results(
     paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that hold some.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Print one table of the scores in results files, with standard errors and precision.
 
     Example: qvlm results results/
     """
-    from qvlm_plugin.report.results import read_results, results_table
+    from qvlm_plugin.report.results import read_results, results_grid
 
-    Console(width=160).print(results_table(read_results(paths)))
+    grid = results_grid(read_results(paths))
+    if markdown:
+        typer.echo(grid.markdown())
+    else:
+        Console(width=180).print(grid.rich())
 
 
 @demo.command()

@@ -79,26 +79,41 @@ def _read_file(file: Path) -> Iterator[Score]:
             )
 
 
-def results_table(scores: Sequence[Score]) -> Table:
-    """One row per run, one column per task and metric; percent with standard error.
+@dataclass(frozen=True)
+class Grid:
+    """A table of text: one row per run, one column per task and metric."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def rich(self) -> Table:
+        """For the terminal."""
+        table = Table(*self.header)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a document."""
+        lines = [self.header, tuple("---" for _ in self.header), *self.rows]
+        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def results_grid(scores: Sequence[Score]) -> Grid:
+    """The scores in percent with standard errors, the runs in the order given.
 
     Rows are marked where the data stands in for a real data set, and where a limit left documents out.
     """
     columns = sorted({(score.task, score.metric) for score in scores})
-    table = Table("method", "scheme", "weight / activation bits", *(f"{task}\n{metric}" for task, metric in columns))
-    table.add_column("notes")
+    rows = []
     for file in dict.fromkeys(score.file for score in scores):
-        row = [score for score in scores if score.file == file]
-        cells = {(score.task, score.metric): _cell(score) for score in row}
-        run = row[0].run or {}
-        table.add_row(
-            run.get("method", "?"),
-            run.get("scheme", "?"),
-            _bits(run),
-            *(cells.get(column, "") for column in columns),
-            _notes(row, run),
-        )
-    return table
+        own = [score for score in scores if score.file == file]
+        cells = {(score.task, score.metric): _cell(score) for score in own}
+        run = own[0].run or {}
+        head = (run.get("method", "?"), run.get("scheme", "?"), _bits(run))
+        rows.append((*head, *(cells.get(column, "") for column in columns), _notes(own, run)))
+    names = (f"{task} {metric}" for task, metric in columns)
+    return Grid(("method", "scheme", "weight / activation bits", *names, "notes"), tuple(rows))
 
 
 def _cell(score: Score) -> str:
@@ -112,9 +127,9 @@ def _bits(run: dict[str, Any]) -> str:
 
 
 def _notes(row: Sequence[Score], run: dict[str, Any]) -> str:
-    notes = []
+    notes = [f"{min(score.documents for score in row)} documents per task"]
     if run.get("stand_in"):
         notes.append("stand-in data")
     if any(score.limited for score in row):
-        notes.append(f"limit {min(score.documents for score in row)}")
+        notes.append("limited")
     return ", ".join(notes)

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.report.results import read_results, results_table
+from qvlm_plugin.report.results import read_results, results_grid
 
 
 def write(folder, name, score, *, effective=100, original=100, qvlm=None):
@@ -32,10 +32,20 @@ def test_the_table_marks_stand_in_data_limits_and_foreign_runs(tmp_path):
     qvlm = {"method": "qlora", "scheme": "w4a4", "bits": bits, "stand_in": True}
     files = [write(tmp_path, "a", 0.923, effective=50, qvlm=qvlm), write(tmp_path, "b", 0.5)]
     console = Console(width=200, record=True)
-    console.print(results_table(read_results(files)))
+    console.print(results_grid(read_results(files)).rich())
     first, second = [line for line in console.export_text().splitlines() if "%" in line or "±" in line]
-    assert all(text in first for text in ("qlora", "w4a4", "4.13 / 4", "92.3 ± 1.2", "stand-in data, limit 50"))
+    assert all(
+        text in first
+        for text in ("qlora", "w4a4", "4.13 / 4", "92.3 ± 1.2", "50 documents per task, stand-in data, limited")
+    )
     assert "50.0 ± 1.2" in second and "stand-in" not in second and "?" in second
+
+
+def test_markdown_has_the_same_cells(tmp_path):
+    grid = results_grid(read_results([write(tmp_path, "a", 0.5)]))
+    lines = grid.markdown().splitlines()
+    assert len(lines) == 3 and lines[2] == "| " + " | ".join(grid.rows[0]) + " |"
+    assert "50.0 ± 1.2" in lines[2]
 
 
 def test_what_is_not_a_results_file_is_named(tmp_path):

@@ -269,11 +269,18 @@ def apply_plan(plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: 
             _apply_fold(fold, plan.tensors[f"{fold.site}/scale"], model, plan.readers(fold.site))
     for module, kernel in zip(quantized, chosen, strict=True):
         linear = linears.pop(module.name)  # popped, so that its weight is freed once it is quantized
-        parameters = {name: plan.tensors[key].to(linear.weight.device) for name, key in _tensor_keys(module).items()}
-        layer = QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
+        layer = quantized_linear(module, linear, plan.tensors, kernel)
         if hasattr(linear, "_hf_hook"):  # accelerate's: it brings inputs to the device of a dispatched model's layer
             add_hook_to_module(layer, linear._hf_hook)
         model.set_submodule(module.name, layer)
+
+
+def quantized_linear(
+    module: ModulePlan, linear: nn.Linear, tensors: Mapping[str, Tensor], kernel: Kernel
+) -> QuantLinear:
+    """What ``linear`` becomes by its entry in a plan with these ``tensors``."""
+    parameters = {name: tensors[key].to(linear.weight.device) for name, key in _tensor_keys(module).items()}
+    return QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
 
 
 def _apply_fold(fold: Fold, scale: Tensor, model: nn.Module, readers: tuple[str, ...]) -> None:

@@ -1,0 +1,30 @@
+"""Partition of the decoder into blocks of strongly dependent layers (Eq. 7)."""
+
+from collections.abc import Sequence
+
+
+def partition(dependencies: Sequence[float], threshold: float | None, max_depth: int) -> tuple[range, ...]:
+    """Blocks of consecutive layers, bottom to top, that cover every layer exactly once.
+
+    A block that begins at layer r takes in layer s as long as D(r, s) > (s - r) * h0 - the average dependency of its
+    steps exceeds the threshold - and it has at most ``max_depth`` layers (the paper limits it to 3).
+
+    Args:
+        dependencies: D(k, k+1) of the n - 1 pairs of consecutive layers (Eq. 4).
+        threshold: h0; None takes the mean of the dependencies.
+        max_depth: layers in a block, at least 1; 1 gives the layer-wise search.
+    """
+    layers = len(dependencies) + 1
+    if threshold is None:
+        threshold = sum(dependencies) / len(dependencies) if dependencies else 0.0
+    blocks, start = [], 0
+    while start < layers:
+        end, total = start + 1, 0.0
+        while end < layers and end - start < max_depth:
+            total += dependencies[end - 1]
+            if total <= (end - start) * threshold:
+                break
+            end += 1
+        blocks.append(range(start, end))
+        start = end
+    return tuple(blocks)

@@ -1,0 +1,55 @@
+import itertools
+import random
+
+import pytest
+
+from qvlm_plugin.methods.qvlm.search import search_exhaustively, search_with_beam
+
+
+def problem(seed, candidates=4):
+    """A random objective over choices, and how often steps were run."""
+    table = random.Random(seed)
+    values, runs = {}, []
+
+    def run(step, candidate, state):
+        runs.append(step)
+        assert len(state) == step
+        return (*state, candidate)
+
+    def error(step, state):
+        return values.setdefault(state, table.random())
+
+    return run, error, runs
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_exhaustive_search_equals_trying_everything(steps):
+    run, error, runs = problem(steps)
+    found = search_exhaustively(steps, 4, (), run, error)
+    combinations = list(itertools.product(range(4), repeat=steps))
+    assert found.error == min(error(steps - 1, choices) for choices in combinations)
+    assert error(steps - 1, found.choices) == found.error
+    assert len(runs) == sum(4**depth for depth in range(1, steps + 1))  # prefixes are shared
+
+
+def test_a_wide_beam_is_exhaustive_and_a_narrow_one_runs_less():
+    run, error, _ = problem(7)
+    exact = search_exhaustively(3, 4, (), run, error)
+    assert search_with_beam(3, 4, (), run, error, width=16) == exact
+    run, error, runs = problem(7)
+    assert search_with_beam(3, 4, (), run, error, width=2).error >= exact.error
+    assert len(runs) == 4 + 8 + 8
+
+
+def test_ties_keep_the_first_candidate():
+    found = search_exhaustively(3, 5, (), lambda step, c, state: (*state, c), lambda step, state: 1.0)
+    assert found.choices == (0, 0, 0)
+    beam = search_with_beam(3, 5, (), lambda step, c, state: (*state, c), lambda step, state: 1.0, width=2)
+    assert beam.choices == (0, 0, 0)
+
+
+def test_joint_search_is_never_worse_than_choosing_step_by_step():
+    for seed in range(20):
+        run, error, _ = problem(seed)
+        greedy = search_with_beam(3, 4, (), run, error, width=1)
+        assert search_exhaustively(3, 4, (), run, error).error <= greedy.error

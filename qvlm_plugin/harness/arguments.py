@@ -46,15 +46,13 @@ class ModelArguments(BaseModel):
     max_new_tokens: int = Field(32, ge=1, description="answer length for tasks that set none")
     system_prompt: str | None = Field(None, description="text, or a file with the text, of a system message")
 
-    @field_validator("*", mode="before")
+    @field_validator(
+        "revision", "device", "device_map", "attn_implementation", "plan", "calibration", "images", "cache",
+        "system_prompt", mode="before",
+    )  # fmt: skip
     @classmethod
     def _none_is_a_word(cls, value: object) -> object:
         return None if isinstance(value, str) and value.lower() == "none" else value
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _but_a_method_too(cls, value: object) -> object:
-        return "none" if value is None else value
 
     @property
     def options(self) -> dict[str, Any]:

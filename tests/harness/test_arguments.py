@@ -1,0 +1,92 @@
+import pytest
+from lmms_eval.utils import simple_parse_args_string
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness.arguments import parse_arguments
+from qvlm_plugin.harness.wrapper import QVLMChat
+
+
+def parse(text):
+    """As the harness does: split and guess types, then hand over."""
+    return parse_arguments(simple_parse_args_string(text))
+
+
+def test_values_as_the_harness_guesses_them():
+    arguments = parse(
+        "pretrained=a/b,batch_size=8,trust_remote_code=False,allow_overlap=true,seed=007,revision=None,device_map=auto,"
+        "method=rtn,scheme=w4a4+vision:w8a8,calibration=scienceqa:train:8+x.json:4,group_size=64,symmetric=true"
+    )
+    assert (arguments.batch_size, arguments.seed, arguments.device_map) == (8, 7, "auto")
+    assert (arguments.trust_remote_code, arguments.allow_overlap, arguments.revision) == (False, True, None)
+    assert arguments.scheme == "w4a4+vision:w8a8"
+    assert arguments.options == {"group_size": 64, "symmetric": True}
+
+
+def test_defaults_and_none():
+    arguments = parse_arguments({"pretrained": "x", "batch_size": "4"})  # --batch_size arrives as text
+    assert (arguments.method, arguments.batch_size, arguments.dtype) == ("none", 4, "auto")
+    assert arguments.cache is not None and parse("pretrained=x,cache=none").cache is None
+    assert parse("pretrained=x,method=none").method == "none"
+    assert parse("pretrained=x,system_prompt=None,device=none").device is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method=rtn", "pretrained= is missing"),
+        ("pretrained=x,method=magic", "method='magic' is not known; allowed are none, qlora, rtn"),
+        ("pretrained=x,colour=red", "unknown model argument 'colour'; allowed are pretrained, revision"),
+        ("pretrained=x,method=rtn,grupsize=4", "unknown model argument 'grupsize'.*for method=rtn: .*group_size"),
+        ("pretrained=007", "pretrained=7: lmms-eval reads this value as a number.*write a folder as ./NAME"),
+        ("pretrained=x,revision=1.10", "revision=1.1: .*full commit hash"),
+        ("pretrained=x,batch_size=0", "batch_size=0: .*greater than or equal to 1"),
+        ("pretrained=x,batch_size=auto", "batch_size='auto': .*integer"),
+        ("pretrained=x,seed=-1", "seed=-1"),
+        ("pretrained=x,allow_overlap=maybe", "allow_overlap='maybe': .*boolean"),
+        ("pretrained=x,plan=d,method=rtn,seed=1", "plan=DIR is a finished plan.*method, seed"),
+    ],
+)
+def test_bad_arguments_are_one_line(text, message):
+    with pytest.raises(QVLMError, match=message) as caught:
+        parse(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scheme": "four bits", "method": "rtn"}, "scheme='four bits'"),
+        ({"scheme": "w9a4", "method": "rtn"}, "9 bits; allowed are 2 to 8"),
+        ({"backend": "abacus"}, "backend='abacus' is not known; allowed are .*reference"),
+        ({"device": "toaster"}, "device='toaster' is not a device"),
+        ({"device": "cuda:99"}, "this machine has .* CUDA devices"),
+        ({"plan": "nowhere"}, "plan='nowhere': plan.json is missing"),
+        ({"method": "rtn", "calibration": "x.json:4"}, "calibration='x.json': there is no such file"),
+        ({"method": "rtn", "calibration": "scienceqa"}, "neither task:split:n"),
+        ({"method": "rtn", "group_size": -7}, "group_size=-7 is not allowed"),
+    ],
+)
+def test_bad_requests_fail_before_weights_are_loaded(monkeypatch, arguments, message):
+    monkeypatch.setattr("qvlm_plugin.harness.wrapper.load", lambda *_, **__: pytest.fail("loaded before checking"))
+    with pytest.raises(QVLMError, match=message) as caught:
+        QVLMChat(pretrained="x", **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_calibration_and_checkpoint(tiny_llava, tmp_path):
+    with pytest.raises(QVLMError, match="needs calibration"):
+        QVLMChat(pretrained=str(tiny_llava), device="cpu", method="rtn", calibration="none", cache="none")
+    with pytest.raises(QVLMError, match=r"config\.json is missing"):
+        QVLMChat(pretrained=str(tmp_path), device="cpu")
+
+
+def test_plan_of_another_model(tiny_llava, tmp_path):
+    from conftest import write_tiny_llava
+
+    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.planning import check_request, obtain_plan
+
+    other = load(str(write_tiny_llava(tmp_path / "other", seed=1)), dtype="float32")
+    obtain_plan(other, check_request("rtn", "w4a16", {}), None, None).save(tmp_path / "plan")
+    with pytest.raises(QVLMError, match="plan was made for another model"):
+        QVLMChat(pretrained=str(tiny_llava), device="cpu", plan=str(tmp_path / "plan"))

@@ -1,0 +1,138 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.caching.response_cache import ResponseCache
+from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
+from lmms_eval.models.model_utils.gen_metrics import reset_logged_metrics
+from lmms_eval.tasks.scienceqa.utils import sqa_process_results
+from torch import nn
+
+from qvlm_plugin.harness import provenance
+from qvlm_plugin.harness.provenance import Counts, RunRecord
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A",
+        "b",
+        " C ",
+        "A.",
+        "B. the lamp",
+        "b. the lamp",
+        "A lamp",
+        "(A)",
+        "",
+        " ",
+        "The answer is A",
+        "1",
+        "AB",
+        "A\n",
+    ],
+)
+def test_scienceqa_answers_are_unreadable_exactly_when_no_choice_could_score(answer):
+    scores = [
+        sqa_process_results({"choices": ["x"] * 5, "answer": target}, [answer])["exact_match"] for target in range(5)
+    ]
+    assert provenance.is_readable("scienceqa", answer) == (sum(scores) == 1.0)
+
+
+def test_free_answers_are_unreadable_when_empty():
+    assert provenance.is_readable("vqav2_val", "red")
+    assert not provenance.is_readable("vqav2_val", " \n")
+
+
+def test_memory_counts_shared_weights_once_and_held_bytes_only():
+    model = nn.ModuleDict({"a": nn.Linear(8, 4, bias=False), "b": nn.Linear(8, 4, bias=False)})
+    assert provenance.memory(model)["weight_bytes"] == 2 * 8 * 4 * 4
+    model["b"].weight = model["a"].weight
+    assert provenance.memory(model)["weight_bytes"] == 8 * 4 * 4
+    model["a"].register_buffer("scale", torch.zeros(3, dtype=torch.float16))
+    model["c"] = nn.Linear(100, 100, device="meta")
+    measured = provenance.memory(model)
+    assert measured["weight_bytes"] == 8 * 4 * 4 + 6
+    assert measured["peak_memory_bytes"] > 10**7 and measured["peak_memory_of"] == "process"
+
+
+def test_data_origin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "org" / "data"
+    folder.mkdir(parents=True)
+    (folder / "test.parquet").write_bytes(b"one")
+    config = {"dataset_path": "org/data", "dataset_name": "full", "test_split": "test"}
+    local = provenance.data_origin(config, {})
+    assert local["origin"] == "local" and not local["stand_in"] and local["split"] == "test"
+    (folder / "stand_in.json").write_text("{}")
+    assert provenance.data_origin(config, {})["stand_in"]
+    (folder / "test.parquet").write_bytes(b"two")
+    assert provenance.data_origin(config, {})["content_hash"] != local["content_hash"]
+
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    cached = SimpleNamespace(cache_files=[{"filename": f"/cache/org___data/full/0.0.0/{revision}/data-test.arrow"}])
+    hub = provenance.data_origin(config | {"dataset_path": "org/other"}, {"test": cached})
+    assert (hub["origin"], hub["revision"], hub["stand_in"]) == ("hub", revision, False)
+    assert provenance.data_origin(config | {"dataset_path": "org/other"}, {})["revision"] is None
+
+    files = config | {"dataset_path": "parquet", "dataset_kwargs": {"data_files": {"test": "org/data/test.parquet"}}}
+    assert provenance.data_origin(files, {})["origin"] == "local"
+
+
+def make_record():
+    facts = {"method": "none", "scheme": "w16a16", "bits": {}, "search_seconds": 0.0, "calibration": None}
+    return RunRecord(facts, frozenset(), {})
+
+
+def save(tmp_path, results):
+    tracker = EvaluationTracker(output_path=str(tmp_path))
+    tracker.general_config_tracker.log_experiment_args("m", "pretrained=m", None, None, None)
+    tracker.save_results_aggregated(results, None, "now")
+    return json.loads((tmp_path / "m" / "now_results.json").read_text())
+
+
+def test_the_record_reaches_the_results_once_and_no_other_run(tmp_path):
+    provenance.install()
+    wrapped = EvaluationTracker.save_results_aggregated, ResponseCache.execute
+    provenance.install()
+    assert wrapped == (EvaluationTracker.save_results_aggregated, ResponseCache.execute)
+    reset_logged_metrics()
+    make_record().finish(nn.Linear(4, 4))
+    written = save(tmp_path / "ours", {"configs": {}})
+    assert written["qvlm"]["method"] == "none" and written["qvlm"]["weight_bytes"] == 80
+    reset_logged_metrics()  # the harness does so at the start of each evaluation
+    assert "qvlm" not in save(tmp_path / "theirs", {"configs": {}})
+
+
+def test_counts_of_processes_add_up():
+    one, two = Counts(tokens=3, seconds=2.0, compared=1), Counts(tokens=4, seconds=5.0, overlapping=["x"])
+    one.answers["a"] += 2
+    two.answers.update(a=1, b=1)
+    total = Counts.total([one, two])
+    assert (total.answers, total.tokens, total.seconds) == ({"a": 3, "b": 1}, 7, 5.0)
+    assert (total.compared, total.overlapping) == (1, ["x"])
+
+
+def test_cached_responses_are_told_apart_by_content(tmp_path):
+    provenance.install()
+
+    def ask(identity, answer):
+        cache = ResponseCache(str(tmp_path / "c.db"), str(tmp_path / "c.jsonl"), model_fingerprint="m|pretrained=x")
+        request = Instance(
+            "generate_until", ("question", {"until": []}, None, 0, "t", "test"), 0,
+            metadata={"task": "t", "doc_id": 0, "repeats": 1},
+        )  # fmt: skip
+        model = SimpleNamespace(generate_until=lambda requests: [answer] * len(requests))
+        if identity is not None:
+            model.response_identity = lambda: identity
+        try:
+            return cache.execute(model, "generate_until", [request])[0]
+        finally:
+            cache.close()
+
+    assert ask("plan 1", "one") == "one"
+    assert ask("plan 1", "never generated") == "one"
+    assert ask("plan 2", "two") == "two"
+    assert ask(None, "another model's") == "another model's"
+    assert ask(None, "never generated") == "another model's"

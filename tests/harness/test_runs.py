@@ -1,0 +1,166 @@
+"""Real runs of the harness's command line: a tiny model, and the unmodified standard tasks on tiny local mirrors."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import write_tiny_llava
+from harness.mirrors import vqav2_row, write_mirrors
+
+from qvlm_plugin.models.loading import load
+from qvlm_plugin.planning import check_request, obtain_plan
+
+STANDARD = "scienceqa,vizwiz_vqa_val,vqav2_val"
+TASK_FOLDER = Path(__file__).parents[2] / "tasks"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A working directory with mirrors, a model, a saved plan, and a calibration file of two evaluated documents."""
+    directory = write_mirrors(tmp_path_factory.mktemp("runs"))
+    write_tiny_llava(directory / "tiny")
+    loaded = load(str(directory / "tiny"), dtype="float32")
+    obtain_plan(loaded, check_request("rtn", "w3a16", {"group_size": 16}), None, None).save(directory / "plan")
+    rows = []
+    for row in map(vqav2_row, range(2)):
+        row["image"].save(directory / f"{row['image_id']}.png")
+        question = f"<image>\n{row['question']}\nAnswer the question using a single word or phrase."
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
+        rows.append({"image": f"{row['image_id']}.png", "conversations": turns})
+    (directory / "evaluated.json").write_text(json.dumps(rows))
+    return directory
+
+
+def run(place, *command):
+    """Run a command there, offline; returns what it printed."""
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(place / "datasets-cache"),
+        "QVLM_CACHE": str(place / "qvlm-cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=place, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def results_of(place, folder):
+    found = sorted((place / folder).rglob("*_results.json"))
+    return json.loads(found[0].read_text()) if found else None
+
+
+def answers_of(place, folder):
+    """Every logged answer by task and document."""
+    lines = [
+        (file.name.split("_samples_")[1], json.loads(line))
+        for file in (place / folder).rglob("*_samples_*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+    return {(name, line["doc_id"]): line["filtered_resps"] for name, line in lines}
+
+
+def arguments(**values):
+    return ",".join(f"{name}={value}" for name, value in {"pretrained": "tiny", "dtype": "float32", **values}.items())
+
+
+@pytest.fixture(scope="module")
+def full_precision(place):
+    """A run as a user types it: chat format, full precision."""
+    command = ["lmms_eval", "--model", "qvlm_llava", "--model_args", arguments(), "--tasks", STANDARD]
+    run(place, *command, "--batch_size", "4", "--output_path", "full", "--log_samples")
+    return results_of(place, "full")
+
+
+def test_full_precision(full_precision):
+    scores, qvlm = full_precision["results"], full_precision["qvlm"]
+    assert {"scienceqa", "vizwiz_vqa_val", "vqav2_val"} <= scores.keys()
+    assert all(0 <= scores[task]["exact_match,none"] <= 1 for task in STANDARD.split(","))
+    assert (qvlm["method"], qvlm["prompt_format"], qvlm["calibration"]) == ("none", "chat", None)
+    assert qvlm["bits"]["decoder"] == {"weight": 16, "activation": 16}
+    assert {task: counts["generated"] for task, counts in qvlm["answers"].items()} == {
+        "scienceqa": 9,
+        "vizwiz_vqa_val": 5,
+        "vqav2_val": 6,
+    }
+    assert qvlm["answers"]["scienceqa"]["parse_failures"] == 9  # a random model does not answer in letters
+    for task, data in qvlm["data"].items():
+        assert data["origin"] == "local" and data["stand_in"] and len(data["content_hash"]) == 64, task
+    assert qvlm["stand_in"] is True
+    assert qvlm["weight_bytes"] > 200_000 and qvlm["peak_memory_bytes"] > 10**8 and qvlm["processes"] == 1
+    assert qvlm["image_processor"] == "CLIPImageProcessorPil"
+    assert {"torch", "transformers", "lmms_eval", "qvlm_plugin", "datasets"} <= qvlm["versions"].keys()
+    throughput = full_precision["throughput"]
+    assert throughput["total_gen_tokens"] > 0 and throughput["total_elapsed_time"] > 0
+    assert throughput["avg_qvlm_weight_bytes"] == qvlm["weight_bytes"]
+
+
+RTN = {"method": "rtn", "scheme": "w4a4", "calibration": "scienceqa:train:5+vqav2_val:train:2", "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def printed(place):
+    """Several runs in one process; what it printed."""
+    overlapping = {"method": "rtn", "scheme": "w8a8", "calibration": "evaluated.json:2", "cache": "none"}
+    common = {"model": "qvlm_llava", "tasks": STANDARD, "batch_size": "3", "log_samples": True}
+    runs = [
+        common | {"model_args": arguments(**RTN), "force_simple": True, "output_path": "rtn", "use_cache": "responses"},
+        common | {"model": "dummy", "model_args": "", "force_simple": True, "output_path": "dummy"},
+        common | {"model_args": arguments(plan="plan"), "output_path": "plan", "tasks": "qvlm", "limit": 3.0},
+        common | {"model_args": arguments(**overlapping), "output_path": "refused"},
+        common | {"model_args": arguments(**overlapping, allow_overlap="true"), "output_path": "allowed"},
+        common | {"model_args": arguments(colour="red"), "output_path": "unknown"},
+    ]
+    (place / "runs.yaml").write_text(yaml.safe_dump([one | {"include_path": str(TASK_FOLDER)} for one in runs]))
+    return run(place, "lmms_eval", "--config", "runs.yaml")
+
+
+def test_several_runs_in_one_process(place, full_precision, printed):
+    """Each run's results carry that run's provenance, another model's carry none, and refused runs write nothing."""
+    qvlm = results_of(place, "rtn")["qvlm"]
+    assert (qvlm["method"], qvlm["scheme"], qvlm["prompt_format"]) == ("rtn", "w4a4", "simple")
+    assert 4 < qvlm["bits"]["decoder"]["weight"] < 6 and qvlm["bits"]["vision"]["activation"] == 4
+    assert qvlm["calibration"] == {
+        "source": RTN["calibration"],
+        "seed": 3,
+        "documents": 7,
+        "documents_compared": 20,
+        "documents_also_evaluated": 0,
+    }
+    assert qvlm["search_seconds"] > 0
+    assert len({qvlm["plan_hash"], qvlm["table_hash"], full_precision["qvlm"]["plan_hash"]}) == 3
+    assert answers_of(place, "rtn").keys() == answers_of(place, "full").keys()
+    assert answers_of(place, "rtn") != answers_of(place, "full")
+    assert list((place / "responses").rglob("cache.db"))
+
+    assert "qvlm" not in results_of(place, "dummy")
+
+    planned = results_of(place, "plan")
+    assert (planned["qvlm"]["scheme"], planned["qvlm"]["calibration"]) == ("w3a16", None)
+    assert planned["qvlm"]["options"]["group_size"] == 16
+    subscores = [planned["results"][task]["exact_match,none"] for task in STANDARD.split(",")]
+    assert planned["groups"]["qvlm"]["exact_match,none"] == pytest.approx(sum(subscores) / 3)
+
+    assert results_of(place, "refused") is None
+    assert "2 of the documents to evaluate were calibrated on, for example document 0 of task vqav2_val" in printed
+    assert results_of(place, "allowed")["qvlm"]["calibration"]["documents_also_evaluated"] == 2
+    assert results_of(place, "unknown") is None and "unknown model argument 'colour'; allowed are" in printed
+
+
+def test_two_processes(place, printed):
+    """Sharded under torchrun: one search for both, each document once, and the plan and answers of a single process."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lmms_eval"]
+    model = ["--model", "qvlm_llava", "--model_args", arguments(**RTN, cache="other"), "--force_simple"]
+    run(place, *torchrun, *model, "--tasks", STANDARD, "--batch_size", "4", "--output_path", "two", "--log_samples")
+    alone, together = (results_of(place, folder) for folder in ("rtn", "two"))
+    assert together["qvlm"]["processes"] == 2
+    assert together["qvlm"]["plan_hash"] == alone["qvlm"]["plan_hash"]
+    assert together["qvlm"]["answers"] == alone["qvlm"]["answers"]
+    assert together["qvlm"]["calibration"] == alone["qvlm"]["calibration"]
+    assert answers_of(place, "two") == answers_of(place, "rtn")
+    assert [path for path in (place / "other").iterdir() if path.is_dir()]

@@ -1,0 +1,73 @@
+"""What imports what, seen in fresh interpreters."""
+
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lmms_eval":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def python(code, *arguments):
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, qvlm_plugin; print(qvlm_plugin.__version__, *{'torch', 'transformers'} & sys.modules.keys())"
+    assert len(python(code).split()) == 1
+
+
+def test_the_core_works_without_the_harness(tiny_llava):
+    code = """
+import pkgutil, importlib, torch, qvlm_plugin
+for module in pkgutil.walk_packages(qvlm_plugin.__path__, "qvlm_plugin."):
+    if not module.name.startswith(("qvlm_plugin.harness", "qvlm_plugin.tasks")):
+        importlib.import_module(module.name)
+assert not any(name.startswith("lmms_eval") for name in sys.modules)
+from qvlm_plugin.conversation import Conversation, encode
+from qvlm_plugin.models.loading import load
+from qvlm_plugin.planning import apply, check_request, obtain_plan
+loaded = load(sys.argv[1], dtype="float32")
+apply(obtain_plan(loaded, check_request("rtn", "w4a16", {}), None, None), loaded)
+inputs, _ = encode(loaded.processor, [Conversation.from_prompt("what?")])
+print(loaded.model.generate(**inputs, max_new_tokens=3).shape[1] - inputs["input_ids"].shape[1])
+"""
+    assert python(BLOCK + code, str(tiny_llava)) in ("1", "2", "3")
+
+
+def test_the_manifest_imports_nothing_of_ours():
+    code = """
+import sys
+import lmms_eval.models.registry_v2
+before = set(sys.modules)
+from qvlm_plugin.harness.manifest import manifests
+(manifest,) = manifests()
+print(manifest.model_id, *sorted(set(sys.modules) - before))
+"""
+    name, *modules = python(code).splitlines()[-1].split()
+    assert name == "qvlm_llava"
+    assert set(modules) <= {"qvlm_plugin", "qvlm_plugin.harness", "qvlm_plugin.harness.manifest"}
+
+
+def test_the_manifest_never_raises():
+    assert python(BLOCK + "from qvlm_plugin.harness.manifest import manifests; print(manifests())") == "[]"
+
+
+def test_the_entry_point_is_registered():
+    (entry,) = [entry for entry in entry_points(group="lmms_eval.models") if entry.name == "qvlm"]
+    assert entry.value == "qvlm_plugin.harness.manifest:manifests"
+
+
+def test_the_harness_finds_both_formats():
+    from lmms_eval.models import get_model
+
+    assert get_model("qvlm_llava").is_simple is False
+    assert get_model("qvlm_llava", force_simple=True).is_simple is True

@@ -40,7 +40,7 @@ class _FirstLayerReached(Exception):
     """Ends a forward pass whose only purpose was to reach the decoder."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decoder_inputs(
     loaded: LoadedModel, topology: Topology, calibration: CalibrationSet, batch_size: int
 ) -> tuple[Hidden, list[Batch]]:
@@ -71,7 +71,7 @@ def decoder_inputs(
     return hidden, batches
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run_layer(
     layer: nn.Module, hidden: Hidden, batches: Sequence[Batch], parameters: Mapping[str, Tensor] | None = None
 ) -> Hidden:

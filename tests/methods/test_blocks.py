@@ -14,6 +14,7 @@ def started(loaded, calibration):
     return decoder_layers(topology, loaded.model), *decoder_inputs(loaded, topology, calibration, 2)
 
 
+@torch.no_grad()
 def test_layer_by_layer_equals_the_whole_decoder(loaded, calibration, started):
     layers, hidden, batches = started
     for _, layer in layers:

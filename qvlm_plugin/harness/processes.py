@@ -3,6 +3,7 @@
 Asked of torch.distributed rather than of accelerate, which reports a single process under torchrun on CPU.
 """
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -43,6 +44,22 @@ def first_process_first() -> Iterator[None]:
     finally:
         if rank() == 0 and count() > 1:
             distributed.barrier()
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Make a failure of one process the end of all; also usable as a decorator.
+
+    lmms-eval catches exceptions and lets the process end as if all were well, while the others wait for it at the next
+    barrier. A failing exit code makes torchrun stop them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if count() == 1:
+            raise
+        traceback.print_exc()
+        raise SystemExit(1) from error
 
 
 def _several() -> bool:

@@ -61,6 +61,23 @@ class Request:
         except Exception as error:
             raise QVLMError(f"{self.name} cannot be prepared: {' '.join(str(error).split())}") from error
 
+    def following(
+        self, index: int, answers: list[str], passed_along: object
+    ) -> tuple[Conversation | None, list[str], Any]:
+        """What `next_round` says; one round is all for a task without it.
+
+        Raises:
+            QVLMError: the round cannot be prepared.
+        """
+        if self.next_round is None:
+            return None, answers, passed_along
+        try:
+            return self.next_round(index, answers, passed_along)
+        except Exception as error:
+            raise QVLMError(
+                f"{self.name}: round {index + 1} cannot be prepared: {' '.join(str(error).split())}"
+            ) from error
+
 
 def simple_generation(instance: Instance, documents: Documents) -> Request:
     """A "simple" request to generate: (context, arguments, doc_to_visual, [doc_to_text,] doc_id, task, split)."""

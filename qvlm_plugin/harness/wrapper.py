@@ -95,6 +95,7 @@ class _QVLM(lmms):
         """Documents per forward pass."""
         return self._batch_size
 
+    @processes.failing_together()
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer each request; answers come in the order of the requests.
 
@@ -108,6 +109,7 @@ class _QVLM(lmms):
             self.cache_hook.add_partial("generate_until", (item.context, item.generation), result.text)
         return results
 
+    @processes.failing_together()
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Answer each request round by round, as long as its task asks on; returns the answers of all rounds.
 
@@ -122,20 +124,18 @@ class _QVLM(lmms):
             for row, result in zip(active, self._generate([current[row] for row in active]), strict=True):
                 answers[row].append(result.text)
             index += 1
-            still_active = []
-            for row in active:
-                if (advance := items[row].next_round) is None:
-                    continue
-                try:
-                    following, answers[row], passed_along[row] = advance(index, answers[row], passed_along[row])
-                except Exception as error:
-                    raise QVLMError(f"{items[row].name}: round {index + 1} cannot be prepared: {error}") from error
-                if following is not None:
-                    current[row] = replace(items[row], build=lambda conversation=following: conversation)
-                    still_active.append(row)
-            active = still_active
+            for row in list(active):
+                following, answers[row], passed_along[row] = items[row].following(
+                    index, answers[row], passed_along[row]
+                )
+                if following is None:
+                    active.remove(row)
+                else:
+                    build = self._with_system_prompt(lambda conversation=following: conversation)
+                    current[row] = replace(items[row], build=build)
         return answers
 
+    @processes.failing_together()
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """For each request the log-probability of its continuation, and whether greedy decoding would produce it.
 

@@ -280,6 +280,16 @@ def test_multi_round_simple(simple):
     assert texts(simple.generate_until(ask(simple, [second]))) == [answers[1][1]]
 
 
+def test_multi_round_failure_is_named(simple):
+    def fail(*_, **__):
+        raise KeyError("state")
+
+    request = ask(simple, documents(1))[0]
+    request.arguments = (*request.arguments[:3], fail, *request.arguments[3:])
+    with pytest.raises(QVLMError, match=r"document 0 of task toy: round 2 cannot be prepared: 'state'"):
+        simple.generate_until_multi_round([request])
+
+
 def test_multi_round_chat(chat, simple):
     docs = documents(4)
 
@@ -317,6 +327,9 @@ def test_failing_generation_is_an_error_that_names_the_documents(make, monkeypat
 
     monkeypatch.setattr(model._model, "generate", fail)
     with pytest.raises(RuntimeError, match=r"document 0 of task toy.*ValueError: no luck"):
+        model.generate_until(ask(model, documents(1)))
+    monkeypatch.setattr("qvlm_plugin.harness.processes.count", lambda: 2)
+    with pytest.raises(SystemExit, match="1"):  # which, unlike an exception, lmms-eval lets through to torchrun
         model.generate_until(ask(model, documents(1)))
 
 

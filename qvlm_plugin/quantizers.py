@@ -7,7 +7,8 @@ Three families:
 * normal-float codebooks for weights (QLoRA's NF4 at 4 bits; the same construction at other widths), with optional
   double quantization of the block scales.
 
-All arithmetic is in float32, so half-precision inputs neither overflow nor lose code points.
+All arithmetic is in float32, so half-precision inputs neither overflow nor lose code points. Where gradients are taken,
+float64 inputs stay float64, so that those can be checked.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 NF_BLOCK = 64
 """Weights per normal-float scale (QLoRA, section 3)."""
@@ -41,11 +43,48 @@ def fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
     Returns:
         The rounded values, in the shape and dtype of ``x``.
     """
-    lower, levels = lower.float(), 2**bits - 1
-    step = (upper.float() - lower) / levels
-    inverse = torch.where(step > 0, 1 / step.clamp_min(torch.finfo(torch.float32).tiny), 0)
-    codes = x.float().sub(lower).mul_(inverse).round_().clamp_(0, levels)
+    lower = lower.float()
+    step, inverse = _step(lower, upper.float(), bits)
+    codes = x.float().sub(lower).mul_(inverse).round_().clamp_(0, 2**bits - 1)
     return codes.mul_(step).add_(lower).to(x.dtype)
+
+
+def fake_quantize_straight_through(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
+    """`fake_quantize` for training: the same values, and gradients as if nothing were rounded inside the range.
+
+    Gradients reach ``x`` where it is inside the bounds (the straight-through estimator), and the bounds both where they
+    clip and through the step (as in LSQ+).
+    """
+    lower, upper = widen(lower), widen(upper)
+    step, inverse = _step(lower, upper, bits)
+    codes = straight_through_round(((widen(x) - lower) * inverse).clamp(0, 2**bits - 1))
+    return (codes * step + lower).to(x.dtype)
+
+
+def _step(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Distance of neighbouring points, and its inverse; the inverse of 0 is 0."""
+    step = (upper - lower) / (2**bits - 1)
+    return step, torch.where(step > 0, 1 / step.clamp_min(torch.finfo(step.dtype).tiny), 0)
+
+
+class _StraightThroughRound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def straight_through_round(x: Tensor) -> Tensor:
+    """Round, with the gradient of the identity."""
+    return _StraightThroughRound.apply(x)
+
+
+def widen(x: Tensor) -> Tensor:
+    """``x`` in float32, or float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def shrink_range(lower: Tensor, upper: Tensor, center: Tensor, ratio: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +105,7 @@ def token_range(x: Tensor, clip_ratio: float | Tensor = 1.0) -> tuple[Tensor, Te
     Returns:
         lower, upper: [..., 1] float32.
     """
-    x = x.float()
+    x = widen(x)
     lower, upper = x.aminmax(dim=-1, keepdim=True)
     return shrink_range(lower, upper, x.mean(dim=-1, keepdim=True), clip_ratio)
 

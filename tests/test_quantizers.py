@@ -6,6 +6,7 @@ from qvlm_plugin.quantizers import (
     double_quantize,
     dynamic_codebook,
     fake_quantize,
+    fake_quantize_straight_through,
     normal_float_codebook,
     quantize_int,
     quantize_normal_float,
@@ -52,6 +53,37 @@ def test_half_precision_does_not_overflow(dtype):
     x = torch.tensor([[6e4, 1e-7, -6e4]], dtype=dtype).T.contiguous()
     rounded = fake_quantize(x, *token_range(x.T), 8)
     assert rounded.dtype == dtype and rounded.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_trainable_quantizer_gives_the_same_values(dtype):
+    x = (3 * torch.randn(40, 6)).to(dtype)
+    x[:, 0] = 2.0  # a constant channel
+    for bits in BITS:
+        for bounds in ((x.amin(dim=0) * 0.7, x.amax(dim=0) * 0.7), (x[:, 0], x[:, 0]), token_range(x, 0.8)):
+            lower, upper = (bound if bound.shape != (40,) else bound[:6] for bound in bounds)
+            assert torch.equal(
+                fake_quantize_straight_through(x, lower, upper, bits), fake_quantize(x, lower, upper, bits)
+            )
+
+
+def test_gradients_pass_rounding_and_stop_at_the_bounds():
+    x = torch.tensor([-5.0, -0.4, 0.3, 9.0, 0.0]).double().requires_grad_()
+    lower, upper = (torch.tensor(bound, dtype=torch.float64, requires_grad=True) for bound in (-1.0, 1.0))
+    fake_quantize_straight_through(x, lower, upper, 3).sum().backward()
+    assert torch.equal(x.grad, torch.tensor([0.0, 1, 1, 0, 1]).double())
+    # An element beyond a bound follows it. One inside moves by (rounded - exact) / levels as the step stretches.
+    exact = (x.detach() + 1) / (2 / 7)
+    inside = torch.tensor([1, 2, 4])
+    stretch = ((exact.round() - exact) / 7)[inside].sum()
+    assert torch.allclose(upper.grad, 1 + stretch) and torch.allclose(lower.grad, 1 - stretch)
+
+
+def test_gradients_of_token_ranges_are_finite_even_for_constant_tokens():
+    x = torch.cat([torch.ones(1, 4), torch.randn(2, 4)]).requires_grad_()
+    ratio = torch.tensor([0.7], requires_grad=True)
+    fake_quantize_straight_through(x, *token_range(x, ratio), 4).square().sum().backward()
+    assert x.grad.isfinite().all() and ratio.grad.isfinite() and ratio.grad != 0
 
 
 def test_rounding_a_channel_does_not_depend_on_its_offset():

@@ -3,7 +3,7 @@
 Exact in what it simulates on every device and for every format; it saves neither memory nor time.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,13 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
-from qvlm_plugin.quantizers import fake_quantize, quantize_int, quantize_normal_float, token_range
+from qvlm_plugin.quantizers import (
+    fake_quantize,
+    fake_quantize_straight_through,
+    quantize_int,
+    quantize_normal_float,
+    token_range,
+)
 
 
 def round_weight(weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None) -> Tensor:
@@ -26,12 +32,17 @@ def round_weight(weight: Tensor, weight_format: WeightFormat, clip: Tensor | Non
     return quantized.dequantize().to(weight.dtype)
 
 
-def round_activation(x: Tensor, activation_format: ActivationFormat, parameters: Mapping[str, Tensor]) -> Tensor:
+def round_activation(
+    x: Tensor,
+    activation_format: ActivationFormat,
+    parameters: Mapping[str, Tensor],
+    quantize: Callable[[Tensor, Tensor, Tensor, int], Tensor] = fake_quantize,
+) -> Tensor:
     """``x`` [..., I] after quantization to the format and back, in its own dtype."""
     if activation_format.kind == "static_channel":
-        return fake_quantize(x, parameters["lower"], parameters["upper"], activation_format.bits)
+        return quantize(x, parameters["lower"], parameters["upper"], activation_format.bits)
     if activation_format.kind == "dynamic_token":
-        return fake_quantize(x, *token_range(x, parameters["clip_ratio"]), activation_format.bits)
+        return quantize(x, *token_range(x, parameters["clip_ratio"]), activation_format.bits)
     return x
 
 
@@ -52,5 +63,15 @@ def _forward(
     return F.linear(round_activation(x, activation_format, tensors), tensors["weight"], bias)
 
 
+def _forward_straight_through(
+    x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, activation_format: ActivationFormat
+) -> Tensor:
+    rounded = round_activation(x, activation_format, tensors, fake_quantize_straight_through)
+    return F.linear(rounded, tensors["weight"], bias)
+
+
 REFERENCE = Kernel("reference", _supports, _prepare, _forward)
 """Quantize-dequantize on any device, for any format."""
+
+STRAIGHT_THROUGH = Kernel("straight_through", _supports, _prepare, _forward_straight_through)
+"""The same values, but differentiable in the input and the activation parameters; for methods that train those."""

@@ -1,0 +1,1 @@
+"""Q-VLM: cross-layer dependency mining and visual encoder optimization, one file for each step."""

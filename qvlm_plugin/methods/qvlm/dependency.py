@@ -1,0 +1,136 @@
+"""Cross-layer dependency: the conditional entropy of a layer's quantized output given that of the layer before it.
+
+Paper, section 3.2, Eq. 4-6. Rounding is approximated by a soft assignment to the rounding points, which makes
+everything here differentiable. Entropies are in nats.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from qvlm_plugin.quantizers import widen
+
+CHUNK = 2**22
+"""Soft assignments (elements x rounding points) held at once."""
+
+MAX_ELEMENTS = 2**20
+"""Elements that a dependency is estimated from; of larger outputs it takes a sample. The histogram of 4-bit codes has
+256 cells."""
+
+_HARD = 1e4  # exp(-1e4) is 0 in every floating-point type
+
+
+def soft_assignment(
+    x: Tensor, lower: Tensor, upper: Tensor, bits: int, literal: bool = False, temperature: float = 1.0
+) -> Tensor:
+    """Probability of each rounding point for each element (Eq. 5): p(m) ∝ exp(-(u - m)^2 / temperature).
+
+    ``u = (x - lower) / step`` is the element in code units, which makes the formula independent of the scale of x. As
+    printed it divides the squared distance of x itself by the step, which is (u - m)^2 times the step: ``literal``.
+
+    Args:
+        x: any shape.
+        lower, upper: bounds that broadcast against x. Where they coincide there is one rounding point, code 0, and it
+            has all the probability.
+        bits: 2 to 8.
+        literal: see above.
+        temperature: below 1 sharpens the assignment; towards 0 it becomes rounding to nearest.
+
+    Returns:
+        [..., 2^bits], sums to 1 along the last dimension; float32, or float64 if x is that.
+    """
+    x, lower, upper = widen(x), widen(lower), widen(upper)
+    step = (upper - lower) / (2**bits - 1)
+    constant = step <= 0
+    u = torch.where(constant, 0, (x - lower) / torch.where(constant, 1, step))
+    sharpness = torch.where(constant, _HARD, (step if literal else torch.ones_like(step)) / temperature)
+    points = torch.arange(2**bits, device=x.device, dtype=u.dtype)
+    return (-(u.unsqueeze(-1) - points).square() * sharpness.unsqueeze(-1)).softmax(dim=-1)
+
+
+def joint_counts(
+    x: Tensor,
+    y: Tensor,
+    x_bounds: tuple[Tensor, Tensor],
+    y_bounds: tuple[Tensor, Tensor],
+    bits: int,
+    literal: bool = False,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Sum over elements of p_x(m) p_y(m'): the joint histogram of the codes. Histograms of several batches add up.
+
+    Args:
+        x, y: outputs of two layers, of one shape.
+        x_bounds, y_bounds: (lower, upper) of each, which broadcast against them.
+        bits, literal, temperature: see `soft_assignment`.
+
+    Returns:
+        float64 [2^bits, 2^bits], differentiable in x and y; memory is bounded forwards and backwards.
+    """
+
+    def count(x: Tensor, *others: Tensor) -> Tensor:
+        x_lower, x_upper, y, y_lower, y_upper = others
+        rows = soft_assignment(x, x_lower, x_upper, bits, literal, temperature)
+        columns = soft_assignment(y, y_lower, y_upper, bits, literal, temperature)
+        return (rows.T @ columns).double()
+
+    columns = [tensor.expand_as(x).flatten().split(CHUNK // 2**bits) for tensor in (x, *x_bounds, y, *y_bounds)]
+    remember = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    total = torch.zeros(2**bits, 2**bits, dtype=torch.float64, device=x.device)
+    for chunk in zip(*columns, strict=True):
+        # Going backwards, a chunk's assignments are computed again rather than kept.
+        total = total + (checkpoint(count, *chunk, use_reentrant=False) if remember else count(*chunk))
+    return total
+
+
+def conditional_entropy(joint: Tensor) -> Tensor:
+    """H(column | row) of a joint histogram (Eq. 4: rows are codes of layer k, columns those of layer k + 1).
+
+    Args:
+        joint: [M, M], not negative, of any positive sum.
+
+    Returns:
+        A scalar in nats, from 0 to log M.
+    """
+    joint = joint / joint.sum()
+    tiny = torch.finfo(joint.dtype).tiny
+    # Clamping inside the logarithm only: an empty cell adds 0, and its gradient is finite.
+    given = joint.clamp_min(tiny).log() - joint.sum(dim=1, keepdim=True).clamp_min(tiny).log()
+    return -(joint * given).sum()
+
+
+def layer_dependency(
+    x: Tensor, y: Tensor, bits: int, literal: bool = False, temperature: float = 1.0, seed: int = 0
+) -> float:
+    """D(k, k+1) of two layers from the whole of their outputs (Eq. 4), each channel bounded by its extremes.
+
+    Args:
+        x, y: outputs of layer k and of layer k + 1, [N, C] each; more than `MAX_ELEMENTS` are sampled.
+        bits, literal, temperature: see `soft_assignment`.
+        seed: of the sample.
+    """
+    chosen = sample_elements(x.numel(), MAX_ELEMENTS, seed).to(x.device)
+    outputs, bounds = [], []
+    for states in (x, y.to(x.device)):
+        outputs.append(states.flatten()[chosen])
+        bounds.append(tuple(bound[chosen % x.shape[1]] for bound in states.aminmax(dim=0)))
+    return float(conditional_entropy(joint_counts(*outputs, *bounds, bits, literal, temperature)))
+
+
+def sample_elements(total: int, count: int, seed: int) -> Tensor:
+    """Positions of ``count`` of ``total`` elements at random, with replacement; all of them if that is fewer."""
+    if total <= count:
+        return torch.arange(total)
+    return torch.randint(total, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def dependency_between(steps: Sequence[float], first: int, last: int) -> float:
+    """D(first, last) of layers further apart (Eq. 6): the sum over the steps between them.
+
+    Args:
+        steps: D(k, k+1) of all consecutive layers, from layer 0.
+        first, last: layers, first <= last.
+    """
+    return sum(steps[first:last])

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.hooks import add_hook_to_module
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -113,6 +113,7 @@ class _Header(_Record):
     modules: tuple[ModulePlan, ...]
     folds: tuple[Fold, ...]
     replaced: tuple[str, ...]
+    record: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +130,7 @@ class RoundingPlan:
         replaced: names of the model's own parameters that take new values (trained norms) before anything else.
         calibration: the documents used, None for data-free methods.
         search_seconds: wall time of the fit.
+        record: how the search went, as JSON data for people and reports (a loss curve, a partition).
     """
 
     method: str
@@ -141,6 +143,7 @@ class RoundingPlan:
     replaced: tuple[str, ...] = ()
     calibration: CalibrationRecord | None = None
     search_seconds: float = 0.0
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def hash(self) -> str:
@@ -189,6 +192,7 @@ class RoundingPlan:
             modules=self.modules,
             folds=self.folds,
             replaced=self.replaced,
+            record=dict(self.record),
         )
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))

@@ -35,8 +35,10 @@ def test_saving_and_loading_keeps_everything(plan, tmp_path):
 
 def test_saving_replaces_an_older_plan_and_nothing_else(plan, tmp_path):
     plan.save(tmp_path / "plan")
-    newer = dataclasses.replace(plan, search_seconds=123.0)
-    assert RoundingPlan.load(newer.save(tmp_path / "plan")).search_seconds == 123.0
+    newer = dataclasses.replace(plan, search_seconds=123.0, record={"curve": [{"epoch": 0, "total": 1.5}]})
+    assert newer.hash == plan.hash and not plan.record
+    again = RoundingPlan.load(newer.save(tmp_path / "plan"))
+    assert again.search_seconds == 123.0 and again.record == newer.record
     assert [file.name for file in tmp_path.iterdir()] == ["plan"]  # nothing half-written lies about
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("dear to someone")

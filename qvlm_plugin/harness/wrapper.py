@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
 from qvlm_plugin import planning, plugins
+from qvlm_plugin.calibration import CalibrationSet, read_calibration
 from qvlm_plugin.conversation import Conversation, encode, to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import processes, provenance
@@ -31,7 +33,7 @@ from qvlm_plugin.harness.requests import (
     simple_generation,
     with_system_prompt,
 )
-from qvlm_plugin.harness.task_source import read_calibration
+from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 
@@ -252,15 +254,10 @@ class _QVLM(lmms):
     def _progress(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, disable=self.rank != 0)
 
-    def _read_calibration(self, arguments: ModelArguments) -> planning.CalibrationSet:
+    def _read_calibration(self, arguments: ModelArguments) -> CalibrationSet:
         """The calibration samples, with the same system prompt that evaluated documents get."""
-        calibration = read_calibration(
-            arguments.calibration,
-            arguments.images,
-            arguments.seed,
-            chat=not self.is_simple,
-            allow_overlap=arguments.allow_overlap,
-        )
+        draw = partial(draw_samples, chat=not self.is_simple, allow_overlap=arguments.allow_overlap)
+        calibration = read_calibration(arguments.calibration, arguments.images, arguments.seed, draw)
         samples = [
             replace(sample, conversation=with_system_prompt(sample.conversation, self._system_prompt))
             for sample in calibration.samples

@@ -1,13 +1,12 @@
-from functools import cache
+from functools import partial
 
 import pytest
 from harness.mirrors import scienceqa_row, vqav2_row, write_mirrors
-from lmms_eval.tasks import TaskManager
 
+from qvlm_plugin.calibration import read_calibration
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.harness import task_source
-from qvlm_plugin.harness.task_source import read_calibration
+from qvlm_plugin.harness.task_source import draw_samples
 
 
 @pytest.fixture(scope="module")
@@ -15,16 +14,13 @@ def mirrors(tmp_path_factory):
     return write_mirrors(tmp_path_factory.mktemp("mirrors"))
 
 
-@pytest.fixture(scope="module")
-def task_manager():
-    return cache(lambda: TaskManager("ERROR", model_name="qvlm_llava"))
-
-
 @pytest.fixture(autouse=True)
-def in_the_mirrors(mirrors, task_manager, monkeypatch):
+def in_the_mirrors(mirrors, monkeypatch):
     monkeypatch.chdir(mirrors)
-    # indexing two thousand tasks takes seconds: once is enough for these tests
-    monkeypatch.setattr(task_source, "TaskManager", lambda *_, **__: task_manager())
+
+
+def read(text, seed=0, **options):
+    return read_calibration(text, None, seed, partial(draw_samples, **options))
 
 
 def prompts(calibration):
@@ -32,7 +28,7 @@ def prompts(calibration):
 
 
 def test_scienceqa_is_rendered_as_the_harness_does():
-    calibration = read_calibration("scienceqa:train:8", seed=1)
+    calibration = read("scienceqa:train:8", seed=1)
     assert len(calibration.samples) == 8 and calibration.seed == 1
     for sample, prompt in zip(calibration.samples, prompts(calibration), strict=True):
         row = next(row for row in map(scienceqa_row, range(100, 112)) if row["question"] in prompt)
@@ -46,18 +42,18 @@ def test_scienceqa_is_rendered_as_the_harness_does():
 
 
 def test_the_draw_depends_on_the_seed_only():
-    first, again, other = (prompts(read_calibration("scienceqa:train:5", seed=seed)) for seed in (1, 1, 2))
+    first, again, other = (prompts(read("scienceqa:train:5", seed=seed)) for seed in (1, 1, 2))
     assert first == again != other
 
 
 def test_both_formats_are_the_same_documents():
-    chat = read_calibration("scienceqa:train:4+vqav2_val:train:2", chat=True)
-    simple = read_calibration("scienceqa:train:4+vqav2_val:train:2", chat=False)
+    chat = read("scienceqa:train:4+vqav2_val:train:2", chat=True)
+    simple = read("scienceqa:train:4+vqav2_val:train:2", chat=False)
     assert chat.digests() == simple.digests() and len(set(chat.digests())) == 6
 
 
 def test_the_commonest_answer_is_the_target():
-    calibration = read_calibration("vqav2_val:train:3")
+    calibration = read("vqav2_val:train:3")
     assert {sample.answer for sample in calibration.samples} == {"red"}
     known = {
         Conversation.from_prompt(
@@ -66,7 +62,7 @@ def test_the_commonest_answer_is_the_target():
         for row in map(vqav2_row, range(50, 56))
     }
     assert set(calibration.digests()) <= known
-    vizwiz = read_calibration("vizwiz_vqa_val:val:2", allow_overlap=True)
+    vizwiz = read("vizwiz_vqa_val:val:2", allow_overlap=True)
     assert {sample.answer for sample in vizwiz.samples} == {"a cup"}
 
 
@@ -85,5 +81,5 @@ def test_the_commonest_answer_is_the_target():
 def test_bad_sources(text, message, monkeypatch):
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)  # the harness retries failed downloads
     with pytest.raises(QVLMError, match=message) as caught:
-        read_calibration(text)
+        read(text)
     assert "\n" not in str(caught.value)

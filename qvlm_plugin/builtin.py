@@ -5,6 +5,7 @@ from transformers import PretrainedConfig
 from qvlm_plugin.hooks import hookimpl
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.methods.awq import AWQ
 from qvlm_plugin.methods.base import Method
 from qvlm_plugin.methods.qlora import QLORA
 from qvlm_plugin.methods.rtn import RTN
@@ -15,7 +16,7 @@ from qvlm_plugin.topology import Topology, llava_topology
 @hookimpl
 def qvlm_methods() -> list[Method]:
     """Full precision and the baselines."""
-    return [NONE, RTN, QLORA]
+    return [NONE, RTN, QLORA, AWQ]
 
 
 @hookimpl(trylast=True)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -270,7 +270,8 @@ def apply_plan(plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: 
         for name in plan.replaced:
             model.get_parameter(name).copy_(plan.tensors[f"{name}/value"])
         for fold in plan.folds:
-            _apply_fold(fold, plan.tensors[f"{fold.site}/scale"], model, plan.readers(fold.site))
+            readers = [model.get_submodule(name) for name in plan.readers(fold.site)]
+            apply_fold(fold, plan.tensors[f"{fold.site}/scale"], model.get_submodule(fold.producer), readers)
     for module, kernel in zip(quantized, chosen, strict=True):
         linear = linears.pop(module.name)  # popped, so that its weight is freed once it is quantized
         layer = quantized_linear(module, linear, plan.tensors, kernel)
@@ -287,17 +288,18 @@ def quantized_linear(
     return QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
 
 
-def _apply_fold(fold: Fold, scale: Tensor, model: nn.Module, readers: tuple[str, ...]) -> None:
-    producer = model.get_submodule(fold.producer)
+@torch.no_grad()
+def apply_fold(fold: Fold, scale: Tensor, producer: nn.Module, readers: Sequence[nn.Linear]) -> None:
+    """Divide the producer's channels by ``scale`` [channels produced] and multiply the readers' columns, in place."""
     scale = scale.to(producer.weight.device, torch.float32)
     # A norm scales its output channel by channel; a Linear's output channels are the rows of its weight.
     rows = scale if producer.weight.dim() == 1 else scale.unsqueeze(1)
     producer.weight.copy_(producer.weight.float() / rows)
     if getattr(producer, "bias", None) is not None:
         producer.bias.copy_(producer.bias.float() / scale)
-    for name in readers:
-        weight = model.get_submodule(name).weight
-        weight.copy_(weight.float() * fold.spread(scale, weight.shape[1]).to(weight.device))
+    for reader in readers:
+        columns = fold.spread(scale, reader.in_features).to(reader.weight.device)
+        reader.weight.copy_(reader.weight.float() * columns)
 
 
 def _tensor_keys(module: ModulePlan) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What a quantization method is, the options they share, and how their findings become a plan."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.plan import CalibrationRecord, ModulePlan, RoundingPlan
+from qvlm_plugin.plan import CalibrationRecord, Fold, ModulePlan, RoundingPlan
 from qvlm_plugin.scheme import UNQUANTIZED, BitWidths, Scheme
 from qvlm_plugin.topology import Site, Topology, linear_layers, resolve
 
@@ -75,6 +75,11 @@ def quantizes_activations(scheme: Scheme) -> bool:
     return any(getattr(scheme, part).activation != UNQUANTIZED for part in ACTIVATION_KINDS)
 
 
+def quantizes_anything(scheme: Scheme) -> bool:
+    """Whether any part's weights or activations are rounded."""
+    return any(not getattr(scheme, part).is_identity for part in ACTIVATION_KINDS)
+
+
 def activation_format(part: str, bits: int) -> ActivationFormat:
     """The activation format of a part at ``bits`` bits."""
     return ActivationFormat() if bits == UNQUANTIZED else ActivationFormat(kind=ACTIVATION_KINDS[part], bits=bits)
@@ -95,21 +100,28 @@ def build_plan(
     options: MethodOptions,
     tensors: Mapping[str, Tensor],
     calibration: CalibrationSet | None,
+    folds: Sequence[Fold] = (),
 ) -> RoundingPlan:
-    """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are."""
+    """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are.
+
+    Weights with a ``<linear>/clip`` among the tensors are clipped by it.
+    """
     site_of = {name: site for site in resolve(topology, loaded.model) for name in site.linears}
     modules = []
     for name, linear in linear_layers(loaded.model).items():
         site = site_of.get(name)
         widths = getattr(scheme, site.part) if site else BitWidths(UNQUANTIZED, UNQUANTIZED)
         part = site.part if site else _part_of(name, topology)
+        weight_format = options.weight_format(widths.weight)
+        if f"{name}/clip" in tensors:
+            weight_format = weight_format.model_copy(update={"clipped": True})
         modules.append(
             ModulePlan(
                 name=name,
                 part=part,
                 site=site.name if site else None,
                 shape=(linear.out_features, linear.in_features),
-                weight=options.weight_format(widths.weight),
+                weight=weight_format,
                 activation=activation_format(part, widths.activation) if site else ActivationFormat(),
             )
         )
@@ -123,6 +135,7 @@ def build_plan(
         model=loaded.fingerprint,
         modules=tuple(modules),
         tensors=tensors,
+        folds=tuple(folds),
         calibration=record,
     )
 

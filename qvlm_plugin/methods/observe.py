@@ -1,6 +1,6 @@
 """Run calibration data through a model and look at what its Linears read."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -24,6 +24,7 @@ def visit_site_inputs(
     batch_size: int,
     visit: Callable[[Site, Tensor], None],
     description: str,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Call ``visit(site, tokens)`` for every batch, with the input of each site as tokens [N, C] without padding.
 
@@ -34,6 +35,7 @@ def visit_site_inputs(
         batch_size: samples per forward pass.
         visit: called in the order of the computation.
         description: for the progress bar.
+        scales: by site name, what to divide its channels by [C], as folding these scales would.
 
     Raises:
         QVLMError: an input is not finite; the message names the site.
@@ -45,13 +47,17 @@ def visit_site_inputs(
         total=-(-len(calibration.samples) // batch_size),
         console=Console(stderr=True),
     ):
-        with _looking(model, sites, inputs["attention_mask"].bool(), visit):
+        with _looking(model, sites, inputs["attention_mask"].bool(), visit, scales or {}):
             model(**to_device(inputs, model.device, model.dtype), use_cache=False, logits_to_keep=1)
 
 
 @contextmanager
 def _looking(
-    model: nn.Module, sites: Sequence[Site], attended: Tensor, visit: Callable[[Site, Tensor], None]
+    model: nn.Module,
+    sites: Sequence[Site],
+    attended: Tensor,
+    visit: Callable[[Site, Tensor], None],
+    scales: Mapping[str, Tensor],
 ) -> Iterator[None]:
     """While active, every forward pass shows its sites' inputs to ``visit``; ``attended`` [B, T] leaves out padding."""
 
@@ -60,7 +66,7 @@ def _looking(
         tokens = x[attended.to(x.device)] if site.part == "decoder" else x.flatten(0, -2)
         if not tokens.isfinite().all():
             raise QVLMError(f"the input of {site.name} is not finite on calibration data; try dtype=float32")
-        visit(site, tokens)
+        visit(site, tokens / scales[site.name].to(tokens) if site.name in scales else tokens)
 
     handles = [model.get_submodule(site.name).register_forward_pre_hook(partial(look, site)) for site in sites]
     try:

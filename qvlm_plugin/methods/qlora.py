@@ -5,6 +5,8 @@ by site, minimising the l_p distance between full-precision and rounded activati
 section 4.1): a grid of ratios pulls the observed bounds in.
 """
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -59,17 +61,23 @@ def search_ranges(
     formats: list[tuple[Site, ActivationFormat]],
     calibration: CalibrationSet,
     options: RangeSearchOptions,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The plan tensors of every site, each site's ratio chosen by its own l_p distance; ties keep the wider range."""
+    """The plan tensors of every site, each site's ratio chosen by its own l_p distance; ties keep the wider range.
+
+    Inputs of the sites named in ``scales`` are divided by these [C] first, as in the model with the scales folded.
+    """
     format_of = dict(formats)
     static = [site for site, fmt in formats if fmt.kind == "static_channel"]
-    statistics = observe_ranges(loaded, static, calibration, options.calibration_batch_size)
+    statistics = observe_ranges(loaded, static, calibration, options.calibration_batch_size, scales)
     losses = {site: torch.zeros(len(options.ratios), dtype=torch.float64) for site in format_of}
 
     def visit(site: Site, tokens: Tensor) -> None:
         losses[site] += _losses(site, tokens, format_of[site], statistics, options).cpu()
 
-    visit_site_inputs(loaded, list(format_of), calibration, options.calibration_batch_size, visit, "range search")
+    visit_site_inputs(
+        loaded, list(format_of), calibration, options.calibration_batch_size, visit, "range search", scales
+    )
     tensors = {}
     for site, fmt in formats:
         ratio = options.ratios[int(losses[site].argmin())]

@@ -1,5 +1,7 @@
 """``rtn``: round to nearest. Weights and activations take the whole range that they have, or had in calibration."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,13 @@ from qvlm_plugin.topology import Site, Topology
 
 
 def observe_ranges(
-    loaded: LoadedModel, sites: list[Site], calibration: CalibrationSet, batch_size: int
+    loaded: LoadedModel,
+    sites: list[Site],
+    calibration: CalibrationSet,
+    batch_size: int,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> dict[str, ChannelStatistics]:
-    """Channel statistics of each site's input over the calibration set, by site name."""
+    """Channel statistics of each site's input over the calibration set, by site name; ``scales`` divide the inputs."""
     statistics: dict[str, ChannelStatistics] = {}
 
     def visit(site: Site, tokens: Tensor) -> None:
@@ -30,7 +36,7 @@ def observe_ranges(
         statistics[site.name] = statistics[site.name].merge(seen) if site.name in statistics else seen
 
     if sites:
-        visit_site_inputs(loaded, sites, calibration, batch_size, visit, "ranges")
+        visit_site_inputs(loaded, sites, calibration, batch_size, visit, "ranges", scales)
     return statistics
 
 

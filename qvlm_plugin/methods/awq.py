@@ -1,0 +1,145 @@
+"""``awq``: activation-aware scaling and clipping of the weights (Lin et al., 2023), and searched activation ranges.
+
+Each site's scale and each weight group's clipping factor minimise the output error of their Linears on a sample of
+calibration tokens. The activation ranges are searched as for ``qlora``, on the inputs as the scales leave them.
+"""
+
+import copy
+from itertools import groupby
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from qvlm_plugin.calibration import CalibrationSet
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.formats import WeightFormat
+from qvlm_plugin.methods.base import Method, activation_sites, build_plan, quantizes_anything
+from qvlm_plugin.methods.clipping import search_clip
+from qvlm_plugin.methods.qlora import RangeSearchOptions, search_ranges
+from qvlm_plugin.methods.sampling import sample_tokens
+from qvlm_plugin.methods.scaling import fold_of, search_scale
+from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.plan import Fold, RoundingPlan, apply_fold
+from qvlm_plugin.scheme import UNQUANTIZED, Scheme
+from qvlm_plugin.topology import Site, Topology, resolve
+
+CLIP_STEP = 0.05
+"""Distance between clipping factors, from 1 downwards."""
+
+UNCLIPPED = ("q_proj", "k_proj")
+"""Queries and keys are multiplied with each other, so that clipping them errs more than their own outputs show."""
+
+
+class AWQOptions(RangeSearchOptions):
+    """Options of ``awq``; the weights are ``int`` unless told otherwise.
+
+    Attributes:
+        alpha_steps: exponents tried for a site's scale, evenly from 0 up to but without 1; 1 switches scaling off.
+        min_clip: the narrowest weight range tried, as a share of the whole one; 1 switches clipping off.
+        search_tokens: calibration tokens of each site that errors are measured on.
+    """
+
+    alpha_steps: int = Field(20, ge=1)
+    min_clip: float = Field(0.5, gt=0, le=1)
+    search_tokens: int = Field(512, ge=1)
+
+    @property
+    def clips(self) -> tuple[float, ...]:
+        """The clipping factors, widest first."""
+        count = int((1 - self.min_clip) / CLIP_STEP + 1e-9) + 1
+        return tuple(round(1 - index * CLIP_STEP, 6) for index in range(count))
+
+
+def search_weights(
+    loaded: LoadedModel, topology: Topology, scheme: Scheme, calibration: CalibrationSet, options: AWQOptions
+) -> tuple[list[Fold], dict[str, Tensor]]:
+    """Scales and clipping factors of all parts whose weights are quantized.
+
+    Returns:
+        The folds in the order to apply them, and the plan's tensors: ``<site>/scale`` and ``<linear>/clip``.
+
+    Raises:
+        QVLMError: weights are offloaded, or an input is not finite.
+    """
+    model = loaded.model
+    sites = [s for s in resolve(topology, model) if getattr(scheme, s.part).weight != UNQUANTIZED]
+    for name in (name for site in sites for name in site.linears):
+        if model.get_submodule(name).weight.is_meta:
+            raise QVLMError(f"{name} is offloaded; choose a device_map that keeps the weights on devices")
+    folds: list[Fold] = []
+    tensors: dict[str, Tensor] = {}
+    if sites:
+        tokens = sample_tokens(loaded, sites, calibration, options.calibration_batch_size, options.search_tokens)
+        blocks = [list(block) for _, block in groupby(sites, key=lambda site: (site.part, site.block))]
+        for block in track(blocks, description="scales and clips", console=Console(stderr=True)):
+            weight_format = options.weight_format(getattr(scheme, block[0].part).weight)
+            found = search_block(model, block, weight_format, tokens, options)
+            folds += found[0]
+            tensors |= found[1]
+    return folds, tensors
+
+
+@torch.no_grad()
+def search_block(
+    model: nn.Module, sites: list[Site], weight_format: WeightFormat, tokens: dict[str, Tensor], options: AWQOptions
+) -> tuple[list[Fold], dict[str, Tensor]]:
+    """Scales and clipping factors of one block's sites; see `search_weights`.
+
+    Scales are searched on the original weights: dividing a producer's rows scales its rounding errors along, so the
+    order does not matter. Clipping factors are searched on a copy of the block with all scales folded.
+    """
+    names = {name for site in sites for name in (*site.linears, site.producer) if name}
+    modules = {name: copy.deepcopy(model.get_submodule(name)) for name in names}
+    folds, tensors = {}, {}
+    for site in sites:
+        if site.producer:
+            fold = folds[site] = fold_of(site, model)
+            weights = [modules[name].weight for name in site.linears]
+            inputs = tokens[site.name].to(weights[0].device, torch.float32)
+            channels = len(modules[site.producer].weight)
+            scale = search_scale(weights, weight_format, inputs, fold, channels, options.alpha_steps)
+            tensors[f"{site.name}/scale"] = scale.cpu()
+    for site, fold in folds.items():
+        linears = [modules[name] for name in site.linears]
+        apply_fold(fold, tensors[f"{site.name}/scale"], modules[site.producer], linears)
+    for site in sites:
+        clipped = [name for name in site.linears if not name.endswith(UNCLIPPED)]
+        for name in clipped:
+            weight = modules[name].weight
+            inputs = tokens[site.name].to(weight.device, torch.float32)
+            if site in folds:
+                inputs = inputs / folds[site].spread(tensors[f"{site.name}/scale"], weight.shape[1]).to(weight.device)
+            tensors[f"{name}/clip"] = search_clip(weight, weight_format, inputs, options.clips).cpu()
+    return list(folds.values()), tensors
+
+
+def fit(
+    loaded: LoadedModel,
+    topology: Topology,
+    scheme: Scheme,
+    calibration: CalibrationSet | None,
+    options: AWQOptions,
+) -> RoundingPlan:
+    """Search scales and clips of the weights, then the ranges of the scaled activations."""
+    folds, tensors = search_weights(loaded, topology, scheme, calibration, options)
+    if formats := activation_sites(topology, loaded, scheme):
+        tensors |= search_ranges(loaded, formats, calibration, options, input_scales(loaded, folds, tensors))
+    return build_plan(AWQ.name, loaded, topology, scheme, options, tensors, calibration, folds)
+
+
+def input_scales(loaded: LoadedModel, folds: list[Fold], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By what folding divides the input of each folded site: [in_features] for its name."""
+    widths = {fold.site: loaded.model.get_submodule(fold.site).in_features for fold in folds}
+    return {fold.site: fold.spread(tensors[f"{fold.site}/scale"], widths[fold.site]) for fold in folds}
+
+
+AWQ = Method(
+    name="awq",
+    summary="activation-aware weight scaling and clipping (AWQ) and layer-wise l_p search of activation ranges",
+    options=AWQOptions,
+    needs_calibration=quantizes_anything,
+    fit=fit,
+)

@@ -1,0 +1,36 @@
+import dataclasses
+
+import torch
+
+from qvlm_plugin import plugins
+from qvlm_plugin.methods.observe import visit_site_inputs
+from qvlm_plugin.methods.sampling import sample_tokens
+from qvlm_plugin.topology import resolve
+
+
+def drawn(loaded, calibration, count, batch_size=2):
+    sites = resolve(plugins.topology(loaded.model.config), loaded.model)
+    return sites, sample_tokens(loaded, sites, calibration, batch_size, count)
+
+
+def test_the_sample_is_drawn_from_what_the_sites_read(loaded, calibration):
+    sites, sample = drawn(loaded, calibration, 12)
+    seen = {}
+    visit_site_inputs(
+        loaded, sites, calibration, 2, lambda site, tokens: seen.setdefault(site.name, []).append(tokens.clone()), ""
+    )
+    assert sample.keys() == seen.keys()
+    for name, tokens in sample.items():
+        distances = torch.cdist(tokens, torch.cat(seen[name]), compute_mode="donot_use_mm_for_euclid_dist")
+        assert len(tokens) == 12 and distances.amin(dim=1).max() == 0
+    _, everything = drawn(loaded, calibration, 10**6)
+    for name, tokens in everything.items():
+        assert torch.allclose(tokens.sum(dim=0), torch.cat(seen[name]).sum(dim=0), atol=1e-3)
+        assert len(tokens) == sum(map(len, seen[name]))
+
+
+def test_the_sample_depends_on_the_seed_but_not_on_the_batch_size(loaded, calibration):
+    (_, sample), (_, larger_batches) = drawn(loaded, calibration, 12), drawn(loaded, calibration, 12, batch_size=5)
+    assert all(torch.allclose(sample[name], larger_batches[name], atol=1e-4) for name in sample)
+    _, reseeded = drawn(loaded, dataclasses.replace(calibration, seed=1), 12)
+    assert not any(torch.allclose(sample[name], reseeded[name], atol=1e-4) for name in sample)

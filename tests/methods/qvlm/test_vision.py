@@ -1,0 +1,296 @@
+import dataclasses
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_llava import random_image
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from qvlm_plugin import plugins, quantizers
+from qvlm_plugin.calibration import CalibrationSet, Sample
+from qvlm_plugin.conversation import Conversation
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.methods import rtn
+from qvlm_plugin.methods.base import build_plan
+from qvlm_plugin.methods.blocks import replaced
+from qvlm_plugin.methods.qvlm import vision
+from qvlm_plugin.methods.qvlm.vision import (
+    Objective,
+    VisionOptions,
+    answer_loss,
+    entropy_loss,
+    jacobian_weights,
+    optimize_vision,
+    relative_error,
+)
+from qvlm_plugin.plan import apply_plan
+from qvlm_plugin.scheme import Scheme
+
+FAST = {"calibration_batch_size": 2, "veo_epochs": 2, "veo_clip_rate": 0.02}
+SITES = 8  # two vision blocks of four sites reach the feature layer
+
+
+@pytest.fixture
+def calibration():
+    """Five samples with images, in two batches of two and one of one."""
+    samples = (
+        Sample(Conversation.from_prompt(f"what is {i}?" * (i + 1), [random_image(i)]), f"answer {i}") for i in range(5)
+    )
+    return CalibrationSet(tuple(samples))
+
+
+def topology_of(loaded):
+    return plugins.topology(loaded.model.config)
+
+
+def initial_of(loaded, calibration, scheme):
+    """Min/max parameters of every site, as plan tensors."""
+    options = rtn.RTN.options(calibration_batch_size=2)
+    return dict(rtn.fit(loaded, topology_of(loaded), Scheme.parse(scheme), calibration, options).tensors)
+
+
+def optimize(loaded, calibration, scheme="w3a3", initial=None, **options):
+    initial = initial or initial_of(loaded, calibration, scheme)
+    options = VisionOptions(**FAST | options)
+    return optimize_vision(loaded, topology_of(loaded), Scheme.parse(scheme), calibration, options, initial)
+
+
+# The terms
+
+
+def test_the_answer_loss_is_the_cross_entropy_of_the_answers_alone():
+    torch.manual_seed(0)
+    ids = torch.randint(11, (2, 6))
+    answer = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]]).bool()
+    logits = torch.randn(2, 4, 11, dtype=torch.float64, requires_grad=True)
+    expected = [F.log_softmax(logits[row, 3 - 6 + t], -1)[ids[row, t]] for row, t in answer.nonzero().tolist()]
+    assert torch.allclose(answer_loss(logits, ids, answer), -sum(expected) / 5)
+    assert torch.autograd.gradcheck(lambda logits: answer_loss(logits, ids, answer), logits)
+
+
+def test_entropy_and_errors_have_the_gradients_of_finite_differences():
+    torch.manual_seed(0)
+    layers = [torch.randn(9, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    bounds = [(layer.detach().min() * 1.1, layer.detach().max() * 1.1) for layer in layers]
+    weights = torch.tensor([0.2, 0.8], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *layers: entropy_loss(layers, bounds, weights, 2), layers)
+    reference = torch.randn(9, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: relative_error(x, reference), layers[0])
+
+
+def test_entropies_are_weighted_by_layer():
+    torch.manual_seed(0)
+    layers = list(torch.randn(3, 50))
+    bounds = [tuple(layer.aminmax()) for layer in layers]
+    first, second = (float(entropy_loss(layers, bounds, torch.tensor(w), 3)) for w in ([1.0, 0.0], [0.0, 1.0]))
+    mixed = float(entropy_loss(layers, bounds, torch.tensor([0.25, 0.75]), 3))
+    assert mixed == pytest.approx(0.25 * first + 0.75 * second) and first != pytest.approx(second)
+    assert 0 < first < math.log(8)
+
+
+def test_errors_are_relative():
+    x = torch.randn(4, 3)
+    assert relative_error(1.1 * x, x) == pytest.approx(0.1, rel=1e-4) and relative_error(x, x) == 0
+    assert relative_error(torch.zeros(4, 3), 1e3 * x) == pytest.approx(1)
+
+
+def test_layer_weights_are_norms_of_the_jacobian_that_sum_to_one():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    layers = [3 * x]
+    layers.append(layers[0].square())
+    layers.append(layers[1].sum())
+    error = layers[2].square()  # s = sum(y), y = z², so dE/dy = 2s and dE/dz = 2s · 2z
+    s, z = 45.0, torch.tensor([3.0, 6.0])
+    expected = torch.stack([(4 * s * z).norm(), torch.full((2,), 2 * s).norm()])
+    assert torch.allclose(jacobian_weights(error, layers).float(), expected / expected.sum())
+    flat = [3 * x, 2 * x, 4 * x]
+    assert jacobian_weights(0 * sum(layer.sum() for layer in flat), flat).tolist() == [0.5, 0.5]
+
+
+# The objective on a model
+
+
+@pytest.mark.parametrize("decoder", ["quantized", "full"])
+def test_gradients_on_the_model_match_finite_differences(loaded, calibration, decoder, monkeypatch):
+    """Rounding replaced by the identity, which is what the straight-through estimator differentiates."""
+    monkeypatch.setattr(quantizers, "straight_through_round", lambda x: x)
+    scheme, topology = Scheme.parse("w3a3"), topology_of(loaded)
+    initial = initial_of(loaded, calibration, "w3a3")
+    initial |= {key: torch.tensor([0.75]) for key in initial if key.endswith("clip_ratio")}
+    loaded.model.double()
+    for norm in (module for module in loaded.model.modules() if isinstance(module, LlamaRMSNorm)):
+        # Its own forward computes in float32, too coarse to take differences of.
+        norm.forward = partial(F.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight, eps=1e-6)
+    options = VisionOptions(**FAST, veo_decoder=decoder)
+    layers = vision._straight_through_layers(loaded, topology, scheme, options, initial)
+    objective = Objective.of(loaded, topology, calibration, 3, options)
+    block = "model.vision_tower.encoder.layers.0"
+    with replaced(loaded.model, layers, {}), vision._checkpointed(vision._blocks(loaded.model, topology)):
+        parameters = {
+            "fc1": layers[f"{block}.mlp.fc1"].clip_ratio,
+            "out": layers[f"{block}.self_attn.out_proj"].clip_ratio,
+            "norm": loaded.model.get_parameter(f"{block}.layer_norm2.weight"),
+        }
+        for parameter in parameters.values():
+            parameter.data = parameter.data.double()
+            parameter.requires_grad_()
+        batch = objective.batches[1]
+        weights = objective.layer_weights(batch)
+        assert weights.sum() == pytest.approx(1) and len(weights) == 1
+        for term in ("reg", "ent", "err", "total"):
+            loss = getattr(objective.terms(batch, weights), term)
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+                values = []
+                for step in (1e-5, -1e-5):
+                    with torch.no_grad():
+                        parameter[0] += step
+                        values.append(float(getattr(objective.terms(batch, weights), term)))
+                        parameter[0] -= step
+                slope = (values[0] - values[1]) / 2e-5
+                assert float(gradient[0]) == pytest.approx(slope, rel=1e-4, abs=1e-7), (term, name)
+
+
+def test_the_full_precision_model_has_no_error(loaded, calibration):
+    objective = Objective.of(loaded, topology_of(loaded), calibration, 4, VisionOptions(**FAST))
+    terms = objective.terms(objective.batches[0], torch.ones(1))
+    assert terms.err < 1e-6 and terms.reg > 0 and 0 < terms.ent < math.log(16)
+
+
+# Training
+
+
+def test_training_lowers_the_objective_that_the_applied_plan_then_has(loaded, calibration):
+    scheme, topology = Scheme.parse("w3a3"), topology_of(loaded)
+    initial = initial_of(loaded, calibration, "w3a3")
+    options = {"veo_epochs": 8, "veo_train": "clip+norm", "lambda1": 0.5}
+    result = optimize(loaded, calibration, initial=initial, **options)
+    assert [row["epoch"] for row in result.curve] == list(range(9))
+    totals = [row["total"] for row in result.curve]
+    assert totals[result.kept] == min(totals) < totals[0] - 0.01
+    for row in result.curve:
+        assert row["total"] == pytest.approx(row["reg"] + 0.5 * row["ent"] + row["err"])
+
+    options = VisionOptions(**FAST | options)
+    objective = Objective.of(loaded, topology, calibration, 3, options)
+    plan = build_plan("qvlm", loaded, topology, scheme, options, initial | result.tensors, calibration)
+    plan = dataclasses.replace(plan, replaced=result.replaced)
+    apply_plan(plan, loaded.model, loaded.fingerprint, plugins.kernels("reference"))
+    with torch.no_grad():
+        terms = [objective.terms(batch, torch.ones(1)) for batch in objective.batches]
+    kept = result.curve[result.kept]
+    for name in ("reg", "ent", "err"):
+        assert sum(float(getattr(term, name)) for term in terms) / len(terms) == pytest.approx(kept[name], rel=1e-4)
+
+
+def test_the_result_holds_clip_ratios_and_norms_only_when_asked(loaded, calibration):
+    # Steps this small always lower something, so that an epoch after the first is kept.
+    options = {"veo_decoder": "full", "lambda1": 0.0, "veo_epochs": 6}
+    clip = optimize(loaded, calibration, **options)
+    assert len(clip.tensors) == SITES and not clip.replaced and clip.kept
+    assert all(key.endswith("/clip_ratio") and 0 < float(value) <= 1 for key, value in clip.tensors.items())
+    assert len({float(value) for value in clip.tensors.values()}) > 1
+    both = optimize(loaded, calibration, **options, veo_train="clip+norm", veo_norm_rate=0.005)
+    assert both.kept and both.replaced and all("vision_tower" in name and "norm" in name for name in both.replaced)
+    assert set(both.tensors) == set(clip.tensors) | {f"{name}/value" for name in both.replaced}
+    assert not any("post_layernorm" in name or "layers.2." in name for name in both.replaced)  # not read by the output
+    for name in both.replaced:
+        assert not torch.equal(both.tensors[f"{name}/value"], loaded.model.get_parameter(name))
+
+
+def test_training_that_makes_it_worse_keeps_the_untrained_parameters(loaded, calibration, monkeypatch):
+    initial = initial_of(loaded, calibration, "w8a8")
+    terms = Objective.terms
+
+    def rising(self, batch, weights):
+        """An objective that is least where all ratios are as at the start, but whose gradient leads away."""
+        ratios = [m.clip_ratio for n, m in self.loaded.model.named_modules() if n.endswith("layers.0.mlp.fc1")]
+        found, away = terms(self, batch, weights), ratios[0].sum()
+        return found._replace(total=found.total * 0 + away - 2 * away.detach())
+
+    monkeypatch.setattr(Objective, "terms", rising)
+    result = optimize(loaded, calibration, "w8a8", initial, veo_train="clip+norm")
+    assert result.kept == 0 and not result.replaced and len(result.curve) == 3
+    assert result.curve[2]["total"] > result.curve[0]["total"]
+    assert all(torch.equal(value, initial[key]) for key, value in result.tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_model_is_left_as_it_was(loaded, calibration, dtype):
+    loaded.model.to(dtype)
+    next(loaded.model.parameters()).requires_grad_(False)
+    initial = initial_of(loaded, calibration, "w3a3")
+
+    def state():
+        values = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+        flags = [(name, parameter.requires_grad, parameter.grad) for name, parameter in loaded.model.named_parameters()]
+        modules = [
+            (name, id(module), module.training, "forward" in vars(module), len(module._forward_pre_hooks))
+            for name, module in loaded.model.named_modules()
+        ]
+        return values, flags, modules
+
+    before = state()
+    result = optimize(loaded, calibration, initial=initial, veo_train="clip+norm", veo_norm_rate=0.05)
+    assert len(result.curve) == 3 and all(math.isfinite(row["total"]) for row in result.curve)
+    after = state()
+    assert all(torch.equal(after[0][name], value) for name, value in before[0].items())
+    assert after[1:] == before[1:]
+
+
+def test_the_seed_decides_and_checkpointing_does_not(loaded, calibration):
+    initial = initial_of(loaded, calibration, "w4a4")
+    one = optimize(loaded, calibration, "w4a4", initial, veo_epochs=1)
+    same = optimize(loaded, calibration, "w4a4", initial, veo_epochs=1)
+    assert one.curve == same.curve and one.kept == same.kept
+    assert all(torch.equal(one.tensors[key], same.tensors[key]) for key in one.tensors)
+    kept = optimize(loaded, calibration, "w4a4", initial, veo_epochs=1, veo_checkpointing=False)
+    assert [row["total"] for row in kept.curve] == pytest.approx([row["total"] for row in one.curve], rel=1e-6)
+    other = CalibrationSet(calibration.samples, calibration.source, seed=1)
+    assert optimize(loaded, other, "w4a4", initial, veo_epochs=1).curve != one.curve
+
+
+def test_samples_without_an_image_change_nothing(loaded, calibration):
+    initial = initial_of(loaded, calibration, "w4a4")
+    silent = Sample(Conversation.from_prompt("what is nowhere?"), "answer")
+    more = CalibrationSet((silent, *calibration.samples[:2], silent, *calibration.samples[2:]))
+    with_them, without = (optimize(loaded, data, "w4a4", initial, veo_epochs=1) for data in (more, calibration))
+    assert with_them.curve == without.curve
+
+
+@pytest.mark.parametrize(
+    ("scheme", "train"), [("w4a4+vision:w16a16", "clip+norm"), ("w4a16", "clip"), ("w16a16", "clip+norm")]
+)
+def test_a_tower_without_parameters_to_train_gives_nothing(loaded, calibration, scheme, train, monkeypatch):
+    monkeypatch.setattr(vision, "run", lambda *_: pytest.fail("ran the model"))
+    result = optimize(loaded, calibration, scheme, {"none": torch.zeros(1)}, veo_train=train)
+    assert not result.tensors and not result.replaced and not result.curve
+
+
+def test_a_tower_with_quantized_weights_alone_can_train_its_norms(loaded, calibration):
+    result = optimize(
+        loaded, calibration, "w16a16+vision:w3a16", {"none": torch.zeros(1)}, veo_train="clip+norm", veo_epochs=4
+    )
+    assert result.kept and set(result.tensors) == {f"{name}/value" for name in result.replaced}
+    assert all(row["ent"] == 0 for row in result.curve)  # the decoder's activations have no codes
+
+
+def test_samples_without_answers_are_named_before_work_starts(loaded, calibration, monkeypatch):
+    monkeypatch.setattr(vision, "run", lambda *_: pytest.fail("ran the model"))
+    mute = dataclasses.replace(calibration.samples[0], answer=" ")
+    unanswered = CalibrationSet((mute, *calibration.samples[1:]), "task:split:5")
+    with pytest.raises(QVLMError, match=r"calibration='task:split:5': 1 of 5 samples have no answer") as error:
+        optimize(loaded, unanswered, "w4a4", {"none": torch.zeros(1)})
+    assert "\n" not in str(error.value)
+
+
+def test_an_objective_that_is_not_finite_is_an_error_and_the_model_kept(loaded, calibration):
+    initial = initial_of(loaded, calibration, "w4a4")
+    modules = [type(module) for module in loaded.model.modules()]
+    with torch.no_grad():
+        loaded.model.model.language_model.norm.weight.fill_(float("inf"))
+    with pytest.raises(QVLMError, match="objective is not finite in epoch 0"):
+        optimize(loaded, calibration, "w4a4", initial)
+    assert [type(module) for module in loaded.model.modules()] == modules

@@ -53,8 +53,8 @@ def check_request(method: str, scheme: str, options: Mapping[str, Any]) -> PlanR
         return PlanRequest(known, parsed, known.options.model_validate(dict(options)))
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise QVLMError(f"{name}={first['input']!r} is not allowed for method={method}: {first['msg']}") from error
+        where = f"{first['loc'][0]}={first['input']!r} is not allowed for " if first["loc"] else ""
+        raise QVLMError(f"{where}method={method}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
 def obtain_plan(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -101,6 +101,8 @@ def build_plan(
     tensors: Mapping[str, Tensor],
     calibration: CalibrationSet | None,
     folds: Sequence[Fold] = (),
+    replaced: Sequence[str] = (),
+    record: Mapping[str, Any] | None = None,
 ) -> RoundingPlan:
     """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are.
 
@@ -125,9 +127,9 @@ def build_plan(
                 activation=activation_format(part, widths.activation) if site else ActivationFormat(),
             )
         )
-    record = None
+    documents = None
     if calibration is not None:
-        record = CalibrationRecord(source=calibration.source, seed=calibration.seed, digests=calibration.digests())
+        documents = CalibrationRecord(source=calibration.source, seed=calibration.seed, digests=calibration.digests())
     return RoundingPlan(
         method=method,
         scheme=str(scheme),
@@ -136,7 +138,9 @@ def build_plan(
         modules=tuple(modules),
         tensors=tensors,
         folds=tuple(folds),
-        calibration=record,
+        replaced=tuple(replaced),
+        calibration=documents,
+        record=record or {},
     )
 
 

@@ -1,0 +1,276 @@
+"""Cross-layer dependency mining (CDM): partition the decoder by dependency, search each block's percentiles jointly.
+
+Paper, section 3.2. Blocks are taken bottom to top. A block's candidates run on what the already quantized layers below
+produce; its error is measured against what the full-precision model has there (Eq. 3).
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.methods.blocks import Batch, Hidden, output_error, run_layer
+from qvlm_plugin.methods.qlora import RangeSearchOptions
+from qvlm_plugin.methods.qvlm.dependency import layer_dependency
+from qvlm_plugin.methods.qvlm.partition import partition
+from qvlm_plugin.methods.qvlm.search import search_exhaustively, search_with_beam
+from qvlm_plugin.plan import ModulePlan, quantized_linear
+from qvlm_plugin.quantizers import shrink_range
+from qvlm_plugin.topology import Site
+
+
+class MiningOptions(RangeSearchOptions):
+    """Options of the joint search.
+
+    Attributes:
+        min_percentile: the grid's end (paper, section 4.1: 0.98); it begins at 1.
+        percentile_step: distance between candidates (paper: 0.005).
+        reading: what a percentile p bounds: ``fraction`` scales a channel's range by p, ``quantile`` takes the
+            channel's quantiles 1 - p and p over the calibration tokens.
+        unit: what has a percentile of its own: each decoder ``layer``, or each ``site`` of it (needs ``beam``).
+        max_depth: layers in a block (paper, section 4.1: 3).
+        h0: dependency threshold of the partition; None takes the mean.
+        beam: prefixes kept after each step of a block's search; 0 tries all combinations.
+        tokens: which tokens the error counts: ``all`` (as printed), ``text`` or ``answer``.
+        relative_error: divide each token's error by its squared norm.
+    """
+
+    min_percentile: float = Field(0.98, gt=0, le=1)
+    percentile_step: float = Field(0.005, gt=0, lt=1)
+    reading: Literal["fraction", "quantile"] = "fraction"
+    unit: Literal["layer", "site"] = "layer"
+    max_depth: int = Field(3, ge=1)
+    h0: float | None = Field(None, ge=0)
+    beam: int = Field(0, ge=0)
+    tokens: Literal["all", "text", "answer"] = "all"
+    relative_error: bool = False
+
+    @model_validator(mode="after")
+    def _can_be_searched(self) -> "MiningOptions":
+        if self.unit == "site" and not self.beam:
+            raise ValueError("unit=site has too many combinations to try them all; set beam, for example beam=4")
+        return self
+
+    @property
+    def percentiles(self) -> tuple[float, ...]:
+        """The grid, from 1 down."""
+        count = int((1 - self.min_percentile) / self.percentile_step + 1e-9) + 1
+        return tuple(round(1 - index * self.percentile_step, 6) for index in range(count))
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateLayer:
+    """One decoder layer with quantized weights, whose activation bounds are given anew at every run.
+
+    Attributes:
+        name: full name.
+        layer: the quantized copy.
+        sites: its activation quantizers.
+        bounds: (lower, upper) [C] for each site and each percentile of the grid.
+    """
+
+    name: str
+    layer: nn.Module
+    sites: tuple[Site, ...]
+    bounds: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+
+    @torch.no_grad()
+    def run(self, choices: Mapping[str, int], hidden: Hidden, batches: Sequence[Batch]) -> Hidden:
+        """Outputs with the chosen percentile (index into the grid, by site name) at each site."""
+        parameters = {}
+        for site in self.sites:
+            lower, upper = self.bounds[site.name][choices[site.name]]
+            for linear in site.linears:
+                relative = linear.removeprefix(f"{self.name}.")
+                parameters |= {f"{relative}.lower": lower, f"{relative}.upper": upper}
+        return run_layer(self.layer, hidden, batches, parameters)
+
+
+@dataclass(frozen=True, eq=False)
+class Mined:
+    """What the search decided.
+
+    Attributes:
+        tensors: bounds of every decoder site, as plan tensors.
+        record: dependencies, blocks, percentiles and errors, as JSON data.
+    """
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+def dependencies(layers: Sequence[nn.Module], hidden: Hidden, batches: Sequence[Batch], bits: int) -> list[float]:
+    """D(k, k+1) between the outputs of consecutive full-precision layers (Eq. 4)."""
+    values, previous = [], None
+    for layer in layers:
+        hidden = run_layer(layer, hidden, batches)
+        tokens = torch.cat(
+            [states[batch.attended.to(states.device)] for states, batch in zip(hidden, batches, strict=True)]
+        )
+        if previous is not None:
+            values.append(layer_dependency(previous, tokens, bits))
+        previous = tokens
+    return values
+
+
+def mine(
+    layers: Sequence[tuple[str, nn.Module]],
+    sites: Sequence[Site],
+    modules: Mapping[str, ModulePlan],
+    tensors: Mapping[str, Tensor],
+    reference: Hidden,
+    quantized: Hidden,
+    batches: Sequence[Batch],
+    bits: int,
+    options: MiningOptions,
+) -> Mined:
+    """Search the percentiles of all decoder layers.
+
+    Args:
+        layers: full-precision decoder layers with their names, bottom to top.
+        sites: the decoder's activation quantizers.
+        modules: what becomes of each Linear, by name.
+        tensors: plan tensors with the initial bounds of every site, which percentile 1 keeps.
+        reference: input of the first layer in the full-precision model.
+        quantized: the same where everything below is already quantized.
+        batches: what goes with them.
+        bits: activation width.
+        options: of the search.
+    """
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("dependencies", total=None)
+        mutual = dependencies([layer for _, layer in layers], reference, batches, bits)
+        blocks = partition(mutual, options.h0, options.max_depth)
+        progress.update(task, description=f"{len(blocks)} blocks", total=len(blocks))
+        found: dict[str, Tensor] = {}
+        rows = []
+        for block in blocks:
+            members, targets = [], []
+            for index in block:
+                member, reference = _candidate_layer(
+                    *layers[index], sites, modules, tensors, reference, batches, options
+                )
+                members.append(member)
+                targets.append(reference)
+            choices, error = search_block(members, quantized, targets, batches, options)
+            for member, chosen in zip(members, choices, strict=True):
+                quantized = member.run(chosen, quantized, batches)
+                for site in member.sites:
+                    lower, upper = member.bounds[site.name][chosen[site.name]]
+                    found |= {f"{site.name}/lower": lower, f"{site.name}/upper": upper}
+            percentiles = [{site: options.percentiles[c] for site, c in chosen.items()} for chosen in choices]
+            rows.append({"layers": list(block), "percentiles": percentiles, "error": error})
+            progress.advance(task)
+    return Mined(found, {"dependencies": mutual, "blocks": rows})
+
+
+def search_block(
+    members: Sequence[CandidateLayer],
+    start: Hidden,
+    targets: Sequence[Hidden],
+    batches: Sequence[Batch],
+    options: MiningOptions,
+) -> tuple[list[dict[str, int]], float]:
+    """The percentiles of a block's sites that bring its output closest to full precision.
+
+    Args:
+        members: the block's layers.
+        start: the block's input in the quantized model.
+        targets: each layer's output in full precision.
+        batches, options: as for `mine`.
+
+    Returns:
+        For each layer {site name: index into the grid}; and the block's error.
+    """
+    # A step sets the percentile of one unit; its state is (layer's input, choices within the layer, layer's output).
+    units = []
+    for index, member in enumerate(members):
+        names = [site.name for site in member.sites]
+        units += [(index, names)] if options.unit == "layer" else [(index, [name]) for name in names]
+
+    def run(step: int, candidate: int, state: tuple) -> tuple:
+        index, names = units[step]
+        before, choices, output = state
+        if step and units[step - 1][0] != index:
+            before, choices = output, {}
+        choices = choices | dict.fromkeys(names, candidate)
+        complete = {site.name: choices.get(site.name, 0) for site in members[index].sites}
+        return before, choices, members[index].run(complete, before, batches)
+
+    def error(step: int, state: tuple) -> float:
+        target = targets[units[step][0]]
+        return output_error(state[2], target, batches, options.tokens, options.relative_error)
+
+    arguments = (len(units), len(options.percentiles), (start, {}, start), run, error)
+    found = search_with_beam(*arguments, options.beam) if options.beam else search_exhaustively(*arguments)
+    chosen: list[dict[str, int]] = [{} for _ in members]
+    for (index, names), candidate in zip(units, found.choices, strict=True):
+        chosen[index] |= dict.fromkeys(names, candidate)
+    return chosen, found.error
+
+
+def _candidate_layer(
+    name: str,
+    layer: nn.Module,
+    sites: Sequence[Site],
+    modules: Mapping[str, ModulePlan],
+    tensors: Mapping[str, Tensor],
+    reference: Hidden,
+    batches: Sequence[Batch],
+    options: MiningOptions,
+) -> tuple[CandidateLayer, Hidden]:
+    """A layer ready to be searched, and its full-precision output."""
+    own = tuple(site for site in sites if site.name.startswith(f"{name}."))
+    inputs: dict[str, list[Tensor]] = {site.name: [] for site in own}
+    handles = []
+    for site in own:
+        module = layer.get_submodule(site.name.removeprefix(f"{name}."))
+        handles.append(module.register_forward_pre_hook(lambda _, args, key=site.name: inputs[key].append(args[0])))
+    try:
+        output = run_layer(layer, reference, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+    bounds = {}
+    for site in own:
+        tokens = torch.cat(
+            [x[batch.attended.to(x.device)] for x, batch in zip(inputs[site.name], batches, strict=True)]
+        )
+        initial = tuple(tensors[f"{site.name}/{bound}"].to(tokens.device) for bound in ("lower", "upper"))
+        bounds[site.name] = [percentile_bounds(tokens, *initial, p, options.reading) for p in options.percentiles]
+    quantized = copy.deepcopy(layer)
+    for linear_name, module in modules.items():
+        if linear_name.startswith(f"{name}.") and not module.is_identity:
+            relative = linear_name.removeprefix(f"{name}.")
+            linear = quantized_linear(module, layer.get_submodule(relative), tensors, REFERENCE)
+            quantized.set_submodule(relative, linear)
+    return CandidateLayer(name, quantized, own, bounds), output
+
+
+def percentile_bounds(
+    tokens: Tensor, lower: Tensor, upper: Tensor, percentile: float, reading: str
+) -> tuple[Tensor, Tensor]:
+    """Bounds [C] of a static per-channel site at a percentile of the grid; 1 keeps the initial bounds.
+
+    Args:
+        tokens: full-precision inputs of the site [N, C].
+        lower, upper: initial bounds [C].
+        percentile: p in (0, 1].
+        reading: ``fraction`` or ``quantile``, see `MiningOptions`.
+    """
+    if percentile == 1:
+        return lower, upper
+    if reading == "fraction":
+        return shrink_range(lower, upper, tokens.float().mean(dim=0).clamp(lower, upper), percentile)
+    # Sorted values rather than torch.quantile, which refuses tensors of more than 16 million elements.
+    ordered = tokens.float().sort(dim=0).values
+    last = len(ordered) - 1
+    low, high = ordered[round((1 - percentile) * last)], ordered[round(percentile * last)]
+    return torch.maximum(lower, low), torch.minimum(upper, high)

@@ -1,0 +1,174 @@
+import itertools
+
+import pytest
+import torch
+from tiny_llava import logits_of, write_tiny_llava
+
+from qvlm_plugin import planning, plugins
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.methods.base import activation_sites, build_plan
+from qvlm_plugin.methods.blocks import decoder_inputs, output_error, run_layer
+from qvlm_plugin.methods.qlora import search_ranges
+from qvlm_plugin.methods.qvlm.dependency import layer_dependency
+from qvlm_plugin.methods.qvlm.method import QVLMOptions
+from qvlm_plugin.methods.qvlm.mining import _candidate_layer, dependencies, percentile_bounds, search_block
+from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.scheme import Scheme
+from qvlm_plugin.topology import decoder_layers, resolve
+
+GRID = {"min_percentile": 0.7, "percentile_step": 0.15}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_llava(tmp_path_factory.mktemp("deep") / "model", layers=4)
+
+
+@pytest.fixture
+def deep(folder):
+    return load(str(folder), dtype="float32")
+
+
+def plan_of(loaded, calibration, scheme="w4a4", **options):
+    options = {"veo": False, **GRID, **options}
+    return planning.obtain_plan(loaded, planning.check_request("qvlm", scheme, options), calibration, cache=None)
+
+
+def percentiles(plan):
+    """One percentile for each decoder layer."""
+    return [next(iter(layer.values())) for block in plan.record["cdm"]["blocks"] for layer in block["percentiles"]]
+
+
+@pytest.fixture
+def block(deep, calibration):
+    """Two layers ready to be searched, the quantized block input, targets, batches."""
+    options = QVLMOptions(**GRID)
+    topology, scheme = plugins.topology(deep.model.config), Scheme.parse("w3a3")
+    formats = activation_sites(topology, deep, scheme)
+    tensors = search_ranges(deep, formats, calibration, options)
+    plan = build_plan("qvlm", deep, topology, scheme, options, tensors, calibration)
+    sites = [site for site in resolve(topology, deep.model) if site.part == "decoder"]
+    hidden, batches = decoder_inputs(deep, topology, calibration, 2)
+    members, targets, reference = [], [], hidden
+    for name, layer in decoder_layers(topology, deep.model)[:2]:
+        modules = {module.name: module for module in plan.modules}
+        member, reference = _candidate_layer(name, layer, sites, modules, tensors, reference, batches, options)
+        members.append(member)
+        targets.append(reference)
+    return members, hidden, targets, batches
+
+
+def run_all(members, choices, hidden, batches):
+    for member, choice in zip(members, choices, strict=True):
+        hidden = member.run(dict.fromkeys((site.name for site in member.sites), choice), hidden, batches)
+    return hidden
+
+
+def test_a_block_gets_the_best_of_all_combinations_and_never_less_than_layer_by_layer(block):
+    members, start, targets, batches = block
+    joint, error = search_block(members, start, targets, batches, QVLMOptions(**GRID))
+    errors = {
+        choices: output_error(run_all(members, choices, start, batches), targets[-1], batches)
+        for choices in itertools.product(range(3), repeat=2)
+    }
+    assert error == pytest.approx(min(errors.values())) and len(set(errors.values())) > 3
+    assert errors[tuple(next(iter(layer.values())) for layer in joint)] == pytest.approx(error)
+
+    greedy, hidden = [], start
+    for member, target in zip(members, targets, strict=True):
+        (choice,), _ = search_block([member], hidden, [target], batches, QVLMOptions(**GRID))
+        hidden = member.run(choice, hidden, batches)
+        greedy.append(next(iter(choice.values())))
+    assert error <= errors[tuple(greedy)]
+    beamed = search_block(members, start, targets, batches, QVLMOptions(**GRID, beam=9))
+    assert beamed == (joint, error)
+
+
+def test_a_site_may_choose_apart_and_a_wide_beam_then_beats_one_percentile_per_layer(block):
+    members, start, targets, batches = block
+    options = QVLMOptions(**GRID, unit="site", beam=81)
+    choices, error = search_block(members[:1], start, targets[:1], batches, options)
+    assert set(choices[0]) == {site.name for site in members[0].sites}
+    assert error <= search_block(members[:1], start, targets[:1], batches, QVLMOptions(**GRID))[1]
+
+
+def test_depth_one_is_the_layer_wise_search(deep, calibration):
+    single = plan_of(deep, calibration, max_depth=1)
+    assert [block["layers"] for block in single.record["cdm"]["blocks"]] == [[0], [1], [2], [3]]
+    assert percentiles(single) == percentiles(plan_of(deep, calibration, h0=1e9))
+
+
+def test_percentile_one_keeps_the_layer_wise_baseline(deep, calibration):
+    only_one = plan_of(deep, calibration, min_percentile=1.0)
+    baseline = planning.obtain_plan(deep, planning.check_request("qlora", "w4a4", {}), calibration, cache=None)
+    assert set(percentiles(only_one)) == {1.0}
+    assert only_one.hash == plan_of(deep, calibration, cdm=False).hash == baseline.hash
+
+
+def test_dependencies_are_those_of_the_layers_outputs(deep, calibration):
+    topology = plugins.topology(deep.model.config)
+    hidden, batches = decoder_inputs(deep, topology, calibration, 2)
+    layers = [layer for _, layer in decoder_layers(topology, deep.model)]
+    values = dependencies(layers, hidden, batches, 3)
+    outputs = []
+    for layer in layers:
+        hidden = run_layer(layer, hidden, batches)
+        outputs.append(torch.cat([states[batch.attended] for states, batch in zip(hidden, batches, strict=True)]))
+    expected = [layer_dependency(a, b, 3) for a, b in itertools.pairwise(outputs)]
+    assert values == pytest.approx(expected) and len(values) == 3
+
+
+@pytest.mark.parametrize("reading", ["fraction", "quantile"])
+def test_bounds_narrow_with_the_percentile_and_one_keeps_them(reading):
+    torch.manual_seed(0)
+    tokens = torch.randn(1001, 4) + torch.tensor([0.0, 5.0, -5.0, 100.0])
+    lower, upper = tokens.amin(dim=0), tokens.amax(dim=0)
+    assert percentile_bounds(tokens, lower, upper, 1.0, reading) == (lower, upper)
+    widths = [(high - low) for low, high in (percentile_bounds(tokens, lower, upper, p, reading) for p in (0.99, 0.9))]
+    assert (widths[1] < widths[0]).all() and (widths[0] < upper - lower).all() and (widths[1] > 0).all()
+    if reading == "quantile":
+        low, high = percentile_bounds(tokens, lower, upper, 0.9, reading)
+        assert torch.allclose(low, tokens.quantile(0.1, dim=0)) and torch.allclose(high, tokens.quantile(0.9, dim=0))
+    else:
+        assert torch.allclose(widths[1], 0.9 * (upper - lower))
+
+
+def test_the_whole_method_fits_saves_applies_and_leaves_the_model_alone(deep, calibration, tmp_path):
+    inputs, _ = next(calibration.batches(deep.processor, 5))
+    before = logits_of(deep.model, inputs)
+    plan = plan_of(deep, calibration, veo=True, veo_epochs=1, veo_train="clip+norm", beam=2)
+    assert torch.equal(logits_of(deep.model, inputs), before)
+    again = RoundingPlan.load(plan.save(tmp_path / "plan"))
+    assert again.hash == plan.hash and len(again.record["veo"]["curve"]) == 2
+    covered = [layer for block in again.record["cdm"]["blocks"] for layer in block["layers"]]
+    assert covered == [0, 1, 2, 3]
+    planning.apply(again, deep)
+    error = (logits_of(deep.model, inputs) - before).norm() / before.norm()
+    assert 0 < error < 1
+
+
+def test_sixteen_bits_are_the_identity_and_parts_left_out_are_not_searched(deep, calibration):
+    identity = plan_of(deep, calibration, "w16a16", veo=True)
+    assert not identity.tensors and all(module.is_identity for module in identity.modules)
+    vision_only = plan_of(deep, calibration, "w16a16+vision:w4a4", veo=True, veo_epochs=1)
+    assert set(vision_only.record) == {"veo"}
+    weight_only = plan_of(deep, calibration, "w4a16", veo=True)
+    assert not weight_only.record
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"min_percentile": 0}, "min_percentile=0 is not allowed"),
+        ({"min_percentile": 1.5}, "min_percentile=1.5 is not allowed"),
+        ({"max_depth": 0}, "max_depth=0 is not allowed"),
+        ({"reading": "middle"}, "reading='middle' is not allowed"),
+        ({"tokens": "even"}, "tokens='even' is not allowed"),
+        ({"unit": "site"}, "set beam, for example beam=4"),
+    ],
+)
+def test_impossible_settings_are_one_line_errors_before_any_work(options, message):
+    with pytest.raises(QVLMError, match=message) as caught:
+        planning.check_request("qvlm", "w4a4", options)
+    assert "\n" not in str(caught.value)

@@ -122,7 +122,7 @@ def _resolve(pretrained: str, revision: str | None) -> Path:
         return Path(snapshot_download(pretrained, revision=revision, allow_patterns=list(_WANTED_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise QVLMError(
-            f"pretrained={pretrained!r} is neither a folder here nor a hub model that can be reached: {_one_line(error)}"
+            f"pretrained={pretrained!r} is neither a folder nor a hub model that can be reached: {_one_line(error)}"
         ) from error
 
 

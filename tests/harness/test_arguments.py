@@ -34,7 +34,7 @@ def test_defaults_and_none():
     ("text", "message"),
     [
         ("method=rtn", "pretrained= is missing"),
-        ("pretrained=x,method=magic", "method='magic' is not known; allowed are awq, none, qlora, rtn"),
+        ("pretrained=x,method=magic", "method='magic' is not known; allowed are awq, none, qlora, qvlm, rtn"),
         ("pretrained=x,colour=red", "unknown model argument 'colour'; allowed are pretrained, revision"),
         ("pretrained=x,method=rtn,grupsize=4", "unknown model argument 'grupsize'.*for method=rtn: .*group_size"),
         ("pretrained=007", "pretrained=7: lmms-eval reads this value as a number.*write a folder as ./NAME"),

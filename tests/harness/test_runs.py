@@ -15,6 +15,18 @@ from qvlm_plugin.models.loading import load
 from qvlm_plugin.planning import check_request, obtain_plan
 
 STANDARD = "scienceqa,vizwiz_vqa_val,vqav2_val"
+CHOICES = """
+task: sqa_choices
+dataset_path: lmms-lab-encoder/ScienceQA
+dataset_name: ScienceQA-FULL
+test_split: test
+output_type: multiple_choice
+doc_to_visual: !function lmms_eval.tasks.scienceqa.utils.sqa_doc_to_visual
+doc_to_text: "{{question}}"
+doc_to_target: answer
+doc_to_choice: "{{choices}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
 TASK_FOLDER = Path(__file__).parents[2] / "tasks"
 
 
@@ -31,6 +43,8 @@ def place(tmp_path_factory):
         question = f"<image>\n{row['question']}\nAnswer the question using a single word or phrase."
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
         rows.append({"image": f"{row['image_id']}.png", "conversations": turns})
+    (directory / "more-tasks").mkdir()
+    (directory / "more-tasks" / "sqa_choices.yaml").write_text(CHOICES)
     (directory / "evaluated.json").write_text(json.dumps(rows))
     return directory
 
@@ -114,9 +128,12 @@ def printed(place):
         common | {"model_args": arguments(plan="plan"), "output_path": "plan", "tasks": "qvlm", "limit": 3.0},
         common | {"model_args": arguments(**overlapping), "output_path": "refused"},
         common | {"model_args": arguments(**overlapping, allow_overlap="true"), "output_path": "allowed"},
+        common
+        | {"model_args": arguments(), "force_simple": True, "output_path": "choices", "tasks": "sqa_choices"}
+        | {"include_path": "more-tasks"},
         common | {"model_args": arguments(colour="red"), "output_path": "unknown"},
     ]
-    (place / "runs.yaml").write_text(yaml.safe_dump([one | {"include_path": str(TASK_FOLDER)} for one in runs]))
+    (place / "runs.yaml").write_text(yaml.safe_dump([{"include_path": str(TASK_FOLDER)} | one for one in runs]))
     return run(place, "lmms_eval", "--config", "runs.yaml")
 
 
@@ -149,6 +166,11 @@ def test_several_runs_in_one_process(place, full_precision, printed):
     assert results_of(place, "refused") is None
     assert "2 of the documents to evaluate were calibrated on, for example document 0 of task vqav2_val" in printed
     assert results_of(place, "allowed")["qvlm"]["calibration"]["documents_also_evaluated"] == 2
+    choices = results_of(place, "choices")  # by the likelihood of each choice, with the image
+    assert 0 <= choices["results"]["sqa_choices"]["acc,none"] <= 1
+    assert choices["n-samples"]["sqa_choices"]["effective"] == 9 and choices["qvlm"]["answers"] == {}
+    likelihoods = [[float(score) for score, _ in one] for one in answers_of(place, "choices").values()]
+    assert all(score < 0 for scores in likelihoods for score in scores) and {len(one) for one in likelihoods} == {2, 3}
     assert results_of(place, "unknown") is None and "unknown model argument 'colour'; allowed are" in printed
 
 

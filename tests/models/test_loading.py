@@ -48,7 +48,7 @@ def test_sharded_checkpoints_load_and_a_missing_shard_is_named(folder, tiny_llav
 
 def test_missing_files_are_named(folder, tmp_path):
     fails(tmp_path / "absent", "no such folder")
-    fails("nobody/nothing-at-all", "neither a folder here nor a hub model")
+    fails("nobody/nothing-at-all", "neither a folder nor a hub model")
     fails(folder, "dtype='int3' is not known; allowed are auto, float32", dtype="int3")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     fails(folder, r"missing model\.safetensors; weights are read from safetensors files only")

@@ -1,10 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
-RESULTS ?= demo-results
-LIMIT ?= 200
+TASKS := scienceqa,vizwiz_vqa_val,vqav2_val
 
-.PHONY: help install test lint demo clean
+.PHONY: help install test lint demo results clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -25,18 +24,27 @@ lint: install  ## style, formatting and the direction of imports
 test: lint  ## lint, then every test
 	OMP_WAIT_POLICY=passive $(BIN)/pytest
 
-demo: install  ## full precision, rtn and qlora at W4A4 on the standard tasks, with the embedded small LLaVA
+demo: RUNS = none-w16a16 rtn-w4a4 qlora-w4a4
+demo: LIMIT = 100
+demo: OUTPUT = demo-results
+results: RUNS = none-w16a16 rtn-w8a8 rtn-w6a6 rtn-w4a4 qlora-w8a8 qlora-w6a6 qlora-w4a4
+results: LIMIT = 1000
+results: OUTPUT = full-results
+
+demo:  ## full precision, rtn and qlora at W4A4 on 100 documents of each standard task (the embedded small LLaVA)
+results:  ## full precision, rtn and qlora at W8A8, W6A6 and W4A4 on 1,000 documents of each task (about an hour)
+
+demo results: install
 	$(BIN)/qvlm demo build
 	$(BIN)/qvlm demo data demo-data
-	rm -rf $(RESULTS)
-	for method in none rtn qlora; do \
-		echo "== method=$$method"; \
+	rm -rf $(OUTPUT)
+	for run in $(RUNS); do \
+		echo "== $$run"; \
 		(cd demo-data && HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/lmms-eval --model qvlm_llava \
-			--model_args pretrained=demo,method=$$method,scheme=w4a4,calibration=calibration/train.json:64 \
-			--tasks scienceqa,vizwiz_vqa_val,vqav2_val --batch_size 16 --limit $(LIMIT) \
-			--output_path $(abspath $(RESULTS))/$$method) || exit 1; \
+			--model_args pretrained=demo,method=$${run%-*},scheme=$${run#*-},calibration=calibration/train.json:64 \
+			--tasks $(TASKS) --batch_size 16 --limit $(LIMIT) --output_path $(abspath $(OUTPUT))/$$run) || exit 1; \
 	done
-	$(BIN)/qvlm results $(foreach method,none rtn qlora,$(RESULTS)/$(method))
+	$(BIN)/qvlm results $(addprefix $(OUTPUT)/,$(RUNS))
 
-clean:  ## remove the environment and the demo's results
-	rm -rf $(VENV) $(RESULTS) demo-data
+clean:  ## remove the environment, the demo's data and results
+	rm -rf $(VENV) demo-data demo-results full-results

@@ -45,6 +45,9 @@ from qvlm_plugin.topology import Site, Topology, decoder_layers
 ENTROPY_ELEMENTS = 2**16
 """Elements of each batch and layer that entropies are estimated from."""
 
+LOSS_SCALE = 2.0**12
+"""Factor of losses while going backwards, so that float16 does not lose small gradients; exact in the other types."""
+
 MIN_CLIP_RATIO = 0.1
 """Training does not pull a token's range in further than this."""
 
@@ -89,7 +92,7 @@ class VisionResult:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     replaced: tuple[str, ...] = ()
-    curve: tuple[dict[str, float], ...] = ()
+    curve: list[dict[str, float]] = field(default_factory=list)
     kept: int = 0
 
 
@@ -154,7 +157,7 @@ def jacobian_weights(error: Tensor, layers: Sequence[Tensor]) -> Tensor:
     Returns:
         float64 [n - 1] on the error's device.
     """
-    gradients = torch.autograd.grad(error, layers[:-1])
+    gradients = torch.autograd.grad(error * LOSS_SCALE, layers[:-1])
     norms = torch.stack([widen(gradient).norm().double().to(error.device) for gradient in gradients])
     return norms / norms.sum() if norms.sum() > 0 else torch.full_like(norms, 1 / len(norms))
 
@@ -403,15 +406,15 @@ def _train(
             progress.update(task, description=f"visual encoder, epoch {epoch}: loss {curve[epoch]['total']:.4f}")
     changed = tuple(name for name in norms if not torch.equal(best[f"{name}/value"], original[f"{name}/value"]))
     keys = [*(f"{site}/clip_ratio" for site in ratios), *(f"{name}/value" for name in changed)]
-    return VisionResult({key: best[key].cpu() for key in keys}, changed, tuple(curve), kept)
+    return VisionResult({key: best[key].cpu() for key in keys}, changed, curve, kept)
 
 
 def _step(
     loss: Tensor, live: Mapping[str, nn.Parameter], wide: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
-    gradients = torch.autograd.grad(loss, list(live.values()), allow_unused=True)
+    gradients = torch.autograd.grad(loss * LOSS_SCALE, list(live.values()), allow_unused=True)
     for copy, gradient in zip(wide.values(), gradients, strict=True):
-        copy.grad = None if gradient is None else gradient.to(copy.dtype)
+        copy.grad = None if gradient is None else gradient.to(copy.dtype) / LOSS_SCALE
     optimizer.step()
     with torch.no_grad():
         for key, parameter in live.items():

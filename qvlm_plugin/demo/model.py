@@ -7,14 +7,13 @@
 """
 
 import hashlib
+import importlib.util
 import json
 import tempfile
 from importlib import resources
 from pathlib import Path
 
 import numpy
-import onnx
-import onnx.numpy_helper
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -98,8 +97,10 @@ def assemble(bridge: dict[str, torch.Tensor] | None) -> tuple[LlavaForConditiona
     `bridge` holds tensors named after the model's modules: `…multi_modal_projector.linear_1.weight` and the like are
     the projector's; for a decoder Linear of weight [out, in], `….lora_a` is [rank, in] and `….lora_b` [out, rank].
     With None the projector stays at its random initialisation and the language model as it was published, which is
-    where training starts.
+    where training starts. Raises QVLMError when the packages of the extra `demo` are not installed.
     """
+    if missing := [name for name in ("gguf", "onnx") if importlib.util.find_spec(name) is None]:
+        raise QVLMError(f"demo: {' and '.join(missing)} not installed; run: pip install 'qvlm_plugin[demo]'")
     language, tokenizer = language_model()
     tower = vision_tower()
     config = LlavaConfig(
@@ -166,6 +167,8 @@ def _tower_weights(onnx_bytes: bytes, grid: int) -> dict[str, torch.Tensor]:
     Biases and norms keep their module's name in the ONNX file. The Linear weights lost theirs when the exporter
     transposed them, but the MatMul nodes that use them are named after the module.
     """
+    import onnx.numpy_helper  # only assembling needs the extra `demo`
+
     graph = onnx.load_model_from_string(onnx_bytes).graph
     tensors = {t.name: torch.from_numpy(numpy.array(onnx.numpy_helper.to_array(t))) for t in graph.initializer}
     inputs = {node.name: node.input for node in graph.node}

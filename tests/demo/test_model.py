@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+import sys
 import time
 from importlib import resources
 
@@ -21,7 +22,7 @@ from transformers import (
 
 from qvlm_plugin.demo import parts
 from qvlm_plugin.demo.data import mirrors
-from qvlm_plugin.demo.model import GGUF, LOW_RANK_SCALE, ONNX, RECORD, build, vision_tower
+from qvlm_plugin.demo.model import GGUF, LOW_RANK_SCALE, ONNX, RECORD, assemble, build, vision_tower
 from qvlm_plugin.demo.questions import SCIENCEQA, VIZWIZ, VQAV2, Picture, example, png
 from qvlm_plugin.errors import QVLMError
 
@@ -199,6 +200,12 @@ def test_refuses_a_folder_of_something_else_and_a_missing_bridge(tmp_path):
     with pytest.raises(QVLMError, match="is not a bridge"):
         build(tmp_path / "new", bridge=tmp_path / "other.safetensors")
     assert not (tmp_path / "new").exists()
+
+
+def test_names_the_extra_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(QVLMError, match=r"gguf not installed; run: pip install 'qvlm_plugin\[demo\]'"):
+        assemble(None)
 
 
 def test_answers_stand_in_questions(model, processor):

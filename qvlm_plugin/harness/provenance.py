@@ -5,7 +5,6 @@ without any state of their own: the run's record travels through the harness's o
 empties at the start of each evaluation, so a record can never end up in another run's results.
 """
 
-import functools
 import hashlib
 import platform
 import re
@@ -27,7 +26,9 @@ from tqdm import tqdm
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import processes
+from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.requests import Documents, Request
+from qvlm_plugin.harness.wrapping import wrap_once
 from qvlm_plugin.scheme import PARTS
 
 RESULT_KEY = "qvlm"
@@ -254,16 +255,8 @@ def hub_revision(split: Any) -> str | None:
 
 def install() -> None:
     """Let lmms-eval write provenance, and tell cached responses apart by content. Repeating it changes nothing."""
-    _wrap(EvaluationTracker, "save_results_aggregated", _saving_provenance)
-    _wrap(ResponseCache, "execute", _knowing_identity)
-
-
-def _wrap(owner: type, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    original = getattr(owner, name)
-    if not hasattr(original, "wrapped_by_qvlm"):
-        wrapped = functools.wraps(original)(wrapper(original))
-        wrapped.wrapped_by_qvlm = True
-        setattr(owner, name, wrapped)
+    wrap_once(EvaluationTracker, "save_results_aggregated", _saving_provenance)
+    wrap_once(ResponseCache, "execute", _knowing_identity)
 
 
 def _saving_provenance(save: Callable) -> Callable:
@@ -279,12 +272,15 @@ def _saving_provenance(save: Callable) -> Callable:
 def _knowing_identity(execute: Callable) -> Callable:
     # The harness keys cached responses on the text of --model_args, which does not change when a plan, a checkpoint or
     # a local data set behind the same name does.
-    def execute_with_identity(self: ResponseCache, lm: Any, *args: Any, **kwargs: Any) -> list:
+    def execute_with_identity(self: ResponseCache, lm: Any, reqtype: str, requests: list) -> list:
         if hasattr(lm, "response_identity"):
             if not hasattr(self, "_model_fingerprint_hash"):
                 raise QVLMError("--use_cache does not work with this version of lmms-eval; leave it out")
             identity = f"{self.model_fingerprint}|{lm.response_identity()}"
             self._model_fingerprint_hash = hashlib.sha256(identity.encode()).hexdigest()
-        return execute(self, lm, *args, **kwargs)
+        responses = execute(self, lm, reqtype, requests)
+        if hasattr(lm, "response_identity") and reqtype == "loglikelihood":
+            return [Likelihood(*response) for response in responses]  # they come as lists out of the cache
+        return responses
 
     return execute_with_identity

@@ -22,9 +22,10 @@ from qvlm_plugin import planning, plugins
 from qvlm_plugin.calibration import CalibrationSet, read_calibration
 from qvlm_plugin.conversation import Conversation, encode, to_device
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.harness import processes, provenance
+from qvlm_plugin.harness import likelihood, processes, provenance
 from qvlm_plugin.harness.arguments import ModelArguments, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, read_generation
+from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.requests import (
     Documents,
     Request,
@@ -86,6 +87,7 @@ class _QVLM(lmms):
             documents=self.task_dict,
         )
         provenance.install()
+        likelihood.install()
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +140,7 @@ class _QVLM(lmms):
         return answers
 
     @processes.failing_together()
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[Likelihood]:
         """For each request the log-probability of its continuation, and whether greedy decoding would produce it.
 
         Raises:
@@ -230,7 +232,7 @@ class _QVLM(lmms):
         return results
 
     @torch.inference_mode()
-    def _score(self, batch: Sequence[Request]) -> list[tuple[float, bool]]:
+    def _score(self, batch: Sequence[Request]) -> list[Likelihood]:
         conversations = [item.conversation() for item in batch]
         try:
             inputs, mask = encode(self._processor, conversations, [item.continuation for item in batch])
@@ -249,7 +251,7 @@ class _QVLM(lmms):
         chosen = log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         sums = chosen.masked_fill(~mask, 0.0).sum(dim=1)
         greedy = ((log_probabilities.argmax(dim=-1) == targets) | ~mask).all(dim=1)
-        return list(zip(sums.tolist(), greedy.tolist(), strict=True))
+        return [Likelihood(*score) for score in zip(sums.tolist(), greedy.tolist(), strict=True)]
 
     def _progress(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, disable=self.rank != 0)

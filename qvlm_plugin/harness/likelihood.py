@@ -1,0 +1,51 @@
+"""Scoring by likelihood: what a model returns, and the repairs that lmms-eval needs to use it.
+
+In lmms-eval 0.7.3 no model can be scored by likelihood: its evaluator turns every answer that is not a text into one.
+And its multiple-choice scorer takes the choice with the lowest number, because its own models return losses where its
+interface asks for log-probabilities. Both are mended here for results of this package's models, known by their type.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lmms_eval import evaluator
+from lmms_eval.api.instance import TokenCounts
+from lmms_eval.api.task import ConfigurableTask
+
+from qvlm_plugin.harness.wrapping import wrap_once
+
+
+class Likelihood(NamedTuple):
+    """How likely a continuation is: its natural log-probability, and whether greedy decoding would produce it."""
+
+    log_probability: float
+    is_greedy: bool
+
+
+def install() -> None:
+    """Let lmms-eval score likelihoods. Repeating it changes nothing."""
+    wrap_once(evaluator, "unwrap_generation_output", _keeping_likelihoods)
+    wrap_once(ConfigurableTask, "process_results", _scoring_likelihoods)
+
+
+def _keeping_likelihoods(unwrap: Callable) -> Callable:
+    def unwrap_generation_output(output: Any) -> tuple[Any, TokenCounts | None]:
+        return (output, None) if isinstance(output, Likelihood) else unwrap(output)
+
+    return unwrap_generation_output
+
+
+def _scoring_likelihoods(process: Callable) -> Callable:
+    takes_losses = "np.argmin(lls)" in inspect.getsource(process)
+
+    def process_results(self: ConfigurableTask, doc: Mapping[str, Any], results: Sequence, **kwargs: Any) -> dict:
+        ours = all(isinstance(result, Likelihood) for result in results)
+        if ours and not callable(self.config.process_results):
+            if self.OUTPUT_TYPE == "loglikelihood":
+                (results,) = results
+            elif self.OUTPUT_TYPE == "multiple_choice" and takes_losses:
+                results = [(-result.log_probability, result.is_greedy) for result in results]
+        return process(self, doc, results, **kwargs)
+
+    return process_results

@@ -73,7 +73,7 @@ class VisionOptions(MethodOptions):
     veo_epochs: int = Field(10, ge=0)
     veo_train: Literal["clip", "clip+norm"] = "clip"
     veo_clip_rate: float = Field(5e-3, gt=0)
-    veo_norm_rate: float = Field(5e-4, gt=0)
+    veo_norm_rate: float = Field(2e-3, gt=0)
     veo_decoder: Literal["quantized", "full"] = "quantized"
     veo_checkpointing: bool = True
 

@@ -3,6 +3,7 @@
 Asked of torch.distributed rather than of accelerate, which reports a single process under torchrun on CPU.
 """
 
+import atexit
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,21 @@ def failing_together() -> Iterator[None]:
             raise
         traceback.print_exc()
         raise SystemExit(1) from error
+
+
+def leave_at_exit() -> None:
+    """End this process's part in the group before the interpreter shuts down.
+
+    Nobody else does; a process that still has gloo's threads then may abort, whereupon torchrun stops the others while
+    they write the results.
+    """
+    if count() > 1:
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    if _several():
+        distributed.destroy_process_group()
 
 
 def _several() -> bool:

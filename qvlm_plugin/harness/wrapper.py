@@ -86,6 +86,7 @@ class _QVLM(lmms):
             calibration_digests=frozenset(plan.calibration.digests if plan.calibration else ()),
             documents=self.task_dict,
         )
+        processes.leave_at_exit()
         provenance.install()
         likelihood.install()
 

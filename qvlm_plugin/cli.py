@@ -77,9 +77,12 @@ def search(
 ) -> None:
     """Search a rounding plan and write it, without running an evaluation.
 
+    An interrupted search goes on where it stopped; a plan that was searched before is taken from the cache.
+
     Example: qvlm search plans/qlora-w4a4 --pretrained llava-hf/llava-1.5-7b-hf --method qlora --scheme w4a4
     --calibration llava_mix.json:64 --images images/ --device cuda
     """
+    from qvlm_plugin.cache import cache_root
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.models.loading import load
     from qvlm_plugin.planning import check_request, obtain_plan
@@ -88,7 +91,7 @@ def search(
     request = check_request(method, scheme, {name: value for name, _, value in pairs})
     samples = read_calibration(calibration, images, seed, _draw_from_task) if request.needs_calibration else None
     loaded = load(_resolve_demo(pretrained), revision=revision, dtype=dtype, device=device, device_map=device_map)
-    plan = obtain_plan(loaded, request, samples, cache=None)
+    plan = obtain_plan(loaded, request, samples, cache_root() / "plans")
     typer.echo(plan.save(output))
 
 

@@ -22,6 +22,7 @@ from qvlm_plugin.methods.base import Method
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, apply_plan
 from qvlm_plugin.scheme import Scheme
+from qvlm_plugin.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def obtain_plan(
 ) -> RoundingPlan:
     """The plan of a request: from the cache when it is there, else searched and stored.
 
+    A search that was interrupted goes on where it stopped, if it had a cache to keep its steps in.
+
     Args:
         loaded: the model in full precision.
         request: see `check_request`.
@@ -77,21 +80,23 @@ def obtain_plan(
     elif calibration is None:
         raise QVLMError(f"method={request.method.name} with scheme={request.scheme} needs calibration data")
 
-    def search() -> RoundingPlan:
+    def search(workspace: Workspace) -> RoundingPlan:
         start = time.perf_counter()
-        plan = request.method.fit(loaded, topology, request.scheme, calibration, request.options)
+        plan = request.method.fit(loaded, topology, request.scheme, calibration, request.options, workspace)
         return replace(plan, search_seconds=time.perf_counter() - start)
 
     if cache is None:
-        return search()
+        return search(Workspace())
     directory = cache / cache_key(loaded, request, calibration)
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         try:
             return RoundingPlan.load(directory)
         except QVLMError:  # absent, or damaged: search anew
-            plan = search()
+            workspace = Workspace(directory.with_name(f"{directory.name}.steps"))
+            plan = search(workspace)
             plan.save(directory)
+            workspace.discard()
             return plan
 
 

@@ -9,6 +9,11 @@ from qvlm_plugin.cli import app
 from qvlm_plugin.plan import RoundingPlan
 
 
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("QVLM_CACHE", str(tmp_path / "cache"))
+
+
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 

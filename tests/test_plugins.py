@@ -23,7 +23,7 @@ class Coarse:
 
     @hookimpl
     def qvlm_methods(self):
-        def fit(loaded, topology, scheme, calibration, options):
+        def fit(loaded, topology, scheme, calibration, options, workspace):
             plan_scheme = planning.Scheme.parse("w2a16")
             return build_plan("coarse", loaded, topology, plan_scheme, options, {}, calibration)
 

@@ -25,6 +25,7 @@ from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import Fold, RoundingPlan, apply_fold
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import Site, Topology, resolve
+from qvlm_plugin.workspace import Workspace
 
 CLIP_STEP = 0.05
 """Distance between clipping factors, from 1 downwards."""
@@ -122,6 +123,7 @@ def fit(
     scheme: Scheme,
     calibration: CalibrationSet | None,
     options: AWQOptions,
+    workspace: Workspace,
 ) -> RoundingPlan:
     """Search scales and clips of the weights, then the ranges of the scaled activations."""
     folds, tensors = search_weights(loaded, topology, scheme, calibration, options)

@@ -13,6 +13,7 @@ from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import CalibrationRecord, Fold, ModulePlan, RoundingPlan
 from qvlm_plugin.scheme import UNQUANTIZED, BitWidths, Scheme
 from qvlm_plugin.topology import Site, Topology, linear_layers, resolve
+from qvlm_plugin.workspace import Workspace
 
 ACTIVATION_KINDS = {"vision": "dynamic_token", "projector": "dynamic_token", "decoder": "static_channel"}
 """Where activations vary most decides their quantizer (paper, section 4.3): across channels in the language model,
@@ -60,14 +61,15 @@ class Method:
         summary: one line for help texts.
         options: pydantic model of its options; unknown ones are errors.
         needs_calibration: whether the scheme makes it look at calibration data.
-        fit: (model, topology, scheme, calibration or None, options) → plan. It must leave the model unchanged.
+        fit: (model, topology, scheme, calibration or None, options, workspace) → plan. It must leave the model
+            unchanged. A long search keeps its steps in the workspace, so that an interrupted one resumes there.
     """
 
     name: str
     summary: str
     options: type[BaseModel]
     needs_calibration: Callable[[Scheme], bool]
-    fit: Callable[[LoadedModel, Topology, Scheme, CalibrationSet | None, BaseModel], RoundingPlan]
+    fit: Callable[[LoadedModel, Topology, Scheme, CalibrationSet | None, BaseModel, Workspace], RoundingPlan]
 
 
 def quantizes_activations(scheme: Scheme) -> bool:

@@ -28,6 +28,7 @@ from qvlm_plugin.observers import ChannelStatistics, channel_lp_losses, token_lp
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import Site, Topology
+from qvlm_plugin.workspace import Workspace
 
 
 class RangeSearchOptions(MethodOptions):
@@ -106,6 +107,7 @@ def fit(
     scheme: Scheme,
     calibration: CalibrationSet | None,
     options: QLoRAOptions,
+    workspace: Workspace,
 ) -> RoundingPlan:
     """Search the range of every quantized site; weights need no fit."""
     formats = activation_sites(topology, loaded, scheme)

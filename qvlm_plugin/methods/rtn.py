@@ -19,6 +19,7 @@ from qvlm_plugin.observers import ChannelStatistics
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import Site, Topology
+from qvlm_plugin.workspace import Workspace
 
 
 def observe_ranges(
@@ -46,6 +47,7 @@ def fit(
     scheme: Scheme,
     calibration: CalibrationSet | None,
     options: MethodOptions,
+    workspace: Workspace,
 ) -> RoundingPlan:
     """Extremes of every static site in calibration; no clipping anywhere."""
     tensors = {}

@@ -8,6 +8,7 @@ from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import Topology
+from qvlm_plugin.workspace import Workspace
 
 IDENTITY = Scheme.parse("w16a16")
 
@@ -24,6 +25,7 @@ def fit(
     scheme: Scheme,
     calibration: CalibrationSet | None,
     options: NoOptions,
+    workspace: Workspace,
 ) -> RoundingPlan:
     """A plan that lists every Linear as unquantized, whatever the scheme."""
     return build_plan(NONE.name, loaded, topology, IDENTITY, MethodOptions(), {}, None)

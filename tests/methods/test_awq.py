@@ -18,6 +18,7 @@ from qvlm_plugin.plan import RoundingPlan, apply_fold
 from qvlm_plugin.quantizers import quantize_int
 from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import linear_layers, resolve
+from qvlm_plugin.workspace import Workspace
 
 
 def plan_of(loaded, calibration, scheme="w4a4", method="awq", **options):
@@ -132,7 +133,7 @@ def test_ranges_are_those_of_the_folded_model(loaded, calibration):
     apply_folds(plan, loaded.model)
     topology = plugins.topology(loaded.model.config)
     formats = activation_sites(topology, loaded, Scheme.parse("w3a3"))
-    expected = search_ranges(loaded, formats, calibration, AWQOptions())
+    expected = search_ranges(loaded, formats, calibration, AWQOptions(), Workspace())
     assert len(expected) == 2 * 8 + 10
     for name, tensor in expected.items():
         assert torch.allclose(plan.tensors[name], tensor, rtol=1e-3, atol=1e-4), name
@@ -211,7 +212,7 @@ def test_offloaded_weights_are_refused_before_the_search(loaded, calibration):
     loaded.model.set_submodule(name, torch.nn.Linear(64, 32, device="meta", bias=False))
     topology = plugins.topology(loaded.model.config)
     with pytest.raises(QVLMError, match=rf"{name} is offloaded"):
-        fit(loaded, topology, Scheme.parse("w4a16"), calibration, AWQOptions())
+        fit(loaded, topology, Scheme.parse("w4a16"), calibration, AWQOptions(), Workspace())
 
 
 @pytest.mark.parametrize("weights", ["int", "nf"])

@@ -18,6 +18,7 @@ from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, quantized_linear
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import Topology, decoder_layers, resolve
+from qvlm_plugin.workspace import Workspace
 
 
 class QVLMOptions(MiningOptions, VisionOptions):
@@ -40,6 +41,7 @@ def fit(
     scheme: Scheme,
     calibration: CalibrationSet | None,
     options: QVLMOptions,
+    workspace: Workspace,
 ) -> RoundingPlan:
     """Layer-wise ranges to begin with (section 4.1), the tower's training, then the decoder's joint search."""
     formats = activation_sites(topology, loaded, scheme)
@@ -47,12 +49,16 @@ def fit(
     record: dict[str, Any] = {}
     changed: tuple[str, ...] = ()
     if options.veo and scheme.vision.activation != UNQUANTIZED:
-        vision = optimize_vision(loaded, topology, scheme, calibration, options, tensors)
-        tensors, changed = tensors | vision.tensors, vision.replaced
-        record["veo"] = {"curve": vision.curve, "kept_epoch": vision.kept}
+        if (kept := workspace.recall("vision")) is None:
+            vision = optimize_vision(loaded, topology, scheme, calibration, options, tensors)
+            data = {"replaced": vision.replaced, "veo": {"curve": vision.curve, "kept_epoch": vision.kept}}
+            kept = data, vision.tensors
+            workspace.keep("vision", *kept)
+        data, trained = kept
+        tensors, changed, record["veo"] = tensors | trained, tuple(data["replaced"]), data["veo"]
     plan = build_plan(QVLM.name, loaded, topology, scheme, options, tensors, calibration, replaced=changed)
     if options.cdm and scheme.decoder.activation != UNQUANTIZED:
-        mined = _mine(loaded, topology, scheme, calibration, options, plan)
+        mined = _mine(loaded, topology, scheme, calibration, options, plan, workspace)
         tensors, record["cdm"] = tensors | mined.tensors, mined.record
     return build_plan(
         QVLM.name, loaded, topology, scheme, options, tensors, calibration, replaced=changed, record=record
@@ -66,6 +72,7 @@ def _mine(
     calibration: CalibrationSet,
     options: QVLMOptions,
     plan: RoundingPlan,
+    workspace: Workspace,
 ) -> Mined:
     """Search the decoder's percentiles, starting from ``plan``, whose vision tower and projector are final."""
     model, batch_size = loaded.model, options.calibration_batch_size
@@ -87,6 +94,7 @@ def _mine(
         batches,
         scheme.decoder.activation,
         options,
+        workspace,
     )
 
 

@@ -24,6 +24,7 @@ from qvlm_plugin.methods.qvlm.search import search_exhaustively, search_with_bea
 from qvlm_plugin.plan import ModulePlan, quantized_linear
 from qvlm_plugin.quantizers import shrink_range
 from qvlm_plugin.topology import Site
+from qvlm_plugin.workspace import Workspace
 
 
 class MiningOptions(RangeSearchOptions):
@@ -130,6 +131,7 @@ def mine(
     batches: Sequence[Batch],
     bits: int,
     options: MiningOptions,
+    workspace: Workspace,
 ) -> Mined:
     """Search the percentiles of all decoder layers.
 
@@ -143,6 +145,7 @@ def mine(
         batches: what goes with them.
         bits: activation width.
         options: of the search.
+        workspace: where the choices of finished blocks are kept.
     """
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("dependencies", total=None)
@@ -159,7 +162,12 @@ def mine(
                 )
                 members.append(member)
                 targets.append(reference)
-            choices, error = search_block(members, quantized, targets, batches, options)
+            step = f"layers-{block.start}-{block.stop - 1}"
+            if (kept := workspace.recall(step)) is None:
+                choices, error = search_block(members, quantized, targets, batches, options)
+                kept = {"choices": choices, "error": error}, {}
+                workspace.keep(step, *kept)
+            choices, error = kept[0]["choices"], kept[0]["error"]
             for member, chosen in zip(members, choices, strict=True):
                 quantized = member.run(chosen, quantized, batches)
                 for site in member.sites:

@@ -9,9 +9,11 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.base import activation_sites, build_plan
 from qvlm_plugin.methods.blocks import decoder_inputs, output_error, run_layer
 from qvlm_plugin.methods.qlora import search_ranges
+from qvlm_plugin.methods.qvlm import method, mining
 from qvlm_plugin.methods.qvlm.dependency import layer_dependency
 from qvlm_plugin.methods.qvlm.method import QVLMOptions
 from qvlm_plugin.methods.qvlm.mining import _candidate_layer, dependencies, percentile_bounds, search_block
+from qvlm_plugin.methods.qvlm.vision import optimize_vision
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.scheme import Scheme
@@ -146,6 +148,34 @@ def test_the_whole_method_fits_saves_applies_and_leaves_the_model_alone(deep, ca
     planning.apply(again, deep)
     error = (logits_of(deep.model, inputs) - before).norm() / before.norm()
     assert 0 < error < 1
+
+
+def test_an_interrupted_search_resumes_at_its_block_and_ends_the_same(deep, calibration, tmp_path, monkeypatch):
+    options = {**GRID, "max_depth": 1, "veo_epochs": 1, "veo_train": "clip+norm"}
+    request = planning.check_request("qvlm", "w4a4", options)
+    undisturbed = planning.obtain_plan(deep, request, calibration, None)
+    searched, trained = [], []
+
+    def search(members, *arguments):
+        if len(searched) == 2:
+            searched.append("interrupted")
+            raise KeyboardInterrupt
+        searched.append(members[0].name)
+        return search_block(members, *arguments)
+
+    def train(*arguments):
+        trained.append(1)
+        return optimize_vision(*arguments)
+
+    monkeypatch.setattr(mining, "search_block", search)
+    monkeypatch.setattr(method, "optimize_vision", train)
+    with pytest.raises(KeyboardInterrupt):
+        planning.obtain_plan(deep, request, calibration, tmp_path)
+    resumed = planning.obtain_plan(deep, request, calibration, tmp_path)
+    names = [f"model.language_model.layers.{index}" for index in range(4)]
+    assert searched == [*names[:2], "interrupted", *names[2:]] and trained == [1]
+    assert resumed.hash == undisturbed.hash and resumed.record == undisturbed.record
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".lock"]  # nothing unfinished stays behind
 
 
 def test_sixteen_bits_are_the_identity_and_parts_left_out_are_not_searched(deep, calibration):

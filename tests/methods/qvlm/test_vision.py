@@ -27,6 +27,7 @@ from qvlm_plugin.methods.qvlm.vision import (
 )
 from qvlm_plugin.plan import apply_plan
 from qvlm_plugin.scheme import Scheme
+from qvlm_plugin.workspace import Workspace
 
 FAST = {"calibration_batch_size": 2, "veo_epochs": 2, "veo_clip_rate": 0.02}
 SITES = 8  # two vision blocks of four sites reach the feature layer
@@ -48,7 +49,7 @@ def topology_of(loaded):
 def initial_of(loaded, calibration, scheme):
     """Min/max parameters of every site, as plan tensors."""
     options = rtn.RTN.options(calibration_batch_size=2)
-    return dict(rtn.fit(loaded, topology_of(loaded), Scheme.parse(scheme), calibration, options).tensors)
+    return dict(rtn.fit(loaded, topology_of(loaded), Scheme.parse(scheme), calibration, options, Workspace()).tensors)
 
 
 def optimize(loaded, calibration, scheme="w3a3", initial=None, **options):

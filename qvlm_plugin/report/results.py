@@ -63,7 +63,7 @@ def _read_file(file: Path) -> Iterator[Score]:
     for task, metrics in results.items():
         for key, value in metrics.items():
             metric, _, kind = key.partition(",")
-            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+            if not kind or "_stderr" in metric or not isinstance(value, int | float):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{kind}")
             counts = samples.get(task, {"effective": 0, "original": 0})

@@ -9,7 +9,14 @@ from qvlm_plugin.report.results import read_results, results_grid
 
 def write(folder, name, score, *, effective=100, original=100, qvlm=None):
     content = {
-        "results": {"quiz": {"alias": "quiz", "exact_match,none": score, "exact_match_stderr,none": 0.012}},
+        "results": {
+            "quiz": {
+                "alias": "quiz",
+                "exact_match,none": score,
+                "exact_match_stderr,none": 0.012,
+                "exact_match_stderr_clt,none": 0.012,
+            }
+        },
         "n-samples": {"quiz": {"original": original, "effective": effective}},
     }
     if qvlm:

@@ -1,5 +1,7 @@
 """``none``: full precision, as a plan that changes nothing - so that the baseline is reported like any method."""
 
+from dataclasses import replace
+
 from pydantic import BaseModel, ConfigDict
 
 from qvlm_plugin.calibration import CalibrationSet
@@ -28,7 +30,8 @@ def fit(
     workspace: Workspace,
 ) -> RoundingPlan:
     """A plan that lists every Linear as unquantized, whatever the scheme."""
-    return build_plan(NONE.name, loaded, topology, IDENTITY, MethodOptions(), {}, None)
+    plan = build_plan(NONE.name, loaded, topology, IDENTITY, MethodOptions(), {}, None)
+    return replace(plan, options=options.model_dump())
 
 
 NONE = Method(

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from conftest import random_image
 from datasets import Dataset, Features, Image, List, Value
+from tiny_llava import random_image
 
 SCIENCEQA = Features(
     {

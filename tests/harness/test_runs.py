@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import write_tiny_llava
 from harness.mirrors import scienceqa_row, vqav2_row, write_mirrors
+from tiny_llava import write_tiny_llava
 
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.planning import check_request, obtain_plan

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_image
 from lmms_eval.api.instance import Instance
+from tiny_llava import random_image
 
 from qvlm_plugin.conversation import Conversation, encode, render
 from qvlm_plugin.errors import QVLMError

@@ -81,7 +81,7 @@ def test_missing_calibration_and_checkpoint(tiny_llava, tmp_path):
 
 
 def test_plan_of_another_model(tiny_llava, tmp_path):
-    from conftest import write_tiny_llava
+    from tiny_llava import write_tiny_llava
 
     from qvlm_plugin.models.loading import load
     from qvlm_plugin.planning import check_request, obtain_plan

@@ -133,7 +133,7 @@ def test_ranges_are_those_of_the_folded_model(loaded, calibration):
     apply_folds(plan, loaded.model)
     topology = plugins.topology(loaded.model.config)
     formats = activation_sites(topology, loaded, Scheme.parse("w3a3"))
-    expected = search_ranges(loaded, formats, calibration, AWQOptions(), Workspace())
+    expected = search_ranges(loaded, formats, calibration, AWQOptions())
     assert len(expected) == 2 * 8 + 10
     for name, tensor in expected.items():
         assert torch.allclose(plan.tensors[name], tensor, rtol=1e-3, atol=1e-4), name

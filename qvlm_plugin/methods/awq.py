@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.formats import WeightFormat
-from qvlm_plugin.methods.base import Method, activation_sites, build_plan, quantizes_anything
+from qvlm_plugin.methods.base import Method, activation_sites, build_plan, grid_from_one, quantizes_anything
 from qvlm_plugin.methods.clipping import search_clip
 from qvlm_plugin.methods.qlora import RangeSearchOptions, search_ranges
 from qvlm_plugin.methods.sampling import sample_tokens
@@ -50,8 +50,7 @@ class AWQOptions(RangeSearchOptions):
     @property
     def clips(self) -> tuple[float, ...]:
         """The clipping factors, widest first."""
-        count = int((1 - self.min_clip) / CLIP_STEP + 1e-9) + 1
-        return tuple(round(1 - index * CLIP_STEP, 6) for index in range(count))
+        return grid_from_one(self.min_clip, CLIP_STEP)
 
 
 def search_weights(

@@ -52,6 +52,12 @@ class MethodOptions(BaseModel):
         return WeightFormat(kind="int", bits=bits, group_size=group_size, symmetric=self.symmetric)
 
 
+def grid_from_one(minimum: float, step: float) -> tuple[float, ...]:
+    """Candidates from 1 down to ``minimum`` at most, ``step`` apart."""
+    count = int((1 - minimum) / step + 1e-9) + 1
+    return tuple(round(1 - index * step, 6) for index in range(count))
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to quantize.

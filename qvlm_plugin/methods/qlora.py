@@ -19,6 +19,7 @@ from qvlm_plugin.methods.base import (
     WeightKind,
     activation_sites,
     build_plan,
+    grid_from_one,
     quantizes_activations,
 )
 from qvlm_plugin.methods.observe import visit_site_inputs
@@ -47,8 +48,7 @@ class RangeSearchOptions(MethodOptions):
     @property
     def ratios(self) -> tuple[float, ...]:
         """The candidates, widest first."""
-        count = int((1 - self.min_ratio) / self.ratio_step + 1e-9) + 1
-        return tuple(round(1 - index * self.ratio_step, 6) for index in range(count))
+        return grid_from_one(self.min_ratio, self.ratio_step)
 
 
 class QLoRAOptions(RangeSearchOptions):

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.methods.base import grid_from_one
 from qvlm_plugin.methods.blocks import Batch, Hidden, output_error, run_layer
 from qvlm_plugin.methods.qlora import RangeSearchOptions
 from qvlm_plugin.methods.qvlm.dependency import layer_dependency
@@ -62,8 +63,7 @@ class MiningOptions(RangeSearchOptions):
     @property
     def percentiles(self) -> tuple[float, ...]:
         """The grid, from 1 down."""
-        count = int((1 - self.min_percentile) / self.percentile_step + 1e-9) + 1
-        return tuple(round(1 - index * self.percentile_step, 6) for index in range(count))
+        return grid_from_one(self.min_percentile, self.percentile_step)
 
 
 @dataclass(frozen=True, eq=False)

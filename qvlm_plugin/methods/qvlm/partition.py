@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from qvlm_plugin.methods.qvlm.dependency import dependency_between
+
 
 def partition(dependencies: Sequence[float], threshold: float | None, max_depth: int) -> tuple[range, ...]:
     """Blocks of consecutive layers, bottom to top, that cover every layer exactly once.
@@ -19,11 +21,12 @@ def partition(dependencies: Sequence[float], threshold: float | None, max_depth:
         threshold = sum(dependencies) / len(dependencies) if dependencies else 0.0
     blocks, start = [], 0
     while start < layers:
-        end, total = start + 1, 0.0
-        while end < layers and end - start < max_depth:
-            total += dependencies[end - 1]
-            if total <= (end - start) * threshold:
-                break
+        end = start + 1
+        while (
+            end < layers
+            and end - start < max_depth
+            and dependency_between(dependencies, start, end) > (end - start) * threshold
+        ):
             end += 1
         blocks.append(range(start, end))
         start = end

@@ -72,12 +72,19 @@ def render(processor: ProcessorMixin, conversation: Conversation) -> str:
 
 
 def render_answer(processor: ProcessorMixin, conversation: Conversation, answer: str) -> str:
-    """What follows `render` when the assistant gives ``answer``, end-of-turn included."""
+    """What follows `render` when the assistant gives ``answer``, end-of-turn included.
+
+    It ends with the end-of-sequence token where the template writes one: what a template puts behind it separates turns
+    and is never generated.
+    """
     turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     prompt = render(processor, conversation)
     full = processor.apply_chat_template([*conversation.messages, turn], tokenize=False)
     # Templates that open the assistant's turn differently when prompting still continue with the bare answer.
-    return full[len(prompt) :] if full.startswith(prompt) else answer
+    if not full.startswith(prompt):
+        return answer
+    turn_text, end = full[len(prompt) :], processor.tokenizer.eos_token
+    return turn_text[: turn_text.index(end) + len(end)] if end and end in turn_text else turn_text
 
 
 def encode(

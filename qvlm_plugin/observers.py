@@ -44,13 +44,13 @@ class ChannelStatistics:
         """Channel means, float32 [C]; within the extremes."""
         return (self.total / self.count).clamp(self.lower, self.upper)
 
-    def range(self, ratio: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Bounds [C] of a static per-channel quantizer: the extremes, pulled towards the mean by ``ratio``."""
+    def range(self, ratio: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+        """Bounds [C] of a static per-channel quantizer: the extremes, pulled towards the mean by ``ratio`` (or [C])."""
         return shrink_range(self.lower, self.upper, self.mean, ratio)
 
 
 def channel_lp_losses(x: Tensor, statistics: ChannelStatistics, ratios: Sequence[float], bits: int, p: float) -> Tensor:
-    """sum |Q(x) - x|^p of static per-channel quantization, for each candidate ratio.
+    """sum over tokens of |Q(x) - x|^p of static per-channel quantization, for each candidate ratio and channel.
 
     The l_p criterion initialises the quantizers of the paper's baselines and of Q-VLM itself (section 4.1).
 
@@ -62,15 +62,17 @@ def channel_lp_losses(x: Tensor, statistics: ChannelStatistics, ratios: Sequence
         p: the norm's exponent, positive.
 
     Returns:
-        float64 [R].
+        float64 [R, C].
     """
-    return torch.stack([_lp(fake_quantize(x, *statistics.range(ratio), bits), x, p) for ratio in ratios])
+    candidates = (fake_quantize(x, *statistics.range(ratio), bits) for ratio in ratios)
+    return torch.stack([_lp(candidate, x, p, dim=0) for candidate in candidates])
 
 
 def token_lp_losses(x: Tensor, ratios: Sequence[float], bits: int, p: float) -> Tensor:
     """sum |Q(x) - x|^p of dynamic per-token quantization, for each candidate clipping ratio; float64 [R]."""
-    return torch.stack([_lp(fake_quantize(x, *token_range(x, ratio), bits), x, p) for ratio in ratios])
+    candidates = (fake_quantize(x, *token_range(x, ratio), bits) for ratio in ratios)
+    return torch.stack([_lp(candidate, x, p) for candidate in candidates])
 
 
-def _lp(approximation: Tensor, x: Tensor, p: float) -> Tensor:
-    return (approximation.float() - x.float()).abs_().pow_(p).sum(dtype=torch.float64)
+def _lp(approximation: Tensor, x: Tensor, p: float, dim: int | None = None) -> Tensor:
+    return (approximation.float() - x.float()).abs_().pow_(p).sum(dim=dim, dtype=torch.float64)

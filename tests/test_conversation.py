@@ -55,6 +55,12 @@ def test_a_rendered_answer_continues_the_prompt_to_the_end_of_the_turn(loaded):
     assert render_answer(loaded.processor, conversation, "red") == "red</s>"
 
 
+def test_a_rendered_answer_ends_with_its_end_token(loaded, monkeypatch):
+    monkeypatch.setattr(loaded.processor, "chat_template", loaded.processor.chat_template.replace("</s>", "</s>\\n"))
+    conversation = Conversation.from_prompt("What color is it?")
+    assert render_answer(loaded.processor, conversation, "red") == "red</s>"
+
+
 def test_a_template_that_writes_the_first_token_does_not_get_it_twice(loaded):
     tokenizer = loaded.processor.tokenizer
     loaded.processor.chat_template = "{{ bos_token }}" + loaded.processor.chat_template

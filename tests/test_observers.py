@@ -25,9 +25,11 @@ def test_losses_are_sums_over_elements_and_add_over_batches(p):
     x, ratios = torch.randn(20, 4), (1.0, 0.8)
     statistics = ChannelStatistics.of(x)
     losses = channel_lp_losses(x, statistics, ratios, 4, p)
-    for loss, ratio in zip(losses, ratios, strict=True):
-        expected = sum(abs(float(v)) ** p for v in (fake_quantize(x, *statistics.range(ratio), 4) - x).flatten())
-        assert float(loss) == pytest.approx(expected, rel=1e-4)
+    assert losses.shape == (2, 4)
+    for row, ratio in zip(losses, ratios, strict=True):
+        error = fake_quantize(x, *statistics.range(ratio), 4) - x
+        for loss, channel in zip(row, error.T, strict=True):
+            assert float(loss) == pytest.approx(sum(abs(float(v)) ** p for v in channel), rel=1e-4)
     halves = sum(channel_lp_losses(half, statistics, ratios, 4, p) for half in x.split(10))
     assert torch.allclose(losses, halves)
     token = token_lp_losses(x, ratios, 4, p)

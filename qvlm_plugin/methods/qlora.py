@@ -6,6 +6,7 @@ section 4.1): a grid of ratios pulls the observed bounds in.
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -36,11 +37,14 @@ class RangeSearchOptions(MethodOptions):
     """Options of the layer-wise search of activation ranges.
 
     Attributes:
+        ranges: what has a ratio of its own: a ``site``, or each ``channel`` of a static site. Within a site that a few
+            massive channels dominate, one ratio serves these alone.
         norm: exponent p of the l_p distance.
         min_ratio: the narrowest candidate range, as a share of the observed one.
         ratio_step: distance between candidates, from 1 downwards.
     """
 
+    ranges: Literal["site", "channel"] = "site"
     norm: float = Field(2.0, gt=0)
     min_ratio: float = Field(0.5, gt=0, le=1)
     ratio_step: float = Field(0.05, gt=0, lt=1)
@@ -64,28 +68,29 @@ def search_ranges(
     options: RangeSearchOptions,
     scales: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The plan tensors of every site, each site's ratio chosen by its own l_p distance; ties keep the wider range.
+    """The plan tensors of every site, each ratio chosen by its own l_p distance; ties keep the wider range.
 
     Inputs of the sites named in ``scales`` are divided by these [C] first, as in the model with the scales folded.
     """
     format_of = dict(formats)
     static = [site for site, fmt in formats if fmt.kind == "static_channel"]
     statistics = observe_ranges(loaded, static, calibration, options.calibration_batch_size, scales)
-    losses = {site: torch.zeros(len(options.ratios), dtype=torch.float64) for site in format_of}
+    losses: dict[Site, Tensor] = {}
 
     def visit(site: Site, tokens: Tensor) -> None:
-        losses[site] += _losses(site, tokens, format_of[site], statistics, options).cpu()
+        new = _losses(site, tokens, format_of[site], statistics, options)
+        losses[site] = losses[site] + new if site in losses else new
 
     visit_site_inputs(
         loaded, list(format_of), calibration, options.calibration_batch_size, visit, "range search", scales
     )
     tensors = {}
     for site, fmt in formats:
-        ratio = options.ratios[int(losses[site].argmin())]
+        ratio = losses[site].new_tensor(options.ratios, dtype=torch.float32)[losses[site].argmin(dim=0)]
         if fmt.kind == "static_channel":
             tensors[f"{site.name}/lower"], tensors[f"{site.name}/upper"] = statistics[site.name].range(ratio)
         else:
-            tensors[f"{site.name}/clip_ratio"] = torch.tensor([ratio])
+            tensors[f"{site.name}/clip_ratio"] = ratio.view(1).cpu()
     return tensors
 
 
@@ -97,7 +102,8 @@ def _losses(
     options: RangeSearchOptions,
 ) -> Tensor:
     if fmt.kind == "static_channel":
-        return channel_lp_losses(tokens, statistics[site.name], options.ratios, fmt.bits, options.norm)
+        losses = channel_lp_losses(tokens, statistics[site.name], options.ratios, fmt.bits, options.norm)
+        return losses if options.ranges == "channel" else losses.sum(dim=1)
     return token_lp_losses(tokens, options.ratios, fmt.bits, options.norm)
 
 

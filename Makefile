@@ -27,25 +27,36 @@ lint: install  ## style, formatting and the direction of imports
 test: lint  ## lint, then every test
 	OMP_WAIT_POLICY=passive $(BIN)/pytest
 
-demo: RUNS = none-w16a16 rtn-w4a4 qlora-w4a4
+# A run is METHOD-SCHEME or METHOD-SCHEME-WEIGHTS.
+demo: RUNS = none-w16a16 qlora-w4a4 qvlm_jacobian-w4a4
 demo: LIMIT = 100
+demo: SAMPLES = 32
 demo: OUTPUT = demo-results
-results: RUNS = none-w16a16 rtn-w4a4 qlora-w4a4 rtn-w6a6 qlora-w6a6 rtn-w8a8 qlora-w8a8
+results: RUNS = none-w16a16 \
+	$(foreach scheme,w4a4 w6a6 w8a8,rtn-$(scheme) qlora-$(scheme) awq-$(scheme)-nf qvlm-$(scheme) qvlm_jacobian-$(scheme))
 results: LIMIT = 1000
+results: SAMPLES = 64
 results: OUTPUT = full-results
 
-demo:  ## full precision, rtn and qlora at W4A4 on 100 documents of each standard task (the embedded small LLaVA)
-results:  ## full precision, rtn and qlora at W8A8, W6A6 and W4A4 on 1,000 documents of each task (about an hour)
+demo:  ## full precision, qlora and Q-VLM at W4A4 on 100 documents of each standard task (the embedded small LLaVA)
+results:  ## every method at W4A4, W6A6 and W8A8 on 1,000 documents of each task (three hours); goes on where it stopped
 
 demo results: install
 	$(BIN)/qvlm demo build
 	$(BIN)/qvlm demo data demo-data
-	rm -rf $(OUTPUT)
 	for run in $(RUNS); do \
+		set -- $$(echo $$run | tr - ' '); \
+		folder=$(abspath $(OUTPUT))/$$run; arguments=pretrained=demo; \
 		echo "== $$run"; \
+		if ls $$folder/*/*_results.json > /dev/null 2>&1; then continue; fi; \
+		if [ $$1 != none ]; then \
+			(cd demo-data && $(BIN)/qvlm search $$folder/plan --pretrained demo --method $$1 --scheme $$2 \
+				--calibration calibration/train.json:$(SAMPLES) $${3:+--option weights=$$3}) || exit 1; \
+			arguments=$$arguments,plan=$$folder/plan; \
+		fi; \
 		(cd demo-data && HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(LMMS_EVAL) --model qvlm_llava \
-			--model_args pretrained=demo,method=$${run%-*},scheme=$${run#*-},calibration=calibration/train.json:64 \
-			--tasks $(TASKS) --batch_size 16 --limit $(LIMIT) --output_path $(abspath $(OUTPUT))/$$run) || exit 1; \
+			--model_args $$arguments --tasks $(TASKS) --batch_size 16 --limit $(LIMIT) --log_samples \
+			--output_path $$folder) || exit 1; \
 	done
 	$(BIN)/qvlm results $(addprefix $(OUTPUT)/,$(RUNS))
 

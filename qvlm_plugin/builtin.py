@@ -8,7 +8,7 @@ from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.methods.awq import AWQ
 from qvlm_plugin.methods.base import Method
 from qvlm_plugin.methods.qlora import QLORA
-from qvlm_plugin.methods.qvlm.method import QVLM
+from qvlm_plugin.methods.qvlm.method import QVLM, QVLM_JACOBIAN
 from qvlm_plugin.methods.rtn import RTN
 from qvlm_plugin.methods.unquantized import NONE
 from qvlm_plugin.topology import Topology, llava_topology
@@ -16,8 +16,8 @@ from qvlm_plugin.topology import Topology, llava_topology
 
 @hookimpl
 def qvlm_methods() -> list[Method]:
-    """Full precision, the baselines, and Q-VLM."""
-    return [NONE, RTN, QLORA, AWQ, QVLM]
+    """Full precision, the baselines, and Q-VLM with the paper's settings and with ours."""
+    return [NONE, RTN, QLORA, AWQ, QVLM, QVLM_JACOBIAN]
 
 
 @hookimpl(trylast=True)

@@ -1,6 +1,9 @@
 """The ``qvlm`` command. Commands import what needs torch themselves, so that ``--help`` answers at once."""
 
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +17,7 @@ from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:
     from qvlm_plugin.calibration import Sample
+    from qvlm_plugin.report.writing import Report
 
 app = typer.Typer(
     help="Q-VLM post-training quantization of vision-language models for lmms-eval.",
@@ -22,6 +26,8 @@ app = typer.Typer(
 )
 demo = typer.Typer(help="The embedded small LLaVA and its stand-in data.", no_args_is_help=True)
 app.add_typer(demo, name="demo")
+ablate = typer.Typer(help="The paper's ablations: for each a table, its rows and a figure.", no_args_is_help=True)
+app.add_typer(ablate, name="ablate")
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -166,6 +172,44 @@ def results(
         Console(width=180).print(grid.rich())
 
 
+@app.command()
+@reports_errors
+def paired(
+    baseline: Annotated[Path, typer.Argument(help="Results file of one run, or the folder that holds it.")],
+    others: Annotated[list[Path], typer.Argument(help="Results files to compare with it, or folders that hold some.")],
+    metric: Annotated[str, typer.Option(help="Metric of the tasks to compare.")] = "exact_match",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """Compare runs with a baseline over the same documents: paired differences, intervals and tests.
+
+    The runs must have been made with lmms-eval's --log_samples. One row for each run and task, and one for the tasks'
+    average; Holm's adjustment is over all the rows.
+
+    Example: qvlm paired results/none-w16a16 results/rtn-w4a4 results/qlora-w4a4
+    """
+    from qvlm_plugin.report.samples import read_samples
+
+    try:
+        from qvlm_plugin.report.paired import compare, paired_grid, paired_notes
+    except ImportError as error:
+        raise QVLMError(f"{error}; this command needs: pip install 'qvlm_plugin[report]'") from error
+
+    first, *more = read_samples(baseline)
+    if more:
+        raise QVLMError(f"{baseline} holds {len(more) + 1} results files; name one of them as the baseline")
+    runs = {run.file.resolve(): run for path in others for run in read_samples(path)}
+    runs.pop(first.file.resolve(), None)  # a folder of all runs holds the baseline too
+    if not runs:
+        raise QVLMError(f"no run to compare with the baseline {first.file}")
+    rows = [row for run in runs.values() for row in compare(first, run, metric)]
+    grid = paired_grid(rows)
+    if markdown:
+        typer.echo(grid.markdown())
+    else:
+        Console(width=180).print(grid.rich())
+    typer.echo("\n" + "\n".join(f"- {note}" for note in paired_notes(first, rows, metric)))
+
+
 @demo.command()
 @reports_errors
 def build(
@@ -206,6 +250,247 @@ def train(
     from qvlm_plugin.demo.train import train as train_bridge
 
     typer.echo(train_bridge(output))
+
+
+Output = Annotated[Path, typer.Argument(help="Folder of the reports, and of the runs they rest on.")]
+Pretrained = Annotated[str, typer.Option(help="Checkpoint folder or hub id; 'demo' is the embedded small LLaVA.")]
+Calibration = Annotated[str, typer.Option(help="task:split:n or file.json:n, several joined by +.")]
+Tasks = Annotated[str, typer.Option(help="Tasks of lmms-eval, separated by commas.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Documents or samples per forward pass.")]
+Processes = Annotated[int, typer.Option(min=1, help="Processes that share the documents of a run.")]
+Options = Annotated[list[str] | None, typer.Option(help="Option of qvlm as name=value; may be repeated.")]
+ModelArgs = Annotated[str, typer.Option(help="Further model arguments of every run, for example dtype=float16,seed=1.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Working directory: local mirrors of data sets, and relative names, are looked up there."),
+]
+OneScheme = Annotated[str, typer.Option(help="Bits, for example w4a4 or w4a4+vision:w8a8.")]
+Depths = Annotated[str, typer.Option(help="Values of max_depth, separated by commas.")]
+Seed = Annotated[int, typer.Option(help="Seed of the calibration draw.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="Torch device.")]
+
+TASKS = "scienceqa,vizwiz_vqa_val,vqav2_val"
+
+
+@ablate.command("table1")
+@reports_errors
+def ablate_table1(
+    output: Output,
+    pretrained: Pretrained = "demo",
+    calibration: Calibration = "scienceqa:train:64",
+    schemes: Annotated[str, typer.Option(help="Bits, separated by commas.")] = "w6a6,w4a4",
+    tasks: Tasks = TASKS,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
+    processes: Processes = 1,
+    option: Options = None,
+    model_args: ModelArgs = "",
+    data: Data = None,
+) -> None:
+    """Weight memory, search cost and accuracy of the baseline, +CDM, +VEO and Q-VLM.
+
+    Every row is a run of lmms-eval; one that is finished, for any ablation in this folder, is not run again.
+
+    Example: qvlm ablate table1 ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
+    """
+    with _needs_report_packages():
+        from qvlm_plugin.report.ablations.evaluation import Subject
+        from qvlm_plugin.report.ablations.table1 import table1
+    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.report.runs import Setting
+
+    more = _pairs(model_args.split(",") if model_args else [])
+    subject = Subject(pretrained, calibration, tuple(tasks.split(",")), limit, _pairs(option), more)
+    with _working_in(data):
+        placement = {"revision": more.get("revision"), "dtype": more.get("dtype", "auto"), "device_map": "meta"}
+        shapes = load(_resolve_demo(pretrained), **placement)
+    setting = Setting(output / "runs", data, batch_size, processes)
+    _finish(output, *table1(subject, schemes.split(","), setting, shapes, _command_line()))
+
+
+@ablate.command("fig3a")
+@reports_errors
+def ablate_fig3a(
+    output: Output,
+    pretrained: Pretrained = "demo",
+    calibration: Calibration = "scienceqa:train:64",
+    scheme: OneScheme = "w4a4",
+    depths: Depths = "1,2,3,4,5",
+    tasks: Tasks = TASKS,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
+    processes: Processes = 1,
+    option: Options = None,
+    model_args: ModelArgs = "",
+    data: Data = None,
+) -> None:
+    """Accuracy and search cost against the maximum depth of a block.
+
+    Every point is a run of lmms-eval; one that is finished, for any ablation in this folder, is not run again. The
+    cost of a search grows exponentially with the depth.
+
+    Example: qvlm ablate fig3a ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
+    """
+    with _needs_report_packages():
+        from qvlm_plugin.report.ablations.evaluation import Subject
+        from qvlm_plugin.report.ablations.sweeps import figure3a
+    from qvlm_plugin.report.runs import Setting
+
+    more = _pairs(model_args.split(",") if model_args else [])
+    subject = Subject(pretrained, calibration, tuple(tasks.split(",")), limit, _pairs(option), more)
+    setting = Setting(output / "runs", data, batch_size, processes)
+    _finish(output, *figure3a(subject, scheme, depths.split(","), setting, _command_line()))
+
+
+@ablate.command("fig3b")
+@reports_errors
+def ablate_fig3b(
+    output: Output,
+    pretrained: Pretrained = "demo",
+    calibration: Calibration = "scienceqa:train:64",
+    scheme: OneScheme = "w4a4",
+    percentiles: Annotated[
+        str, typer.Option(help="Values of min_percentile, the end of the grid, separated by commas.")
+    ] = "1,0.995,0.99,0.985,0.98",
+    etas: Annotated[str, typer.Option(help="Values of η above 0, separated by commas.")] = "0.1,0.3,1,3,10",
+    tasks: Tasks = TASKS,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
+    processes: Processes = 1,
+    option: Options = None,
+    model_args: ModelArgs = "",
+    data: Data = None,
+) -> None:
+    """Accuracy and search cost against the end of the percentile grid, and against η.
+
+    Every point is a run of lmms-eval; one that is finished, for any ablation in this folder, is not run again.
+
+    Example: qvlm ablate fig3b ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
+    """
+    with _needs_report_packages():
+        from qvlm_plugin.report.ablations.evaluation import Subject
+        from qvlm_plugin.report.ablations.sweeps import figure3b
+    from qvlm_plugin.report.runs import Setting
+
+    more = _pairs(model_args.split(",") if model_args else [])
+    subject = Subject(pretrained, calibration, tuple(tasks.split(",")), limit, _pairs(option), more)
+    setting = Setting(output / "runs", data, batch_size, processes)
+    command = _command_line()
+    _finish(output, *figure3b(subject, scheme, percentiles.split(","), etas.split(","), setting, command))
+
+
+@ablate.command("fig2")
+@reports_errors
+def ablate_fig2(
+    output: Output,
+    pretrained: Pretrained = "demo",
+    calibration: Calibration = "scienceqa:train:64",
+    scheme: OneScheme = "w4a4",
+    layer: Annotated[
+        int | None, typer.Option(help="Decoder layer, from 0, searched with the next one; default: below the middle.")
+    ] = None,
+    option: Options = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    data: Data = None,
+) -> None:
+    """Discretization error difference of two layers against activation entropy, a point for each calibration sample.
+
+    Example: qvlm ablate fig2 ablations --data demo-data --calibration calibration/train.json:64
+    """
+    with _needs_report_packages():
+        from qvlm_plugin.report.ablations.figure2 import figure2
+    from qvlm_plugin.calibration import read_calibration
+    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.planning import check_request
+
+    request = check_request("qvlm", scheme, _pairs(option))
+    with _working_in(data):
+        samples = read_calibration(calibration, None, seed, _draw_from_task)
+        loaded = load(_resolve_demo(pretrained), dtype=dtype, device=device)
+        report = figure2(loaded, request, samples, layer, _command_line())
+    _finish(output, report)
+
+
+@ablate.command("fig3c")
+@reports_errors
+def ablate_fig3c(
+    output: Output,
+    pretrained: Pretrained = "demo",
+    calibration: Calibration = "scienceqa:train:64",
+    held_out: Annotated[
+        str | None,
+        typer.Option(help="Samples to measure on, named like --calibration; default: its sources, drawn again."),
+    ] = None,
+    scheme: OneScheme = "w4a4",
+    depths: Depths = "1,2,3,4,5",
+    batch_size: BatchSize = 8,
+    option: Options = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    data: Data = None,
+) -> None:
+    """Quantization error of each decoder layer, for plans of different maximum depth; no evaluation is run.
+
+    Plans are taken from the cache where they are there. Samples that they were fitted on are left out.
+
+    Example: qvlm ablate fig3c ablations --data demo-data --calibration calibration/train.json:64
+    """
+    with _needs_report_packages():
+        from qvlm_plugin.report.ablations.figure3c import figure3c
+    from qvlm_plugin.cache import cache_root
+    from qvlm_plugin.calibration import read_calibration
+    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.planning import check_request, obtain_plan
+
+    options = _pairs(option)
+    requests = [check_request("qvlm", scheme, options | {"max_depth": depth}) for depth in depths.split(",")]
+    with _working_in(data):
+        samples = read_calibration(calibration, None, seed, _draw_from_task)
+        others = read_calibration(held_out or calibration, None, seed + 1, _draw_from_task)
+        loaded = load(_resolve_demo(pretrained), dtype=dtype, device=device)
+        cache = cache_root() / "plans"
+        plans = {one.options.max_depth: obtain_plan(loaded, one, samples, cache) for one in requests}
+        report = figure3c(loaded, plans, others, batch_size, _command_line())
+    _finish(output, report)
+
+
+@contextmanager
+def _needs_report_packages() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise QVLMError(f"{error}; this command needs: pip install 'qvlm_plugin[report]'") from error
+
+
+@contextmanager
+def _working_in(directory: Path | None) -> Iterator[None]:
+    """While active, relative names start from ``directory``."""
+    if directory is not None and not directory.is_dir():
+        raise QVLMError(f"--data {directory}: there is no such folder")
+    with chdir(directory or "."):
+        yield
+
+
+def _pairs(options: Sequence[str] | None) -> dict[str, str]:
+    """``name=value`` texts by name."""
+    return {name: value for name, _, value in (pair.partition("=") for pair in options or [])}
+
+
+def _command_line() -> str:
+    return shlex.join(["qvlm", *sys.argv[1:]])
+
+
+def _finish(folder: Path, report: "Report", failed: Sequence[Path] = ()) -> None:
+    """Write a report and print its name; runs that it lacks are an error, told after that."""
+    typer.echo(report.write(folder))
+    if failed:
+        logs = ", ".join(map(str, failed))
+        raise QVLMError(f"{len(failed)} runs failed and are missing there; the same command tries them again: {logs}")
 
 
 def _draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample]":

@@ -59,11 +59,23 @@ class Conversation:
             for part in message["content"]:
                 if part["type"] == "text":
                     sha.update(part["text"].strip().encode() + b"\0")
-        for image in self.images:
-            rgb = image.convert("RGB")
-            sha.update(repr(rgb.size).encode())
-            sha.update(rgb.tobytes())
+        _update_with_images(sha, self.images)
         return sha.hexdigest()
+
+    def image_digest(self) -> str | None:
+        """SHA-256 over the pixels alone: equal for questions about the same images; None without any."""
+        if not self.images:
+            return None
+        sha = hashlib.sha256()
+        _update_with_images(sha, self.images)
+        return sha.hexdigest()
+
+
+def _update_with_images(sha: "hashlib._Hash", images: Sequence[Image.Image]) -> None:
+    for image in images:
+        rgb = image.convert("RGB")
+        sha.update(repr(rgb.size).encode())
+        sha.update(rgb.tobytes())
 
 
 def render(processor: ProcessorMixin, conversation: Conversation) -> str:

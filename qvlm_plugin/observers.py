@@ -49,7 +49,14 @@ class ChannelStatistics:
         return shrink_range(self.lower, self.upper, self.mean, ratio)
 
 
-def channel_lp_losses(x: Tensor, statistics: ChannelStatistics, ratios: Sequence[float], bits: int, p: float) -> Tensor:
+def channel_lp_losses(
+    x: Tensor,
+    statistics: ChannelStatistics,
+    ratios: Sequence[float],
+    bits: int,
+    p: float,
+    weights: Tensor | None = None,
+) -> Tensor:
     """sum over tokens of |Q(x) - x|^p of static per-channel quantization, for each candidate ratio and channel.
 
     The l_p criterion initialises the quantizers of the paper's baselines and of Q-VLM itself (section 4.1).
@@ -60,19 +67,21 @@ def channel_lp_losses(x: Tensor, statistics: ChannelStatistics, ratios: Sequence
         ratios: R candidates.
         bits: 2 to 8.
         p: the norm's exponent, positive.
+        weights: factors of the elements' losses [N, C]; None takes all as 1.
 
     Returns:
         float64 [R, C].
     """
+    factor = 1.0 if weights is None else weights
     candidates = (fake_quantize(x, *statistics.range(ratio), bits) for ratio in ratios)
-    return torch.stack([_lp(candidate, x, p, dim=0) for candidate in candidates])
+    return torch.stack([(_lp(candidate, x, p) * factor).sum(dim=0, dtype=torch.float64) for candidate in candidates])
 
 
 def token_lp_losses(x: Tensor, ratios: Sequence[float], bits: int, p: float) -> Tensor:
     """sum |Q(x) - x|^p of dynamic per-token quantization, for each candidate clipping ratio; float64 [R]."""
     candidates = (fake_quantize(x, *token_range(x, ratio), bits) for ratio in ratios)
-    return torch.stack([_lp(candidate, x, p) for candidate in candidates])
+    return torch.stack([_lp(candidate, x, p).sum(dtype=torch.float64) for candidate in candidates])
 
 
-def _lp(approximation: Tensor, x: Tensor, p: float, dim: int | None = None) -> Tensor:
-    return (approximation.float() - x.float()).abs_().pow_(p).sum(dim=dim, dtype=torch.float64)
+def _lp(approximation: Tensor, x: Tensor, p: float) -> Tensor:
+    return (approximation.float() - x.float()).abs_().pow_(p)

@@ -58,6 +58,24 @@ def check_request(method: str, scheme: str, options: Mapping[str, Any]) -> PlanR
         raise QVLMError(f"{where}method={method}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
+def check_calibration(request: PlanRequest, calibration: CalibrationSet | None) -> None:
+    """Check that a request has the calibration data that it needs; this takes no model.
+
+    Raises:
+        QVLMError: they are missing, or fewer than a batch.
+    """
+    if not request.needs_calibration:
+        return
+    if calibration is None:
+        raise QVLMError(f"method={request.method.name} with scheme={request.scheme} needs calibration data")
+    count, batch_size = len(calibration.samples), getattr(request.options, "calibration_batch_size", 1)
+    if count < batch_size:
+        raise QVLMError(
+            f"calibration={calibration.source!r} has {count} samples, less than calibration_batch_size={batch_size}; "
+            f"draw at least {batch_size} samples, or set calibration_batch_size to at most {count}"
+        )
+
+
 def obtain_plan(
     loaded: LoadedModel, request: PlanRequest, calibration: CalibrationSet | None, cache: Path | None
 ) -> RoundingPlan:
@@ -72,13 +90,12 @@ def obtain_plan(
         cache: folder of cached plans; None neither reads nor writes any.
 
     Raises:
-        QVLMError: the family is not supported, calibration is needed but missing, or the search fails.
+        QVLMError: the family is not supported, see `check_calibration`, or the search fails.
     """
     topology = plugins.topology(loaded.model.config)
+    check_calibration(request, calibration)
     if not request.needs_calibration:
         calibration = None
-    elif calibration is None:
-        raise QVLMError(f"method={request.method.name} with scheme={request.scheme} needs calibration data")
 
     def search(workspace: Workspace) -> RoundingPlan:
         start = time.perf_counter()

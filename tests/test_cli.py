@@ -1,6 +1,8 @@
 import json
+import sys
 
 import pytest
+from report.logged import scored, write_run
 from tiny_llava import random_image
 from typer.testing import CliRunner
 
@@ -30,6 +32,7 @@ def test_search_writes_a_plan_that_inspect_prints(tiny_llava, rows, tmp_path):
     searched = run(
         "search", tmp_path / "plan", "--pretrained", tiny_llava, "--method", "qlora", "--scheme", "w4a4+vision:w8a8",
         "--calibration", f"{rows}:4", "--option", "norm=1.5", "--option", "ratio_step=0.25", "--seed", "3",
+        "--option", "calibration_batch_size=4",
     )  # fmt: skip
     assert searched.exit_code == 0, searched.output
     assert searched.stdout.splitlines()[-1] == str(tmp_path / "plan")
@@ -49,6 +52,7 @@ def test_search_writes_a_plan_that_inspect_prints(tiny_llava, rows, tmp_path):
         (("search", "out", "--pretrained", "/absent", "--scheme", "w4a16"), "no such folder"),
         (("inspect", "/absent"), "plan.json is missing"),
         (("results", "/absent"), "is not a results file"),
+        (("paired", "/absent", "/other"), "is not a results file"),
     ],
 )
 def test_mistakes_are_one_line_on_stderr_and_exit_with_2(arguments, message):
@@ -62,7 +66,42 @@ def test_methods_lists_what_can_be_chosen():
     assert all(word in shown for word in ("none", "rtn", "qlora", "ratio_step", "group_size"))
 
 
+@pytest.fixture
+def pair(tmp_path):
+    """A folder of two runs over the same 20 documents of two tasks; the second has half of one task wrong."""
+    for name, right in (("none", 20), ("rtn", 10)):
+        tasks = {"quiz": scored([1] * 20), "other": scored([1] * right + [0] * (20 - right))}
+        write_run(tmp_path / "runs" / name, tasks, qvlm={"method": name, "scheme": "w4a4"})
+    return tmp_path / "runs"
+
+
+def test_paired_compares_runs_with_a_baseline(pair):
+    shown = run("paired", pair / "none", pair / "rtn", "--markdown")
+    assert shown.exit_code == 0, shown.output
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.stdout.splitlines() if line[:1] == "|"]
+    assert [row[:2] for row in rows[2:]] == [["rtn w4a4", task] for task in ("other", "quiz", "average")]
+    assert rows[2][2:4] == ["100.0 ± 0.0", "50.0 ± 11.5"] and rows[2][4].startswith("-50.00 [-74.01, -25.99]")
+    assert rows[2][5:] == ["0.002", "0.006", "10 / 0 / 0"] and rows[3][5:] == ["1.000", "1.000", "0 / 0 / 0"]
+    table = run("paired", pair / "none", pair).stdout  # the folder of all runs holds the baseline too
+    assert table.count("rtn w4a4") == 3 and "none w4a4 │" not in table and "Holm over all 3 rows" in table
+
+
+def test_paired_says_what_is_wrong_with_its_runs(pair, monkeypatch):
+    def complaint(*arguments):
+        result = run("paired", *arguments)
+        assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+        return result.stderr
+
+    assert "2 results files; name one" in complaint(pair, pair / "rtn")
+    assert "no run to compare with the baseline" in complaint(pair / "rtn", pair / "rtn")
+    assert "metric 'acc'; allowed are exact_match" in complaint(pair / "none", pair / "rtn", "--metric", "acc")
+    monkeypatch.delitem(sys.modules, "qvlm_plugin.report.paired", raising=False)
+    monkeypatch.setitem(sys.modules, "statsmodels", None)
+    monkeypatch.setitem(sys.modules, "statsmodels.stats.multitest", None)
+    assert "pip install 'qvlm_plugin[report]'" in complaint(pair / "none", pair / "rtn")
+
+
 def test_help_has_examples_and_version_is_printed():
-    for command in (["search"], ["inspect"], ["methods"], ["results"], ["demo", "build"], ["demo", "data"]):
+    for command in (["search"], ["inspect"], ["methods"], ["results"], ["paired"], ["demo", "build"], ["demo", "data"]):
         assert "Example: " in run(*command, "--help").stdout
     assert run("--version").stdout.strip() == __version__

@@ -16,7 +16,7 @@ from qvlm_plugin.topology import linear_layers, resolve
 
 @pytest.fixture
 def plan(loaded, calibration):
-    request = planning.check_request("rtn", "w4a4+vision:w8a8", {"group_size": 16})
+    request = planning.check_request("rtn", "w4a4+vision:w8a8", {"group_size": 16, "calibration_batch_size": 5})
     return planning.obtain_plan(loaded, request, calibration, cache=None)
 
 

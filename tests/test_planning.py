@@ -31,8 +31,30 @@ def test_bad_requests_are_one_line_and_say_what_is_allowed(method, scheme, optio
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("method", ["rtn", "qlora", "awq", "qvlm"])
+def test_fewer_samples_than_a_batch_are_refused_before_work(method, loaded, calibration, monkeypatch):
+    monkeypatch.setattr(loaded.model, "forward", lambda *args, **kwargs: pytest.fail("ran the model"))
+    request = planning.check_request(method, "w4a4", {"calibration_batch_size": 6})
+    message = r"calibration='memory' has 5 samples, .*calibration_batch_size=6; draw at least 6 .* to at most 5"
+    with pytest.raises(QVLMError, match=message) as caught:
+        planning.obtain_plan(loaded, request, calibration, None)
+    assert "\n" not in str(caught.value)
+    planning.check_calibration(planning.check_request(method, "w4a4", {"calibration_batch_size": 5}), calibration)
+    planning.check_calibration(planning.check_request(method, "w16a16", {}), None)
+
+
+@pytest.mark.parametrize("method", ["rtn", "qlora", "awq", "qvlm"])
+def test_a_model_without_the_blocks_of_its_topology_is_refused_before_work(method, loaded, calibration, monkeypatch):
+    monkeypatch.setattr(loaded.model, "forward", lambda *args, **kwargs: pytest.fail("ran the model"))
+    monkeypatch.delattr(loaded.model.model.language_model, "layers")
+    request = planning.check_request(method, "w4a4", {"calibration_batch_size": 2})
+    with pytest.raises(QVLMError, match=r"names 'model\.language_model\.layers', which .* does not have") as caught:
+        planning.obtain_plan(loaded, request, calibration, None)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_second_run_loads_what_the_first_searched(loaded, calibration, tmp_path, monkeypatch):
-    request = planning.check_request("qlora", "w4a4", {})
+    request = planning.check_request("qlora", "w4a4", {"calibration_batch_size": 2})
     first = planning.obtain_plan(loaded, request, calibration, tmp_path)
     monkeypatch.setattr(qlora, "search_ranges", lambda *args: pytest.fail("searched again"))
     again = planning.obtain_plan(loaded, request, calibration, tmp_path)
@@ -40,7 +62,7 @@ def test_the_second_run_loads_what_the_first_searched(loaded, calibration, tmp_p
 
 
 def test_a_damaged_cache_entry_is_searched_anew(loaded, calibration, tmp_path):
-    request = planning.check_request("rtn", "w8a8", {})
+    request = planning.check_request("rtn", "w8a8", {"calibration_batch_size": 5})
     first = planning.obtain_plan(loaded, request, calibration, tmp_path)
     (entry,) = (path for path in tmp_path.iterdir() if path.is_dir())
     (entry / "plan.safetensors").write_bytes(b"rubbish")

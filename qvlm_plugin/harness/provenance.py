@@ -1,6 +1,6 @@
 """What a result rests on: written as ``qvlm`` at the top level of every results JSON.
 
-lmms-eval has no hook for information about a model. Two of its functions are therefore wrapped, once per process and
+lmms-eval has no hook for information about a model. Three of its functions are therefore wrapped, once per process and
 without any state of their own: the run's record travels through the harness's own list of logged metrics, which it
 empties at the start of each evaluation, so a record can never end up in another run's results.
 """
@@ -24,6 +24,7 @@ from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history,
 from torch import nn
 from tqdm import tqdm
 
+from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import processes
 from qvlm_plugin.harness.likelihood import Likelihood
@@ -58,6 +59,7 @@ class Counts:
         compared: documents compared with the calibration documents.
         overlapping: names of those that are among them.
         tokens, seconds: generated tokens, and the time that generating them took.
+        images: digest of each answered document's images, by task and document id; only of documents with images.
     """
 
     answers: Counter[str] = field(default_factory=Counter)
@@ -66,6 +68,7 @@ class Counts:
     overlapping: list[str] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
+    images: dict[tuple[str, int], str] = field(default_factory=dict)
 
     @classmethod
     def total(cls, counts: Sequence["Counts"]) -> "Counts":
@@ -77,6 +80,7 @@ class Counts:
             overlapping=[name for count in counts for name in count.overlapping],
             tokens=sum(count.tokens for count in counts),
             seconds=max(count.seconds for count in counts),
+            images={document: digest for count in counts for document, digest in count.images.items()},
         )
 
 
@@ -126,10 +130,12 @@ class RunRecord:
                 "another split or with another seed, or accept it with allow_overlap=true"
             )
 
-    def count(self, request: Request, answer: str, tokens: int) -> None:
-        """Note one generated answer."""
+    def count(self, request: Request, conversation: Conversation, answer: str, tokens: int) -> None:
+        """Note one generated answer, and which images it is about."""
         self.counts.tokens += tokens
         if not request.is_padding:
+            if request.doc_id is not None and (digest := conversation.image_digest()):
+                self.counts.images[request.task, request.doc_id] = digest
             self.counts.answers[request.task] += 1
             self.counts.unreadable[request.task] += not is_readable(request.task, answer)
 
@@ -256,17 +262,35 @@ def hub_revision(split: Any) -> str | None:
 def install() -> None:
     """Let lmms-eval write provenance, and tell cached responses apart by content. Repeating it changes nothing."""
     wrap_once(EvaluationTracker, "save_results_aggregated", _saving_provenance)
+    wrap_once(EvaluationTracker, "save_results_samples", _naming_images)
     wrap_once(ResponseCache, "execute", _knowing_identity)
 
 
 def _saving_provenance(save: Callable) -> Callable:
     def save_results_aggregated(self: EvaluationTracker, results: dict, *args: Any, **kwargs: Any) -> None:
-        for metrics in get_logged_metrics_history():
-            if isinstance(record := metrics.get(RESULT_KEY), RunRecord):
-                results[RESULT_KEY] = record.report(results["configs"])
+        if record := _record_of_this_run():
+            results[RESULT_KEY] = record.report(results["configs"])
         save(self, results, *args, **kwargs)
 
     return save_results_aggregated
+
+
+def _naming_images(save: Callable) -> Callable:
+    # Questions about one image are not independent. The harness names images that lie in files, but not those that
+    # ``datasets`` decodes, so that samples do not tell which belong together.
+    def save_results_samples(self: EvaluationTracker, task_name: str, samples: list[dict[str, Any]]) -> None:
+        record = _record_of_this_run()
+        for sample in samples if record else ():
+            if digest := record.counts.images.get((task_name, sample["doc_id"])):
+                sample.setdefault("input_media", [f"sha256:{digest}"])
+        save(self, task_name, samples)
+
+    return save_results_samples
+
+
+def _record_of_this_run() -> RunRecord | None:
+    records = [metrics.get(RESULT_KEY) for metrics in get_logged_metrics_history()]
+    return next((record for record in records if isinstance(record, RunRecord)), None)
 
 
 def _knowing_identity(execute: Callable) -> Callable:

@@ -225,10 +225,12 @@ class _QVLM(lmms):
             tokens, skip_special_tokens=generation.skip_special_tokens, clean_up_tokenization_spaces=False
         )
         results = []
-        for item, text, row, prompt_length in zip(batch, texts, tokens, prompt_lengths, strict=True):
+        for item, conversation, text, row, prompt_length in zip(
+            batch, conversations, texts, tokens, prompt_lengths, strict=True
+        ):
             count = int((row != tokenizer.pad_token_id).sum())
             answer = generation.cut(text)
-            self.record.count(item, answer, count)
+            self.record.count(item, conversation, answer, count)
             results.append(GenerationResult(answer, TokenCounts(input_tokens=prompt_length, output_tokens=count)))
         return results
 

@@ -14,7 +14,6 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from qvlm_plugin.calibration import CalibrationSet
-from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.methods.base import Method, activation_sites, build_plan, grid_from_one, quantizes_anything
 from qvlm_plugin.methods.clipping import search_clip
@@ -22,6 +21,7 @@ from qvlm_plugin.methods.qlora import RangeSearchOptions, search_ranges
 from qvlm_plugin.methods.sampling import sample_tokens
 from qvlm_plugin.methods.scaling import fold_of, search_scale
 from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.models.placement import materialized
 from qvlm_plugin.plan import Fold, RoundingPlan, apply_fold
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import Site, Topology, resolve
@@ -62,13 +62,10 @@ def search_weights(
         The folds in the order to apply them, and the plan's tensors: ``<site>/scale`` and ``<linear>/clip``.
 
     Raises:
-        QVLMError: weights are offloaded, or an input is not finite.
+        QVLMError: an input is not finite.
     """
     model = loaded.model
     sites = [s for s in resolve(topology, model) if getattr(scheme, s.part).weight != UNQUANTIZED]
-    for name in (name for site in sites for name in site.linears):
-        if model.get_submodule(name).weight.is_meta:
-            raise QVLMError(f"{name} is offloaded; choose a device_map that keeps the weights on devices")
     folds: list[Fold] = []
     tensors: dict[str, Tensor] = {}
     if sites:
@@ -92,7 +89,7 @@ def search_block(
     order does not matter. Clipping factors are searched on a copy of the block with all scales folded.
     """
     names = {name for site in sites for name in (*site.linears, site.producer) if name}
-    modules = {name: copy.deepcopy(model.get_submodule(name)) for name in names}
+    modules = {name: _copy(model.get_submodule(name)) for name in names}
     folds, tensors = {}, {}
     for site in sites:
         if site.producer:
@@ -114,6 +111,15 @@ def search_block(
                 inputs = inputs / folds[site].spread(tensors[f"{site.name}/scale"], weight.shape[1]).to(weight.device)
             tensors[f"{name}/clip"] = search_clip(weight, weight_format, inputs, options.clips).cpu()
     return list(folds.values()), tensors
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A Linear or norm to change, with weights of its own on the device where ``module`` runs."""
+    # Copied whole it would take accelerate's hook along, which refers to the offloaded weights of the whole model.
+    twin = copy.copy(module)
+    with materialized(module):
+        twin._parameters = copy.deepcopy(module._parameters)
+    return twin
 
 
 def fit(

@@ -1,7 +1,12 @@
-"""Run a decoder layer by layer on cached hidden states, so that a search needs one block of it at a time."""
+"""Run a decoder layer by layer on cached hidden states, so that a search needs one block of it at a time.
+
+The cached states lie where the decoder's input does, so that a model that fits on its devices is searched there. Where
+weights are offloaded, memory on the device is what is short: the states lie on the CPU (13B, 64 samples of 700 tokens:
+0.5 GB for each copy, and a search holds about ten), and one batch at a time goes to the device.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +17,18 @@ from torch import Tensor, nn
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.models.placement import execution_device, is_offloaded, materialized, place_like
+from qvlm_plugin.plan import ModulePlan, quantized_linear
 from qvlm_plugin.topology import Topology, decoder_layers
 
 Hidden = list[Tensor]
 """Hidden states of the calibration set, a tensor [B, T, C] for each batch."""
+
+TokenWeights = list[list[Tensor]]
+"""For each decoder layer and batch, how much each token of the layer's output matters: float32 [B, T]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +56,21 @@ class _FirstLayerReached(Exception):
 def decoder_inputs(
     loaded: LoadedModel, topology: Topology, calibration: CalibrationSet, batch_size: int
 ) -> tuple[Hidden, list[Batch]]:
-    """The input of the first decoder layer for every batch, and what goes with it."""
+    """The input of the first decoder layer for every batch, and what goes with it.
+
+    Raises:
+        QVLMError: it is not finite.
+    """
+    model = loaded.model
+    device, on_cpu = execution_device(model), is_offloaded(model.get_submodule(topology.decoder_path))
     hidden: Hidden = []
     batches: list[Batch] = []
-    _, first = decoder_layers(topology, loaded.model)[0]
+    name, first = decoder_layers(topology, model)[0]
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         states = args[0] if args else kwargs.pop("hidden_states")
-        hidden.append(states.clone())
+        _require_finite(states, attended, f"the input of {name}")
+        hidden.append(states.to("cpu" if on_cpu else states.device, copy=True))
         arguments.update(kwargs)
         raise _FirstLayerReached
 
@@ -61,8 +80,8 @@ def decoder_inputs(
             arguments: dict[str, Any] = {}
             attended = inputs["attention_mask"].bool()
             with suppress(_FirstLayerReached):
-                loaded.model(**to_device(inputs, loaded.model.device, loaded.model.dtype), use_cache=False)
-            text = attended & (inputs["input_ids"] != loaded.model.config.image_token_id)
+                model(**to_device(inputs, device, model.dtype), use_cache=False)
+            text = attended & (inputs["input_ids"] != model.config.image_token_id)
             predicts = torch.zeros_like(answer)
             predicts[:, :-1] = answer[:, 1:]
             batches.append(Batch(arguments, attended, text, predicts))
@@ -73,36 +92,66 @@ def decoder_inputs(
 
 @torch.no_grad()
 def run_layer(
-    layer: nn.Module, hidden: Hidden, batches: Sequence[Batch], parameters: Mapping[str, Tensor] | None = None
+    name: str,
+    layer: nn.Module,
+    hidden: Hidden,
+    batches: Sequence[Batch],
+    parameters: Mapping[str, Tensor] | None = None,
 ) -> Hidden:
-    """Outputs of ``layer`` on every batch, with ``parameters`` in place of its own of the same names."""
-    device = next(layer.parameters()).device
+    """Outputs of ``layer`` on every batch, with ``parameters`` in place of its own of the same names.
+
+    The layer's weights need not be on a device, and the outputs lie where ``hidden`` does.
+
+    Raises:
+        QVLMError: an output is not finite; the message has the layer's ``name``.
+    """
+    device = execution_device(layer)
     outputs = []
-    for states, batch in zip(hidden, batches, strict=True):
-        arguments = send_to_device(dict(batch.arguments), device)
-        output = torch.func.functional_call(layer, dict(parameters or {}), (states.to(device),), arguments)
-        outputs.append((output[0] if isinstance(output, tuple) else output).to(states.device))
+    with materialized(layer):
+        for states, batch in zip(hidden, batches, strict=True):
+            arguments = send_to_device(dict(batch.arguments), device)
+            output = torch.func.functional_call(layer, dict(parameters or {}), (states.to(device),), arguments)
+            output = output[0] if isinstance(output, tuple) else output
+            _require_finite(output, batch.attended, f"the output of {name}")
+            outputs.append(output.to(states.device))
     return outputs
+
+
+def _require_finite(states: Tensor, attended: Tensor, what: str) -> None:
+    # What attention makes of padding is nobody's concern.
+    if not states[attended.to(states.device)].isfinite().all():
+        raise QVLMError(f"{what} is not finite on calibration data; try dtype=float32")
+
+
+def stand_in(module: ModulePlan, linear: nn.Linear, tensors: Mapping[str, Tensor], kernel: Kernel) -> QuantLinear:
+    """What ``linear`` becomes by its entry in a plan, in the same place: on its device, or offloaded like it."""
+    with materialized(linear):
+        layer = quantized_linear(module, linear, tensors, kernel)
+    place_like(layer, linear)
+    return layer
 
 
 @contextmanager
 def replaced(model: nn.Module, modules: Mapping[str, nn.Module], values: Mapping[str, Tensor]) -> Iterator[None]:
     """While active, ``model`` has other modules and parameter values at the given names."""
     originals = {name: model.get_submodule(name) for name in modules}
-    kept = {name: model.get_parameter(name).detach().clone() for name in values}
-    try:
-        for name, module in modules.items():
-            model.set_submodule(name, module)
-        with torch.no_grad():
-            for name, value in values.items():
-                model.get_parameter(name).copy_(value)
-        yield
-    finally:
-        for name, module in originals.items():
-            model.set_submodule(name, module)
-        with torch.no_grad():
-            for name, value in kept.items():
-                model.get_parameter(name).copy_(value)
+    with ExitStack() as stack:
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in values):
+            stack.enter_context(materialized(model.get_submodule(owner)))
+        kept = {name: model.get_parameter(name).detach().clone() for name in values}
+        try:
+            for name, module in modules.items():
+                model.set_submodule(name, module)
+            with torch.no_grad():
+                for name, value in values.items():
+                    model.get_parameter(name).copy_(value)
+            yield
+        finally:
+            for name, module in originals.items():
+                model.set_submodule(name, module)
+            with torch.no_grad():
+                for name, value in kept.items():
+                    model.get_parameter(name).copy_(value)
 
 
 TOKENS: dict[str, Callable[[Batch], Tensor]] = {
@@ -114,7 +163,12 @@ TOKENS: dict[str, Callable[[Batch], Tensor]] = {
 
 
 def output_error(
-    outputs: Hidden, targets: Hidden, batches: Sequence[Batch], tokens: str = "all", relative: bool = False
+    outputs: Hidden,
+    targets: Hidden,
+    batches: Sequence[Batch],
+    tokens: str = "all",
+    relative: bool = False,
+    weights: Sequence[Tensor] | None = None,
 ) -> float:
     """Squared distance between quantized and full-precision outputs (Eq. 3), summed over the counted tokens.
 
@@ -124,17 +178,15 @@ def output_error(
         tokens: a key of `TOKENS`.
         relative: divide each token's squared distance by its target's squared norm, so that the few tokens with massive
             activations do not decide alone.
-
-    Raises:
-        QVLMError: the outputs are not finite.
+        weights: multiply each token's squared distance by these, [B, T] for every batch.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for output, target, batch in zip(outputs, targets, batches, strict=True):
+    for index, (output, target, batch) in enumerate(zip(outputs, targets, batches, strict=True)):
         mask = TOKENS[tokens](batch).to(output.device)
         distance = (output.float() - target.float()).square().sum(dim=-1)[mask]
         if relative:
             distance = distance / target.float().square().sum(dim=-1)[mask]
+        if weights is not None:
+            distance = distance * weights[index].to(mask.device)[mask]
         total += distance.sum(dtype=torch.float64).cpu()
-    if not total.isfinite():
-        raise QVLMError("a decoder layer's output is not finite on calibration data; try dtype=float32")
     return float(total)

@@ -13,6 +13,7 @@ from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.models.placement import execution_device
 from qvlm_plugin.topology import Site
 
 
@@ -40,7 +41,7 @@ def visit_site_inputs(
     Raises:
         QVLMError: an input is not finite; the message names the site.
     """
-    model = loaded.model
+    model, device = loaded.model, execution_device(loaded.model)
     for inputs, _ in track(
         calibration.batches(loaded.processor, batch_size),
         description=description,
@@ -48,7 +49,7 @@ def visit_site_inputs(
         console=Console(stderr=True),
     ):
         with _looking(model, sites, inputs["attention_mask"].bool(), visit, scales or {}):
-            model(**to_device(inputs, model.device, model.dtype), use_cache=False, logits_to_keep=1)
+            model(**to_device(inputs, device, model.dtype), use_cache=False, logits_to_keep=1)
 
 
 @contextmanager

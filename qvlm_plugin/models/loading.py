@@ -7,11 +7,13 @@ errors. The fingerprint identifies the weights by content, wherever they lie.
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -33,6 +35,9 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 """The accepted names of compute types; ``auto`` is the checkpoint's own."""
+
+OFFLOAD = "offload"
+"""The ``device_map`` of ours, see `load`."""
 
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -63,6 +68,7 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    check_config: Callable[[PretrainedConfig], object] | None = None,
 ) -> LoadedModel:
     """Load a checkpoint folder or hub model.
 
@@ -70,10 +76,13 @@ def load(
         pretrained: a folder in the Hugging Face layout, or a hub id such as ``llava-hf/llava-1.5-7b-hf``.
         revision: branch, tag or commit of a hub model.
         dtype: one of `DTYPES`.
-        device: where the whole model goes when no ``device_map`` is given.
-        device_map: accelerate's placement, for example ``auto``; it takes the place of ``device``.
+        device: where the model runs when no ``device_map`` says otherwise.
+        device_map: ``offload`` keeps all weights on the CPU and brings each module's to ``device`` while it runs, which
+            leaves room there to search a model that does not fit. All else is accelerate's placement and takes the
+            place of ``device``: ``auto`` fills the devices, leaving little room, before it offloads the rest.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``; None leaves transformers' choice.
         trust_remote_code: run code that comes with the checkpoint.
+        check_config: called with the configuration before the weights are loaded, to raise where it does not suit.
 
     Raises:
         QVLMError: the folder or hub model is not there or not complete, or its keys do not match the model's.
@@ -82,6 +91,8 @@ def load(
         raise QVLMError(f"dtype={dtype!r} is not known; allowed are {', '.join(DTYPES)}")
     folder = _resolve(pretrained, revision)
     config = _read_config(folder, pretrained, trust_remote_code)
+    if check_config is not None:
+        check_config(config)
     files = _weight_files(folder, pretrained)
     try:
         # The PIL image processor: the same pixels whether or not, and whichever, torchvision is installed.
@@ -98,7 +109,7 @@ def load(
             folder,
             config=config,
             dtype=DTYPES[dtype],
-            device_map=device_map,
+            device_map=None if device_map == OFFLOAD else device_map,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -109,6 +120,8 @@ def load(
     _require_matching_keys(pretrained, info)
     if device_map is None:
         model.to(device)
+    elif device_map == OFFLOAD:
+        cpu_offload(model, torch.device(device))
     return LoadedModel(model.eval(), processor, pretrained, _fingerprint(folder, files))
 
 

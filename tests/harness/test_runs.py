@@ -114,13 +114,19 @@ def test_full_precision(full_precision):
     assert throughput["avg_qvlm_weight_bytes"] == qvlm["weight_bytes"]
 
 
-RTN = {"method": "rtn", "scheme": "w4a4", "calibration": "scienceqa:train:5+vqav2_val:train:2", "seed": 3}
+RTN = {
+    "method": "rtn", "scheme": "w4a4", "calibration": "scienceqa:train:5+vqav2_val:train:2", "seed": 3,
+    "calibration_batch_size": 7,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def printed(place):
     """Several runs in one process; what it printed."""
-    overlapping = {"method": "rtn", "scheme": "w8a8", "calibration": "evaluated.json:2", "cache": "none"}
+    overlapping = {
+        "method": "rtn", "scheme": "w8a8", "calibration": "evaluated.json:2", "cache": "none",
+        "calibration_batch_size": 2,
+    }  # fmt: skip
     common = {"model": "qvlm_llava", "tasks": STANDARD, "batch_size": "3", "log_samples": True}
     runs = [
         common | {"model_args": arguments(**RTN), "force_simple": True, "output_path": "rtn", "use_cache": "responses"},

@@ -402,7 +402,8 @@ def test_quantized_answers_do_not_depend_on_the_batch(tiny_llava, make, tmp_path
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     arguments = {
-        "method": "rtn", "scheme": "w6a6", "calibration": f"{tmp_path}/rows.json:4", "cache": str(tmp_path / "cache")
+        "method": "rtn", "scheme": "w6a6", "calibration": f"{tmp_path}/rows.json:4", "cache": str(tmp_path / "cache"),
+        "calibration_batch_size": 4,
     }  # fmt: skip
     docs = documents(12)
     one, eight = make(batch_size=1, **arguments), make(batch_size=8, **arguments)

@@ -17,8 +17,8 @@ def started(loaded, calibration):
 @torch.no_grad()
 def test_layer_by_layer_equals_the_whole_decoder(loaded, calibration, started):
     layers, hidden, batches = started
-    for _, layer in layers:
-        hidden = run_layer(layer, hidden, batches)
+    for name, layer in layers:
+        hidden = run_layer(name, layer, hidden, batches)
     for states, batch, (inputs, _) in zip(hidden, batches, calibration.batches(loaded.processor, 2), strict=True):
         expected = loaded.model(**inputs, output_hidden_states=True).hidden_states[-1]
         final = loaded.model.model.language_model.norm(states)
@@ -36,11 +36,38 @@ def test_masks_tell_images_texts_and_answers_apart(loaded, calibration, started)
 
 def test_parameters_given_to_a_run_do_not_stay(started):
     layers, hidden, batches = started
-    layer = layers[0][1]
-    plain = run_layer(layer, hidden, batches)
+    name, layer = layers[0]
+    plain = run_layer(name, layer, hidden, batches)
     zeros = {"mlp.down_proj.weight": torch.zeros_like(layer.mlp.down_proj.weight)}
-    assert not torch.equal(run_layer(layer, hidden, batches, zeros)[0], plain[0])
-    assert torch.equal(run_layer(layer, hidden, batches)[0], plain[0])
+    assert not torch.equal(run_layer(name, layer, hidden, batches, zeros)[0], plain[0])
+    assert torch.equal(run_layer(name, layer, hidden, batches)[0], plain[0])
+
+
+@torch.no_grad()
+def test_what_is_not_finite_is_named(loaded, calibration, started):
+    layers, hidden, batches = started
+    layers[1][1].mlp.down_proj.weight.fill_(float("inf"))
+    hidden = run_layer(*layers[0], hidden, batches)
+    with pytest.raises(QVLMError, match=r"the output of model\.language_model\.layers\.1 is not finite") as caught:
+        run_layer(*layers[1], hidden, batches)
+    assert "\n" not in str(caught.value)
+    loaded.model.model.multi_modal_projector.linear_2.bias.fill_(float("nan"))
+    with pytest.raises(QVLMError, match=r"the input of model\.language_model\.layers\.0 is not finite"):
+        decoder_inputs(loaded, plugins.topology(loaded.model.config), calibration, 2)
+
+
+def test_padding_may_be_anything(started):
+    class Passing(nn.Linear):
+        def forward(self, states, **arguments):
+            return states
+
+    _, hidden, batches = started
+    spoiled = [
+        states.masked_fill(~batch.attended.unsqueeze(-1), float("nan"))
+        for states, batch in zip(hidden, batches, strict=True)
+    ]
+    outputs = run_layer("passing", Passing(1, 1), spoiled, batches)
+    assert any(states.isnan().any() for states in outputs)
 
 
 def test_replacing_ends_with_the_context_even_after_an_error(loaded):
@@ -63,5 +90,3 @@ def test_the_error_counts_the_tokens_asked_for():
     for tokens, value in expected.items():
         assert output_error([output], [target], [batch], tokens) == pytest.approx(value)
         assert output_error([output], [target], [batch], tokens, relative=True) == pytest.approx(value / 3)
-    with pytest.raises(QVLMError, match="not finite"):
-        output_error([output * float("nan")], [target], [batch])

@@ -13,6 +13,7 @@ from qvlm_plugin.scheme import Scheme
 
 
 def plan_of(loaded, calibration, method="qlora", scheme="w4a4", **options):
+    options = {"calibration_batch_size": 2, **options}
     return planning.obtain_plan(loaded, planning.check_request(method, scheme, options), calibration, cache=None)
 
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import write_tiny_llava
 from transformers import LlavaForConditionalGeneration
 
+from qvlm_plugin import plugins
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import load
 
@@ -75,6 +76,29 @@ def test_folders_without_a_usable_processor_are_named(folder):
     fails(folder, "no chat template")
     (folder / "tokenizer.json").unlink()
     fails(folder, "the processor does not load")
+
+
+@torch.inference_mode()
+def test_an_offloaded_model_is_the_same_with_its_weights_elsewhere(tiny_llava):
+    loaded, plain = load(str(tiny_llava), device_map="offload"), load(str(tiny_llava))
+    assert all(parameter.is_meta for parameter in loaded.model.parameters()) and not loaded.model.training
+    assert loaded.fingerprint == plain.fingerprint and loaded.model.dtype == plain.model.dtype
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    assert torch.equal(loaded.model(**inputs).logits, plain.model(**inputs).logits)
+    assert all(parameter.is_meta for parameter in loaded.model.parameters())
+
+
+def test_placements_that_there_are_not_are_named(tiny_llava):
+    fails(tiny_llava, "weights do not load: .*device_map", device_map="everywhere")
+
+
+def test_a_configuration_can_be_refused_before_the_weights(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["model_type"] = "siglip_vision_model"
+    config["text_config"]["model_type"] = "gpt2"
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"not read")
+    fails(folder, "language model 'gpt2': .* known language models are", check_config=plugins.topology)
 
 
 def test_a_broken_configuration_is_named(folder):

@@ -3,19 +3,28 @@
 Visual encoder optimization (VEO) first, then dependency mining, partition and joint search (CDM) on the optimized
 tower. ``cdm=false`` and ``veo=false`` leave either out, and with both it is the layer-wise baseline: the rows of the
 paper's Table 1.
+
+``qvlm_jacobian`` is the same method with other defaults, which deviate from the paper where that measured better
+(docs/results-demo.md): errors weighed by Jacobians, the tower's norms trained too, wider grids, a beam.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor
 
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.methods.base import Method, WeightKind, activation_sites, build_plan, quantizes_activations
-from qvlm_plugin.methods.blocks import decoder_inputs, replaced
+from qvlm_plugin.methods.blocks import TokenWeights, decoder_inputs, replaced, stand_in
+from qvlm_plugin.methods.gradients import require_answers
 from qvlm_plugin.methods.qlora import search_ranges
+from qvlm_plugin.methods.qvlm.importance import search_important_ranges
 from qvlm_plugin.methods.qvlm.mining import Mined, MiningOptions, mine
 from qvlm_plugin.methods.qvlm.vision import VisionOptions, optimize_vision
 from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.plan import RoundingPlan, quantized_linear
+from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import Topology, decoder_layers, resolve
 from qvlm_plugin.workspace import Workspace
@@ -35,7 +44,20 @@ class QVLMOptions(MiningOptions, VisionOptions):
     veo: bool = True
 
 
+class JacobianOptions(QVLMOptions):
+    """Options of ``qvlm_jacobian``: those of ``qvlm``; see there for their meaning."""
+
+    importance: Literal["uniform", "jacobian"] = "jacobian"
+    min_ratio: float = Field(0.3, gt=0, le=1)
+    min_percentile: float = Field(0.8, gt=0, le=1)
+    percentile_step: float = Field(0.05, gt=0, lt=1)
+    beam: int = Field(2, ge=0)
+    veo_train: Literal["clip", "clip+norm"] = "clip+norm"
+    veo_epochs: int = Field(3, ge=0)
+
+
 def fit(
+    name: str,
     loaded: LoadedModel,
     topology: Topology,
     scheme: Scheme,
@@ -43,12 +65,21 @@ def fit(
     options: QVLMOptions,
     workspace: Workspace,
 ) -> RoundingPlan:
-    """Layer-wise ranges to begin with (section 4.1), the tower's training, then the decoder's joint search."""
-    formats = activation_sites(topology, loaded, scheme)
-    tensors = search_ranges(loaded, formats, calibration, options) if formats else {}
+    """Layer-wise ranges to begin with (section 4.1), the tower's training, then the decoder's joint search.
+
+    Args:
+        name: of the method, for the plan.
+        loaded, topology, scheme, calibration, options, workspace: see `Method`.
+    """
+    trains_vision = options.veo and scheme.vision.activation != UNQUANTIZED
+    if trains_vision:
+        require_answers(calibration, "visual encoder optimization to train on", "veo=false")
+    if options.importance == "jacobian" and scheme.decoder.activation != UNQUANTIZED:
+        require_answers(calibration, "importance=jacobian to look at", "importance=uniform")
+    tensors, token_weights = _initial_ranges(loaded, topology, scheme, calibration, options)
     record: dict[str, Any] = {}
     changed: tuple[str, ...] = ()
-    if options.veo and scheme.vision.activation != UNQUANTIZED:
+    if trains_vision:
         if (kept := workspace.recall("vision")) is None:
             vision = optimize_vision(loaded, topology, scheme, calibration, options, tensors)
             data = {"replaced": vision.replaced, "veo": {"curve": vision.curve, "kept_epoch": vision.kept}}
@@ -56,13 +87,32 @@ def fit(
             workspace.keep("vision", *kept)
         data, trained = kept
         tensors, changed, record["veo"] = tensors | trained, tuple(data["replaced"]), data["veo"]
-    plan = build_plan(QVLM.name, loaded, topology, scheme, options, tensors, calibration, replaced=changed)
+    plan = build_plan(name, loaded, topology, scheme, options, tensors, calibration, replaced=changed)
     if options.cdm and scheme.decoder.activation != UNQUANTIZED:
-        mined = _mine(loaded, topology, scheme, calibration, options, plan, workspace)
+        mined = _mine(loaded, topology, scheme, calibration, options, plan, workspace, token_weights)
         tensors, record["cdm"] = tensors | mined.tensors, mined.record
     return build_plan(
-        QVLM.name, loaded, topology, scheme, options, tensors, calibration, replaced=changed, record=record
+        name, loaded, topology, scheme, options, tensors, calibration, replaced=changed, record=record
     )
+
+
+def _initial_ranges(
+    loaded: LoadedModel,
+    topology: Topology,
+    scheme: Scheme,
+    calibration: CalibrationSet | None,
+    options: QVLMOptions,
+) -> tuple[dict[str, Tensor], TokenWeights | None]:
+    """Plan tensors of all sites, and the token weights that were found on the way, if errors are weighed."""
+    formats = activation_sites(topology, loaded, scheme)
+    static = [site for site, fmt in formats if fmt.kind == "static_channel"]
+    if options.importance == "uniform" or not static:
+        return search_ranges(loaded, formats, calibration, options) if formats else {}, None
+    others = [(site, fmt) for site, fmt in formats if site not in static]
+    tensors = search_ranges(loaded, others, calibration, options) if others else {}
+    bits = scheme.decoder.activation
+    found, token_weights = search_important_ranges(loaded, topology, static, bits, calibration, options)
+    return tensors | found, token_weights
 
 
 def _mine(
@@ -73,12 +123,13 @@ def _mine(
     options: QVLMOptions,
     plan: RoundingPlan,
     workspace: Workspace,
+    token_weights: TokenWeights | None,
 ) -> Mined:
     """Search the decoder's percentiles, starting from ``plan``, whose vision tower and projector are final."""
     model, batch_size = loaded.model, options.calibration_batch_size
     reference, batches = decoder_inputs(loaded, topology, calibration, batch_size)
     below = {
-        module.name: quantized_linear(module, model.get_submodule(module.name), plan.tensors, REFERENCE)
+        module.name: stand_in(module, model.get_submodule(module.name), plan.tensors, REFERENCE)
         for module in plan.modules
         if module.part in ("vision", "projector") and not module.is_identity
     }
@@ -95,6 +146,7 @@ def _mine(
         scheme.decoder.activation,
         options,
         workspace,
+        token_weights,
     )
 
 
@@ -103,5 +155,13 @@ QVLM = Method(
     summary="Q-VLM: joint search of dependent layers and visual encoder optimization",
     options=QVLMOptions,
     needs_calibration=quantizes_activations,
-    fit=fit,
+    fit=partial(fit, "qvlm"),
+)
+
+QVLM_JACOBIAN = Method(
+    name="qvlm_jacobian",
+    summary="Q-VLM with errors weighed by Jacobians, trained norms and wider grids: our deviations from the paper",
+    options=JacobianOptions,
+    needs_calibration=quantizes_activations,
+    fit=partial(fit, "qvlm_jacobian"),
 )

@@ -4,9 +4,9 @@ Paper, section 3.2. Blocks are taken bottom to top. A block's candidates run on 
 produce; its error is measured against what the full-precision model has there (Eq. 3).
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -15,13 +15,16 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.base import grid_from_one
-from qvlm_plugin.methods.blocks import Batch, Hidden, output_error, run_layer
+from qvlm_plugin.methods.blocks import Batch, Hidden, TokenWeights, output_error, replaced, run_layer
 from qvlm_plugin.methods.qlora import RangeSearchOptions
 from qvlm_plugin.methods.qvlm.dependency import layer_dependency
 from qvlm_plugin.methods.qvlm.partition import partition
 from qvlm_plugin.methods.qvlm.search import search_exhaustively, search_with_beam
+from qvlm_plugin.models.placement import execution_device, materialized
 from qvlm_plugin.plan import ModulePlan, quantized_linear
 from qvlm_plugin.quantizers import shrink_range
 from qvlm_plugin.topology import Site
@@ -42,6 +45,8 @@ class MiningOptions(RangeSearchOptions):
         beam: prefixes kept after each step of a block's search; 0 tries all combinations.
         tokens: which tokens the error counts: ``all`` (as printed), ``text`` or ``answer``.
         relative_error: divide each token's error by its squared norm.
+        importance: ``jacobian`` weighs errors by how much the answers depend on the element or token, and gives each
+            channel a ratio of its own (see `qvlm_plugin.methods.qvlm.importance`); ``uniform`` is the paper's.
     """
 
     min_percentile: float = Field(0.98, gt=0, le=1)
@@ -53,6 +58,7 @@ class MiningOptions(RangeSearchOptions):
     beam: int = Field(0, ge=0)
     tokens: Literal["all", "text", "answer"] = "all"
     relative_error: bool = False
+    importance: Literal["uniform", "jacobian"] = "uniform"
 
     @model_validator(mode="after")
     def _can_be_searched(self) -> "MiningOptions":
@@ -72,13 +78,15 @@ class CandidateLayer:
 
     Attributes:
         name: full name.
-        layer: the quantized copy.
+        layer: in full precision.
+        linears: what stands in for its Linears, by their names in it; on the device as long as the candidate lives.
         sites: its activation quantizers.
         bounds: (lower, upper) [C] for each site and each percentile of the grid.
     """
 
     name: str
     layer: nn.Module
+    linears: Mapping[str, QuantLinear]
     sites: tuple[Site, ...]
     bounds: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
 
@@ -91,7 +99,8 @@ class CandidateLayer:
             for linear in site.linears:
                 relative = linear.removeprefix(f"{self.name}.")
                 parameters |= {f"{relative}.lower": lower, f"{relative}.upper": upper}
-        return run_layer(self.layer, hidden, batches, parameters)
+        with replaced(self.layer, self.linears, {}):
+            return run_layer(self.name, self.layer, hidden, batches, parameters)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,11 +116,13 @@ class Mined:
     record: dict[str, Any]
 
 
-def dependencies(layers: Sequence[nn.Module], hidden: Hidden, batches: Sequence[Batch], bits: int) -> list[float]:
-    """D(k, k+1) between the outputs of consecutive full-precision layers (Eq. 4)."""
+def dependencies(
+    layers: Sequence[tuple[str, nn.Module]], hidden: Hidden, batches: Sequence[Batch], bits: int
+) -> list[float]:
+    """D(k, k+1) between the outputs of consecutive full-precision layers, given with their names (Eq. 4)."""
     values, previous = [], None
-    for layer in layers:
-        hidden = run_layer(layer, hidden, batches)
+    for name, layer in layers:
+        hidden = run_layer(name, layer, hidden, batches)
         tokens = torch.cat(
             [states[batch.attended.to(states.device)] for states, batch in zip(hidden, batches, strict=True)]
         )
@@ -132,6 +143,7 @@ def mine(
     bits: int,
     options: MiningOptions,
     workspace: Workspace,
+    token_weights: TokenWeights | None = None,
 ) -> Mined:
     """Search the percentiles of all decoder layers.
 
@@ -146,10 +158,11 @@ def mine(
         bits: activation width.
         options: of the search.
         workspace: where the choices of finished blocks are kept.
+        token_weights: how much each token's error counts beside that; None counts all alike.
     """
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("dependencies", total=None)
-        mutual = dependencies([layer for _, layer in layers], reference, batches, bits)
+        mutual = dependencies(layers, reference, batches, bits)
         blocks = partition(mutual, options.h0, options.max_depth)
         progress.update(task, description=f"{len(blocks)} blocks", total=len(blocks))
         found: dict[str, Tensor] = {}
@@ -164,7 +177,8 @@ def mine(
                 targets.append(reference)
             step = f"layers-{block.start}-{block.stop - 1}"
             if (kept := workspace.recall(step)) is None:
-                choices, error = search_block(members, quantized, targets, batches, options)
+                weights = token_weights and [token_weights[index] for index in block]
+                choices, error = search_block(members, quantized, targets, batches, options, weights)
                 kept = {"choices": choices, "error": error}, {}
                 workspace.keep(step, *kept)
             choices, error = kept[0]["choices"], kept[0]["error"]
@@ -185,6 +199,7 @@ def search_block(
     targets: Sequence[Hidden],
     batches: Sequence[Batch],
     options: MiningOptions,
+    token_weights: TokenWeights | None = None,
 ) -> tuple[list[dict[str, int]], float]:
     """The percentiles of a block's sites that bring its output closest to full precision.
 
@@ -193,9 +208,13 @@ def search_block(
         start: the block's input in the quantized model.
         targets: each layer's output in full precision.
         batches, options: as for `mine`.
+        token_weights: of the block's layers.
 
     Returns:
         For each layer {site name: index into the grid}; and the block's error.
+
+    Raises:
+        QVLMError: an output or the error is not finite; the message names the layer.
     """
     # A step sets the percentile of one unit; its state is (layer's input, choices within the layer, layer's output).
     units = []
@@ -213,11 +232,14 @@ def search_block(
         return before, choices, members[index].run(complete, before, batches)
 
     def error(step: int, state: tuple) -> float:
-        target = targets[units[step][0]]
-        return output_error(state[2], target, batches, options.tokens, options.relative_error)
+        index = units[step][0]
+        weights = token_weights and token_weights[index]
+        return output_error(state[2], targets[index], batches, options.tokens, options.relative_error, weights)
 
     arguments = (len(units), len(options.percentiles), (start, {}, start), run, error)
     found = search_with_beam(*arguments, options.beam) if options.beam else search_exhaustively(*arguments)
+    if not isfinite(found.error):
+        raise QVLMError(f"the error of {members[-1].name} is not finite on calibration data; try relative_error=false")
     chosen: list[dict[str, int]] = [{} for _ in members]
     for (index, names), candidate in zip(units, found.choices, strict=True):
         chosen[index] |= dict.fromkeys(names, candidate)
@@ -236,30 +258,34 @@ def _candidate_layer(
 ) -> tuple[CandidateLayer, Hidden]:
     """A layer ready to be searched, and its full-precision output."""
     own = tuple(site for site in sites if site.name.startswith(f"{name}."))
+    # Inputs of all sites at once are several times the hidden states: they are kept where these are.
+    kept_on, device = reference[0].device, execution_device(layer)
     inputs: dict[str, list[Tensor]] = {site.name: [] for site in own}
-    handles = []
-    for site in own:
-        module = layer.get_submodule(site.name.removeprefix(f"{name}."))
-        handles.append(module.register_forward_pre_hook(lambda _, args, key=site.name: inputs[key].append(args[0])))
-    try:
-        output = run_layer(layer, reference, batches)
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = [
+        layer.get_submodule(site.name.removeprefix(f"{name}.")).register_forward_pre_hook(
+            lambda _, args, key=site.name: inputs[key].append(args[0].to(kept_on))
+        )
+        for site in own
+    ]
+    linears = {}
+    with materialized(layer):
+        try:
+            output = run_layer(name, layer, reference, batches)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for linear_name, module in modules.items():
+            if linear_name.startswith(f"{name}.") and not module.is_identity:
+                relative = linear_name.removeprefix(f"{name}.")
+                linears[relative] = quantized_linear(module, layer.get_submodule(relative), tensors, REFERENCE)
     bounds = {}
     for site in own:
         tokens = torch.cat(
-            [x[batch.attended.to(x.device)] for x, batch in zip(inputs[site.name], batches, strict=True)]
-        )
-        initial = tuple(tensors[f"{site.name}/{bound}"].to(tokens.device) for bound in ("lower", "upper"))
+            [x[batch.attended.to(x.device)] for x, batch in zip(inputs.pop(site.name), batches, strict=True)]
+        ).to(device)
+        initial = tuple(tensors[f"{site.name}/{bound}"].to(device) for bound in ("lower", "upper"))
         bounds[site.name] = [percentile_bounds(tokens, *initial, p, options.reading) for p in options.percentiles]
-    quantized = copy.deepcopy(layer)
-    for linear_name, module in modules.items():
-        if linear_name.startswith(f"{name}.") and not module.is_identity:
-            relative = linear_name.removeprefix(f"{name}.")
-            linear = quantized_linear(module, layer.get_submodule(relative), tensors, REFERENCE)
-            quantized.set_submodule(relative, linear)
-    return CandidateLayer(name, quantized, own, bounds), output
+    return CandidateLayer(name, layer, linears, own, bounds), output
 
 
 def percentile_bounds(

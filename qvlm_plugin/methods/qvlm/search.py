@@ -31,6 +31,7 @@ def search_exhaustively(
     start: State,
     run: Callable[[int, int, State], State],
     error: Callable[[int, State], float],
+    first: int = 0,
 ) -> Found:
     """Try every combination, depth first; holds one state per step. Ties keep the lexicographically first choices.
 
@@ -40,22 +41,19 @@ def search_exhaustively(
         start: the state before the first step.
         run: (step, candidate, state) → next state.
         error: (step, state) → objective; called for the last step only.
+        first: the step to begin with.
     """
-
-    def best_from(step: int, state: State) -> Found:
-        best = None
-        for candidate in range(candidates):
-            after = run(step, candidate, state)
-            if step + 1 == steps:
-                found = Found((candidate,), error(step, after))
-            else:
-                rest = best_from(step + 1, after)
-                found = Found((candidate, *rest.choices), rest.error)
-            if best is None or found.error < best.error:
-                best = found
-        return best
-
-    return best_from(0, start)
+    best = None
+    for candidate in range(candidates):
+        after = run(first, candidate, start)
+        if first + 1 == steps:
+            found = Found((candidate,), error(first, after))
+        else:
+            rest = search_exhaustively(steps, candidates, after, run, error, first + 1)
+            found = Found((candidate, *rest.choices), rest.error)
+        if best is None or found.error < best.error:
+            best = found
+    return best
 
 
 def search_with_beam(

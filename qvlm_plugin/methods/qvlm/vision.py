@@ -12,20 +12,17 @@ The paper prints L_ent without a minus sign and says that entropy is minimised; 
 learning rates. Our terms are of order one whatever the model: nats, nats, and distances relative to full precision.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate.hooks import add_hook_to_module
 from pydantic import Field
 from rich.console import Console
 from rich.progress import Progress, track
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.conversation import to_device
@@ -33,20 +30,18 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.reference import STRAIGHT_THROUGH
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.base import MethodOptions, activation_sites, build_plan
-from qvlm_plugin.methods.blocks import replaced
+from qvlm_plugin.methods.blocks import replaced, stand_in
+from qvlm_plugin.methods.gradients import LOSS_SCALE, checkpointed, frozen, require_answers
 from qvlm_plugin.methods.qvlm.dependency import conditional_entropy, joint_counts, sample_elements
 from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.models.placement import execution_device, materialized
 from qvlm_plugin.observers import ChannelStatistics
-from qvlm_plugin.plan import quantized_linear
 from qvlm_plugin.quantizers import widen
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import Site, Topology, decoder_layers
 
 ENTROPY_ELEMENTS = 2**16
 """Elements of each batch and layer that entropies are estimated from."""
-
-LOSS_SCALE = 2.0**12
-"""Factor of losses while going backwards, so that float16 does not lose small gradients; exact in the other types."""
 
 MIN_CLIP_RATIO = 0.1
 """Training does not pull a token's range in further than this."""
@@ -60,8 +55,9 @@ class VisionOptions(MethodOptions):
         lambda1, lambda2: weights of the entropy and of the errors (Eq. 10).
         veo_epochs: passes over the calibration set (paper, section 4.1: 10).
         veo_train: ``clip`` trains clip ratios, ``clip+norm`` the affine terms of the tower's layer norms too.
-        veo_clip_rate: learning rate of the clip ratios: about how far one step moves them.
-        veo_norm_rate: learning rate of the norms.
+        veo_clip_rate: learning rate of the clip ratios: about how far the first step moves them; it falls to 0 along a
+            half cosine.
+        veo_norm_rate: learning rate of the norms, likewise.
         veo_decoder: the language model that the tower is trained under: ``quantized`` as it will be (the paper's errors
             are those of the quantized model), or ``full`` precision, which needs no rounded copy of its weights.
         veo_checkpointing: run each block again in the backward pass instead of keeping its activations.
@@ -218,7 +214,7 @@ def run(loaded: LoadedModel, topology: Topology, inputs: Mapping[str, Tensor], a
         )
     try:
         longest = int(answer.sum(dim=1).max())
-        placed = to_device(inputs, model.device, model.dtype)
+        placed = to_device(inputs, execution_device(model), model.dtype)
         output = model(**placed, use_cache=False, logits_to_keep=longest + 1)
     finally:
         for handle in handles:
@@ -329,7 +325,8 @@ def optimize_vision(
     """Train the vision tower's quantization parameters; the better of before and after is kept.
 
     Samples without an image say nothing about the tower and are left out. The model's blocks need not fit twice on the
-    device with ``veo_decoder=full``; with ``quantized`` the decoder's rounded weights lie beside its own.
+    device with ``veo_decoder=full``; with ``quantized`` the decoder's rounded weights lie beside its own. Of offloaded
+    weights one block at a time is on the device, if ``veo_checkpointing`` is on, and the tower all the while.
 
     Args:
         loaded: the model in full precision; unchanged on return, also when an error is raised.
@@ -343,21 +340,23 @@ def optimize_vision(
         Parameters to put over ``initial``; nothing where the tower has none to train.
 
     Raises:
-        QVLMError: samples have no answer, weights are offloaded, or the objective is not finite.
+        QVLMError: samples have no answer, or the objective is not finite.
     """
     sites = [site for site, _ in activation_sites(topology, loaded, scheme) if site.part == "vision"]
-    norms = _norm_parameters(loaded.model, topology) if options.veo_train == "clip+norm" else {}
-    if scheme.vision.is_identity or not (sites or norms):
-        return VisionResult()
-    calibration = _usable(calibration)
-    layers = _straight_through_layers(loaded, topology, scheme, options, initial)
-    objective = Objective.of(loaded, topology, calibration, scheme.decoder.activation, options)
     with ExitStack() as stack:
-        stack.enter_context(_frozen(loaded.model))
+        # What is trained must stay where it is between forward passes.
+        stack.enter_context(materialized(loaded.model.get_submodule(topology.vision_path)))
+        norms = _norm_parameters(loaded.model, topology) if options.veo_train == "clip+norm" else {}
+        if scheme.vision.is_identity or not (sites or norms):
+            return VisionResult()
+        calibration = _usable(calibration)
+        layers = _straight_through_layers(loaded, topology, scheme, options, initial)
+        objective = Objective.of(loaded, topology, calibration, scheme.decoder.activation, options)
+        stack.enter_context(frozen(loaded.model))
         # Values that are replaced by themselves: they are put back at the end.
         stack.enter_context(replaced(loaded.model, layers, {name: norm.detach() for name, norm in norms.items()}))
         if options.veo_checkpointing:
-            stack.enter_context(_checkpointed(_blocks(loaded.model, topology)))
+            stack.enter_context(checkpointed(_blocks(loaded.model, topology)))
         ratios = _shared_ratios(sites, layers)
         return _train(objective, ratios, norms, calibration.seed)
 
@@ -378,6 +377,7 @@ def _train(
             {"params": [wide[f"{name}/value"] for name in norms], "lr": options.veo_norm_rate},
         ]
     )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, options.veo_epochs * len(batches)))
     for parameter in live.values():
         parameter.requires_grad_()
     original = {key: parameter.detach().clone() for key, parameter in live.items()}
@@ -393,6 +393,7 @@ def _train(
                 weights = objective.layer_weights(batches[order[0]])
                 for index in order:
                     _step(_finite(objective.terms(batches[index], weights), epoch).total, live, wide, optimizer)
+                    schedule.step()
                     progress.advance(task)
             with torch.no_grad():
                 rows = []
@@ -435,11 +436,7 @@ def _finite(terms: Terms, epoch: int) -> Terms:
 
 def _usable(calibration: CalibrationSet) -> CalibrationSet:
     """The samples with an image; every sample must have an answer."""
-    if without := sum(not sample.answer.strip() for sample in calibration.samples):
-        raise QVLMError(
-            f"calibration={calibration.source!r}: {without} of {len(calibration.samples)} samples have no answer for "
-            "visual encoder optimization to train on; choose a split with answers, or veo=false"
-        )
+    require_answers(calibration, "visual encoder optimization to train on", "veo=false")
     pictured = tuple(sample for sample in calibration.samples if sample.conversation.images)
     return CalibrationSet(pictured, calibration.source, calibration.seed)
 
@@ -465,14 +462,7 @@ def _straight_through_layers(
         if module.is_identity or (module.part == "decoder" and options.veo_decoder == "full"):
             continue
         linear = loaded.model.get_submodule(module.name)
-        if linear.weight.is_meta:
-            raise QVLMError(
-                f"visual encoder optimization: {module.name} is offloaded; choose a device_map that keeps it on a "
-                "device, or veo_decoder=full if that holds the vision tower, or veo=false"
-            )
-        layers[module.name] = quantized_linear(module, linear, initial, STRAIGHT_THROUGH)
-        if hasattr(linear, "_hf_hook"):
-            add_hook_to_module(layers[module.name], linear._hf_hook)
+        layers[module.name] = stand_in(module, linear, initial, STRAIGHT_THROUGH)
     return layers
 
 
@@ -489,32 +479,3 @@ def _shared_ratios(sites: Sequence[Site], layers: Mapping[str, QuantLinear]) -> 
 def _blocks(model: nn.Module, topology: Topology) -> list[nn.Module]:
     vision = model.get_submodule(f"{topology.vision_path}.{topology.vision.blocks}")
     return [*vision, *(layer for _, layer in decoder_layers(topology, model))]
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """While active, no parameter of the model takes gradients."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """While active, the backward pass runs each block again. (transformers' own switch works in train mode only.)"""
-    own: list[Any] = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                vars(block).pop("forward", None)
-            else:
-                block.forward = forward

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from tiny_llava import logits_of, write_tiny_llava
 
 from qvlm_plugin import planning, plugins
+from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.base import activation_sites, build_plan
 from qvlm_plugin.methods.blocks import decoder_inputs, output_error, run_layer
@@ -19,6 +21,7 @@ from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import decoder_layers, resolve
 
+BATCH = {"calibration_batch_size": 2}
 GRID = {"min_percentile": 0.7, "percentile_step": 0.15}
 
 
@@ -32,9 +35,9 @@ def deep(folder):
     return load(str(folder), dtype="float32")
 
 
-def plan_of(loaded, calibration, scheme="w4a4", **options):
-    options = {"veo": False, **GRID, **options}
-    return planning.obtain_plan(loaded, planning.check_request("qvlm", scheme, options), calibration, cache=None)
+def plan_of(loaded, calibration, scheme="w4a4", name="qvlm", **options):
+    options = {"veo": False, **GRID, **BATCH, **options}
+    return planning.obtain_plan(loaded, planning.check_request(name, scheme, options), calibration, cache=None)
 
 
 def percentiles(plan):
@@ -95,6 +98,14 @@ def test_a_site_may_choose_apart_and_a_wide_beam_then_beats_one_percentile_per_l
     assert error <= search_block(members[:1], start, targets[:1], batches, QVLMOptions(**GRID))[1]
 
 
+def test_an_error_that_is_not_finite_names_the_layer(block):
+    members, start, targets, batches = block
+    far = [*targets[:-1], [target + 1e30 for target in targets[-1]]]  # its square is not a float32
+    with pytest.raises(QVLMError, match=r"error of model\.language_model\.layers\.1 is not finite") as caught:
+        search_block(members, start, far, batches, QVLMOptions(**GRID))
+    assert "\n" not in str(caught.value)
+
+
 def test_depth_one_is_the_layer_wise_search(deep, calibration):
     single = plan_of(deep, calibration, max_depth=1)
     assert [block["layers"] for block in single.record["cdm"]["blocks"]] == [[0], [1], [2], [3]]
@@ -103,7 +114,7 @@ def test_depth_one_is_the_layer_wise_search(deep, calibration):
 
 def test_percentile_one_keeps_the_layer_wise_baseline(deep, calibration):
     only_one = plan_of(deep, calibration, min_percentile=1.0)
-    baseline = planning.obtain_plan(deep, planning.check_request("qlora", "w4a4", {}), calibration, cache=None)
+    baseline = planning.obtain_plan(deep, planning.check_request("qlora", "w4a4", BATCH), calibration, cache=None)
     assert set(percentiles(only_one)) == {1.0}
     assert only_one.hash == plan_of(deep, calibration, cdm=False).hash == baseline.hash
 
@@ -111,11 +122,11 @@ def test_percentile_one_keeps_the_layer_wise_baseline(deep, calibration):
 def test_dependencies_are_those_of_the_layers_outputs(deep, calibration):
     topology = plugins.topology(deep.model.config)
     hidden, batches = decoder_inputs(deep, topology, calibration, 2)
-    layers = [layer for _, layer in decoder_layers(topology, deep.model)]
+    layers = decoder_layers(topology, deep.model)
     values = dependencies(layers, hidden, batches, 3)
     outputs = []
-    for layer in layers:
-        hidden = run_layer(layer, hidden, batches)
+    for name, layer in layers:
+        hidden = run_layer(name, layer, hidden, batches)
         outputs.append(torch.cat([states[batch.attended] for states, batch in zip(hidden, batches, strict=True)]))
     expected = [layer_dependency(a, b, 3) for a, b in itertools.pairwise(outputs)]
     assert values == pytest.approx(expected) and len(values) == 3
@@ -136,10 +147,12 @@ def test_bounds_narrow_with_the_percentile_and_one_keeps_them(reading):
         assert torch.allclose(widths[1], 0.9 * (upper - lower))
 
 
-def test_the_whole_method_fits_saves_applies_and_leaves_the_model_alone(deep, calibration, tmp_path):
+@pytest.mark.parametrize("name", ["qvlm", "qvlm_jacobian"])
+def test_the_whole_method_fits_saves_applies_and_leaves_the_model_alone(name, deep, calibration, tmp_path):
     inputs, _ = next(calibration.batches(deep.processor, 5))
     before = logits_of(deep.model, inputs)
-    plan = plan_of(deep, calibration, veo=True, veo_epochs=1, veo_train="clip+norm", beam=2)
+    plan = plan_of(deep, calibration, name=name, veo=True, veo_epochs=1, veo_train="clip+norm", beam=2)
+    assert plan.method == name
     assert torch.equal(logits_of(deep.model, inputs), before)
     again = RoundingPlan.load(plan.save(tmp_path / "plan"))
     assert again.hash == plan.hash and len(again.record["veo"]["curve"]) == 2
@@ -150,8 +163,11 @@ def test_the_whole_method_fits_saves_applies_and_leaves_the_model_alone(deep, ca
     assert 0 < error < 1
 
 
-def test_an_interrupted_search_resumes_at_its_block_and_ends_the_same(deep, calibration, tmp_path, monkeypatch):
-    options = {**GRID, "max_depth": 1, "veo_epochs": 1, "veo_train": "clip+norm"}
+@pytest.mark.parametrize("importance", ["uniform", "jacobian"])
+def test_an_interrupted_search_resumes_at_its_block_and_ends_the_same(
+    importance, deep, calibration, tmp_path, monkeypatch
+):
+    options = {**GRID, **BATCH, "max_depth": 1, "veo_epochs": 1, "veo_train": "clip+norm", "importance": importance}
     request = planning.check_request("qvlm", "w4a4", options)
     undisturbed = planning.obtain_plan(deep, request, calibration, None)
     searched, trained = [], []
@@ -178,6 +194,20 @@ def test_an_interrupted_search_resumes_at_its_block_and_ends_the_same(deep, cali
     assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".lock"]  # nothing unfinished stays behind
 
 
+def test_token_weights_decide_which_errors_count(block):
+    members, start, targets, batches = block
+    options = QVLMOptions(**GRID)
+    nothing = [[torch.zeros_like(batch.attended, dtype=torch.float32) for batch in batches] for _ in members]
+    assert search_block(members, start, targets, batches, options, nothing)[1] == 0
+    ones = [[weights + 1 for weights in layer] for layer in nothing]
+    expected = search_block(members, start, targets, batches, options)
+    assert search_block(members, start, targets, batches, options, ones) == expected
+    answers = [[batch.answer.float() for batch in batches] for _ in members]
+    only_answers = search_block(members, start, targets, batches, QVLMOptions(**GRID, tokens="answer"))
+    found = search_block(members, start, targets, batches, options, answers)
+    assert found[0] == only_answers[0] and found[1] == pytest.approx(only_answers[1])
+
+
 def test_sixteen_bits_are_the_identity_and_parts_left_out_are_not_searched(deep, calibration):
     identity = plan_of(deep, calibration, "w16a16", veo=True)
     assert not identity.tensors and all(module.is_identity for module in identity.modules)
@@ -187,12 +217,29 @@ def test_sixteen_bits_are_the_identity_and_parts_left_out_are_not_searched(deep,
     assert not weight_only.record
 
 
+def test_samples_without_answers_are_named_before_the_range_search(deep, calibration, monkeypatch):
+    monkeypatch.setattr(method, "search_ranges", lambda *_: pytest.fail("searched"))
+    mute = dataclasses.replace(calibration.samples[0], answer=" ")
+    unanswered = CalibrationSet((mute, *calibration.samples[1:]), "task:split:5")
+    with pytest.raises(QVLMError, match=r"calibration='task:split:5': 1 of 5 samples have no answer") as caught:
+        plan_of(deep, unanswered, veo=True)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert plan_of(deep, unanswered, min_percentile=1.0).tensors  # only what looks at answers needs them
+    with pytest.raises(QVLMError, match="importance=uniform"):
+        plan_of(deep, unanswered, importance="jacobian")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"min_percentile": 0}, "min_percentile=0 is not allowed"),
+        ({"min_percentile": -0.1}, "min_percentile=-0.1 is not allowed"),
         ({"min_percentile": 1.5}, "min_percentile=1.5 is not allowed"),
+        ({"percentile_step": 0}, "percentile_step=0 is not allowed"),
+        ({"percentile_step": 1}, "percentile_step=1 is not allowed"),
         ({"max_depth": 0}, "max_depth=0 is not allowed"),
+        ({"max_depth": -1}, "max_depth=-1 is not allowed"),
         ({"reading": "middle"}, "reading='middle' is not allowed"),
         ({"tokens": "even"}, "tokens='even' is not allowed"),
         ({"unit": "site"}, "set beam, for example beam=4"),

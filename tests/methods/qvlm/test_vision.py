@@ -15,6 +15,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods import rtn
 from qvlm_plugin.methods.base import build_plan
 from qvlm_plugin.methods.blocks import replaced
+from qvlm_plugin.methods.gradients import checkpointed
 from qvlm_plugin.methods.qvlm import vision
 from qvlm_plugin.methods.qvlm.vision import (
     Objective,
@@ -128,7 +129,7 @@ def test_gradients_on_the_model_match_finite_differences(loaded, calibration, de
     layers = vision._straight_through_layers(loaded, topology, scheme, options, initial)
     objective = Objective.of(loaded, topology, calibration, 3, options)
     block = "model.vision_tower.encoder.layers.0"
-    with replaced(loaded.model, layers, {}), vision._checkpointed(vision._blocks(loaded.model, topology)):
+    with replaced(loaded.model, layers, {}), checkpointed(vision._blocks(loaded.model, topology)):
         parameters = {
             "fc1": layers[f"{block}.mlp.fc1"].clip_ratio,
             "out": layers[f"{block}.self_attn.out_proj"].clip_ratio,

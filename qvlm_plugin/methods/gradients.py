@@ -1,0 +1,58 @@
+"""What taking gradients through a quantized or full-precision model needs besides autograd."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from qvlm_plugin.calibration import CalibrationSet
+from qvlm_plugin.errors import QVLMError
+
+LOSS_SCALE = 2.0**12
+"""Factor of losses while going backwards, so that float16 does not lose small gradients; exact in the other types."""
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """While active, no parameter of the model takes gradients."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for name, flag in flags.items():  # by name: an offloaded parameter is another object after each use
+            model.get_parameter(name).requires_grad_(flag)
+
+
+@contextmanager
+def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """While active, the backward pass runs each block again. (transformers' own switch works in train mode only.)"""
+    own: list[Any] = [vars(block).get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        with set_checkpoint_early_stop(False):  # stopping within a module would leave its offloaded weights here
+            yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                block.forward = forward
+
+
+def require_answers(calibration: CalibrationSet, purpose: str, remedy: str) -> None:
+    """Check that every sample has an answer.
+
+    Raises:
+        QVLMError: some have none for ``purpose``; the message offers the argument ``remedy`` as a way out.
+    """
+    if without := sum(not sample.answer.strip() for sample in calibration.samples):
+        raise QVLMError(
+            f"calibration={calibration.source!r}: {without} of {len(calibration.samples)} samples have no answer for "
+            f"{purpose}; choose a split with answers, or {remedy}"
+        )

@@ -1,0 +1,54 @@
+"""Where a model's weights are: on one device, spread over several, or offloaded by accelerate between uses.
+
+Offloaded weights are meta tensors, except while the module that owns them runs: its hook brings them in.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.hooks import AlignDevicesHook
+from accelerate.utils.modeling import has_offloaded_params
+from torch import nn
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether some of the module's weights are offloaded, and not here now."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where the module runs, wherever its weights wait; of one that is spread over several devices, the first."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
+
+
+@contextmanager
+def materialized(module: nn.Module) -> Iterator[None]:
+    """While active, the module's offloaded weights are on its device, and stay there when it has run."""
+    offloaded = [part for part in module.modules() if has_offloaded_params(part)]
+    loaded = []
+    try:
+        for part in offloaded:
+            part._hf_hook.pre_forward(part)
+            part._hf_hook.offload = False
+            loaded.append(part)
+        yield
+    finally:
+        for part in loaded:
+            part._hf_hook.offload = True
+            part._hf_hook.post_forward(part, None)
+
+
+def place_like(module: nn.Module, original: nn.Module) -> None:
+    """Give ``module`` the place of ``original`` in a dispatched model: its device, or offloaded to the CPU like it."""
+    hook = getattr(original, "_hf_hook", None)
+    if isinstance(hook, AlignDevicesHook):
+        placing = AlignDevicesHook(hook.execution_device, offload=hook.offload)
+        placing.init_hook(module)
+        # Not accelerate's add_hook_to_module: a module that it wraps refers to itself, and outlives its last use.
+        module.register_forward_pre_hook(lambda module, args: placing.pre_forward(module, *args)[0])
+        module.register_forward_hook(lambda module, args, output: placing.post_forward(module, output))

@@ -1,0 +1,121 @@
+"""What reaches each decoder layer: errors of the layers' outputs in a quantized model."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from qvlm_plugin import plugins
+from qvlm_plugin.calibration import CalibrationSet
+from qvlm_plugin.conversation import to_device
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.methods.blocks import replaced, stand_in
+from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.models.placement import execution_device
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.topology import decoder_layers
+
+
+def held_apart(samples: CalibrationSet, plan: RoundingPlan) -> CalibrationSet:
+    """The samples whose documents the plan was not fitted on.
+
+    Raises:
+        QVLMError: none is left.
+    """
+    fitted = set(plan.calibration.digests if plan.calibration else ())
+    apart = tuple(s for s, digest in zip(samples.samples, samples.digests(), strict=True) if digest not in fitted)
+    if not apart:
+        raise QVLMError(f"{samples.source!r} has no sample apart from those calibrated on; name others with --held-out")
+    return replace(samples, samples=apart)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerErrors:
+    """Relative squared errors of decoder layers' outputs, for each sample; float64 [samples, layers].
+
+    Attributes:
+        whole: ‖x_q - x_r‖² / ‖x_r‖² over all tokens of a sample, where a few tokens with massive activations decide.
+        token: the same of each token, averaged over the tokens.
+    """
+
+    whole: Tensor
+    token: Tensor
+
+
+@torch.no_grad()
+def layer_errors(loaded: LoadedModel, plan: RoundingPlan, samples: CalibrationSet, batch_size: int) -> LayerErrors:
+    """How far every decoder layer's output is from full precision under a plan (Figure 3c).
+
+    x_q is the output in the model that is quantized throughout, tower and projector included, so that errors of the
+    layers below are in it. Padding does not count.
+
+    Args:
+        loaded: the model in full precision; it is left as it was.
+        plan: made for it, without folds.
+        samples: apart from those that the plan was fitted on, see `held_apart`.
+        batch_size: samples per forward pass.
+    """
+    model = loaded.model
+    layers = [layer for _, layer in decoder_layers(plugins.topology(model.config), model)]
+    quantized = {
+        module.name: stand_in(module, model.get_submodule(module.name), plan.tensors, REFERENCE)
+        for module in plan.modules
+        if not module.is_identity
+    }
+    values = {name: plan.tensors[f"{name}/value"] for name in plan.replaced}
+    rows = []
+    batches = samples.batches(loaded.processor, batch_size)
+    total = -(-len(samples.samples) // batch_size)
+    for inputs, _ in track(batches, "layer errors", total, console=Console(stderr=True)):
+        attended = inputs["attention_mask"].bool()
+        prepared = to_device(inputs, execution_device(model), model.dtype)
+        reference = _layer_outputs(model, layers, prepared)
+        with replaced(model, quantized, values):
+            outputs = _layer_outputs(model, layers, prepared)
+        pairs = zip(outputs, reference, strict=True)
+        rows.append(torch.stack([relative_errors(output, target, attended) for output, target in pairs], dim=-1))
+    return LayerErrors(*torch.cat(rows, dim=1))
+
+
+def relative_errors(output: Tensor, target: Tensor, attended: Tensor) -> Tensor:
+    """Squared distance of ``output`` from ``target`` over the target's squared norm, at attended tokens.
+
+    Args:
+        output, target: [B, T, C].
+        attended: bool [B, T].
+
+    Returns:
+        float64 [2, B] on the CPU: of each sample as a whole, and the mean over its tokens.
+    """
+    distance, norm = (x.float().square().sum(dim=-1).double().cpu() for x in (output.float() - target.float(), target))
+    attended = attended.cpu()
+    whole = (distance * attended).sum(dim=1) / (norm * attended).sum(dim=1)
+    token = torch.where(attended, distance / norm, 0).sum(dim=1) / attended.sum(dim=1)
+    return torch.stack([whole, token])
+
+
+def _layer_outputs(model: nn.Module, layers: list[nn.Module], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    with _recording(layers) as outputs:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    return outputs
+
+
+@contextmanager
+def _recording(layers: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """While active, forward passes add the layers' outputs to the list, bottom to top."""
+    outputs: list[Tensor] = []
+
+    def keep(_module: nn.Module, _args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,190 @@
+"""Figures of a report: a few panels that read at page width and in black and white."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+WIDTH = 7.0
+"""Inches: the text width of a page."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, which people with any kind of colour vision tell apart."""
+
+MARKERS = "osD^vPX"
+
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.9",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "qvlm",  # the same figure is the same file
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points under one name.
+
+    Attributes:
+        name: for the legend.
+        x, y: as many of each.
+        errors: standard errors of y; None draws no bars, and so does a None in it.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    errors: Sequence[float | None] | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+        x_label, y_label: with units.
+        series: what is drawn.
+        joined: whether a line joins the points of a series.
+        log_x, log_y: logarithmic axes.
+        integers: whether x takes whole numbers only.
+        title: above the panel.
+    """
+
+    x_label: str
+    y_label: str
+    series: tuple[Series, ...]
+    joined: bool = True
+    log_x: bool = False
+    log_y: bool = False
+    integers: bool = False
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Rows of a table as two aligned panels: accuracies with error bars, and cost.
+
+    Attributes:
+        title: of the two.
+        rows: names, top to bottom.
+        accuracies: by task, (value, standard error) of each row in percent; None where there is none.
+        lines: by task, a value to compare with, drawn as a line across.
+        costs: seconds of each row.
+    """
+
+    title: str
+    rows: tuple[str, ...]
+    accuracies: Mapping[str, Sequence[tuple[float, float | None] | None]]
+    lines: Mapping[str, float]
+    costs: Sequence[float | None]
+
+
+def panels_figure(rows: Sequence[Sequence[Panel]], height: float = 2.6) -> dict[str, bytes]:
+    """Panels in rows; a legend names the series where a panel has several.
+
+    Args:
+        rows: as many panels in each.
+        height: of a row in inches.
+
+    Returns:
+        The figure's files by suffix: ``png`` and ``svg``.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+        for axes, panel in zip(grid.flat, (panel for row in rows for panel in row), strict=True):
+            _draw_panel(axes, panel)
+        _add_legend(figure, grid.flat)
+        return _files(figure)
+
+
+def bars_figure(groups: Sequence[Bars]) -> dict[str, bytes]:
+    """A row of two panels for each group; returns the figure's files by suffix."""
+    with matplotlib.rc_context(STYLE):
+        height = 0.75 + sum(0.75 + 0.32 * len(group.rows) for group in groups)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        grid = figure.subplots(len(groups), 2, squeeze=False, width_ratios=(2.4, 1), sharex="col")
+        for (accuracy, cost), group in zip(grid, groups, strict=True):
+            _draw_accuracies(accuracy, group)
+            _draw_costs(cost, group)
+        grid[-1][0].set_xlabel("accuracy (%), ± standard error")
+        grid[-1][1].set_xlabel("search cost (s)")
+        _add_legend(figure, [axes for axes, _ in grid])
+        return _files(figure)
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    for index, series in enumerate(panel.series):
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "label": series.name}
+        style |= {"linestyle": "-" if panel.joined else "", "linewidth": 1.2, "markersize": 4.5}
+        axes.errorbar(series.x, series.y, yerr=_bars(series.errors), capsize=2.5, **style)
+    axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
+    if panel.log_x:
+        axes.set_xscale("log")
+    if panel.log_y:
+        axes.set_yscale("log")
+    if panel.integers:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_accuracies(axes: Axes, group: Bars) -> None:
+    count = len(group.accuracies)
+    for index, (task, cells) in enumerate(group.accuracies.items()):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        offset = (index - (count - 1) / 2) * 0.22  # tasks of a row stand below each other
+        known = [(row + offset, *cell) for row, cell in enumerate(cells) if cell is not None]
+        if known:
+            y, x, errors = zip(*known, strict=True)
+            axes.errorbar(
+                x, y, xerr=_bars(errors), linestyle="", color=colour, marker=marker, label=task, capsize=2, markersize=4
+            )
+        if task in group.lines:
+            axes.axvline(group.lines[task], color=colour, linestyle=(0, (4, 2 + index)), linewidth=1)
+    axes.set_title(group.title, loc="left")
+    axes.set_yticks(range(len(group.rows)), group.rows)
+    axes.set_ylim(len(group.rows) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+
+
+def _draw_costs(axes: Axes, group: Bars) -> None:
+    widths = [cost or 0.0 for cost in group.costs]
+    bars = axes.barh(range(len(widths)), widths, height=0.55, color="0.6")
+    axes.bar_label(bars, ["" if cost is None else f"{cost:.0f}" for cost in group.costs], padding=2, fontsize=8)
+    axes.margins(x=0.18)
+    axes.set_xlim(left=0)
+    axes.set_yticks(range(len(widths)), [""] * len(widths))
+    axes.set_ylim(len(widths) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+
+
+def _bars(errors: Sequence[float | None] | None) -> list[float] | None:
+    if errors is None or all(error is None for error in errors):
+        return None
+    return [0.0 if error is None else error for error in errors]
+
+
+def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend for all panels, above them, unless there is a single series."""
+    entries = {}
+    for axes in panels:
+        handles, names = axes.get_legend_handles_labels()
+        entries |= {name: entries.get(name, handle) for handle, name in zip(handles, names, strict=True)}
+    if len(entries) > 1:
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(len(entries), 5))
+
+
+def _files(figure: Figure) -> dict[str, bytes]:
+    files = {}
+    for suffix, options in (("png", {"dpi": 200}), ("svg", {"metadata": {"Date": None}})):
+        buffer = BytesIO()
+        figure.savefig(buffer, format=suffix, **options)
+        files[suffix] = buffer.getvalue()
+    return files

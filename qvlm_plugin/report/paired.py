@@ -1,0 +1,280 @@
+"""Compare runs over the same documents: paired differences, with standard errors clustered by image."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.report.results import Grid
+from qvlm_plugin.report.samples import Document, RunSamples, check_same_documents
+
+AVERAGE = "average"
+
+_SUPPORT = 2_000_000
+_DRAWS = 99_999
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, and what its clusters tell about its accuracy.
+
+    Attributes:
+        value: the mean.
+        error: its standard error; NaN where a task has fewer than two clusters.
+        low, high: the 95 % interval, by Student's t with one degree of freedom fewer than there are clusters. It is
+            a large-sample interval: too narrow where only a handful of documents differ.
+    """
+
+    value: float
+    error: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Flips:
+    """How many documents one run changed.
+
+    Attributes:
+        fell, rose: documents that score lower and higher than in the baseline; for scores of 0 and 1 these are
+            right→wrong and wrong→right.
+        changed: documents with another answer, whatever its score.
+    """
+
+    fell: int
+    rose: int
+    changed: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One run against the baseline on one task, or on the average of all tasks.
+
+    Attributes:
+        run: the run compared.
+        task: the task's name, or `AVERAGE`.
+        documents, clusters: how many there are; fewer clusters than documents means that some share an image.
+        baseline, score: both runs' means, 0 to 1.
+        difference: score minus baseline.
+        p: of the null hypothesis that the two runs' answers are interchangeable; see `sign_flip_p`.
+        flips: counts of changed documents.
+    """
+
+    run: RunSamples
+    task: str
+    documents: int
+    clusters: int
+    baseline: Estimate
+    score: Estimate
+    difference: Estimate
+    p: float
+    flips: Flips
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The scores of a task's documents, float64[n], in two runs; the documents' clusters, int[n]; changed answers."""
+
+    baseline: np.ndarray
+    score: np.ndarray
+    clusters: np.ndarray
+    changed: int
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Document, Document]], metric: str, clusters: np.ndarray) -> Self:
+        baseline, score = np.array([[document.metrics[metric] for document in pair] for pair in pairs]).T
+        return cls(baseline, score, clusters, sum(one.answer != other.answer for one, other in pairs))
+
+
+def compare(baseline: RunSamples, other: RunSamples, metric: str) -> list[Comparison]:
+    """Compare a run with the baseline on each task that has the metric and, if there are several, on their average.
+
+    Documents with the same image form one cluster, across tasks too; a document whose image the samples do not name is
+    a cluster of its own.
+
+    Raises:
+        QVLMError: the runs do not cover the same documents, or the metric is missing.
+    """
+    check_same_documents(baseline, other)
+    pairs = {task: _with_metric(baseline, other, task, metric) for task in baseline.tasks}
+    pairs = {task: found for task, found in pairs.items() if found}
+    if not pairs:
+        known = sorted({name for documents in baseline.tasks.values() for each in documents for name in each.metrics})
+        raise QVLMError(f"{baseline.file} has no samples with metric {metric!r}; allowed are {', '.join(known) or '-'}")
+    keys = [one.image or f"{task} {one.id}" for task, found in pairs.items() for one, _ in found]
+    _, labels = np.unique(keys, return_inverse=True)
+    clusters = np.split(labels, np.cumsum([len(found) for found in pairs.values()])[:-1])
+    tasks = [_Pairs.of(found, metric, own) for found, own in zip(pairs.values(), clusters, strict=True)]
+    rows = [_comparison(other, task, [own]) for task, own in zip(pairs, tasks, strict=True)]
+    return rows if len(rows) == 1 else [*rows, _comparison(other, AVERAGE, tasks)]
+
+
+def _with_metric(baseline: RunSamples, other: RunSamples, task: str, metric: str) -> list[tuple[Document, Document]]:
+    """A task's documents that have the metric, in both runs."""
+    found = []
+    for pair in zip(baseline.tasks[task], other.tasks[task], strict=True):
+        having = [metric in document.metrics for document in pair]
+        if any(having) and not all(having):
+            run = other if having[0] else baseline
+            raise QVLMError(f"{run.file} has no {metric} for document {pair[0].id} of task {task}")
+        if all(having):
+            found.append(pair)
+    return found
+
+
+def _comparison(run: RunSamples, name: str, tasks: Sequence[_Pairs]) -> Comparison:
+    clusters = [pairs.clusters for pairs in tasks]
+    differences = [pairs.score - pairs.baseline for pairs in tasks]
+    return Comparison(
+        run=run,
+        task=name,
+        documents=sum(map(len, clusters)),
+        clusters=len(np.unique(np.concatenate(clusters))),
+        baseline=clustered_mean([pairs.baseline for pairs in tasks], clusters),
+        score=clustered_mean([pairs.score for pairs in tasks], clusters),
+        difference=clustered_mean(differences, clusters),
+        p=sign_flip_p(_cluster_sums(differences, clusters)),
+        flips=Flips(
+            fell=sum(int((difference < 0).sum()) for difference in differences),
+            rose=sum(int((difference > 0).sum()) for difference in differences),
+            changed=sum(pairs.changed for pairs in tasks),
+        ),
+    )
+
+
+def clustered_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> Estimate:
+    """Mean over tasks of the tasks' means, each task with the same weight, with a standard error clustered by image.
+
+    The variance is the sum over clusters of their squared summed deviations from the tasks' means, each task scaled by
+    G/(G - 1) for its G clusters (Liang and Zeger 1986). For one task of independent documents it is s²/n.
+
+    Args:
+        values: of each task the documents' values, float64[n].
+        clusters: of each task the documents' clusters, int[n]; a cluster may reach over several tasks.
+    """
+    mean = float(np.mean([task.mean() for task in values]))
+    sizes = [len(np.unique(task)) for task in clusters]
+    if min(sizes) < 2:
+        return Estimate(mean, np.nan, np.nan, np.nan)
+    deviations = [(task - task.mean()) * np.sqrt(size / (size - 1)) for task, size in zip(values, sizes, strict=True)]
+    sums = _cluster_sums(deviations, clusters)
+    error = float(np.sqrt((sums**2).sum()))
+    reach = float(stats.t.ppf(0.975, len(sums) - 1)) * error
+    return Estimate(mean, error, mean - reach, mean + reach)
+
+
+def _cluster_sums(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> np.ndarray:
+    """What each cluster contributes to the mean of the tasks' means, float64[clusters]."""
+    weighted = np.concatenate([task / (len(task) * len(values)) for task in values])
+    _, labels = np.unique(np.concatenate(clusters), return_inverse=True)
+    return np.bincount(labels, weights=weighted)
+
+
+def sign_flip_p(sums: np.ndarray, seed: int = 0) -> float:
+    """Two-sided p of Fisher's paired randomization test: every cluster's difference could as well have the other sign.
+
+    Clusters with differences of the same size share a binomial distribution, so the distribution of the total is that
+    of a few scaled binomials. It is computed exactly while it has few enough values, and drawn from otherwise. For
+    scores of 0 and 1 and independent documents this is McNemar's exact test.
+
+    Args:
+        sums: the clusters' summed differences, float64[clusters].
+        seed: of the draws.
+
+    Returns:
+        The probability of a total at least as far from 0; from draws it is at least 1/100,000.
+    """
+    sums = sums[np.abs(sums) > 1e-12]  # rounding leaves traces where a cluster's differences cancel
+    if not len(sums):
+        return 1.0
+    sums = sums / np.abs(sums).max()
+    _, first, counts = np.unique(np.abs(sums).round(9), return_index=True, return_counts=True)
+    sizes = np.abs(sums)[first]
+    observed = abs(sums.sum()) - 1e-8  # equal totals differ by rounding
+    support, mass = np.zeros(1), np.ones(1)
+    for size, count in zip(sizes, counts, strict=True):
+        if len(support) * (count + 1) > _SUPPORT:
+            return _drawn_p(sizes, counts, observed, seed)
+        positive = np.arange(count + 1)
+        support = np.add.outer(support, size * (2 * positive - count)).ravel()
+        mass = np.multiply.outer(mass, stats.binom.pmf(positive, count, 0.5)).ravel()
+        _, first, where = np.unique(support.round(9), return_index=True, return_inverse=True)
+        support, mass = support[first], np.bincount(where, weights=mass)
+    return min(1.0, float(mass[np.abs(support) >= observed].sum()))
+
+
+def _drawn_p(sizes: np.ndarray, counts: np.ndarray, observed: float, seed: int) -> float:
+    generator = np.random.default_rng(seed)
+    block = max(1, _SUPPORT // len(sizes))
+    extreme = 0
+    for start in range(0, _DRAWS, block):
+        shape = (min(block, _DRAWS - start), len(sizes))
+        totals = (2 * generator.binomial(counts, 0.5, shape) - counts) @ sizes
+        extreme += int((np.abs(totals) >= observed).sum())
+    return (extreme + 1) / (_DRAWS + 1)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's adjustment of a family of p values, in their order."""
+    return multipletests(ps, method="holm")[1].tolist()
+
+
+def paired_grid(comparisons: Sequence[Comparison]) -> Grid:
+    """The comparisons as a table, scores and differences in percent; Holm's adjustment is over all its rows."""
+    names = Counter(name for name, _ in {(row.run.name, row.run.file) for row in comparisons})
+    rows = [
+        (
+            row.run.name if names[row.run.name] == 1 else f"{row.run.name} ({row.run.file})",
+            row.task,
+            _score(row.baseline),
+            _score(row.score),
+            f"{100 * row.difference.value:+.2f} {_interval(row.difference)}",
+            _p(row.p),
+            _p(adjusted),
+            f"{row.flips.fell} / {row.flips.rose} / {row.flips.changed}",
+        )
+        for row, adjusted in zip(comparisons, holm([row.p for row in comparisons]), strict=True)
+    ]
+    header = ("run", "task", "baseline", "score", "difference (points)", "p", "p (Holm)", "fell / rose / changed")
+    return Grid(header, tuple(rows))
+
+
+def paired_notes(baseline: RunSamples, comparisons: Sequence[Comparison], metric: str) -> list[str]:
+    """What the table's figures are, line by line."""
+    compared = {row.task: row for row in comparisons if row.task != AVERAGE}
+    lines = [
+        f"baseline: {baseline.name} ({baseline.file}); {metric} in percent ± standard error",
+        "difference: run minus baseline, with its 95 % interval; average: every task weighs the same",
+        "p: sign-flip test (for 0/1 scores of independent documents McNemar's), exact or from 99,999 draws (then at "
+        f"least 1e-05); Holm over all {len(comparisons)} rows",
+        "fell, rose: documents that score lower, higher (right→wrong, wrong→right); changed: those with another answer",
+        *(f"{task}: {_clusters(row)}" for task, row in compared.items()),
+    ]
+    if left_out := [task for task in baseline.tasks if task not in compared]:
+        lines.append(f"left out, without {metric}: {', '.join(left_out)}")
+    if any((run.run or {}).get("stand_in") for run in (baseline, *(row.run for row in comparisons))):
+        lines.append("stand-in data")
+    return lines
+
+
+def _clusters(row: Comparison) -> str:
+    if row.clusters == row.documents:
+        return f"{row.documents} documents, taken as independent (no two are known to share an image)"
+    return f"{row.documents} documents in {row.clusters} clusters of the same image"
+
+
+def _score(estimate: Estimate) -> str:
+    return f"{100 * estimate.value:.1f}" + ("" if np.isnan(estimate.error) else f" ± {100 * estimate.error:.1f}")
+
+
+def _interval(estimate: Estimate) -> str:
+    return "" if np.isnan(estimate.error) else f"[{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
+
+
+def _p(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"

@@ -1,0 +1,162 @@
+"""Run the harness on a grid of configurations, one process each, and pick up where an earlier attempt stopped."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from qvlm_plugin.errors import QVLMError
+
+MODEL = "qvlm_llava"
+
+LOG_LINES = 15
+"""How much of a failed cell's log is shown."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation: a configuration of the model on some tasks.
+
+    Attributes:
+        name: of its folder.
+        model_args: what ``--model_args`` says, as text.
+        tasks: names of lmms-eval's tasks.
+        limit: documents of each task; None evaluates all.
+    """
+
+    name: str
+    model_args: Mapping[str, str]
+    tasks: tuple[str, ...]
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how cells run; it does not change what comes out.
+
+    Attributes:
+        output: folder that gets one folder for each cell. All it holds must come from one working directory, because
+            relative names in ``model_args``, and local mirrors of data sets, mean something else in another.
+        directory: the harness's working directory; None for the current one.
+        batch_size: documents per forward pass.
+        processes: processes that share a cell's documents.
+    """
+
+    output: Path
+    directory: Path | None = None
+    batch_size: int = 1
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Attributes:
+        cell: which.
+        results: its results file; None when it failed.
+        log: what the harness printed.
+        reused: whether an earlier run's results were taken.
+    """
+
+    cell: Cell
+    results: Path | None
+    log: Path
+    reused: bool
+
+
+def command(cell: Cell, setting: Setting) -> list[str]:
+    """The command line that evaluates a cell."""
+    launcher = [sys.executable, "-m"]
+    if setting.processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(setting.processes), "-m"]
+    limit = [] if cell.limit is None else ["--limit", str(cell.limit)]
+    return [
+        *(*launcher, "lmms_eval", "--model", MODEL),
+        *("--model_args", ",".join(f"{name}={value}" for name, value in cell.model_args.items())),
+        *("--tasks", ",".join(cell.tasks), "--batch_size", str(setting.batch_size), *limit),
+        *("--log_samples", "--output_path", str((setting.output / cell.name).resolve())),
+    ]
+
+
+def find_results(cell: Cell, output: Path) -> Path | None:
+    """The newest results file anywhere below ``output`` that records this cell's arguments, tasks and limit."""
+    files = sorted(output.rglob("*_results.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    return next((file for file in files if _is_of(cell, file)), None)
+
+
+def run_cell(cell: Cell, setting: Setting) -> Outcome:
+    """Evaluate a cell, unless a finished run of it is there already.
+
+    lmms-eval exits with 0 even when an evaluation failed, so what counts is whether it wrote results.
+    """
+    log = setting.output / cell.name / "log.txt"
+    if found := find_results(cell, setting.output):
+        return Outcome(cell, found, log, reused=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as stream:
+        subprocess.run(
+            command(cell, setting), cwd=setting.directory, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
+        )
+    return Outcome(cell, find_results(cell, setting.output), log, reused=False)
+
+
+def run_cells(cells: Sequence[Cell], setting: Setting) -> list[Outcome]:
+    """Evaluate cells one after another, with progress on the terminal; a failed one does not stop the rest.
+
+    Raises:
+        QVLMError: the working directory is not there.
+    """
+    if setting.directory is not None and not setting.directory.is_dir():
+        raise QVLMError(f"working directory {str(setting.directory)!r} does not exist")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    outcomes = []
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(cells))
+        for cell in cells:
+            progress.update(task, description=cell.name)
+            outcome = run_cell(cell, setting)
+            if outcome.reused:
+                progress.console.print(f"{cell.name}: finished before, {outcome.results}", soft_wrap=True)
+            elif outcome.results is None:
+                end = "\n".join(log_end(outcome.log))
+                told = f"{cell.name} failed; the end of {outcome.log}:\n{end}"
+                progress.console.print(told, markup=False, highlight=False, soft_wrap=True)
+            outcomes.append(outcome)
+            progress.advance(task)
+    return outcomes
+
+
+def log_end(log: Path) -> list[str]:
+    """The last lines of a log, without what progress bars have overwritten."""
+    text = log.read_bytes().decode(errors="replace") if log.is_file() else ""
+    lines = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
+    return [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines if line][-LOG_LINES:]
+
+
+def _is_of(cell: Cell, file: Path) -> bool:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        config = content["config"]
+        asked = config["resolved_cli_args"]
+        return (
+            bool(content["results"])
+            and config["model"] == MODEL
+            and _parse(config["model_args"]) == dict(cell.model_args)
+            and set(str(asked["tasks"]).split(",")) == set(cell.tasks)
+            and config["limit"] == cell.limit
+        )
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return False  # not a whole results file
+
+
+def _parse(model_args: Any) -> dict[str, str]:
+    """The text of ``--model_args`` as names and values, whatever their order."""
+    return {name: value for name, _, value in (pair.partition("=") for pair in model_args.split(","))}

@@ -1,0 +1,153 @@
+"""Read what lmms-eval logs of every document: its answer and its scores."""
+
+import glob
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.report.results import read_results
+
+FIELDS = {"doc_id", "doc_hash", "target", "input", "input_media", "filtered_resps", "resps", "token_counts"}
+"""What lmms_eval.evaluator and lmms_eval.loggers log beside a document's metrics."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a task, with a run's answer to it.
+
+    Attributes:
+        id: its index in the task's split.
+        target, input: the reference answer and the prompt's text, as logged.
+        answer: the generated text without surrounding blanks; of a multiple choice, the index of the likeliest choice.
+        image: digest of the images that the samples name (``input_media``), None where they name none. Runs of this
+            package name them all; the harness by itself only those that a data set holds as paths, addresses or bytes,
+            not those that ``datasets`` decodes, as for scienceqa, vizwiz_vqa_val and vqav2_val.
+        metrics: its numeric scores. A task may give a metric to some of its documents only.
+    """
+
+    id: int
+    target: str
+    input: str
+    answer: str
+    image: str | None
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RunSamples:
+    """The documents of one run.
+
+    Attributes:
+        file: the results file.
+        run: the run's ``qvlm`` provenance; None for models of other packages.
+        tasks: of each task the documents, by ascending id.
+    """
+
+    file: Path
+    run: dict[str, Any] | None
+    tasks: Mapping[str, tuple[Document, ...]]
+
+    @property
+    def name(self) -> str:
+        """Method and scheme; of other packages' models the folder, which lmms-eval names after the model."""
+        return f"{self.run['method']} {self.run['scheme']}" if self.run else self.file.parent.name
+
+
+def read_samples(path: Path) -> list[RunSamples]:
+    """The runs of a results file, or of all results files below a folder.
+
+    Raises:
+        QVLMError: there is no results file, a run was made without ``--log_samples``, or a file is not readable.
+    """
+    runs = {score.file: score.run for score in read_results([path])}
+    if not runs:
+        raise QVLMError(f"{path} holds no scores to compare")
+    return [RunSamples(file, run, _read_tasks(file)) for file, run in runs.items()]
+
+
+def check_same_documents(first: RunSamples, second: RunSamples) -> None:
+    """Two runs can be paired: the same tasks, document ids, targets, inputs and, where both name them, images.
+
+    lmms-eval's ``doc_hash`` is no help: it is the same for every document.
+
+    Raises:
+        QVLMError: they cannot.
+    """
+    where = f"{first.file} and {second.file}"
+    if alone := sorted(first.tasks.keys() ^ second.tasks.keys()):
+        raise QVLMError(f"{where} do not cover the same tasks: only one of them has samples of {', '.join(alone)}")
+    for task in first.tasks:
+        ones, others = ({document.id: document for document in run.tasks[task]} for run in (first, second))
+        if alone := sorted(ones.keys() ^ others.keys()):
+            raise QVLMError(
+                f"{where} do not cover the same documents of task {task}: {len(alone)} are in one of them only, for "
+                f"example document {alone[0]}"
+            )
+        for index, one in ones.items():
+            for part in ("target", "input", "image"):
+                values = getattr(one, part), getattr(others[index], part)
+                if None not in values and values[0] != values[1]:
+                    raise QVLMError(
+                        f"{where} do not cover the same documents: document {index} of task {task} has another {part}"
+                    )
+
+
+def _read_tasks(results: Path) -> dict[str, tuple[Document, ...]]:
+    prefix = f"{results.name.removesuffix('_results.json')}_samples_"
+    files = sorted(results.parent.glob(f"{glob.escape(prefix)}*.jsonl"))
+    if not files:
+        raise QVLMError(f"{results} has no {prefix}*.jsonl beside it: run lmms-eval with --log_samples")
+    return {file.stem.removeprefix(prefix): tuple(_read_task(file)) for file in files}
+
+
+def _read_task(file: Path) -> list[Document]:
+    documents: dict[int, Document] = {}
+    for document in _read_file(file):
+        if document.id in documents:
+            raise QVLMError(f"{file} has document {document.id} twice; tasks with several filters cannot be paired")
+        documents[document.id] = document
+    return [documents[index] for index in sorted(documents)]
+
+
+def _read_file(file: Path) -> Iterator[Document]:
+    number = 0
+    try:
+        with file.open(encoding="utf-8", newline="\n") as lines:  # answers may hold any other line separator
+            for number, line in enumerate(lines, 1):  # noqa: B007
+                yield _document(json.loads(line))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QVLMError(f"{file} is not a samples file of lmms-eval: line {number}: {error!r}") from error
+
+
+def _document(sample: dict[str, Any]) -> Document:
+    return Document(
+        id=int(sample["doc_id"]),
+        target=str(sample["target"]),
+        input=str(sample["input"]),
+        answer=_answer(sample["filtered_resps"]),
+        image=_digest(sample.get("input_media")),
+        metrics={
+            name: float(value)
+            for name, value in sample.items()
+            if name not in FIELDS and isinstance(value, int | float) and math.isfinite(value)
+        },
+    )
+
+
+def _digest(media: list[str] | None) -> str | None:
+    return hashlib.sha256(json.dumps(media).encode()).hexdigest() if media else None
+
+
+def _answer(responses: Any) -> str:
+    if isinstance(responses, str):
+        return responses.strip()
+    match responses:
+        case [[_, "True" | "False"], *_]:  # of each choice its log-likelihood, and whether it is the greedy answer
+            likelihoods = [float(likelihood) for likelihood, _ in responses]
+            return str(likelihoods.index(max(likelihoods)))
+    return json.dumps(responses)

@@ -1,0 +1,79 @@
+"""Write a report: a table to read, its rows as data, and a figure."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qvlm_plugin.calibration import CalibrationSet, parse_sources
+from qvlm_plugin.report.results import Grid
+
+STAND_IN = "**Stand-in data**: the data sets hold other documents than their names say."
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one command found.
+
+    Attributes:
+        name: of its files.
+        title: one line.
+        command: the command line that makes it again.
+        tables: for the reader, the first above the figure.
+        rows: the same as JSON data.
+        notes: sentences on how to read it.
+        figure: the figure's files by suffix.
+    """
+
+    name: str
+    title: str
+    command: str
+    tables: Sequence[Grid]
+    rows: Sequence[Mapping[str, Any]]
+    notes: Sequence[str]
+    figure: Mapping[str, bytes]
+
+    def markdown(self) -> str:
+        """The document that shows all of it."""
+        first, *others = (table.markdown() for table in self.tables)
+        notes = "\n".join(f"- {note}" for note in self.notes)
+        parts = [f"# {self.title}", first, notes, f"```console\n$ {self.command}\n```"]
+        return "\n\n".join([*parts, f"![{self.title}]({self.name}.svg)", *others]) + "\n"
+
+    def write(self, folder: Path) -> Path:
+        """Write ``<name>.md``, ``.json`` and the figure; each file is there completely or not at all.
+
+        Returns:
+            The Markdown file.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"name": self.name, "title": self.title, "command": self.command, "notes": [*self.notes]}
+        data = json.dumps(content | {"rows": [*self.rows]}, indent=1, allow_nan=False) + "\n"
+        files = {**self.figure, "json": data.encode(), "md": self.markdown().encode()}
+        for suffix, blob in files.items():  # the document last: when it is there, so is what it shows
+            _write(folder / f"{self.name}.{suffix}", blob)
+        return folder / f"{self.name}.md"
+
+
+def _write(file: Path, blob: bytes) -> None:
+    descriptor, staging = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(blob)
+        os.chmod(staging, 0o644)
+        os.replace(staging, file)
+    except BaseException:
+        os.unlink(staging)
+        raise
+
+
+def stand_in_note(samples: CalibrationSet) -> list[str]:
+    """Whether a source's folder, or a local mirror of a data set that shadows its hub id, says that it stands in."""
+    files = [Path(source.location).parent for source in parse_sources(samples.source) if source.split is None]
+    marked = any((folder / "stand_in.json").is_file() for folder in files)
+    if len(files) < len(parse_sources(samples.source)):
+        marked |= any(Path.cwd().glob("*/*/stand_in.json"))
+    return [STAND_IN] if marked else []

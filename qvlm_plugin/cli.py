@@ -79,7 +79,12 @@ def search(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    device_map: Annotated[str | None, typer.Option(help="accelerate's placement, for example auto.")] = None,
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="offload keeps the weights on the CPU, one block at a time on the device; or accelerate's, as auto."
+        ),
+    ] = None,
 ) -> None:
     """Search a rounding plan and write it, without running an evaluation.
 
@@ -91,12 +96,21 @@ def search(
     from qvlm_plugin.cache import cache_root
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.models.loading import load
-    from qvlm_plugin.planning import check_request, obtain_plan
+    from qvlm_plugin.planning import check_calibration, check_request, obtain_plan
+    from qvlm_plugin.plugins import topology
 
     pairs = [pair.partition("=") for pair in option or []]
     request = check_request(method, scheme, {name: value for name, _, value in pairs})
     samples = read_calibration(calibration, images, seed, _draw_from_task) if request.needs_calibration else None
-    loaded = load(_resolve_demo(pretrained), revision=revision, dtype=dtype, device=device, device_map=device_map)
+    check_calibration(request, samples)
+    loaded = load(
+        _resolve_demo(pretrained),
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        check_config=topology,
+    )
     plan = obtain_plan(loaded, request, samples, cache_root() / "plans")
     typer.echo(plan.save(output))
 
@@ -266,6 +280,10 @@ Data = Annotated[
     typer.Option(help="Working directory: local mirrors of data sets, and relative names, are looked up there."),
 ]
 OneScheme = Annotated[str, typer.Option(help="Bits, for example w4a4 or w4a4+vision:w8a8.")]
+HeldOut = Annotated[
+    str | None,
+    typer.Option(help="Samples to measure on, named like --calibration; default: its sources, drawn again."),
+]
 Depths = Annotated[str, typer.Option(help="Values of max_depth, separated by commas.")]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration draw.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
@@ -421,10 +439,7 @@ def ablate_fig3c(
     output: Output,
     pretrained: Pretrained = "demo",
     calibration: Calibration = "scienceqa:train:64",
-    held_out: Annotated[
-        str | None,
-        typer.Option(help="Samples to measure on, named like --calibration; default: its sources, drawn again."),
-    ] = None,
+    held_out: HeldOut = None,
     scheme: OneScheme = "w4a4",
     depths: Depths = "1,2,3,4,5",
     batch_size: BatchSize = 8,
@@ -456,6 +471,47 @@ def ablate_fig3c(
         cache = cache_root() / "plans"
         plans = {one.options.max_depth: obtain_plan(loaded, one, samples, cache) for one in requests}
         report = figure3c(loaded, plans, others, batch_size, _command_line())
+    _finish(output, report)
+
+
+@ablate.command("sources")
+@reports_errors
+def ablate_sources(
+    output: Output,
+    pretrained: Pretrained = "demo",
+    calibration: Calibration = "scienceqa:train:64",
+    held_out: HeldOut = None,
+    methods: Annotated[
+        str, typer.Option(help="Methods to compare, separated by commas; not awq, which moves scales.")
+    ] = "qlora,qvlm_jacobian",
+    scheme: OneScheme = "w4a4",
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    data: Data = None,
+) -> None:
+    """Where the error of rounded activations enters: by layer, Linear and kind of token; no evaluation is run.
+
+    Not a figure of the paper. Plans are taken from the cache where they are there.
+
+    Example: qvlm ablate sources ablations --data demo-data --calibration calibration/train.json:64
+    """
+    with _needs_report_packages():
+        from qvlm_plugin.report.ablations.sources import sources_report
+    from qvlm_plugin.cache import cache_root
+    from qvlm_plugin.calibration import read_calibration
+    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.planning import check_request, obtain_plan
+
+    requests = {method: check_request(method, scheme, {}) for method in methods.split(",")}
+    with _working_in(data):
+        samples = read_calibration(calibration, None, seed, _draw_from_task)
+        others = read_calibration(held_out or calibration, None, seed + 1, _draw_from_task)
+        loaded = load(_resolve_demo(pretrained), dtype=dtype, device=device)
+        cache = cache_root() / "plans"
+        plans = {method: obtain_plan(loaded, request, samples, cache) for method, request in requests.items()}
+        report = sources_report(loaded, plans, others, batch_size, _command_line())
     _finish(output, report)
 
 

@@ -76,6 +76,11 @@ def parse_arguments(values: Mapping[str, Any]) -> ModelArguments:
             f"unknown model argument {unknown[0]!r}; allowed are {', '.join(ModelArguments.model_fields)}; "
             f"and for method={arguments.method}: {', '.join(known) or 'nothing else'}"
         )
+    if arguments.device_map == "offload":
+        raise QVLMError(
+            "device_map='offload' is for searching, which leaves the model as it was; write the plan with qvlm search "
+            "--device_map offload and evaluate it with plan=DIR"
+        )
     if arguments.plan is not None:
         named = [name for name in (*_OF_THE_SEARCH, *arguments.options) if name in values]
         if named:

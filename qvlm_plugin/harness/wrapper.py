@@ -70,6 +70,7 @@ class _QVLM(lmms):
             if request.needs_calibration and arguments.calibration:
                 with processes.first_process_first():
                     calibration = self._read_calibration(arguments)
+            planning.check_calibration(request, calibration)
         loaded = self._load(arguments)
         if request is not None:
             plan = planning.obtain_plan(loaded, request, calibration, arguments.cache)
@@ -284,6 +285,7 @@ class _QVLM(lmms):
             device_map=arguments.device_map,
             attn_implementation=arguments.attn_implementation,
             trust_remote_code=arguments.trust_remote_code,
+            check_config=plugins.topology,
         )
 
     def _facts(self, arguments: ModelArguments, loaded: LoadedModel, plan: RoundingPlan) -> dict[str, Any]:

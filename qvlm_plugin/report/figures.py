@@ -7,7 +7,8 @@ from io import BytesIO
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 WIDTH = 7.0
 """Inches: the text width of a page."""
@@ -16,6 +17,12 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Okabe and Ito's palette, which people with any kind of colour vision tell apart."""
 
 MARKERS = "osD^vPX"
+
+FEW = 12
+"""Points of a line up to which they are drawn large and apart from those of other lines."""
+
+DODGE = 2.5
+"""Points between series at the same x."""
 
 STYLE = {
     "font.size": 9,
@@ -122,13 +129,23 @@ def bars_figure(groups: Sequence[Bars]) -> dict[str, bytes]:
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
+    crowded = panel.joined and any(len(series.x) > FEW for series in panel.series)
     for index, series in enumerate(panel.series):
         style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "label": series.name}
-        style |= {"linestyle": "-" if panel.joined else "", "linewidth": 1.2, "markersize": 4.5}
-        axes.errorbar(series.x, series.y, yerr=_bars(series.errors), capsize=2.5, **style)
+        style |= {"linestyle": "-" if panel.joined else ""}
+        style |= {"linewidth": 0.9, "markersize": 2.5} if crowded else {"linewidth": 1.2, "markersize": 4, "capsize": 2}
+        drawn = axes.errorbar(series.x, series.y, yerr=_bars(series.errors), **style)
+        if not crowded:  # side by side, so that error bars at the same x can be told apart
+            points = (index - (len(panel.series) - 1) / 2) * DODGE
+            aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
+            for artist in drawn.get_children():
+                artist.set_transform(axes.transData + aside)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
     if panel.log_x:
         axes.set_xscale("log")
+        values = sorted({x for series in panel.series for x in series.x})
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.xaxis.set_minor_locator(NullLocator())
     if panel.log_y:
         axes.set_yscale("log")
     if panel.integers:
@@ -157,12 +174,12 @@ def _draw_accuracies(axes: Axes, group: Bars) -> None:
 def _draw_costs(axes: Axes, group: Bars) -> None:
     widths = [cost or 0.0 for cost in group.costs]
     bars = axes.barh(range(len(widths)), widths, height=0.55, color="0.6")
-    axes.bar_label(bars, ["" if cost is None else f"{cost:.0f}" for cost in group.costs], padding=2, fontsize=8)
-    axes.margins(x=0.18)
+    texts = ["" if cost is None else f"{cost:.0f}" if cost >= 10 else f"{cost:.1f}" for cost in group.costs]
+    axes.bar_label(bars, texts, padding=2, fontsize=8)
+    axes.margins(x=0.3)
     axes.set_xlim(left=0)
-    axes.set_yticks(range(len(widths)), [""] * len(widths))
+    axes.set_yticks([])
     axes.set_ylim(len(widths) - 0.5, -0.5)
-    axes.grid(axis="y", visible=False)
 
 
 def _bars(errors: Sequence[float | None] | None) -> list[float] | None:
@@ -172,13 +189,14 @@ def _bars(errors: Sequence[float | None] | None) -> list[float] | None:
 
 
 def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend for all panels, above them, unless there is a single series."""
+    """One legend, above the panels, for all that have several series."""
     entries = {}
     for axes in panels:
         handles, names = axes.get_legend_handles_labels()
-        entries |= {name: entries.get(name, handle) for handle, name in zip(handles, names, strict=True)}
-    if len(entries) > 1:
-        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(len(entries), 5))
+        if len(names) > 1:
+            entries |= {name: entries.get(name, handle) for handle, name in zip(handles, names, strict=True)}
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(len(entries), 3))
 
 
 def _files(figure: Figure) -> dict[str, bytes]:

@@ -34,7 +34,10 @@ def test_defaults_and_none():
     ("text", "message"),
     [
         ("method=rtn", "pretrained= is missing"),
-        ("pretrained=x,method=magic", "method='magic' is not known; allowed are awq, none, qlora, qvlm, rtn"),
+        (
+            "pretrained=x,method=magic",
+            "method='magic' is not known; allowed are awq, none, qlora, qvlm, qvlm_jacobian, rtn",
+        ),
         ("pretrained=x,colour=red", "unknown model argument 'colour'; allowed are pretrained, revision"),
         ("pretrained=x,method=rtn,grupsize=4", "unknown model argument 'grupsize'.*for method=rtn: .*group_size"),
         ("pretrained=007", "pretrained=7: lmms-eval reads this value as a number.*write a folder as ./NAME"),
@@ -43,6 +46,7 @@ def test_defaults_and_none():
         ("pretrained=x,batch_size=auto", "batch_size='auto': .*integer"),
         ("pretrained=x,seed=-1", "seed=-1"),
         ("pretrained=x,allow_overlap=maybe", "allow_overlap='maybe': .*boolean"),
+        ("pretrained=x,device_map=offload", "is for searching.*evaluate it with plan=DIR"),
         ("pretrained=x,plan=d,method=rtn,seed=1", "plan=DIR is a finished plan.*method, seed"),
     ],
 )

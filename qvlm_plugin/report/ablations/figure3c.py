@@ -56,8 +56,8 @@ def figure3c(
             f"`method=qvlm`, `scheme={scheme}`. Squared error of a decoder layer's output relative to full precision, "
             f"in the model quantized throughout; mean ± standard error over {len(samples.samples)} samples of "
             f"`{samples.source}`, seed {samples.seed}, apart from those that the plans were fitted on.",
-            "Over a whole sample (left) a few tokens with massive activations decide; the mean over tokens (right) takes "
-            f"each token's error relative to itself. Below: the mean of each sample's ratio to max_depth {first}.",
+            "Over a whole sample (left) a few tokens with massive activations decide; the mean over tokens (right) "
+            f"takes each token's error relative to itself. Below: mean of the samples' ratios to max_depth {first}.",
         ],
         figure=panels_figure(
             [

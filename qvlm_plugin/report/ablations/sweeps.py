@@ -41,7 +41,7 @@ def figure3a(
     subject: Subject, scheme: str, depths: Sequence[str], setting: Setting, command: str
 ) -> tuple[Report, list[Path]]:
     """Accuracy and search cost against ``max_depth``. Returns the report, and the logs of runs that failed."""
-    sweep = Sweep("max_depth", tuple(depths), "maximum layers in a block", integers=True)
+    sweep = Sweep("max_depth", tuple(depths), "max_depth (layers in a block)", integers=True)
     return _report("fig3a", "Figure 3a: maximum depth of a block", subject, scheme, [sweep], setting, command)
 
 
@@ -50,7 +50,7 @@ def figure3b(
 ) -> tuple[Report, list[Path]]:
     """Accuracy and search cost against ``min_percentile`` and ``eta``. Returns as `figure3a` does."""
     sweeps = [
-        Sweep("min_percentile", tuple(percentiles), "end of the percentile grid"),
+        Sweep("min_percentile", tuple(percentiles), "min_percentile (end of the grid)"),
         Sweep("eta", tuple(etas), "η", log_x=True),
     ]
     return _report("fig3b", "Figure 3b: percentiles and η", subject, scheme, sweeps, setting, command)
@@ -71,9 +71,8 @@ def _report(
     }
     found = dict(zip(cells, evaluate([*cells.values()], setting), strict=True))
     columns = columns_of(found.values())
-    panels = [
-        (_accuracy_panel(sweep, found, columns, title=sweep.option), _cost_panel(sweep, found)) for sweep in sweeps
-    ]
+    accuracies = [_accuracy_panel(sweep, found, columns) for sweep in sweeps]
+    costs = [_cost_panel(sweep, found) for sweep in sweeps]
     report = Report(
         name=name,
         title=title,
@@ -89,22 +88,19 @@ def _report(
             *notes_on(found.values()),
             f"`method=qvlm`, `scheme={scheme}`. Accuracy in percent ± standard error.",
         ],
-        figure=panels_figure([[top for top, _ in panels], [bottom for _, bottom in panels]], height=2.3),
+        figure=panels_figure([[*accuracies, *costs]] if len(sweeps) == 1 else [accuracies, costs]),
     )
     return report, failures(found.values())
 
 
-def _accuracy_panel(
-    sweep: Sweep, found: Mapping[tuple[str, str], Evaluated], columns: Sequence[str], title: str
-) -> Panel:
+def _accuracy_panel(sweep: Sweep, found: Mapping[tuple[str, str], Evaluated], columns: Sequence[str]) -> Panel:
     series = []
     for column in columns:
         points = {value: found[sweep.option, value].scores.get(column) for value in sweep.values}
         known = {float(value): accuracy(score) for value, score in points.items() if score is not None}
         y, errors = zip(*known.values(), strict=True) if known else ((), ())
         series.append(Series(column, tuple(known), y, errors))
-    axes = {"log_x": sweep.log_x, "integers": sweep.integers}
-    return Panel(sweep.label, "accuracy (%)", tuple(series), **axes, title=title)
+    return Panel(sweep.label, "accuracy (%)", tuple(series), log_x=sweep.log_x, integers=sweep.integers)
 
 
 def _cost_panel(sweep: Sweep, found: Mapping[tuple[str, str], Evaluated]) -> Panel:

@@ -1,0 +1,166 @@
+"""Where the quantization error enters: which layers, which Linears, which tokens.
+
+Every static site of the decoder is rounded by itself, and each element's squared error is weighed by how much the
+answer depends on it, (∂m/∂x)² for the log-odds m of the answer's tokens (`qvlm_plugin.methods.qvlm.importance`). The
+sum is, to second order and with independent errors, the mean squared change of m that the site's rounding causes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from qvlm_plugin import plugins
+from qvlm_plugin.calibration import CalibrationSet
+from qvlm_plugin.kernels.reference import round_activation
+from qvlm_plugin.methods.qvlm.importance import visit_jacobians
+from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.report.ablations.layer_errors import held_apart
+from qvlm_plugin.report.figures import Panel, Series, panels_figure
+from qvlm_plugin.report.results import Grid
+from qvlm_plugin.report.writing import Report, stand_in_note
+from qvlm_plugin.topology import Site, resolve
+
+TOKENS = ("first", "image", "text", "answer")
+"""Kinds of tokens: the first of a prompt, image tokens, other text, and those from which an answer's tokens follow."""
+
+
+def token_kinds(ids: Tensor, attended: Tensor, answer: Tensor, image_token: int) -> Tensor:
+    """Index into `TOKENS` of each token: int64 [N] for the N attended tokens, row by row.
+
+    Args:
+        ids: int64 [B, T], padded on the left.
+        attended: bool [B, T].
+        answer: bool [B, T], the answers' tokens.
+        image_token: its id.
+    """
+    kinds = torch.full_like(ids, TOKENS.index("text"))
+    kinds[ids == image_token] = TOKENS.index("image")
+    predicts = torch.zeros_like(answer)
+    predicts[:, :-1] = answer[:, 1:]
+    kinds[predicts] = TOKENS.index("answer")
+    kinds[torch.arange(len(ids)), attended.int().argmax(dim=1)] = TOKENS.index("first")
+    return kinds[attended]
+
+
+def error_sources(
+    loaded: LoadedModel, plan: RoundingPlan, samples: CalibrationSet, batch_size: int
+) -> dict[Site, Tensor]:
+    """Weighed squared error of each static decoder site, by kind of token.
+
+    Args:
+        loaded: the model in full precision.
+        plan: made for it, without folds.
+        samples: apart from those that the plan was fitted on, with answers.
+        batch_size: samples per pass.
+
+    Returns:
+        For each site float64 [4], in the order of `TOKENS`: means over samples.
+    """
+    formats = {module.site: module.activation for module in plan.modules if module.activation.kind == "static_channel"}
+    topology = plugins.topology(loaded.model.config)
+    sites = [site for site in resolve(topology, loaded.model) if site.name in formats]
+    image_token = loaded.model.config.image_token_id
+    kinds = [
+        token_kinds(inputs["input_ids"], inputs["attention_mask"].bool(), answer, image_token)
+        for inputs, answer in samples.batches(loaded.processor, batch_size)
+    ]
+    sums = {site: torch.zeros(len(TOKENS), dtype=torch.float64) for site in sites}
+    seen = dict.fromkeys(sites, 0)
+
+    @torch.no_grad()
+    def visit(site: Site, tokens: Tensor, jacobian: Tensor) -> None:
+        parameters = {bound: plan.tensors[f"{site.name}/{bound}"].to(tokens.device) for bound in ("lower", "upper")}
+        error = round_activation(tokens, formats[site.name], parameters).float() - tokens.float()
+        each = (error * jacobian.float()).square().sum(dim=1).double().cpu()
+        sums[site].index_add_(0, kinds[seen[site]], each)
+        seen[site] += 1
+
+    visit_jacobians(loaded, topology, sites, samples, batch_size, visit)
+    return {site: total / len(samples.samples) for site, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Sites of one kind in all layers: those with the same Linears."""
+
+    name: str
+    sites: tuple[Site, ...]
+
+
+def sources_report(
+    loaded: LoadedModel, plans: Mapping[str, RoundingPlan], samples: CalibrationSet, batch_size: int, command: str
+) -> Report:
+    """Error sources under each plan, by layer, kind of site and kind of token.
+
+    Args:
+        loaded: the model in full precision.
+        plans: by the name to show.
+        samples: those that plans were fitted on are left out.
+        batch_size: samples per pass.
+        command: for the report.
+    """
+    for plan in plans.values():
+        samples = held_apart(samples, plan)
+    found = {name: error_sources(loaded, plan, samples, batch_size) for name, plan in plans.items()}
+    kinds = _kinds(next(iter(found.values())))
+    panels = [
+        Panel("decoder layer", "mean squared change of log-odds" if not index else "", series, log_y=True,
+              integers=True, title=name)
+        for index, (name, series) in enumerate((name, _series(errors, kinds)) for name, errors in found.items())
+    ]  # fmt: skip
+    return Report(
+        name="sources",
+        title="Where the quantization error of activations enters",
+        command=command,
+        tables=[_grid(found, kinds)],
+        rows=[
+            {"plan": name, "plan_hash": plans[name].hash, "site": site.name, "layer": site.block,
+             **dict(zip(TOKENS, errors[site].tolist(), strict=True))}
+            for name, errors in found.items()
+            for site in errors
+        ],
+        notes=[
+            *stand_in_note(samples),
+            "Estimated mean squared change of the answers' log-odds (nats²) by rounding the inputs of these Linears in "
+            f"all layers, each site by itself: squared errors weighed by squared Jacobians, mean over "
+            f"{len(samples.samples)} samples of `{samples.source}`, seed {samples.seed}, apart from those that the "
+            "plans were fitted on. Weights, vision tower and projector are in full precision.",
+            "`first`: the first token, on which attention rests; `answer`: the tokens from which an answer's tokens "
+            "follow.",
+        ],
+        figure=panels_figure([panels]),
+    )  # fmt: skip
+
+
+def _kinds(errors: Mapping[Site, Tensor]) -> list[_Kind]:
+    def linears(site: Site) -> str:
+        return ", ".join(name.rpartition(".")[2] for name in site.linears)
+
+    ordered = sorted(errors, key=lambda site: (linears(site), site.block))
+    kinds = [_Kind(name, tuple(sites)) for name, sites in groupby(ordered, linears)]
+    first = [site for site in errors if site.block == ordered[0].block]
+    return sorted(kinds, key=lambda kind: first.index(kind.sites[0]))
+
+
+def _series(errors: Mapping[Site, Tensor], kinds: list[_Kind]) -> tuple[Series, ...]:
+    return tuple(
+        Series(kind.name, [site.block for site in kind.sites], [float(errors[site].sum()) for site in kind.sites])
+        for kind in kinds
+    )
+
+
+def _grid(found: Mapping[str, Mapping[Site, Tensor]], kinds: list[_Kind]) -> Grid:
+    rows = []
+    for name, errors in found.items():
+        for kind in kinds:
+            rows.append((name, kind.name, *_cells(sum(errors[site] for site in kind.sites))))
+        rows.append((name, "all", *_cells(sum(errors.values()))))
+    return Grid(("plan", "inputs of", *TOKENS, "all tokens"), tuple(rows))
+
+
+def _cells(values: Tensor) -> list[str]:
+    return [f"{float(value):.2f}" for value in (*values, values.sum())]

@@ -17,7 +17,7 @@ from qvlm_plugin.plan import RoundingPlan
 @pytest.mark.parametrize(
     "method, scheme, options, message",
     [
-        ("gptq", "w4a4", {}, "method='gptq' is not known; allowed are awq, none, qlora, qvlm, rtn"),
+        ("gptq", "w4a4", {}, "method='gptq' is not known; allowed are awq, none, qlora, qvlm, qvlm_jacobian, rtn"),
         ("rtn", "w4", {}, "for example w4a4"),
         ("rtn", "w4a4", {"norm": 2}, "unknown argument 'norm'; method=rtn takes these options: weights, group_size"),
         ("none", "w4a4", {"weights": "nf"}, "these options: none"),

@@ -59,7 +59,7 @@ class Counts:
         compared: documents compared with the calibration documents.
         overlapping: names of those that are among them.
         tokens, seconds: generated tokens, and the time that generating them took.
-        images: digest of each answered document's images, by task and document id; only of documents with images.
+        images: digest of each asked document's images, by task and document id; only of documents with images.
     """
 
     answers: Counter[str] = field(default_factory=Counter)
@@ -130,12 +130,15 @@ class RunRecord:
                 "another split or with another seed, or accept it with allow_overlap=true"
             )
 
-    def count(self, request: Request, conversation: Conversation, answer: str, tokens: int) -> None:
-        """Note one generated answer, and which images it is about."""
+    def see(self, request: Request, conversation: Conversation) -> None:
+        """Note which images a question is about."""
+        if request.doc_id is not None and not request.is_padding and (digest := conversation.image_digest()):
+            self.counts.images[request.task, request.doc_id] = digest
+
+    def count(self, request: Request, answer: str, tokens: int) -> None:
+        """Note one generated answer."""
         self.counts.tokens += tokens
         if not request.is_padding:
-            if request.doc_id is not None and (digest := conversation.image_digest()):
-                self.counts.images[request.task, request.doc_id] = digest
             self.counts.answers[request.task] += 1
             self.counts.unreadable[request.task] += not is_readable(request.task, answer)
 

@@ -201,9 +201,15 @@ class _QVLM(lmms):
                 progress.update(len(batch))
         return order.get_original(results)
 
+    def _conversations(self, batch: Sequence[Request]) -> list[Conversation]:
+        conversations = [item.conversation() for item in batch]
+        for item, conversation in zip(batch, conversations, strict=True):
+            self.record.see(item, conversation)
+        return conversations
+
     @torch.inference_mode()
     def _answer(self, batch: Sequence[Request], generation: Generation) -> list[GenerationResult]:
-        conversations = [item.conversation() for item in batch]
+        conversations = self._conversations(batch)
         tokenizer = self._processor.tokenizer
         if generation.seed is not None:
             torch.manual_seed(generation.seed)
@@ -226,18 +232,16 @@ class _QVLM(lmms):
             tokens, skip_special_tokens=generation.skip_special_tokens, clean_up_tokenization_spaces=False
         )
         results = []
-        for item, conversation, text, row, prompt_length in zip(
-            batch, conversations, texts, tokens, prompt_lengths, strict=True
-        ):
+        for item, text, row, prompt_length in zip(batch, texts, tokens, prompt_lengths, strict=True):
             count = int((row != tokenizer.pad_token_id).sum())
             answer = generation.cut(text)
-            self.record.count(item, conversation, answer, count)
+            self.record.count(item, answer, count)
             results.append(GenerationResult(answer, TokenCounts(input_tokens=prompt_length, output_tokens=count)))
         return results
 
     @torch.inference_mode()
     def _score(self, batch: Sequence[Request]) -> list[Likelihood]:
-        conversations = [item.conversation() for item in batch]
+        conversations = self._conversations(batch)
         try:
             inputs, mask = encode(self._processor, conversations, [item.continuation for item in batch])
             positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)

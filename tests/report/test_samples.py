@@ -110,7 +110,7 @@ def test_runs_over_other_documents_are_refused(tmp_path, tasks, message):
 
 
 def test_a_run_of_the_harness_is_read(tmp_path):
-    """What it logs gives its own scores back, and for the standard tasks it names no image."""
+    """What it logs gives its own scores back, and questions about one image can be told."""
     write_mirrors(tmp_path)
     write_tiny_llava(tmp_path / "tiny")
     (tmp_path / "tasks").mkdir()
@@ -148,7 +148,10 @@ def test_a_run_of_the_harness_is_read(tmp_path):
         metric = "acc" if task == "choices" else "exact_match"
         values = [row.metrics[metric] for row in run.tasks[task]]
         assert sum(values) / len(values) == pytest.approx(metrics[f"{metric},none"])
-        assert all(row.image is None and row.input and row.answer for row in run.tasks[task])
+        assert all(row.input and row.answer for row in run.tasks[task])
+    assert [row.image is None for row in run.tasks["scienceqa"]] == [index % 3 == 0 for index in range(9)]
+    pictures = [[row.image for row in run.tasks[task]] for task in ("choices", "vqav2_val")]
+    assert pictures[0] == pictures[1] and len(set(pictures[0]) - {None}) == 6
     right = [row.answer == row.target for row in run.tasks["choices"]]
     assert right == [row.metrics["acc"] == 1 for row in run.tasks["choices"]] and 0 < sum(right) < 6
     assert run.tasks["scienceqa"][0].input.startswith("Which object is shown as number 0?\nA. a key")

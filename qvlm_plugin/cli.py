@@ -424,11 +424,12 @@ def ablate_fig2(
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.models.loading import load
     from qvlm_plugin.planning import check_request
+    from qvlm_plugin.plugins import topology
 
     request = check_request("qvlm", scheme, _pairs(option))
     with _working_in(data):
         samples = read_calibration(calibration, None, seed, _draw_from_task)
-        loaded = load(_resolve_demo(pretrained), dtype=dtype, device=device)
+        loaded = load(_resolve_demo(pretrained), dtype=dtype, device=device, check_config=topology)
         report = figure2(loaded, request, samples, layer, _command_line())
     _finish(output, report)
 
@@ -460,14 +461,17 @@ def ablate_fig3c(
     from qvlm_plugin.cache import cache_root
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.models.loading import load
-    from qvlm_plugin.planning import check_request, obtain_plan
+    from qvlm_plugin.planning import check_calibration, check_request, obtain_plan
+    from qvlm_plugin.plugins import topology
 
     options = _pairs(option)
     requests = [check_request("qvlm", scheme, options | {"max_depth": depth}) for depth in depths.split(",")]
     with _working_in(data):
         samples = read_calibration(calibration, None, seed, _draw_from_task)
         others = read_calibration(held_out or calibration, None, seed + 1, _draw_from_task)
-        loaded = load(_resolve_demo(pretrained), dtype=dtype, device=device)
+        for request in requests:
+            check_calibration(request, samples)
+        loaded = load(_resolve_demo(pretrained), dtype=dtype, device=device, check_config=topology)
         cache = cache_root() / "plans"
         plans = {one.options.max_depth: obtain_plan(loaded, one, samples, cache) for one in requests}
         report = figure3c(loaded, plans, others, batch_size, _command_line())

@@ -49,6 +49,7 @@ class JacobianOptions(QVLMOptions):
 
     importance: Literal["uniform", "jacobian"] = "jacobian"
     min_ratio: float = Field(0.3, gt=0, le=1)
+    ratio_step: float = Field(0.1, gt=0, lt=1)
     beam: int = Field(2, ge=0)
     veo_train: Literal["clip", "clip+norm"] = "clip+norm"
     veo_epochs: int = Field(3, ge=0)

@@ -38,7 +38,7 @@ class SamplePoint:
 
     @property
     def difference(self) -> float:
-        """The discretization error difference (DED); never negative."""
+        """The discretization error difference (DED)."""
         return self.sequential - self.joint
 
 
@@ -55,7 +55,8 @@ def sample_points(
       that, the one of least error of *its* output (Eq. 2 twice);
     - joint: of all pairs, the one of least squared error of layer k + 1's output (Eq. 3 on a block of two);
     - DED is the former's error of layer k + 1's output minus the latter's. Both divided by the squared norm of the
-      full-precision output, so that samples compare; never negative, because the joint search tries all pairs.
+      full-precision output, so that samples compare; never negative, because the joint search tries all pairs (with
+      ``beam`` it may miss the best).
 
     The layers below run in full precision: nothing but this pair's rounding is in the difference. The percentiles
     start from the layer-wise ranges of the whole calibration set, and weights are quantized, as in ``method=qvlm``.

@@ -1,6 +1,7 @@
 """Runs as lmms-eval logs them, written by lmms-eval's own writer."""
 
 from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
+from lmms_eval.models.model_utils.gen_metrics import reset_logged_metrics
 
 
 def sample(index, score, answer="red", *, target="red", question=None, metric="exact_match", **fields):
@@ -21,6 +22,7 @@ def sample(index, score, answer="red", *, target="red", question=None, metric="e
 
 def write_run(folder, tasks, *, qvlm=None, stamp="20261121_120000", log_samples=True):
     """Write ``folder/model/…`` for samples by task; returns the results file."""
+    reset_logged_metrics()  # as an evaluation does when it begins: the record of an earlier one is not this run's
     tracker = EvaluationTracker(output_path=str(folder))
     tracker.general_config_tracker.log_experiment_args("qvlm_llava", "pretrained=model", "", "", False)
     results = {

@@ -170,7 +170,7 @@ def mine(
         for block in blocks:
             members, targets = [], []
             for index in block:
-                member, reference = _candidate_layer(
+                member, reference = candidate_layer(
                     *layers[index], sites, modules, tensors, reference, batches, options
                 )
                 members.append(member)
@@ -246,7 +246,7 @@ def search_block(
     return chosen, found.error
 
 
-def _candidate_layer(
+def candidate_layer(
     name: str,
     layer: nn.Module,
     sites: Sequence[Site],

@@ -15,7 +15,7 @@ from qvlm_plugin.methods.blocks import Batch, Hidden, decoder_inputs, output_err
 from qvlm_plugin.methods.qlora import search_ranges
 from qvlm_plugin.methods.qvlm.dependency import MAX_ELEMENTS, conditional_entropy, joint_counts, sample_elements
 from qvlm_plugin.methods.qvlm.method import QVLM, QVLMOptions
-from qvlm_plugin.methods.qvlm.mining import CandidateLayer, _candidate_layer, search_block
+from qvlm_plugin.methods.qvlm.mining import CandidateLayer, candidate_layer, search_block
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import decoder_layers, resolve
@@ -91,7 +91,7 @@ def sample_points(
         start = run_layer(*named, start, batches)
     members, targets, reference = [], [], start
     for named in layers[layer : layer + 2]:
-        member, reference = _candidate_layer(*named, sites, modules, tensors, reference, batches, options)
+        member, reference = candidate_layer(*named, sites, modules, tensors, reference, batches, options)
         members.append(member)
         targets.append(reference)
     counts = _joint_counts(*targets, batches, bits)

@@ -14,7 +14,7 @@ from qvlm_plugin.methods.qlora import search_ranges
 from qvlm_plugin.methods.qvlm import method, mining
 from qvlm_plugin.methods.qvlm.dependency import layer_dependency
 from qvlm_plugin.methods.qvlm.method import QVLMOptions
-from qvlm_plugin.methods.qvlm.mining import _candidate_layer, dependencies, percentile_bounds, search_block
+from qvlm_plugin.methods.qvlm.mining import candidate_layer, dependencies, percentile_bounds, search_block
 from qvlm_plugin.methods.qvlm.vision import optimize_vision
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
@@ -58,7 +58,7 @@ def block(deep, calibration):
     members, targets, reference = [], [], hidden
     for name, layer in decoder_layers(topology, deep.model)[:2]:
         modules = {module.name: module for module in plan.modules}
-        member, reference = _candidate_layer(name, layer, sites, modules, tensors, reference, batches, options)
+        member, reference = candidate_layer(name, layer, sites, modules, tensors, reference, batches, options)
         members.append(member)
         targets.append(reference)
     return members, hidden, targets, batches

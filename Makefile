@@ -50,7 +50,7 @@ demo results: install
 		echo "== $$run"; \
 		if ls $$folder/*/*_results.json > /dev/null 2>&1; then continue; fi; \
 		if [ $$1 != none ]; then \
-			(cd demo-data && $(BIN)/qvlm search $$folder/plan --pretrained demo --method $$1 --scheme $$2 \
+			(cd demo-data && OMP_WAIT_POLICY=passive $(BIN)/qvlm search $$folder/plan --pretrained demo --method $$1 --scheme $$2 \
 				--calibration calibration/train.json:$(SAMPLES) $${3:+--option weights=$$3}) || exit 1; \
 			arguments=$$arguments,plan=$$folder/plan; \
 		fi; \

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from functools import wraps
 from pathlib import Path
@@ -17,6 +17,10 @@ from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:
     from qvlm_plugin.calibration import Sample
+    from qvlm_plugin.models.loading import LoadedModel
+    from qvlm_plugin.plan import RoundingPlan
+    from qvlm_plugin.planning import PlanRequest
+    from qvlm_plugin.report.ablations.evaluation import Subject
     from qvlm_plugin.report.writing import Report
 
 app = typer.Typer(
@@ -99,8 +103,7 @@ def search(
     from qvlm_plugin.planning import check_calibration, check_request, obtain_plan
     from qvlm_plugin.plugins import topology
 
-    pairs = [pair.partition("=") for pair in option or []]
-    request = check_request(method, scheme, {name: value for name, _, value in pairs})
+    request = check_request(method, scheme, _pairs(option))
     samples = read_calibration(calibration, images, seed, _draw_from_task) if request.needs_calibration else None
     check_calibration(request, samples)
     loaded = load(
@@ -203,10 +206,8 @@ def paired(
     """
     from qvlm_plugin.report.samples import read_samples
 
-    try:
+    with _needs_report_packages():
         from qvlm_plugin.report.paired import compare, paired_grid, paired_notes
-    except ImportError as error:
-        raise QVLMError(f"{error}; this command needs: pip install 'qvlm_plugin[report]'") from error
 
     first, *more = read_samples(baseline)
     if more:
@@ -314,13 +315,12 @@ def ablate_table1(
     Example: qvlm ablate table1 ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
     """
     with _needs_report_packages():
-        from qvlm_plugin.report.ablations.evaluation import Subject
         from qvlm_plugin.report.ablations.table1 import table1
     from qvlm_plugin.models.loading import load
     from qvlm_plugin.report.runs import Setting
 
-    more = _pairs(model_args.split(",") if model_args else [])
-    subject = Subject(pretrained, calibration, tuple(tasks.split(",")), limit, _pairs(option), more)
+    subject = _subject(pretrained, calibration, tasks, limit, option, model_args)
+    more = subject.model_args
     with _working_in(data):
         placement = {"revision": more.get("revision"), "dtype": more.get("dtype", "auto"), "device_map": "meta"}
         shapes = load(_resolve_demo(pretrained), **placement)
@@ -352,12 +352,10 @@ def ablate_fig3a(
     Example: qvlm ablate fig3a ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
     """
     with _needs_report_packages():
-        from qvlm_plugin.report.ablations.evaluation import Subject
         from qvlm_plugin.report.ablations.sweeps import figure3a
     from qvlm_plugin.report.runs import Setting
 
-    more = _pairs(model_args.split(",") if model_args else [])
-    subject = Subject(pretrained, calibration, tuple(tasks.split(",")), limit, _pairs(option), more)
+    subject = _subject(pretrained, calibration, tasks, limit, option, model_args)
     setting = Setting(output / "runs", data, batch_size, processes)
     _finish(output, *figure3a(subject, scheme, depths.split(","), setting, _command_line()))
 
@@ -388,12 +386,10 @@ def ablate_fig3b(
     Example: qvlm ablate fig3b ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
     """
     with _needs_report_packages():
-        from qvlm_plugin.report.ablations.evaluation import Subject
         from qvlm_plugin.report.ablations.sweeps import figure3b
     from qvlm_plugin.report.runs import Setting
 
-    more = _pairs(model_args.split(",") if model_args else [])
-    subject = Subject(pretrained, calibration, tuple(tasks.split(",")), limit, _pairs(option), more)
+    subject = _subject(pretrained, calibration, tasks, limit, option, model_args)
     setting = Setting(output / "runs", data, batch_size, processes)
     command = _command_line()
     _finish(output, *figure3b(subject, scheme, percentiles.split(","), etas.split(","), setting, command))
@@ -458,22 +454,15 @@ def ablate_fig3c(
     """
     with _needs_report_packages():
         from qvlm_plugin.report.ablations.figure3c import figure3c
-    from qvlm_plugin.cache import cache_root
     from qvlm_plugin.calibration import read_calibration
-    from qvlm_plugin.models.loading import load
-    from qvlm_plugin.planning import check_calibration, check_request, obtain_plan
-    from qvlm_plugin.plugins import topology
+    from qvlm_plugin.planning import check_request
 
     options = _pairs(option)
-    requests = [check_request("qvlm", scheme, options | {"max_depth": depth}) for depth in depths.split(",")]
+    by_depth = [check_request("qvlm", scheme, options | {"max_depth": depth}) for depth in depths.split(",")]
+    requests = {request.options.max_depth: request for request in by_depth}
     with _working_in(data):
-        samples = read_calibration(calibration, None, seed, _draw_from_task)
         others = read_calibration(held_out or calibration, None, seed + 1, _draw_from_task)
-        for request in requests:
-            check_calibration(request, samples)
-        loaded = load(_resolve_demo(pretrained), dtype=dtype, device=device, check_config=topology)
-        cache = cache_root() / "plans"
-        plans = {one.options.max_depth: obtain_plan(loaded, one, samples, cache) for one in requests}
+        loaded, plans = _obtain_plans(requests, pretrained, calibration, seed, dtype, device)
         report = figure3c(loaded, plans, others, batch_size, _command_line())
     _finish(output, report)
 
@@ -503,20 +492,42 @@ def ablate_sources(
     """
     with _needs_report_packages():
         from qvlm_plugin.report.ablations.sources import sources_report
-    from qvlm_plugin.cache import cache_root
     from qvlm_plugin.calibration import read_calibration
-    from qvlm_plugin.models.loading import load
-    from qvlm_plugin.planning import check_request, obtain_plan
+    from qvlm_plugin.planning import check_request
 
     requests = {method: check_request(method, scheme, {}) for method in methods.split(",")}
     with _working_in(data):
-        samples = read_calibration(calibration, None, seed, _draw_from_task)
         others = read_calibration(held_out or calibration, None, seed + 1, _draw_from_task)
-        loaded = load(_resolve_demo(pretrained), dtype=dtype, device=device)
-        cache = cache_root() / "plans"
-        plans = {method: obtain_plan(loaded, request, samples, cache) for method, request in requests.items()}
+        loaded, plans = _obtain_plans(requests, pretrained, calibration, seed, dtype, device)
         report = sources_report(loaded, plans, others, batch_size, _command_line())
     _finish(output, report)
+
+
+def _subject(
+    pretrained: str, calibration: str, tasks: str, limit: int | None, option: Sequence[str] | None, model_args: str
+) -> "Subject":
+    from qvlm_plugin.report.ablations.evaluation import Subject
+
+    more = _pairs(model_args.split(",") if model_args else [])
+    return Subject(pretrained, calibration, tuple(tasks.split(",")), limit, _pairs(option), more)
+
+
+def _obtain_plans(
+    requests: "Mapping[Any, PlanRequest]", pretrained: str, calibration: str, seed: int, dtype: str, device: str
+) -> "tuple[LoadedModel, dict[Any, RoundingPlan]]":
+    """The model in full precision, and the plan of each request, from the cache where it is there."""
+    from qvlm_plugin.cache import cache_root
+    from qvlm_plugin.calibration import read_calibration
+    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.planning import check_calibration, obtain_plan
+    from qvlm_plugin.plugins import topology
+
+    samples = read_calibration(calibration, None, seed, _draw_from_task)
+    for request in requests.values():
+        check_calibration(request, samples)
+    loaded = load(_resolve_demo(pretrained), dtype=dtype, device=device, check_config=topology)
+    cache = cache_root() / "plans"
+    return loaded, {key: obtain_plan(loaded, request, samples, cache) for key, request in requests.items()}
 
 
 @contextmanager

@@ -72,15 +72,29 @@ def channel_lp_losses(
     Returns:
         float64 [R, C].
     """
-    factor = 1.0 if weights is None else weights
     candidates = (fake_quantize(x, *statistics.range(ratio), bits) for ratio in ratios)
-    return torch.stack([(_lp(candidate, x, p) * factor).sum(dim=0, dtype=torch.float64) for candidate in candidates])
+    losses = (_lp(candidate, x, p) for candidate in candidates)
+    weighted = losses if weights is None else (loss.mul_(weights) for loss in losses)
+    return torch.stack([loss.sum(dim=0, dtype=torch.float64) for loss in weighted])
 
 
 def token_lp_losses(x: Tensor, ratios: Sequence[float], bits: int, p: float) -> Tensor:
     """sum |Q(x) - x|^p of dynamic per-token quantization, for each candidate clipping ratio; float64 [R]."""
     candidates = (fake_quantize(x, *token_range(x, ratio), bits) for ratio in ratios)
     return torch.stack([_lp(candidate, x, p).sum(dtype=torch.float64) for candidate in candidates])
+
+
+def best_ratio(losses: Tensor, ratios: Sequence[float]) -> Tensor:
+    """The ratio of least loss; ties keep the earlier one.
+
+    Args:
+        losses: [R] or, where each channel chooses, [R, C].
+        ratios: R candidates.
+
+    Returns:
+        float32, a scalar or [C].
+    """
+    return losses.new_tensor(ratios, dtype=torch.float32)[losses.argmin(dim=0)]
 
 
 def _lp(approximation: Tensor, x: Tensor, p: float) -> Tensor:

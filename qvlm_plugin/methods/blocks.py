@@ -48,6 +48,13 @@ class Batch:
     answer: Tensor
 
 
+def predicting(answer: Tensor) -> Tensor:
+    """Bool [B, T], true where the model's output predicts a token of the ``answer``, bool [B, T]."""
+    predicts = torch.zeros_like(answer)
+    predicts[:, :-1] = answer[:, 1:]
+    return predicts
+
+
 class _FirstLayerReached(Exception):
     """Ends a forward pass whose only purpose was to reach the decoder."""
 
@@ -82,9 +89,7 @@ def decoder_inputs(
             with suppress(_FirstLayerReached):
                 model(**to_device(inputs, device, model.dtype), use_cache=False)
             text = attended & (inputs["input_ids"] != model.config.image_token_id)
-            predicts = torch.zeros_like(answer)
-            predicts[:, :-1] = answer[:, 1:]
-            batches.append(Batch(arguments, attended, text, predicts))
+            batches.append(Batch(arguments, attended, text, predicting(answer)))
     finally:
         handle.remove()
     return hidden, batches
@@ -140,18 +145,18 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module], values: Mapping
             stack.enter_context(materialized(model.get_submodule(owner)))
         kept = {name: model.get_parameter(name).detach().clone() for name in values}
         try:
-            for name, module in modules.items():
-                model.set_submodule(name, module)
-            with torch.no_grad():
-                for name, value in values.items():
-                    model.get_parameter(name).copy_(value)
+            _put(model, modules, values)
             yield
         finally:
-            for name, module in originals.items():
-                model.set_submodule(name, module)
-            with torch.no_grad():
-                for name, value in kept.items():
-                    model.get_parameter(name).copy_(value)
+            _put(model, originals, kept)
+
+
+@torch.no_grad()
+def _put(model: nn.Module, modules: Mapping[str, nn.Module], values: Mapping[str, Tensor]) -> None:
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)
 
 
 TOKENS: dict[str, Callable[[Batch], Tensor]] = {

@@ -8,7 +8,6 @@ section 4.1): a grid of ratios pulls the observed bounds in.
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from qvlm_plugin.methods.base import (
 from qvlm_plugin.methods.observe import visit_site_inputs
 from qvlm_plugin.methods.rtn import observe_ranges
 from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.observers import ChannelStatistics, channel_lp_losses, token_lp_losses
+from qvlm_plugin.observers import ChannelStatistics, best_ratio, channel_lp_losses, token_lp_losses
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import Site, Topology
@@ -86,7 +85,7 @@ def search_ranges(
     )
     tensors = {}
     for site, fmt in formats:
-        ratio = losses[site].new_tensor(options.ratios, dtype=torch.float32)[losses[site].argmin(dim=0)]
+        ratio = best_ratio(losses[site], options.ratios)
         if fmt.kind == "static_channel":
             tensors[f"{site.name}/lower"], tensors[f"{site.name}/upper"] = statistics[site.name].range(ratio)
         else:

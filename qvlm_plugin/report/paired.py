@@ -250,8 +250,8 @@ def paired_notes(baseline: RunSamples, comparisons: Sequence[Comparison], metric
     lines = [
         f"baseline: {baseline.name} ({baseline.file}); {metric} in percent ± standard error",
         "difference: run minus baseline, with its 95 % interval; average: every task weighs the same",
-        "p: sign-flip test (for 0/1 scores of independent documents McNemar's), exact or from 99,999 draws (then at "
-        f"least 1e-05); Holm over all {len(comparisons)} rows",
+        f"p: sign-flip test (for 0/1 scores of independent documents McNemar's), exact or from {_DRAWS:,} draws (then "
+        f"at least {1 / (_DRAWS + 1):.0e}); Holm over all {len(comparisons)} rows",
         "fell, rose: documents that score lower, higher (right→wrong, wrong→right); changed: those with another answer",
         *(f"{task}: {_clusters(row)}" for task, row in compared.items()),
     ]

@@ -30,7 +30,7 @@ from qvlm_plugin.methods.qlora import RangeSearchOptions
 from qvlm_plugin.methods.rtn import observe_ranges
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device
-from qvlm_plugin.observers import channel_lp_losses
+from qvlm_plugin.observers import best_ratio, channel_lp_losses
 from qvlm_plugin.quantizers import widen
 from qvlm_plugin.topology import Site, Topology, decoder_layers
 
@@ -166,6 +166,6 @@ def search_important_ranges(
     token_weights = visit_jacobians(loaded, topology, sites, calibration, options.calibration_batch_size, visit)
     tensors = {}
     for name, loss in losses.items():
-        ratio = loss.new_tensor(options.ratios, dtype=torch.float32)[loss.argmin(dim=0)]
-        tensors[f"{name}/lower"], tensors[f"{name}/upper"] = statistics[name].range(ratio)
+        bounds = statistics[name].range(best_ratio(loss, options.ratios))
+        tensors[f"{name}/lower"], tensors[f"{name}/upper"] = bounds
     return tensors, token_weights

@@ -15,6 +15,7 @@ from torch import Tensor
 from qvlm_plugin import plugins
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.kernels.reference import round_activation
+from qvlm_plugin.methods.blocks import predicting
 from qvlm_plugin.methods.qvlm.importance import visit_jacobians
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan
@@ -39,9 +40,7 @@ def token_kinds(ids: Tensor, attended: Tensor, answer: Tensor, image_token: int)
     """
     kinds = torch.full_like(ids, TOKENS.index("text"))
     kinds[ids == image_token] = TOKENS.index("image")
-    predicts = torch.zeros_like(answer)
-    predicts[:, :-1] = answer[:, 1:]
-    kinds[predicts] = TOKENS.index("answer")
+    kinds[predicting(answer)] = TOKENS.index("answer")
     kinds[torch.arange(len(ids)), attended.int().argmax(dim=1)] = TOKENS.index("first")
     return kinds[attended]
 

@@ -1,0 +1,99 @@
+"""Static per-channel activations as integer codes: the channels' steps move into the weight.
+
+A channel's step lies along the axis that a product sums over, so it cannot be taken out of an integer product. With
+``x̂ = offset + step · code`` for each channel it can be folded: ``W x̂ = (W · diag(step)) code + W offset``. The folded
+weight is quantized anew. Channels are sorted by their step, so that those which share a weight scale are alike, and
+``W offset`` goes into the bias as it is, without any rounding; a channel that was constant is all offset and therefore
+exact.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LARGEST_SUM = 2.0**14
+"""Bound on the magnitude of a folded product: its sums and scales then fit float16 (up to 65,504) as well."""
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """A weight with its input's steps folded in; channels are in the order of ``index``, their steps ascending.
+
+    Attributes:
+        weight: float32 [O, I], the folded weight divided by ``multiplier``.
+        step: float32 [I].
+        multiplier: float32 [], a power of two; products with ``weight`` are to be multiplied by it.
+        codes: how an input becomes codes, see `encode`; ``index`` int32 [I], ``offset``, ``inverse``, ``low`` float32
+            [I].
+        constant: float32 [O], what to add to the product: the bias and the offsets' share.
+        remainder: float32 [I], mean code of the input; 0 where the offset is taken to be the mean.
+    """
+
+    weight: Tensor
+    step: Tensor
+    multiplier: Tensor
+    codes: dict[str, Tensor]
+    constant: Tensor
+    remainder: Tensor
+
+    def bias(self, rounded: Tensor) -> Tensor:
+        """What to add to the product when ``weight`` was rounded to ``rounded`` [O, I]: float32 [O].
+
+        On inputs whose mean is the one that was given the rounding then has no effect on the mean output.
+        """
+        return self.constant + self.multiplier * ((self.weight - rounded) @ self.remainder)
+
+
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    lower: Tensor,
+    upper: Tensor,
+    bits: int,
+    largest_code: int,
+    mean: Tensor | None = None,
+) -> Folded:
+    """Fold the steps of a static per-channel quantizer into a weight.
+
+    Codes count from the point of a channel's grid that is nearest to its mean (to 0 where no mean is known), so that
+    sums of typical inputs are small and do not cancel against the constant.
+
+    Args:
+        weight: [O, I].
+        bias: [O] or None.
+        lower, upper: bounds [I].
+        bits: 2 to 8.
+        largest_code: codes from ``-largest_code`` to ``largest_code - 1`` can be represented.
+        mean: [I], of each channel's inputs.
+    """
+    weight, lower, upper = weight.float(), lower.float(), upper.float()
+    levels = 2**bits - 1
+    step = ((upper - lower) / levels).clamp_min(0)
+    inverse = torch.where(step > 0, 1 / step.clamp_min(torch.finfo(step.dtype).tiny), 0)
+    centre = torch.zeros_like(lower) if mean is None else mean.float().clamp(lower, upper)
+    lowest, highest = max(0, levels - largest_code + 1), min(levels, largest_code)
+    zero_point = ((centre - lower) * inverse).round().clamp(lowest, highest)
+    offset = lower + zero_point * step
+    remainder = torch.zeros_like(lower) if mean is None else (centre - offset) * inverse
+
+    index = step.argsort(stable=True)
+    constant = weight @ offset if bias is None else torch.addmv(bias.float(), weight, offset)
+    folded = weight[:, index] * step[index]
+    multiplier = _normalizer(folded.abs().sum(dim=1).max() * levels)
+    codes = {"index": index.int(), "offset": offset[index], "inverse": inverse[index], "low": -zero_point[index]}
+    return Folded(folded / multiplier, step[index], multiplier, codes, constant, remainder[index])
+
+
+def encode(x: Tensor, codes: Mapping[str, Tensor], bits: int) -> Tensor:
+    """The codes of ``x`` [..., I] in the order of a folded weight's channels: whole numbers, float32 [..., I]."""
+    low = codes["low"]
+    scaled = x.index_select(-1, codes["index"]).float().sub(codes["offset"]).mul(codes["inverse"])
+    return scaled.round().clamp(low, low + (2**bits - 1))
+
+
+def _normalizer(largest_sum: Tensor) -> Tensor:
+    """The power of two that brings the largest sum to at most `LARGEST_SUM`, and above half of it."""
+    exponent = torch.where(largest_sum > 0, largest_sum, LARGEST_SUM).div(LARGEST_SUM).log2().ceil()
+    return exponent.exp2()

@@ -1,0 +1,72 @@
+"""Integer weights of up to 4 bits, packed two to a byte; the input is rounded as in the reference arithmetic.
+
+The operators multiply in the compute type, so nothing is gained from handing them integers: rounded inputs go in as they
+are, and the outputs equal the reference's up to rounding to that type, for every kind of activation.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.int4_product import int4_linear, obstacle_of_product, operator_group, pack_weight
+from qvlm_plugin.kernels.nibbles import pack_nibbles
+from qvlm_plugin.kernels.reference import round_activation
+from qvlm_plugin.quantizers import quantize_int
+
+WIDEST = 4
+"""Bits of a code."""
+
+
+def _obstacle(
+    weight_format: WeightFormat, activation_format: ActivationFormat, shape: tuple[int, int], device: torch.device
+) -> str | None:
+    if weight_format.kind != "int" or weight_format.bits > WIDEST:
+        return f"it is for integer weights of up to {WIDEST} bits"
+    if reason := obstacle_of_product(*shape, device):
+        return reason
+    if operator_group(weight_format.group_size, shape[1]) is None:
+        return f"groups of {weight_format.group_size} input channels are not a multiple of 32"
+    return None
+
+
+def _prepare(
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_format: WeightFormat,
+    activation_format: ActivationFormat,
+    parameters: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    fmt, columns = weight_format, weight.shape[1]
+    quantized = quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, parameters.get("clip"))
+    # A group of the operator lies within one group of the weight, whose scale it repeats.
+    starts = torch.arange(0, columns, operator_group(fmt.group_size, columns), device=weight.device)
+    of_group = starts // quantized.group_size
+    tensors = {
+        "codes": pack_nibbles(quantized.codes),
+        "scale": quantized.scale[:, of_group].to(weight.dtype),
+        "zero_point": quantized.zero_point[:, of_group],
+    }
+    tensors |= {name: parameters[name] for name in activation_format.parameters}
+    return tensors if bias is None else {**tensors, "bias": bias}
+
+
+def _pack(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    kept = {name: tensor.to(device) for name, tensor in tensors.items()}
+    codes, scale, zero_point = (kept.pop(name) for name in ("codes", "scale", "zero_point"))
+    zero = (scale.float() * (8 - zero_point.float())).to(scale.dtype)
+    return {**pack_weight(codes, scale, zero, device), **kept}
+
+
+def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
+    rounded = round_activation(x, activation_format, tensors)
+    product = int4_linear(rounded.reshape(-1, x.shape[-1]), tensors["packed"], tensors["scales_and_zeros"])
+    if "bias" in tensors:
+        product = product + tensors["bias"]
+    return product.to(x.dtype).view(*x.shape[:-1], product.shape[-1])
+
+
+INT4 = Kernel("int4", _obstacle, _prepare, _pack, _forward)
+"""4-bit weights, multiplied in the compute type."""

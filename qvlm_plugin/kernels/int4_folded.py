@@ -1,0 +1,76 @@
+"""Integer codes in both operands: packed 4-bit weights times static per-channel activations.
+
+The activations' steps are folded into the weight, which is then quantized group by group from its original values
+(`folding`). What is multiplied are codes; whole numbers up to 256 are exact in every compute type, so the products are
+those of an integer unit. It computes what hardware with 4-bit products would, but rounds differently from the plan:
+sharing a scale between channels of different steps costs accuracy, and clipping found for the unfolded weight does not
+apply. `int4` is as fast and as small without that loss, and comes first.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.folding import encode, fold
+from qvlm_plugin.kernels.int4 import INT4
+from qvlm_plugin.kernels.int4_product import int4_linear, operator_group, pack_weight
+from qvlm_plugin.kernels.nibbles import pack_nibbles
+from qvlm_plugin.quantizers import IntWeight, quantize_int
+
+LARGEST_CODE = 256
+"""Whole numbers up to here are exact in bfloat16."""
+
+
+def _obstacle(
+    weight_format: WeightFormat, activation_format: ActivationFormat, shape: tuple[int, int], device: torch.device
+) -> str | None:
+    if activation_format.kind != "static_channel":
+        return "it is for static per-channel activations"
+    if weight_format.clipped:
+        return "clipping does not carry over to folded weights"
+    return INT4.obstacle(weight_format, activation_format, shape, device)
+
+
+def _prepare(
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_format: WeightFormat,
+    activation_format: ActivationFormat,
+    parameters: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    fmt = weight_format
+    folded = fold(
+        weight,
+        bias,
+        parameters["lower"],
+        parameters["upper"],
+        activation_format.bits,
+        LARGEST_CODE,
+        parameters.get("mean"),
+    )
+    group = operator_group(fmt.group_size, weight.shape[1])
+    quantized = quantize_int(folded.weight, fmt.bits, group, fmt.symmetric)
+    scale = quantized.scale.to(weight.dtype)
+    stored = IntWeight(quantized.codes, scale, quantized.zero_point, group)
+    return {
+        "codes": pack_nibbles(quantized.codes),
+        "scale": scale,
+        "zero_point": quantized.zero_point,
+        "bias": folded.bias(stored.dequantize()),
+        "multiplier": folded.multiplier.view(1),
+        **folded.codes,
+    }
+
+
+def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
+    codes = encode(x, tensors, activation_format.bits).view(-1, x.shape[-1])
+    product = int4_linear(codes, tensors["packed"], tensors["scales_and_zeros"])
+    output = torch.addcmul(tensors["bias"], product.float(), tensors["multiplier"])
+    return output.to(x.dtype).view(*x.shape[:-1], output.shape[-1])
+
+
+INT4_FOLDED = Kernel("int4_folded", _obstacle, _prepare, INT4.pack, _forward)
+"""4-bit weights times activation codes."""

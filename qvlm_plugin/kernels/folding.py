@@ -25,10 +25,10 @@ class Folded:
         weight: float32 [O, I], the folded weight divided by ``multiplier``.
         step: float32 [I].
         multiplier: float32 [], a power of two; products with ``weight`` are to be multiplied by it.
-        codes: how an input becomes codes, see `encode`; ``index`` int32 [I], ``offset``, ``inverse``, ``low`` float32
+        codes: how an input becomes codes, see `encode`; ``index`` int32 [I], ``lower``, ``inverse``, ``low`` float32
             [I].
         constant: float32 [O], what to add to the product: the bias and the offsets' share.
-        remainder: float32 [I], mean code of the input; 0 where the offset is taken to be the mean.
+        remainder: float32 [I], the code of a channel's centre before it is rounded to the grid.
     """
 
     weight: Tensor
@@ -41,7 +41,8 @@ class Folded:
     def bias(self, rounded: Tensor) -> Tensor:
         """What to add to the product when ``weight`` was rounded to ``rounded`` [O, I]: float32 [O].
 
-        On inputs whose mean is the one that was given the rounding then has no effect on the mean output.
+        The rounding then has no effect on the output for an input at the channels' centres: where those are the means,
+        no effect on the mean output.
         """
         return self.constant + self.multiplier * ((self.weight - rounded) @ self.remainder)
 
@@ -57,8 +58,8 @@ def fold(
 ) -> Folded:
     """Fold the steps of a static per-channel quantizer into a weight.
 
-    Codes count from the point of a channel's grid that is nearest to its mean (to 0 where no mean is known), so that
-    sums of typical inputs are small and do not cancel against the constant.
+    Codes count from the point of a channel's grid that is nearest to its centre, which is its mean, or 0 where no mean is
+    known: the codes of typical inputs are then small, and their sums do not cancel against the constant.
 
     Args:
         weight: [O, I].
@@ -72,25 +73,24 @@ def fold(
     levels = 2**bits - 1
     step = ((upper - lower) / levels).clamp_min(0)
     inverse = torch.where(step > 0, 1 / step.clamp_min(torch.finfo(step.dtype).tiny), 0)
-    centre = torch.zeros_like(lower) if mean is None else mean.float().clamp(lower, upper)
+    centre = (torch.zeros_like(lower) if mean is None else mean.float()).clamp(lower, upper)
     lowest, highest = max(0, levels - largest_code + 1), min(levels, largest_code)
     zero_point = ((centre - lower) * inverse).round().clamp(lowest, highest)
     offset = lower + zero_point * step
-    remainder = torch.zeros_like(lower) if mean is None else (centre - offset) * inverse
+    remainder = (centre - offset) * inverse
 
     index = step.argsort(stable=True)
     constant = weight @ offset if bias is None else torch.addmv(bias.float(), weight, offset)
     folded = weight[:, index] * step[index]
     multiplier = _normalizer(folded.abs().sum(dim=1).max() * levels)
-    codes = {"index": index.int(), "offset": offset[index], "inverse": inverse[index], "low": -zero_point[index]}
+    codes = {"index": index.int(), "lower": lower[index], "inverse": inverse[index], "low": -zero_point[index]}
     return Folded(folded / multiplier, step[index], multiplier, codes, constant, remainder[index])
 
 
 def encode(x: Tensor, codes: Mapping[str, Tensor], bits: int) -> Tensor:
     """The codes of ``x`` [..., I] in the order of a folded weight's channels: whole numbers, float32 [..., I]."""
-    low = codes["low"]
-    scaled = x.index_select(-1, codes["index"]).float().sub(codes["offset"]).mul(codes["inverse"])
-    return scaled.round().clamp(low, low + (2**bits - 1))
+    scaled = x.index_select(-1, codes["index"]).float().sub(codes["lower"]).mul(codes["inverse"])
+    return scaled.round().clamp(0, 2**bits - 1).add(codes["low"])  # rounds ties as the reference does
 
 
 def _normalizer(largest_sum: Tensor) -> Tensor:

@@ -228,17 +228,38 @@ def quantize_normal_float(
     codebook = normal_float_codebook(bits).to(weight.device)
     codes = torch.bucketize(unit, (codebook[1:] + codebook[:-1]) / 2)
     codes = codes.flatten()[: flat.numel()].view(weight.shape).to(torch.uint8)
-    return NormalFloatWeight(codes, double_quantize(absmax) if double_quantization else absmax, bits)
+    return NormalFloatWeight(codes, double_quantize(absmax).dequantize() if double_quantization else absmax, bits)
 
 
-def double_quantize(absmax: Tensor) -> Tensor:
-    """Quantize block scales to 8 bits around their mean, in blocks of `SCALE_BLOCK` (QLoRA, section 3), and back.
+@dataclass(frozen=True, eq=False)
+class BlockScales:
+    """Block scales in 8 bits.
+
+    Attributes:
+        codes: uint8 [N], indices into `dynamic_codebook`.
+        largest: float32 [ceil(N / SCALE_BLOCK)], the scales' own scales.
+        offset: float32 [], added to all.
+    """
+
+    codes: Tensor
+    largest: Tensor
+    offset: Tensor
+
+    def dequantize(self) -> Tensor:
+        """The scales that are read back: float32 [N]."""
+        return dequantize_scales(dynamic_codebook().to(self.codes.device), self.codes, self.largest, self.offset)
+
+
+def dequantize_scales(codebook: Tensor, codes: Tensor, largest: Tensor, offset: Tensor) -> Tensor:
+    """``codebook[codes] * largest + offset``, see `BlockScales`: float32 [N]."""
+    return codebook[codes.int()] * largest.repeat_interleave(SCALE_BLOCK)[: len(codes)] + offset
+
+
+def double_quantize(absmax: Tensor) -> BlockScales:
+    """Quantize block scales to 8 bits around their mean, in blocks of `SCALE_BLOCK` (QLoRA, section 3).
 
     Args:
         absmax: float32 [N].
-
-    Returns:
-        The scales that would be read back: float32 [N].
     """
     offset = absmax.mean()
     centred = absmax - offset
@@ -246,8 +267,8 @@ def double_quantize(absmax: Tensor) -> Tensor:
     largest = blocks.abs().amax(dim=1, keepdim=True)
     codebook = dynamic_codebook().to(absmax.device)
     unit = blocks / torch.where(largest > 0, largest, 1.0)
-    nearest = codebook[torch.bucketize(unit, (codebook[1:] + codebook[:-1]) / 2)]
-    return (nearest * largest).flatten()[: absmax.numel()] + offset
+    codes = torch.bucketize(unit, (codebook[1:] + codebook[:-1]) / 2).flatten()[: absmax.numel()]
+    return BlockScales(codes.to(torch.uint8), largest.flatten(), offset)
 
 
 def dynamic_codebook() -> Tensor:

@@ -1,0 +1,58 @@
+import importlib.util
+
+import pytest
+import torch
+from kernel_problems import A16, CPU, STATIC, TOKEN, Problem, int_format, relative
+
+from qvlm_plugin.formats import WeightFormat
+from qvlm_plugin.kernels import nf4
+from qvlm_plugin.kernels.nf4 import NF4
+
+pytest.importorskip("bitsandbytes")
+CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+PLAIN, DOUBLE = (WeightFormat(kind="nf", bits=4, double_quantization=double) for double in (False, True))
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize("activation", [A16, STATIC, TOKEN], ids=str)
+@pytest.mark.parametrize("weight", [PLAIN, DOUBLE], ids=str)
+@pytest.mark.parametrize("shape", [(64, 256), (40, 192), (7, 64)])
+def test_nf4_equals_the_reference(dtype, activation, weight, shape):
+    problem = Problem.draw(shape, dtype=dtype)
+    assert problem.distance(NF4, weight, activation) < CLOSE[dtype]
+    assert problem.outputs(NF4, weight, activation).dtype == dtype
+
+
+def test_clipped_weights():
+    weight = WeightFormat(kind="nf", bits=4, clipped=True)
+    assert Problem.draw((32, 256)).distance(NF4, weight, A16, clip=0.5 + 0.5 * torch.rand(128)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_shapes_of_the_input(dtype, bias):
+    problem = Problem.draw(bias=bias, dtype=dtype)
+    layer = problem.quantized(NF4, DOUBLE, STATIC)
+    expected = layer(problem.x[:24])
+    assert relative(layer(problem.x[:24].view(2, 3, 4, -1)).flatten(0, 2), expected) < CLOSE[dtype]
+    assert relative(layer(problem.x[0]), expected[0]) < CLOSE[dtype]
+    assert layer(problem.x[:0].view(2, 0, 256)).shape == (2, 0, 64)
+
+
+@pytest.mark.parametrize(("weight", "dtype"), [(PLAIN, torch.float32), (DOUBLE, torch.float32), (DOUBLE, torch.bfloat16)])
+def test_weights_take_four_bits(weight, dtype):
+    problem = Problem.draw((256, 1024), bias=False, dtype=dtype)
+    layer = problem.quantized(NF4, weight, A16)
+    held = 8 * sum(tensor.nbytes for tensor in layer.parameters()) / (256 * 1024)
+    stored = 8 * sum(t.nbytes for t in NF4.prepare(problem.linear.weight, None, weight, A16, {}).values()) / (256 * 1024)
+    assert stored == pytest.approx(weight.effective_bits((256, 1024)), abs=0.01)
+    assert held < stored + 0.15  # the CPU's own layout has 16-bit scales
+
+
+def test_what_it_cannot_do_is_said(monkeypatch):
+    assert "4 bits" in NF4.obstacle(WeightFormat(kind="nf", bits=3), A16, (64, 256), CPU)
+    assert "normal-float" in NF4.obstacle(int_format(4), A16, (64, 256), CPU)
+    assert "48 input features" in NF4.obstacle(PLAIN, A16, (64, 48), CPU)
+    monkeypatch.setattr(nf4, "find_spec", lambda name: None)
+    assert "not installed" in NF4.obstacle(PLAIN, A16, (64, 256), CPU)
+    assert importlib.util.find_spec("bitsandbytes") is not None

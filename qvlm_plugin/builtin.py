@@ -4,6 +4,10 @@ from transformers import PretrainedConfig
 
 from qvlm_plugin.hooks import hookimpl
 from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.int4 import INT4
+from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
+from qvlm_plugin.kernels.int8 import INT8
+from qvlm_plugin.kernels.nf4 import NF4
 from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.methods.awq import AWQ
 from qvlm_plugin.methods.base import Method
@@ -28,5 +32,5 @@ def qvlm_topology(config: PretrainedConfig) -> Topology | None:
 
 @hookimpl
 def qvlm_kernels() -> list[Kernel]:
-    """The reference arithmetic."""
-    return [REFERENCE]
+    """Packed arithmetics in order of preference, and the reference."""
+    return [INT4, INT4_FOLDED, INT8, NF4, REFERENCE]

@@ -28,6 +28,7 @@ from qvlm_plugin import __version__
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.selection import Choice, Execution, choose
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.scheme import PARTS
 from qvlm_plugin.topology import linear_layers
@@ -243,18 +244,26 @@ class RoundingPlan:
         return cls(**values, tensors=tensors)
 
 
-def apply_plan(plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: tuple[Kernel, ...]) -> None:
+def apply_plan(
+    plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: tuple[Kernel, ...], strict: bool = False
+) -> Execution:
     """Replace the Linears of ``model`` by what the plan says, in place.
 
     Args:
         plan: made for this model.
         model: in full precision, as loaded.
         fingerprint: of the loaded checkpoint.
-        kernels: candidates in order of preference; the first that supports a module serves it.
+        kernels: candidates in order of preference; the first that supports a module serves it, the last is the one to
+            fall back on.
+        strict: falling back is an error.
+
+    Returns:
+        Which kernel serves which module.
 
     Raises:
         QVLMError: the plan belongs to another model, lists a module that is missing or of another shape, leaves one
-            out, lacks a tensor, or no kernel supports a module. The model is unchanged then.
+            out, lacks a tensor, no kernel supports a module, or it falls back under ``strict``. The model is unchanged
+            then.
     """
     if plan.model != fingerprint:
         raise QVLMError(
@@ -265,26 +274,38 @@ def apply_plan(plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: 
     _require_same_linears(plan, linears)
     _require_tensors(plan, model)
     quantized = [module for module in plan.modules if not module.is_identity]
-    chosen = [_choose(kernels, module, linears[module.name].weight.device) for module in quantized]
+    execution = Execution(
+        {module.name: _choose(kernels, module, linears[module.name].weight.device) for module in quantized}
+    )
+    if strict and execution.fallbacks:
+        name = execution.fallbacks[0]
+        raise QVLMError(
+            f"strict=true: {name} would fall back to {execution.choices[name].kernel.name} "
+            f"({execution.choices[name].reasons})"
+        )
     with torch.no_grad():
         for name in plan.replaced:
             model.get_parameter(name).copy_(plan.tensors[f"{name}/value"])
         for fold in plan.folds:
             readers = [model.get_submodule(name) for name in plan.readers(fold.site)]
             apply_fold(fold, plan.tensors[f"{fold.site}/scale"], model.get_submodule(fold.producer), readers)
-    for module, kernel in zip(quantized, chosen, strict=True):
+    for module in quantized:
         linear = linears.pop(module.name)  # popped, so that its weight is freed once it is quantized
-        layer = quantized_linear(module, linear, plan.tensors, kernel)
+        layer = quantized_linear(module, linear, plan.tensors, execution.choices[module.name].kernel)
         if hasattr(linear, "_hf_hook"):  # accelerate's: it brings inputs to the device of a dispatched model's layer
             add_hook_to_module(layer, linear._hf_hook)
         model.set_submodule(module.name, layer)
+    return execution
 
 
 def quantized_linear(
     module: ModulePlan, linear: nn.Linear, tensors: Mapping[str, Tensor], kernel: Kernel
 ) -> QuantLinear:
     """What ``linear`` becomes by its entry in a plan with these ``tensors``."""
-    parameters = {name: tensors[key].to(linear.weight.device) for name, key in _tensor_keys(module).items()}
+    keys = _tensor_keys(module)
+    if f"{module.site}/mean" in tensors:  # kernels that fold activation scales correct the bias by it
+        keys["mean"] = f"{module.site}/mean"
+    parameters = {name: tensors[key].to(linear.weight.device) for name, key in keys.items()}
     return QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
 
 
@@ -321,14 +342,14 @@ def _require_same_linears(plan: RoundingPlan, linears: Mapping[str, nn.Linear]) 
             raise QVLMError(f"{name} is offloaded; choose a device_map that keeps the weights on devices")
 
 
-def _choose(kernels: tuple[Kernel, ...], module: ModulePlan, device: torch.device) -> Kernel:
-    for kernel in kernels:
-        if kernel.supports(module.weight, module.activation, module.shape, device):
-            return kernel
-    raise QVLMError(
-        f"no kernel of {', '.join(kernel.name for kernel in kernels) or 'none'} supports {module.name} "
-        f"({module.weight}, {module.activation}) on {device}"
-    )
+def _choose(kernels: tuple[Kernel, ...], module: ModulePlan, device: torch.device) -> Choice:
+    choice = choose(kernels, module.weight, module.activation, module.shape, device)
+    if choice is None:
+        raise QVLMError(
+            f"no kernel of {', '.join(kernel.name for kernel in kernels) or 'none'} supports {module.name} "
+            f"({module.weight}, {module.activation}) on {device}"
+        )
+    return choice
 
 
 def _require_tensors(plan: RoundingPlan, model: nn.Module) -> None:

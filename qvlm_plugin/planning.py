@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from qvlm_plugin import __version__, plugins
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.methods.base import Method
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, apply_plan
@@ -131,11 +132,15 @@ def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: Calibratio
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def apply(plan: RoundingPlan, loaded: LoadedModel, backend: str = "reference") -> None:
-    """Quantize the loaded model in place by ``plan``, with the arithmetic that ``backend`` names.
+def apply(plan: RoundingPlan, loaded: LoadedModel, backend: str = "reference", strict: bool = False) -> Execution:
+    """Quantize the loaded model in place by ``plan``, with the arithmetic that ``backend`` names (`plugins.kernels`).
+
+    Returns:
+        Which kernel serves which module; ``strict`` makes falling back to the reference an error.
 
     Raises:
         QVLMError: see `apply_plan`; or the backend is unknown.
     """
-    apply_plan(plan, loaded.model, loaded.fingerprint, plugins.kernels(backend))
+    execution = apply_plan(plan, loaded.model, loaded.fingerprint, plugins.kernels(backend), strict)
     plugins.plugin_manager().hook.qvlm_quantized(loaded=loaded, plan=plan)
+    return execution

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from qvlm_plugin import builtin, hooks
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.selftest import falling_back, insisting
 from qvlm_plugin.methods.base import Method
 from qvlm_plugin.topology import Topology
 
@@ -48,15 +49,27 @@ def method(name: str) -> Method:
 
 
 def kernels(backend: str) -> tuple[Kernel, ...]:
-    """The kernels that ``backend=`` names.
+    """The kernels that ``backend=`` names, in order of preference.
+
+    ``reference`` is that kernel alone. All other backends end with it, to fall back on: ``packed`` begins with every
+    other kernel, of which one that fails its self-test is an error; ``auto`` likewise, but does without those that
+    fail; the name of a kernel stands for it alone, untested.
 
     Raises:
         QVLMError: there is none of that name.
     """
     known = _by_name("kernel", plugin_manager().hook.qvlm_kernels())
-    if backend not in known:
-        raise QVLMError(f"backend={backend!r} is not known; allowed are {', '.join(sorted(known))}")
-    return (known[backend],)
+    reference = known["reference"]
+    packed = tuple(kernel for kernel in known.values() if kernel is not reference)
+    backends = {
+        "auto": (*map(falling_back, packed), reference),
+        "packed": (*map(insisting, packed), reference),
+        **{kernel.name: (kernel, reference) for kernel in packed},
+        "reference": (reference,),
+    }
+    if backend not in backends:
+        raise QVLMError(f"backend={backend!r} is not known; allowed are {', '.join(backends)}")
+    return backends[backend]
 
 
 def topology(config: PretrainedConfig) -> Topology:

@@ -40,7 +40,10 @@ class ModelArguments(BaseModel):
     cache: Path | None = Field(
         default_factory=lambda: cache_root() / "plans", description="folder of searched plans; none searches anew"
     )
-    backend: str = Field("reference", description="arithmetic that serves the plan")
+    backend: str = Field(
+        "reference", description="arithmetic of the plan: auto, packed, reference or one kernel's name"
+    )
+    strict: bool = Field(False, description="falling back to the reference arithmetic is an error")
     allow_overlap: bool = Field(False, description="evaluate even documents that were calibrated on")
     batch_size: int = Field(1, ge=1, description="documents per forward pass")
     max_new_tokens: int = Field(32, ge=1, description="answer length for tasks that set none")

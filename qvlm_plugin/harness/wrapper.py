@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import Collator
+from loguru import logger
 from tqdm import tqdm
 from transformers import StoppingCriteriaList
 
@@ -35,6 +36,7 @@ from qvlm_plugin.harness.requests import (
     with_system_prompt,
 )
 from qvlm_plugin.harness.task_source import draw_samples
+from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 
@@ -74,7 +76,9 @@ class _QVLM(lmms):
         loaded = self._load(arguments)
         if request is not None:
             plan = planning.obtain_plan(loaded, request, calibration, arguments.cache)
-        planning.apply(plan, loaded, arguments.backend)
+        execution = planning.apply(plan, loaded, arguments.backend, arguments.strict)
+        if self._rank == 0 and execution.choices:
+            logger.info(f"backend={arguments.backend}: {execution}")
 
         self._model, self._processor = loaded.model, loaded.processor
         if arguments.device_map is not None:
@@ -83,7 +87,7 @@ class _QVLM(lmms):
         self._max_new_tokens = arguments.max_new_tokens
         self._allow_overlap = arguments.allow_overlap
         self.record = provenance.RunRecord(
-            facts=self._facts(arguments, loaded, plan),
+            facts=self._facts(arguments, loaded, plan, execution),
             calibration_digests=frozenset(plan.calibration.digests if plan.calibration else ()),
             documents=self.task_dict,
         )
@@ -174,7 +178,9 @@ class _QVLM(lmms):
             for split in splits.values()
             for file in getattr(split, "cache_files", ())
         )
-        names = ("model_fingerprint", "plan_hash", "backend", "dtype", "prompt_format", "system_prompt", "versions")
+        names = (
+            "model_fingerprint", "plan_hash", "backend", "kernels", "dtype", "prompt_format", "system_prompt", "versions",
+        )  # fmt: skip
         return json.dumps([{name: self.record.facts[name] for name in names}, files], sort_keys=True)
 
     def _prepare(self, requests: Sequence[Instance], read: Callable[[Instance, Documents], Request]) -> list[Request]:
@@ -292,7 +298,9 @@ class _QVLM(lmms):
             check_config=plugins.topology,
         )
 
-    def _facts(self, arguments: ModelArguments, loaded: LoadedModel, plan: RoundingPlan) -> dict[str, Any]:
+    def _facts(
+        self, arguments: ModelArguments, loaded: LoadedModel, plan: RoundingPlan, execution: Execution
+    ) -> dict[str, Any]:
         calibration = plan.calibration and {
             "source": plan.calibration.source,
             "seed": plan.calibration.seed,
@@ -307,6 +315,8 @@ class _QVLM(lmms):
             "table_hash": plan.table_hash,
             "plan_hash": plan.hash,
             "backend": arguments.backend,
+            "kernels": execution.counts,
+            "fallbacks": len(execution.fallbacks),
             "calibration": calibration,
             "search_seconds": plan.search_seconds,
             "pretrained": arguments.pretrained,

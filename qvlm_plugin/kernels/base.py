@@ -30,9 +30,7 @@ class Kernel:
 
     name: str
     obstacle: Callable[[WeightFormat, ActivationFormat, tuple[int, int], torch.device], str | None]
-    prepare: Callable[
-        [Tensor, Tensor | None, WeightFormat, ActivationFormat, Mapping[str, Tensor]], dict[str, Tensor]
-    ]
+    prepare: Callable[[Tensor, Tensor | None, WeightFormat, ActivationFormat, Mapping[str, Tensor]], dict[str, Tensor]]
     pack: Callable[[Mapping[str, Tensor], torch.device], dict[str, Tensor]]
     forward: Callable[[Tensor, Mapping[str, Tensor], ActivationFormat], Tensor]
     tolerance: float = 0.01

@@ -16,7 +16,7 @@ from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.folding import encode, fold
 from qvlm_plugin.kernels.int4 import INT4
-from qvlm_plugin.kernels.int4_product import int4_linear, operator_group, pack_weight
+from qvlm_plugin.kernels.int4_product import int4_linear, operator_group
 from qvlm_plugin.kernels.nibbles import pack_nibbles
 from qvlm_plugin.quantizers import IntWeight, quantize_int
 
@@ -72,5 +72,5 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     return output.to(x.dtype).view(*x.shape[:-1], output.shape[-1])
 
 
-INT4_FOLDED = Kernel("int4_folded", _obstacle, _prepare, INT4.pack, _forward)
+INT4_FOLDED = Kernel("int4_folded", _obstacle, _prepare, INT4.pack, _forward, tolerance=0.03)
 """4-bit weights times activation codes."""

@@ -69,7 +69,9 @@ def test_shapes_of_the_input(kernel, bias):
 def test_weights_take_four_bits(kernel):
     problem = Problem.draw((256, 1024), dtype=torch.bfloat16)
     layer = problem.quantized(kernel, int_format(4), STATIC)
-    held = sum(parameter.nbytes for name, parameter in layer.named_parameters() if name in ("packed", "scales_and_zeros"))
+    held = sum(
+        parameter.nbytes for name, parameter in layer.named_parameters() if name in ("packed", "scales_and_zeros")
+    )
     assert 8 * held / (256 * 1024) == 4 + 32 / 128
     neutral = kernel.prepare(problem.linear.weight, None, int_format(4), STATIC, problem.parameters(STATIC))
     assert neutral["codes"].shape == (256, 512) and neutral["codes"].dtype == torch.uint8
@@ -120,5 +122,3 @@ def test_folding_with_massive_and_constant_channels():
     problem.x[:, :3] = torch.tensor([0.0, 7.0, -300.0])
     reference = problem.error(REFERENCE, int_format(4), STATIC)
     assert problem.error(INT4_FOLDED, int_format(4), STATIC) < 1.3 * reference + 0.01
-
-

@@ -39,12 +39,16 @@ def test_shapes_of_the_input(dtype, bias):
     assert layer(problem.x[:0].view(2, 0, 256)).shape == (2, 0, 64)
 
 
-@pytest.mark.parametrize(("weight", "dtype"), [(PLAIN, torch.float32), (DOUBLE, torch.float32), (DOUBLE, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("weight", "dtype"), [(PLAIN, torch.float32), (DOUBLE, torch.float32), (DOUBLE, torch.bfloat16)]
+)
 def test_weights_take_four_bits(weight, dtype):
     problem = Problem.draw((256, 1024), bias=False, dtype=dtype)
     layer = problem.quantized(NF4, weight, A16)
     held = 8 * sum(tensor.nbytes for tensor in layer.parameters()) / (256 * 1024)
-    stored = 8 * sum(t.nbytes for t in NF4.prepare(problem.linear.weight, None, weight, A16, {}).values()) / (256 * 1024)
+    stored = (
+        8 * sum(t.nbytes for t in NF4.prepare(problem.linear.weight, None, weight, A16, {}).values()) / (256 * 1024)
+    )
     assert stored == pytest.approx(weight.effective_bits((256, 1024)), abs=0.01)
     assert held < stored + 0.15  # the CPU's own layout has 16-bit scales
 

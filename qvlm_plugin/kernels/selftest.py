@@ -1,0 +1,111 @@
+"""Does a kernel compute here what it should? Private operators change between versions of torch, and between devices.
+
+The problem is one on which every kernel should equal the reference arithmetic: static steps are the same for all
+channels, so that folding them loses nothing.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.reference import REFERENCE
+
+_SHAPE = (64, 256)
+_TOKENS = (3, 70)
+"""Few and many, since kernels tell these apart."""
+
+_STEP = 0.25
+
+
+@cache
+def self_test(
+    kernel: Kernel, weight_format: WeightFormat, activation_format: ActivationFormat, device: torch.device
+) -> str | None:
+    """Compare a kernel with the reference on a small problem, in float32 and bfloat16.
+
+    Returns:
+        What went wrong, in a few words; None if the outputs agree. It is computed once in a process.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(_SHAPE, generator=generator) / 16, torch.randn(_SHAPE[0], generator=generator)
+    inputs = torch.randn(max(_TOKENS), _SHAPE[1], generator=generator)
+    parameters = {name: value.to(device) for name, value in _parameters(weight_format, activation_format).items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        operands = [operand.to(device, dtype) for operand in (weight, bias)]
+        try:
+            outputs, expected = (
+                _outputs(each, *operands, inputs.to(device, dtype), weight_format, activation_format, parameters)
+                for each in (kernel, REFERENCE)
+            )
+        except Exception as error:  # a private operator may fail in any way
+            return f"{type(error).__name__} in {dtype}: {' '.join(str(error).split())[:200]}"
+        distance = float((outputs - expected).norm() / expected.norm())
+        if not distance <= kernel.tolerance:
+            return f"outputs differ from the reference by {distance:.2g} in {dtype}"
+    return None
+
+
+def falling_back(kernel: Kernel) -> Kernel:
+    """The kernel where it passes its self-test; where it fails, that is an obstacle."""
+
+    def obstacle(
+        weight_format: WeightFormat, activation_format: ActivationFormat, shape: tuple[int, int], device: torch.device
+    ) -> str | None:
+        if reason := kernel.obstacle(weight_format, activation_format, shape, device):
+            return reason
+        failure = self_test(kernel, weight_format, activation_format, device)
+        return failure and f"self-test failed: {failure}"
+
+    return replace(kernel, obstacle=obstacle)
+
+
+def insisting(kernel: Kernel) -> Kernel:
+    """The kernel where it passes its self-test; where it fails, choosing raises a `QVLMError`."""
+
+    def obstacle(
+        weight_format: WeightFormat, activation_format: ActivationFormat, shape: tuple[int, int], device: torch.device
+    ) -> str | None:
+        if reason := kernel.obstacle(weight_format, activation_format, shape, device):
+            return reason
+        if failure := self_test(kernel, weight_format, activation_format, device):
+            raise QVLMError(
+                f"backend=packed: kernel {kernel.name} fails its self-test on {device} ({weight_format}, "
+                f"{activation_format}): {failure}; backend=auto does without it"
+            )
+        return None
+
+    return replace(kernel, obstacle=obstacle)
+
+
+def _parameters(weight_format: WeightFormat, activation_format: ActivationFormat) -> dict[str, Tensor]:
+    levels = 2**activation_format.bits - 1
+    lower = -_STEP * (levels // 2 + torch.arange(_SHAPE[1]) % 2)
+    values = {
+        "lower": lower,
+        "upper": lower + _STEP * levels,
+        "clip_ratio": torch.ones(1),
+        "clip": torch.ones(_SHAPE[0], weight_format.groups(_SHAPE) // _SHAPE[0] or 1),
+    }
+    return {name: values[name] for name in (*weight_format.parameters, *activation_format.parameters)}
+
+
+@torch.no_grad()
+def _outputs(
+    kernel: Kernel,
+    weight: Tensor,
+    bias: Tensor,
+    inputs: Tensor,
+    weight_format: WeightFormat,
+    activation_format: ActivationFormat,
+    parameters: dict[str, Tensor],
+) -> Tensor:
+    """Of all counts of tokens, one after another: float32 on the CPU."""
+    neutral = kernel.prepare(weight, bias, weight_format, activation_format, parameters)
+    tensors = kernel.pack(neutral, weight.device)
+    outputs = [kernel.forward(inputs[:tokens], tensors, activation_format) for tokens in _TOKENS]
+    return torch.cat(outputs).float().cpu()

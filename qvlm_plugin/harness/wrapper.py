@@ -179,7 +179,8 @@ class _QVLM(lmms):
             for file in getattr(split, "cache_files", ())
         )
         names = (
-            "model_fingerprint", "plan_hash", "backend", "kernels", "dtype", "prompt_format", "system_prompt", "versions",
+            "model_fingerprint", "plan_hash", "backend", "kernels", "dtype", "prompt_format", "system_prompt",
+            "versions",
         )  # fmt: skip
         return json.dumps([{name: self.record.facts[name] for name in names}, files], sort_keys=True)
 

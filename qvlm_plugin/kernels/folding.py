@@ -58,8 +58,8 @@ def fold(
 ) -> Folded:
     """Fold the steps of a static per-channel quantizer into a weight.
 
-    Codes count from the point of a channel's grid that is nearest to its centre, which is its mean, or 0 where no mean is
-    known: the codes of typical inputs are then small, and their sums do not cancel against the constant.
+    Codes count from the point of a channel's grid that is nearest to its centre, which is its mean, or 0 where no mean
+    is known: the codes of typical inputs are then small, and their sums do not cancel against the constant.
 
     Args:
         weight: [O, I].

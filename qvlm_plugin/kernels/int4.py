@@ -1,7 +1,7 @@
 """Integer weights of up to 4 bits, packed two to a byte; the input is rounded as in the reference arithmetic.
 
-The operators multiply in the compute type, so nothing is gained from handing them integers: rounded inputs go in as they
-are, and the outputs equal the reference's up to rounding to that type, for every kind of activation.
+The operators multiply in the compute type, so nothing is gained from handing them integers: rounded inputs go in as
+they are, and the outputs equal the reference's up to rounding to that type, for every kind of activation.
 """
 
 from collections.abc import Mapping

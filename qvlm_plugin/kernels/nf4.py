@@ -1,4 +1,4 @@
-"""4-bit normal-float weights, packed and multiplied by bitsandbytes; the input is rounded as in the reference arithmetic.
+"""4-bit normal-float weights, packed and multiplied by bitsandbytes; the input is rounded as in the reference.
 
 Codes and block scales are this package's own (`quantizers`), and in bitsandbytes' layout: outputs equal the reference's
 up to rounding. The package is imported when a weight is packed, not before.

@@ -7,9 +7,9 @@ from torch import Tensor
 def segment_widths(step: Tensor, count: int, multiple: int) -> tuple[int, ...]:
     """Split channels sorted by step so that rounding a folded weight costs least.
 
-    In a segment a weight's rounding error is in proportion to the largest step, whatever the channel's own, and the error
-    of an output to the sum of their squares: channels times largest step squared, summed over segments. That is
-    minimised exactly, by dynamic programming over the possible borders.
+    In a segment a weight's rounding error is in proportion to the largest step, whatever the channel's own, and the
+    squared error of an output to the sum of their squares: channels times largest step squared, summed over segments.
+    That is minimised exactly, by dynamic programming over the possible borders.
 
     Args:
         step: ascending [I].

@@ -50,7 +50,7 @@ def test_failures_are_told_and_leave_the_random_state_alone():
     problem = (int_format(4), A16, (64, 256), CPU)
     assert "self-test failed: NotImpl" in falling_back(absent).obstacle(*problem)
     with pytest.raises(
-        QVLMError, match="backend=packed: kernel int4 fails its self-test on cpu .*backend=auto"
+        QVLMError, match=r"backend=packed: kernel int4 fails its self-test on cpu .*backend=auto"
     ) as caught:
         insisting(absent).obstacle(*problem)
     assert "\n" not in str(caught.value)

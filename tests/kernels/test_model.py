@@ -72,7 +72,7 @@ def test_the_harness_states_what_computed_a_result(tiny_llava):
     assert packed.response_identity() != reference.response_identity()
     held = [sum(tensor.nbytes for tensor in model._model.parameters()) for model in (packed, reference)]
     assert held[0] < 0.8 * held[1]
-    with pytest.raises(QVLMError, match="strict=true: model.vision_tower"):
+    with pytest.raises(QVLMError, match=r"strict=true: model\.vision_tower"):
         QVLMChat(**arguments, scheme="w4a16", group_size=32, backend="auto", strict=True)
 
 

@@ -18,19 +18,18 @@ class QuantLinear(nn.Module):
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        bias: Tensor | None,
         weight_format: WeightFormat,
         activation_format: ActivationFormat,
         kernel: Kernel,
         shape: tuple[int, int],
     ) -> None:
+        """Hold a kernel's run-time tensors for a weight of ``shape`` [O, I]."""
         super().__init__()
         self.out_features, self.in_features = shape
         self.weight_format, self.activation_format, self.kernel = weight_format, activation_format, kernel
         self.tensor_names = tuple(tensors)
         for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
 
     @classmethod
     def from_linear(
@@ -42,14 +41,15 @@ class QuantLinear(nn.Module):
         kernel: Kernel,
     ) -> "QuantLinear":
         """Quantize ``linear``; ``parameters`` are those that the two formats name."""
-        tensors = kernel.prepare(linear.weight.detach(), weight_format, activation_format, parameters)
-        shape = (linear.out_features, linear.in_features)
-        return cls(tensors, linear.bias, weight_format, activation_format, kernel, shape)
+        weight, bias = linear.weight.detach(), linear.bias
+        neutral = kernel.prepare(weight, bias, weight_format, activation_format, parameters)
+        tensors = kernel.pack(neutral, weight.device)
+        return cls(tensors, weight_format, activation_format, kernel, (linear.out_features, linear.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
         tensors = {name: getattr(self, name) for name in self.tensor_names}
-        return self.kernel.forward(x, tensors, self.bias, self.activation_format)
+        return self.kernel.forward(x, tensors, self.activation_format)
 
     def extra_repr(self) -> str:
         """Shape, formats and kernel, for ``print(model)``."""

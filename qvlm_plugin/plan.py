@@ -323,7 +323,7 @@ def _require_same_linears(plan: RoundingPlan, linears: Mapping[str, nn.Linear]) 
 
 def _choose(kernels: tuple[Kernel, ...], module: ModulePlan, device: torch.device) -> Kernel:
     for kernel in kernels:
-        if kernel.supports(module.weight, module.activation, device):
+        if kernel.supports(module.weight, module.activation, module.shape, device):
             return kernel
     raise QVLMError(
         f"no kernel of {', '.join(kernel.name for kernel in kernels) or 'none'} supports {module.name} "

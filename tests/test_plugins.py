@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from qvlm_plugin import builtin, planning, plugins
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.hooks import hookimpl
-from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.base import Kernel, as_stored
 from qvlm_plugin.methods.base import Method, MethodOptions, build_plan
 from qvlm_plugin.topology import llava_topology
 
@@ -35,13 +35,13 @@ class Coarse:
 
     @hookimpl
     def qvlm_kernels(self):
-        def forward(x, tensors, bias, activation_format):
-            return F.linear(x, tensors["negative"], bias)
+        def prepare(weight, bias, *formats):
+            return {"negative": -weight} | ({} if bias is None else {"bias": bias})
 
-        def prepare(weight, *formats):
-            return {"negative": -weight}
+        def forward(x, tensors, activation_format):
+            return F.linear(x, tensors["negative"], tensors.get("bias"))
 
-        return [Kernel("negating", lambda *formats: True, prepare, forward)]
+        return [Kernel("negating", lambda *problem: None, prepare, as_stored, forward)]
 
     @hookimpl
     def qvlm_quantized(self, loaded, plan):

@@ -1,4 +1,4 @@
-"""What an arithmetic is: which formats it supports, the tensors it keeps, and the product it computes."""
+"""What an arithmetic is: which problems it takes, the tensors it keeps, and the product it computes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,16 +11,43 @@ from qvlm_plugin.formats import ActivationFormat, WeightFormat
 
 @dataclass(frozen=True)
 class Kernel:
-    """One arithmetic.
+    """One arithmetic of a quantized Linear.
+
+    Its tensors have two forms. Neutral ones are the same on every device and are what a file holds; run-time ones are
+    laid out for the operator of one device. Everything static that a forward pass needs (group sizes, segments) follows
+    from the tensors' shapes, so that a compiler sees constants.
 
     Attributes:
         name: as ``backend=`` and results state it.
-        supports: (weight format, activation format, device) → whether this kernel runs them there.
-        prepare: (weight [O, I], formats, the parameters they name) → the named tensors that `QuantLinear` holds.
-        forward: (x [..., I], those tensors, bias [O] or None, activation format) → [..., O] in the dtype of x.
+        obstacle: (weight format, activation format, shape [O, I], device) → why this kernel cannot run that there, in a
+            few words; None if it can.
+        prepare: (weight [O, I], bias [O] or None, formats, the parameters they name) → neutral tensors by name, among
+            them ``bias`` if the product adds one.
+        pack: (neutral tensors, device) → run-time tensors by name, for `QuantLinear` to hold.
+        forward: (x [..., I], run-time tensors, activation format) → [..., O] in the dtype of x.
+        tolerance: relative output error that a self-test accepts where this arithmetic should equal the reference's.
     """
 
     name: str
-    supports: Callable[[WeightFormat, ActivationFormat, torch.device], bool]
-    prepare: Callable[[Tensor, WeightFormat, ActivationFormat, Mapping[str, Tensor]], dict[str, Tensor]]
-    forward: Callable[[Tensor, Mapping[str, Tensor], Tensor | None, ActivationFormat], Tensor]
+    obstacle: Callable[[WeightFormat, ActivationFormat, tuple[int, int], torch.device], str | None]
+    prepare: Callable[
+        [Tensor, Tensor | None, WeightFormat, ActivationFormat, Mapping[str, Tensor]], dict[str, Tensor]
+    ]
+    pack: Callable[[Mapping[str, Tensor], torch.device], dict[str, Tensor]]
+    forward: Callable[[Tensor, Mapping[str, Tensor], ActivationFormat], Tensor]
+    tolerance: float = 0.01
+
+    def supports(
+        self,
+        weight_format: WeightFormat,
+        activation_format: ActivationFormat,
+        shape: tuple[int, int],
+        device: torch.device,
+    ) -> bool:
+        """Whether there is no `obstacle`."""
+        return self.obstacle(weight_format, activation_format, shape, device) is None
+
+
+def as_stored(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The `Kernel.pack` of arithmetics that run on the neutral layout."""
+    return {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.base import Kernel, as_stored
 from qvlm_plugin.quantizers import (
     fake_quantize,
     fake_quantize_straight_through,
@@ -46,32 +46,35 @@ def round_activation(
     return x
 
 
-def _supports(weight_format: WeightFormat, activation_format: ActivationFormat, device: torch.device) -> bool:
-    return True
+def _obstacle(
+    weight_format: WeightFormat, activation_format: ActivationFormat, shape: tuple[int, int], device: torch.device
+) -> None:
+    return None
 
 
 def _prepare(
-    weight: Tensor, weight_format: WeightFormat, activation_format: ActivationFormat, parameters: Mapping[str, Tensor]
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_format: WeightFormat,
+    activation_format: ActivationFormat,
+    parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    activation = {name: parameters[name] for name in activation_format.parameters}
-    return {"weight": round_weight(weight, weight_format, parameters.get("clip")), **activation}
+    tensors = {"weight": round_weight(weight, weight_format, parameters.get("clip"))}
+    tensors |= {name: parameters[name] for name in activation_format.parameters}
+    return tensors if bias is None else {**tensors, "bias": bias}
 
 
-def _forward(
-    x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, activation_format: ActivationFormat
-) -> Tensor:
-    return F.linear(round_activation(x, activation_format, tensors), tensors["weight"], bias)
+def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
+    return F.linear(round_activation(x, activation_format, tensors), tensors["weight"], tensors.get("bias"))
 
 
-def _forward_straight_through(
-    x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, activation_format: ActivationFormat
-) -> Tensor:
+def _forward_straight_through(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
     rounded = round_activation(x, activation_format, tensors, fake_quantize_straight_through)
-    return F.linear(rounded, tensors["weight"], bias)
+    return F.linear(rounded, tensors["weight"], tensors.get("bias"))
 
 
-REFERENCE = Kernel("reference", _supports, _prepare, _forward)
+REFERENCE = Kernel("reference", _obstacle, _prepare, as_stored, _forward)
 """Quantize-dequantize on any device, for any format."""
 
-STRAIGHT_THROUGH = Kernel("straight_through", _supports, _prepare, _forward_straight_through)
+STRAIGHT_THROUGH = Kernel("straight_through", _obstacle, _prepare, as_stored, _forward_straight_through)
 """The same values, but differentiable in the input and the activation parameters; for methods that train those."""

@@ -304,8 +304,9 @@ def apply_fold(fold: Fold, scale: Tensor, producer: nn.Module, readers: Sequence
 
 def _tensor_keys(module: ModulePlan) -> dict[str, str]:
     """The plan's tensor for each parameter that a module's formats name."""
-    activation = {name: f"{module.site}/{name}" for name in module.activation.parameters}
-    return activation | {name: f"{module.name}/{name}" for name in module.weight.parameters}
+    shared = (*module.activation.parameters, *module.weight.site_parameters)
+    own = {name: f"{module.name}/{name}" for name in module.weight.parameters}
+    return {name: f"{module.site}/{name}" for name in shared} | own
 
 
 def _require_same_linears(plan: RoundingPlan, linears: Mapping[str, nn.Linear]) -> None:

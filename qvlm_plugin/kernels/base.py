@@ -30,9 +30,7 @@ class Kernel:
 
     name: str
     obstacle: Callable[[WeightFormat, ActivationFormat, tuple[int, int], torch.device], str | None]
-    prepare: Callable[
-        [Tensor, Tensor | None, WeightFormat, ActivationFormat, Mapping[str, Tensor]], dict[str, Tensor]
-    ]
+    prepare: Callable[[Tensor, Tensor | None, WeightFormat, ActivationFormat, Mapping[str, Tensor]], dict[str, Tensor]]
     pack: Callable[[Mapping[str, Tensor], torch.device], dict[str, Tensor]]
     forward: Callable[[Tensor, Mapping[str, Tensor], ActivationFormat], Tensor]
     tolerance: float = 0.01
@@ -46,6 +44,23 @@ class Kernel:
     ) -> bool:
         """Whether there is no `obstacle`."""
         return self.obstacle(weight_format, activation_format, shape, device) is None
+
+
+def corrected_bias(weight: Tensor, rounded: Tensor, bias: Tensor | None, mean: Tensor | None) -> Tensor | None:
+    """The bias that leaves the mean output as it was (Nagel et al., 2019, "Data-free quantization", section 4.2).
+
+    Args:
+        weight, rounded: before and after rounding, [O, I].
+        bias: [O] or None.
+        mean: of the inputs, [I]; None corrects nothing.
+
+    Returns:
+        ``bias + (weight - rounded) mean`` in the dtype of ``weight``; None for no bias.
+    """
+    if mean is None:
+        return bias
+    shift = (weight.float() - rounded.float()) @ mean.float()
+    return (shift if bias is None else bias.float() + shift).to(weight.dtype)
 
 
 def as_stored(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

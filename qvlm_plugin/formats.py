@@ -31,6 +31,8 @@ class WeightFormat(_Format):
         symmetric: for ``int``: no fitted zero point.
         double_quantization: for ``nf``: the block scales are themselves quantized to 8 bits.
         clipped: the groups' ranges are narrowed by a parameter ``clip`` (one factor in (0, 1] for each group).
+        corrected: the bias makes up for what rounding the weight adds to the mean output; takes the site's parameter
+            ``mean`` [in_features], the mean input.
     """
 
     kind: Literal["none", "int", "nf"] = "none"
@@ -38,11 +40,17 @@ class WeightFormat(_Format):
     symmetric: bool = False
     double_quantization: bool = False
     clipped: bool = False
+    corrected: bool = False
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the tensors a plan holds for each Linear of this format."""
         return ("clip",) if self.clipped else ()
+
+    @property
+    def site_parameters(self) -> tuple[str, ...]:
+        """Names of the tensors a plan holds for the site of a Linear of this format."""
+        return ("mean",) if self.corrected else ()
 
     def groups(self, shape: tuple[int, int]) -> int:
         """How many scales a weight of this shape has."""

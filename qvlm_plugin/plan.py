@@ -302,10 +302,7 @@ def quantized_linear(
     module: ModulePlan, linear: nn.Linear, tensors: Mapping[str, Tensor], kernel: Kernel
 ) -> QuantLinear:
     """What ``linear`` becomes by its entry in a plan with these ``tensors``."""
-    keys = _tensor_keys(module)
-    if f"{module.site}/mean" in tensors:  # kernels that fold activation scales correct the bias by it
-        keys["mean"] = f"{module.site}/mean"
-    parameters = {name: tensors[key].to(linear.weight.device) for name, key in keys.items()}
+    parameters = {name: tensors[key].to(linear.weight.device) for name, key in _tensor_keys(module).items()}
     return QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
 
 
@@ -325,8 +322,9 @@ def apply_fold(fold: Fold, scale: Tensor, producer: nn.Module, readers: Sequence
 
 def _tensor_keys(module: ModulePlan) -> dict[str, str]:
     """The plan's tensor for each parameter that a module's formats name."""
-    activation = {name: f"{module.site}/{name}" for name in module.activation.parameters}
-    return activation | {name: f"{module.name}/{name}" for name in module.weight.parameters}
+    shared = (*module.activation.parameters, *module.weight.site_parameters)
+    own = {name: f"{module.name}/{name}" for name in module.weight.parameters}
+    return {name: f"{module.site}/{name}" for name in shared} | own
 
 
 def _require_same_linears(plan: RoundingPlan, linears: Mapping[str, nn.Linear]) -> None:

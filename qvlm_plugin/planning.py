@@ -37,7 +37,7 @@ class PlanRequest:
     @property
     def needs_calibration(self) -> bool:
         """Whether `obtain_plan` needs a calibration set for it."""
-        return self.method.needs_calibration(self.scheme)
+        return self.method.needs_calibration(self.scheme, self.options)
 
 
 def check_request(method: str, scheme: str, options: Mapping[str, Any]) -> PlanRequest:

@@ -27,7 +27,7 @@ class Coarse:
             plan_scheme = planning.Scheme.parse("w2a16")
             return build_plan("coarse", loaded, topology, plan_scheme, options, {}, calibration)
 
-        return [Method("coarse", "two bits", MethodOptions, lambda scheme: False, fit)]
+        return [Method("coarse", "two bits", MethodOptions, lambda scheme, options: False, fit)]
 
     @hookimpl
     def qvlm_topology(self, config):
@@ -84,7 +84,7 @@ def test_two_plugins_may_not_provide_the_same_name(coarse):
 
 def test_installed_packages_are_found_by_entry_point(monkeypatch, tmp_path):
     module = types.ModuleType("installed_elsewhere")
-    module.qvlm_methods = hookimpl(lambda: [Method("found", "", MethodOptions, lambda scheme: False, None)])
+    module.qvlm_methods = hookimpl(lambda: [Method("found", "", MethodOptions, lambda scheme, options: False, None)])
     monkeypatch.setitem(sys.modules, "installed_elsewhere", module)
     info = tmp_path / "installed_elsewhere-1.0.dist-info"
     info.mkdir()

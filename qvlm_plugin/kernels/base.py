@@ -22,7 +22,7 @@ class Kernel:
         obstacle: (weight format, activation format, shape [O, I], device) → why this kernel cannot run that there, in a
             few words; None if it can.
         prepare: (weight [O, I], bias [O] or None, formats, the parameters they name) → neutral tensors by name, among
-            them ``bias`` if the product adds one.
+            them ``bias`` if the product adds one; where there is a ``mean``, it is the `corrected_bias`.
         pack: (neutral tensors, device) → run-time tensors by name, for `QuantLinear` to hold.
         forward: (x [..., I], run-time tensors, activation format) → [..., O] in the dtype of x.
         tolerance: relative output error that a self-test accepts where this arithmetic should equal the reference's.
@@ -44,6 +44,23 @@ class Kernel:
     ) -> bool:
         """Whether there is no `obstacle`."""
         return self.obstacle(weight_format, activation_format, shape, device) is None
+
+
+def corrected_bias(weight: Tensor, rounded: Tensor, bias: Tensor | None, mean: Tensor | None) -> Tensor | None:
+    """The bias that leaves the mean output as it was (Nagel et al., 2019, "Data-free quantization", section 4.2).
+
+    Args:
+        weight, rounded: before and after rounding, [O, I].
+        bias: [O] or None.
+        mean: of the inputs, [I]; None corrects nothing.
+
+    Returns:
+        ``bias + (weight - rounded) mean`` in the dtype of ``weight``; None for no bias.
+    """
+    if mean is None:
+        return bias
+    shift = (weight.float() - rounded.float()) @ mean.float()
+    return (shift if bias is None else bias.float() + shift).to(weight.dtype)
 
 
 def as_stored(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.base import Kernel, corrected_bias
 from qvlm_plugin.kernels.int4_product import int4_linear, obstacle_of_product, operator_group, pack_weight
 from qvlm_plugin.kernels.nibbles import pack_nibbles
 from qvlm_plugin.kernels.reference import round_activation
@@ -41,6 +41,7 @@ def _prepare(
 ) -> dict[str, Tensor]:
     fmt, columns = weight_format, weight.shape[1]
     quantized = quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, parameters.get("clip"))
+    bias = corrected_bias(weight, quantized.dequantize(), bias, parameters.get("mean"))
     # A group of the operator lies within one group of the weight, whose scale it repeats.
     starts = torch.arange(0, columns, operator_group(fmt.group_size, columns), device=weight.device)
     of_group = starts // quantized.group_size

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.base import Kernel, corrected_bias
 from qvlm_plugin.kernels.folding import encode, fold
 from qvlm_plugin.kernels.int8_product import int8_linear, int8_weight_linear, round_to_int8
 from qvlm_plugin.kernels.reference import round_weight
@@ -55,9 +55,11 @@ def _prepare(
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     rounded = round_weight(weight.float(), weight_format, parameters.get("clip"))
+    mean = parameters.get("mean")
     if activation_format.kind == "static_channel":
+        bias = corrected_bias(weight, rounded, bias, mean)
         bounds = parameters["lower"], parameters["upper"]
-        folded = fold(rounded, bias, *bounds, activation_format.bits, LARGEST_CODE, parameters.get("mean"))
+        folded = fold(rounded, bias, *bounds, activation_format.bits, LARGEST_CODE, mean)
         widths = segment_widths(folded.step, SEGMENTS, _MULTIPLE)
         segments = [round_to_int8(part) for part in folded.weight.split(widths, dim=1)]
         stored = torch.cat([codes * scale.unsqueeze(1) for codes, scale in segments], dim=1)
@@ -68,6 +70,7 @@ def _prepare(
             **folded.codes,
         }
     codes, scale = round_to_int8(rounded)
+    bias = corrected_bias(weight, codes * scale.unsqueeze(1), bias, mean)
     tensors = {"codes_0": codes, "scale": scale.unsqueeze(0)}
     tensors |= {name: parameters[name] for name in activation_format.parameters}
     return tensors if bias is None else {**tensors, "bias": bias}

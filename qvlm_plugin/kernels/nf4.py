@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.base import Kernel, corrected_bias
 from qvlm_plugin.kernels.nibbles import pack_nibbles
-from qvlm_plugin.kernels.reference import round_activation
+from qvlm_plugin.kernels.reference import round_activation, round_weight
 from qvlm_plugin.quantizers import (
     NF_BLOCK,
     dequantize_scales,
@@ -55,6 +55,8 @@ def _prepare(
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     quantized = quantize_normal_float(weight, BITS, False, parameters.get("clip"))
+    rounded = round_weight(weight, weight_format, parameters.get("clip"))
+    bias = corrected_bias(weight, rounded, bias, parameters.get("mean"))
     tensors = {
         "codes": pack_nibbles(quantized.codes),
         "codebook": normal_float_codebook(BITS).to(weight.device, weight.dtype),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel, as_stored
+from qvlm_plugin.kernels.base import Kernel, as_stored, corrected_bias
 from qvlm_plugin.quantizers import (
     fake_quantize,
     fake_quantize_straight_through,
@@ -59,8 +59,9 @@ def _prepare(
     activation_format: ActivationFormat,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    tensors = {"weight": round_weight(weight, weight_format, parameters.get("clip"))}
-    tensors |= {name: parameters[name] for name in activation_format.parameters}
+    rounded = round_weight(weight, weight_format, parameters.get("clip"))
+    bias = corrected_bias(weight, rounded, bias, parameters.get("mean"))
+    tensors = {"weight": rounded} | {name: parameters[name] for name in activation_format.parameters}
     return tensors if bias is None else {**tensors, "bias": bias}
 
 

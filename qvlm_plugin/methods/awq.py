@@ -15,16 +15,23 @@ from torch import Tensor, nn
 
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.formats import WeightFormat
-from qvlm_plugin.methods.base import Method, activation_sites, build_plan, grid_from_one, quantizes_anything
+from qvlm_plugin.methods.base import (
+    Method,
+    activation_sites,
+    build_plan,
+    grid_from_one,
+    quantizes_anything,
+    weight_sites,
+)
 from qvlm_plugin.methods.clipping import search_clip
-from qvlm_plugin.methods.qlora import RangeSearchOptions, search_ranges
+from qvlm_plugin.methods.qlora import RangeSearchOptions, observe_means, search_ranges
 from qvlm_plugin.methods.sampling import sample_tokens
 from qvlm_plugin.methods.scaling import fold_of, search_scale
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import materialized
 from qvlm_plugin.plan import Fold, RoundingPlan, apply_fold
-from qvlm_plugin.scheme import UNQUANTIZED, Scheme
-from qvlm_plugin.topology import Site, Topology, resolve
+from qvlm_plugin.scheme import Scheme
+from qvlm_plugin.topology import Site, Topology
 from qvlm_plugin.workspace import Workspace
 
 CLIP_STEP = 0.05
@@ -65,7 +72,7 @@ def search_weights(
         QVLMError: an input is not finite.
     """
     model = loaded.model
-    sites = [s for s in resolve(topology, model) if getattr(scheme, s.part).weight != UNQUANTIZED]
+    sites = weight_sites(topology, loaded, scheme)
     folds: list[Fold] = []
     tensors: dict[str, Tensor] = {}
     if sites:
@@ -132,8 +139,10 @@ def fit(
 ) -> RoundingPlan:
     """Search scales and clips of the weights, then the ranges of the scaled activations."""
     folds, tensors = search_weights(loaded, topology, scheme, calibration, options)
+    scales = input_scales(loaded, folds, tensors)
     if formats := activation_sites(topology, loaded, scheme):
-        tensors |= search_ranges(loaded, formats, calibration, options, input_scales(loaded, folds, tensors))
+        tensors |= search_ranges(loaded, formats, calibration, options, scales)
+    tensors |= observe_means(loaded, topology, scheme, calibration, options, scales)
     return build_plan(AWQ.name, loaded, topology, scheme, options, tensors, calibration, folds)
 
 

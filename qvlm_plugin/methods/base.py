@@ -66,7 +66,7 @@ class Method:
         name: as ``method=`` names it.
         summary: one line for help texts.
         options: pydantic model of its options; unknown ones are errors.
-        needs_calibration: whether the scheme makes it look at calibration data.
+        needs_calibration: whether the scheme and the options make it look at calibration data.
         fit: (model, topology, scheme, calibration or None, options, workspace) → plan. It must leave the model
             unchanged. A long search keeps its steps in the workspace, so that an interrupted one resumes there.
     """
@@ -74,23 +74,29 @@ class Method:
     name: str
     summary: str
     options: type[BaseModel]
-    needs_calibration: Callable[[Scheme], bool]
+    needs_calibration: Callable[[Scheme, BaseModel], bool]
     fit: Callable[[LoadedModel, Topology, Scheme, CalibrationSet | None, BaseModel, Workspace], RoundingPlan]
 
 
-def quantizes_activations(scheme: Scheme) -> bool:
-    """Whether any part's activations are rounded."""
+def quantizes_activations(scheme: Scheme, options: BaseModel) -> bool:
+    """Whether any part's activations are rounded, whatever the options."""
     return any(getattr(scheme, part).activation != UNQUANTIZED for part in ACTIVATION_KINDS)
 
 
-def quantizes_anything(scheme: Scheme) -> bool:
-    """Whether any part's weights or activations are rounded."""
+def quantizes_anything(scheme: Scheme, options: BaseModel) -> bool:
+    """Whether any part's weights or activations are rounded, whatever the options."""
     return any(not getattr(scheme, part).is_identity for part in ACTIVATION_KINDS)
 
 
 def activation_format(part: str, bits: int) -> ActivationFormat:
     """The activation format of a part at ``bits`` bits."""
     return ActivationFormat() if bits == UNQUANTIZED else ActivationFormat(kind=ACTIVATION_KINDS[part], bits=bits)
+
+
+def weight_sites(topology: Topology, loaded: LoadedModel, scheme: Scheme) -> list[Site]:
+    """The sites of Linears whose weights the scheme rounds."""
+    sites = resolve(topology, loaded.model)
+    return [site for site in sites if getattr(scheme, site.part).weight != UNQUANTIZED]
 
 
 def activation_sites(topology: Topology, loaded: LoadedModel, scheme: Scheme) -> list[tuple[Site, ActivationFormat]]:
@@ -114,7 +120,8 @@ def build_plan(
 ) -> RoundingPlan:
     """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are.
 
-    Weights with a ``<linear>/clip`` among the tensors are clipped by it.
+    Weights with a ``<linear>/clip`` among the tensors are clipped by it; where there is a ``<site>/mean``, the bias of
+    quantized weights is corrected.
     """
     site_of = {name: site for site in resolve(topology, loaded.model) for name in site.linears}
     modules = []
@@ -125,6 +132,8 @@ def build_plan(
         weight_format = options.weight_format(widths.weight)
         if f"{name}/clip" in tensors:
             weight_format = weight_format.model_copy(update={"clipped": True})
+        if site and f"{site.name}/mean" in tensors and weight_format.kind != "none":
+            weight_format = weight_format.model_copy(update={"corrected": True})
         modules.append(
             ModulePlan(
                 name=name,

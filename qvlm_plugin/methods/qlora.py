@@ -21,7 +21,10 @@ from qvlm_plugin.methods.base import (
     build_plan,
     grid_from_one,
     quantizes_activations,
+    quantizes_anything,
+    weight_sites,
 )
+from qvlm_plugin.methods.means import mean_inputs
 from qvlm_plugin.methods.observe import visit_site_inputs
 from qvlm_plugin.methods.rtn import observe_ranges
 from qvlm_plugin.models.loading import LoadedModel
@@ -41,12 +44,14 @@ class RangeSearchOptions(MethodOptions):
         norm: exponent p of the l_p distance.
         min_ratio: the narrowest candidate range, as a share of the observed one.
         ratio_step: distance between candidates, from 1 downwards.
+        bias_correction: biases make up for what rounding the weights adds to the mean outputs. Not the paper's.
     """
 
     ranges: Literal["site", "channel"] = "site"
     norm: float = Field(2.0, gt=0)
     min_ratio: float = Field(0.5, gt=0, le=1)
     ratio_step: float = Field(0.05, gt=0, lt=1)
+    bias_correction: bool = False
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -58,6 +63,24 @@ class QLoRAOptions(RangeSearchOptions):
     """Options of ``qlora``: the weights are normal-float unless told otherwise."""
 
     weights: WeightKind = "nf"
+
+
+def looks_at_data(scheme: Scheme, options: RangeSearchOptions) -> bool:
+    """Whether ranges are searched or means observed."""
+    return quantizes_activations(scheme, options) or (options.bias_correction and quantizes_anything(scheme, options))
+
+
+def observe_means(
+    loaded: LoadedModel,
+    topology: Topology,
+    scheme: Scheme,
+    calibration: CalibrationSet | None,
+    options: RangeSearchOptions,
+    scales: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """What correcting the biases takes, as plan tensors; nothing without ``bias_correction``."""
+    sites = weight_sites(topology, loaded, scheme) if options.bias_correction else []
+    return mean_inputs(loaded, sites, calibration, options.calibration_batch_size, scales) if sites else {}
 
 
 def search_ranges(
@@ -117,6 +140,7 @@ def fit(
     """Search the range of every quantized site; weights need no fit."""
     formats = activation_sites(topology, loaded, scheme)
     tensors = search_ranges(loaded, formats, calibration, options) if formats else {}
+    tensors |= observe_means(loaded, topology, scheme, calibration, options)
     return build_plan(QLORA.name, loaded, topology, scheme, options, tensors, calibration)
 
 
@@ -124,6 +148,6 @@ QLORA = Method(
     name="qlora",
     summary="normal-float weights (QLoRA) and layer-wise l_p search of activation ranges",
     options=QLoRAOptions,
-    needs_calibration=quantizes_activations,
+    needs_calibration=looks_at_data,
     fit=fit,
 )

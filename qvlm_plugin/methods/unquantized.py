@@ -38,6 +38,6 @@ NONE = Method(
     name="none",
     summary="full precision",
     options=NoOptions,
-    needs_calibration=lambda scheme: False,
+    needs_calibration=lambda scheme, options: False,
     fit=fit,
 )

@@ -151,7 +151,7 @@ def test_bounds_narrow_with_the_percentile_and_one_keeps_them(reading):
 def test_the_whole_method_fits_saves_applies_and_leaves_the_model_alone(name, deep, calibration, tmp_path):
     inputs, _ = next(calibration.batches(deep.processor, 5))
     before = logits_of(deep.model, inputs)
-    plan = plan_of(deep, calibration, name=name, veo=True, veo_epochs=1, veo_train="clip+norm", beam=2)
+    plan = plan_of(deep, calibration, name=name, cdm=True, veo=True, veo_epochs=1, veo_train="clip+norm", beam=2)
     assert plan.method == name
     assert torch.equal(logits_of(deep.model, inputs), before)
     again = RoundingPlan.load(plan.save(tmp_path / "plan"))

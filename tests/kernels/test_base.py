@@ -1,0 +1,39 @@
+import pytest
+import torch
+from kernel_problems import A16, STATIC8, TOKEN8, Problem, int_format
+
+from qvlm_plugin.formats import WeightFormat
+from qvlm_plugin.kernels.base import corrected_bias
+from qvlm_plugin.kernels.int4 import INT4
+from qvlm_plugin.kernels.int8 import INT8
+from qvlm_plugin.kernels.nf4 import NF4
+from qvlm_plugin.kernels.reference import REFERENCE
+
+NF = WeightFormat(kind="nf", bits=4, corrected=True)
+INT4_WEIGHT, INT6_WEIGHT = int_format(4, corrected=True), int_format(6, corrected=True)
+
+
+@pytest.mark.parametrize("activation", [A16, TOKEN8, STATIC8], ids=str)
+@pytest.mark.parametrize(
+    "kernel, weight",
+    [(REFERENCE, NF), (REFERENCE, INT4_WEIGHT), (INT4, INT4_WEIGHT), (INT8, INT6_WEIGHT), (NF4, NF)],
+    ids=lambda value: getattr(value, "name", None) or str(value),
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_corrected_biases_keep_the_mean_output(kernel, weight, activation, bias):
+    problem = Problem.draw(tokens=200, bias=bias)
+    mean = problem.x.mean(dim=0)
+    expected = problem.linear(problem.x).mean(dim=0).detach()
+
+    def distance(mean):
+        parameters = {"mean": mean, "clip_ratio": torch.ones(1)}  # clipping would move means too
+        return float((problem.outputs(kernel, weight, activation, **parameters).mean(dim=0) - expected).norm())
+
+    assert distance(mean) < 0.2 * distance(torch.zeros_like(mean))
+
+
+def test_the_correction_is_what_rounding_took():
+    weight, rounded, mean = torch.randn(3, 4), torch.randn(3, 4), torch.randn(4)
+    bias = corrected_bias(weight, rounded, torch.ones(3), mean)
+    torch.testing.assert_close(rounded @ mean + bias, weight @ mean + 1)
+    assert corrected_bias(weight, rounded, None, None) is None

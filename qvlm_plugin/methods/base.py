@@ -12,7 +12,7 @@ from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import CalibrationRecord, Fold, ModulePlan, RoundingPlan
 from qvlm_plugin.scheme import UNQUANTIZED, BitWidths, Scheme
-from qvlm_plugin.topology import Site, Topology, linear_layers, resolve
+from qvlm_plugin.topology import Site, Topology, kept_linears, linear_layers, resolve
 from qvlm_plugin.workspace import Workspace
 
 ACTIVATION_KINDS = {"vision": "dynamic_token", "projector": "dynamic_token", "decoder": "static_channel"}
@@ -117,11 +117,12 @@ def build_plan(
     Weights with a ``<linear>/clip`` among the tensors are clipped by it.
     """
     site_of = {name: site for site in resolve(topology, loaded.model) for name in site.linears}
+    kept = kept_linears(topology, loaded.model)
     modules = []
     for name, linear in linear_layers(loaded.model).items():
         site = site_of.get(name)
         widths = getattr(scheme, site.part) if site else BitWidths(UNQUANTIZED, UNQUANTIZED)
-        part = site.part if site else _part_of(name, topology)
+        part = site.part if site else "other" if name in kept else _part_of(name, topology)
         weight_format = options.weight_format(widths.weight)
         if f"{name}/clip" in tensors:
             weight_format = weight_format.model_copy(update={"clipped": True})

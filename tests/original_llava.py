@@ -10,22 +10,11 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_format
 
-WORDS = (
-    "▁What",
-    "▁is",
-    "▁this",
-    "▁it",
-    "USER",
-    "ASSISTANT",
-    ":",
-    "▁a",
-    "?",
-    "▁ASSISTANT",
-    "▁USER",
-    "▁red",
-    "▁chat",
-    "#",
-)
+_TEXT = """A chat between a curious user human and an artificial intelligence assistant The gives helpful detailed
+polite answers to the questions USER ASSISTANT What is this it red"""
+WORDS = tuple(_TEXT.split())
+"""Words that are one token after a blank; all others are tokens letter by letter."""
+
 VISION = {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14,
     "projection_dim": 16,
@@ -39,7 +28,7 @@ def write_sentencepiece(file):
     pieces = [("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)]
     pieces += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
     letters = ["▁", *(chr(code) for code in range(33, 127))]
-    grown = [word[:length] for word in WORDS for length in range(2, len(word) + 1)]
+    grown = [f"▁{word[:length]}" for word in WORDS for length in range(1, len(word) + 1)]
     pieces += [(piece, kinds.NORMAL) for piece in dict.fromkeys(letters + sorted(set(grown), key=len))]
     for index, (piece, kind) in enumerate(pieces):
         score = float(-index) if kind == kinds.NORMAL else 0.0

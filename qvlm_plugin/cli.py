@@ -167,6 +167,10 @@ def inspect(
     record = plan.calibration
     facts.add_row("calibration", f"{len(record.digests)} of {record.source}, seed {record.seed}" if record else "none")
     facts.add_row("search", f"{plan.search_seconds:.1f} s")
+    if uncalibrated := plan.record.get("uncalibrated"):
+        facts.add_row(
+            "uncalibrated", f"inputs of experts that saw no sample, ranges by token: {', '.join(uncalibrated)}"
+        )
     console.print(facts)
     bits = Table("part", "Linears", "weight bits", "activation bits", title="Effective bits")
     for part, effective in plan.effective_bits().items():

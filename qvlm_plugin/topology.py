@@ -108,7 +108,10 @@ def kept_linears(topology: Topology, model: PreTrainedModel) -> frozenset[str]:
         (topology.decoder_path, topology.decoder),
     )
     return frozenset(
-        f"{path}.{name}" for part, stack in parts for path, _ in _blocks(model, part, stack) for name in stack.kept
+        f"{path}.{name}"
+        for part, stack in parts
+        for path, block in _blocks(model, part, stack)
+        for name in linear_layers(block).keys() & set(stack.kept)
     )
 
 

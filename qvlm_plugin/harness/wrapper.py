@@ -312,6 +312,7 @@ class _QVLM(lmms):
             "plan_hash": plan.hash,
             "backend": arguments.backend,
             "calibration": calibration,
+            "uncalibrated_expert_inputs": len(plan.record.get("uncalibrated", ())),
             "search_seconds": plan.search_seconds,
             "pretrained": arguments.pretrained,
             "revision": arguments.revision,

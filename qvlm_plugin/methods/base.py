@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -114,8 +115,11 @@ def build_plan(
 ) -> RoundingPlan:
     """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are.
 
-    Weights with a ``<linear>/clip`` among the tensors are clipped by it.
+    Weights with a ``<linear>/clip`` among the tensors are clipped by it. Experts that no calibration token reached have
+    no bounds among the tensors: their inputs are rounded within each token's own extremes, which takes no data, and the
+    plan's record lists them as ``uncalibrated``.
     """
+    tensors, uncalibrated = dict(tensors), []
     site_of = {name: site for site in resolve(topology, loaded.model) for name in site.linears}
     kept = kept_linears(topology, loaded.model)
     modules = []
@@ -126,6 +130,11 @@ def build_plan(
         weight_format = options.weight_format(widths.weight)
         if f"{name}/clip" in tensors:
             weight_format = weight_format.model_copy(update={"clipped": True})
+        activation = activation_format(part, widths.activation) if site else ActivationFormat()
+        if site and site.expert and any(f"{site.name}/{key}" not in tensors for key in activation.parameters):
+            activation = ActivationFormat(kind="dynamic_token", bits=activation.bits)
+            tensors[f"{site.name}/clip_ratio"] = torch.ones(1)
+            uncalibrated += [site.name] if name == site.name else []
         modules.append(
             ModulePlan(
                 name=name,
@@ -133,7 +142,7 @@ def build_plan(
                 site=site.name if site else None,
                 shape=(linear.out_features, linear.in_features),
                 weight=weight_format,
-                activation=activation_format(part, widths.activation) if site else ActivationFormat(),
+                activation=activation,
             )
         )
     documents = None
@@ -149,7 +158,7 @@ def build_plan(
         folds=tuple(folds),
         replaced=tuple(replaced),
         calibration=documents,
-        record=record or {},
+        record={**(record or {}), **({"uncalibrated": uncalibrated} if uncalibrated else {})},
     )
 
 

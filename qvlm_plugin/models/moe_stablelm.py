@@ -40,19 +40,27 @@ class RoutedExpert(StableLmMLP):
         return super().forward(tokens[rows])
 
 
+class Router(nn.Linear):
+    """The Linear that scores experts, in float32 whatever the compute type."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [N, C] → logits float32 [N, E]."""
+        return F.linear(tokens.float(), self.weight.float())
+
+
 class SparseExperts(nn.Module):
-    """Experts of which two serve each token; the router runs in float32."""
+    """Experts of which two serve each token."""
 
     def __init__(self, config: MoEStableLmConfig, layer_index: int) -> None:
         super().__init__()
-        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.router = Router(config.hidden_size, config.num_experts, bias=False)
         self.experts = nn.ModuleList(RoutedExpert(config) for _ in range(config.num_experts))
         self.seed = None if config.router_noise_seed is None else config.router_noise_seed + layer_index
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [B, T, C] → [B, T, C]."""
         tokens = hidden.flatten(0, -2)
-        chosen, shares = route(F.linear(tokens.float(), self.router.weight.float()), self.seed)
+        chosen, shares = route(self.router(tokens), self.seed)
         output = torch.zeros_like(tokens)
         for index, expert in enumerate(self.experts):
             rows, place = (chosen == index).nonzero(as_tuple=True)

@@ -18,6 +18,7 @@ from accelerate import cpu_offload
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
     LlavaForConditionalGeneration,
@@ -189,9 +190,14 @@ def _set_router_noise(config: PretrainedConfig, seed: int | None, source: str) -
 
 def _read_processor(folder: Path, source: str, trust_remote_code: bool) -> ProcessorMixin:
     try:
+        # Asking for the PIL backend here would ask the video processor for it too, which has none.
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
         # The PIL image processor: the same pixels whether or not, and whichever, torchvision is installed.
-        return AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        processor.image_processor = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", trust_remote_code=trust_remote_code
+        )
+        return processor
+    except (OSError, ValueError, ImportError) as error:
         raise QVLMError(f"{source}: the processor does not load: {_one_line(error)}") from error
 
 

@@ -12,8 +12,10 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from tiny_llava import random_image
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from qvlm_plugin import plugins
+from qvlm_plugin.cli import app
 from qvlm_plugin.conversation import Conversation, encode, render
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.converting import convert
@@ -172,6 +174,15 @@ def test_converting_gives_the_same_model_in_the_other_layout(original, tmp_path)
     assert "vision_config" in json.loads((tmp_path / "hf" / "config.json").read_text())
     with pytest.raises(QVLMError, match="not an empty folder"):
         convert(str(original), tmp_path / "hf")
+
+
+def test_the_command_converts_or_says_in_one_line_why_not(folder, tmp_path):
+    arguments = ["convert", str(folder), str(tmp_path / "hf"), "--conv", "llava_v0"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and done.output.splitlines()[-1] == str(tmp_path / "hf")
+    assert load(str(tmp_path / "hf")).stops == ("###",)
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 2 and "is not an empty folder" in again.output
 
 
 def test_the_prompt_format_follows_the_projector_and_can_be_chosen(folder, tmp_path):

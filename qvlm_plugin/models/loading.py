@@ -29,7 +29,7 @@ from transformers import (
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.hub import local_folder, with_weights
-from qvlm_plugin.models.original import TOWER_KEYS, OriginalCheckpoint, is_original, read_original
+from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoint, is_original, read_original
 from qvlm_plugin.models.prompts import IMAGE, IMAGE_BETWEEN, PROMPT_FORMATS, chat_template, name_of, prompt_format
 from qvlm_plugin.models.weights import SAFETENSORS, SAFETENSORS_OR_BIN, weight_files
 
@@ -224,7 +224,7 @@ def _load_original(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE)
     weights = original.state_dict(image_token)
-    embeddings = weights["model.language_model.embed_tokens.weight"]
+    embeddings = weights[EMBEDDINGS]
     config = original.config
     config.image_token_index, config.text_config.vocab_size = image_token, len(embeddings)
     model, info = LlavaForConditionalGeneration.from_pretrained(

@@ -48,6 +48,9 @@ _NAMES = (
 """Patterns of the beginnings of names in such checkpoints, and what stands for them in the model; the first three are
 the projector's. What is left under ``model.`` is the language model's."""
 
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
+"""The embeddings' name in the model."""
+
 _BUFFERS = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)")
 """Constants that older versions of transformers stored; the model computes them itself."""
 
@@ -108,17 +111,17 @@ class OriginalCheckpoint:
         for name, tensor in read_tensors(self.files()).items():
             if not _BUFFERS.fullmatch(name) and (renamed := _rename(name)) is not None:
                 weights[renamed] = tensor
+        if EMBEDDINGS not in weights:
+            raise QVLMError(f"{self.source}: the weights have no model.embed_tokens.weight, so no language model")
         if self.config.projector_hidden_act == "linear":
-            width = self.config.text_config.hidden_size
-            dtype = weights["lm_head.weight"].dtype if "lm_head.weight" in weights else torch.float32
+            width, dtype = self.config.text_config.hidden_size, weights[EMBEDDINGS].dtype
             weights["model.multi_modal_projector.linear_2.weight"] = torch.eye(width, dtype=dtype)
             weights["model.multi_modal_projector.linear_2.bias"] = torch.zeros(width, dtype=dtype)
-        for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
-            vocab = self.values["vocab_size"]
-            rows = len(weights[name]) if name in weights else vocab
-            if rows != vocab:
+        vocab = self.values["vocab_size"]
+        for name in {EMBEDDINGS, "lm_head.weight"} & weights.keys():
+            if (rows := len(weights[name])) != vocab:
                 raise QVLMError(f"{self.source}: {name} has {rows} rows where config.json has vocab_size={vocab}")
-            if name in weights and image_token == rows:
+            if image_token == vocab:
                 weights[name] = torch.cat([weights[name], weights[name][:1]])
         return weights
 

@@ -234,6 +234,8 @@ def spoil(folder, change):
             else:
                 weights["model.resampler.weight"] = torch.ones(2)
             torch.save(weights, folder / "pytorch_model.bin")
+        case "no language model":
+            torch.save({"model.norm.weight": torch.ones(32)}, folder / "pytorch_model.bin")
         case "no tokenizer":
             (folder / "tokenizer.model").unlink()
         case "bad tokenizer":
@@ -263,6 +265,7 @@ def spoil(folder, change):
         ("truncated", "pytorch_model.bin: (the weights do not load|holds pickled code or is damaged)"),
         ("missing key", "1 weights are missing in the checkpoint, for example .*up_proj"),
         ("unknown key", "1 weights are unknown to the model, for example .*resampler"),
+        ("no language model", "no model.embed_tokens.weight, so no language model"),
         ("no tokenizer", "tokenizer.model is missing"),
         ("bad tokenizer", "not a sentencepiece model"),
         ("odd added tokens", "do not continue the vocabulary"),

@@ -5,7 +5,7 @@ import json
 
 from original_llava import VISION, random_weights, tower_weights, write_weights
 
-HIDDEN, INNER, HEADS, LAYERS, EXPERTS = 32, 48, 4, 4, 4
+HIDDEN, INNER, HEADS, LAYERS, EXPERTS = 32, 48, 4, 3, 4
 MERGED = (" is", " this", " the", "the", "What", " USER", " ASSISTANT", "ser", " and", " red")
 
 

@@ -60,7 +60,7 @@ def quantized(loaded, plan):
 def answers(model, processor):
     inputs, _ = encode(processor, CONVERSATIONS)
     placed = to_device(inputs, torch.device("cpu"), model.dtype)
-    return model.generate(**placed, max_new_tokens=4, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return model.generate(**placed, max_new_tokens=2, do_sample=False)[:, inputs["input_ids"].shape[1] :]
 
 
 @torch.inference_mode()

@@ -34,7 +34,7 @@ def described(monkeypatch):
 
 
 def test_without_a_plugin_it_is_refused_before_its_weights(folder):
-    with pytest.raises(QVLMError, match=r"'qwen2_5_vl' is not supported; .* docs/add-a-family\.md"):
+    with pytest.raises(QVLMError, match=r"'qwen2_5_vl' is not supported; .*docs/add-a-family\.md"):
         load(str(folder), check_config=plugins.topology)
 
 

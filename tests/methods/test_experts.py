@@ -37,9 +37,12 @@ def moe(folder):
 def idle(moe):
     """The same with an expert that no token chooses."""
     layer = moe.model.model.language_model.layers[2]
-    with torch.no_grad():  # the router sees nearly the norm's bias alone
-        layer.post_attention_layernorm.weight.mul_(0.01)
-        layer.mlp.router.weight[3] = -100 * layer.post_attention_layernorm.bias
+    direction = torch.zeros(32)
+    direction[0] = 1.0
+    with torch.no_grad():  # all tokens lie far along one direction, which repels the expert and leaves the others alone
+        layer.post_attention_layernorm.bias.add_(20 * direction)
+        layer.mlp.router.weight[:, 0] = 0
+        layer.mlp.router.weight[3] = -10 * direction
     return moe
 
 

@@ -81,6 +81,10 @@ def search(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration draw.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    conv: Annotated[str | None, typer.Option(help="Prompt format instead of the checkpoint's, as vicuna_v1.")] = None,
+    router_noise_seed: Annotated[
+        int | None, typer.Option(help="Seed of noise in the choice of experts (MoE-LLaVA); default: no noise.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
     device_map: Annotated[
@@ -112,10 +116,32 @@ def search(
         dtype=dtype,
         device=device,
         device_map=device_map,
+        conv=conv,
+        router_noise_seed=router_noise_seed,
         check_config=topology,
     )
     plan = obtain_plan(loaded, request, samples, cache_root() / "plans")
     typer.echo(plan.save(output))
+
+
+@app.command()
+@reports_errors
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, in LLaVA's own layout.")],
+    output: Annotated[Path, typer.Argument(help="New or empty folder to write to.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    conv: Annotated[str | None, typer.Option(help="Prompt format instead of the checkpoint's, as vicuna_v1.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+) -> None:
+    """Write a checkpoint in the Hugging Face layout, with its processor and prompt format; prints the folder.
+
+    Only for other programs: this one reads LLaVA's own layout directly. A plan belongs to one of the two folders.
+
+    Example: qvlm convert liuhaotian/llava-v1.5-7b llava-v1.5-7b-hf
+    """
+    from qvlm_plugin.models.converting import convert as convert_checkpoint
+
+    typer.echo(convert_checkpoint(source, output, revision=revision, conv=conv, dtype=dtype))
 
 
 @app.command()
@@ -141,6 +167,10 @@ def inspect(
     record = plan.calibration
     facts.add_row("calibration", f"{len(record.digests)} of {record.source}, seed {record.seed}" if record else "none")
     facts.add_row("search", f"{plan.search_seconds:.1f} s")
+    if uncalibrated := plan.record.get("uncalibrated"):
+        facts.add_row(
+            "uncalibrated", f"inputs of experts that saw no sample, ranges by token: {', '.join(uncalibrated)}"
+        )
     console.print(facts)
     bits = Table("part", "Linears", "weight bits", "activation bits", title="Effective bits")
     for part, effective in plan.effective_bits().items():

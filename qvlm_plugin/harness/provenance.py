@@ -34,10 +34,14 @@ from qvlm_plugin.scheme import PARTS
 
 RESULT_KEY = "qvlm"
 
+_LETTER = re.compile(r"[A-Za-z]\Z|[A-Z]\.")
+
 READABLE_ANSWERS = {
     # lmms_eval.tasks.scienceqa: the answer is one letter, or begins with a capital letter and a full stop
-    "scienceqa": re.compile(r"[A-Za-z]\Z|[A-Z]\."),
-    "scienceqa_img": re.compile(r"[A-Za-z]\Z|[A-Z]\."),
+    "scienceqa": _LETTER,
+    "scienceqa_img": _LETTER,
+    "qvlm_scienceqa": _LETTER,
+    "qvlm_scienceqa_lepa": re.compile(r"(?s:.*)(?:ANSWER:|The answer is)\s*\(?[A-Z]\b"),
 }
 """For tasks with an answer format of their own, what an answer (without surrounding blanks) must begin with for the
 task's scorer to read it. Everywhere else an answer counts as unreadable when it is empty."""

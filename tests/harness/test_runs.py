@@ -15,6 +15,7 @@ from qvlm_plugin.models.loading import load
 from qvlm_plugin.planning import check_request, obtain_plan
 
 STANDARD = "scienceqa,vizwiz_vqa_val,vqav2_val"
+SECRET = "vizwiz_vqa_test,vqav2_test"
 CHOICES = """
 task: sqa_choices
 dataset_path: lmms-lab-encoder/ScienceQA
@@ -131,7 +132,9 @@ def printed(place):
     runs = [
         common | {"model_args": arguments(**RTN), "force_simple": True, "output_path": "rtn", "use_cache": "responses"},
         common | {"model": "dummy", "model_args": "", "force_simple": True, "output_path": "dummy"},
-        common | {"model_args": arguments(plan="plan"), "output_path": "plan", "tasks": "qvlm", "limit": 3.0},
+        common
+        | {"model_args": arguments(plan="plan"), "output_path": "plan", "tasks": f"qvlm,{STANDARD},{SECRET}"}
+        | {"limit": 4.0, "gen_kwargs": "max_new_tokens=8"},
         common | {"model_args": arguments(**overlapping), "output_path": "refused"},
         common | {"model_args": arguments(**overlapping, allow_overlap="true"), "output_path": "allowed"},
         common
@@ -166,8 +169,16 @@ def test_several_runs_in_one_process(place, full_precision, printed):
     planned = results_of(place, "plan")
     assert (planned["qvlm"]["scheme"], planned["qvlm"]["calibration"]) == ("w3a16", None)
     assert planned["qvlm"]["options"]["group_size"] == 16
-    subscores = [planned["results"][task]["exact_match,none"] for task in STANDARD.split(",")]
-    assert planned["groups"]["qvlm"]["exact_match,none"] == pytest.approx(sum(subscores) / 3)
+    answers = answers_of(place, "plan")
+    for ours, standard in zip(("qvlm_scienceqa", "qvlm_vizwiz", "qvlm_vqav2"), STANDARD.split(","), strict=True):
+        assert planned["results"][ours]["exact_match,none"] == planned["results"][standard]["exact_match,none"]
+        found = [[answers[f"{task}.jsonl", index] for index in range(4)] for task in (ours, standard)]
+        assert found[0] == found[1]
+    science = planned["results"]["qvlm_scienceqa"]
+    assert science["parse_failure,none"] == 1 and {"NAT,none", "SOC,none", "IMG,none", "G1-6,none"} <= science.keys()
+    assert "G7-12,none" not in science  # none of the four is from there
+    assert planned["results"]["qvlm_scienceqa_lepa"]["parse_failure,none"] == 1
+    assert planned["qvlm"]["answers"]["qvlm_scienceqa_lepa"] == {"generated": 4, "parse_failures": 4}
 
     assert results_of(place, "refused") is None
     assert "2 of the documents to evaluate were calibrated on, for example document 0 of task vqav2_val" in printed

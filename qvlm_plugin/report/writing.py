@@ -54,11 +54,12 @@ class Report:
         data = json.dumps(content | {"rows": [*self.rows]}, indent=1, allow_nan=False) + "\n"
         files = {**self.figure, "json": data.encode(), "md": self.markdown().encode()}
         for suffix, blob in files.items():  # the document last: when it is there, so is what it shows
-            _write(folder / f"{self.name}.{suffix}", blob)
+            write_file(folder / f"{self.name}.{suffix}", blob)
         return folder / f"{self.name}.md"
 
 
-def _write(file: Path, blob: bytes) -> None:
+def write_file(file: Path, blob: bytes) -> None:
+    """Write a file that is there completely or not at all."""
     descriptor, staging = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:

@@ -1,4 +1,4 @@
-"""The tasks are the harness's own ones with more metrics: the same prompts, and the same scores for the same answers."""
+"""The tasks are the harness's own ones with more metrics: the same prompts, the same scores for the same answers."""
 
 import itertools
 import random
@@ -88,9 +88,7 @@ def load(module):
 
 def test_the_explained_prompt_is_llavas():
     document = science(question="Which?", choices=["a key", "a  lamp"], hint="")
-    assert load("scienceqa").explained_prompt(document) == (
-        "Which?\nContext: N/A\nOptions: (A) a key (B) a lamp"
-    )
+    assert load("scienceqa").explained_prompt(document) == ("Which?\nContext: N/A\nOptions: (A) a key (B) a lamp")
     assert "\nContext: Look.\n" in load("scienceqa").explained_prompt(document | {"hint": "Look. "})
 
 

@@ -1,14 +1,13 @@
 """Write a report: a table to read, its rows as data, and a figure."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.calibration import CalibrationSet, parse_sources
+from qvlm_plugin.report.files import write_file
 from qvlm_plugin.report.results import Grid
 
 STAND_IN = "**Stand-in data**: the data sets hold other documents than their names say."
@@ -56,19 +55,6 @@ class Report:
         for suffix, blob in files.items():  # the document last: when it is there, so is what it shows
             write_file(folder / f"{self.name}.{suffix}", blob)
         return folder / f"{self.name}.md"
-
-
-def write_file(file: Path, blob: bytes) -> None:
-    """Write a file that is there completely or not at all."""
-    descriptor, staging = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(blob)
-        os.chmod(staging, 0o644)
-        os.replace(staging, file)
-    except BaseException:
-        os.unlink(staging)
-        raise
 
 
 def stand_in_note(samples: CalibrationSet) -> list[str]:

@@ -13,6 +13,8 @@ from tiny_llava import write_tiny_llava
 
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.planning import check_request, obtain_plan
+from qvlm_plugin.report.leaderboard.write import write_leaderboard
+from qvlm_plugin.report.seal import seal
 
 STANDARD = "scienceqa,vizwiz_vqa_val,vqav2_val"
 SECRET = "vizwiz_vqa_test,vqav2_test"
@@ -190,6 +192,23 @@ def test_several_runs_in_one_process(place, full_precision, printed):
     right = [one.index(max(one)) == scienceqa_row(index)["answer"] for index, one in enumerate(scores)]
     assert choices["results"]["sqa_choices"]["acc,none"] == pytest.approx(sum(right) / 9) and any(right)
     assert results_of(place, "unknown") is None and "unknown model argument 'colour'; allowed are" in printed
+
+
+def test_their_leaderboard(place, full_precision, printed, tmp_path):
+    """Real results, ours and another model's: ranked where the documents are the same, and marked as stand-ins."""
+    board = write_leaderboard([place], tmp_path, with_reported=False)
+    assert not board.problems
+    rows = {(row.task, row.method, row.scheme, row.documents): row for row in board.rows if row.metric == "exact_match"}
+    whole = [rows["scienceqa", *run, 9] for run in ((None, None), ("none", "w16a16"), ("rtn", "w4a4"))]
+    refused, part = rows["scienceqa", "rtn", "w8a8", 9], rows["scienceqa", "rtn", "w3a16", 4]
+    assert len({row.evaluation for row in (*whole, refused)}) == 1 and part.evaluation != whole[0].evaluation
+    assert all(row.rank and "stand-in data" in row.notes for row in whole) and refused.rank is None
+    assert whole[2].drop == whole[2].value - whole[1].value
+    assert all((tmp_path / row.samples).is_file() for row in whole)
+    content = results_of(place, "full")
+    assert content["qvlm"]["seal"] == seal(content)
+    content["results"]["scienceqa"]["exact_match,none"] += 0.01
+    assert content["qvlm"]["seal"] != seal(content)
 
 
 def test_two_processes(place, printed):

@@ -17,7 +17,7 @@ class Evaluation:
     """What a score was measured on.
 
     Attributes:
-        protocol: task, data set, configuration, split, prompt, and numbers of documents.
+        protocol: task, data set, configuration, split, how it is asked, and numbers of documents.
         data: identity of the data set; None where the run does not tell it.
         samples: digest of the evaluated documents; None without samples.
     """
@@ -29,7 +29,7 @@ class Evaluation:
     @classmethod
     def of(cls, row: Row) -> "Evaluation":
         """A row's."""
-        named = (row.task, row.dataset, row.dataset_config, row.split, row.prompt)
+        named = (row.task, row.dataset, row.dataset_config, row.split, row.protocol)
         return cls((*named, row.documents, row.documents_total), row.data, row.samples_digest)
 
     @property

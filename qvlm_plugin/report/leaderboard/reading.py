@@ -244,7 +244,7 @@ def _task_facts(run: Run, task: str, base: Path, name: str, problems: list[Probl
         "dataset_config": _text(origin.config if origin else None, config.get("dataset_name")),
         "split": _text(origin.split if origin else None, config.get("test_split") or config.get("validation_split")),
         "data": origin.identity if origin else None,
-        "prompt": prompt_hash(config, parsed),
+        "protocol": protocol_hash(task, parsed),
         "samples_digest": coverage.digest if usable else None,
         "samples": os.path.relpath(samples_file(run.file, task), base) if coverage is not None else None,
     }
@@ -267,13 +267,12 @@ def misfit(task: str, evaluated: int, parsed: ResultsFile, coverage: Coverage) -
     return None
 
 
-def prompt_hash(config: Mapping[str, Any], parsed: ResultsFile) -> str:
-    """What decides the prompt, apart from the document, and where answers end: a short hash.
+def protocol_hash(task: str, parsed: ResultsFile) -> str:
+    """What decides how a document is asked, and where an answer ends: a short hash.
 
-    Args:
-        config: the task's configuration as the results tell it.
-        parsed: the results file.
+    The task's version and where its documents begin are in it, too.
     """
+    config = parsed.configs.get(task, {})
     choices = config.get("lmms_eval_specific_kwargs") or {}
     # Beside the choices for each model, which are objects, lmms-eval writes those that it took.
     taken = {key: value for key, value in choices.items() if not isinstance(value, dict)}
@@ -281,6 +280,7 @@ def prompt_hash(config: Mapping[str, Any], parsed: ResultsFile) -> str:
     content = {name: _without_addresses(config.get(name)) for name in (*names, "generation_kwargs", "repeats")}
     system = parsed.qvlm.system_prompt if parsed.qvlm else None
     content |= {"kwargs": taken, "system": system or parsed.system_instruction}
+    content |= {"version": parsed.versions.get(task), "offset": parsed.config.offset or 0}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -30,7 +30,7 @@ class Row(BaseModel):
     dataset_config: str | None = Field(description="its configuration")
     split: str | None = Field(description="its split")
     data: str | None = Field(description="commit of the hub data set, or content hash of a local copy")
-    prompt: str = Field(description="hash of what makes the prompt and ends the answer")
+    protocol: str = Field(description="hash of prompt, generation arguments, system prompt, offset and task version")
     samples_digest: str | None = Field(description="hash of ids, targets and prompts in the samples file")
     weight_bits: float | None = Field(None, description="effective bits of a decoder weight, scales included")
     activation_bits: float | None = Field(None, description="bits of a decoder Linear's input")

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.report.files import write_file
 from qvlm_plugin.report.leaderboard.page import html_text
 from qvlm_plugin.report.leaderboard.paper import paper_tables
 from qvlm_plugin.report.leaderboard.ranking import rank
 from qvlm_plugin.report.leaderboard.reading import Board, find_results, read_board
 from qvlm_plugin.report.leaderboard.tables import csv_text, json_text, markdown_text
-from qvlm_plugin.report.writing import write_file
 
 
 def write_leaderboard(paths: Sequence[Path], output: Path, *, with_reported: bool) -> Board:

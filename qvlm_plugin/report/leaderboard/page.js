@@ -66,7 +66,8 @@ function cell(column, run) {
   const value = column.key(run);
   const made = element("td", value === null || value === undefined ? "" : column.show(value, run));
   if (made.textContent) made.dataset.label = column.name === "score" ? state.metric : column.name;
-  if (column.text) made.className = column.name === "model" ? "text wide-cell" : "text";
+  if (column.name === "model") made.className = "text wide-cell";
+  else if (column.text) made.className = "text short";
   return made;
 }
 

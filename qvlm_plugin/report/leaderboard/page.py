@@ -50,7 +50,7 @@ def html_text(board: Board, reported: Sequence[ReportedTable]) -> str:
         script=Markup(script),
         policy=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=Markup(_embedded(data)),
-        reading=READING,
+        reading=READING.replace("`", ""),
         apart=APART,
         apart_note=APART_NOTE,
         reported=reported,

@@ -10,6 +10,9 @@ from rich.table import Table
 
 from qvlm_plugin import __version__
 from qvlm_plugin.commands import leaderboard
+from qvlm_plugin.commands.compare import compare
+from qvlm_plugin.commands.plot import plot
+from qvlm_plugin.commands.publish import check_submission, publish
 from qvlm_plugin.commands.shared import (
     command_line,
     draw_from_task,
@@ -38,6 +41,8 @@ app.add_typer(demo, name="demo")
 ablate = typer.Typer(help="The paper's ablations: for each a table, its rows and a figure.", no_args_is_help=True)
 app.add_typer(ablate, name="ablate")
 app.add_typer(leaderboard.app, name="leaderboard")
+for command in (compare, plot, publish, check_submission):
+    app.command()(command)
 
 
 def _print_version(value: bool) -> None:
@@ -199,7 +204,8 @@ def paired(
     from qvlm_plugin.report.samples import read_samples
 
     with needs_report_packages():
-        from qvlm_plugin.report.paired import compare, paired_grid, paired_notes
+        from qvlm_plugin.report.paired import compare as compare_runs
+        from qvlm_plugin.report.paired import paired_grid, paired_notes
 
     first, *more = read_samples(baseline)
     if more:
@@ -208,7 +214,7 @@ def paired(
     runs.pop(first.file.resolve(), None)  # a folder of all runs holds the baseline too
     if not runs:
         raise QVLMError(f"no run to compare with the baseline {first.file}")
-    rows = [row for run in runs.values() for row in compare(first, run, metric)]
+    rows = [row for run in runs.values() for row in compare_runs(first, run, metric)]
     grid = paired_grid(rows)
     if markdown:
         typer.echo(grid.markdown())

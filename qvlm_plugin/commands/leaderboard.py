@@ -48,3 +48,21 @@ def write(
     for problem in board.problems:
         typer.echo(f"{problem.file}: {problem.message}", err=True)
     typer.echo(out / "leaderboard.md")
+
+
+@app.command("add")
+@reports_errors
+def add(
+    file: Annotated[Path, typer.Argument(help="Results file of a run with --log_samples.")],
+    to: Annotated[Path, typer.Option(help="Folder that collects runs, for example in a git checkout.")],
+) -> None:
+    """Check a run and copy it, with its samples, into a shared folder.
+
+    Refused: runs without provenance or with a seal that does not fit, on a part of the documents, calibrated on
+    evaluated documents, or with another result for the same model, plan and documents than one that is there.
+
+    Example: qvlm leaderboard add results/model/20261121_120000_results.json --to shared-results
+    """
+    from qvlm_plugin.report.leaderboard.adding import add_run
+
+    typer.echo(add_run(file, to))

@@ -63,6 +63,7 @@ class Panel:
         log_x, log_y: logarithmic axes.
         integers: whether x takes whole numbers only.
         title: above the panel.
+        borders: values of x with a line across.
     """
 
     x_label: str
@@ -73,6 +74,7 @@ class Panel:
     log_y: bool = False
     integers: bool = False
     title: str = ""
+    borders: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
             for artist in drawn.get_children():
                 artist.set_transform(axes.transData + aside)
+    for border in panel.borders:
+        axes.axvline(border, color="0.4", linestyle=(0, (3, 2)), linewidth=0.8, zorder=0)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
     if panel.log_x:
         axes.set_xscale("log")

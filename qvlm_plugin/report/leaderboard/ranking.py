@@ -55,8 +55,7 @@ def rank(board: Board) -> Board:
 
     Of runs that repeat another one with the same result or not, the newest stays.
     """
-    rows = [row.model_copy(update={"evaluation": name}) for row, name in _with_evaluations(board.rows)]
-    rows = _mark_stand_ins(rows)
+    rows = _mark_stand_ins(with_evaluations(board.rows))
     problems = [*board.problems]
     rows = _without_repeats(rows, problems)
     problems += _version_notes(rows)
@@ -69,20 +68,20 @@ def rank(board: Board) -> Board:
     return replace(board, rows=ranked, problems=problems)
 
 
-def _with_evaluations(rows: Sequence[Row]) -> list[tuple[Row, str | None]]:
-    """Each row with the name of its evaluation; one that tells less joins the only one that agrees with it."""
+def with_evaluations(rows: Sequence[Row]) -> list[Row]:
+    """Rows that name their evaluation; one that tells less of it joins the only one that agrees with it."""
     own = [Evaluation.of(row) for row in rows]
     whole: dict[tuple, set[Evaluation]] = defaultdict(set)
     for evaluation in own:
         if evaluation.data is not None and evaluation.samples is not None:
             whole[evaluation.protocol].add(evaluation)
-    names = []
+    named = []
     for row, evaluation in zip(rows, own, strict=True):
         if evaluation.data is None or evaluation.samples is None:
             agreeing = [one for one in whole[evaluation.protocol] if evaluation.agrees(one)]
             evaluation = agreeing[0] if len(agreeing) == 1 else evaluation
-        names.append((row, evaluation.name if evaluation.is_known else None))
-    return names
+        named.append(row.model_copy(update={"evaluation": evaluation.name if evaluation.is_known else None}))
+    return named
 
 
 def _mark_stand_ins(rows: Sequence[Row]) -> list[Row]:

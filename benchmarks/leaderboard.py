@@ -15,8 +15,6 @@ from qvlm_plugin.report.seal import seal
 
 TASKS = ("scienceqa", "vizwiz_vqa_val", "vqav2_val", "qvlm_scienceqa")
 QUESTION = "Which of these objects is the largest?\nAnswer the question using a single word or phrase."
-    "Which of these objects is the largest one in the picture?\nAnswer the question using a single word or phrase."
-)
 
 
 def write_runs(folder: Path, files: int, samples: int) -> None:

@@ -19,7 +19,7 @@ def run(scores, images=None):
     return RunSamples(Path("run"), None, {"quiz": tuple(documents)})
 
 
-def tested(one, other, images=None):
+def chosen(one, other, images=None):
     baseline, compared = run(one, images), run(other, images)
     (row,) = compare(baseline, compared, "exact_match")
     return choose_test(row, baseline, compared, "exact_match")
@@ -30,7 +30,7 @@ def test_scores_of_0_and_1_are_tested_by_mcnemar(seed):
     generator = np.random.default_rng(seed)
     one, other = generator.integers(0, 2, 40), generator.integers(0, 2, 40)
     table = [[((one == a) & (other == b)).sum() for b in (1, 0)] for a in (1, 0)]
-    name, p = tested(one, other)
+    name, p = chosen(one, other)
     assert name == "McNemar" and p == pytest.approx(mcnemar(table, exact=True).pvalue)
 
 
@@ -38,17 +38,17 @@ def test_scores_of_0_and_1_are_tested_by_mcnemar(seed):
 def test_soft_scores_are_tested_by_students_t(seed):
     generator = np.random.default_rng(seed)
     one, other = generator.choice([0, 0.3, 0.6, 1], 40), generator.choice([0, 0.3, 0.6, 1], 40)
-    name, p = tested(one, other)
+    name, p = chosen(one, other)
     assert name == "paired t" and p == pytest.approx(stats.ttest_rel(one, other).pvalue)
 
 
 def test_documents_that_share_an_image_are_not_independent():
     one, other = [1] * 12, [0] * 12
-    name, p = tested(one, other, [f"picture {index // 4}" for index in range(12)])
+    name, p = chosen(one, other, [f"picture {index // 4}" for index in range(12)])
     assert name == "sign flip" and p == pytest.approx(2 * 0.5**3)
-    assert tested(one, other)[1] == pytest.approx(2 * 0.5**12)
+    assert chosen(one, other)[1] == pytest.approx(2 * 0.5**12)
 
 
 def test_equal_runs():
-    assert tested([1, 0, 1], [1, 0, 1]) == ("McNemar", 1.0)
-    assert tested([0.3, 0.6, 1], [0.3, 0.6, 1]) == ("paired t", 1.0)
+    assert chosen([1, 0, 1], [1, 0, 1]) == ("McNemar", 1.0)
+    assert chosen([0.3, 0.6, 1], [0.3, 0.6, 1]) == ("paired t", 1.0)

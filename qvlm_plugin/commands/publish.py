@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qvlm_plugin.commands.shared import reports_errors
+from qvlm_plugin.commands.shared import needs_report_packages, reports_errors
 
 
 @reports_errors
@@ -20,7 +20,8 @@ def publish(
 
     Example: qvlm publish results/qvlm-w4a4 --to llava-1.5-7b-w4a4
     """
-    from qvlm_plugin.report.publishing import publish_results, publishable
+    with needs_report_packages():
+        from qvlm_plugin.report.publishing import publish_results, publishable
 
     for file in publish_results(publishable(results), to, source_url):
         typer.echo(file)

@@ -3,7 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const at = (id) => document.getElementById(id);
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#777777"];
 const ANY = "all";
-const FACTS = ["vision_weight_bits", "vision_activation_bits", "backend", "dtype", "device", "calibration", "options",
+const FACTS = ["vision_weight_bits", "vision_activation_bits", "backend", "dtype", "device", "calibration", "options", "arguments",
   "plan_hash", "model_fingerprint", "versions", "date", "run"];
 
 // Every text goes in as text: names in the data are not ours.
@@ -46,7 +46,7 @@ function options(select, values, chosen) {
 function shown() {
   const words = state.search.toLowerCase().split(/\s+/).filter(Boolean);
   return evaluation().runs.filter((run) => {
-    const text = [run.model, run.method, run.scheme, run.options, run.backend, run.dtype, ...run.notes].join(" ").toLowerCase();
+    const text = [run.model, run.method, run.scheme, run.options, run.arguments, run.backend, run.dtype, ...run.notes].join(" ").toLowerCase();
     return score(run) && (state.method === ANY || (run.method ?? "–") === state.method)
       && (state.scheme === ANY || (run.scheme ?? "–") === state.scheme) && words.every((word) => text.includes(word));
   });

@@ -98,22 +98,23 @@ def _mark_stand_ins(rows: Sequence[Row]) -> list[Row]:
 def _without_repeats(rows: Sequence[Row], problems: list[Problem]) -> list[Row]:
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
-        configuration = (row.model_fingerprint or row.model, row.plan_hash, row.method, row.scheme, row.options)
-        where = (row.backend, row.dtype, row.device, row.evaluation, row.task, row.metric)
+        model = (row.model_fingerprint or row.model, row.arguments)
+        configuration = (*model, row.plan_hash, row.method, row.scheme, row.options, row.backend, row.dtype, row.device)
         unknown = row.run if row.evaluation is None else None  # rows without an evaluation repeat nothing
-        groups[(*configuration, *where, unknown)].append(row)
-    kept, told = [], set()
+        groups[(*configuration, row.evaluation, row.task, row.metric, unknown)].append(row)
+    kept = []
+    repeats: dict[tuple[str, str], list[str]] = defaultdict(list)
     for group in groups.values():
-        group = sorted(group, key=lambda row: (row.date or "", row.run))
-        newest = group[-1]
+        *older, newest = sorted(group, key=lambda row: (row.date or "", row.run))
         kept.append(newest)
-        for row in group[:-1]:
+        for row in older:
+            differences = repeats[row.file, newest.file]
             if row.value != newest.value:
-                difference = f"{row.task} {row.metric} is {row.value:.6g} here and {newest.value:.6g} there"
-                problems.append(Problem(row.file, f"repeats {newest.file} with another result: {difference}"))
-            elif row.file not in told:
-                problems.append(Problem(row.file, f"repeats {newest.file}, which is shown instead"))
-            told.add(row.file)
+                values = f"{row.value:.6g} here and {newest.value:.6g} there"
+                differences.append(f"{row.task} {row.metric} is {values}")
+    for (file, newest), differences in repeats.items():
+        what = f"with another result: {differences[0]}" if differences else "with the same result"
+        problems.append(Problem(file, f"repeats {newest}, which is shown instead, {what}"))
     return kept
 
 

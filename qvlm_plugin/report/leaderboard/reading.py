@@ -199,7 +199,8 @@ def _run_facts(run: Run) -> dict[str, Any]:
     if qvlm is None:
         if parsed.config.model and parsed.config.model != facts["model"]:
             facts["model"] += f" ({parsed.config.model})"
-        return facts
+        arguments = parsed.config.model_args
+        return facts | {"arguments": str(arguments) if arguments else None}
     decoder, vision = qvlm.bits.get("decoder", {}), qvlm.bits.get("vision", {})
     copied = ("weight_bytes", "peak_memory_bytes", "search_seconds", "backend", "dtype", "device", "plan_hash")
     return facts | {

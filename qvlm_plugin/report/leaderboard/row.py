@@ -45,6 +45,7 @@ class Row(BaseModel):
     device: str | None = Field(None, description="what it ran on")
     calibration: str | None = Field(None, description="source of the calibration documents")
     options: str | None = Field(None, description="options of the method")
+    arguments: str | None = Field(None, description="model arguments of lmms-eval, for models of other packages")
     plan_hash: str | None = Field(None, description="SHA-256 of the plan")
     model_fingerprint: str | None = Field(None, description="SHA-256 of the checkpoint")
     versions: str | None = Field(None, description="of the packages that compute")

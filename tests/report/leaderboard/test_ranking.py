@@ -123,6 +123,14 @@ def test_calibrating_on_evaluated_documents_costs_the_rank(tmp_path):
     assert rows["b"].rank is None and rows["a"].rank == 1
 
 
+def test_other_arguments_are_another_model(tmp_path):
+    for number, resolution in enumerate((336, 448)):
+        config = {"model": "other", "model_args": f"size={resolution}"}
+        write_run(tmp_path / str(resolution), [1, number], None, config=config, date=f"2026112{number}_120000")
+    found = board(tmp_path)
+    assert {name: row.rank for name, row in by_run(found).items()} == {"336": 2, "448": 1} and not found.problems
+
+
 def test_random_boards_are_ranked_as_pairwise_comparison_ranks_them(tmp_path):
     generator = random.Random(0)
     truth = {}
@@ -240,7 +248,10 @@ def versions(folder):
         (a_list, "is not a results file of lmms-eval"),
         (deep, "is not a results file of lmms-eval"),
         (binary, "is not a results file of lmms-eval"),
-        (repeated, "repeats good/20261121_120000_results.json with another result"),
+        (
+            repeated,
+            "repeats good/20261121_120000_results.json, which is shown instead, with another result: quiz exact",
+        ),
         (copied, "is a copy of good/20261121_120000_results.json"),
         (versions, "quiz: other versions than in other runs: torch 2.1"),
     ],

@@ -102,6 +102,8 @@ def write_mirrors(directory: Path, stand_in: bool = True) -> Path:
         for split, indices in splits.items():
             secret = dict.fromkeys(SECRET.get(name, ()) if split == "test" else ())
             rows = [row(index) | secret for index in indices]
+            if name == "VizWiz-VQA":
+                rows = [one | {"question_id": one["question_id"].replace("val", split)} for one in rows]
             data = Dataset.from_list(rows, features=features)
             path = f"{config}/{split}-00000-of-00001.parquet"
             (folder / config).mkdir(exist_ok=True)

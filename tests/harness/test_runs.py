@@ -15,6 +15,7 @@ from qvlm_plugin.models.loading import load
 from qvlm_plugin.planning import check_request, obtain_plan
 from qvlm_plugin.report.leaderboard.write import write_leaderboard
 from qvlm_plugin.report.seal import seal
+from qvlm_plugin.report.submission import check_submission
 
 STANDARD = "scienceqa,vizwiz_vqa_val,vqav2_val"
 SECRET = "vizwiz_vqa_test,vqav2_test"
@@ -181,6 +182,9 @@ def test_several_runs_in_one_process(place, full_precision, printed):
     assert "G7-12,none" not in science  # none of the four is from there
     assert planned["results"]["qvlm_scienceqa_lepa"]["parse_failure,none"] == 1
     assert planned["qvlm"]["answers"]["qvlm_scienceqa_lepa"] == {"generated": 4, "parse_failures": 4}
+
+    checked = [check_submission(file) for file in sorted((place / "plan" / "submissions").iterdir())]
+    assert [(found.benchmark, count) for found, count in checked] == [("VizWiz-VQA", 3), ("VQA-v2", 4)]
 
     assert results_of(place, "refused") is None
     assert "2 of the documents to evaluate were calibrated on, for example document 0 of task vqav2_val" in printed

@@ -213,6 +213,7 @@ function draw() {
   drawTable(runs);
   drawPlot(at("memory"), "weight memory", "MB", (run) => run.weight_bytes === null ? null : run.weight_bytes / 1e6, runs);
   drawPlot(at("speed"), "speed", "tokens/s", (run) => run.tokens_per_second, runs);
+  at("simulated").hidden = !runs.some((run) => run.backend === "reference" && run.method !== "none");
   drawBreakdown(runs);
 }
 

@@ -72,7 +72,13 @@ def _dependencies(plan: RoundingPlan) -> Panel:
         integers=True,
         title=f"{plan.method} {plan.scheme}: dependency of consecutive decoder layers; dashed: borders of blocks",
         borders=block_borders(plan),
+        x_range=_layers(plan),
     )
+
+
+def _layers(plan: RoundingPlan) -> tuple[float, float]:
+    """So that panels above each other show the same layers at the same place."""
+    return -0.5, len(plan.record["cdm"]["dependencies"]) + 0.5
 
 
 def _percentiles(plan: RoundingPlan) -> Panel:
@@ -85,8 +91,15 @@ def _percentiles(plan: RoundingPlan) -> Panel:
     series = [Series(name, sorted(found), [found[layer] for layer in sorted(found)]) for name, found in chosen.items()]
     if all((one.x, one.y) == (series[0].x, series[0].y) for one in series):
         series = [Series("all sites", series[0].x, series[0].y)]
-    title = "chosen percentile of each layer"
-    return Panel("decoder layer", "percentile", tuple(series), integers=True, title=title, borders=block_borders(plan))
+    return Panel(
+        "decoder layer",
+        "percentile",
+        tuple(series),
+        integers=True,
+        title="chosen percentile of each layer",
+        borders=block_borders(plan),
+        x_range=_layers(plan),
+    )
 
 
 def _losses(record: Mapping[str, Any]) -> Panel:

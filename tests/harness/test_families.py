@@ -33,7 +33,7 @@ def results(tmp_path_factory):
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "lmms_eval", "--config", "runs.yaml"]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}
     for name in [*FAMILIES, "chosen"]:

@@ -179,7 +179,7 @@ def test_converting_gives_the_same_model_in_the_other_layout(original, tmp_path)
 def test_the_command_converts_or_says_in_one_line_why_not(folder, tmp_path):
     arguments = ["convert", str(folder), str(tmp_path / "hf"), "--conv", "llava_v0"]
     done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0 and done.stdout.splitlines()[-1] == str(tmp_path / "hf")
+    assert done.exit_code == 0 and done.stdout.strip().splitlines()[-1] == str(tmp_path / "hf")
     assert load(str(tmp_path / "hf")).stops == ("###",)
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2 and "is not an empty folder" in again.output

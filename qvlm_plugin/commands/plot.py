@@ -64,9 +64,9 @@ def _errors(
     from qvlm_plugin.report.ablations.layer_errors import held_apart, layer_errors
     from qvlm_plugin.report.plan_figures import error_figure
 
-    depth = plan.options.get("max_depth")
-    if depth is None or plan.calibration is None:
-        raise QVLMError(f"--pretrained: method {plan.method} does not search blocks of layers; leave it out")
+    if "cdm" not in plan.record or plan.calibration is None:
+        raise QVLMError("--pretrained: blocks of layers were not searched for this plan (qvlm does, with cdm=true)")
+    depth = plan.options["max_depth"]
     request = check_request(plan.method, plan.scheme, dict(plan.options) | {"max_depth": 1})
     source, seed = plan.calibration.source, plan.calibration.seed
     samples = read_calibration(source, None, seed, draw_from_task)

@@ -94,6 +94,11 @@ def load(
     if check_config is not None:
         check_config(config)
     files = _weight_files(folder, pretrained)
+    if getattr(config, "quantization_config", None) is not None:
+        if device_map == OFFLOAD:
+            raise QVLMError(f"device_map='offload' is for searching, and pretrained={pretrained!r} is quantized already")
+        # Packed weights are laid out for the device that they are loaded to.
+        device_map = {"": device} if device_map is None else device_map
     try:
         # The PIL image processor: the same pixels whether or not, and whichever, torchvision is installed.
         processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=trust_remote_code)

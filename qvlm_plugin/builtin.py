@@ -2,6 +2,7 @@
 
 from transformers import PretrainedConfig
 
+from qvlm_plugin.families.llava import llava_topology
 from qvlm_plugin.hooks import hookimpl
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.int4 import INT4
@@ -15,7 +16,7 @@ from qvlm_plugin.methods.qlora import QLORA
 from qvlm_plugin.methods.qvlm.method import QVLM, QVLM_JACOBIAN
 from qvlm_plugin.methods.rtn import RTN
 from qvlm_plugin.methods.unquantized import NONE
-from qvlm_plugin.topology import Topology, llava_topology
+from qvlm_plugin.topology import Topology
 
 
 @hookimpl
@@ -26,7 +27,7 @@ def qvlm_methods() -> list[Method]:
 
 @hookimpl(trylast=True)
 def qvlm_topology(config: PretrainedConfig) -> Topology | None:
-    """Hugging Face LLaVA; asked after other packages, so that they may describe a family better."""
+    """The LLaVA family; asked after other packages, so that they may describe a family better."""
     return llava_topology(config)
 
 

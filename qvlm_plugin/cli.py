@@ -1,10 +1,6 @@
 """The ``qvlm`` command. Commands import what needs torch themselves, so that ``--help`` answers at once."""
 
-import shlex
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +9,23 @@ from rich.console import Console
 from rich.table import Table
 
 from qvlm_plugin import __version__
+from qvlm_plugin.commands import leaderboard
+from qvlm_plugin.commands.compare import compare
+from qvlm_plugin.commands.export import export
+from qvlm_plugin.commands.plot import plot
+from qvlm_plugin.commands.publish import check_submission, publish
+from qvlm_plugin.commands.shared import (
+    command_line,
+    draw_from_task,
+    needs_report_packages,
+    pairs,
+    reports_errors,
+    resolve_demo,
+    working_in,
+)
 from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:
-    from qvlm_plugin.calibration import Sample
     from qvlm_plugin.models.loading import LoadedModel
     from qvlm_plugin.plan import RoundingPlan
     from qvlm_plugin.planning import PlanRequest
@@ -32,20 +41,9 @@ demo = typer.Typer(help="The embedded small LLaVA and its stand-in data.", no_ar
 app.add_typer(demo, name="demo")
 ablate = typer.Typer(help="The paper's ablations: for each a table, its rows and a figure.", no_args_is_help=True)
 app.add_typer(ablate, name="ablate")
-
-
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Show a `QVLMError` as the one line that it is, and exit with status 2."""
-
-    @wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except QVLMError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from error
-
-    return wrapper
+app.add_typer(leaderboard.app, name="leaderboard")
+for command in (compare, export, plot, publish, check_submission):
+    app.command()(command)
 
 
 def _print_version(value: bool) -> None:
@@ -81,6 +79,10 @@ def search(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration draw.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    conv: Annotated[str | None, typer.Option(help="Prompt format instead of the checkpoint's, as vicuna_v1.")] = None,
+    router_noise_seed: Annotated[
+        int | None, typer.Option(help="Seed of noise in the choice of experts (MoE-LLaVA); default: no noise.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
     device_map: Annotated[
@@ -103,19 +105,41 @@ def search(
     from qvlm_plugin.planning import check_calibration, check_request, obtain_plan
     from qvlm_plugin.plugins import topology
 
-    request = check_request(method, scheme, _pairs(option))
-    samples = read_calibration(calibration, images, seed, _draw_from_task) if request.needs_calibration else None
+    request = check_request(method, scheme, pairs(option))
+    samples = read_calibration(calibration, images, seed, draw_from_task) if request.needs_calibration else None
     check_calibration(request, samples)
     loaded = load(
-        _resolve_demo(pretrained),
+        resolve_demo(pretrained),
         revision=revision,
         dtype=dtype,
         device=device,
         device_map=device_map,
+        conv=conv,
+        router_noise_seed=router_noise_seed,
         check_config=topology,
     )
     plan = obtain_plan(loaded, request, samples, cache_root() / "plans")
     typer.echo(plan.save(output))
+
+
+@app.command()
+@reports_errors
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, in LLaVA's own layout.")],
+    output: Annotated[Path, typer.Argument(help="New or empty folder to write to.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    conv: Annotated[str | None, typer.Option(help="Prompt format instead of the checkpoint's, as vicuna_v1.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+) -> None:
+    """Write a checkpoint in the Hugging Face layout, with its processor and prompt format; prints the folder.
+
+    Only for other programs: this one reads LLaVA's own layout directly. A plan belongs to one of the two folders.
+
+    Example: qvlm convert liuhaotian/llava-v1.5-7b llava-v1.5-7b-hf
+    """
+    from qvlm_plugin.models.converting import convert as convert_checkpoint
+
+    typer.echo(convert_checkpoint(source, output, revision=revision, conv=conv, dtype=dtype))
 
 
 @app.command()
@@ -141,6 +165,10 @@ def inspect(
     record = plan.calibration
     facts.add_row("calibration", f"{len(record.digests)} of {record.source}, seed {record.seed}" if record else "none")
     facts.add_row("search", f"{plan.search_seconds:.1f} s")
+    if uncalibrated := plan.record.get("uncalibrated"):
+        facts.add_row(
+            "uncalibrated", f"inputs of experts that saw no sample, ranges by token: {', '.join(uncalibrated)}"
+        )
     console.print(facts)
     bits = Table("part", "Linears", "weight bits", "activation bits", title="Effective bits")
     for part, effective in plan.effective_bits().items():
@@ -206,8 +234,9 @@ def paired(
     """
     from qvlm_plugin.report.samples import read_samples
 
-    with _needs_report_packages():
-        from qvlm_plugin.report.paired import compare, paired_grid, paired_notes
+    with needs_report_packages():
+        from qvlm_plugin.report.paired import compare as compare_runs
+        from qvlm_plugin.report.paired import paired_grid, paired_notes
 
     first, *more = read_samples(baseline)
     if more:
@@ -216,7 +245,7 @@ def paired(
     runs.pop(first.file.resolve(), None)  # a folder of all runs holds the baseline too
     if not runs:
         raise QVLMError(f"no run to compare with the baseline {first.file}")
-    rows = [row for run in runs.values() for row in compare(first, run, metric)]
+    rows = [row for run in runs.values() for row in compare_runs(first, run, metric)]
     grid = paired_grid(rows)
     if markdown:
         typer.echo(grid.markdown())
@@ -314,18 +343,18 @@ def ablate_table1(
 
     Example: qvlm ablate table1 ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
     """
-    with _needs_report_packages():
+    with needs_report_packages():
         from qvlm_plugin.report.ablations.table1 import table1
     from qvlm_plugin.models.loading import load
     from qvlm_plugin.report.runs import Setting
 
     subject = _subject(pretrained, calibration, tasks, limit, option, model_args)
     more = subject.model_args
-    with _working_in(data):
+    with working_in(data):
         placement = {"revision": more.get("revision"), "dtype": more.get("dtype", "auto"), "device_map": "meta"}
-        shapes = load(_resolve_demo(pretrained), **placement)
+        shapes = load(resolve_demo(pretrained), **placement)
     setting = Setting(output / "runs", data, batch_size, processes)
-    _finish(output, *table1(subject, schemes.split(","), setting, shapes, _command_line()))
+    _finish(output, *table1(subject, schemes.split(","), setting, shapes, command_line()))
 
 
 @ablate.command("fig3a")
@@ -351,13 +380,13 @@ def ablate_fig3a(
 
     Example: qvlm ablate fig3a ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
     """
-    with _needs_report_packages():
+    with needs_report_packages():
         from qvlm_plugin.report.ablations.sweeps import figure3a
     from qvlm_plugin.report.runs import Setting
 
     subject = _subject(pretrained, calibration, tasks, limit, option, model_args)
     setting = Setting(output / "runs", data, batch_size, processes)
-    _finish(output, *figure3a(subject, scheme, depths.split(","), setting, _command_line()))
+    _finish(output, *figure3a(subject, scheme, depths.split(","), setting, command_line()))
 
 
 @ablate.command("fig3b")
@@ -385,13 +414,13 @@ def ablate_fig3b(
 
     Example: qvlm ablate fig3b ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
     """
-    with _needs_report_packages():
+    with needs_report_packages():
         from qvlm_plugin.report.ablations.sweeps import figure3b
     from qvlm_plugin.report.runs import Setting
 
     subject = _subject(pretrained, calibration, tasks, limit, option, model_args)
     setting = Setting(output / "runs", data, batch_size, processes)
-    command = _command_line()
+    command = command_line()
     _finish(output, *figure3b(subject, scheme, percentiles.split(","), etas.split(","), setting, command))
 
 
@@ -415,18 +444,18 @@ def ablate_fig2(
 
     Example: qvlm ablate fig2 ablations --data demo-data --calibration calibration/train.json:64
     """
-    with _needs_report_packages():
+    with needs_report_packages():
         from qvlm_plugin.report.ablations.figure2 import figure2
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.models.loading import load
     from qvlm_plugin.planning import check_request
     from qvlm_plugin.plugins import topology
 
-    request = check_request("qvlm", scheme, _pairs(option))
-    with _working_in(data):
-        samples = read_calibration(calibration, None, seed, _draw_from_task)
-        loaded = load(_resolve_demo(pretrained), dtype=dtype, device=device, check_config=topology)
-        report = figure2(loaded, request, samples, layer, _command_line())
+    request = check_request("qvlm", scheme, pairs(option))
+    with working_in(data):
+        samples = read_calibration(calibration, None, seed, draw_from_task)
+        loaded = load(resolve_demo(pretrained), dtype=dtype, device=device, check_config=topology)
+        report = figure2(loaded, request, samples, layer, command_line())
     _finish(output, report)
 
 
@@ -452,18 +481,18 @@ def ablate_fig3c(
 
     Example: qvlm ablate fig3c ablations --data demo-data --calibration calibration/train.json:64
     """
-    with _needs_report_packages():
+    with needs_report_packages():
         from qvlm_plugin.report.ablations.figure3c import figure3c
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.planning import check_request
 
-    options = _pairs(option)
+    options = pairs(option)
     by_depth = [check_request("qvlm", scheme, options | {"max_depth": depth}) for depth in depths.split(",")]
     requests = {request.options.max_depth: request for request in by_depth}
-    with _working_in(data):
-        others = read_calibration(held_out or calibration, None, seed + 1, _draw_from_task)
+    with working_in(data):
+        others = read_calibration(held_out or calibration, None, seed + 1, draw_from_task)
         loaded, plans = _obtain_plans(requests, pretrained, calibration, seed, dtype, device)
-        report = figure3c(loaded, plans, others, batch_size, _command_line())
+        report = figure3c(loaded, plans, others, batch_size, command_line())
     _finish(output, report)
 
 
@@ -490,16 +519,16 @@ def ablate_sources(
 
     Example: qvlm ablate sources ablations --data demo-data --calibration calibration/train.json:64
     """
-    with _needs_report_packages():
+    with needs_report_packages():
         from qvlm_plugin.report.ablations.sources import sources_report
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.planning import check_request
 
     requests = {method: check_request(method, scheme, {}) for method in methods.split(",")}
-    with _working_in(data):
-        others = read_calibration(held_out or calibration, None, seed + 1, _draw_from_task)
+    with working_in(data):
+        others = read_calibration(held_out or calibration, None, seed + 1, draw_from_task)
         loaded, plans = _obtain_plans(requests, pretrained, calibration, seed, dtype, device)
-        report = sources_report(loaded, plans, others, batch_size, _command_line())
+        report = sources_report(loaded, plans, others, batch_size, command_line())
     _finish(output, report)
 
 
@@ -508,8 +537,8 @@ def _subject(
 ) -> "Subject":
     from qvlm_plugin.report.ablations.evaluation import Subject
 
-    more = _pairs(model_args.split(",") if model_args else [])
-    return Subject(pretrained, calibration, tuple(tasks.split(",")), limit, _pairs(option), more)
+    more = pairs(model_args.split(",") if model_args else [])
+    return Subject(pretrained, calibration, tuple(tasks.split(",")), limit, pairs(option), more)
 
 
 def _obtain_plans(
@@ -522,38 +551,12 @@ def _obtain_plans(
     from qvlm_plugin.planning import check_calibration, obtain_plan
     from qvlm_plugin.plugins import topology
 
-    samples = read_calibration(calibration, None, seed, _draw_from_task)
+    samples = read_calibration(calibration, None, seed, draw_from_task)
     for request in requests.values():
         check_calibration(request, samples)
-    loaded = load(_resolve_demo(pretrained), dtype=dtype, device=device, check_config=topology)
+    loaded = load(resolve_demo(pretrained), dtype=dtype, device=device, check_config=topology)
     cache = cache_root() / "plans"
     return loaded, {key: obtain_plan(loaded, request, samples, cache) for key, request in requests.items()}
-
-
-@contextmanager
-def _needs_report_packages() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise QVLMError(f"{error}; this command needs: pip install 'qvlm_plugin[report]'") from error
-
-
-@contextmanager
-def _working_in(directory: Path | None) -> Iterator[None]:
-    """While active, relative names start from ``directory``."""
-    if directory is not None and not directory.is_dir():
-        raise QVLMError(f"--data {directory}: there is no such folder")
-    with chdir(directory or "."):
-        yield
-
-
-def _pairs(options: Sequence[str] | None) -> dict[str, str]:
-    """``name=value`` texts by name."""
-    return {name: value for name, _, value in (pair.partition("=") for pair in options or [])}
-
-
-def _command_line() -> str:
-    return shlex.join(["qvlm", *sys.argv[1:]])
 
 
 def _finish(folder: Path, report: "Report", failed: Sequence[Path] = ()) -> None:
@@ -562,19 +565,3 @@ def _finish(folder: Path, report: "Report", failed: Sequence[Path] = ()) -> None
     if failed:
         logs = ", ".join(map(str, failed))
         raise QVLMError(f"{len(failed)} runs failed and are missing there; the same command tries them again: {logs}")
-
-
-def _draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample]":
-    try:
-        from qvlm_plugin.harness.task_source import draw_samples
-    except ImportError as error:
-        raise QVLMError(f"calibration from task {task!r} needs lmms-eval, which is not installed: {error}") from error
-    return draw_samples(task, split, count, seed)
-
-
-def _resolve_demo(pretrained: str) -> str:
-    if pretrained != "demo":
-        return pretrained
-    from qvlm_plugin.demo.model import build as build_model
-
-    return str(build_model())

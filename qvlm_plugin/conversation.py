@@ -121,7 +121,8 @@ def encode(
     tokenizer = processor.tokenizer
     prompts = [render(processor, conversation) for conversation in conversations]
     texts = [prompt + tail for prompt, tail in zip(prompts, continuations or [""] * len(prompts), strict=True)]
-    images = [image.convert("RGB") for conversation in conversations for image in conversation.images]
+    # By conversation: LLaVA-OneVision crops an image only where it is the conversation's only one.
+    images = [[image.convert("RGB") for image in each.images] for each in conversations if each.images]
     # A template that writes the beginning-of-sequence token itself must not get a second one from the tokenizer.
     special = {"add_special_tokens": not (tokenizer.bos_token and prompts[0].startswith(tokenizer.bos_token))}
     inputs = processor(

@@ -1,7 +1,7 @@
 """transformers' side of quantized checkpoints: ``from_pretrained`` of an exported folder loads packed.
 
-It is entered in transformers' tables by `registration`, in the middle of transformers' own import; what needs more of it
-is therefore imported by the functions that run later.
+It is entered in transformers' tables by `registration`, in the middle of transformers' own import; what needs more of
+it is therefore imported by the functions that run later.
 """
 
 from pathlib import Path

@@ -46,7 +46,7 @@ class ModulePlan(_Record):
     Attributes:
         name: full name in the model.
         part: ``vision``, ``projector`` or ``decoder``; ``unused`` for vision blocks that the output does not depend on,
-            ``other`` for what lies outside (the language model's head).
+            ``other`` for what is never quantized (the language model's head, routers).
         site: name of the activation quantizer it shares; None when the topology gives it none.
         shape: [out_features, in_features].
         weight, activation: the formats.
@@ -184,6 +184,7 @@ class RoundingPlan:
                 "seed": self.calibration.seed,
                 "documents": len(self.calibration.digests),
             },
+            "uncalibrated_expert_inputs": len(self.record.get("uncalibrated", ())),
             "search_seconds": self.search_seconds,
         }
 

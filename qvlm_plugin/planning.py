@@ -126,6 +126,7 @@ def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: Calibratio
         "version": __version__,
         "model": loaded.fingerprint,
         "dtype": str(loaded.model.dtype),
+        "prompts": loaded.processor.chat_template,
         "method": request.method.name,
         "options": request.options.model_dump(mode="json"),
         "scheme": str(request.scheme),

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from qvlm_plugin import builtin, hooks
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.families.llava import MODEL_TYPES
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selftest import falling_back, insisting
 from qvlm_plugin.methods.base import Method
@@ -81,7 +82,8 @@ def topology(config: PretrainedConfig) -> Topology:
     found = plugin_manager().hook.qvlm_topology(config=config)
     if found is None:
         raise QVLMError(
-            f"model type {config.model_type!r} is not supported; supported is llava, or add a topology plugin"
+            f"model type {config.model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}, and what "
+            "plugins describe (docs/add-a-family.md)"
         )
     return found
 

@@ -2,10 +2,10 @@
 
 A family of models is described by data: attribute paths and groups of Linear layers. `resolve` turns a description into
 the quantization *sites* of one model. A site is a place where activations are quantized; Linears that read the same
-tensor (q, k, v; gate, up) share one.
+tensor (q, k, v; gate, up) share one. The families that come with the package are described in `qvlm_plugin.families`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,6 +17,9 @@ from qvlm_plugin.errors import QVLMError
 @dataclass(frozen=True)
 class Group:
     """Linears that read the same tensor.
+
+    In a group of experts, ``*`` stands for the expert's index, and each expert is a group of its own. The module up to
+    the ``*`` must be called as ``expert(tokens, rows)``: the tokens [N, C] of the whole batch, and which it serves.
 
     Attributes:
         linears: names relative to the block.
@@ -30,15 +33,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of alike blocks.
+    """A list of blocks.
 
     Attributes:
         blocks: path of the ModuleList, relative to the part; empty when the part is itself the one block.
-        groups: the Linears of one block, in the order of the computation.
+        groups: the Linears of the blocks, in the order of the computation. Blocks may differ: one has a group or not.
+        kept: Linears that stay in the compute type whatever the scheme says (routers, a unit matrix).
     """
 
     blocks: str
     groups: tuple[Group, ...]
+    kept: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Site:
         block: index of the block in its part.
         linears: full names of the Linears that read it.
         producer: full name of the module that writes it, when scales can be folded there.
+        expert: full name of the expert that it belongs to, which sees only some of the tokens; None elsewhere.
     """
 
     name: str
@@ -75,62 +81,7 @@ class Site:
     block: int
     linears: tuple[str, ...]
     producer: str | None
-
-
-_CLIP_BLOCK = (
-    Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), producer="layer_norm1"),
-    Group(("self_attn.out_proj",), producer="self_attn.v_proj"),
-    Group(("mlp.fc1",), producer="layer_norm2"),
-    Group(("mlp.fc2",)),
-)
-
-_DINOV2_BLOCK = (
-    Group(("attention.q_proj", "attention.k_proj", "attention.v_proj"), producer="norm1"),
-    Group(("attention.o_proj",), producer="attention.v_proj"),
-    Group(("mlp.fc1",), producer="norm2"),
-    Group(("mlp.fc2",)),
-)
-
-_LLAMA_BLOCK = (
-    Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), producer="input_layernorm"),
-    Group(("self_attn.o_proj",), producer="self_attn.v_proj"),
-    Group(("mlp.gate_proj", "mlp.up_proj"), producer="post_attention_layernorm"),
-    Group(("mlp.down_proj",), producer="mlp.up_proj"),
-)
-
-VISION_TOWERS = {
-    "clip_vision_model": Stack("encoder.layers", _CLIP_BLOCK),
-    "siglip_vision_model": Stack("encoder.layers", _CLIP_BLOCK),
-    "dinov2": Stack("encoder.layer", _DINOV2_BLOCK),
-}
-"""Vision towers by ``config.vision_config.model_type``."""
-
-DECODERS = {name: Stack("layers", _LLAMA_BLOCK) for name in ("llama", "mistral", "qwen2")}
-"""Language models by ``config.text_config.model_type``."""
-
-
-def llava_topology(config: PretrainedConfig) -> Topology | None:
-    """The topology of Hugging Face ``llava`` models; None for other families.
-
-    Raises:
-        QVLMError: the tower or the language model of a llava model is not one of those described here.
-    """
-    if config.model_type != "llava":
-        return None
-    tower, decoder = config.vision_config.model_type, config.text_config.model_type
-    if tower not in VISION_TOWERS or decoder not in DECODERS:
-        raise QVLMError(
-            f"llava model with vision tower {tower!r} and language model {decoder!r}: known towers are "
-            f"{', '.join(VISION_TOWERS)}; known language models are {', '.join(DECODERS)}"
-        )
-    return Topology(
-        vision_path="model.vision_tower",
-        vision=VISION_TOWERS[tower],
-        projector_path="model.multi_modal_projector",
-        projector=Stack("", (Group(("linear_1",)), Group(("linear_2",)))),
-        decoder_path="model.language_model",
-        decoder=DECODERS[decoder],
-    )
+    expert: str | None = None
 
 
 def resolve(topology: Topology, model: PreTrainedModel) -> tuple[Site, ...]:
@@ -146,6 +97,21 @@ def resolve(topology: Topology, model: PreTrainedModel) -> tuple[Site, ...]:
         *_sites(model, "vision", topology.vision_path, topology.vision, used),
         *_sites(model, "projector", topology.projector_path, topology.projector),
         *_sites(model, "decoder", topology.decoder_path, topology.decoder),
+    )
+
+
+def kept_linears(topology: Topology, model: PreTrainedModel) -> frozenset[str]:
+    """Full names of the Linears that the topology leaves in the compute type although the output depends on them."""
+    parts = (
+        (topology.vision_path, topology.vision),
+        (topology.projector_path, topology.projector),
+        (topology.decoder_path, topology.decoder),
+    )
+    return frozenset(
+        f"{path}.{name}"
+        for part, stack in parts
+        for path, block in _blocks(model, part, stack)
+        for name in linear_layers(block).keys() & set(stack.kept)
     )
 
 
@@ -177,12 +143,35 @@ def _blocks(model: nn.Module, part_path: str, stack: Stack) -> list[tuple[str, n
 
 def _sites(model: nn.Module, part: str, part_path: str, stack: Stack, used_blocks: int | None = None) -> Iterator[Site]:
     for index, (path, block) in enumerate(_blocks(model, part_path, stack)[:used_blocks]):
-        described = [name for group in stack.groups for name in group.linears]
-        present = list(linear_layers(block))
-        if set(described) != set(present):
-            odd = ", ".join(sorted(set(described) ^ set(present)))
-            raise QVLMError(f"{path}: the topology and the model differ in their Linear layers: {odd}")
+        linears = linear_layers(block)
+        undescribed = linears.keys() - set(stack.kept)
         for group in stack.groups:
-            linears = tuple(f"{path}.{name}" for name in group.linears)
-            producer = f"{path}.{group.producer}" if group.producer else None
-            yield Site(linears[0], part, index, linears, producer)
+            for expert in _members(group, linears):
+                one = _of_expert(group, expert)
+                if absent := set(one.linears) - linears.keys():
+                    raise QVLMError(f"{path}: the topology and the model differ in their Linear layers: {min(absent)}")
+                undescribed -= set(one.linears)
+                names = tuple(f"{path}.{name}" for name in one.linears)
+                producer = f"{path}.{one.producer}" if one.producer else None
+                owner = f"{path}.{group.linears[0].partition('*')[0]}{expert}" if expert else None
+                yield Site(names[0], part, index, names, producer, owner)
+        if undescribed:
+            odd = ", ".join(sorted(undescribed))
+            raise QVLMError(f"{path}: the topology and the model differ in their Linear layers: {odd}")
+
+
+def _members(group: Group, linears: Mapping[str, nn.Linear]) -> list[str]:
+    """The indices of the experts that have the group's Linears in a block, or [""] for a group that is not of experts;
+    empty where the block has none of the group's Linears."""
+    if "*" not in group.linears[0]:
+        return [""] if linears.keys() & set(group.linears) else []
+    before, _, after = group.linears[0].partition("*")
+    names = [name for name in linears if name.startswith(before) and name.endswith(after)]
+    return [name.removeprefix(before).removesuffix(after) for name in names]
+
+
+def _of_expert(group: Group, expert: str) -> Group:
+    return Group(
+        tuple(name.replace("*", expert) for name in group.linears),
+        group.producer and group.producer.replace("*", expert),
+    )

@@ -54,7 +54,20 @@ print(manifest.model_id, *sorted(set(sys.modules) - before))
 """
     name, *modules = python(code).splitlines()[-1].split()
     assert name == "qvlm_llava"
-    assert set(modules) <= {"qvlm_plugin", "qvlm_plugin.harness", "qvlm_plugin.harness.manifest"}
+    # Where transformers is imported already, the quantizer is entered there.
+    ours = {"qvlm_plugin", "qvlm_plugin.registration", "qvlm_plugin.hf_quantizer"}
+    assert set(modules) <= ours | {"qvlm_plugin.harness", "qvlm_plugin.harness.manifest"}
+
+
+def test_the_manifest_names_the_tasks_when_an_evaluation_begins():
+    code = """
+from lmms_eval import evaluator
+from lmms_eval.tasks import TaskManager
+found = TaskManager("ERROR")
+print(*(name for name in found.all_tasks if name.startswith("qvlm")), found.all_groups.count("qvlm"))
+"""
+    names = "qvlm qvlm_scienceqa qvlm_scienceqa_lepa qvlm_vizwiz qvlm_vqav2 1"
+    assert python(code).splitlines()[-1] == names
 
 
 def test_the_manifest_never_raises():

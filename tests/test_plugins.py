@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from qvlm_plugin import builtin, planning, plugins
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.families.llava import llava_topology
 from qvlm_plugin.hooks import hookimpl
 from qvlm_plugin.kernels.base import Kernel, as_stored
 from qvlm_plugin.methods.base import Method, MethodOptions, build_plan
-from qvlm_plugin.topology import llava_topology
 
 
 class Coarse:

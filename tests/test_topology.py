@@ -7,8 +7,9 @@ from torch import nn
 
 from qvlm_plugin import plugins
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.families.llava import llava_topology
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.topology import Group, Stack, linear_layers, llava_topology, resolve
+from qvlm_plugin.topology import Group, Stack, linear_layers, resolve
 
 
 def test_sites_share_an_input_and_cover_all_that_affects_the_output(loaded):

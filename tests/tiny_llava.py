@@ -22,40 +22,41 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_llava(directory, *, seed=0, hidden=32, layers=2, vision_layers=3):
-    """Write a random LLaVA (CLIP tower, two-layer projector, grouped-query Llama) with a byte-level tokenizer."""
-    torch.manual_seed(seed)
-    specials = ["<pad>", "<s>", "</s>", "<image>"]
+def byte_tokenizer(*more_specials):
+    """A token for each byte, after <pad>, <s>, </s>, <image> and more special tokens."""
+    specials = ["<pad>", "<s>", "</s>", "<image>", *more_specials]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(specials + alphabet)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=specials[3:],
         padding_side="left",
     )
+
+
+def write_tiny_llava(directory, *, seed=0, hidden=32, layers=2, vision_layers=3):
+    """Write a random LLaVA (CLIP tower, two-layer projector, grouped-query Llama) with a byte-level tokenizer."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=24, intermediate_size=40, num_hidden_layers=vision_layers, num_attention_heads=2,
             image_size=28, patch_size=14, projection_dim=16,
         ),
         text_config=LlamaConfig(
-            vocab_size=len(vocabulary), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
             pad_token_id=0, bos_token_id=1, eos_token_id=2,
         ),
         image_token_index=3, vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=4,
     )  # fmt: skip
-    model = LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():  # random weights of a size that lets tokens and images matter
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(std=0.15)
+    model = randomized(LlavaForConditionalGeneration(config))
     processor = LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
         tokenizer,
@@ -67,6 +68,15 @@ def write_tiny_llava(directory, *, seed=0, hidden=32, layers=2, vision_layers=3)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
     return directory
+
+
+@torch.no_grad()
+def randomized(model):
+    """Random weights of a size that lets tokens and images matter."""
+    for parameter in model.eval().parameters():
+        if parameter.dim() >= 2:
+            parameter.normal_(std=0.15)
+    return model
 
 
 def random_image(seed, size=28):

@@ -14,6 +14,7 @@ from qvlm_plugin import plugins
 from qvlm_plugin.cache import cache_root
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import DTYPES
+from qvlm_plugin.models.prompts import PROMPT_FORMATS, prompt_format
 
 _OF_THE_SEARCH = ("method", "scheme", "calibration", "images", "seed", "cache")
 """Arguments that a saved plan makes meaningless."""
@@ -31,6 +32,10 @@ class ModelArguments(BaseModel):
     device_map: str | None = Field(None, description="auto spreads the model over all devices")
     attn_implementation: str | None = Field(None, description="eager, sdpa, flash_attention_2")
     trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
+    conv: str | None = Field(
+        None, description=f"prompt format instead of the checkpoint's: {', '.join(PROMPT_FORMATS)}"
+    )
+    router_noise_seed: int | None = Field(None, ge=0, description="seed of noise in the choice of experts; MoE-LLaVA")
     method: str = Field("none", description="quantization method")
     scheme: str = Field("w4a4", description="bit widths, for example w4a4+vision:w8a8")
     plan: Path | None = Field(None, description="folder of a saved rounding plan, instead of method and scheme")
@@ -51,7 +56,7 @@ class ModelArguments(BaseModel):
 
     @field_validator(
         "revision", "device", "device_map", "attn_implementation", "plan", "calibration", "images", "cache",
-        "system_prompt", mode="before",
+        "system_prompt", "conv", "router_noise_seed", mode="before",
     )  # fmt: skip
     @classmethod
     def _none_is_a_word(cls, value: object) -> object:
@@ -79,6 +84,8 @@ def parse_arguments(values: Mapping[str, Any]) -> ModelArguments:
             f"unknown model argument {unknown[0]!r}; allowed are {', '.join(ModelArguments.model_fields)}; "
             f"and for method={arguments.method}: {', '.join(known) or 'nothing else'}"
         )
+    if arguments.conv is not None:
+        prompt_format(arguments.conv)
     if arguments.device_map == "offload":
         raise QVLMError(
             "device_map='offload' is for searching, which leaves the model as it was; write the plan with qvlm search "

@@ -4,7 +4,7 @@ Decoding is greedy unless a task asks for sampling: ``do_sample=True``, or a tem
 ``do_sample=False``. A temperature of 0 always means greedy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +42,17 @@ class Generation:
         return text[: min([found for stop in self.stops if (found := text.find(stop)) >= 0], default=len(text))]
 
 
-def read_generation(given: Mapping[str, Any], default_max_new_tokens: int, task: str) -> Generation:
-    """Translate the generation arguments of ``task``.
+def read_generation(
+    given: Mapping[str, Any], default_max_new_tokens: int, task: str, stops_of_model: Sequence[str] = ()
+) -> Generation:
+    """Translate the generation arguments of ``task``; answers end at ``stops_of_model`` too.
 
     Raises:
         QVLMError: an argument is not known, or asks for more than one answer.
     """
     arguments = {_ALIASES.get(name, name): value for name, value in given.items() if name not in _NOT_FOR_US}
     arguments = {name: value for name, value in arguments.items() if value is not None and value != "None"}
-    stops: list[str] = []
+    stops = list(stops_of_model)
     for key in _STOP_KEYS:
         value = arguments.pop(key, ())
         stops += [value] if isinstance(value, str) else list(value)

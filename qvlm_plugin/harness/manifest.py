@@ -1,5 +1,6 @@
 """The payload of the entry point ``lmms_eval.models``: what makes ``--model qvlm_llava`` known to the harness."""
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,7 +10,7 @@ MODEL_ID = "qvlm_llava"
 
 
 def manifests() -> "list[ModelManifest]":
-    """The models this package adds to lmms-eval.
+    """The models this package adds to lmms-eval; where an evaluation is about to begin, its tasks too.
 
     Imports nothing heavy and never raises: one entry point that raises hides the models of every plugin.
     """
@@ -17,6 +18,8 @@ def manifests() -> "list[ModelManifest]":
         from lmms_eval.models.registry_v2 import ModelManifest
     except ImportError:  # an lmms-eval without this registry cannot use a manifest either
         return []
+    if "lmms_eval.evaluator" in sys.modules:  # it imports the task manager anyway; a list of models does not
+        _install_tasks()
     return [
         ModelManifest(
             model_id=MODEL_ID,
@@ -24,3 +27,12 @@ def manifests() -> "list[ModelManifest]":
             chat_class_path="qvlm_plugin.harness.wrapper.QVLMChat",
         )
     ]
+
+
+def _install_tasks() -> None:
+    try:
+        from qvlm_plugin.harness import tasks
+
+        tasks.install()
+    except Exception as error:  # with another lmms-eval; --include_path still finds them
+        print(f"qvlm_plugin: its tasks need --include_path with this lmms-eval: {error!r}", file=sys.stderr)

@@ -6,6 +6,7 @@ empties at the start of each evaluation, so a record can never end up in another
 """
 
 import hashlib
+import json
 import platform
 import re
 import resource
@@ -21,6 +22,7 @@ import torch
 from lmms_eval.caching.response_cache import ResponseCache
 from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history, log_metrics
+from lmms_eval.utils import handle_non_serializable
 from torch import nn
 from tqdm import tqdm
 
@@ -30,14 +32,20 @@ from qvlm_plugin.harness import processes
 from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.requests import Documents, Request
 from qvlm_plugin.harness.wrapping import wrap_once
+from qvlm_plugin.report.seal import PARTS as SEALED
+from qvlm_plugin.report.seal import SEAL, seal
 from qvlm_plugin.scheme import PARTS
 
 RESULT_KEY = "qvlm"
 
+_LETTER = re.compile(r"[A-Za-z]\Z|[A-Z]\.")
+
 READABLE_ANSWERS = {
     # lmms_eval.tasks.scienceqa: the answer is one letter, or begins with a capital letter and a full stop
-    "scienceqa": re.compile(r"[A-Za-z]\Z|[A-Z]\."),
-    "scienceqa_img": re.compile(r"[A-Za-z]\Z|[A-Z]\."),
+    "scienceqa": _LETTER,
+    "scienceqa_img": _LETTER,
+    "qvlm_scienceqa": _LETTER,
+    "qvlm_scienceqa_lepa": re.compile(r"(?s:.*)(?:ANSWER:|The answer is)\s*\(?[A-Z]\b"),
 }
 """For tasks with an answer format of their own, what an answer (without surrounding blanks) must begin with for the
 task's scorer to read it. Everywhere else an answer counts as unreadable when it is empty."""
@@ -273,6 +281,9 @@ def _saving_provenance(save: Callable) -> Callable:
     def save_results_aggregated(self: EvaluationTracker, results: dict, *args: Any, **kwargs: Any) -> None:
         if record := _record_of_this_run():
             results[RESULT_KEY] = record.report(results["configs"])
+            parts = {name: results[name] for name in (*SEALED, RESULT_KEY) if name in results}
+            as_written = json.loads(json.dumps(parts, default=handle_non_serializable))
+            results[RESULT_KEY][SEAL] = seal(as_written)
         save(self, results, *args, **kwargs)
 
     return save_results_aggregated

@@ -14,6 +14,7 @@ from tenacity import RetryError
 from qvlm_plugin.calibration import Sample
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness import tasks
 from qvlm_plugin.harness.manifest import MODEL_ID
 from qvlm_plugin.harness.requests import from_messages, from_visuals
 
@@ -61,6 +62,7 @@ def draw_samples(
 
 @cache
 def _task_manager() -> TaskManager:
+    tasks.install()
     return TaskManager("ERROR", model_name=MODEL_ID)  # indexing the harness's two thousand tasks takes seconds
 
 

@@ -92,7 +92,7 @@ class _QVLM(lmms):
         if self._rank == 0 and execution.choices:
             logger.info(f"backend={facts['backend']}: {execution}")
 
-        self._model, self._processor = loaded.model, loaded.processor
+        self._model, self._processor, self._stops = loaded.model, loaded.processor, loaded.stops
         if arguments.device_map is not None:
             self._device = self._model.device
         self._batch_size = arguments.batch_size
@@ -207,7 +207,9 @@ class _QVLM(lmms):
 
     def _generate(self, items: Sequence[Request]) -> list[GenerationResult]:
         """Answer in batches of equal generation arguments, the longest questions first."""
-        pairs = [(item, read_generation(item.generation, self._max_new_tokens, item.task)) for item in items]
+        pairs = [
+            (item, read_generation(item.generation, self._max_new_tokens, item.task, self._stops)) for item in items
+        ]
         order = Collator(
             pairs, sort_fn=lambda pair: -len(pair[0].context), group_fn=lambda pair: pair[0].generation, grouping=True
         )
@@ -308,6 +310,8 @@ class _QVLM(lmms):
             device_map=arguments.device_map,
             attn_implementation=arguments.attn_implementation,
             trust_remote_code=arguments.trust_remote_code,
+            conv=arguments.conv,
+            router_noise_seed=arguments.router_noise_seed,
             check_config=partial(_check_config, arguments),
         )
 
@@ -324,6 +328,8 @@ class _QVLM(lmms):
             "attn_implementation": loaded.model.config._attn_implementation,
             "image_processor": type(loaded.processor.image_processor).__name__,
             "prompt_format": "simple" if self.is_simple else "chat",
+            "conv": loaded.prompt or "the checkpoint's own",
+            "router_noise_seed": arguments.router_noise_seed,
             "system_prompt": self._system_prompt,
             "versions": provenance.versions(),
         }

@@ -83,5 +83,7 @@ _CAST = ("weight", "bias")
 REFERENCE = Kernel("reference", _obstacle, _prepare, as_stored, _forward, _restore, _CAST)
 """Quantize-dequantize on any device, for any format."""
 
-STRAIGHT_THROUGH = Kernel("straight_through", _obstacle, _prepare, as_stored, _forward_straight_through, _restore, _CAST)
+STRAIGHT_THROUGH = Kernel(
+    "straight_through", _obstacle, _prepare, as_stored, _forward_straight_through, _restore, _CAST
+)
 """The same values, but differentiable in the input and the activation parameters; for methods that train those."""

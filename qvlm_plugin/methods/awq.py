@@ -77,6 +77,7 @@ def search_weights(
     tensors: dict[str, Tensor] = {}
     if sites:
         tokens = sample_tokens(loaded, sites, calibration, options.calibration_batch_size, options.search_tokens)
+        sites = [site for site in sites if site.name in tokens]  # some experts may have seen none
         blocks = [list(block) for _, block in groupby(sites, key=lambda site: (site.part, site.block))]
         for block in track(blocks, description="scales and clips", console=Console(stderr=True)):
             weight_format = options.weight_format(getattr(scheme, block[0].part).weight)

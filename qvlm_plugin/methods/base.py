@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import CalibrationRecord, Fold, ModulePlan, RoundingPlan
 from qvlm_plugin.scheme import UNQUANTIZED, BitWidths, Scheme
-from qvlm_plugin.topology import Site, Topology, linear_layers, resolve
+from qvlm_plugin.topology import Site, Topology, kept_linears, linear_layers, resolve
 from qvlm_plugin.workspace import Workspace
 
 ACTIVATION_KINDS = {"vision": "dynamic_token", "projector": "dynamic_token", "decoder": "static_channel"}
@@ -121,19 +122,28 @@ def build_plan(
     """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are.
 
     Weights with a ``<linear>/clip`` among the tensors are clipped by it; where there is a ``<site>/mean``, the bias of
-    quantized weights is corrected.
+    quantized weights is corrected. Experts that no calibration token reached have no bounds among the tensors: their
+    inputs are rounded within each token's own extremes, which takes no data, and the plan's record lists them as
+    ``uncalibrated``.
     """
+    tensors, uncalibrated = dict(tensors), []
     site_of = {name: site for site in resolve(topology, loaded.model) for name in site.linears}
+    kept = kept_linears(topology, loaded.model)
     modules = []
     for name, linear in linear_layers(loaded.model).items():
         site = site_of.get(name)
         widths = getattr(scheme, site.part) if site else BitWidths(UNQUANTIZED, UNQUANTIZED)
-        part = site.part if site else _part_of(name, topology)
+        part = site.part if site else "other" if name in kept else _part_of(name, topology)
         weight_format = options.weight_format(widths.weight)
         if f"{name}/clip" in tensors:
             weight_format = weight_format.model_copy(update={"clipped": True})
         if site and f"{site.name}/mean" in tensors and weight_format.kind != "none":
             weight_format = weight_format.model_copy(update={"corrected": True})
+        activation = activation_format(part, widths.activation) if site else ActivationFormat()
+        if site and site.expert and any(f"{site.name}/{key}" not in tensors for key in activation.parameters):
+            activation = ActivationFormat(kind="dynamic_token", bits=activation.bits)
+            tensors[f"{site.name}/clip_ratio"] = torch.ones(1)
+            uncalibrated += [site.name] if name == site.name else []
         modules.append(
             ModulePlan(
                 name=name,
@@ -141,7 +151,7 @@ def build_plan(
                 site=site.name if site else None,
                 shape=(linear.out_features, linear.in_features),
                 weight=weight_format,
-                activation=activation_format(part, widths.activation) if site else ActivationFormat(),
+                activation=activation,
             )
         )
     documents = None
@@ -157,7 +167,7 @@ def build_plan(
         folds=tuple(folds),
         replaced=tuple(replaced),
         calibration=documents,
-        record=record or {},
+        record={**(record or {}), **({"uncalibrated": uncalibrated} if uncalibrated else {})},
     )
 
 

@@ -34,42 +34,70 @@ def visit_site_inputs(
         sites: whose inputs to look at.
         calibration: prompts with their answers, so that the positions of decoding are seen too.
         batch_size: samples per forward pass.
-        visit: called in the order of the computation.
+        visit: called in the order of the computation; not for an expert that serves no token of the batch.
         description: for the progress bar.
         scales: by site name, what to divide its channels by [C], as folding these scales would.
 
     Raises:
         QVLMError: an input is not finite; the message names the site.
     """
-    model, device = loaded.model, execution_device(loaded.model)
+    model, device, scales = loaded.model, execution_device(loaded.model), scales or {}
+
+    def look(site: Site, x: Tensor, mask: Tensor) -> None:
+        tokens = x[mask]
+        if not tokens.isfinite().all():
+            raise QVLMError(f"the input of {site.name} is not finite on calibration data; try dtype=float32")
+        visit(site, tokens / scales[site.name].to(tokens) if site.name in scales else tokens)
+
     for inputs, _ in track(
         calibration.batches(loaded.processor, batch_size),
         description=description,
         total=-(-len(calibration.samples) // batch_size),
         console=Console(stderr=True),
     ):
-        with _looking(model, sites, inputs["attention_mask"].bool(), visit, scales or {}):
+        with watching(model, sites, inputs["attention_mask"].bool(), look):
             model(**to_device(inputs, device, model.dtype), use_cache=False, logits_to_keep=1)
 
 
 @contextmanager
-def _looking(
-    model: nn.Module,
+def watching(
+    module: nn.Module,
     sites: Sequence[Site],
     attended: Tensor,
-    visit: Callable[[Site, Tensor], None],
-    scales: Mapping[str, Tensor],
+    look: Callable[[Site, Tensor, Tensor], None],
+    prefix: str = "",
 ) -> Iterator[None]:
-    """While active, every forward pass shows its sites' inputs to ``visit``; ``attended`` [B, T] leaves out padding."""
+    """While active, every forward pass of ``module`` shows the inputs of its sites.
 
-    def look(site: Site, module: nn.Module, inputs: tuple[Tensor]) -> None:
-        x = inputs[0]
-        tokens = x[attended.to(x.device)] if site.part == "decoder" else x.flatten(0, -2)
-        if not tokens.isfinite().all():
-            raise QVLMError(f"the input of {site.name} is not finite on calibration data; try dtype=float32")
-        visit(site, tokens / scales[site.name].to(tokens) if site.name in scales else tokens)
+    Args:
+        module: a model, or a part of it.
+        sites: in the module.
+        attended: bool [B, T] of the batch, false at padding.
+        look: called as ``look(site, x, mask)`` with the site's input, and a bool mask over all but its last dimension
+            that is false at padding, also at padding that was routed to an expert; not where there is only padding.
+        prefix: what precedes the module's names in those of the sites.
+    """
+    rows: dict[str, Tensor] = {}
 
-    handles = [model.get_submodule(site.name).register_forward_pre_hook(partial(look, site)) for site in sites]
+    def note(expert: str, module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
+        rows[expert] = args[1]
+
+    def show(site: Site, module: nn.Module, args: tuple[Tensor]) -> None:
+        x = args[0]
+        if site.part != "decoder":
+            mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        else:
+            mask = attended.to(x.device)
+            mask = mask if site.expert is None else mask.flatten()[rows[site.expert]]
+        if mask.any():
+            look(site, x, mask)
+
+    def part(name: str) -> nn.Module:
+        return module.get_submodule(name.removeprefix(prefix))
+
+    experts = dict.fromkeys(site.expert for site in sites if site.expert)
+    handles = [part(expert).register_forward_pre_hook(partial(note, expert)) for expert in experts]
+    handles += [part(site.name).register_forward_pre_hook(partial(show, site)) for site in sites]
     try:
         yield
     finally:

@@ -108,6 +108,8 @@ def search_ranges(
     )
     tensors = {}
     for site, fmt in formats:
+        if site not in losses:  # of an expert that no calibration token reached
+            continue
         ratio = best_ratio(losses[site], options.ratios)
         if fmt.kind == "static_channel":
             tensors[f"{site.name}/lower"], tensors[f"{site.name}/upper"] = statistics[site.name].range(ratio)

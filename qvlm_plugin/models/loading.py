@@ -1,7 +1,8 @@
 """Load a vision-language model and its processor, and account for every weight.
 
-Nothing is ever silently initialised: keys that are missing from the checkpoint, left over in it or of another shape are
-errors. The fingerprint identifies the weights by content, wherever they lie.
+Folders in the Hugging Face layout and in LLaVA's own are told apart by what their configuration says. Nothing is ever
+silently initialised: keys that are missing from the checkpoint, left over in it or of another shape are errors. The
+fingerprint identifies the weights by content, wherever they lie.
 """
 
 import hashlib
@@ -14,19 +15,23 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
+    LlavaForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.models.hub import local_folder, with_weights
+from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoint, is_original, read_original
+from qvlm_plugin.models.prompts import IMAGE, IMAGE_BETWEEN, PROMPT_FORMATS, chat_template, name_of, prompt_format
+from qvlm_plugin.models.weights import SAFETENSORS, SAFETENSORS_OR_BIN, weight_files
 
 DTYPES = {
     "auto": "auto",
@@ -39,8 +44,6 @@ DTYPES = {
 OFFLOAD = "offload"
 """The ``device_map`` of ours, see `load`."""
 
-_WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
@@ -51,12 +54,20 @@ class LoadedModel:
         processor: its processor, padding on the left.
         source: what ``pretrained`` named.
         fingerprint: SHA-256 over the configuration and the weight files.
+        prompt: name of the prompt format; None for a chat template of the checkpoint's own.
     """
 
     model: PreTrainedModel
     processor: ProcessorMixin
     source: str
     fingerprint: str
+    prompt: str | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts at which every answer ends, beside the end token."""
+        stop = PROMPT_FORMATS[self.prompt].stop if self.prompt else ""
+        return (stop,) if stop else ()
 
 
 def load(
@@ -68,12 +79,15 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    conv: str | None = None,
+    router_noise_seed: int | None = None,
     check_config: Callable[[PretrainedConfig], object] | None = None,
 ) -> LoadedModel:
     """Load a checkpoint folder or hub model.
 
     Args:
-        pretrained: a folder in the Hugging Face layout, or a hub id such as ``llava-hf/llava-1.5-7b-hf``.
+        pretrained: a folder in the Hugging Face layout or in that of LLaVA's own code, or a hub id such as
+            ``llava-hf/llava-1.5-7b-hf`` or ``liuhaotian/llava-v1.5-7b``.
         revision: branch, tag or commit of a hub model.
         dtype: one of `DTYPES`.
         device: where the model runs when no ``device_map`` says otherwise.
@@ -82,6 +96,8 @@ def load(
             place of ``device``: ``auto`` fills the devices, leaving little room, before it offloads the rest.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``; None leaves transformers' choice.
         trust_remote_code: run code that comes with the checkpoint.
+        conv: a prompt format (see `qvlm_plugin.models.prompts`) instead of the one that the checkpoint has.
+        router_noise_seed: of the noise in the choice of experts, for models that have it; None routes without noise.
         check_config: called with the configuration before the weights are loaded, to raise where it does not suit.
 
     Raises:
@@ -89,88 +105,141 @@ def load(
     """
     if dtype not in DTYPES:
         raise QVLMError(f"dtype={dtype!r} is not known; allowed are {', '.join(DTYPES)}")
-    folder = _resolve(pretrained, revision)
-    config = _read_config(folder, pretrained, trust_remote_code)
+    prompt = None if conv is None else prompt_format(conv)
+    source = f"pretrained={pretrained!r}"
+    folder = local_folder(pretrained, source, revision)
+    values = _read_config_file(folder, source)
+    original = read_original(folder, values, source) if is_original(values) else None
+    config = original.config if original else _read_config(folder, source, trust_remote_code)
+    _set_router_noise(config, router_noise_seed, source)
     if check_config is not None:
         check_config(config)
-    files = _weight_files(folder, pretrained)
     if getattr(config, "quantization_config", None) is not None:
         if device_map == OFFLOAD:
-            raise QVLMError(f"device_map='offload' is for searching, and pretrained={pretrained!r} is quantized already")
+            raise QVLMError(f"device_map='offload' is for searching, and {source} is quantized already")
         # Packed weights are laid out for the device that they are loaded to.
         device_map = {"": device} if device_map is None else device_map
+    formats = SAFETENSORS_OR_BIN if original else SAFETENSORS
+    folder = with_weights(pretrained, source, formats, revision)
+    files = original.files() if original else weight_files(folder, formats, source)
+    processor = original.processor() if original else _read_processor(folder, source, trust_remote_code)
+    if prompt is not None:
+        between = IMAGE_BETWEEN in (getattr(processor, "chat_template", None) or "")
+        processor.chat_template = chat_template(prompt, IMAGE_BETWEEN if between else IMAGE)
+    _prepare(processor, source, conv)
+    placement = {
+        "device_map": None if device_map == OFFLOAD else device_map,
+        "attn_implementation": attn_implementation,
+        "output_loading_info": True,
+    }
     try:
-        # The PIL image processor: the same pixels whether or not, and whichever, torchvision is installed.
-        processor = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise QVLMError(f"pretrained={pretrained!r}: the processor does not load: {_one_line(error)}") from error
-    if not getattr(processor, "chat_template", None):
-        raise QVLMError(f"pretrained={pretrained!r}: the processor has no chat template, so prompts cannot be formed")
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            config=config,
-            dtype=DTYPES[dtype],
-            device_map=None if device_map == OFFLOAD else device_map,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        if original:
+            model, info = _load_original(original, processor, DTYPES[dtype], placement)
+        else:
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                config=config,
+                dtype=DTYPES[dtype],
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                **placement,
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise QVLMError(f"pretrained={pretrained!r}: the weights do not load: {_one_line(error)}") from error
-    _require_matching_keys(pretrained, info)
+        if isinstance(error, QVLMError):
+            raise
+        raise QVLMError(f"{source}: the weights do not load: {_one_line(error)}") from error
+    _require_matching_keys(source, info)
     if device_map is None:
         model.to(device)
     elif device_map == OFFLOAD:
         cpu_offload(model, torch.device(device))
-    return LoadedModel(model.eval(), processor, pretrained, _fingerprint(folder, files))
+    fingerprint = _fingerprint(folder, files, router_noise_seed)
+    return LoadedModel(model.eval(), processor, pretrained, fingerprint, name_of(processor.chat_template))
 
 
-def _resolve(pretrained: str, revision: str | None) -> Path:
-    """The local folder of a checkpoint, downloading a hub model when it is not cached."""
-    if Path(pretrained).is_dir():
-        return Path(pretrained)
-    if pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1:
-        raise QVLMError(f"pretrained={pretrained!r}: there is no such folder")
-    try:
-        return Path(snapshot_download(pretrained, revision=revision, allow_patterns=list(_WANTED_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+def _read_config_file(folder: Path, source: str) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
         raise QVLMError(
-            f"pretrained={pretrained!r} is neither a folder nor a hub model that can be reached: {_one_line(error)}"
-        ) from error
-
-
-def _read_config(folder: Path, pretrained: str, trust_remote_code: bool) -> PretrainedConfig:
-    if not (folder / "config.json").is_file():
-        raise QVLMError(
-            f"pretrained={pretrained!r}: config.json is missing; a folder in the Hugging Face layout has one"
+            f"{source}: config.json is missing; a folder in the Hugging Face layout or in LLaVA's own has one"
         )
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise QVLMError(f"{source}: config.json does not load: {_one_line(error)}") from error
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise QVLMError(
+            f"{source}: config.json is of neither layout; in the Hugging Face layout it has a model_type and a "
+            f"vision_config, in that of LLaVA's own code {' or '.join(TOWER_KEYS)}"
+        )
+    return values
+
+
+def _read_config(folder: Path, source: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise QVLMError(f"pretrained={pretrained!r}: config.json does not load: {_one_line(error)}") from error
+        raise QVLMError(f"{source}: config.json does not load: {_one_line(error)}") from error
 
 
-def _weight_files(folder: Path, pretrained: str) -> list[Path]:
-    """The safetensors files of a checkpoint; every shard that an index names must be there."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = [folder / "model.safetensors"]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
+def _set_router_noise(config: PretrainedConfig, seed: int | None, source: str) -> None:
+    if seed is None:
+        return
+    text = getattr(config, "text_config", None)
+    if not hasattr(text, "router_noise_seed"):
         raise QVLMError(
-            f"pretrained={pretrained!r}: missing {', '.join(missing)}; weights are read from safetensors files only"
+            f"{source}: router_noise_seed is for models with experts that are chosen with noise (MoE-LLaVA)"
         )
-    return files
+    text.router_noise_seed = seed
 
 
-def _require_matching_keys(pretrained: str, info: dict[str, Any]) -> None:
+def _read_processor(folder: Path, source: str, trust_remote_code: bool) -> ProcessorMixin:
+    try:
+        # Asking for the PIL backend here would ask the video processor for it too, which has none.
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # The PIL image processor: the same pixels whether or not, and whichever, torchvision is installed.
+        processor.image_processor = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", trust_remote_code=trust_remote_code
+        )
+        return processor
+    except (OSError, ValueError, ImportError) as error:
+        raise QVLMError(f"{source}: the processor does not load: {_one_line(error)}") from error
+
+
+def _prepare(processor: ProcessorMixin, source: str, conv: str | None) -> None:
+    """Set the padding, and check that prompts can be formed."""
+    if not getattr(processor, "chat_template", None):
+        raise QVLMError(
+            f"{source}: the processor has no chat template, so prompts cannot be formed; name a format with conv="
+        )
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    name = name_of(processor.chat_template)
+    if name and not PROMPT_FORMATS[name].stop and (end := PROMPT_FORMATS[name].after_assistant) != tokenizer.eos_token:
+        raise QVLMError(
+            f"{source}: conv={conv or name} ends answers with {end}, the tokenizer with {tokenizer.eos_token}; name "
+            f"another format of {', '.join(PROMPT_FORMATS)}"
+        )
+
+
+def _load_original(
+    original: OriginalCheckpoint, processor: ProcessorMixin, dtype: torch.dtype | str, placement: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE)
+    weights = original.state_dict(image_token)
+    embeddings = weights[EMBEDDINGS]
+    config = original.config
+    config.image_token_index, config.text_config.vocab_size = image_token, len(embeddings)
+    model, info = LlavaForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=weights, dtype=embeddings.dtype if dtype == "auto" else dtype, **placement
+    )
+    model.generation_config = original.generation_config(processor.tokenizer)
+    return model, info
+
+
+def _require_matching_keys(source: str, info: dict[str, Any]) -> None:
     problems = {
         "missing in the checkpoint": info.get("missing_keys"),
         "unknown to the model": info.get("unexpected_keys"),
@@ -179,13 +248,13 @@ def _require_matching_keys(pretrained: str, info: dict[str, Any]) -> None:
     for what, keys in problems.items():
         if keys:
             names = sorted(key if isinstance(key, str) else key[0] for key in keys)
-            raise QVLMError(
-                f"pretrained={pretrained!r}: {len(names)} weights are {what}, for example {', '.join(names[:3])}"
-            )
+            raise QVLMError(f"{source}: {len(names)} weights are {what}, for example {', '.join(names[:3])}")
 
 
-def _fingerprint(folder: Path, files: list[Path]) -> str:
+def _fingerprint(folder: Path, files: list[Path], router_noise_seed: int | None) -> str:
     sha = hashlib.sha256((folder / "config.json").read_bytes())
+    if router_noise_seed is not None:  # another function of the same weights
+        sha.update(f"router_noise_seed={router_noise_seed}".encode())
     for file in files:
         sha.update(_content_hash(file).encode())
     return sha.hexdigest()

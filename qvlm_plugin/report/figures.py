@@ -63,6 +63,8 @@ class Panel:
         log_x, log_y: logarithmic axes.
         integers: whether x takes whole numbers only.
         title: above the panel.
+        borders: values of x with a line across.
+        x_range: what of x is shown; None fits the series.
     """
 
     x_label: str
@@ -73,6 +75,8 @@ class Panel:
     log_y: bool = False
     integers: bool = False
     title: str = ""
+    borders: tuple[float, ...] = ()
+    x_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,11 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
             for artist in drawn.get_children():
                 artist.set_transform(axes.transData + aside)
+    for border in panel.borders:
+        axes.axvline(border, color="0.4", linestyle=(0, (3, 2)), linewidth=0.8, zorder=0)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
+    if panel.x_range is not None:
+        axes.set_xlim(panel.x_range)
     if panel.log_x:
         axes.set_xscale("log")
         values = sorted({x for series in panel.series for x in series.x})

@@ -1,6 +1,7 @@
 """Run the harness on a grid of configurations, one process each, and pick up where an earlier attempt stopped."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -89,13 +90,29 @@ def command(cell: Cell, setting: Setting) -> list[str]:
 def find_results(cell: Cell, output: Path) -> Path | None:
     """The newest results file anywhere below ``output`` that records this cell's arguments, tasks and limit."""
     files = sorted(output.rglob("*_results.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    return next((file for file in files if _is_of(cell, file)), None)
+    return next((file for file in files if _is_of(cell, _read(file))), None)
 
 
-def run_cell(cell: Cell, setting: Setting) -> Outcome:
+def finished_cells(cells: Sequence[Cell], output: Path) -> dict[str, Path]:
+    """Of the cells that `find_results` would find, the results file by the cell's name; each file is read once."""
+    left, found = list(cells), {}
+    for file in sorted(output.rglob("*_results.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+        content = _read(file)
+        for cell in [cell for cell in left if _is_of(cell, content)]:
+            found[cell.name] = file
+            left.remove(cell)
+    return found
+
+
+def run_cell(cell: Cell, setting: Setting, environment: Mapping[str, str] | None = None) -> Outcome:
     """Evaluate a cell, unless a finished run of it is there already.
 
     lmms-eval exits with 0 even when an evaluation failed, so what counts is whether it wrote results.
+
+    Args:
+        cell: what to evaluate.
+        setting: where and how.
+        environment: variables that the harness sees beside this process's own.
     """
     log = setting.output / cell.name / "log.txt"
     if found := find_results(cell, setting.output):
@@ -103,7 +120,12 @@ def run_cell(cell: Cell, setting: Setting) -> Outcome:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as stream:
         subprocess.run(
-            command(cell, setting), cwd=setting.directory, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream
+            command(cell, setting),
+            cwd=setting.directory,
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
         )
     return Outcome(cell, find_results(cell, setting.output), log, reused=False)
 
@@ -141,9 +163,16 @@ def log_end(log: Path) -> list[str]:
     return [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines if line][-LOG_LINES:]
 
 
-def _is_of(cell: Cell, file: Path) -> bool:
+def _read(file: Path) -> Any:
+    """The JSON of a results file; None when it is not whole."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _is_of(cell: Cell, content: Any) -> bool:
+    try:
         config = content["config"]
         asked = config["resolved_cli_args"]
         return (
@@ -153,8 +182,8 @@ def _is_of(cell: Cell, file: Path) -> bool:
             and set(str(asked["tasks"]).split(",")) == set(cell.tasks)
             and config["limit"] == cell.limit
         )
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        return False  # not a whole results file
+    except (KeyError, TypeError, AttributeError):
+        return False  # not a results file
 
 
 def _parse(model_args: Any) -> dict[str, str]:

@@ -1,14 +1,13 @@
 """Write a report: a table to read, its rows as data, and a figure."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.calibration import CalibrationSet, parse_sources
+from qvlm_plugin.report.files import write_file
 from qvlm_plugin.report.results import Grid
 
 STAND_IN = "**Stand-in data**: the data sets hold other documents than their names say."
@@ -54,20 +53,8 @@ class Report:
         data = json.dumps(content | {"rows": [*self.rows]}, indent=1, allow_nan=False) + "\n"
         files = {**self.figure, "json": data.encode(), "md": self.markdown().encode()}
         for suffix, blob in files.items():  # the document last: when it is there, so is what it shows
-            _write(folder / f"{self.name}.{suffix}", blob)
+            write_file(folder / f"{self.name}.{suffix}", blob)
         return folder / f"{self.name}.md"
-
-
-def _write(file: Path, blob: bytes) -> None:
-    descriptor, staging = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(blob)
-        os.chmod(staging, 0o644)
-        os.replace(staging, file)
-    except BaseException:
-        os.unlink(staging)
-        raise
 
 
 def stand_in_note(samples: CalibrationSet) -> list[str]:

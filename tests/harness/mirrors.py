@@ -54,7 +54,9 @@ def scienceqa_row(index: int) -> dict:
         "choices": ["a key", "a bottle", "a lamp"][: 2 + index % 2],
         "answer": index % 2,
         "hint": "It is large." if index % 2 else "",
-        **dict.fromkeys(("task", "grade", "subject", "topic", "category", "skill", "lecture", "solution"), "x"),
+        "grade": f"grade{1 + index}",
+        "subject": ("natural science", "social science", "language science")[index // 2 % 3],
+        **dict.fromkeys(("task", "topic", "category", "skill", "lecture", "solution"), "x"),
     }
 
 
@@ -64,7 +66,7 @@ def vizwiz_row(index: int) -> dict:
         "image": random_image(1000 + index, 36),
         "question": f"what is number {index}?",
         "answers": ["a cup"] * 6 + ["mug"] * 4,
-        "category": "other",
+        "category": ("other", "unanswerable", "yes/no", "number")[index % 4],
     }
 
 
@@ -75,7 +77,7 @@ def vqav2_row(index: int) -> dict:
         "multiple_choice_answer": "red",
         "answers": [{"answer": a, "answer_confidence": "yes", "answer_id": i + 1} for i, a in enumerate(answers)],
         "image_id": index,
-        "answer_type": "other",
+        "answer_type": ("other", "yes/no", "number")[index % 3],
         "question_id": index,
         "question": f"What colour is number {index}?",
         "image": random_image(2000 + index, 44),
@@ -84,9 +86,11 @@ def vqav2_row(index: int) -> dict:
 
 SETS = {
     "ScienceQA": (scienceqa_row, SCIENCEQA, {"train": range(100, 112), "test": range(9)}, "ScienceQA-FULL"),
-    "VizWiz-VQA": (vizwiz_row, VIZWIZ, {"val": range(5)}, "default"),
-    "VQAv2": (vqav2_row, VQAV2, {"train": range(50, 56), "validation": range(6)}, "default"),
+    "VizWiz-VQA": (vizwiz_row, VIZWIZ, {"val": range(5), "test": range(5, 8)}, "default"),
+    "VQAv2": (vqav2_row, VQAV2, {"train": range(50, 56), "validation": range(6), "test": range(6, 10)}, "default"),
 }
+SECRET = {"VizWiz-VQA": ("answers", "category"), "VQAv2": ("answers", "answer_type", "multiple_choice_answer")}
+"""Columns that the test splits do not tell."""
 
 
 def write_mirrors(directory: Path, stand_in: bool = True) -> Path:
@@ -96,7 +100,10 @@ def write_mirrors(directory: Path, stand_in: bool = True) -> Path:
         folder.mkdir(parents=True)
         files = []
         for split, indices in splits.items():
-            rows = [row(index) for index in indices]
+            secret = dict.fromkeys(SECRET.get(name, ()) if split == "test" else ())
+            rows = [row(index) | secret for index in indices]
+            if name == "VizWiz-VQA":
+                rows = [one | {"question_id": one["question_id"].replace("val", split)} for one in rows]
             data = Dataset.from_list(rows, features=features)
             path = f"{config}/{split}-00000-of-00001.parquet"
             (folder / config).mkdir(exist_ok=True)

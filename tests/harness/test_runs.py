@@ -13,8 +13,12 @@ from tiny_llava import write_tiny_llava
 
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.planning import check_request, obtain_plan
+from qvlm_plugin.report.leaderboard.write import write_leaderboard
+from qvlm_plugin.report.seal import seal
+from qvlm_plugin.report.submission import check_submission
 
 STANDARD = "scienceqa,vizwiz_vqa_val,vqav2_val"
+SECRET = "vizwiz_vqa_test,vqav2_test"
 CHOICES = """
 task: sqa_choices
 dataset_path: lmms-lab-encoder/ScienceQA
@@ -131,7 +135,9 @@ def printed(place):
     runs = [
         common | {"model_args": arguments(**RTN), "force_simple": True, "output_path": "rtn", "use_cache": "responses"},
         common | {"model": "dummy", "model_args": "", "force_simple": True, "output_path": "dummy"},
-        common | {"model_args": arguments(plan="plan"), "output_path": "plan", "tasks": "qvlm", "limit": 3.0},
+        common
+        | {"model_args": arguments(plan="plan"), "output_path": "plan", "tasks": f"qvlm,{STANDARD},{SECRET}"}
+        | {"limit": 4.0, "gen_kwargs": "max_new_tokens=8"},
         common | {"model_args": arguments(**overlapping), "output_path": "refused"},
         common | {"model_args": arguments(**overlapping, allow_overlap="true"), "output_path": "allowed"},
         common
@@ -166,8 +172,19 @@ def test_several_runs_in_one_process(place, full_precision, printed):
     planned = results_of(place, "plan")
     assert (planned["qvlm"]["scheme"], planned["qvlm"]["calibration"]) == ("w3a16", None)
     assert planned["qvlm"]["options"]["group_size"] == 16
-    subscores = [planned["results"][task]["exact_match,none"] for task in STANDARD.split(",")]
-    assert planned["groups"]["qvlm"]["exact_match,none"] == pytest.approx(sum(subscores) / 3)
+    answers = answers_of(place, "plan")
+    for ours, standard in zip(("qvlm_scienceqa", "qvlm_vizwiz", "qvlm_vqav2"), STANDARD.split(","), strict=True):
+        assert planned["results"][ours]["exact_match,none"] == planned["results"][standard]["exact_match,none"]
+        found = [[answers[f"{task}.jsonl", index] for index in range(4)] for task in (ours, standard)]
+        assert found[0] == found[1]
+    science = planned["results"]["qvlm_scienceqa"]
+    assert science["parse_failure,none"] == 1 and {"NAT,none", "SOC,none", "IMG,none", "G1-6,none"} <= science.keys()
+    assert "G7-12,none" not in science  # none of the four is from there
+    assert planned["results"]["qvlm_scienceqa_lepa"]["parse_failure,none"] == 1
+    assert planned["qvlm"]["answers"]["qvlm_scienceqa_lepa"] == {"generated": 4, "parse_failures": 4}
+
+    checked = [check_submission(file) for file in sorted((place / "plan" / "submissions").iterdir())]
+    assert [(found.benchmark, count) for found, count in checked] == [("VizWiz-VQA", 3), ("VQA-v2", 4)]
 
     assert results_of(place, "refused") is None
     assert "2 of the documents to evaluate were calibrated on, for example document 0 of task vqav2_val" in printed
@@ -179,6 +196,23 @@ def test_several_runs_in_one_process(place, full_precision, printed):
     right = [one.index(max(one)) == scienceqa_row(index)["answer"] for index, one in enumerate(scores)]
     assert choices["results"]["sqa_choices"]["acc,none"] == pytest.approx(sum(right) / 9) and any(right)
     assert results_of(place, "unknown") is None and "unknown model argument 'colour'; allowed are" in printed
+
+
+def test_their_leaderboard(place, full_precision, printed, tmp_path):
+    """Real results, ours and another model's: ranked where the documents are the same, and marked as stand-ins."""
+    board = write_leaderboard([place], tmp_path, with_reported=False)
+    assert not board.problems
+    rows = {(row.task, row.method, row.scheme, row.documents): row for row in board.rows if row.metric == "exact_match"}
+    whole = [rows["scienceqa", *run, 9] for run in ((None, None), ("none", "w16a16"), ("rtn", "w4a4"))]
+    refused, part = rows["scienceqa", "rtn", "w8a8", 9], rows["scienceqa", "rtn", "w3a16", 4]
+    assert len({row.evaluation for row in (*whole, refused)}) == 1 and part.evaluation != whole[0].evaluation
+    assert all(row.rank and "stand-in data" in row.notes for row in whole) and refused.rank is None
+    assert whole[2].drop == whole[2].value - whole[1].value
+    assert all((tmp_path / row.samples).is_file() for row in whole)
+    content = results_of(place, "full")
+    assert content["qvlm"]["seal"] == seal(content)
+    content["results"]["scienceqa"]["exact_match,none"] += 0.01
+    assert content["qvlm"]["seal"] != seal(content)
 
 
 def test_two_processes(place, printed):

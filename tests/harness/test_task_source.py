@@ -71,7 +71,7 @@ def test_the_commonest_answer_is_the_target():
     [
         ("scienceqa:test:4", "scienceqa:test: the split is what the task evaluates; allowed are train"),
         ("scienceqa:holdout:4", "scienceqa:holdout: the split does not exist; allowed are train"),
-        ("vizwiz_vqa_val:val:1", "is what the task evaluates; allowed are none of this task"),
+        ("vizwiz_vqa_val:val:1", "the split is what the task evaluates; allowed are test"),
         ("scienceqa:train:9", "scienceqa:train:9: only 8 documents have an image"),
         ("sciencqa:train:9", r"calibration=sciencqa is neither a task of lmms-eval \(similar: .*scienceqa"),
         ("gqa:train:4", "calibration=gqa: its data does not load"),

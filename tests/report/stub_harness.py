@@ -32,11 +32,27 @@ if os.environ.get("RANK", "0") == "0":
             "limit": limit,
             "resolved_cli_args": {"tasks": asked.tasks},
         },
-        "qvlm": {"search_seconds": 4.0**depth, "calibration": calibration, "stand_in": True},
+        "qvlm": {
+            "method": arguments.get("method", "none"),
+            "scheme": arguments.get("scheme", "w4a4"),
+            "search_seconds": 4.0**depth,
+            "calibration": calibration,
+            "stand_in": True,
+        },
     }
     folder = pathlib.Path(asked.output_path) / "tiny"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{time.time_ns()}_results.json").write_text(json.dumps(content))
+    stamp = time.time_ns()
+    (folder / f"{stamp}_results.json").write_text(json.dumps(content))
+    wrong = {"none": 0, "rtn": 20, "awq": 8}.get(arguments.get("method"), 10)
+    for task in scores if asked.log_samples else ():
+        rows = [
+            {"doc_id": i, "target": "red", "input": f"question {i}", "filtered_resps": "red" if i >= wrong else "blue"}
+            | {"exact_match": float(i >= wrong)}
+            for i in range(count)
+        ]
+        text = "".join(json.dumps(row) + "\\n" for row in rows)
+        (folder / f"{stamp}_samples_{task}.jsonl").write_text(text)
 """
 
 

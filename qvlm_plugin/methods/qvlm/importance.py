@@ -26,6 +26,7 @@ from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.blocks import TokenWeights
 from qvlm_plugin.methods.gradients import LOSS_SCALE, checkpointed, frozen
+from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.qlora import RangeSearchOptions
 from qvlm_plugin.methods.rtn import observe_ranges
 from qvlm_plugin.models.loading import LoadedModel
@@ -113,9 +114,7 @@ def _listening(
         # No parameter takes gradients: the graph begins at the decoder's input.
         return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"].detach().requires_grad_()}
 
-    def look(site: Site, module: nn.Module, inputs: tuple[Tensor]) -> None:
-        x, mask = inputs[0], attended.to(inputs[0].device)
-
+    def look(site: Site, x: Tensor, mask: Tensor) -> None:
         def show(gradient: Tensor) -> None:
             jacobian = widen(gradient[mask]) / LOSS_SCALE
             if not jacobian.isfinite().all():
@@ -131,11 +130,11 @@ def _listening(
         )
 
     handles = [model.get_submodule(topology.decoder_path).register_forward_pre_hook(begin, with_kwargs=True)]
-    handles += [model.get_submodule(site.name).register_forward_pre_hook(partial(look, site)) for site in sites]
     for index, (_, layer) in enumerate(decoder_layers(topology, model)):
         handles.append(layer.register_forward_hook(partial(weigh, index)))
     try:
-        yield
+        with watching(model, sites, attended, look):
+            yield
     finally:
         for handle in handles:
             handle.remove()

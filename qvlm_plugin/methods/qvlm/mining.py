@@ -20,6 +20,7 @@ from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.base import grid_from_one
 from qvlm_plugin.methods.blocks import Batch, Hidden, TokenWeights, output_error, replaced, run_layer
+from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.qlora import RangeSearchOptions
 from qvlm_plugin.methods.qvlm.dependency import layer_dependency
 from qvlm_plugin.methods.qvlm.partition import partition
@@ -80,7 +81,7 @@ class CandidateLayer:
         name: full name.
         layer: in full precision.
         linears: what stands in for its Linears, by their names in it; on the device as long as the candidate lives.
-        sites: its activation quantizers.
+        sites: its activation quantizers, less those of experts that no calibration token reached.
         bounds: (lower, upper) [C] for each site and each percentile of the grid.
     """
 
@@ -257,32 +258,27 @@ def candidate_layer(
     options: MiningOptions,
 ) -> tuple[CandidateLayer, Hidden]:
     """A layer ready to be searched, and its full-precision output."""
-    own = tuple(site for site in sites if site.name.startswith(f"{name}."))
+    # An expert that no calibration token reached has no bounds to search.
+    own = tuple(site for site in sites if site.name.startswith(f"{name}.") and f"{site.name}/lower" in tensors)
     # Inputs of all sites at once are several times the hidden states: they are kept where these are.
     kept_on, device = reference[0].device, execution_device(layer)
     inputs: dict[str, list[Tensor]] = {site.name: [] for site in own}
-    handles = [
-        layer.get_submodule(site.name.removeprefix(f"{name}.")).register_forward_pre_hook(
-            lambda _, args, key=site.name: inputs[key].append(args[0].to(kept_on))
-        )
-        for site in own
-    ]
-    linears = {}
+
+    def keep(site: Site, x: Tensor, mask: Tensor) -> None:
+        inputs[site.name].append(x[mask].to(kept_on))
+
+    linears, output = {}, []
     with materialized(layer):
-        try:
-            output = run_layer(name, layer, reference, batches)
-        finally:
-            for handle in handles:
-                handle.remove()
+        for states, batch in zip(reference, batches, strict=True):
+            with watching(layer, own, batch.attended, keep, prefix=f"{name}."):
+                output += run_layer(name, layer, [states], [batch])
         for linear_name, module in modules.items():
             if linear_name.startswith(f"{name}.") and not module.is_identity:
                 relative = linear_name.removeprefix(f"{name}.")
                 linears[relative] = quantized_linear(module, layer.get_submodule(relative), tensors, REFERENCE)
     bounds = {}
     for site in own:
-        tokens = torch.cat(
-            [x[batch.attended.to(x.device)] for x, batch in zip(inputs.pop(site.name), batches, strict=True)]
-        ).to(device)
+        tokens = torch.cat(inputs.pop(site.name)).to(device)
         initial = tuple(tensors[f"{site.name}/{bound}"].to(device) for bound in ("lower", "upper"))
         bounds[site.name] = [percentile_bounds(tokens, *initial, p, options.reading) for p in options.percentiles]
     return CandidateLayer(name, layer, linears, own, bounds), output

@@ -458,11 +458,12 @@ def _straight_through_layers(
     # Tensors made in inference mode cannot take part in gradients; their copies can.
     initial = {name: tensor.clone() for name, tensor in initial.items()}
     layers = {}
-    for module in build_plan("qvlm", loaded, topology, scheme, options, initial, None).modules:
+    plan = build_plan("qvlm", loaded, topology, scheme, options, initial, None)
+    for module in plan.modules:
         if module.is_identity or (module.part == "decoder" and options.veo_decoder == "full"):
             continue
         linear = loaded.model.get_submodule(module.name)
-        layers[module.name] = stand_in(module, linear, initial, STRAIGHT_THROUGH)
+        layers[module.name] = stand_in(module, linear, plan.tensors, STRAIGHT_THROUGH)
     return layers
 
 

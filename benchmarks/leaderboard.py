@@ -1,0 +1,71 @@
+"""How long a leaderboard of many runs takes, and how much memory: synthetic results, deleted afterwards.
+
+python benchmarks/leaderboard.py            # 500 results files with 2,000 samples each
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+from qvlm_plugin.report.leaderboard.write import write_leaderboard
+from qvlm_plugin.report.seal import seal
+
+TASKS = ("scienceqa", "vizwiz_vqa_val", "vqav2_val", "qvlm_scienceqa")
+QUESTION = "Which of these objects is the largest?\nAnswer the question using a single word or phrase."
+
+
+def write_runs(folder: Path, files: int, samples: int) -> None:
+    """``files`` runs that share ``samples`` documents, spread over four tasks."""
+    count = samples // len(TASKS)
+    for run in range(files):
+        place = folder / f"run-{run}"
+        place.mkdir()
+        content = {
+            "results": {task: {"exact_match,none": (count - run % count) / count} for task in TASKS},
+            "n-samples": {task: {"original": count, "effective": count} for task in TASKS},
+            "configs": {task: {"metric_list": [{"metric": "exact_match", "aggregation": "mean"}]} for task in TASKS},
+            "versions": dict.fromkeys(TASKS, 1.0),
+            "config": {"model": "qvlm_llava", "model_args": ""},
+            "date": f"20261121_{run:06}",
+            "qvlm": {"method": f"method {run}", "scheme": "w4a4", "plan_hash": f"{run:064}"},
+        }
+        content["qvlm"]["seal"] = seal(content)
+        (place / "r_results.json").write_text(json.dumps(content))
+        for task in TASKS:
+            with (place / f"r_samples_{task}.jsonl").open("w") as stream:
+                for index in range(count):
+                    sample = {
+                        "doc_id": index,
+                        "target": "the box",
+                        "filtered_resps": "the box",
+                        "token_counts": [{"input_tokens": 640, "output_tokens": 3}],
+                        "doc_hash": "0" * 64,
+                        "exact_match": float(index >= run % count),
+                        "input_media": [f"sha256:{index:064}"],
+                        "input": f"{index}: {QUESTION}",
+                    }
+                    stream.write(json.dumps(sample) + "\n")
+
+
+def main() -> None:
+    """Write, read, and print what it took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--files", type=int, default=500)
+    parser.add_argument("--samples", type=int, default=2000, help="of each file")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        write_runs(Path(name), asked.files, asked.samples)
+        wall, cpu = time.perf_counter(), time.process_time()
+        board = write_leaderboard([Path(name)], Path(name) / "out", with_reported=True)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{asked.files} files, {asked.files * asked.samples:,} samples, {len(board.rows)} rows:")
+    print(f"{wall:.1f} s wall, {cpu:.1f} s CPU, {peak:.0f} MB peak")
+    assert not board.problems, board.problems[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Commands of ``qvlm`` that have a module of their own."""

@@ -1,0 +1,98 @@
+"""``qvlm compare``: run a grid of methods and test the differences."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from qvlm_plugin.commands.shared import command_line, needs_report_packages, pairs, reports_errors
+from qvlm_plugin.errors import QVLMError
+
+if TYPE_CHECKING:
+    from qvlm_plugin.report.compare.grid import CompareGrid
+
+
+@reports_errors
+def compare(
+    output: Annotated[Path, typer.Argument(help="Folder of the runs and of the comparison.")],
+    grid: Annotated[
+        Path | None, typer.Argument(help="YAML file with the grid; flags take the place of its values.")
+    ] = None,
+    models: Annotated[str | None, typer.Option(help="Checkpoint folders or hub ids, separated by commas.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Quantization methods, separated by commas.")] = None,
+    schemes: Annotated[str | None, typer.Option(help="Bits, separated by commas.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lmms-eval, separated by commas.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="task:split:n or file.json:n, joined by +.")] = None,
+    model_args: Annotated[
+        str | None, typer.Option(help="Further model arguments of every run, as dtype=float16.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What is compared; default: exact_match.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents per forward pass.")] = 8,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the documents of a run.")] = 1,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one for each device.")] = None,
+    devices: Annotated[str | None, typer.Option(help="CUDA devices, separated by commas; jobs take turns.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Working directory of the runs, with local mirrors of data.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the runs, and which are finished, and stop.")
+    ] = False,
+) -> None:
+    """Run models × methods × schemes × tasks, each in its own process, and compare with full precision.
+
+    Full precision is run beside. Finished runs, known by what their results record, are not run again; one that fails
+    is told, and the others go on. Ends with comparison.md, .json, .svg and .png.
+
+    Example: qvlm compare results --models demo --methods qlora,awq,qvlm --schemes w6a6,w4a4
+    --tasks qvlm_scienceqa,qvlm_vizwiz,qvlm_vqav2 --data demo-data --calibration calibration/train.json:64
+    """
+    from qvlm_plugin.report.compare.grid import cells, read_grid
+    from qvlm_plugin.report.runs import Setting, command, finished_cells
+
+    given = {name: _names(text) for name, text in (("models", models), ("methods", methods), ("schemes", schemes))}
+    given |= {"tasks": _names(tasks), "calibration": calibration, "limit": limit, "metric": metric}
+    asked = read_grid(grid, given | {"model_args": pairs(model_args.split(",")) if model_args else None})
+    _check(asked)
+    todo, setting = cells(asked), Setting(output, data, batch_size, processes)
+    if data is not None and not data.is_dir():
+        raise QVLMError(f"--data {data}: there is no such folder")
+    if dry_run:
+        finished = finished_cells(todo, output)
+        for cell in todo:
+            state = f"finished: {finished[cell.name]}" if cell.name in finished else " ".join(command(cell, setting))
+            typer.echo(f"{cell.name}: {state}")
+        return
+    with needs_report_packages():
+        from qvlm_plugin.report.compare.comparison import compare_outcomes
+        from qvlm_plugin.report.compare.report import compare_report
+        from qvlm_plugin.report.compare.running import run_grid
+
+    named = _names(devices) or ()
+    output.mkdir(parents=True, exist_ok=True)
+    outcomes = run_grid(todo, setting, asked.metric, jobs or max(1, len(named)), named, Console(stderr=True))
+    compared, trouble = compare_outcomes(outcomes, asked.metric)
+    if not compared:
+        raise QVLMError(f"no run can be compared: {trouble[0]}")
+    report = compare_report(asked, compared, trouble, command_line())
+    typer.echo(report.write(output))
+    if trouble:
+        raise QVLMError(f"{len(trouble)} runs are missing there; the same command tries them again: {trouble[0]}")
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def _check(asked: "CompareGrid") -> None:
+    """Methods, options and schemes, before anything runs."""
+    from qvlm_plugin.planning import check_request
+
+    for method in asked.methods:
+        for scheme in asked.schemes:
+            check_request(method, scheme, asked.options.get(method, {}))
+    if unknown := asked.options.keys() - set(asked.methods):
+        raise QVLMError(
+            f"options: {sorted(unknown)[0]} is not among the methods; allowed are {', '.join(asked.methods)}"
+        )

@@ -1,0 +1,68 @@
+"""``qvlm leaderboard``: results as one table, and a shared folder that collects them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from qvlm_plugin.commands.shared import needs_report_packages, reports_errors
+
+WRITE = "write"
+
+
+class _WritesUnlessTold(TyperGroup):
+    """What is no sub-command is the first argument of ``write``."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [WRITE, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_WritesUnlessTold,
+    help="Results of many runs as one table: qvlm leaderboard DIR… --out OUT.",
+    no_args_is_help=True,
+)
+
+
+@app.command(WRITE)
+@reports_errors
+def write(
+    paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that hold some.")],
+    out: Annotated[Path, typer.Option(help="Folder for leaderboard.md, .csv, .json and .html.")],
+    reported: Annotated[bool, typer.Option(help="Show the paper's tables beside, as reported.")] = True,
+) -> None:
+    """Write leaderboard.md, .csv, .json and .html; the word "write" may be left out.
+
+    Rows are ranked against each other only where data, split, prompt and documents are the same. Files with problems
+    are told, and their rows left out or left unranked.
+
+    Example: qvlm leaderboard results/ --out leaderboard
+    """
+    with needs_report_packages():
+        from qvlm_plugin.report.leaderboard.write import write_leaderboard
+
+    board = write_leaderboard(paths, out, with_reported=reported)
+    for problem in board.problems:
+        typer.echo(f"{problem.file}: {problem.message}", err=True)
+    typer.echo(out / "leaderboard.md")
+
+
+@app.command("add")
+@reports_errors
+def add(
+    file: Annotated[Path, typer.Argument(help="Results file of a run with --log_samples.")],
+    to: Annotated[Path, typer.Option(help="Folder that collects runs, for example in a git checkout.")],
+) -> None:
+    """Check a run and copy it, with its samples, into a shared folder.
+
+    Refused: runs without provenance or with a seal that does not fit, on a part of the documents, calibrated on
+    evaluated documents, or with another result for the same model, plan and documents than one that is there.
+
+    Example: qvlm leaderboard add results/model/20261121_120000_results.json --to shared-results
+    """
+    from qvlm_plugin.report.leaderboard.adding import add_run
+
+    typer.echo(add_run(file, to))

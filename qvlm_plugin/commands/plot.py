@@ -1,0 +1,80 @@
+"""``qvlm plot``: pictures of a plan."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qvlm_plugin.commands.shared import draw_from_task, needs_report_packages, reports_errors, resolve_demo, working_in
+from qvlm_plugin.errors import QVLMError
+
+if TYPE_CHECKING:
+    from qvlm_plugin.plan import RoundingPlan
+
+
+@reports_errors
+def plot(
+    plan: Annotated[Path, typer.Argument(help="A plan's folder.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: the plan's.")] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="The plan's checkpoint: measures errors too, which searches a layer-wise plan.")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Samples to measure errors on; default: the plan's sources, drawn again.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder that relative names, and mirrors of data, start from.")
+    ] = None,
+) -> None:
+    """Draw dependency per layer with block borders, chosen percentiles and the VEO losses, from a plan's record.
+
+    With --pretrained, also the error of each layer against the layer-wise search with the same options (max_depth=1).
+
+    Example: qvlm plot plans/qvlm-w4a4 --pretrained demo --data demo-data
+    """
+    with needs_report_packages():
+        from qvlm_plugin.report.plan_figures import search_figures
+    from qvlm_plugin.plan import RoundingPlan
+    from qvlm_plugin.report.files import write_file
+
+    loaded = RoundingPlan.load(plan)
+    figures = search_figures(loaded)
+    if pretrained is not None:
+        with working_in(data):
+            figures["errors"] = _errors(loaded, pretrained, held_out, batch_size, dtype, device)
+    folder = output or plan
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, files in figures.items():
+        for suffix, blob in files.items():
+            write_file(folder / f"{name}.{suffix}", blob)
+        typer.echo(folder / f"{name}.png")
+
+
+def _errors(
+    plan: "RoundingPlan", pretrained: str, held_out: str | None, batch_size: int, dtype: str, device: str
+) -> dict[str, bytes]:
+    from qvlm_plugin.cache import cache_root
+    from qvlm_plugin.calibration import read_calibration
+    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.planning import check_request, obtain_plan
+    from qvlm_plugin.plugins import topology
+    from qvlm_plugin.report.ablations.layer_errors import held_apart, layer_errors
+    from qvlm_plugin.report.plan_figures import error_figure
+
+    depth = plan.options.get("max_depth")
+    if depth is None or plan.calibration is None:
+        raise QVLMError(f"--pretrained: method {plan.method} does not search blocks of layers; leave it out")
+    request = check_request(plan.method, plan.scheme, dict(plan.options) | {"max_depth": 1})
+    source, seed = plan.calibration.source, plan.calibration.seed
+    samples = read_calibration(source, None, seed, draw_from_task)
+    others = read_calibration(held_out or source, None, seed + 1, draw_from_task)
+    model = load(resolve_demo(pretrained), dtype=dtype, device=device, check_config=topology)
+    if model.fingerprint != plan.model:
+        raise QVLMError(f"--pretrained {pretrained} is another checkpoint than the plan's; name that one")
+    layer_wise = obtain_plan(model, request, samples, cache_root() / "plans")
+    apart = held_apart(held_apart(others, plan), layer_wise)
+    plans = {"layer-wise (max_depth 1)": layer_wise, f"joint (max_depth {depth})": plan}
+    return error_figure(plan, {name: layer_errors(model, one, apart, batch_size) for name, one in plans.items()})

@@ -1,0 +1,76 @@
+"""What several commands share. It imports nothing heavy."""
+
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from qvlm_plugin.errors import QVLMError
+
+if TYPE_CHECKING:
+    from qvlm_plugin.calibration import Sample
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Show a `QVLMError` as the one line that it is, and exit with status 2."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except QVLMError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+
+    return wrapper
+
+
+@contextmanager
+def needs_report_packages() -> Iterator[None]:
+    """Around imports of what the extra "report" brings."""
+    try:
+        yield
+    except ImportError as error:
+        raise QVLMError(f"{error}; this command needs: pip install 'qvlm_plugin[report]'") from error
+
+
+@contextmanager
+def working_in(directory: Path | None) -> Iterator[None]:
+    """While active, relative names start from ``directory``."""
+    if directory is not None and not directory.is_dir():
+        raise QVLMError(f"--data {directory}: there is no such folder")
+    with chdir(directory or "."):
+        yield
+
+
+def pairs(options: Sequence[str] | None) -> dict[str, str]:
+    """``name=value`` texts by name."""
+    return {name: value for name, _, value in (pair.partition("=") for pair in options or [])}
+
+
+def command_line() -> str:
+    """How this command was called, as typed in a shell."""
+    return shlex.join(["qvlm", *sys.argv[1:]])
+
+
+def draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample]":
+    """Calibration samples from one of the harness's tasks."""
+    try:
+        from qvlm_plugin.harness.task_source import draw_samples
+    except ImportError as error:
+        raise QVLMError(f"calibration from task {task!r} needs lmms-eval, which is not installed: {error}") from error
+    return draw_samples(task, split, count, seed)
+
+
+def resolve_demo(pretrained: str) -> str:
+    """The checkpoint folder; the embedded model is built if need be."""
+    if pretrained != "demo":
+        return pretrained
+    from qvlm_plugin.demo.model import build as build_model
+
+    return str(build_model())

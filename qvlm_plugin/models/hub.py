@@ -1,0 +1,51 @@
+"""Local folders of checkpoints, wherever they come from."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from qvlm_plugin.errors import QVLMError
+
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+"""Configuration, tokenizer and processor."""
+
+
+def local_folder(name: str, source: str, revision: str | None = None, files: Sequence[str] = SMALL_FILES) -> Path:
+    """The folder that ``name`` is, or the local copy of the hub model that it names.
+
+    Args:
+        name: a folder or hub id.
+        source: what named it, for messages.
+        revision: branch, tag or commit of a hub model.
+        files: patterns of what to download, as far as it is not there yet.
+
+    Raises:
+        QVLMError: it is neither, or the hub cannot be reached.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise QVLMError(f"{source}: there is no such folder")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise QVLMError(f"{source} is neither a folder nor a hub model that can be reached: {reason}") from error
+
+
+def with_weights(name: str, source: str, names: Sequence[str], revision: str | None = None) -> Path:
+    """The same folder with weight files of the first format that is there.
+
+    Args:
+        name, source, revision: see `local_folder`.
+        names: formats, as in `qvlm_plugin.models.weights.weight_files`.
+    """
+    for file in names:
+        stem, _, suffix = file.rpartition(".")
+        patterns = (f"{stem}*.{suffix}", f"{file}.index.json")
+        folder = local_folder(name, source, revision, (*SMALL_FILES, *patterns))
+        if any(folder.glob(f"{stem}*.{suffix}")):
+            break
+    return folder

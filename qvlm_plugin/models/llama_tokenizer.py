@@ -1,0 +1,70 @@
+"""Llama's sentencepiece tokenizer as LLaVA uses it, as a fast tokenizer.
+
+LLaVA tokenizes the text on each side of an image by itself, and sentencepiece puts a blank before every text that it is
+given. A fast tokenizer does the same when its normalizer prepends the blank to each piece between special tokens.
+
+The model file is read by sentencepiece's own library: its Python description of the format needs one certain protobuf.
+"""
+
+import json
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges
+
+from qvlm_plugin.errors import QVLMError
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+
+
+def llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder with a sentencepiece model and, perhaps, a list of added tokens; padding on the left.
+
+    Raises:
+        QVLMError: the model is missing or damaged, or added tokens do not continue its vocabulary.
+    """
+    file = folder / SENTENCEPIECE_FILE
+    if not file.is_file():
+        raise QVLMError(f"{folder}: {SENTENCEPIECE_FILE} is missing")
+    try:
+        pieces = SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise QVLMError(f"{file} is not a sentencepiece model: {' '.join(str(error).split())[:200]}") from error
+    size = len(pieces)
+    vocabulary = {pieces.id_to_piece(index): index for index in range(size)}
+    scores = {piece: pieces.get_score(index) for piece, index in vocabulary.items()}
+    unknown, begin, end = (pieces.id_to_piece(index) for index in (pieces.unk_id(), pieces.bos_id(), pieces.eos_id()))
+    merges = generate_merges(vocabulary, scores)
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, pieces.bos_id())]
+    )
+    added = _added_tokens(folder, size)
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (unknown, begin, end, *added)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token=unknown,
+        bos_token=begin,
+        eos_token=end,
+        pad_token=end,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _added_tokens(folder: Path, size: int) -> list[str]:
+    """The tokens that were added to a vocabulary of ``size``, in the order of their ids."""
+    file = folder / "added_tokens.json"
+    added = json.loads(file.read_text()) if file.is_file() else {}
+    added = dict(sorted(((token, index) for token, index in added.items() if index >= size), key=lambda item: item[1]))
+    if list(added.values()) != list(range(size, size + len(added))):
+        raise QVLMError(f"{file}: its tokens do not continue the vocabulary of {SENTENCEPIECE_FILE}, which has {size}")
+    return list(added)

@@ -1,0 +1,124 @@
+"""StableLM with sparse mixture-of-experts layers: the language model of MoE-LLaVA-StableLM, for transformers.
+
+transformers' own StableLM, in whose layers named by ``moe_layers`` the MLP is replaced by experts of which two serve
+each token (Lin et al., 2024, "MoE-LLaVA", after DeepSpeed's gating): the likeliest expert and the second likeliest,
+with their probabilities divided by their sum. At the evaluation capacity of the released checkpoints no token is
+dropped, so there is no capacity here.
+"""
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, StableLmConfig, StableLmModel
+from transformers.models.stablelm.modeling_stablelm import StableLmMLP
+
+
+@strict
+class MoEStableLmConfig(StableLmConfig):
+    """Configuration of `MoEStableLmModel`.
+
+    Attributes:
+        num_experts: experts of each layer that has some.
+        moe_layers: indices of these layers.
+        router_noise_seed: DeepSpeed chooses the second expert by probabilities with Gumbel noise, also when evaluating;
+            with a seed so does this model, reproducibly. None takes the second likeliest.
+    """
+
+    model_type = "moe_stablelm"
+
+    num_experts: int = 4
+    moe_layers: list[int] | tuple[int, ...] = ()
+    router_noise_seed: int | None = None
+
+
+class RoutedExpert(StableLmMLP):
+    """An MLP that serves some of the tokens."""
+
+    def forward(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """The outputs [n, C] for the tokens [N, C] at ``rows`` [n]."""
+        return super().forward(tokens[rows])
+
+
+class Router(nn.Linear):
+    """The Linear that scores experts, in float32 whatever the compute type."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [N, C] → logits float32 [N, E]."""
+        return F.linear(tokens.float(), self.weight.float())
+
+
+class SparseExperts(nn.Module):
+    """Experts of which two serve each token."""
+
+    def __init__(self, config: MoEStableLmConfig, layer_index: int) -> None:
+        super().__init__()
+        self.router = Router(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(RoutedExpert(config) for _ in range(config.num_experts))
+        self.seed = None if config.router_noise_seed is None else config.router_noise_seed + layer_index
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [B, T, C] → [B, T, C]."""
+        tokens = hidden.flatten(0, -2)
+        chosen, shares = route(self.router(tokens), self.seed)
+        output = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            rows, place = (chosen == index).nonzero(as_tuple=True)
+            if len(rows):
+                share = shares[rows, place].unsqueeze(1).to(tokens.dtype)
+                output.index_add_(0, rows, expert(tokens, rows) * share)
+        return output.view_as(hidden)
+
+
+def route(logits: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    """The two experts of each token.
+
+    Args:
+        logits: float32 [N, E].
+        seed: of the noise that the second choice is made with; None chooses without.
+
+    Returns:
+        Indices int64 [N, 2], the first one's logit the largest; and their shares float32 [N, 2], which sum to 1.
+    """
+    first = logits.argmax(dim=1, keepdim=True)
+    noisy = logits if seed is None else logits + gumbel_noise(logits, seed)
+    second = noisy.scatter(1, first, float("-inf")).argmax(dim=1, keepdim=True)
+    chosen = torch.cat([first, second], dim=1)
+    probabilities = logits.softmax(dim=1).gather(1, chosen)
+    return chosen, probabilities / probabilities.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
+
+
+def gumbel_noise(logits: Tensor, seed: int) -> Tensor:
+    """Noise of the standard Gumbel distribution in the shape of ``logits`` [N, E].
+
+    It is a hash of the seed and of each token's logits: it depends neither on other tokens nor on earlier calls.
+    """
+    columns = torch.arange(1, logits.shape[1] + 1, device=logits.device)
+    bits = logits.detach().contiguous().view(torch.int32).long()
+    token = _scramble((bits * (2 * columns + 1)).sum(dim=1, keepdim=True) + seed)
+    uniform = ((_scramble(token + columns) >> 8) & 0xFFFFFF).double().add(0.5) / 2**24
+    return -(-uniform.log()).log().to(logits.dtype)
+
+
+def _scramble(x: Tensor) -> Tensor:
+    """A bijection of int64 that sends close numbers far apart (the finalizer of MurmurHash3)."""
+    for factor in (-49064778989728563, -4265267296055464877):
+        x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * factor
+    return x ^ ((x >> 33) & 0x7FFFFFFF)
+
+
+class MoEStableLmModel(StableLmModel):
+    """StableLM with experts in some layers."""
+
+    config_class = MoEStableLmConfig
+    _keep_in_fp32_modules_strict = ("router",)
+
+    def __init__(self, config: MoEStableLmConfig) -> None:
+        super().__init__(config)
+        for index in config.moe_layers:
+            self.layers[index].mlp = SparseExperts(config, index)
+        self.post_init()
+
+
+AutoConfig.register(MoEStableLmConfig.model_type, MoEStableLmConfig, exist_ok=True)
+AutoModel.register(MoEStableLmConfig, MoEStableLmModel, exist_ok=True)

@@ -1,0 +1,1 @@
+"""A grid of methods on the same tasks: run, compared document by document, reported."""

@@ -1,0 +1,293 @@
+"""From results files to rows. What cannot be used is reported file by file; nothing else suffers from it."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.report.leaderboard.documents import Coverage, read_coverage
+from qvlm_plugin.report.leaderboard.row import Row
+from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
+from qvlm_plugin.report.seal import seal
+
+SUFFIX = "_results.json"
+
+STAND_IN = "stand-in data"
+LIMITED = "a part of the documents"
+CALIBRATED = "calibrated on evaluated documents"
+INCOMPLETE = "samples do not fit"
+EDITED = "edited after the run"
+UNRANKED = {CALIBRATED, INCOMPLETE, EDITED}
+"""Notes that cost a row its rank."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a file; told in one line."""
+
+    file: str
+    message: str
+
+
+@dataclass
+class Board:
+    """Rows, and what was found wrong while they were read."""
+
+    rows: list[Row] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One results file as read.
+
+    Attributes:
+        file: where it is.
+        hash: SHA-256 of its content.
+        parsed: what is in it.
+        is_intact: whether its seal, if it has one, fits its content.
+        coverage: of each task's samples file; tasks without one are missing.
+        problems: what is wrong with single tasks.
+    """
+
+    file: Path
+    hash: str
+    parsed: ResultsFile
+    is_intact: bool
+    coverage: Mapping[str, Coverage]
+    problems: tuple[str, ...]
+
+
+def find_results(paths: Sequence[Path]) -> list[Path]:
+    """Results files: those named, and all below the folders named.
+
+    Raises:
+        QVLMError: a path does not exist, or none holds a results file.
+    """
+    if missing := [path for path in paths if not path.exists()]:
+        raise QVLMError(f"{missing[0]} does not exist; name results files of lmms-eval, or folders that hold some")
+    files = [file for path in paths for file in (sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path])]
+    if not files:
+        raise QVLMError(f"{', '.join(map(str, paths))}: no *{SUFFIX} there: evaluations failed, or wrote elsewhere")
+    return list({file.resolve(): file for file in files}.values())
+
+
+def samples_file(results: Path, task: str) -> Path:
+    """Where lmms-eval writes the samples that belong to a results file."""
+    return results.with_name(f"{results.name.removesuffix(SUFFIX)}_samples_{task}.jsonl")
+
+
+def read_run(file: Path) -> Run:
+    """Read a results file and the samples beside it.
+
+    Raises:
+        QVLMError: the results file cannot be used; trouble with samples is only noted.
+    """
+    try:
+        blob = file.read_bytes()
+        content = json.loads(blob)
+    except (OSError, ValueError, RecursionError) as error:
+        raise QVLMError(f"{file} is not a results file of lmms-eval: {error}") from error
+    parsed = parse_results(content, file)
+    problems, coverage = [], {}
+    for task in parsed.counts:
+        samples = samples_file(file, task)
+        if "/" in task or not samples.is_file():
+            continue
+        try:
+            coverage[task] = read_coverage(samples)
+        except QVLMError as error:
+            problems.append(str(error))
+            coverage[task] = Coverage(-1, "", {})
+    provenance = parsed.qvlm
+    intact = provenance is None or provenance.seal is None or provenance.seal == seal(content)
+    return Run(file, hashlib.sha256(blob).hexdigest(), parsed, intact, coverage, tuple(problems))
+
+
+def read_board(files: Sequence[Path], base: Path) -> Board:
+    """The rows of results files, not yet ranked.
+
+    Args:
+        files: see `find_results`.
+        base: folder that file names in rows start from.
+    """
+    board = Board()
+    seen: dict[str, str] = {}
+    for file in files:
+        name = os.path.relpath(file, base)
+        try:
+            run = read_run(file)
+            if run.hash in seen:
+                board.problems.append(Problem(name, f"is a copy of {seen[run.hash]}"))
+                continue
+            seen[run.hash] = name
+            rows = [*_rows(run, base, board.problems)]
+            if not rows:
+                board.problems.append(Problem(name, "holds no score"))
+            board.rows += rows
+        except QVLMError as error:
+            board.problems.append(Problem(name, str(error).removeprefix(f"{file} ")))
+    return board
+
+
+def _rows(run: Run, base: Path, problems: list[Problem]) -> Iterator[Row]:
+    parsed, name = run.parsed, os.path.relpath(run.file, base)
+    problems += [Problem(name, message) for message in run.problems]
+    if not run.is_intact:
+        problems.append(Problem(name, f"was {EDITED}: its seal does not fit"))
+    common = _run_facts(run) | {"run": run.hash[:16], "file": name}
+    for task, metrics in parsed.results.items():
+        if task not in parsed.counts:  # a group: its members have rows of their own
+            continue
+        order = [*_metric_list(parsed, task)]
+        scores = [*_scores(task, metrics, name, problems)]
+        scores.sort(key=lambda score: order.index(score[0]) if score[0] in order else len(order))
+        main = scores[0][0] if scores else None
+        facts = _task_facts(run, task, base, name, problems)
+        directions = parsed.higher_is_better.get(task) or {}
+        for metric, value, stderr in scores:
+            yield Row(
+                **common,
+                **facts,
+                task=task,
+                metric=metric,
+                main=metric == main,
+                value=value,
+                stderr=stderr,
+                higher_is_better=directions.get(metric) is not False,
+            )
+
+
+def _scores(
+    task: str, metrics: Mapping[str, Any], name: str, problems: list[Problem]
+) -> Iterator[tuple[str, float, float | None]]:
+    for key, value in metrics.items():
+        metric, _, kind = key.partition(",")
+        if not kind or "_stderr" in metric or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not math.isfinite(value):
+            problems.append(Problem(name, f"{task} {metric} is {value}; left out"))
+            continue
+        stderr = metrics.get(f"{metric}_stderr,{kind}")
+        known = isinstance(stderr, int | float) and math.isfinite(stderr)
+        yield metric, value, stderr if known else None
+
+
+def _metric_list(parsed: ResultsFile, task: str) -> dict[str, dict[str, Any]]:
+    """A task's metrics by name, in its own order."""
+    listed = parsed.configs.get(task, {}).get("metric_list")
+    entries = listed if isinstance(listed, list) else []
+    return {str(entry.get("metric")): entry for entry in entries if isinstance(entry, dict)}
+
+
+def _run_facts(run: Run) -> dict[str, Any]:
+    parsed, qvlm = run.parsed, run.parsed.qvlm
+    speed = (parsed.throughput or {}).get("avg_speed")
+    facts = {
+        "model": parsed.model_name or parsed.config.model or "?",
+        "method": None,
+        "scheme": None,
+        "date": parsed.date,
+        "tokens_per_second": speed if isinstance(speed, int | float) and 0 < speed < math.inf else None,
+    }
+    if qvlm is None:
+        if parsed.config.model and parsed.config.model != facts["model"]:
+            facts["model"] += f" ({parsed.config.model})"
+        arguments = parsed.config.model_args
+        return facts | {"arguments": str(arguments) if arguments else None}
+    decoder, vision = qvlm.bits.get("decoder", {}), qvlm.bits.get("vision", {})
+    copied = ("weight_bytes", "peak_memory_bytes", "search_seconds", "backend", "dtype", "device", "plan_hash")
+    return facts | {
+        "model": f"{qvlm.pretrained or facts['model']}{f'@{qvlm.revision}' if qvlm.revision else ''}",
+        "method": qvlm.method,
+        "scheme": qvlm.scheme,
+        "weight_bits": decoder.get("weight"),
+        "activation_bits": decoder.get("activation"),
+        "vision_weight_bits": vision.get("weight"),
+        "vision_activation_bits": vision.get("activation"),
+        "calibration": qvlm.calibration and qvlm.calibration.source,
+        "options": ", ".join(f"{key}={value}" for key, value in qvlm.options.items()) or None,
+        "model_fingerprint": qvlm.model_fingerprint,
+        "versions": ", ".join(f"{key} {value}" for key, value in sorted(qvlm.versions.items())) or None,
+        **{key: getattr(qvlm, key) for key in copied},
+    }
+
+
+def _task_facts(run: Run, task: str, base: Path, name: str, problems: list[Problem]) -> dict[str, Any]:
+    parsed, counts, config = run.parsed, run.parsed.counts[task], run.parsed.configs.get(task, {})
+    origin = parsed.qvlm.data.get(task) if parsed.qvlm else None
+    coverage = run.coverage.get(task)
+    notes = []
+    if parsed.qvlm and (origin.stand_in if origin else parsed.qvlm.stand_in):
+        notes.append(STAND_IN)
+    if counts.effective != counts.original or parsed.config.offset:
+        notes.append(LIMITED)
+    if parsed.qvlm and parsed.qvlm.calibration and parsed.qvlm.calibration.documents_also_evaluated:
+        notes.append(CALIBRATED)
+    if coverage and (message := misfit(task, counts.effective, parsed, coverage)):
+        problems.append(Problem(name, message))
+        notes.append(INCOMPLETE)
+    if not run.is_intact:
+        notes.append(EDITED)
+    usable = coverage is not None and INCOMPLETE not in notes
+    return {
+        "documents": counts.effective,
+        "documents_total": counts.original,
+        "notes": tuple(notes),
+        "apart": STAND_IN in notes or LIMITED in notes,
+        "dataset": _text(origin.dataset if origin else None, config.get("dataset_path")),
+        "dataset_config": _text(origin.config if origin else None, config.get("dataset_name")),
+        "split": _text(origin.split if origin else None, config.get("test_split") or config.get("validation_split")),
+        "data": origin.identity if origin else None,
+        "protocol": protocol_hash(task, parsed),
+        "samples_digest": coverage.digest if usable else None,
+        "samples": os.path.relpath(samples_file(run.file, task), base) if coverage is not None else None,
+    }
+
+
+def misfit(task: str, evaluated: int, parsed: ResultsFile, coverage: Coverage) -> str | None:
+    """What is wrong between a task's results and its samples; None when they fit."""
+    if coverage.count < 0:
+        return f"{task}: its samples cannot be read"
+    if coverage.count != evaluated:
+        return f"{task}: {evaluated} documents were evaluated, but there are samples of {coverage.count}"
+    for metric, entry in _metric_list(parsed, task).items():
+        if entry.get("aggregation") != "mean":
+            continue
+        values = [value for key, value in parsed.results[task].items() if key.partition(",")[0] == metric]
+        if len(values) != 1 or metric not in coverage.means or not isinstance(values[0], int | float):
+            continue
+        if math.isfinite(values[0]) and abs(values[0] - coverage.means[metric]) > 1e-6:
+            return f"{task}: {metric} is {values[0]:.6g}, but the samples' mean is {coverage.means[metric]:.6g}"
+    return None
+
+
+def protocol_hash(task: str, parsed: ResultsFile) -> str:
+    """What decides how a document is asked, and where an answer ends: a short hash.
+
+    The task's version and where its documents begin are in it, too.
+    """
+    config = parsed.configs.get(task, {})
+    choices = config.get("lmms_eval_specific_kwargs") or {}
+    # Beside the choices for each model, which are objects, lmms-eval writes those that it took.
+    taken = {key: value for key, value in choices.items() if not isinstance(value, dict)}
+    names = ("doc_to_text", "doc_to_messages", "doc_to_choice", "description", "num_fewshot", "output_type")
+    content = {name: _without_addresses(config.get(name)) for name in (*names, "generation_kwargs", "repeats")}
+    system = parsed.qvlm.system_prompt if parsed.qvlm else None
+    content |= {"kwargs": taken, "system": system or parsed.system_instruction}
+    content |= {"version": parsed.versions.get(task), "offset": parsed.config.offset or 0}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _without_addresses(value: Any) -> Any:
+    return re.sub(r" at 0x[0-9a-f]+", "", value) if isinstance(value, str) else value
+
+
+def _text(*values: Any) -> str | None:
+    return next((str(value) for value in values if value), None)

@@ -1,0 +1,113 @@
+"""The parts of a results file that a leaderboard reads. Whatever else is there is left alone."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qvlm_plugin.errors import QVLMError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, protected_namespaces=())
+
+
+class DocumentCounts(_Part):
+    """How many documents a task has, and how many of them were evaluated."""
+
+    original: int
+    effective: int
+
+
+class DataOrigin(_Part):
+    """Where a task's documents came from."""
+
+    dataset: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    content_hash: str | None = None
+    stand_in: bool = False
+
+    @property
+    def identity(self) -> str | None:
+        """A commit or a content hash; None where neither is known."""
+        return self.revision or self.content_hash
+
+
+class CalibrationFacts(_Part):
+    """What was calibrated on, and how many of these documents were evaluated."""
+
+    source: str | None = None
+    seed: int | None = None
+    documents_compared: int | None = None
+    documents_also_evaluated: int = 0
+
+
+class Provenance(_Part):
+    """What a run of this package tells about itself."""
+
+    method: str
+    scheme: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    bits: dict[str, dict[str, float]] = Field(default_factory=dict)
+    plan_hash: str | None = None
+    table_hash: str | None = None
+    model_fingerprint: str | None = None
+    backend: str | None = None
+    calibration: CalibrationFacts | None = None
+    search_seconds: float | None = None
+    pretrained: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    prompt_format: str | None = None
+    system_prompt: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+    data: dict[str, DataOrigin] = Field(default_factory=dict)
+    stand_in: bool = False
+    weight_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    seal: str | None = None
+
+
+class Command(_Part):
+    """How the harness was called."""
+
+    model: str | None = None
+    model_args: Any = None
+    limit: float | None = None
+    offset: int | None = None
+
+
+class ResultsFile(_Part):
+    """A results file of lmms-eval, with provenance if this package's model wrote it."""
+
+    results: dict[str, dict[str, Any]]
+    counts: dict[str, DocumentCounts] = Field(alias="n-samples")
+    configs: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    versions: dict[str, Any] = Field(default_factory=dict)
+    higher_is_better: dict[str, dict[str, bool | None] | None] = Field(default_factory=dict)
+    throughput: dict[str, Any] | None = None
+    config: Command = Field(default_factory=Command)
+    date: str | None = None
+    model_name: str | None = None
+    system_instruction: str | None = None
+    qvlm: Provenance | None = None
+
+
+def parse_results(content: Any, file: Path) -> ResultsFile:
+    """Validate a results file's JSON.
+
+    Raises:
+        QVLMError: it does not have the shape of one, or its evaluation failed.
+    """
+    try:
+        parsed = ResultsFile.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise QVLMError(f"{file} is not a results file of lmms-eval: {where}: {first['msg'].lower()}") from error
+    if not parsed.results:
+        raise QVLMError(f"{file} holds no results: the evaluation failed")
+    return parsed

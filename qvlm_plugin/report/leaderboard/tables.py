@@ -1,0 +1,122 @@
+"""The leaderboard as Markdown, CSV and JSON."""
+
+import csv
+import html
+import io
+import json
+from collections.abc import Sequence
+
+from qvlm_plugin.report.leaderboard.paper import ReportedTable, paper_source
+from qvlm_plugin.report.leaderboard.reading import Board
+from qvlm_plugin.report.leaderboard.row import Row
+from qvlm_plugin.report.leaderboard.view import Entry, Group, groups
+from qvlm_plugin.report.results import Grid
+
+READING = (
+    "Ranks hold within a table: its rows share data, split, prompt and documents. ±: lmms-eval's standard error, which "
+    "takes documents as independent; `qvlm compare` and `qvlm paired` test differences. Drop: points below (−) or "
+    "above the same model in full precision. Memory: weights / peak of the run."
+)
+APART = "Stand-in data, or a part of the documents"
+APART_NOTE = "These rows say nothing about the real benchmarks and cannot be compared with the ones above."
+REPORTED_NOTE = "Reported by the paper, not measured here; other checkpoints, code and data than in the rows above."
+
+
+def json_text(board: Board, reported: Sequence[ReportedTable]) -> str:
+    """All rows with the meaning of their fields, the paper's tables, and what was wrong with files."""
+    content = {
+        "fields": {name: field.description for name, field in Row.model_fields.items()},
+        "rows": [row.model_dump(mode="json") for row in board.rows],
+        "reported": {
+            "source": paper_source(),
+            "tables": [
+                {"table": one.number, "title": one.title, "note": one.note, "columns": one.columns, "rows": one.rows}
+                for one in reported
+            ],
+        },
+        "problems": [{"file": one.file, "message": one.message} for one in board.problems],
+    }
+    return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def csv_text(board: Board) -> str:
+    """All rows; the columns are the fields of `Row`."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, Row.model_fields, lineterminator="\n")
+    writer.writeheader()
+    for row in board.rows:
+        writer.writerow(row.model_dump() | {"notes": "; ".join(row.notes)})
+    return stream.getvalue()
+
+
+def markdown_text(board: Board, reported: Sequence[ReportedTable]) -> str:
+    """A document with a table for each evaluation."""
+    found = groups(board.rows)
+    apart = [group for group in found if group.apart]
+    parts = ["# Leaderboard", READING]
+    for group in found:
+        if not group.apart:
+            parts += [f"## {plain(group.title)}", group_grid(group).markdown()]
+    if apart:
+        parts += [f"## {APART}", APART_NOTE]
+    for group in apart:
+        parts += [f"### {plain(group.title)}", group_grid(group).markdown()]
+    if reported:
+        parts += ["## Reported", f"{REPORTED_NOTE} {paper_source()}."]
+    for table in reported:
+        parts += [f"### Table {table.number}: {table.title}", table.grid.markdown(), table.note]
+    if board.problems:
+        problems = [f"- {plain(one.file)}: {plain(one.message)}" for one in board.problems]
+        parts += ["## Files with problems", "\n".join(problems)]
+    return "\n\n".join(parts) + "\n"
+
+
+def group_grid(group: Group) -> Grid:
+    """An evaluation's runs, and their scores by every metric."""
+    main, *others = group.metrics
+    header = ("rank", "model", "method", "scheme", "bits", main, "drop", *others)
+    header = (*header, "memory", "tokens/s", "search", "notes")
+    rows = (_cells(entry, main, others) for entry in group.entries)
+    return Grid(tuple(map(plain, header)), tuple(tuple(map(plain, row)) for row in rows))
+
+
+def _cells(entry: Entry, main: str, others: Sequence[str]) -> tuple[str, ...]:
+    row, score = entry.main, entry.scores.get(main)
+    return (
+        "–" if score is None or score.rank is None else str(score.rank),
+        row.model,
+        row.method or "–",
+        row.scheme or "–",
+        bits(row),
+        percent(score),
+        "" if score is None or score.drop is None else f"{100 * score.drop:+.1f}".replace("-", "−"),
+        *(percent(entry.scores.get(metric)) for metric in others),
+        " / ".join(size(value) for value in (row.weight_bytes, row.peak_memory_bytes)) if row.weight_bytes else "",
+        "" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f}",
+        "" if not row.calibration or row.search_seconds is None else f"{row.search_seconds:.0f} s",
+        "; ".join(row.notes),
+    )
+
+
+def percent(row: Row | None) -> str:
+    """A score in percent with its standard error."""
+    if row is None:
+        return ""
+    return f"{100 * row.value:.1f}" + ("" if row.stderr is None else f" ± {100 * row.stderr:.1f}")
+
+
+def bits(row: Row) -> str:
+    """Effective bits of the decoder's weights and activations."""
+    return "" if row.weight_bits is None else f"{row.weight_bits:.2f} / {row.activation_bits or 16:.0f}"
+
+
+def size(count: int | None) -> str:
+    """Bytes for people."""
+    if count is None:
+        return "?"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def plain(text: str) -> str:
+    """Text of others, such as a model's name, as one line without markup."""
+    return html.escape(" ".join(text.split()), quote=False).replace("`", "'").replace("[", "\\[").replace("*", "\\*")

@@ -1,0 +1,122 @@
+"""Pictures of a plan: what the search found out, and what it chose."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.report.ablations.layer_errors import LayerErrors
+from qvlm_plugin.report.figures import Panel, Series, panels_figure
+
+LOSSES = {"total": "total", "reg": "answers (L_reg)", "ent": "entropy (L_ent)", "err": "errors (L_err)"}
+
+
+def search_figures(plan: RoundingPlan) -> dict[str, dict[str, bytes]]:
+    """What the plan's record shows, by the figure's name: its files by suffix.
+
+    ``search``: dependency between layers, with the blocks' borders, and the chosen percentiles. ``veo``: the losses of
+    the visual encoder's training.
+
+    Raises:
+        QVLMError: the plan's method kept no record of its search.
+    """
+    figures = {}
+    if "cdm" in plan.record:
+        figures["search"] = panels_figure([[_dependencies(plan)], [_percentiles(plan)]], height=2.4)
+    if "veo" in plan.record:
+        figures["veo"] = panels_figure([[_losses(plan.record["veo"])]], height=3.0)
+    if not figures:
+        raise QVLMError(
+            f"this plan's method, {plan.method}, keeps no record of its search; qvlm and qvlm_jacobian do, unless both "
+            "cdm and veo are false"
+        )
+    return figures
+
+
+def block_borders(plan: RoundingPlan) -> tuple[float, ...]:
+    """Where one block of decoder layers ends and the next begins: halfway between their layers."""
+    blocks = plan.record.get("cdm", {}).get("blocks", [])
+    return tuple(max(block["layers"]) + 0.5 for block in blocks[:-1])
+
+
+def error_figure(plan: RoundingPlan, errors: Mapping[str, LayerErrors]) -> dict[str, bytes]:
+    """Errors of each decoder layer's output, one series for each plan.
+
+    Args:
+        plan: whose block borders are drawn.
+        errors: by the series' name.
+    """
+    kinds = {"whole": "whole sample", "token": "mean over tokens"}
+    panels = [
+        Panel(
+            "decoder layer",
+            "" if kind == "token" else "relative squared error",
+            tuple(_error_series(name, getattr(one, kind)) for name, one in errors.items()),
+            log_y=True,
+            integers=True,
+            title=title,
+            borders=block_borders(plan),
+        )
+        for kind, title in kinds.items()
+    ]
+    return panels_figure([panels], height=3.0)
+
+
+def _dependencies(plan: RoundingPlan) -> Panel:
+    values = plan.record["cdm"]["dependencies"]
+    middles = [index + 0.5 for index in range(len(values))]
+    return Panel(
+        "",
+        "dependency D(k, k+1) (nats)",
+        (Series("dependency", middles, values),),
+        integers=True,
+        title=f"{plan.method} {plan.scheme}: dependency of consecutive decoder layers; dashed: borders of blocks",
+        borders=block_borders(plan),
+        x_range=_layers(plan),
+    )
+
+
+def _layers(plan: RoundingPlan) -> tuple[float, float]:
+    """So that panels above each other show the same layers at the same place."""
+    return -0.5, len(plan.record["cdm"]["dependencies"]) + 0.5
+
+
+def _percentiles(plan: RoundingPlan) -> Panel:
+    """A series for each kind of site, or one where all sites of a layer share their percentile."""
+    chosen: dict[str, dict[int, float]] = {}
+    for block in plan.record["cdm"]["blocks"]:
+        for layer, sites in zip(block["layers"], block["percentiles"], strict=True):
+            for name, value in sites.items():
+                chosen.setdefault(name.partition(f".{layer}.")[2] or name, {})[layer] = value
+    series = [Series(name, sorted(found), [found[layer] for layer in sorted(found)]) for name, found in chosen.items()]
+    if all((one.x, one.y) == (series[0].x, series[0].y) for one in series):
+        series = [Series("all sites", series[0].x, series[0].y)]
+    return Panel(
+        "decoder layer",
+        "percentile",
+        tuple(series),
+        integers=True,
+        title="chosen percentile of each layer",
+        borders=block_borders(plan),
+        x_range=_layers(plan),
+    )
+
+
+def _losses(record: Mapping[str, Any]) -> Panel:
+    curve, kept = record["curve"], record["kept_epoch"]
+    epochs = [row["epoch"] for row in curve]
+    return Panel(
+        "epoch",
+        "loss (nats; errors relative)",
+        tuple(Series(label, epochs, [row[name] for row in curve]) for name, label in LOSSES.items()),
+        integers=True,
+        title=f"visual encoder optimization; dashed: the epoch that was kept ({kept})",
+        borders=(kept,),
+    )
+
+
+def _error_series(name: str, values: Any) -> Series:
+    """Mean and standard error over samples, of a tensor [samples, layers]."""
+    count, means = len(values), values.mean(dim=0).tolist()
+    errors = (values.std(dim=0) / count**0.5).tolist() if count > 1 else None
+    return Series(name, range(len(means)), means, errors)

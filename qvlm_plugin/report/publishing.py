@@ -1,0 +1,124 @@
+"""Scores of a quantized checkpoint as metadata of its model card, in the hub's two forms.
+
+``model-index`` in the head of README.md, and ``.eval_results/*.yaml``, which feeds the leaderboards of benchmark data
+sets (https://huggingface.co/docs/hub/eval-results). Both are written by huggingface_hub, which knows their fields.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.report.files import write_file
+from qvlm_plugin.report.leaderboard.ranking import rank
+from qvlm_plugin.report.leaderboard.reading import find_results, read_board
+from qvlm_plugin.report.leaderboard.row import Row
+
+TASK_TYPE = "visual-question-answering"
+
+
+def publishable(paths: Sequence[Path]) -> list[Row]:
+    """The rows of results that may be published: all of one plan, whole and on the real data.
+
+    Raises:
+        QVLMError: a file has a problem, or a row must not be published; the message says why.
+    """
+    board = rank(read_board(find_results(paths), Path.cwd()))
+    if board.problems:
+        first = board.problems[0]
+        raise QVLMError(f"{first.file}: {first.message}")
+    for row in board.rows:
+        if row.method is None:
+            raise QVLMError(f"{row.file} is of another package's model; publish results of --model qvlm_llava")
+        if row.notes:
+            raise QVLMError(f"{row.file}: {row.task}: {'; '.join(row.notes)}: this must not be published")
+    if len({row.plan_hash for row in board.rows}) != 1:
+        files = ", ".join(sorted({row.file for row in board.rows}))
+        raise QVLMError(f"the results are of several plans, a checkpoint has one: {files}")
+    return board.rows
+
+
+def publish_results(rows: Sequence[Row], checkpoint: Path, source_url: str | None = None) -> list[Path]:
+    """Write the rows into a checkpoint's model card and ``.eval_results`` folder; what else is there stays.
+
+    Args:
+        rows: see `publishable`.
+        checkpoint: its folder; README.md is made where it is missing.
+        source_url: where the runs can be looked at.
+
+    Returns:
+        The files written.
+
+    Raises:
+        QVLMError: the folder does not exist, or its README.md has a head that cannot be read.
+    """
+    if not checkpoint.is_dir():
+        raise QVLMError(f"{checkpoint}: there is no such folder")
+    readme = checkpoint / "README.md"
+    try:
+        card = ModelCard(readme.read_text(encoding="utf-8") if readme.is_file() else f"# {checkpoint.resolve().name}\n")
+    except (ValueError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise QVLMError(f"{readme}: its head cannot be read: {' '.join(str(error).split())}") from error
+    others, name = card.data.eval_results or [], card.data.get("model_name") or checkpoint.resolve().name
+    data = {key: value for key, value in card.data.to_dict().items() if key not in ("model-index", "model_name")}
+    added = [_eval_result(row, source_url) for row in rows]
+    keys = {(one.unique_identifier, one.metric_type, one.metric_name) for one in added}
+    kept = [one for one in others if (one.unique_identifier, one.metric_type, one.metric_name) not in keys]
+    card.data = ModelCardData(**data, model_name=name, eval_results=[*kept, *added])
+    files = {readme: str(card)}
+    for row in rows:
+        if row.main:
+            entries = eval_result_entries_to_yaml([_entry(row, source_url)])
+            file = checkpoint / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', row.task)}.yaml"
+            files[file] = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+    for file, text in files.items():
+        file.parent.mkdir(exist_ok=True)
+        write_file(file, text.encode())
+    return list(files)
+
+
+def _eval_result(row: Row, source_url: str | None) -> EvalResult:
+    return EvalResult(
+        task_type=TASK_TYPE,
+        task_name=row.task,
+        dataset_type=row.dataset or row.task,
+        dataset_name=" ".join(part for part in (row.dataset or row.task, row.dataset_config) if part),
+        dataset_config=row.dataset_config,
+        dataset_split=row.split,
+        dataset_revision=_revision(row),
+        metric_type="accuracy" if row.metric == "exact_match" else row.metric,
+        metric_name=f"{row.task} {row.metric} (%), {_setup(row)}",
+        metric_value=round(100 * row.value, 2),
+        source_name="lmms-eval" if source_url else None,
+        source_url=source_url,
+    )
+
+
+def _entry(row: Row, source_url: str | None) -> EvalResultEntry:
+    return EvalResultEntry(
+        dataset_id=row.dataset or row.task,
+        task_id=row.task,
+        value=round(100 * row.value, 2),
+        dataset_revision=_revision(row),
+        date=_iso(row.date),
+        source_url=source_url,
+        source_name="lmms-eval" if source_url else None,
+        notes=f"{row.metric} in percent by lmms-eval; {_setup(row)}; {row.split} split, {row.documents} documents",
+    )
+
+
+def _setup(row: Row) -> str:
+    return f"{row.method} {row.scheme}, backend {row.backend}"
+
+
+def _revision(row: Row) -> str | None:
+    return row.data if row.data and re.fullmatch(r"[0-9a-f]{40}", row.data) else None
+
+
+def _iso(date: str | None) -> str | None:
+    """The day of lmms-eval's ``20261121_120000``; its time has no zone."""
+    found = re.match(r"(\d{4})(\d\d)(\d\d)_", date or "")
+    return f"{found[1]}-{found[2]}-{found[3]}" if found else None

@@ -1,0 +1,62 @@
+"""Every family through the harness's command line: quantized at load time, on a tiny mirror of a standard task."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from family_list import FAMILIES
+from harness.mirrors import write_mirrors
+
+CONV = {"llava-v1.3": "llava_v1", "llava-v1.5": "vicuna_v1", "moe-llava": "stablelm"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The results of one process that runs all families, by name; and of LLaVA v1.3 with another prompt format."""
+    place = write_mirrors(tmp_path_factory.mktemp("families"))
+    runs = []
+    for name, write in FAMILIES.items():
+        write(place / name)
+        options = "method=rtn,scheme=w4a4,calibration=vqav2_val:train:2,calibration_batch_size=2,cache=none"
+        runs.append({"model_args": f"pretrained=./{name},dtype=float32,{options}", "output_path": f"out/{name}"})
+    chosen = "pretrained=./llava-v1.3,dtype=float32,conv=llava_v0"
+    runs.append({"model_args": chosen, "output_path": "out/chosen"})
+    common = {"model": "qvlm_llava", "tasks": "vqav2_val", "batch_size": "4", "limit": 4.0, "log_samples": True}
+    (place / "runs.yaml").write_text(yaml.safe_dump([common | one for one in runs]))
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(place / "datasets-cache"),
+        "QVLM_CACHE": str(place / "qvlm-cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "lmms_eval", "--config", "runs.yaml"]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {}
+    for name in [*FAMILIES, "chosen"]:
+        files = list((place / "out" / name).rglob("*_results.json"))
+        assert files, f"{name}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        samples = [line for file in files[0].parent.glob("*_samples_*.jsonl") for line in file.read_text().splitlines()]
+        found[name] = json.loads(files[0].read_text()) | {"logged": [json.loads(line) for line in samples]}
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_quantized_family_is_evaluated(results, name):
+    result = results[name]
+    assert 0 <= result["results"]["vqav2_val"]["exact_match,none"] <= 1 and len(result["logged"]) == 4
+    qvlm = result["qvlm"]
+    assert (qvlm["method"], qvlm["scheme"], qvlm["calibration"]["documents_also_evaluated"]) == ("rtn", "w4a4", 0)
+    for part in ("vision", "projector", "decoder"):
+        assert qvlm["bits"][part]["activation"] == 4 and qvlm["bits"][part]["weight"] < 6
+    assert qvlm["conv"] == CONV.get(name, "the checkpoint's own")
+    assert qvlm["uncalibrated_expert_inputs"] >= 0 and qvlm["router_noise_seed"] is None
+
+
+def test_a_chosen_format_is_recorded_and_ends_answers(results):
+    qvlm = results["chosen"]["qvlm"]
+    assert qvlm["conv"] == "llava_v0" and qvlm["method"] == "none"
+    assert not any("###" in answer for sample in results["chosen"]["logged"] for answer in sample["filtered_resps"])

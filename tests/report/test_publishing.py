@@ -1,0 +1,81 @@
+import pytest
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from report.leaderboard.written import DATA, provenance, write_run
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.report.publishing import publish_results, publishable
+
+
+@pytest.fixture
+def results(tmp_path):
+    write_run(tmp_path / "results", [1, 1, 0], provenance())
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "model-w4a4"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [quantized]\n---\n# Mine\n\nText.\n")
+    return folder
+
+
+def test_the_card_tells_the_score_and_keeps_what_it_said(results, checkpoint):
+    publish_results(publishable([results]), checkpoint, "https://example.org/runs")
+    card = ModelCard.load(checkpoint / "README.md")
+    assert card.data.license == "mit" and card.data.tags == ["quantized"] and "# Mine\n\nText." in card.content
+    (found,) = card.data.eval_results
+    assert (found.metric_type, found.metric_value) == ("accuracy", 66.67)
+    assert (found.dataset_type, found.dataset_split, found.dataset_revision) == ("org/Quiz", "test", DATA["revision"])
+    head = yaml.safe_load(card.content.split("---")[1])
+    (index,) = head["model-index"]
+    assert index["name"] == "model-w4a4" and index["results"][0]["task"]["type"] == "visual-question-answering"
+    assert index["results"][0]["source"]["url"] == "https://example.org/runs"
+
+
+def test_eval_results_are_what_the_hubs_own_reader_reads(results, checkpoint):
+    files = publish_results(publishable([results]), checkpoint, "https://example.org/runs")
+    assert [file.relative_to(checkpoint).as_posix() for file in files] == ["README.md", ".eval_results/quiz.yaml"]
+    data = yaml.safe_load(files[1].read_text())
+    assert set(data[0]) == {"dataset", "value", "date", "source", "notes"}
+    (entry,) = parse_eval_result_entries(data)
+    assert (entry.dataset_id, entry.task_id, entry.value, entry.date) == ("org/Quiz", "quiz", 66.67, "2026-11-21")
+    assert "rtn w4a4" in entry.notes
+
+
+def test_publishing_again_replaces_and_adds(results, checkpoint, tmp_path):
+    publish_results(publishable([results]), checkpoint)
+    first = (checkpoint / "README.md").read_text()
+    publish_results(publishable([results]), checkpoint)
+    assert (checkpoint / "README.md").read_text() == first
+    write_run(tmp_path / "more", [1, 0], provenance(data={"exam": DATA}), task="exam")
+    publish_results(publishable([tmp_path / "more"]), checkpoint)
+    found = ModelCard.load(checkpoint / "README.md").data.eval_results
+    assert {one.metric_name.split()[0] for one in found} == {"quiz", "exam"}
+
+
+@pytest.mark.parametrize(
+    "facts, changes, message",
+    [
+        (provenance(stand_in=True, data={"quiz": DATA | {"stand_in": True}}), {}, "stand-in data"),
+        (provenance(), {"total": 9}, "a part of the documents"),
+        (None, {}, "another package's model"),
+    ],
+)
+def test_what_must_not_be_published(tmp_path, facts, changes, message):
+    write_run(tmp_path / "run", [1, 0], facts, **changes)
+    with pytest.raises(QVLMError, match=message):
+        publishable([tmp_path / "run"])
+
+
+def test_a_checkpoint_has_one_plan(results, tmp_path):
+    write_run(tmp_path / "other", [1, 0], provenance("awq"))
+    with pytest.raises(QVLMError, match="of several plans"):
+        publishable([results, tmp_path / "other"])
+
+
+def test_a_card_that_cannot_be_read(results, checkpoint):
+    (checkpoint / "README.md").write_text("---\na: [\n---\n")
+    with pytest.raises(QVLMError, match="its head cannot be read"):
+        publish_results(publishable([results]), checkpoint)

@@ -1,0 +1,113 @@
+"""Every family through every method: load, search, apply, answer, save the plan, load it, answer the same."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from family_list import FAMILIES
+from tiny_llava import logits_of, random_image
+
+from qvlm_plugin import planning, plugins
+from qvlm_plugin.calibration import CalibrationSet, Sample
+from qvlm_plugin.conversation import Conversation, encode, to_device
+from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.topology import linear_layers, resolve
+
+OPTIONS = {
+    "rtn": {},
+    "qlora": {"min_ratio": 0.8, "ratio_step": 0.1},
+    "awq": {"min_ratio": 0.8, "ratio_step": 0.1, "alpha_steps": 3, "min_clip": 0.9},
+    "qvlm": {"min_ratio": 0.8, "ratio_step": 0.1, "min_percentile": 0.99, "percentile_step": 0.01, "veo_epochs": 1},
+    "qvlm_jacobian": {"min_percentile": 0.99, "percentile_step": 0.01, "veo_epochs": 1},
+}
+SHAPES = [(50, 30), (28, 60), (40, 40)]
+
+
+def picture(seed):
+    """Images of several shapes: families that crop show the tower different numbers of crops."""
+    return random_image(seed, 32).resize(SHAPES[seed % 3])
+
+
+CONVERSATIONS = [
+    Conversation.from_prompt("no image"),
+    Conversation.from_prompt("What is this?", [picture(0)]),
+    Conversation.from_prompt("two of them?", [picture(1), picture(2)]),
+]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    folder = FAMILIES[request.param](tmp_path_factory.mktemp("family") / "model")
+    return load(str(folder), dtype="float32", check_config=plugins.topology)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    rows = [Sample(one, f" answer {index}") for index, one in enumerate(CONVERSATIONS)]
+    return CalibrationSet((*rows, Sample(Conversation.from_prompt("It?", [picture(3)]), " it")))
+
+
+def quantized(loaded, plan):
+    """The model quantized by the plan; ``loaded`` itself stays as it is."""
+    twin = replace(loaded, model=copy.deepcopy(loaded.model))
+    planning.apply(plan, twin)
+    return twin.model
+
+
+@torch.inference_mode()
+def answers(model, processor):
+    inputs, _ = encode(processor, CONVERSATIONS)
+    placed = to_device(inputs, torch.device("cpu"), model.dtype)
+    return model.generate(**placed, max_new_tokens=2, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+
+
+@torch.inference_mode()
+def test_a_batch_answers_as_each_of_its_conversations_alone(family):
+    batch, _ = encode(family.processor, CONVERSATIONS)
+    padded = {"position_ids": (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)}
+    together = family.model(**batch, **padded).logits
+    for row, conversation in enumerate(CONVERSATIONS):
+        alone, _ = encode(family.processor, [conversation])
+        kept = batch["attention_mask"][row].bool()
+        assert torch.equal(batch["input_ids"][row][kept], alone["input_ids"][0])
+        assert torch.allclose(together[row][kept], family.model(**alone).logits[0], atol=1e-4)
+
+
+def test_every_linear_that_matters_has_a_site(family):
+    topology = plugins.topology(family.model.config)
+    sites = resolve(topology, family.model)
+    assert {site.part for site in sites} == {"vision", "projector", "decoder"}
+    named = {name for site in sites for name in site.linears}
+    rest = set(linear_layers(family.model)) - named
+    unused_blocks = {name for name in rest if ".layers.2." in name and "vision_tower" in name}
+    assert all(name.endswith(("lm_head", "router", "linear_2")) for name in rest - unused_blocks)
+
+
+def test_sixteen_bits_change_nothing(family):
+    plan = planning.obtain_plan(family, planning.check_request("rtn", "w16a16", {}), None, None)
+    inputs, _ = encode(family.processor, CONVERSATIONS)
+    assert torch.equal(logits_of(quantized(family, plan), inputs), logits_of(family.model, inputs))
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_every_method_quantizes_and_a_saved_plan_answers_alike(family, samples, method, tmp_path):
+    inputs, _ = encode(family.processor, CONVERSATIONS)
+    exact = logits_of(family.model, inputs)
+    errors = {}
+    for scheme in ("w8a8", "w4a4"):
+        request = planning.check_request(method, scheme, {**OPTIONS[method], "calibration_batch_size": 2})
+        plan = planning.obtain_plan(family, request, samples, None)
+        plan.save(tmp_path / scheme)
+        model, again = quantized(family, plan), quantized(family, RoundingPlan.load(tmp_path / scheme))
+        logits = logits_of(model, inputs)
+        assert torch.equal(logits_of(again, inputs), logits)
+        assert torch.equal(answers(again, family.processor), answers(model, family.processor))
+        errors[scheme] = float((logits - exact).norm() / exact.norm())
+        for part, bits in plan.effective_bits().items():
+            if part in ("vision", "projector", "decoder"):
+                assert bits["activation"] == int(scheme[1]) and int(scheme[1]) < bits["weight"] < int(scheme[1]) + 2
+            else:
+                assert bits == {"weight": 16, "activation": 16}
+    assert 0 < errors["w8a8"] < 0.15 and errors["w8a8"] < errors["w4a4"]

@@ -126,7 +126,7 @@ def file_hash(file: Path) -> str:
 def stored_form(neutral: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A kernel's neutral tensors as a file holds them; none shares memory with another."""
     device = next(iter(neutral.values())).device
-    guard = neutral.get(_GUARD, torch.empty(0, dtype=torch.uint8, device=device)).flatten()
+    guard = neutral.get(_GUARD, torch.empty(0, device=device)).flatten()
     return {name: tensor.detach().clone().contiguous() for name, tensor in {**neutral, _GUARD: guard}.items()}
 
 

@@ -76,7 +76,7 @@ def test_a_folder_loads_packed_with_the_same_logits(
     packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     assert packed.keys() == {module.name for module in plan.quantized}
     assert not any(parameter.requires_grad for module in packed.values() for parameter in module.parameters())
-    assert len(list((tmp_path / "x").glob("*.safetensors"))) == (3 if "shard_size" in how else 1)
+    assert (len(list((tmp_path / "x").glob("*.safetensors"))) > 1) == ("shard_size" in how)
 
 
 def test_casting_the_model_keeps_scales(source, tmp_path, calibration, inputs):
@@ -93,7 +93,8 @@ def test_casting_the_model_keeps_scales(source, tmp_path, calibration, inputs):
     cast = {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}
     assert relative(logits_of(model, cast), logits_of(loaded.model, inputs)) < 0.5
     other = AutoModelForImageTextToText.from_pretrained(tmp_path / "x", dtype=torch.bfloat16)
-    assert torch.equal(logits_of(other, cast), logits_of(model, cast))
+    for name, parameter in other.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)) and parameter.dtype == model.get_parameter(name).dtype
 
 
 def test_a_device_map_counts_what_is_stored(source, tmp_path, calibration, inputs):
@@ -115,39 +116,46 @@ def test_a_device_map_counts_what_is_stored(source, tmp_path, calibration, input
         )
 
 
-def without_plugin(code, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300
+def run_alone(code, *arguments):
+    """In an interpreter that has not imported the package; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=900
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(), done.stderr
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_loading_without_the_plugin_is_an_error(source, tmp_path, calibration, backend):
-    exported(source, tmp_path / "x", calibration, backend=backend)
+def test_loading_without_the_plugin_is_an_error(source, tmp_path, calibration):
+    for backend in ("auto", "reference"):
+        exported(source, tmp_path / backend, calibration, backend=backend)
     code = """
 import sys
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 for loader in (AutoModelForImageTextToText, LlavaForConditionalGeneration):
-    try:
-        loader.from_pretrained(sys.argv[1])
-    except Exception as error:
-        print(type(error).__name__)
+    for folder in sys.argv[1:]:
+        try:
+            loader.from_pretrained(folder)
+        except Exception as error:
+            print(type(error).__name__)
 assert not any(name.startswith("qvlm_plugin") for name in sys.modules)
+import qvlm_plugin
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+print(type(model.model.language_model.layers[0].mlp.up_proj).__name__)
 """
-    done = without_plugin(code, tmp_path / "x")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["RuntimeError", "RuntimeError"]
-    assert "Unknown quantization type, got qvlm" in done.stderr
-    # Imported first, last or in between, the package makes it load.
-    for order in ("import qvlm_plugin, transformers", "import transformers.quantizers.auto, qvlm_plugin"):
-        code = f"""
-import sys; {order}
-from transformers import AutoModelForImageTextToText
-print(type(AutoModelForImageTextToText.from_pretrained(sys.argv[1]).model.language_model.layers[0].mlp.up_proj))
+    printed, warnings = run_alone(code, tmp_path / "auto", tmp_path / "reference")
+    assert printed == ["RuntimeError"] * 4 + ["QuantLinear"]
+    assert "Unknown quantization type, got qvlm" in warnings
+
+
+def test_the_package_may_be_imported_before_transformers():
+    code = """
+import sys, qvlm_plugin
+assert "transformers" not in sys.modules
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+print(AUTO_QUANTIZER_MAPPING["qvlm"].__name__, AUTO_QUANTIZATION_CONFIG_MAPPING["qvlm"].__name__)
+qvlm_plugin.register()
 """
-        done = without_plugin(code, tmp_path / "x")
-        assert done.returncode == 0, done.stderr
-        assert "QuantLinear" in done.stdout
+    assert run_alone(code)[0] == ["QVLMHfQuantizer", "QVLMQuantizationConfig"]
 
 
 def test_damaged_folders_are_told(source, tmp_path, calibration):
@@ -203,8 +211,8 @@ def test_kernels_that_cannot_run_fall_back_on_the_same_weights(
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
     execution = quantizer_of(model).execution
     assert set(execution.counts) == {"reference"} and len(execution.fallbacks) == len(execution.choices)
-    assert "no such unit" in str(execution)
-    with pytest.raises(QVLMError, match=r"strict=true: model\.vision_tower.* \(\w+: no such unit\)"):
+    assert sum("no such unit" in choice.reasons for choice in execution.choices.values()) >= 14
+    with pytest.raises(QVLMError, match=r"strict=true: model\.vision_tower"):
         execution.require_no_fallback()
     assert relative(logits_of(model, inputs), logits_of(loaded.model, inputs)) < 0.02
 
@@ -227,9 +235,13 @@ def test_the_harness_runs_a_folder_with_identical_answers(source, tmp_path, cali
     inputs, _ = next(calibration.batches(stored._processor, 5))
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     assert torch.equal(logits_of(stored._model, inputs), logits_of(searched._model, inputs))
-    for more in ({"plan": str(tmp_path / "plan")}, {"method": "rtn", "scheme": "w4a16"}, {"backend": "reference"}):
+    for more in (
+        {"plan": str(tmp_path / "plan")},
+        {"method": "rtn", "scheme": "w4a16", "cache": "none"},
+        {"backend": "reference"},
+    ):
         with pytest.raises(QVLMError, match=rf"is a quantized checkpoint .* combined with {next(iter(more))}"):
-            QVLMChat(pretrained=str(tmp_path / "x"), cache="none", **more, **common)
+            QVLMChat(pretrained=str(tmp_path / "x"), **more, **common)
     with pytest.raises(QVLMError, match=r"strict=true: model\.multi_modal_projector"):
         QVLMChat(pretrained=str(tmp_path / "x"), strict=True, **common)
     with pytest.raises(QVLMError, match="quantized already; search on"):
@@ -253,5 +265,5 @@ def test_the_command_writes_a_folder(source, tmp_path):
     neither = run(tmp_path / "y", "--pretrained", source)
     assert neither.exit_code == 2 and "--plan DIR" in neither.output
     strict = run(tmp_path / "y", "--pretrained", source, "--method", "rtn", "--scheme", "w4a16", "--strict")
-    assert strict.exit_code == 2 and "strict=true: model.multi_modal_projector" in strict.output
+    assert strict.exit_code == 2 and "strict=true: model.vision_tower" in strict.output
     assert [file.name for file in tmp_path.iterdir()] == ["x"]

@@ -1,5 +1,6 @@
 """``qvlm export``: write a quantized model that loads packed."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,13 @@ import typer
 
 from qvlm_plugin.commands.shared import draw_from_task, pairs, reports_errors, resolve_demo
 from qvlm_plugin.errors import QVLMError
+
+
+class Format(StrEnum):
+    """What kind of folder to write."""
+
+    QVLM = "qvlm"
+    COMPRESSED_TENSORS = "compressed-tensors"
 
 
 @reports_errors
@@ -26,6 +34,9 @@ def export(
         list[str] | None, typer.Option(help="Option of the method as name=value; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration draw.")] = 0,
+    format_: Annotated[
+        Format, typer.Option("--format", help="qvlm loads packed here; compressed-tensors is what vLLM serves.")
+    ] = Format.QVLM,
     backend: Annotated[str, typer.Option(help="auto, packed, reference or the name of one kernel.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Falling back to the reference is an error.")] = False,
     shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB.")] = "5GB",
@@ -37,12 +48,15 @@ def export(
 
     It is a checkpoint like any other where this package is imported: from_pretrained loads it packed, and lmms-eval
     runs it as pretrained=DIR. Without this package loading it is an error.
+    With --format compressed-tensors it is for vLLM: schemes w4a16 and w8a8, the latter with activations rounded per
+    token.
 
     Example: qvlm export llava-w4a16 --pretrained llava-hf/llava-1.5-7b-hf --method rtn --scheme w4a16
     """
     from qvlm_plugin import planning, plugins
     from qvlm_plugin.cache import cache_root
     from qvlm_plugin.calibration import read_calibration
+    from qvlm_plugin.compressed_tensors import INTEGER, export_compressed_tensors
     from qvlm_plugin.export import export as write
     from qvlm_plugin.export import require_vacant
     from qvlm_plugin.models.loading import load
@@ -63,6 +77,11 @@ def export(
     )
     if plan is None:
         found = planning.obtain_plan(loaded, request, samples, cache_root() / "plans")
-    execution = write(found, loaded, output, backend=backend, strict=strict, shard_size=shard_size)
-    typer.echo(execution)
+    if format_ is Format.QVLM:
+        typer.echo(write(found, loaded, output, backend=backend, strict=strict, shard_size=shard_size))
+    else:
+        counts = export_compressed_tensors(found, loaded, output, shard_size=shard_size)
+        typer.echo(f"quantized Linear layers by format: {', '.join(f'{n} {count}' for n, count in counts.items())}")
+        if INTEGER in counts:
+            typer.echo("in int-quantized layers activations are rounded per token, not with the plan's ranges")
     typer.echo(output)

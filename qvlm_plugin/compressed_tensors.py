@@ -7,6 +7,10 @@ Two kinds of modules can be expressed:
   output channel, as kernel ``int8`` does. Activations are rounded per token, symmetrically, by their largest magnitude;
   the plan's ranges (static bounds of channels, clipping ratios of tokens) have no place in the format and are left out.
 
+transformers does not load packed zero points into packed modules (with compressed-tensors 0.20 these have unpacked
+ones), but does where it dequantizes every weight while it loads. Folders of asymmetric weights ask for that; plans in
+which these stand beside modules in another format are refused.
+
 The layouts are those of the compressed-tensors package (``compressors/pack_quantized`` and ``naive_quantized``), which
 reading them takes; writing does not.
 """
@@ -81,6 +85,11 @@ def export_compressed_tensors(
         groups.setdefault(_group(module), []).append(module.name)
     if not groups:
         raise QVLMError(f"the plan (scheme={plan.scheme}) quantizes nothing, so there is nothing to compress")
+    if len(groups) > 1 and (odd := [names[0] for group, names in groups.items() if not group.symmetric]):
+        raise QVLMError(
+            f"--format compressed-tensors cannot express {odd[0]}: its weights are asymmetric and other modules "
+            "in another format; search the plan with --option symmetric=true"
+        )
     for module in plan.quantized:
         if module.weight.corrected and model.get_submodule(module.name).bias is None:
             raise QVLMError(
@@ -165,5 +174,6 @@ def _configuration(plan: RoundingPlan, groups: Mapping[_Group, list[str]]) -> di
             for index, (group, names) in enumerate(groups.items())
         },
         "ignore": ignored,
+        "dequantize": not all(group.symmetric for group in groups),
         "qvlm": {**plan.facts, "model": plan.model},
     }

@@ -41,9 +41,15 @@ def test_words_are_packed_as_the_package_does(bits, shape):
     ("scheme", "options", "formats", "bound"),
     [
         ("w4a16", {"group_size": 8}, {"pack-quantized"}, 1e-5),
-        ("w8a16", {"group_size": 8}, {"pack-quantized"}, 1e-5),
-        ("w8a8", {"group_size": 32}, {"int-quantized"}, 0.05),
-        ("w4a16+vision:w8a8+projector:w16a16", {"group_size": 32}, {"pack-quantized", "int-quantized"}, 0.05),
+        ("w4a16", {"group_size": 8, "symmetric": True}, {"pack-quantized"}, 1e-5),
+        ("w8a16", {"symmetric": True}, {"pack-quantized"}, 1e-5),
+        ("w8a8", {"group_size": 32}, {"int-quantized"}, 0.1),
+        (
+            "w4a16+vision:w8a8+projector:w16a16",
+            {"group_size": 32, "symmetric": True},
+            {"pack-quantized", "int-quantized"},
+            0.1,
+        ),
     ],
 )
 def test_transformers_reads_the_same_model(source, tmp_path, calibration, scheme, options, formats, bound):
@@ -83,6 +89,7 @@ def test_transformers_reads_the_same_model(source, tmp_path, calibration, scheme
         ("w4a16", {"weights": "nf"}, r"nf4.* is not a weight of integers"),
         ("w4a16", {"group_size": 20}, r"groups of 20 do not divide its 24 input features"),
         ("w16a16", {}, r"quantizes nothing"),
+        ("w4a16+vision:w8a8", {}, r"asymmetric .* --option symmetric=true"),
     ],
 )
 def test_what_the_format_cannot_express_is_refused(source, tmp_path, calibration, scheme, options, reason):

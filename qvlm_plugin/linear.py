@@ -1,6 +1,6 @@
 """QuantLinear: the one module that replaces nn.Linear."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
@@ -27,9 +27,8 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.weight_format, self.activation_format, self.kernel = weight_format, activation_format, kernel
-        self.tensor_names = tuple(tensors)
-        for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+        self.tensor_names: tuple[str, ...] = ()
+        self.hold(tensors)
 
     @classmethod
     def from_linear(
@@ -45,6 +44,24 @@ class QuantLinear(nn.Module):
         neutral = kernel.prepare(weight, bias, weight_format, activation_format, parameters)
         tensors = kernel.pack(neutral, weight.device)
         return cls(tensors, weight_format, activation_format, kernel, (linear.out_features, linear.in_features))
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these tensors in place of those it has."""
+        for name in self.tensor_names:
+            delattr(self, name)
+        self.tensor_names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
+        # ``model.to(dtype)`` is about the compute type: scales and bounds lose what they were searched for by a cast.
+        kept = {id(getattr(self, name)) for name in self.tensor_names if name not in self.kernel.cast}
+
+        def keeping_dtypes(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if id(tensor) in kept and result.dtype != tensor.dtype else result
+
+        return super()._apply(keeping_dtypes, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""

@@ -65,6 +65,11 @@ class ModulePlan(_Record):
         return self.weight.kind == "none" and self.activation.kind == "none"
 
 
+def table_hash(modules: Sequence[ModulePlan]) -> str:
+    """SHA-256 of a per-module table."""
+    return _digest(json.dumps([module.model_dump() for module in modules], sort_keys=True).encode())
+
+
 class Fold(_Record):
     """Per-channel scales that move between a module and the Linears that read it, without changing their product.
 
@@ -156,7 +161,32 @@ class RoundingPlan:
     @property
     def table_hash(self) -> str:
         """SHA-256 of the per-module table alone."""
-        return _digest(json.dumps([module.model_dump() for module in self.modules], sort_keys=True).encode())
+        return table_hash(self.modules)
+
+    @property
+    def quantized(self) -> tuple[ModulePlan, ...]:
+        """The modules that do not stay as they are."""
+        return tuple(module for module in self.modules if not module.is_identity)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What results state of the plan: JSON data."""
+        return {
+            "method": self.method,
+            "scheme": self.scheme,
+            "options": dict(self.options),
+            "bits": self.effective_bits(),
+            "table_hash": self.table_hash,
+            "plan_hash": self.hash,
+            "calibration": self.calibration
+            and {
+                "source": self.calibration.source,
+                "seed": self.calibration.seed,
+                "documents": len(self.calibration.digests),
+            },
+            "uncalibrated_expert_inputs": len(self.record.get("uncalibrated", ())),
+            "search_seconds": self.search_seconds,
+        }
 
     def readers(self, site: str) -> tuple[str, ...]:
         """Names of the Linears at a site."""
@@ -244,10 +274,10 @@ class RoundingPlan:
         return cls(**values, tensors=tensors)
 
 
-def apply_plan(
+def begin_applying(
     plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: tuple[Kernel, ...], strict: bool = False
 ) -> Execution:
-    """Replace the Linears of ``model`` by what the plan says, in place.
+    """Check that a plan fits, choose kernels, and edit ``model`` up to the rounding of its Linears, in place.
 
     Args:
         plan: made for this model.
@@ -273,24 +303,27 @@ def apply_plan(
     linears = linear_layers(model)
     _require_same_linears(plan, linears)
     _require_tensors(plan, model)
-    quantized = [module for module in plan.modules if not module.is_identity]
     execution = Execution(
-        {module.name: _choose(kernels, module, linears[module.name].weight.device) for module in quantized}
+        {module.name: _choose(kernels, module, linears[module.name].weight.device) for module in plan.quantized}
     )
-    if strict and execution.fallbacks:
-        name = execution.fallbacks[0]
-        raise QVLMError(
-            f"strict=true: {name} would fall back to {execution.choices[name].kernel.name} "
-            f"({execution.choices[name].reasons})"
-        )
+    if strict:
+        execution.require_no_fallback()
     with torch.no_grad():
         for name in plan.replaced:
             model.get_parameter(name).copy_(plan.tensors[f"{name}/value"])
         for fold in plan.folds:
             readers = [model.get_submodule(name) for name in plan.readers(fold.site)]
             apply_fold(fold, plan.tensors[f"{fold.site}/scale"], model.get_submodule(fold.producer), readers)
-    for module in quantized:
-        linear = linears.pop(module.name)  # popped, so that its weight is freed once it is quantized
+    return execution
+
+
+def apply_plan(
+    plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: tuple[Kernel, ...], strict: bool = False
+) -> Execution:
+    """Replace the Linears of ``model`` by what the plan says, in place; arguments and errors as `begin_applying`."""
+    execution = begin_applying(plan, model, fingerprint, kernels, strict)
+    for module in plan.quantized:
+        linear = model.get_submodule(module.name)
         layer = quantized_linear(module, linear, plan.tensors, execution.choices[module.name].kernel)
         if hasattr(linear, "_hf_hook"):  # accelerate's: it brings inputs to the device of a dispatched model's layer
             add_hook_to_module(layer, linear._hf_hook)
@@ -302,8 +335,13 @@ def quantized_linear(
     module: ModulePlan, linear: nn.Linear, tensors: Mapping[str, Tensor], kernel: Kernel
 ) -> QuantLinear:
     """What ``linear`` becomes by its entry in a plan with these ``tensors``."""
-    parameters = {name: tensors[key].to(linear.weight.device) for name, key in _tensor_keys(module).items()}
+    parameters = parameters_of(module, tensors, linear.weight.device)
     return QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
+
+
+def parameters_of(module: ModulePlan, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The parameters that a module's formats name, out of a plan's ``tensors``."""
+    return {name: tensors[key].to(device) for name, key in _tensor_keys(module).items()}
 
 
 @torch.no_grad()

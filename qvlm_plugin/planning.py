@@ -91,8 +91,10 @@ def obtain_plan(
         cache: folder of cached plans; None neither reads nor writes any.
 
     Raises:
-        QVLMError: the family is not supported, see `check_calibration`, or the search fails.
+        QVLMError: the model is quantized, the family is not supported, see `check_calibration`, or the search fails.
     """
+    if getattr(loaded.model.config, "quantization_config", None) is not None:
+        raise QVLMError(f"pretrained={loaded.source!r} is quantized already; search on the model in full precision")
     topology = plugins.topology(loaded.model.config)
     check_calibration(request, calibration)
     if not request.needs_calibration:

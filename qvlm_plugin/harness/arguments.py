@@ -98,6 +98,29 @@ def parse_arguments(values: Mapping[str, Any]) -> ModelArguments:
     return arguments
 
 
+def check_stored(arguments: ModelArguments, backend: str) -> None:
+    """Check that nothing is asked of a quantized checkpoint that was settled when it was exported.
+
+    Args:
+        arguments: of the model.
+        backend: that the checkpoint was exported with.
+
+    Raises:
+        QVLMError: an argument is about quantizing, or names another arithmetic.
+    """
+    settled = {"scheme", "plan", "calibration", "images", *arguments.options}
+    named = sorted(arguments.model_fields_set & settled)
+    if arguments.method != "none":
+        named = ["method", *named]
+    if "backend" in arguments.model_fields_set and arguments.backend not in ("auto", "packed", backend):
+        named.append("backend")
+    if named:
+        raise QVLMError(
+            f"pretrained={arguments.pretrained!r} is a quantized checkpoint (backend={backend}); it cannot be combined "
+            f"with {', '.join(named)}"
+        )
+
+
 def _explain(problem: Mapping[str, Any]) -> str:
     name, value = ".".join(map(str, problem["loc"])), problem["input"]
     description = ModelArguments.model_fields[name].description

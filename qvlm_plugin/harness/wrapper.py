@@ -17,14 +17,15 @@ from lmms_eval.api.model import lmms
 from lmms_eval.utils import Collator
 from loguru import logger
 from tqdm import tqdm
-from transformers import StoppingCriteriaList
+from transformers import PretrainedConfig, StoppingCriteriaList
 
 from qvlm_plugin import planning, plugins
 from qvlm_plugin.calibration import CalibrationSet, read_calibration
+from qvlm_plugin.checkpoint import CheckpointRecord
 from qvlm_plugin.conversation import Conversation, encode, to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import likelihood, processes, provenance
-from qvlm_plugin.harness.arguments import ModelArguments, parse_arguments
+from qvlm_plugin.harness.arguments import ModelArguments, check_stored, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, read_generation
 from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.requests import (
@@ -36,6 +37,7 @@ from qvlm_plugin.harness.requests import (
     with_system_prompt,
 )
 from qvlm_plugin.harness.task_source import draw_samples
+from qvlm_plugin.hf_quantizer import QUANT_METHOD, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
@@ -74,11 +76,21 @@ class _QVLM(lmms):
                     calibration = self._read_calibration(arguments)
             planning.check_calibration(request, calibration)
         loaded = self._load(arguments)
-        if request is not None:
-            plan = planning.obtain_plan(loaded, request, calibration, arguments.cache)
-        execution = planning.apply(plan, loaded, arguments.backend, arguments.strict)
+        stored = quantizer_of(loaded.model)
+        if stored is None:
+            if request is not None:
+                plan = planning.obtain_plan(loaded, request, calibration, arguments.cache)
+            execution = planning.apply(plan, loaded, arguments.backend, arguments.strict)
+            digests = plan.calibration.digests if plan.calibration else ()
+            facts = {**plan.facts, "backend": arguments.backend, "quantized_from": None}
+        else:
+            record, execution = stored.record, stored.execution
+            if arguments.strict:
+                execution.require_no_fallback()
+            digests = record.calibration_digests
+            facts = {**record.plan, "backend": record.backend, "quantized_from": record.model}
         if self._rank == 0 and execution.choices:
-            logger.info(f"backend={arguments.backend}: {execution}")
+            logger.info(f"backend={facts['backend']}: {execution}")
 
         self._model, self._processor, self._stops = loaded.model, loaded.processor, loaded.stops
         if arguments.device_map is not None:
@@ -87,8 +99,8 @@ class _QVLM(lmms):
         self._max_new_tokens = arguments.max_new_tokens
         self._allow_overlap = arguments.allow_overlap
         self.record = provenance.RunRecord(
-            facts=self._facts(arguments, loaded, plan, execution),
-            calibration_digests=frozenset(plan.calibration.digests if plan.calibration else ()),
+            facts={**facts, **self._facts(arguments, loaded, execution)},
+            calibration_digests=frozenset(digests),
             documents=self.task_dict,
         )
         processes.leave_at_exit()
@@ -300,31 +312,14 @@ class _QVLM(lmms):
             trust_remote_code=arguments.trust_remote_code,
             conv=arguments.conv,
             router_noise_seed=arguments.router_noise_seed,
-            check_config=plugins.topology,
+            check_config=partial(_check_config, arguments),
         )
 
-    def _facts(
-        self, arguments: ModelArguments, loaded: LoadedModel, plan: RoundingPlan, execution: Execution
-    ) -> dict[str, Any]:
-        calibration = plan.calibration and {
-            "source": plan.calibration.source,
-            "seed": plan.calibration.seed,
-            "documents": len(plan.calibration.digests),
-        }
+    def _facts(self, arguments: ModelArguments, loaded: LoadedModel, execution: Execution) -> dict[str, Any]:
         on_cuda = loaded.model.device.type == "cuda"
         return {
-            "method": plan.method,
-            "scheme": plan.scheme,
-            "options": dict(plan.options),
-            "bits": plan.effective_bits(),
-            "table_hash": plan.table_hash,
-            "plan_hash": plan.hash,
-            "backend": arguments.backend,
             "kernels": execution.counts,
             "fallbacks": len(execution.fallbacks),
-            "calibration": calibration,
-            "uncalibrated_expert_inputs": len(plan.record.get("uncalibrated", ())),
-            "search_seconds": plan.search_seconds,
             "pretrained": arguments.pretrained,
             "revision": arguments.revision,
             "model_fingerprint": loaded.fingerprint,
@@ -352,6 +347,14 @@ class QVLMChat(_QVLM):
 
     is_simple = False
     read_request = staticmethod(chat_generation)
+
+
+def _check_config(arguments: ModelArguments, config: PretrainedConfig) -> None:
+    """Check that the model can be used as the arguments say, before its weights are loaded."""
+    plugins.topology(config)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and stored.get("quant_method") == QUANT_METHOD:
+        check_stored(arguments, CheckpointRecord.read(stored).backend)
 
 
 def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:

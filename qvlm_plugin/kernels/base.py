@@ -25,6 +25,9 @@ class Kernel:
             them ``bias`` if the product adds one; where there is a ``mean``, it is the `corrected_bias`.
         pack: (neutral tensors, device) → run-time tensors by name, for `QuantLinear` to hold.
         forward: (x [..., I], run-time tensors, activation format) → [..., O] in the dtype of x.
+        restore: (neutral tensors, activation format) → neutral tensors of the reference arithmetic that compute the
+            same up to rounding; for a stored model where this kernel cannot run.
+        cast: names of run-time tensors in the compute type, which follow ``model.to(dtype)``; all others keep theirs.
         tolerance: relative output error that a self-test accepts where this arithmetic should equal the reference's.
     """
 
@@ -33,6 +36,8 @@ class Kernel:
     prepare: Callable[[Tensor, Tensor | None, WeightFormat, ActivationFormat, Mapping[str, Tensor]], dict[str, Tensor]]
     pack: Callable[[Mapping[str, Tensor], torch.device], dict[str, Tensor]]
     forward: Callable[[Tensor, Mapping[str, Tensor], ActivationFormat], Tensor]
+    restore: Callable[[Mapping[str, Tensor], ActivationFormat], dict[str, Tensor]] | None = None
+    cast: tuple[str, ...] = ()
     tolerance: float = 0.01
 
     def supports(

@@ -93,6 +93,26 @@ def encode(x: Tensor, codes: Mapping[str, Tensor], bits: int) -> Tensor:
     return scaled.round().clamp(0, 2**bits - 1).add(codes["low"])  # rounds ties as the reference does
 
 
+def unfold(weight: Tensor, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """What the reference arithmetic needs to compute the same as a folded weight.
+
+    Args:
+        weight: float32 [O, I], folded and rounded, times its multiplier.
+        tensors: ``bias`` [O] and what `encode` reads.
+        bits: of the codes.
+
+    Returns:
+        ``weight`` [O, I] and ``bias`` [O], ``lower`` and ``upper`` [I]; channels in the input's order.
+    """
+    lower, inverse = tensors["lower"], tensors["inverse"]
+    step = torch.where(inverse > 0, 1 / inverse, 0)
+    original = weight * inverse  # a constant channel's share is in the bias, and its column 0
+    bias = tensors["bias"] + weight @ tensors["low"] - original @ lower
+    place = tensors["index"].argsort()
+    upper = lower + step * (2**bits - 1)
+    return {"weight": original[:, place], "bias": bias, "lower": lower[place], "upper": upper[place]}
+
+
 def _normalizer(largest_sum: Tensor) -> Tensor:
     """The power of two that brings the largest sum to at most `LARGEST_SUM`, and above half of it."""
     exponent = torch.where(largest_sum > 0, largest_sum, LARGEST_SUM).div(LARGEST_SUM).log2().ceil()

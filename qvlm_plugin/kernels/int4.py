@@ -12,9 +12,9 @@ from torch import Tensor
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias
 from qvlm_plugin.kernels.int4_product import int4_linear, obstacle_of_product, operator_group, pack_weight
-from qvlm_plugin.kernels.nibbles import pack_nibbles
+from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
 from qvlm_plugin.kernels.reference import round_activation
-from qvlm_plugin.quantizers import quantize_int
+from qvlm_plugin.quantizers import IntWeight, quantize_int
 
 WIDEST = 4
 """Bits of a code."""
@@ -69,5 +69,16 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     return product.to(x.dtype).view(*x.shape[:-1], product.shape[-1])
 
 
-INT4 = Kernel("int4", _obstacle, _prepare, _pack, _forward)
+def dequantize_packed(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The weight that neutral ``codes``, ``scale`` and ``zero_point`` stand for: float32 [O, I]."""
+    codes, scale = unpack_nibbles(tensors["codes"]), tensors["scale"]
+    return IntWeight(codes, scale, tensors["zero_point"], codes.shape[1] // scale.shape[1]).dequantize()
+
+
+def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:
+    kept = {name: tensors[name] for name in (*activation_format.parameters, "bias") if name in tensors}
+    return {"weight": dequantize_packed(tensors).to(tensors["scale"].dtype), **kept}
+
+
+INT4 = Kernel("int4", _obstacle, _prepare, _pack, _forward, _restore)
 """4-bit weights, multiplied in the compute type."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
-from qvlm_plugin.kernels.folding import encode, fold
-from qvlm_plugin.kernels.int4 import INT4
+from qvlm_plugin.kernels.folding import encode, fold, unfold
+from qvlm_plugin.kernels.int4 import INT4, dequantize_packed
 from qvlm_plugin.kernels.int4_product import int4_linear, operator_group
 from qvlm_plugin.kernels.nibbles import pack_nibbles
 from qvlm_plugin.quantizers import IntWeight, quantize_int
@@ -72,5 +72,9 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     return output.to(x.dtype).view(*x.shape[:-1], output.shape[-1])
 
 
-INT4_FOLDED = Kernel("int4_folded", _obstacle, _prepare, INT4.pack, _forward, tolerance=0.03)
+def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:
+    return unfold(dequantize_packed(tensors) * tensors["multiplier"], tensors, activation_format.bits)
+
+
+INT4_FOLDED = Kernel("int4_folded", _obstacle, _prepare, INT4.pack, _forward, _restore, tolerance=0.03)
 """4-bit weights times activation codes."""

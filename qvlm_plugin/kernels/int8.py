@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias
-from qvlm_plugin.kernels.folding import encode, fold
+from qvlm_plugin.kernels.folding import encode, fold, unfold
 from qvlm_plugin.kernels.int8_product import int8_linear, int8_weight_linear, round_to_int8
 from qvlm_plugin.kernels.reference import round_weight
 from qvlm_plugin.kernels.segments import segment_widths
@@ -112,5 +112,14 @@ def _segments(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     return [tensors[f"codes_{index}"] for index in range(len(tensors["scale"]))]
 
 
-INT8 = Kernel("int8", _obstacle, _prepare, _pack, _forward, tolerance=0.03)
+def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:
+    parts = zip(_segments(tensors), tensors["scale"], strict=True)
+    weight = torch.cat([codes * scale.unsqueeze(1) for codes, scale in parts], dim=1)
+    if activation_format.kind == "static_channel":
+        return unfold(weight, tensors, activation_format.bits)
+    kept = {name: tensors[name] for name in (*activation_format.parameters, "bias") if name in tensors}
+    return {"weight": weight, **kept}
+
+
+INT8 = Kernel("int8", _obstacle, _prepare, _pack, _forward, _restore, tolerance=0.03)
 """8-bit weights, multiplied with integer codes where activations are quantized."""

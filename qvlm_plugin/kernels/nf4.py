@@ -13,10 +13,11 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias
-from qvlm_plugin.kernels.nibbles import pack_nibbles
+from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
 from qvlm_plugin.kernels.reference import round_activation, round_weight
 from qvlm_plugin.quantizers import (
     NF_BLOCK,
+    NormalFloatWeight,
     dequantize_scales,
     double_quantize,
     dynamic_codebook,
@@ -88,10 +89,20 @@ def _pack(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tens
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
     rounded = round_activation(x, activation_format, tensors).reshape(-1, x.shape[-1])
-    output = nf4_linear(rounded, tensors["codes"], _scales(tensors), tensors["codebook"])
+    codebook = tensors["codebook"]
+    output = nf4_linear(rounded.to(codebook.dtype), tensors["codes"], _scales(tensors), codebook)
     if "bias" in tensors:
         output = output + tensors["bias"]
-    return output.view(*x.shape[:-1], output.shape[-1])
+    return output.to(x.dtype).view(*x.shape[:-1], output.shape[-1])
+
+
+def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:
+    codebook, codes = tensors["codebook"], unpack_nibbles(tensors["codes"])
+    scales = _scales({"scale_codebook": dynamic_codebook().to(codes.device), **tensors})
+    # `codebook` is in the compute type for bitsandbytes; the reference rounds the exact values.
+    weight = NormalFloatWeight(codes, scales, BITS).dequantize().to(codebook.dtype)
+    kept = {name: tensors[name] for name in (*activation_format.parameters, "bias") if name in tensors}
+    return {"weight": weight, **kept}
 
 
 def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -140,5 +151,5 @@ def _state(scale: Tensor, codebook: Tensor, shape: tuple[int, int]) -> "QuantSta
     )
 
 
-NF4 = Kernel("nf4", _obstacle, _prepare, _pack, _forward)
+NF4 = Kernel("nf4", _obstacle, _prepare, _pack, _forward, _restore)
 """4-bit normal-float weights, multiplied in the compute type."""

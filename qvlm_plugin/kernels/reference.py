@@ -74,8 +74,16 @@ def _forward_straight_through(x: Tensor, tensors: Mapping[str, Tensor], activati
     return F.linear(rounded, tensors["weight"], tensors.get("bias"))
 
 
-REFERENCE = Kernel("reference", _obstacle, _prepare, as_stored, _forward)
+def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:
+    return dict(tensors)
+
+
+_CAST = ("weight", "bias")
+
+REFERENCE = Kernel("reference", _obstacle, _prepare, as_stored, _forward, _restore, _CAST)
 """Quantize-dequantize on any device, for any format."""
 
-STRAIGHT_THROUGH = Kernel("straight_through", _obstacle, _prepare, as_stored, _forward_straight_through)
+STRAIGHT_THROUGH = Kernel(
+    "straight_through", _obstacle, _prepare, as_stored, _forward_straight_through, _restore, _CAST
+)
 """The same values, but differentiable in the input and the activation parameters; for methods that train those."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
 
@@ -63,6 +64,17 @@ class Execution:
     def fallbacks(self) -> tuple[str, ...]:
         """Names of the modules that fell back."""
         return tuple(name for name, choice in self.choices.items() if choice.fell_back)
+
+    def require_no_fallback(self) -> None:
+        """What ``strict=true`` asks for.
+
+        Raises:
+            QVLMError: a module fell back; it names the first.
+        """
+        if self.fallbacks:
+            name = self.fallbacks[0]
+            choice = self.choices[name]
+            raise QVLMError(f"strict=true: {name} would fall back to {choice.kernel.name} ({choice.reasons})")
 
     def __str__(self) -> str:
         counts = ", ".join(f"{name} {count}" for name, count in self.counts.items()) or "none"

@@ -114,6 +114,11 @@ def load(
     _set_router_noise(config, router_noise_seed, source)
     if check_config is not None:
         check_config(config)
+    if getattr(config, "quantization_config", None) is not None:
+        if device_map == OFFLOAD:
+            raise QVLMError(f"device_map='offload' is for searching, and {source} is quantized already")
+        # Packed weights are laid out for the device that they are loaded to.
+        device_map = {"": device} if device_map is None else device_map
     formats = SAFETENSORS_OR_BIN if original else SAFETENSORS
     folder = with_weights(pretrained, source, formats, revision)
     files = original.files() if original else weight_files(folder, formats, source)

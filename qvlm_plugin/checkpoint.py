@@ -1,0 +1,217 @@
+"""Quantized checkpoints: a Hugging Face folder whose Linears are stored as kernels' neutral tensors.
+
+What lies in the folder beside the usual files is in config.json, under ``quantization_config``: the plan's facts and
+table, the kernel and tensors of each module, and the hashes of the weight files.
+
+Every quantized Linear has a flat tensor ``weight`` in the file, empty where its kernel has no tensor of that name. A
+loader that does not know the format expects a matrix there and stops, where it would otherwise find nothing and fill
+the layers with random numbers.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from qvlm_plugin import plugins
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.selection import Choice, Execution
+from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.plan import ModulePlan, table_hash
+
+FORMAT_VERSION = 1
+
+_GUARD = "weight"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class StoredModule(_Record):
+    """One Linear of the plan.
+
+    Attributes:
+        plan: its entry there.
+        kernel: whose neutral tensors are stored; None for a Linear that stays as it is.
+        tensors: their types and shapes by name, as ``uint8[64,128]``.
+        refused: kernels that could not serve a module which fell back, with their reasons.
+    """
+
+    plan: ModulePlan
+    kernel: str | None = None
+    tensors: Mapping[str, str] = Field(default_factory=dict)
+    refused: Mapping[str, str] = Field(default_factory=dict)
+
+
+class CheckpointRecord(_Record):
+    """The ``quantization_config`` of a quantized checkpoint.
+
+    Attributes:
+        format_version: of this layout.
+        package_version: of the package that wrote it.
+        backend: that kernels were chosen from.
+        model: fingerprint of the checkpoint that was quantized.
+        plan: `RoundingPlan.facts`.
+        calibration_digests: of the documents that the plan was fitted on.
+        modules: every Linear of the model.
+        files: SHA-256 of the weight files and their index, by name.
+    """
+
+    quant_method: Literal["qvlm"] = "qvlm"
+    format_version: int = FORMAT_VERSION
+    package_version: str
+    backend: str
+    model: str
+    plan: Mapping[str, Any]
+    calibration_digests: tuple[str, ...]
+    modules: tuple[StoredModule, ...]
+    files: Mapping[str, str] = Field(default_factory=dict)
+
+    @property
+    def quantized(self) -> tuple[StoredModule, ...]:
+        """The modules that have a kernel."""
+        return tuple(module for module in self.modules if module.kernel is not None)
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "CheckpointRecord":
+        """Validate a ``quantization_config``.
+
+        Raises:
+            QVLMError: a newer version wrote it, or it is not complete or altered.
+        """
+        version = content.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise QVLMError(
+                f"the quantized checkpoint has format {version}, written by version {content.get('package_version')} "
+                f"of qvlm_plugin; this version reads up to {FORMAT_VERSION}"
+            )
+        try:
+            record = cls.model_validate(dict(content))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise QVLMError(f"config.json: quantization_config is damaged: {where}: {first['msg']}") from error
+        if table_hash([module.plan for module in record.modules]) != record.plan.get("table_hash"):
+            raise QVLMError("config.json: quantization_config is altered: the hash of its module table differs")
+        return record
+
+
+def verify_files(record: CheckpointRecord, folder: Path) -> None:
+    """Compare the weight files in ``folder`` with their hashes.
+
+    Raises:
+        QVLMError: one is missing, truncated or altered; it names the file.
+    """
+    for name, expected in record.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise QVLMError(f"{str(file)!r} is missing; the quantized checkpoint has it")
+        if file_hash(file) != expected:
+            raise QVLMError(f"{str(file)!r} is truncated or altered (its hash differs from that in config.json)")
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def stored_form(neutral: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A kernel's neutral tensors as a file holds them; none shares memory with another."""
+    device = next(iter(neutral.values())).device
+    guard = neutral.get(_GUARD, torch.empty(0, device=device)).flatten()
+    return {name: tensor.detach().clone().contiguous() for name, tensor in {**neutral, _GUARD: guard}.items()}
+
+
+def specification(tensor: Tensor) -> str:
+    """Type and shape of a tensor, as ``uint8[64,128]``."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{','.join(map(str, tensor.shape))}]"
+
+
+def lay_out(record: CheckpointRecord, model: nn.Module) -> None:
+    """Replace Linears of ``model`` by modules that wait for the stored tensors, on the meta device.
+
+    Raises:
+        QVLMError: a module is not a Linear of this shape in the model, or its kernel is not known here.
+    """
+    kernels = _known_kernels()
+    for module in record.quantized:
+        plan = module.plan
+        try:
+            linear = model.get_submodule(plan.name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != plan.shape:
+            raise QVLMError(f"the quantized checkpoint has {plan.name} as Linear {plan.shape}, which the model has not")
+        if module.kernel not in kernels:
+            raise QVLMError(
+                f"the quantized checkpoint stores {plan.name} for kernel {module.kernel!r}, which no installed plugin "
+                f"provides; known are {', '.join(kernels)}"
+            )
+        tensors = {name: _empty(text) for name, text in module.tensors.items()}
+        layer = QuantLinear(tensors, plan.weight, plan.activation, kernels[module.kernel], plan.shape)
+        model.set_submodule(plan.name, layer)
+
+
+def pack(record: CheckpointRecord, model: nn.Module) -> Execution:
+    """Give the modules that hold stored tensors those of their device's operators instead, one after another.
+
+    Where a kernel cannot run, the reference arithmetic takes its place, with the same weight dequantized.
+
+    Raises:
+        QVLMError: a module is offloaded, or cannot run here at all.
+    """
+    kernels, compute_type = _known_kernels(), _compute_type(record, model)
+    choices = {}
+    for module in record.quantized:
+        layer = model.get_submodule(module.plan.name)
+        choice = _choose(module, kernels, next(layer.parameters()).device)
+        neutral = {name: getattr(layer, name).detach() for name in layer.tensor_names}
+        guard = neutral.pop(_GUARD)
+        if guard.numel():
+            neutral[_GUARD] = guard.view(module.plan.shape)
+        if choice.kernel.name != module.kernel:
+            neutral = layer.kernel.restore(neutral, layer.activation_format)
+            layer.kernel = choice.kernel
+        layer.hold(choice.kernel.pack(neutral, guard.device))
+        layer.to(compute_type)
+        choices[module.plan.name] = choice
+    return Execution(choices)
+
+
+def _choose(module: StoredModule, kernels: Mapping[str, Kernel], device: torch.device) -> Choice:
+    plan = module.plan
+    if device.type == "meta":
+        raise QVLMError(f"{plan.name} is offloaded; choose a device_map that keeps the weights on devices")
+    kernel = kernels[module.kernel]
+    reason = kernel.obstacle(plan.weight, plan.activation, plan.shape, device)
+    if reason is None:
+        return Choice(kernel, tuple(module.refused.items()), bool(module.refused))
+    if kernel.restore is None:
+        raise QVLMError(f"{plan.name} is stored for kernel {kernel.name}, which cannot run on {device}: {reason}")
+    return Choice(kernels["reference"], ((kernel.name, reason),), True)
+
+
+def _known_kernels() -> dict[str, Kernel]:
+    return {kernel.name: kernel for kernel in plugins.kernels("auto")}
+
+
+def _compute_type(record: CheckpointRecord, model: nn.Module) -> torch.dtype:
+    packed = tuple(f"{module.plan.name}." for module in record.quantized)
+    others = (tensor for name, tensor in model.named_parameters() if not name.startswith(packed))
+    return next(tensor.dtype for tensor in others if tensor.is_floating_point())
+
+
+def _empty(text: str) -> Tensor:
+    match = re.fullmatch(r"(\w+)\[([\d,]*)\]", text)
+    dtype = getattr(torch, match[1], None) if match else None
+    if not isinstance(dtype, torch.dtype):
+        raise QVLMError(f"config.json: {text!r} is not a tensor's type and shape, as uint8[64,128]")
+    return torch.empty([int(size) for size in match[2].split(",") if size], dtype=dtype, device="meta")

@@ -1,0 +1,87 @@
+"""``qvlm export``: write a quantized model that loads packed."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvlm_plugin.commands.shared import draw_from_task, pairs, reports_errors, resolve_demo
+from qvlm_plugin.errors import QVLMError
+
+
+class Format(StrEnum):
+    """What kind of folder to write."""
+
+    QVLM = "qvlm"
+    COMPRESSED_TENSORS = "compressed-tensors"
+
+
+@reports_errors
+def export(
+    output: Annotated[Path, typer.Argument(help="Folder to write; a new one.")],
+    pretrained: Annotated[str, typer.Option(help="Checkpoint folder or hub id; 'demo' is the embedded small LLaVA.")],
+    plan: Annotated[Path | None, typer.Option(help="Folder of a saved plan, instead of a method and scheme.")] = None,
+    method: Annotated[str | None, typer.Option(help="Quantization method; see `qvlm methods`.")] = None,
+    scheme: Annotated[str, typer.Option(help="Bits, for example w4a4 or w4a4+vision:w8a8.")] = "w4a4",
+    calibration: Annotated[
+        str, typer.Option(help="task:split:n (needs lmms-eval) or file.json:n, several joined by +.")
+    ] = "scienceqa:train:64",
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that a conversation file's image names start from.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of the method as name=value; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration draw.")] = 0,
+    format_: Annotated[
+        Format, typer.Option("--format", help="qvlm loads packed here; compressed-tensors is what vLLM serves.")
+    ] = Format.QVLM,
+    backend: Annotated[str, typer.Option(help="auto, packed, reference or the name of one kernel.")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Falling back to the reference is an error.")] = False,
+    shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB.")] = "5GB",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Torch device, whose kernels are chosen from.")] = "cpu",
+) -> None:
+    """Write a quantized model as a Hugging Face folder; prints the folder last.
+
+    It is a checkpoint like any other where this package is imported: from_pretrained loads it packed, and lmms-eval
+    runs it as pretrained=DIR. Without this package loading it is an error.
+    With --format compressed-tensors it is for vLLM: schemes w4a16 and w8a8, the latter with activations rounded per
+    token.
+
+    Example: qvlm export llava-w4a16 --pretrained llava-hf/llava-1.5-7b-hf --method rtn --scheme w4a16
+    """
+    from qvlm_plugin import planning, plugins
+    from qvlm_plugin.cache import cache_root
+    from qvlm_plugin.calibration import read_calibration
+    from qvlm_plugin.compressed_tensors import INTEGER, export_compressed_tensors
+    from qvlm_plugin.export import export as write
+    from qvlm_plugin.export import require_vacant
+    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.plan import RoundingPlan
+
+    if (plan is None) == (method is None):
+        raise QVLMError("name one of --plan DIR (a saved plan) and --method NAME (searched now)")
+    require_vacant(output)
+    plugins.kernels(backend)
+    if plan is not None:
+        found = RoundingPlan.load(plan)
+    else:
+        request = planning.check_request(method, scheme, pairs(option))
+        samples = read_calibration(calibration, images, seed, draw_from_task) if request.needs_calibration else None
+        planning.check_calibration(request, samples)
+    loaded = load(
+        resolve_demo(pretrained), revision=revision, dtype=dtype, device=device, check_config=plugins.topology
+    )
+    if plan is None:
+        found = planning.obtain_plan(loaded, request, samples, cache_root() / "plans")
+    if format_ is Format.QVLM:
+        typer.echo(write(found, loaded, output, backend=backend, strict=strict, shard_size=shard_size))
+    else:
+        counts = export_compressed_tensors(found, loaded, output, shard_size=shard_size)
+        typer.echo(f"quantized Linear layers by format: {', '.join(f'{n} {count}' for n, count in counts.items())}")
+        if INTEGER in counts:
+            typer.echo("in int-quantized layers activations are rounded per token, not with the plan's ranges")
+    typer.echo(output)

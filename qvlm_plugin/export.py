@@ -1,0 +1,103 @@
+"""Write a quantized model as a Hugging Face folder that loads packed (`checkpoint`)."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from qvlm_plugin import __version__, plugins
+from qvlm_plugin.checkpoint import CheckpointRecord, StoredModule, file_hash, specification, stored_form
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.hf_quantizer import QVLMQuantizationConfig
+from qvlm_plugin.kernels.selection import Choice, Execution
+from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.plan import ModulePlan, RoundingPlan, begin_applying, parameters_of
+
+
+def export(
+    plan: RoundingPlan,
+    loaded: LoadedModel,
+    directory: Path,
+    *,
+    backend: str = "auto",
+    strict: bool = False,
+    shard_size: str = "5GB",
+) -> Execution:
+    """Quantize ``loaded`` by ``plan`` and write it; the model in memory is used up.
+
+    Args:
+        plan: made for this model.
+        loaded: in full precision, on the device whose kernels are to be chosen from.
+        directory: to write; it must not exist, or be empty. It is there completely or not at all.
+        backend: as in `plugins.kernels`; a folder keeps its kernels.
+        strict: falling back is an error.
+        shard_size: of weight files at most, as transformers' ``max_shard_size``.
+
+    Returns:
+        Which kernel serves which module.
+
+    Raises:
+        QVLMError: the folder is not empty; or see `begin_applying`.
+    """
+    require_vacant(directory)
+    model = loaded.model
+    execution = begin_applying(plan, model, loaded.fingerprint, plugins.kernels(backend), strict)
+    modules = tuple(_store(module, plan, loaded, execution.choices.get(module.name)) for module in plan.modules)
+    record = CheckpointRecord(
+        package_version=__version__,
+        backend=backend,
+        model=plan.model,
+        plan=plan.facts,
+        calibration_digests=plan.calibration.digests if plan.calibration else (),
+        modules=modules,
+    )
+    model.config.quantization_config = QVLMQuantizationConfig(**record.model_dump(mode="json"))
+    write_folder(loaded, directory, shard_size)
+    return execution
+
+
+def require_vacant(directory: Path) -> None:
+    """Check that a folder can be written.
+
+    Raises:
+        QVLMError: there is something already.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise QVLMError(f"{str(directory)!r} exists and is not an empty folder; name a new one")
+
+
+def write_folder(loaded: LoadedModel, directory: Path, shard_size: str) -> None:
+    """Write model and processor in one step; a ``quantization_config`` of ours gets the files' hashes."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
+    try:
+        loaded.model.save_pretrained(staging, max_shard_size=shard_size)
+        loaded.processor.save_pretrained(staging)
+        config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
+        if "files" in config["quantization_config"]:
+            names = sorted(file.name for file in staging.glob("model*.safetensors*"))
+            config["quantization_config"]["files"] = {name: file_hash(staging / name) for name in names}
+            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        staging.chmod(0o755)
+        if directory.exists():
+            directory.rmdir()
+        os.replace(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _store(module: ModulePlan, plan: RoundingPlan, loaded: LoadedModel, choice: Choice | None) -> StoredModule:
+    """Put the stored tensors of one Linear in its place, and say what they are."""
+    if choice is None:
+        return StoredModule(plan=module)
+    linear, kernel = loaded.model.get_submodule(module.name), choice.kernel
+    parameters = parameters_of(module, plan.tensors, linear.weight.device)
+    neutral = kernel.prepare(linear.weight.detach(), linear.bias, module.weight, module.activation, parameters)
+    stored = stored_form(neutral)
+    layer = QuantLinear(stored, module.weight, module.activation, kernel, module.shape)
+    loaded.model.set_submodule(module.name, layer)
+    specifications = {name: specification(tensor) for name, tensor in stored.items()}
+    refused = dict(choice.refused) if choice.fell_back else {}
+    return StoredModule(plan=module, kernel=kernel.name, tensors=specifications, refused=refused)

@@ -1,0 +1,91 @@
+"""transformers' side of quantized checkpoints: ``from_pretrained`` of an exported folder loads packed.
+
+It is entered in transformers' tables by `registration`, in the middle of transformers' own import; what needs more of
+it is therefore imported by the functions that run later.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.logging import get_logger
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qvlm_plugin.checkpoint import CheckpointRecord
+    from qvlm_plugin.kernels.selection import Execution
+
+QUANT_METHOD = "qvlm"
+"""The ``quant_method`` of the ``quantization_config`` in config.json."""
+
+logger = get_logger(__name__)
+
+
+class QVLMQuantizationConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of an exported folder, as it is; `checkpoint.CheckpointRecord` reads it."""
+
+    def __init__(self, **content: Any) -> None:
+        """Keep the content of the JSON object, whatever keys a version wrote."""
+        self.__dict__.update(content)
+        self.quant_method = QUANT_METHOD
+
+
+class QVLMHfQuantizer(HfQuantizer):
+    """Puts packed Linears in the place of those that a checkpoint quantized.
+
+    Attributes:
+        record: what config.json says of the checkpoint.
+        execution: which kernel serves which module; known when the weights are loaded.
+    """
+
+    record: "CheckpointRecord"
+    execution: "Execution"
+
+    def __init__(self, quantization_config: QVLMQuantizationConfig, **options: Any) -> None:
+        """Read the configuration.
+
+        Raises:
+            QVLMError: a newer version wrote it, or it is altered.
+        """
+        from qvlm_plugin.checkpoint import CheckpointRecord
+
+        super().__init__(quantization_config, **options)
+        self.record = CheckpointRecord.read(quantization_config.to_dict())
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **more: Any
+    ) -> None:
+        from qvlm_plugin.checkpoint import lay_out, verify_files
+
+        if checkpoint_files:
+            verify_files(self.record, Path(checkpoint_files[0]).parent)
+        lay_out(self.record, model)
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **more: Any) -> "PreTrainedModel":
+        from qvlm_plugin.checkpoint import pack
+
+        self.execution = pack(self.record, model)
+        logger.log(30 if self.execution.fallbacks else 20, "qvlm: %s", self.execution)
+        return model
+
+    @property
+    def is_compileable(self) -> bool:
+        """Packed products are operators that torch.compile knows."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Weights are codes."""
+        return False
+
+    def is_serializable(self) -> bool:
+        """Run-time tensors are laid out for one device; the folder that they came from can be copied."""
+        return False
+
+
+def quantizer_of(model: "PreTrainedModel") -> QVLMHfQuantizer | None:
+    """The quantizer that loaded the model, if it came from an exported folder."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer if isinstance(quantizer, QVLMHfQuantizer) else None

@@ -1,0 +1,269 @@
+"""Exported folders: written, loaded by transformers and run by the harness; and what goes wrong with them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_problems import relative
+from safetensors.torch import load_file
+from tiny_llava import logits_of, write_tiny_llava
+from transformers import AutoModelForImageTextToText
+from typer.testing import CliRunner
+
+from qvlm_plugin import planning, plugins
+from qvlm_plugin.checkpoint import FORMAT_VERSION
+from qvlm_plugin.cli import app
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.export import export
+from qvlm_plugin.harness.wrapper import QVLMChat
+from qvlm_plugin.hf_quantizer import quantizer_of
+from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.models.loading import load
+
+SCHEME, OPTIONS = "w4a4+vision:w8a8", {"group_size": 32, "calibration_batch_size": 5}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_tiny_llava(tmp_path_factory.mktemp("export") / "tiny", hidden=64)
+
+
+def plan_of(loaded, calibration, scheme=SCHEME, options=OPTIONS):
+    request = planning.check_request("rtn", scheme, options)
+    return planning.obtain_plan(loaded, request, calibration, cache=None)
+
+
+def exported(source, directory, calibration, scheme=SCHEME, options=OPTIONS, dtype="bfloat16", **how):
+    """Write a folder; returns the model quantized in memory, the inputs to compare on, and the plan."""
+    loaded = load(str(source), dtype=dtype)
+    plan = plan_of(loaded, calibration, scheme, options)
+    export(plan, loaded, directory, **how)
+    loaded = load(str(source), dtype=dtype)
+    planning.apply(plan, loaded, how.get("backend", "auto"))
+    return loaded, plan
+
+
+@pytest.fixture
+def inputs(source, calibration):
+    return next(calibration.batches(load(str(source)).processor, 5))[0]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "how", "kernels"),
+    [
+        (SCHEME, {}, {"shard_size": "80KB"}, {"int4", "int8", "reference"}),
+        ("w4a16", {"weights": "nf"}, {}, {"nf4", "reference"}),
+        ("w8a8", {}, {}, {"int8"}),
+        ("w4a4", {}, {"backend": "int4_folded"}, {"int4_folded", "reference"}),
+        (SCHEME, {}, {"backend": "reference"}, {"reference"}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_loads_packed_with_the_same_logits(
+    source, tmp_path, calibration, inputs, scheme, options, how, kernels, dtype
+):
+    loaded, plan = exported(source, tmp_path / "x", calibration, scheme, OPTIONS | options, dtype, **how)
+    inputs["pixel_values"] = inputs["pixel_values"].to(loaded.model.dtype)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+    assert model.dtype == loaded.model.dtype and not model.training
+    assert torch.equal(logits_of(model, inputs), logits_of(loaded.model, inputs))
+    quantizer = quantizer_of(model)
+    assert set(quantizer.execution.counts) == kernels and quantizer.is_compileable
+    assert quantizer.record.plan["plan_hash"] == plan.hash
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    assert packed.keys() == {module.name for module in plan.quantized}
+    assert not any(parameter.requires_grad for module in packed.values() for parameter in module.parameters())
+    assert (len(list((tmp_path / "x").glob("*.safetensors"))) > 1) == ("shard_size" in how)
+
+
+def test_casting_the_model_keeps_scales(source, tmp_path, calibration, inputs):
+    loaded, _ = exported(source, tmp_path / "x", calibration, dtype="float32")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    for name, module in model.named_modules():
+        for tensor in module.tensor_names if isinstance(module, QuantLinear) else ():
+            after, cast = getattr(module, tensor), tensor in module.kernel.cast
+            assert after.dtype == (torch.bfloat16 if cast else before[f"{name}.{tensor}"].dtype)
+            assert cast or torch.equal(after, before[f"{name}.{tensor}"])
+    cast = {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}
+    assert relative(logits_of(model, cast), logits_of(loaded.model, inputs)) < 0.5
+    other = AutoModelForImageTextToText.from_pretrained(tmp_path / "x", dtype=torch.bfloat16)
+    for name, parameter in other.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)) and parameter.dtype == model.get_parameter(name).dtype
+
+
+def test_a_device_map_counts_what_is_stored(source, tmp_path, calibration, inputs):
+    exported(source, tmp_path / "x", calibration)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+    mapped = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "x", device_map={"model": "cpu", "lm_head": "cpu"}, max_memory={"cpu": "1GB"}
+    )
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    assert torch.equal(logits_of(mapped, inputs), logits_of(plain, inputs))
+    sizes = sum(tensor.nbytes for tensor in plain.parameters())
+    stored = sum(
+        tensor.nbytes for file in (tmp_path / "x").glob("*.safetensors") for tensor in load_file(file).values()
+    )
+    assert sizes == pytest.approx(stored, rel=0.05)
+    with pytest.raises(QVLMError, match=r"is offloaded; choose a device_map"):
+        AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "x", device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+        )
+
+
+def run_alone(code, *arguments):
+    """In an interpreter that has not imported the package; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(), done.stderr
+
+
+def test_loading_without_the_plugin_is_an_error(source, tmp_path, calibration):
+    for backend in ("auto", "reference"):
+        exported(source, tmp_path / backend, calibration, backend=backend)
+    code = """
+import sys
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+for loader in (AutoModelForImageTextToText, LlavaForConditionalGeneration):
+    for folder in sys.argv[1:]:
+        try:
+            loader.from_pretrained(folder)
+        except Exception as error:
+            print(type(error).__name__)
+assert not any(name.startswith("qvlm_plugin") for name in sys.modules)
+import qvlm_plugin
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+print(type(model.model.language_model.layers[0].mlp.up_proj).__name__)
+"""
+    printed, warnings = run_alone(code, tmp_path / "auto", tmp_path / "reference")
+    assert printed == ["RuntimeError"] * 4 + ["QuantLinear"]
+    assert "Unknown quantization type, got qvlm" in warnings
+
+
+def test_the_package_may_be_imported_before_transformers():
+    code = """
+import sys, qvlm_plugin
+assert "transformers" not in sys.modules
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+print(AUTO_QUANTIZER_MAPPING["qvlm"].__name__, AUTO_QUANTIZATION_CONFIG_MAPPING["qvlm"].__name__)
+qvlm_plugin.register()
+"""
+    assert run_alone(code)[0] == ["QVLMHfQuantizer", "QVLMQuantizationConfig"]
+
+
+def test_damaged_folders_are_told(source, tmp_path, calibration):
+    exported(source, tmp_path / "x", calibration)
+    weights, config = tmp_path / "x" / "model.safetensors", tmp_path / "x" / "config.json"
+    content, text = weights.read_bytes(), config.read_text()
+    for damaged in (content[:-100], content[:-1] + bytes([content[-1] ^ 1])):
+        weights.write_bytes(damaged)
+        for loader in (
+            lambda: load(str(tmp_path / "x")),
+            lambda: AutoModelForImageTextToText.from_pretrained(weights.parent),
+        ):
+            with pytest.raises(QVLMError, match=r"x/model\.safetensors' is truncated or altered") as caught:
+                loader()
+            assert "\n" not in str(caught.value)
+    weights.write_bytes(content)
+
+    values = json.loads(text)
+    values["quantization_config"] |= {"format_version": FORMAT_VERSION + 1, "package_version": "9.9"}
+    config.write_text(json.dumps(values))
+    with pytest.raises(QVLMError, match=rf"has format {FORMAT_VERSION + 1}, written by version 9\.9"):
+        load(str(tmp_path / "x"))
+    values = json.loads(text)
+    values["quantization_config"]["modules"][0]["plan"]["weight"]["bits"] = 3
+    config.write_text(json.dumps(values))
+    with pytest.raises(QVLMError, match="altered: the hash of its module table"):
+        load(str(tmp_path / "x"))
+    values = json.loads(text)
+    values["quantization_config"]["modules"][0]["kernel"] = "theirs"
+    config.write_text(json.dumps(values))
+    with pytest.raises(QVLMError, match="for kernel 'theirs', which no installed plugin provides; known are int4"):
+        load(str(tmp_path / "x"))
+    del values["quantization_config"]["modules"]
+    config.write_text(json.dumps(values))
+    with pytest.raises(QVLMError, match="quantization_config is damaged: modules"):
+        load(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "backend"),
+    [(SCHEME, {}, "auto"), ("w4a16", {"weights": "nf"}, "auto"), ("w8a8", {}, "auto"), ("w4a4", {}, "int4_folded")],
+)
+def test_kernels_that_cannot_run_fall_back_on_the_same_weights(
+    source, tmp_path, calibration, inputs, monkeypatch, scheme, options, backend
+):
+    loaded, _ = exported(source, tmp_path / "x", calibration, scheme, OPTIONS | options, "float32", backend=backend)
+    kernels = plugins.kernels("auto")
+    monkeypatch.setattr(
+        plugins,
+        "kernels",
+        lambda name: (*(_broken(kernel) for kernel in kernels[:-1]), kernels[-1]),
+    )
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+    execution = quantizer_of(model).execution
+    assert set(execution.counts) == {"reference"} and len(execution.fallbacks) == len(execution.choices)
+    assert sum("no such unit" in choice.reasons for choice in execution.choices.values()) >= 14
+    with pytest.raises(QVLMError, match=r"strict=true: model\.vision_tower"):
+        execution.require_no_fallback()
+    assert relative(logits_of(model, inputs), logits_of(loaded.model, inputs)) < 0.02
+
+
+def _broken(kernel):
+    return replace(kernel, obstacle=lambda *problem: "no such unit")
+
+
+def test_the_harness_runs_a_folder_with_identical_answers(source, tmp_path, calibration):
+    _, plan = exported(source, tmp_path / "x", calibration)
+    plan.save(tmp_path / "plan")
+    common = {"device": "cpu", "dtype": "bfloat16"}
+    searched = QVLMChat(pretrained=str(source), plan=str(tmp_path / "plan"), backend="auto", **common)
+    stored = QVLMChat(pretrained=str(tmp_path / "x"), **common)
+    before, after = searched.record.facts, stored.record.facts
+    different = {name for name in before if before[name] != after[name]}
+    assert different == {"pretrained", "model_fingerprint", "quantized_from"}
+    assert after["quantized_from"] == before["model_fingerprint"] and after["scheme"] == SCHEME
+    assert stored.record.calibration_digests == frozenset(plan.calibration.digests)
+    inputs, _ = next(calibration.batches(stored._processor, 5))
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    assert torch.equal(logits_of(stored._model, inputs), logits_of(searched._model, inputs))
+    for more in (
+        {"plan": str(tmp_path / "plan")},
+        {"method": "rtn", "scheme": "w4a16", "cache": "none"},
+        {"backend": "reference"},
+    ):
+        with pytest.raises(QVLMError, match=rf"is a quantized checkpoint .* combined with {next(iter(more))}"):
+            QVLMChat(pretrained=str(tmp_path / "x"), **more, **common)
+    with pytest.raises(QVLMError, match=r"strict=true: model\.multi_modal_projector"):
+        QVLMChat(pretrained=str(tmp_path / "x"), strict=True, **common)
+    with pytest.raises(QVLMError, match="quantized already; search on"):
+        plan_of(load(str(tmp_path / "x")), calibration)
+    with pytest.raises(QVLMError, match="device_map='offload' is for searching"):
+        load(str(tmp_path / "x"), device_map="offload")
+
+
+def test_the_command_writes_a_folder(source, tmp_path):
+    def run(*arguments):
+        return CliRunner().invoke(app, ["export", *map(str, arguments)])
+
+    common = (tmp_path / "x", "--pretrained", source)
+    done = run(*common, "--method", "rtn", "--scheme", "w4a16", "--option", "group_size=32")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[-1] == str(tmp_path / "x") and "by kernel: int4" in lines[-2]
+    assert load(str(tmp_path / "x")).processor.chat_template == load(str(source)).processor.chat_template
+    again = run(*common, "--method", "rtn", "--scheme", "w4a16")
+    assert again.exit_code == 2 and "exists and is not an empty folder" in again.output
+    neither = run(tmp_path / "y", "--pretrained", source)
+    assert neither.exit_code == 2 and "--plan DIR" in neither.output
+    strict = run(tmp_path / "y", "--pretrained", source, "--method", "rtn", "--scheme", "w4a16", "--strict")
+    assert strict.exit_code == 2 and "strict=true: model.vision_tower" in strict.output
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]

@@ -298,6 +298,7 @@ def test_figures_2_and_3c_need_no_evaluation(place, tmp_path):
     assert [(row["max_depth"], row["layer"]) for row in content["rows"]] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert all(row["error"] > row["stderr"] > 0 for row in content["rows"])
     assert len({row["plan_hash"] for row in content["rows"]}) == 2 and "over 8 samples" in document
+    assert len({row["search_seconds"] for row in content["rows"]}) == 2 and "by max_depth: 1: " in document
 
 
 # Writing

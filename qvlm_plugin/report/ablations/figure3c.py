@@ -31,6 +31,7 @@ def figure3c(
     whole = {depth: one.whole for depth, one in errors.items()}
     token = {depth: one.token for depth, one in errors.items()}
     first, scheme = next((depth, plan.scheme) for depth, plan in plans.items())
+    costs = ", ".join(f"{depth}: {plan.search_seconds:.1f} s" for depth, plan in plans.items())
     return Report(
         name="fig3c",
         title="Figure 3c: quantization error of each layer",
@@ -45,6 +46,7 @@ def figure3c(
                 "token_error": token_error,
                 "token_stderr": token_stderr,
                 "plan_hash": plans[depth].hash,
+                "search_seconds": plans[depth].search_seconds,
             }
             for depth in plans
             for layer, ((error, stderr), (token_error, token_stderr)) in enumerate(
@@ -58,6 +60,7 @@ def figure3c(
             f"`{samples.source}`, seed {samples.seed}, apart from those that the plans were fitted on.",
             "Over a whole sample (left) a few tokens with massive activations decide; the mean over tokens (right) "
             f"takes each token's error relative to itself. Below: mean of the samples' ratios to max_depth {first}.",
+            f"Wall time of each plan's search, by max_depth: {costs}.",
         ],
         figure=panels_figure(
             [

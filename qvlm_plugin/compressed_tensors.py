@@ -76,7 +76,7 @@ def export_compressed_tensors(
         How many modules have each format.
 
     Raises:
-        QVLMError: the format cannot express a module, the folder is not empty; or see `begin_applying`.
+        QVLMError: the format cannot express a module, the folder is not empty; or see `check_plan`.
     """
     require_vacant(directory)
     model = loaded.model

@@ -39,7 +39,7 @@ def export(
         Which kernel serves which module.
 
     Raises:
-        QVLMError: the folder is not empty; or see `begin_applying`.
+        QVLMError: the folder is not empty; or see `check_plan`.
     """
     require_vacant(directory)
     model = loaded.model

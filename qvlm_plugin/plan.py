@@ -274,10 +274,15 @@ class RoundingPlan:
         return cls(**values, tensors=tensors)
 
 
-def begin_applying(
-    plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: tuple[Kernel, ...], strict: bool = False
+def check_plan(
+    plan: RoundingPlan,
+    model: nn.Module,
+    fingerprint: str,
+    kernels: tuple[Kernel, ...],
+    strict: bool = False,
+    device: torch.device | None = None,
 ) -> Execution:
-    """Check that a plan fits, choose kernels, and edit ``model`` up to the rounding of its Linears, in place.
+    """Check that a plan fits a model, and choose kernels.
 
     Args:
         plan: made for this model.
@@ -286,14 +291,14 @@ def begin_applying(
         kernels: candidates in order of preference; the first that supports a module serves it, the last is the one to
             fall back on.
         strict: falling back is an error.
+        device: where weights are going to be that are not loaded yet; None for a model whose weights are there.
 
     Returns:
         Which kernel serves which module.
 
     Raises:
         QVLMError: the plan belongs to another model, lists a module that is missing or of another shape, leaves one
-            out, lacks a tensor, no kernel supports a module, or it falls back under ``strict``. The model is unchanged
-            then.
+            out, lacks a tensor, no kernel supports a module, or it falls back under ``strict``.
     """
     if plan.model != fingerprint:
         raise QVLMError(
@@ -302,33 +307,69 @@ def begin_applying(
         )
     linears = linear_layers(model)
     _require_same_linears(plan, linears)
+    if device is None and (offloaded := [name for name, linear in linears.items() if linear.weight.is_meta]):
+        raise QVLMError(f"{offloaded[0]} is offloaded; choose a device_map that keeps the weights on devices")
     _require_tensors(plan, model)
     execution = Execution(
-        {module.name: _choose(kernels, module, linears[module.name].weight.device) for module in plan.quantized}
+        {
+            module.name: _choose(kernels, module, device or linears[module.name].weight.device)
+            for module in plan.quantized
+        }
     )
     if strict:
         execution.require_no_fallback()
-    with torch.no_grad():
-        for name in plan.replaced:
-            model.get_parameter(name).copy_(plan.tensors[f"{name}/value"])
-        for fold in plan.folds:
-            readers = [model.get_submodule(name) for name in plan.readers(fold.site)]
-            apply_fold(fold, plan.tensors[f"{fold.site}/scale"], model.get_submodule(fold.producer), readers)
+    return execution
+
+
+@torch.no_grad()
+def edit(plan: RoundingPlan, modules: Mapping[str, nn.Module]) -> None:
+    """Give replaced parameters their values and move folded scales, in place, as far as these modules are concerned.
+
+    Args:
+        plan: checked.
+        modules: by full name.
+    """
+    for name in plan.replaced:
+        owner, _, parameter = name.rpartition(".")
+        if owner in modules:
+            getattr(modules[owner], parameter).copy_(plan.tensors[f"{name}/value"])
+    readers = {module.name: module.site for module in plan.modules if module.name in modules}
+    for fold in plan.folds:
+        scale = plan.tensors[f"{fold.site}/scale"]
+        if fold.producer in modules:
+            divide_channels(modules[fold.producer], scale)
+        for name, site in readers.items():
+            if site == fold.site:
+                multiply_columns(modules[name], fold, scale)
+
+
+def begin_applying(
+    plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: tuple[Kernel, ...], strict: bool = False
+) -> Execution:
+    """`check_plan`, then `edit`: what comes before the rounding of Linears."""
+    execution = check_plan(plan, model, fingerprint, kernels, strict)
+    edit(plan, dict(model.named_modules()))
     return execution
 
 
 def apply_plan(
     plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: tuple[Kernel, ...], strict: bool = False
 ) -> Execution:
-    """Replace the Linears of ``model`` by what the plan says, in place; arguments and errors as `begin_applying`."""
+    """Replace the Linears of ``model`` by what the plan says, in place; arguments and errors as `check_plan`."""
     execution = begin_applying(plan, model, fingerprint, kernels, strict)
     for module in plan.quantized:
         linear = model.get_submodule(module.name)
         layer = quantized_linear(module, linear, plan.tensors, execution.choices[module.name].kernel)
-        if hasattr(linear, "_hf_hook"):  # accelerate's: it brings inputs to the device of a dispatched model's layer
-            add_hook_to_module(layer, linear._hf_hook)
-        model.set_submodule(module.name, layer)
+        place(model, module.name, layer)
     return execution
+
+
+def place(model: nn.Module, name: str, layer: QuantLinear) -> None:
+    """Put ``layer`` in the place of the Linear of that name."""
+    linear = model.get_submodule(name)
+    if hasattr(linear, "_hf_hook"):  # accelerate's: it brings inputs to the device of a dispatched model's layer
+        add_hook_to_module(layer, linear._hf_hook)
+    model.set_submodule(name, layer)
 
 
 def quantized_linear(
@@ -347,15 +388,27 @@ def parameters_of(module: ModulePlan, tensors: Mapping[str, Tensor], device: tor
 @torch.no_grad()
 def apply_fold(fold: Fold, scale: Tensor, producer: nn.Module, readers: Sequence[nn.Linear]) -> None:
     """Divide the producer's channels by ``scale`` [channels produced] and multiply the readers' columns, in place."""
+    divide_channels(producer, scale)
+    for reader in readers:
+        multiply_columns(reader, fold, scale)
+
+
+@torch.no_grad()
+def divide_channels(producer: nn.Module, scale: Tensor) -> None:
+    """Divide the output channels of a norm or Linear by ``scale`` [channels], in place."""
     scale = scale.to(producer.weight.device, torch.float32)
     # A norm scales its output channel by channel; a Linear's output channels are the rows of its weight.
     rows = scale if producer.weight.dim() == 1 else scale.unsqueeze(1)
     producer.weight.copy_(producer.weight.float() / rows)
     if getattr(producer, "bias", None) is not None:
         producer.bias.copy_(producer.bias.float() / scale)
-    for reader in readers:
-        columns = fold.spread(scale, reader.in_features).to(reader.weight.device)
-        reader.weight.copy_(reader.weight.float() * columns)
+
+
+@torch.no_grad()
+def multiply_columns(reader: nn.Linear, fold: Fold, scale: Tensor) -> None:
+    """Multiply the columns of a Linear that reads scaled channels, in place."""
+    columns = fold.spread(scale.to(reader.weight.device, torch.float32), reader.in_features)
+    reader.weight.copy_(reader.weight.float() * columns)
 
 
 def _tensor_keys(module: ModulePlan) -> dict[str, str]:
@@ -374,8 +427,6 @@ def _require_same_linears(plan: RoundingPlan, linears: Mapping[str, nn.Linear]) 
     for name, linear in linears.items():
         if tuple(linear.weight.shape) != planned[name].shape:
             raise QVLMError(f"plan has {name} as {planned[name].shape}, the model as {tuple(linear.weight.shape)}")
-        if linear.weight.is_meta:
-            raise QVLMError(f"{name} is offloaded; choose a device_map that keeps the weights on devices")
 
 
 def _choose(kernels: tuple[Kernel, ...], module: ModulePlan, device: torch.device) -> Choice:

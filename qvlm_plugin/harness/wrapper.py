@@ -41,6 +41,7 @@ from qvlm_plugin.hf_quantizer import QUANT_METHOD, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.quantized_loading import QuantizeOnLoad
 
 
 class _QVLM(lmms):
@@ -75,12 +76,19 @@ class _QVLM(lmms):
                 with processes.first_process_first():
                     calibration = self._read_calibration(arguments)
             planning.check_calibration(request, calibration)
-        loaded = self._load(arguments)
+        quantize = None
+        if request is None and arguments.backend != "reference" and arguments.device_map is None:
+            quantize = QuantizeOnLoad(plan, plugins.kernels(arguments.backend), arguments.strict)
+        loaded = self._load(arguments, quantize)
         stored = quantizer_of(loaded.model)
         if stored is None:
             if request is not None:
                 plan = planning.obtain_plan(loaded, request, calibration, arguments.cache)
-            execution = planning.apply(plan, loaded, arguments.backend, arguments.strict)
+            if quantize is None:
+                execution = planning.apply(plan, loaded, arguments.backend, arguments.strict)
+            else:
+                execution = quantize.execution
+                plugins.plugin_manager().hook.qvlm_quantized(loaded=loaded, plan=plan)
             digests = plan.calibration.digests if plan.calibration else ()
             facts = {**plan.facts, "backend": arguments.backend, "quantized_from": None}
         else:
@@ -295,7 +303,7 @@ class _QVLM(lmms):
         ]
         return replace(calibration, samples=tuple(samples))
 
-    def _load(self, arguments: ModelArguments) -> LoadedModel:
+    def _load(self, arguments: ModelArguments, quantize: QuantizeOnLoad | None) -> LoadedModel:
         pretrained = arguments.pretrained
         if pretrained == "demo":
             from qvlm_plugin.demo import model as demo  # its packages are needed for nothing else
@@ -313,6 +321,7 @@ class _QVLM(lmms):
             conv=arguments.conv,
             router_noise_seed=arguments.router_noise_seed,
             check_config=partial(_check_config, arguments),
+            quantize=quantize,
         )
 
     def _facts(self, arguments: ModelArguments, loaded: LoadedModel, execution: Execution) -> dict[str, Any]:

@@ -11,16 +11,17 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import cpu_offload
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
+    GenerationConfig,
     LlavaForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
@@ -32,6 +33,9 @@ from qvlm_plugin.models.hub import local_folder, with_weights
 from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoint, is_original, read_original
 from qvlm_plugin.models.prompts import IMAGE, IMAGE_BETWEEN, PROMPT_FORMATS, chat_template, name_of, prompt_format
 from qvlm_plugin.models.weights import SAFETENSORS, SAFETENSORS_OR_BIN, weight_files
+
+if TYPE_CHECKING:
+    from qvlm_plugin.quantized_loading import QuantizeOnLoad
 
 DTYPES = {
     "auto": "auto",
@@ -82,6 +86,7 @@ def load(
     conv: str | None = None,
     router_noise_seed: int | None = None,
     check_config: Callable[[PretrainedConfig], object] | None = None,
+    quantize: "QuantizeOnLoad | None" = None,
 ) -> LoadedModel:
     """Load a checkpoint folder or hub model.
 
@@ -99,6 +104,7 @@ def load(
         conv: a prompt format (see `qvlm_plugin.models.prompts`) instead of the one that the checkpoint has.
         router_noise_seed: of the noise in the choice of experts, for models that have it; None routes without noise.
         check_config: called with the configuration before the weights are loaded, to raise where it does not suit.
+        quantize: quantize each Linear when its weight is read, not to have all in full precision at once.
 
     Raises:
         QVLMError: the folder or hub model is not there or not complete, or its keys do not match the model's.
@@ -127,14 +133,20 @@ def load(
         between = IMAGE_BETWEEN in (getattr(processor, "chat_template", None) or "")
         processor.chat_template = chat_template(prompt, IMAGE_BETWEEN if between else IMAGE)
     _prepare(processor, source, conv)
+    fingerprint = _fingerprint(folder, files, router_noise_seed)
     placement = {
         "device_map": None if device_map == OFFLOAD else device_map,
         "attn_implementation": attn_implementation,
         "output_loading_info": True,
     }
+    if quantize is not None:
+        quantize.fingerprint, quantize.device = fingerprint, torch.device(device)
+        placement |= {"quantization_config": quantize, "device_map": {"": device} if device_map is None else device_map}
     try:
         if original:
             model, info = _load_original(original, processor, DTYPES[dtype], placement)
+        elif quantize is not None:
+            model, info = _load_by_tensor(folder, files, config, DTYPES[dtype], trust_remote_code, placement)
         else:
             model, info = AutoModelForImageTextToText.from_pretrained(
                 folder,
@@ -153,7 +165,6 @@ def load(
         model.to(device)
     elif device_map == OFFLOAD:
         cpu_offload(model, torch.device(device))
-    fingerprint = _fingerprint(folder, files, router_noise_seed)
     return LoadedModel(model.eval(), processor, pretrained, fingerprint, name_of(processor.chat_template))
 
 
@@ -236,6 +247,28 @@ def _load_original(
         None, config=config, state_dict=weights, dtype=embeddings.dtype if dtype == "auto" else dtype, **placement
     )
     model.generation_config = original.generation_config(processor.tokenizer)
+    return model, info
+
+
+def _load_by_tensor(
+    folder: Path,
+    files: list[Path],
+    config: PretrainedConfig,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool,
+    placement: dict[str, Any],
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load reading each tensor into memory of its own, which is free again when the tensor is.
+
+    transformers maps weight files into memory, where what was read once counts until the last weight is gone.
+    """
+    with torch.device("meta"):
+        kind = type(AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code))
+    handles = [safe_open(file, framework="pt", backend="pread") for file in files]
+    weights = {key: handle.get_slice(key) for handle in handles for key in handle.keys()}  # noqa: SIM118
+    model, info = kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **placement)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, info
 
 

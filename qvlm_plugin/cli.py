@@ -15,6 +15,16 @@ from qvlm_plugin.commands.export import export
 from qvlm_plugin.commands.plot import plot
 from qvlm_plugin.commands.publish import check_submission, publish
 from qvlm_plugin.commands.shared import (
+    Conv,
+    Device,
+    Dtype,
+    Images,
+    MethodOptions,
+    OneScheme,
+    Pretrained,
+    Revision,
+    Seed,
+    Source,
     command_line,
     draw_from_task,
     needs_report_packages,
@@ -65,26 +75,20 @@ def main(
 @reports_errors
 def search(
     output: Annotated[Path, typer.Argument(help="Folder to write the plan to.")],
-    pretrained: Annotated[str, typer.Option(help="Checkpoint folder or hub id; 'demo' is the embedded small LLaVA.")],
+    pretrained: Pretrained,
     method: Annotated[str, typer.Option(help="Quantization method; see `qvlm methods`.")] = "qlora",
-    scheme: Annotated[str, typer.Option(help="Bits, for example w4a4 or w4a4+vision:w8a8.")] = "w4a4",
-    calibration: Annotated[
-        str, typer.Option(help="task:split:n (needs lmms-eval) or file.json:n, several joined by +.")
-    ] = "scienceqa:train:64",
-    images: Annotated[
-        Path | None, typer.Option(help="Folder that a conversation file's image names start from.")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="Option of the method as name=value; may be repeated.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the calibration draw.")] = 0,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    conv: Annotated[str | None, typer.Option(help="Prompt format instead of the checkpoint's, as vicuna_v1.")] = None,
+    scheme: OneScheme = "w4a4",
+    calibration: Source = "scienceqa:train:64",
+    images: Images = None,
+    option: MethodOptions = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    conv: Conv = None,
     router_noise_seed: Annotated[
         int | None, typer.Option(help="Seed of noise in the choice of experts (MoE-LLaVA); default: no noise.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
     device_map: Annotated[
         str | None,
         typer.Option(
@@ -127,9 +131,9 @@ def search(
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, in LLaVA's own layout.")],
     output: Annotated[Path, typer.Argument(help="New or empty folder to write to.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    conv: Annotated[str | None, typer.Option(help="Prompt format instead of the checkpoint's, as vicuna_v1.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    revision: Revision = None,
+    conv: Conv = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Write a checkpoint in the Hugging Face layout, with its processor and prompt format; prints the folder.
 
@@ -297,7 +301,6 @@ def train(
 
 
 Output = Annotated[Path, typer.Argument(help="Folder of the reports, and of the runs they rest on.")]
-Pretrained = Annotated[str, typer.Option(help="Checkpoint folder or hub id; 'demo' is the embedded small LLaVA.")]
 Calibration = Annotated[str, typer.Option(help="task:split:n or file.json:n, several joined by +.")]
 Tasks = Annotated[str, typer.Option(help="Tasks of lmms-eval, separated by commas.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")]
@@ -309,15 +312,11 @@ Data = Annotated[
     Path | None,
     typer.Option(help="Working directory: local mirrors of data sets, and relative names, are looked up there."),
 ]
-OneScheme = Annotated[str, typer.Option(help="Bits, for example w4a4 or w4a4+vision:w8a8.")]
 HeldOut = Annotated[
     str | None,
     typer.Option(help="Samples to measure on, named like --calibration; default: its sources, drawn again."),
 ]
 Depths = Annotated[str, typer.Option(help="Values of max_depth, separated by commas.")]
-Seed = Annotated[int, typer.Option(help="Seed of the calibration draw.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Device = Annotated[str, typer.Option(help="Torch device.")]
 
 TASKS = "scienceqa,vizwiz_vqa_val,vqav2_val"
 

@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.export import require_vacant, write_folder
+from qvlm_plugin.export import write_folder
 from qvlm_plugin.kernels.base import corrected_bias
 from qvlm_plugin.kernels.reference import REFERENCE, round_weight
 from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.models.saving import require_vacant
 from qvlm_plugin.plan import ModulePlan, RoundingPlan, begin_applying, parameters_of
 from qvlm_plugin.quantizers import quantize_int
 
@@ -80,14 +81,14 @@ def export_compressed_tensors(
     """
     require_vacant(directory)
     model = loaded.model
-    groups: dict[_Group, list[str]] = {}
+    groups: dict[_Group, list[ModulePlan]] = {}
     for module in plan.quantized:
-        groups.setdefault(_group(module), []).append(module.name)
+        groups.setdefault(_group(module), []).append(module)
     if not groups:
         raise QVLMError(f"the plan (scheme={plan.scheme}) quantizes nothing, so there is nothing to compress")
-    if len(groups) > 1 and (odd := [names[0] for group, names in groups.items() if not group.symmetric]):
+    if len(groups) > 1 and (odd := [members[0] for group, members in groups.items() if not group.symmetric]):
         raise QVLMError(
-            f"--format compressed-tensors cannot express {odd[0]}: its weights are asymmetric and other modules "
+            f"--format compressed-tensors cannot express {odd[0].name}: its weights are asymmetric and other modules "
             "in another format; search the plan with --option symmetric=true"
         )
     for module in plan.quantized:
@@ -97,9 +98,9 @@ def export_compressed_tensors(
                 "none there"
             )
     begin_applying(plan, model, loaded.fingerprint, (REFERENCE,))
-    for group, names in groups.items():
-        for name in names:
-            _compress(next(module for module in plan.quantized if module.name == name), group, plan.tensors, model)
+    for group, members in groups.items():
+        for module in members:
+            _compress(module, group, plan.tensors, model)
     model.config.quantization_config = _configuration(plan, groups)
     write_folder(loaded, directory, shard_size)
     return {group.format: sum(len(groups[g]) for g in groups if g.format == group.format) for group in groups}
@@ -161,7 +162,7 @@ def _compress(module: ModulePlan, group: _Group, tensors: Mapping[str, Tensor], 
     model.set_submodule(module.name, nn.ParameterDict(frozen))
 
 
-def _configuration(plan: RoundingPlan, groups: Mapping[_Group, list[str]]) -> dict[str, Any]:
+def _configuration(plan: RoundingPlan, groups: Mapping[_Group, list[ModulePlan]]) -> dict[str, Any]:
     formats = {group.format for group in groups}
     ignored = [module.name for module in plan.modules if module.is_identity]
     single = len(groups) == 1
@@ -170,8 +171,8 @@ def _configuration(plan: RoundingPlan, groups: Mapping[_Group, list[str]]) -> di
         "format": next(iter(formats)) if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{index}": group.entry(["Linear"] if single else names)
-            for index, (group, names) in enumerate(groups.items())
+            f"group_{index}": group.entry(["Linear"] if single else [module.name for module in members])
+            for index, (group, members) in enumerate(groups.items())
         },
         "ignore": ignored,
         "dequantize": not all(group.symmetric for group in groups),

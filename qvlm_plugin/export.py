@@ -1,18 +1,15 @@
 """Write a quantized model as a Hugging Face folder that loads packed (`checkpoint`)."""
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from qvlm_plugin import __version__, plugins
 from qvlm_plugin.checkpoint import CheckpointRecord, StoredModule, file_hash, specification, stored_form
-from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.hf_quantizer import QVLMQuantizationConfig
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.models.saving import require_vacant, staged
 from qvlm_plugin.plan import ModulePlan, RoundingPlan, begin_applying, parameters_of
 
 
@@ -58,34 +55,16 @@ def export(
     return execution
 
 
-def require_vacant(directory: Path) -> None:
-    """Check that a folder can be written.
-
-    Raises:
-        QVLMError: there is something already.
-    """
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise QVLMError(f"{str(directory)!r} exists and is not an empty folder; name a new one")
-
-
 def write_folder(loaded: LoadedModel, directory: Path, shard_size: str) -> None:
     """Write model and processor in one step; a ``quantization_config`` of ours gets the files' hashes."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
-        loaded.model.save_pretrained(staging, max_shard_size=shard_size)
-        loaded.processor.save_pretrained(staging)
-        config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
+    with staged(directory) as folder:
+        loaded.model.save_pretrained(folder, max_shard_size=shard_size)
+        loaded.processor.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "files" in config["quantization_config"]:
-            names = sorted(file.name for file in staging.glob("model*.safetensors*"))
-            config["quantization_config"]["files"] = {name: file_hash(staging / name) for name in names}
-            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        staging.chmod(0o755)
-        if directory.exists():
-            directory.rmdir()
-        os.replace(staging, directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            names = sorted(file.name for file in folder.glob("model*.safetensors*"))
+            config["quantization_config"]["files"] = {name: file_hash(folder / name) for name in names}
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _store(module: ModulePlan, plan: RoundingPlan, loaded: LoadedModel, choice: Choice | None) -> StoredModule:

@@ -44,7 +44,7 @@ def fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
         The rounded values, in the shape and dtype of ``x``.
     """
     lower = lower.float()
-    step, inverse = _step(lower, upper.float(), bits)
+    step, inverse = quantization_step(lower, upper.float(), bits)
     codes = x.float().sub(lower).mul_(inverse).round_().clamp_(0, 2**bits - 1)
     return codes.mul_(step).add_(lower).to(x.dtype)
 
@@ -56,12 +56,12 @@ def fake_quantize_straight_through(x: Tensor, lower: Tensor, upper: Tensor, bits
     clip and through the step (as in LSQ+).
     """
     lower, upper = widen(lower), widen(upper)
-    step, inverse = _step(lower, upper, bits)
+    step, inverse = quantization_step(lower, upper, bits)
     codes = straight_through_round(((widen(x) - lower) * inverse).clamp(0, 2**bits - 1))
     return (codes * step + lower).to(x.dtype)
 
 
-def _step(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantization_step(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Distance of neighbouring points, and its inverse; the inverse of 0 is 0."""
     step = (upper - lower) / (2**bits - 1)
     return step, torch.where(step > 0, 1 / step.clamp_min(torch.finfo(step.dtype).tiny), 0)

@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from qvlm_plugin.commands.shared import draw_from_task, pairs, reports_errors, resolve_demo
+from qvlm_plugin.commands.shared import (
+    Dtype,
+    Images,
+    MethodOptions,
+    OneScheme,
+    Pretrained,
+    Revision,
+    Seed,
+    Source,
+    draw_from_task,
+    pairs,
+    reports_errors,
+    resolve_demo,
+)
 from qvlm_plugin.errors import QVLMError
 
 
@@ -20,28 +33,22 @@ class Format(StrEnum):
 @reports_errors
 def export(
     output: Annotated[Path, typer.Argument(help="Folder to write; a new one.")],
-    pretrained: Annotated[str, typer.Option(help="Checkpoint folder or hub id; 'demo' is the embedded small LLaVA.")],
+    pretrained: Pretrained,
     plan: Annotated[Path | None, typer.Option(help="Folder of a saved plan, instead of a method and scheme.")] = None,
     method: Annotated[str | None, typer.Option(help="Quantization method; see `qvlm methods`.")] = None,
-    scheme: Annotated[str, typer.Option(help="Bits, for example w4a4 or w4a4+vision:w8a8.")] = "w4a4",
-    calibration: Annotated[
-        str, typer.Option(help="task:split:n (needs lmms-eval) or file.json:n, several joined by +.")
-    ] = "scienceqa:train:64",
-    images: Annotated[
-        Path | None, typer.Option(help="Folder that a conversation file's image names start from.")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="Option of the method as name=value; may be repeated.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the calibration draw.")] = 0,
+    scheme: OneScheme = "w4a4",
+    calibration: Source = "scienceqa:train:64",
+    images: Images = None,
+    option: MethodOptions = None,
+    seed: Seed = 0,
     format_: Annotated[
         Format, typer.Option("--format", help="qvlm loads packed here; compressed-tensors is what vLLM serves.")
     ] = Format.QVLM,
     backend: Annotated[str, typer.Option(help="auto, packed, reference or the name of one kernel.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Falling back to the reference is an error.")] = False,
     shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB.")] = "5GB",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    revision: Revision = None,
+    dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="Torch device, whose kernels are chosen from.")] = "cpu",
 ) -> None:
     """Write a quantized model as a Hugging Face folder; prints the folder last.
@@ -58,8 +65,8 @@ def export(
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.compressed_tensors import INTEGER, export_compressed_tensors
     from qvlm_plugin.export import export as write
-    from qvlm_plugin.export import require_vacant
     from qvlm_plugin.models.loading import load
+    from qvlm_plugin.models.saving import require_vacant
     from qvlm_plugin.plan import RoundingPlan
 
     if (plan is None) == (method is None):

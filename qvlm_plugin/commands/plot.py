@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qvlm_plugin.commands.shared import draw_from_task, needs_report_packages, reports_errors, resolve_demo, working_in
+from qvlm_plugin.commands.shared import (
+    Device,
+    Dtype,
+    draw_from_task,
+    needs_report_packages,
+    reports_errors,
+    resolve_demo,
+    working_in,
+)
 from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:
@@ -23,8 +31,8 @@ def plot(
         str | None, typer.Option(help="Samples to measure errors on; default: the plan's sources, drawn again.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
     data: Annotated[
         Path | None, typer.Option(help="Folder that relative names, and mirrors of data, start from.")
     ] = None,

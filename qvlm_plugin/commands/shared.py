@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,19 @@ from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:
     from qvlm_plugin.calibration import Sample
+
+Pretrained = Annotated[str, typer.Option(help="Checkpoint folder or hub id; 'demo' is the embedded small LLaVA.")]
+OneScheme = Annotated[str, typer.Option(help="Bits, for example w4a4 or w4a4+vision:w8a8.")]
+Source = Annotated[str, typer.Option(help="task:split:n (needs lmms-eval) or file.json:n, several joined by +.")]
+Images = Annotated[Path | None, typer.Option(help="Folder that a conversation file's image names start from.")]
+MethodOptions = Annotated[
+    list[str] | None, typer.Option("--option", help="Option of the method as name=value; may be repeated.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the calibration draw.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Conv = Annotated[str | None, typer.Option(help="Prompt format instead of the checkpoint's, as vicuna_v1.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Device = Annotated[str, typer.Option(help="Torch device.")]
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:

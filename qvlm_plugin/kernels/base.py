@@ -68,6 +68,24 @@ def corrected_bias(weight: Tensor, rounded: Tensor, bias: Tensor | None, mean: T
     return (shift if bias is None else bias.float() + shift).to(weight.dtype)
 
 
+def with_parameters(
+    tensors: Mapping[str, Tensor],
+    bias: Tensor | None,
+    activation_format: ActivationFormat,
+    parameters: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """A weight's neutral tensors, with what rounding the input takes and the bias, if there is one."""
+    rounding = {name: parameters[name] for name in activation_format.parameters}
+    return {**tensors, **rounding, **({} if bias is None else {"bias": bias})}
+
+
+def with_bias(product: Tensor, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """A product [N, O] plus the ``bias`` among the tensors, if any, in the type and leading shape of ``x`` [..., I]."""
+    if "bias" in tensors:
+        product = product + tensors["bias"]
+    return product.to(x.dtype).view(*x.shape[:-1], product.shape[-1])
+
+
 def as_stored(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The `Kernel.pack` of arithmetics that run on the neutral layout."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qvlm_plugin.quantizers import quantization_step
+
 LARGEST_SUM = 2.0**14
 """Bound on the magnitude of a folded product: its sums and scales then fit float16 (up to 65,504) as well."""
 
@@ -71,8 +73,8 @@ def fold(
     """
     weight, lower, upper = weight.float(), lower.float(), upper.float()
     levels = 2**bits - 1
-    step = ((upper - lower) / levels).clamp_min(0)
-    inverse = torch.where(step > 0, 1 / step.clamp_min(torch.finfo(step.dtype).tiny), 0)
+    step, inverse = quantization_step(lower, upper, bits)
+    step = step.clamp_min(0)
     centre = (torch.zeros_like(lower) if mean is None else mean.float()).clamp(lower, upper)
     lowest, highest = max(0, levels - largest_code + 1), min(levels, largest_code)
     zero_point = ((centre - lower) * inverse).round().clamp(lowest, highest)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel, corrected_bias
+from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_bias, with_parameters
 from qvlm_plugin.kernels.int4_product import int4_linear, obstacle_of_product, operator_group, pack_weight
 from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
 from qvlm_plugin.kernels.reference import round_activation
@@ -50,8 +50,7 @@ def _prepare(
         "scale": quantized.scale[:, of_group].to(weight.dtype),
         "zero_point": quantized.zero_point[:, of_group],
     }
-    tensors |= {name: parameters[name] for name in activation_format.parameters}
-    return tensors if bias is None else {**tensors, "bias": bias}
+    return with_parameters(tensors, bias, activation_format, parameters)
 
 
 def _pack(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -64,9 +63,7 @@ def _pack(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tens
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
     rounded = round_activation(x, activation_format, tensors)
     product = int4_linear(rounded.reshape(-1, x.shape[-1]), tensors["packed"], tensors["scales_and_zeros"])
-    if "bias" in tensors:
-        product = product + tensors["bias"]
-    return product.to(x.dtype).view(*x.shape[:-1], product.shape[-1])
+    return with_bias(product, x, tensors)
 
 
 def dequantize_packed(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -76,8 +73,8 @@ def dequantize_packed(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:
-    kept = {name: tensors[name] for name in (*activation_format.parameters, "bias") if name in tensors}
-    return {"weight": dequantize_packed(tensors).to(tensors["scale"].dtype), **kept}
+    weight = dequantize_packed(tensors).to(tensors["scale"].dtype)
+    return with_parameters({"weight": weight}, tensors.get("bias"), activation_format, tensors)
 
 
 INT4 = Kernel("int4", _obstacle, _prepare, _pack, _forward, _restore)

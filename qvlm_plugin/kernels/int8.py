@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel, corrected_bias
+from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_bias, with_parameters
 from qvlm_plugin.kernels.folding import encode, fold, unfold
 from qvlm_plugin.kernels.int8_product import int8_linear, int8_weight_linear, round_to_int8
 from qvlm_plugin.kernels.reference import round_weight
 from qvlm_plugin.kernels.segments import segment_widths
-from qvlm_plugin.quantizers import token_range
+from qvlm_plugin.quantizers import quantization_step, token_range
 
 NARROWEST, WIDEST = 5, 8
 """Bits of a weight's code: below, `int4` is smaller."""
@@ -72,8 +72,7 @@ def _prepare(
     codes, scale = round_to_int8(rounded)
     bias = corrected_bias(weight, codes * scale.unsqueeze(1), bias, mean)
     tensors = {"codes_0": codes, "scale": scale.unsqueeze(0)}
-    tensors |= {name: parameters[name] for name in activation_format.parameters}
-    return tensors if bias is None else {**tensors, "bias": bias}
+    return with_parameters(tensors, bias, activation_format, parameters)
 
 
 def _pack(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -92,18 +91,15 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
         output = int8_linear(codes, _segments(tensors), tensors["scale"])
     else:
         output = _times_token_codes(tokens, tensors, activation_format.bits)
-    if "bias" in tensors:
-        output = output + tensors["bias"]
-    return output.to(x.dtype).view(*x.shape[:-1], output.shape[-1])
+    return with_bias(output, x, tensors)
 
 
 def _times_token_codes(tokens: Tensor, tensors: Mapping[str, Tensor], bits: int) -> Tensor:
     """With ``x̂ = middle + step * code`` for a token: ``step * (W code) + middle * (row sums of W)``, float32 [N, O]."""
     lower, upper = token_range(tokens, tensors["clip_ratio"])
-    levels, zero_point = 2**bits - 1, 2 ** (bits - 1)
-    step = (upper - lower) / levels
-    inverse = torch.where(step > 0, 1 / step.clamp_min(torch.finfo(step.dtype).tiny), 0)
-    codes = tokens.float().sub(lower).mul(inverse).round().clamp(0, levels).sub(zero_point)
+    step, inverse = quantization_step(lower, upper, bits)
+    zero_point = 2 ** (bits - 1)
+    codes = tokens.float().sub(lower).mul(inverse).round().clamp(0, 2**bits - 1).sub(zero_point)
     product = int8_linear(codes.to(torch.int8), _segments(tensors), tensors["scale"])
     return product * step + (lower + zero_point * step) * tensors["row_sum"]
 
@@ -117,8 +113,7 @@ def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat)
     weight = torch.cat([codes * scale.unsqueeze(1) for codes, scale in parts], dim=1)
     if activation_format.kind == "static_channel":
         return unfold(weight, tensors, activation_format.bits)
-    kept = {name: tensors[name] for name in (*activation_format.parameters, "bias") if name in tensors}
-    return {"weight": weight, **kept}
+    return with_parameters({"weight": weight}, tensors.get("bias"), activation_format, tensors)
 
 
 INT8 = Kernel("int8", _obstacle, _prepare, _pack, _forward, _restore, tolerance=0.03)

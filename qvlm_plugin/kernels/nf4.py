@@ -5,6 +5,7 @@ up to rounding. The package is imported when a weight is packed, not before.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel, corrected_bias
+from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_bias, with_parameters
 from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
-from qvlm_plugin.kernels.reference import round_activation, round_weight
+from qvlm_plugin.kernels.reference import round_activation
 from qvlm_plugin.quantizers import (
     NF_BLOCK,
     NormalFloatWeight,
@@ -56,8 +57,6 @@ def _prepare(
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     quantized = quantize_normal_float(weight, BITS, False, parameters.get("clip"))
-    rounded = round_weight(weight, weight_format, parameters.get("clip"))
-    bias = corrected_bias(weight, rounded, bias, parameters.get("mean"))
     tensors = {
         "codes": pack_nibbles(quantized.codes),
         "codebook": normal_float_codebook(BITS).to(weight.device, weight.dtype),
@@ -65,10 +64,11 @@ def _prepare(
     if weight_format.double_quantization:
         scales = double_quantize(quantized.absmax)
         tensors |= {"scale_codes": scales.codes, "scale": scales.largest, "scale_offset": scales.offset.view(1)}
+        quantized = replace(quantized, absmax=scales.dequantize())
     else:
         tensors["scale"] = quantized.absmax
-    tensors |= {name: parameters[name] for name in activation_format.parameters}
-    return tensors if bias is None else {**tensors, "bias": bias}
+    bias = corrected_bias(weight, quantized.dequantize().to(weight.dtype), bias, parameters.get("mean"))
+    return with_parameters(tensors, bias, activation_format, parameters)
 
 
 def _pack(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -91,9 +91,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     rounded = round_activation(x, activation_format, tensors).reshape(-1, x.shape[-1])
     codebook = tensors["codebook"]
     output = nf4_linear(rounded.to(codebook.dtype), tensors["codes"], _scales(tensors), codebook)
-    if "bias" in tensors:
-        output = output + tensors["bias"]
-    return output.to(x.dtype).view(*x.shape[:-1], output.shape[-1])
+    return with_bias(output, x, tensors)
 
 
 def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:
@@ -101,8 +99,7 @@ def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat)
     scales = _scales({"scale_codebook": dynamic_codebook().to(codes.device), **tensors})
     # `codebook` is in the compute type for bitsandbytes; the reference rounds the exact values.
     weight = NormalFloatWeight(codes, scales, BITS).dequantize().to(codebook.dtype)
-    kept = {name: tensors[name] for name in (*activation_format.parameters, "bias") if name in tensors}
-    return {"weight": weight, **kept}
+    return with_parameters({"weight": weight}, tensors.get("bias"), activation_format, tensors)
 
 
 def _scales(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel, as_stored, corrected_bias
+from qvlm_plugin.kernels.base import Kernel, as_stored, corrected_bias, with_parameters
 from qvlm_plugin.quantizers import (
     fake_quantize,
     fake_quantize_straight_through,
@@ -61,8 +61,7 @@ def _prepare(
 ) -> dict[str, Tensor]:
     rounded = round_weight(weight, weight_format, parameters.get("clip"))
     bias = corrected_bias(weight, rounded, bias, parameters.get("mean"))
-    tensors = {"weight": rounded} | {name: parameters[name] for name in activation_format.parameters}
-    return tensors if bias is None else {**tensors, "bias": bias}
+    return with_parameters({"weight": rounded}, bias, activation_format, parameters)
 
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:

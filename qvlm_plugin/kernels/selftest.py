@@ -4,6 +4,7 @@ The problem is one on which every kernel should equal the reference arithmetic: 
 channels, so that folding them loses nothing.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -52,32 +53,34 @@ def self_test(
 
 def falling_back(kernel: Kernel) -> Kernel:
     """The kernel where it passes its self-test; where it fails, that is an obstacle."""
-
-    def obstacle(
-        weight_format: WeightFormat, activation_format: ActivationFormat, shape: tuple[int, int], device: torch.device
-    ) -> str | None:
-        if reason := kernel.obstacle(weight_format, activation_format, shape, device):
-            return reason
-        failure = self_test(kernel, weight_format, activation_format, device)
-        return failure and f"self-test failed: {failure}"
-
-    return replace(kernel, obstacle=obstacle)
+    return _tested(kernel, lambda failure, *problem: f"self-test failed: {failure}")
 
 
 def insisting(kernel: Kernel) -> Kernel:
     """The kernel where it passes its self-test; where it fails, choosing raises a `QVLMError`."""
 
+    def refuse(
+        failure: str, weight_format: WeightFormat, activation_format: ActivationFormat, device: torch.device
+    ) -> str:
+        raise QVLMError(
+            f"backend=packed: kernel {kernel.name} fails its self-test on {device} ({weight_format}, "
+            f"{activation_format}): {failure}; backend=auto does without it"
+        )
+
+    return _tested(kernel, refuse)
+
+
+def _tested(kernel: Kernel, failed: Callable[[str, WeightFormat, ActivationFormat, torch.device], str]) -> Kernel:
+    """The kernel with the obstacle that ``failed`` makes of a self-test's failure on a problem."""
+
     def obstacle(
         weight_format: WeightFormat, activation_format: ActivationFormat, shape: tuple[int, int], device: torch.device
     ) -> str | None:
         if reason := kernel.obstacle(weight_format, activation_format, shape, device):
             return reason
-        if failure := self_test(kernel, weight_format, activation_format, device):
-            raise QVLMError(
-                f"backend=packed: kernel {kernel.name} fails its self-test on {device} ({weight_format}, "
-                f"{activation_format}): {failure}; backend=auto does without it"
-            )
-        return None
+        problem = weight_format, activation_format, device
+        failure = self_test(kernel, *problem)
+        return failure and failed(failure, *problem)
 
     return replace(kernel, obstacle=obstacle)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from qvlm_plugin.calibration import CalibrationSet
-from qvlm_plugin.methods.observe import visit_site_inputs
+from qvlm_plugin.methods.rtn import observe_ranges
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.topology import Site
 
@@ -38,13 +38,5 @@ def mean_inputs(
     Raises:
         QVLMError: an input is not finite.
     """
-    totals: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def visit(site: Site, tokens: Tensor) -> None:
-        kept = ordinary(tokens)
-        totals[site.name] = totals.get(site.name, 0) + kept.sum(dim=0)
-        counts[site.name] = counts.get(site.name, 0) + len(kept)
-
-    visit_site_inputs(loaded, sites, calibration, batch_size, visit, "means", scales)
-    return {f"{name}/mean": total / max(1, counts[name]) for name, total in totals.items()}
+    statistics = observe_ranges(loaded, list(sites), calibration, batch_size, scales, ordinary)
+    return {f"{name}/mean": seen.mean for name, seen in statistics.items()}

@@ -1,6 +1,6 @@
 """``rtn``: round to nearest. Weights and activations take the whole range that they have, or had in calibration."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,12 +28,16 @@ def observe_ranges(
     calibration: CalibrationSet,
     batch_size: int,
     scales: Mapping[str, Tensor] | None = None,
+    select: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, ChannelStatistics]:
-    """Channel statistics of each site's input over the calibration set, by site name; ``scales`` divide the inputs."""
+    """Channel statistics of each site's input over the calibration set, by site name.
+
+    ``scales`` divide the inputs; ``select`` chooses among the tokens [N, C] of a batch, at least one.
+    """
     statistics: dict[str, ChannelStatistics] = {}
 
     def visit(site: Site, tokens: Tensor) -> None:
-        seen = ChannelStatistics.of(tokens)
+        seen = ChannelStatistics.of(tokens if select is None else select(tokens))
         statistics[site.name] = statistics[site.name].merge(seen) if site.name in statistics else seen
 
     if sites:

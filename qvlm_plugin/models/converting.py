@@ -1,10 +1,9 @@
 """Write what was loaded in the Hugging Face layout."""
 
-import tempfile
 from pathlib import Path
 
-from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.models.saving import require_vacant, staged
 
 
 def convert(
@@ -19,15 +18,9 @@ def convert(
     Raises:
         QVLMError: ``output`` holds something, or the checkpoint does not load.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise QVLMError(f"{output} exists and is not an empty folder; name a new one")
+    require_vacant(output)
     loaded = load(source, revision=revision, conv=conv, dtype=dtype)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        fresh = Path(scratch) / "model"
-        loaded.model.save_pretrained(fresh)
-        loaded.processor.save_pretrained(fresh)
-        if output.exists():
-            output.rmdir()
-        fresh.rename(output)
+    with staged(output) as folder:
+        loaded.model.save_pretrained(folder)
+        loaded.processor.save_pretrained(folder)
     return output

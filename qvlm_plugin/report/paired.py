@@ -234,8 +234,8 @@ def paired_grid(comparisons: Sequence[Comparison]) -> Grid:
             _score(row.baseline),
             _score(row.score),
             f"{100 * row.difference.value:+.2f} {_interval(row.difference)}",
-            _p(row.p),
-            _p(adjusted),
+            p_text(row.p),
+            p_text(adjusted),
             f"{row.flips.fell} / {row.flips.rose} / {row.flips.changed}",
         )
         for row, adjusted in zip(comparisons, holm([row.p for row in comparisons]), strict=True)
@@ -276,5 +276,6 @@ def _interval(estimate: Estimate) -> str:
     return "" if np.isnan(estimate.error) else f"[{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
 
 
-def _p(p: float) -> str:
+def p_text(p: float) -> str:
+    """A p value for a table."""
     return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,10 @@ def compare_outcomes(outcomes: Sequence[Outcome], metric: str) -> tuple[list[Com
             trouble.append(f"{model}, {task}: {error}")
     tested = [one for one in compared if one.p is not None]
     adjusted = dict(zip(map(id, tested), holm([one.p for one in tested]), strict=True)) if tested else {}
-    return [_with_adjusted(one, adjusted.get(id(one))) for one in compared], trouble
+    return [replace(one, adjusted=adjusted.get(id(one))) for one in compared], trouble
 
 
-def _compare_task(outcomes: Sequence[Outcome], metric: str, trouble: list[str]) -> Iterator[Compared]:
+def _compare_task(outcomes: Sequence[Outcome], metric: str, trouble: list[str]) -> list[Compared]:
     baselines = [one for one in outcomes if _is_full_precision(one)]
     if not baselines:
         names = ", ".join(one.cell.name for one in outcomes)
@@ -169,10 +169,6 @@ def _fingerprint(parsed: ResultsFile) -> str | None:
 def _is_full_precision(outcome: Outcome) -> bool:
     arguments = outcome.cell.model_args
     return (arguments["method"], arguments["scheme"]) == FULL_PRECISION
-
-
-def _with_adjusted(one: Compared, adjusted: float | None) -> Compared:
-    return Compared(one.outcome, one.parsed, one.score, one.comparison, one.test, one.p, adjusted)
 
 
 def _numbers(name: str, estimate: Estimate) -> dict[str, float | None]:

@@ -6,6 +6,7 @@ from qvlm_plugin.report.compare.comparison import Compared
 from qvlm_plugin.report.compare.grid import CompareGrid
 from qvlm_plugin.report.figures import Bars, bars_figure
 from qvlm_plugin.report.leaderboard.tables import size
+from qvlm_plugin.report.paired import p_text
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.writing import STAND_IN, Report
 
@@ -62,8 +63,8 @@ def _cells(one: Compared) -> tuple[str, ...]:
         one.task,
         f"{100 * one.score.value:.1f}" + (f" ± {100 * one.score.error:.1f}" if one.score.error >= 0 else ""),
         _drop(one),
-        "" if one.p is None else _p(one.p),
-        "" if one.adjusted is None else _p(one.adjusted),
+        "" if one.p is None else p_text(one.p),
+        "" if one.adjusted is None else p_text(one.adjusted),
         one.test,
         f"{row.flips.fell} / {row.flips.rose} / {row.flips.changed}" if row else "",
         f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else "",
@@ -80,10 +81,6 @@ def _drop(one: Compared) -> str:
     difference = one.comparison.difference
     interval = f" [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]" if difference.error >= 0 else ""
     return f"{100 * difference.value:+.2f}{interval}"
-
-
-def _p(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
 
 
 def _bars(grid: CompareGrid, compared: Sequence[Compared]) -> list[Bars]:

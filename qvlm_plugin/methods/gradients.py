@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from qvlm_plugin.calibration import CalibrationSet
@@ -43,6 +44,15 @@ def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
                 vars(block).pop("forward", None)
             else:
                 block.forward = forward
+
+
+def last_positions(tokens: Tensor, count: int) -> Tensor:
+    """The last ``count`` positions of ``tokens`` [B, T], as `logits_to_keep` of a model: int64 [count].
+
+    The number itself would make the model slice its hidden states, and autograd copies the head's weight for each row
+    of a batch that is not contiguous.
+    """
+    return torch.arange(tokens.shape[1] - count, tokens.shape[1])
 
 
 def require_answers(calibration: CalibrationSet, purpose: str, remedy: str) -> None:

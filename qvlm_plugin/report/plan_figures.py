@@ -103,15 +103,15 @@ def _percentiles(plan: RoundingPlan) -> Panel:
 
 
 def _losses(record: Mapping[str, Any]) -> Panel:
-    curve, kept = record["curve"], record["kept_epoch"]
+    curve = record["curve"]
+    before, after = (f"{record[when]['total']:.4g}" for when in ("before", "after"))
     epochs = [row["epoch"] for row in curve]
     return Panel(
         "epoch",
         "loss (nats; errors relative)",
         tuple(Series(label, epochs, [row[name] for row in curve]) for name, label in LOSSES.items()),
         integers=True,
-        title=f"visual encoder optimization; dashed: the epoch that was kept ({kept})",
-        borders=(kept,),
+        title=f"visual encoder optimization: mean of each epoch's steps; L {before} before, {after} after",
     )
 
 

@@ -25,7 +25,7 @@ from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.blocks import TokenWeights
-from qvlm_plugin.methods.gradients import LOSS_SCALE, checkpointed, frozen
+from qvlm_plugin.methods.gradients import LOSS_SCALE, checkpointed, frozen, last_positions
 from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.qlora import RangeSearchOptions
 from qvlm_plugin.methods.rtn import observe_ranges
@@ -92,7 +92,8 @@ def visit_jacobians(
         ):
             longest, placed = int(answer.sum(dim=1).max()), to_device(inputs, device, model.dtype)
             with _listening(model, topology, sites, inputs["attention_mask"].bool(), visit, weights):
-                logits = model(**placed, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
+                kept = last_positions(answer, longest + 1)
+                logits = model(**placed, use_cache=False, logits_to_keep=kept).logits[:, :-1]
             said = answer[:, -longest:].to(logits.device)
             tokens = placed["input_ids"][:, -longest:].to(logits.device)
             (log_odds(logits[said], tokens[said]).sum() * LOSS_SCALE).backward()

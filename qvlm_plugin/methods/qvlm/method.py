@@ -85,8 +85,7 @@ def fit(
     if trains_vision:
         if (kept := workspace.recall("vision")) is None:
             vision = optimize_vision(loaded, topology, scheme, calibration, options, tensors)
-            data = {"replaced": vision.replaced, "veo": {"curve": vision.curve, "kept_epoch": vision.kept}}
-            kept = data, vision.tensors
+            kept = {"replaced": vision.replaced, "veo": vision.record}, vision.tensors
             workspace.keep("vision", *kept)
         data, trained = kept
         tensors, changed, record["veo"] = tensors | trained, tuple(data["replaced"]), data["veo"]

@@ -12,10 +12,10 @@ The paper prints L_ent without a minus sign and says that entropy is minimised; 
 learning rates. Our terms are of order one whatever the model: nats, nats, and distances relative to full precision.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from qvlm_plugin.kernels.reference import STRAIGHT_THROUGH
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.base import MethodOptions, activation_sites, build_plan
 from qvlm_plugin.methods.blocks import replaced, stand_in
-from qvlm_plugin.methods.gradients import LOSS_SCALE, checkpointed, frozen, require_answers
+from qvlm_plugin.methods.gradients import LOSS_SCALE, checkpointed, frozen, last_positions, require_answers
 from qvlm_plugin.methods.qvlm.dependency import conditional_entropy, joint_counts, sample_elements
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device, materialized
@@ -81,15 +81,21 @@ class VisionResult:
     Attributes:
         tensors: ``<site>/clip_ratio`` of the tower's sites, ``<parameter>/value`` of the norms' changed parameters.
         replaced: names of these parameters.
-        curve: for epoch 0 (untrained) and after each epoch: ``epoch``, and ``total``, ``reg``, ``ent``, ``err`` as
-            means over the batches; with the layer weights of epoch 0 throughout, so that epochs compare.
-        kept: the epoch whose parameters these are, the one of least ``total``.
+        before, after: ``total``, ``reg``, ``ent``, ``err`` of the untrained and of the trained parameters, as means
+            over the batches; with the same layer weights, so that they compare.
+        curve: for each epoch ``epoch``, and the same means over its steps, with the layer weights of the epoch.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     replaced: tuple[str, ...] = ()
+    before: dict[str, float] = field(default_factory=dict)
+    after: dict[str, float] = field(default_factory=dict)
     curve: list[dict[str, float]] = field(default_factory=list)
-    kept: int = 0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The course of the training, as JSON data."""
+        return {"before": self.before, "after": self.after, "curve": self.curve}
 
 
 # The terms of the objective
@@ -215,7 +221,7 @@ def run(loaded: LoadedModel, topology: Topology, inputs: Mapping[str, Tensor], a
     try:
         longest = int(answer.sum(dim=1).max())
         placed = to_device(inputs, execution_device(model), model.dtype)
-        output = model(**placed, use_cache=False, logits_to_keep=longest + 1)
+        output = model(**placed, use_cache=False, logits_to_keep=last_positions(answer, longest + 1))
     finally:
         for handle in handles:
             handle.remove()
@@ -364,7 +370,7 @@ def optimize_vision(
 def _train(
     objective: Objective, ratios: Mapping[str, nn.Parameter], norms: Mapping[str, nn.Parameter], seed: int
 ) -> VisionResult:
-    """Adam on clip ratios (by site) and norms (by parameter name), both already in the model; keep the best epoch."""
+    """Adam on clip ratios (by site) and norms (by parameter name), both already in the model."""
     options, batches = objective.options, objective.batches
     live = {f"{site}/clip_ratio": ratio for site, ratio in ratios.items()}
     live |= {f"{name}/value": norm for name, norm in norms.items()}
@@ -381,33 +387,40 @@ def _train(
     for parameter in live.values():
         parameter.requires_grad_()
     original = {key: parameter.detach().clone() for key, parameter in live.items()}
-    kept, best, curve = 0, original, []
+    curve = []
     generator = torch.Generator().manual_seed(seed)
     first_weights = objective.layer_weights(batches[0])
-    steps = (2 * options.veo_epochs + 1) * len(batches)
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("visual encoder", total=steps)
-        for epoch in range(options.veo_epochs + 1):
-            if epoch:
-                order = torch.randperm(len(batches), generator=generator).tolist()
-                weights = objective.layer_weights(batches[order[0]])
-                for index in order:
-                    _step(_finite(objective.terms(batches[index], weights), epoch).total, live, wide, optimizer)
-                    schedule.step()
-                    progress.advance(task)
-            with torch.no_grad():
-                rows = []
-                for batch in batches:
-                    rows.append([float(term) for term in _finite(objective.terms(batch, first_weights), epoch)])
-                    progress.advance(task)
-            means = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
-            curve.append({"epoch": epoch, **dict(zip(Terms._fields, means, strict=True))})
-            if curve[epoch]["total"] < curve[kept]["total"]:
-                kept, best = epoch, {key: parameter.detach().clone() for key, parameter in live.items()}
-            progress.update(task, description=f"visual encoder, epoch {epoch}: loss {curve[epoch]['total']:.4f}")
+        task = progress.add_task("visual encoder", total=(options.veo_epochs + 2) * len(batches))
+
+        def means(epoch: int, terms: Iterable[Terms]) -> dict[str, float]:
+            rows = []
+            for batch_terms in terms:
+                rows.append([float(term.detach()) for term in _finite(batch_terms, epoch)])
+                progress.advance(task)
+            return dict(zip(Terms._fields, torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist(), strict=True))
+
+        def steps(weights: Tensor, order: Sequence[int]) -> Iterator[Terms]:
+            for index in order:
+                terms = objective.terms(batches[index], weights)
+                yield terms
+                _step(terms.total, live, wide, optimizer)
+                schedule.step()
+
+        @torch.no_grad()
+        def evaluation(epoch: int) -> dict[str, float]:
+            return means(epoch, (objective.terms(batch, first_weights) for batch in batches))
+
+        before = evaluation(0)
+        for epoch in range(1, options.veo_epochs + 1):
+            order = torch.randperm(len(batches), generator=generator).tolist()
+            curve.append({"epoch": epoch} | means(epoch, steps(objective.layer_weights(batches[order[0]]), order)))
+            progress.update(task, description=f"visual encoder, epoch {epoch}: loss {curve[-1]['total']:.4f}")
+        after = evaluation(options.veo_epochs)
+    best = live if after["total"] < before["total"] else original
     changed = tuple(name for name in norms if not torch.equal(best[f"{name}/value"], original[f"{name}/value"]))
     keys = [*(f"{site}/clip_ratio" for site in ratios), *(f"{name}/value" for name in changed)]
-    return VisionResult({key: best[key].cpu() for key in keys}, changed, curve, kept)
+    return VisionResult({key: best[key].detach().cpu().clone() for key in keys}, changed, before, after, curve)
 
 
 def _step(

@@ -11,5 +11,5 @@ def test_the_head_reads_the_last_positions_without_copying_its_weight_for_each_r
     assert positions.tolist() == [4, 5]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         logits = head(hidden[:, positions, :])
-    assert torch.allclose(logits, head(hidden[:, -2:, :]))
+    assert torch.allclose(logits, head(hidden[:, -2:, :]), atol=1e-6)
     assert "aten::bmm" not in {event.key for event in profile.key_averages()}

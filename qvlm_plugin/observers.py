@@ -49,6 +49,10 @@ class ChannelStatistics:
         return shrink_range(self.lower, self.upper, self.mean, ratio)
 
 
+CHUNK = 2**18
+"""Elements that are looked at together, so that what is computed of them stays in a processor's cache."""
+
+
 def channel_lp_losses(
     x: Tensor,
     statistics: ChannelStatistics,
@@ -72,10 +76,17 @@ def channel_lp_losses(
     Returns:
         float64 [R, C].
     """
-    candidates = (fake_quantize(x, *statistics.range(ratio), bits) for ratio in ratios)
-    losses = (_lp(candidate, x, p) for candidate in candidates)
-    weighted = losses if weights is None else (loss.mul_(weights) for loss in losses)
-    return torch.stack([loss.sum(dim=0, dtype=torch.float64) for loss in weighted])
+    bounds = [statistics.range(ratio) for ratio in ratios]
+    total = torch.zeros(len(bounds), x.shape[1], dtype=torch.float64, device=x.device)
+    rows = -(-CHUNK // x.shape[1])
+    for start in range(0, len(x), rows):
+        tokens = x[start : start + rows]
+        for index, (lower, upper) in enumerate(bounds):
+            loss = _lp(fake_quantize(tokens, lower, upper, bits), tokens, p)
+            if weights is not None:
+                loss.mul_(weights[start : start + rows])
+            total[index] += loss.sum(dim=0, dtype=torch.float64)
+    return total
 
 
 def token_lp_losses(x: Tensor, ratios: Sequence[float], bits: int, p: float) -> Tensor:

@@ -40,7 +40,7 @@ from qvlm_plugin.quantizers import widen
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import Site, Topology, decoder_layers
 
-ENTROPY_ELEMENTS = 2**16
+ENTROPY_ELEMENTS = 2**14
 """Elements of each batch and layer that entropies are estimated from."""
 
 MIN_CLIP_RATIO = 0.1

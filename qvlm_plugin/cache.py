@@ -1,9 +1,23 @@
 """Where this package keeps what it can make or fetch again."""
 
+import hashlib
 import os
+import sys
 from pathlib import Path
 
 
 def cache_root() -> Path:
     """The cache folder: the environment variable QVLM_CACHE, else ~/.cache/qvlm_plugin. It need not exist yet."""
     return Path(os.environ.get("QVLM_CACHE") or Path.home() / ".cache" / "qvlm_plugin").expanduser()
+
+
+def sources_digest(package: str) -> str:
+    """SHA-256 over the Python files of an imported top-level package or module; of nothing where it has no files."""
+    module = sys.modules[package]
+    files = [Path(file)] if (file := getattr(module, "__file__", None)) else []
+    for folder in getattr(module, "__path__", []):
+        files += Path(folder).rglob("*.py")
+    digest = hashlib.sha256()
+    for path in sorted(set(files)):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

@@ -15,7 +15,8 @@ from typing import Any
 from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
-from qvlm_plugin import __version__, plugins
+from qvlm_plugin import plugins
+from qvlm_plugin.cache import sources_digest
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.selection import Execution
@@ -121,9 +122,10 @@ def obtain_plan(
 
 
 def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: CalibrationSet | None) -> str:
-    """Name of the cached plan: SHA-256 over all that decides it."""
+    """Name of the cached plan: SHA-256 over all that decides it, the method's own code included."""
+    fit = getattr(request.method.fit, "func", request.method.fit)  # a partial's module is not its function's
     content = {
-        "version": __version__,
+        "sources": [sources_digest(package) for package in sorted({"qvlm_plugin", fit.__module__.partition(".")[0]})],
         "model": loaded.fingerprint,
         "dtype": str(loaded.model.dtype),
         "prompts": loaded.processor.chat_template,

@@ -70,13 +70,15 @@ def test_a_damaged_cache_entry_is_searched_anew(loaded, calibration, tmp_path):
     assert RoundingPlan.load(entry).hash == first.hash
 
 
-def test_the_key_follows_all_that_decides_the_plan(loaded, calibration, tmp_path):
+def test_the_key_follows_all_that_decides_the_plan(loaded, calibration, monkeypatch):
     def key(method="qlora", scheme="w4a4", samples=calibration, **options):
         return planning.cache_key(loaded, planning.check_request(method, scheme, options), samples)
 
     fewer = replace(calibration, samples=calibration.samples[1:])
     variants = [key(), key("rtn"), key(scheme="w4a8"), key(norm=1), key(samples=fewer), key(samples=None)]
     assert len(set(variants)) == len(variants) and key() == variants[0]
+    monkeypatch.setattr(planning, "sources_digest", lambda package: f"another {package}")
+    assert key() != variants[0]
 
 
 def test_processes_that_want_the_same_plan_search_it_once(tiny_llava, tmp_path):

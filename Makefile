@@ -6,7 +6,7 @@ TASKS := scienceqa,vizwiz_vqa_val,vqav2_val
 PROCESSES ?= 1
 LMMS_EVAL = $(if $(filter 1,$(PROCESSES)),$(BIN)/lmms-eval,$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m lmms_eval)
 
-.PHONY: help install test lint demo results clean
+.PHONY: help install test lint fuzz demo results clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -26,6 +26,9 @@ lint: install  ## style, formatting and the direction of imports
 
 test: lint  ## lint, then every test
 	OMP_WAIT_POLICY=passive $(BIN)/pytest
+
+fuzz: install  ## 100,000 hostile files and arguments (ten minutes); a new seed each time
+	$(BIN)/pytest tests/hostile --hypothesis-profile=fuzz
 
 # A run is METHOD-SCHEME or METHOD-SCHEME-WEIGHTS.
 demo: RUNS = none-w16a16 qlora-w4a4 qvlm_jacobian-w4a4

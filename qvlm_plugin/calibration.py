@@ -8,6 +8,7 @@ every sample carries a content digest by which an evaluation can tell.
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from qvlm_plugin.conversation import Conversation, encode, render_answer
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import inside, parse_json
 
 DEFAULT_COUNT = 64
 """Samples drawn when a source does not say how many (paper, section 4.1)."""
@@ -102,7 +104,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
 def _parse_source(term: str, text: str) -> Source:
     location, *rest = term.split(":")
     count = DEFAULT_COUNT
-    if rest and rest[-1].isdigit():
+    if rest and re.fullmatch("[0-9]{1,9}", rest[-1]):
         count = int(rest.pop())
     is_file = location.endswith((".json", ".jsonl"))
     if not location or len(rest) != (0 if is_file else 1) or count < 1 or (rest and not rest[0]):
@@ -172,8 +174,8 @@ def draw(items: Sequence[Any], count: int, seed: int) -> list[Any]:
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        rows = parse_json(text) if path.suffix == ".json" else [parse_json(line) for line in text.splitlines() if line]
+    except (OSError, ValueError) as error:
         raise QVLMError(f"calibration={str(path)!r} is not readable JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise QVLMError(f"calibration={str(path)!r} must hold a list of objects in LLaVA's conversation format")
@@ -181,15 +183,19 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _sample(row: dict[str, Any], folder: Path, path: Path) -> Sample:
+    source = f"calibration={str(path)!r}: row {row.get('id')!r:.100}"
     try:
         question, answer = (turn["value"] for turn in row["conversations"][:2])
         speakers = [turn["from"] for turn in row["conversations"][:2]]
     except (KeyError, TypeError, ValueError) as error:
-        raise QVLMError(f"calibration={str(path)!r}: row {row.get('id')!r} has no question and answer") from error
+        raise QVLMError(f"{source} has no question and answer") from error
     if speakers != ["human", "gpt"]:
-        raise QVLMError(f"calibration={str(path)!r}: row {row.get('id')!r} does not begin with human, then gpt")
+        raise QVLMError(f"{source} does not begin with human, then gpt")
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise QVLMError(f"{source} has a question or an answer that is not text")
     names = row["image"] if isinstance(row["image"], list) else [row["image"]]
-    return Sample(Conversation.from_prompt(question, [_open_image(folder / name) for name in names]), answer)
+    images = [_open_image(inside(folder, name, source)) for name in names]
+    return Sample(Conversation.from_prompt(question, images), answer)
 
 
 def _open_image(file: Path) -> Image.Image:

@@ -11,6 +11,7 @@ the layers with random numbers.
 import hashlib
 import re
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +25,14 @@ from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.plan import ModulePlan, table_hash
+from qvlm_plugin.reading import inside, parsed_elsewhere
 
 FORMAT_VERSION = 1
 
 _GUARD = "weight"
+
+_MOST_ELEMENTS = 2**48
+"""Of a tensor; with more, sizes in bytes overflow."""
 
 
 class _Record(BaseModel):
@@ -110,7 +115,7 @@ def verify_files(record: CheckpointRecord, folder: Path) -> None:
         QVLMError: one is missing, truncated or altered; it names the file.
     """
     for name, expected in record.files.items():
-        file = folder / name
+        file = inside(folder, name, "config.json: quantization_config")
         if not file.is_file():
             raise QVLMError(f"{str(file)!r} is missing; the quantized checkpoint has it")
         if file_hash(file) != expected:
@@ -156,7 +161,10 @@ def lay_out(record: CheckpointRecord, model: nn.Module) -> None:
                 f"provides; known are {', '.join(kernels)}"
             )
         tensors = {name: _empty(text) for name, text in module.tensors.items()}
-        layer = QuantLinear(tensors, plan.weight, plan.activation, kernels[module.kernel], plan.shape)
+        try:
+            layer = QuantLinear(tensors, plan.weight, plan.activation, kernels[module.kernel], plan.shape)
+        except KeyError as error:
+            raise QVLMError(f"the quantized checkpoint stores {plan.name} with a tensor of no possible name") from error
         model.set_submodule(plan.name, layer)
 
 
@@ -177,10 +185,11 @@ def pack(record: CheckpointRecord, model: nn.Module) -> Execution:
         guard = neutral.pop(_GUARD)
         if guard.numel():
             neutral[_GUARD] = guard.view(module.plan.shape)
-        if choice.kernel.name != module.kernel:
-            neutral = layer.kernel.restore(neutral, layer.activation_format)
-            layer.kernel = choice.kernel
-        layer.hold(choice.kernel.pack(neutral, guard.device))
+        with parsed_elsewhere(f"the stored tensors of {module.plan.name} are not those of kernel {module.kernel}"):
+            if choice.kernel.name != module.kernel:
+                neutral = layer.kernel.restore(neutral, layer.activation_format)
+                layer.kernel = choice.kernel
+            layer.hold(choice.kernel.pack(neutral, guard.device))
         layer.to(compute_type)
         choices[module.plan.name] = choice
     return Execution(choices)
@@ -210,8 +219,9 @@ def _compute_type(record: CheckpointRecord, model: nn.Module) -> torch.dtype:
 
 
 def _empty(text: str) -> Tensor:
-    match = re.fullmatch(r"(\w+)\[([\d,]*)\]", text)
+    match = re.fullmatch(r"([a-z0-9_]+)\[((?:[0-9]{1,12},?){0,4})\]", text)
     dtype = getattr(torch, match[1], None) if match else None
-    if not isinstance(dtype, torch.dtype):
+    sizes = [int(size) for size in match[2].split(",") if size] if match else []
+    if not isinstance(dtype, torch.dtype) or prod(sizes) >= _MOST_ELEMENTS:
         raise QVLMError(f"config.json: {text!r} is not a tensor's type and shape, as uint8[64,128]")
-    return torch.empty([int(size) for size in match[2].split(",") if size], dtype=dtype, device="meta")
+    return torch.empty(sizes, dtype=dtype, device="meta")

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qvlm_plugin.atomic import require_vacant
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.export import write_folder
 from qvlm_plugin.kernels.base import corrected_bias
 from qvlm_plugin.kernels.reference import REFERENCE, round_weight
 from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.models.saving import require_vacant
 from qvlm_plugin.plan import ModulePlan, RoundingPlan, begin_applying, parameters_of
 from qvlm_plugin.quantizers import quantize_int
 

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 from qvlm_plugin import __version__, plugins
+from qvlm_plugin.atomic import require_vacant, staged
 from qvlm_plugin.checkpoint import CheckpointRecord, StoredModule, file_hash, specification, stored_form
 from qvlm_plugin.hf_quantizer import QVLMQuantizationConfig
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.models.saving import require_vacant, staged
 from qvlm_plugin.plan import ModulePlan, RoundingPlan, begin_applying, parameters_of
 
 

@@ -9,9 +9,6 @@ On disk a plan is a folder with ``plan.json`` (readable) and ``plan.safetensors`
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,21 +16,26 @@ from typing import Any, Literal
 
 import torch
 from accelerate.hooks import add_hook_to_module
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from qvlm_plugin import __version__
+from qvlm_plugin.atomic import staged
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Choice, Execution, choose
 from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.reading import one_line, read_json
 from qvlm_plugin.scheme import PARTS
 from qvlm_plugin.topology import linear_layers
 
 FORMAT_VERSION = 1
+
+HEADER, TENSORS = "plan.json", "plan.safetensors"
+"""The files of a plan's folder."""
 
 
 class _Record(BaseModel):
@@ -55,7 +57,7 @@ class ModulePlan(_Record):
     name: str
     part: str
     site: str | None
-    shape: tuple[int, int]
+    shape: tuple[PositiveInt, PositiveInt]
     weight: WeightFormat
     activation: ActivationFormat
 
@@ -225,17 +227,11 @@ class RoundingPlan:
             replaced=self.replaced,
             record=dict(self.record),
         )
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-        (staging / "plan.safetensors").write_bytes(blob)
-        (staging / "plan.json").write_text(header.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        staging.chmod(0o755)
-        if directory.exists():
-            if any(file.name not in ("plan.json", "plan.safetensors") for file in directory.iterdir()):
-                shutil.rmtree(staging)
-                raise QVLMError(f"{str(directory)!r} holds other files than a plan; choose another folder")
-            shutil.rmtree(directory)
-        os.replace(staging, directory)
+        if directory.is_dir() and any(file.name not in (HEADER, TENSORS) for file in directory.iterdir()):
+            raise QVLMError(f"{str(directory)!r} holds other files than a plan; choose another folder")
+        with staged(directory, replaces=True) as folder:
+            (folder / TENSORS).write_bytes(blob)
+            (folder / HEADER).write_text(header.model_dump_json(indent=1) + "\n", encoding="utf-8")
         return directory
 
     @classmethod
@@ -246,12 +242,12 @@ class RoundingPlan:
             QVLMError: it is missing, incomplete, altered, or written by a newer version.
         """
         directory = Path(directory)
-        header_file, tensor_file = directory / "plan.json", directory / "plan.safetensors"
+        header_file, tensor_file = directory / HEADER, directory / TENSORS
         for file in (header_file, tensor_file):
             if not file.is_file():
                 raise QVLMError(f"plan={str(directory)!r}: {file.name} is missing; a plan folder has it")
         try:
-            raw = json.loads(header_file.read_text(encoding="utf-8"))
+            raw = read_json(header_file)
             version = raw.get("format_version") if isinstance(raw, dict) else None
             if isinstance(version, int) and version > FORMAT_VERSION:
                 raise QVLMError(
@@ -259,10 +255,10 @@ class RoundingPlan:
                     f"this version reads up to {FORMAT_VERSION}"
                 )
             header = _Header.model_validate(raw)
-        except (UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
-            raise QVLMError(
-                f"plan={str(directory)!r}: plan.json is not a plan: {str(error).splitlines()[0]}"
-            ) from error
+        except (OSError, ValueError) as error:
+            if isinstance(error, QVLMError):
+                raise
+            raise QVLMError(f"plan={str(directory)!r}: {HEADER} is not a plan: {one_line(error)}") from error
         with tensor_file.open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != header.tensors_sha256:
                 raise QVLMError(f"plan={str(directory)!r}: plan.safetensors is truncated or altered (its hash differs)")

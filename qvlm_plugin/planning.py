@@ -7,7 +7,8 @@ this package. Processes that want the same plan at once wait for the one that se
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 
 from qvlm_plugin import plugins
+from qvlm_plugin.atomic import make_folder
 from qvlm_plugin.cache import sources_digest
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
@@ -23,6 +25,7 @@ from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.methods.base import Method
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, apply_plan
+from qvlm_plugin.reading import one_line
 from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.workspace import Workspace
 
@@ -109,16 +112,37 @@ def obtain_plan(
     if cache is None:
         return search(Workspace())
     directory = cache / cache_key(loaded, request, calibration)
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{directory}.lock"):
-        try:
-            return RoundingPlan.load(directory)
-        except QVLMError:  # absent, or damaged: search anew
-            workspace = Workspace(directory.with_name(f"{directory.name}.steps"))
-            plan = search(workspace)
-            plan.save(directory)
-            workspace.discard()
-            return plan
+    if (found := _cached(directory)) is not None:  # also where the cache cannot be written
+        return found
+    make_folder(cache)
+    with _locked(cache / f"{directory.name}.lock"):
+        if (found := _cached(directory)) is not None:  # another process searched it meanwhile
+            return found
+        workspace = Workspace(directory.with_name(f"{directory.name}.steps"))
+        plan = search(workspace)
+        plan.save(directory)
+        workspace.discard()
+        return plan
+
+
+def _cached(directory: Path) -> RoundingPlan | None:
+    try:
+        return RoundingPlan.load(directory)
+    except QVLMError:  # absent, or damaged: to be searched
+        return None
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    lock = FileLock(file)
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise QVLMError(f"{str(file)!r} cannot be written: {one_line(error)}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: CalibrationSet | None) -> str:

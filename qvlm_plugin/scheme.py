@@ -76,7 +76,7 @@ PARTS = tuple(field.name for field in fields(Scheme))
 
 
 def _parse_widths(value: str, text: str) -> BitWidths:
-    match = re.fullmatch(r"w(\d+)a(\d+)", value)
+    match = re.fullmatch(r"w([0-9]{1,2})a([0-9]{1,2})", value)
     if not match:
         raise QVLMError(f"scheme={text!r}: {value!r} is not of the form wXaY, for example w4a4 or w4a16")
     weight, activation = (int(bits) for bits in match.groups())

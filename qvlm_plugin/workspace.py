@@ -1,7 +1,6 @@
 """What an interrupted search has found so far, kept on disk for the next attempt."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
+
+from qvlm_plugin.atomic import write_file
+from qvlm_plugin.reading import parse_json
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,10 @@ class Workspace:
         """Store a step's outcome: JSON data, and tensors by name."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         blob = save(
             {name: tensor.cpu().contiguous() for name, tensor in (tensors or {}).items()}, {"data": json.dumps(data)}
         )
-        staging = self.folder / f".{step}.{os.getpid()}"
-        staging.write_bytes(blob)
-        os.replace(staging, self.folder / f"{step}.safetensors")
+        write_file(self.folder / f"{step}.safetensors", blob)
 
     def recall(self, step: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """The outcome of a step that was stored whole, else None."""
@@ -43,9 +42,9 @@ class Workspace:
             return None
         try:
             with safe_open(file, "pt") as content:
-                data = json.loads(content.metadata()["data"])
+                data = parse_json(content.metadata()["data"])
             return data, load_file(file)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError):  # not one of ours: do the step again
+        except (SafetensorError, KeyError, TypeError, ValueError):  # not one of ours: do the step again
             return None
 
     def discard(self) -> None:

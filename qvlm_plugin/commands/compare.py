@@ -48,6 +48,7 @@ def compare(
     Example: qvlm compare results --models demo --methods qlora,awq,qvlm --schemes w6a6,w4a4
     --tasks qvlm_scienceqa,qvlm_vizwiz,qvlm_vqav2 --data demo-data --calibration calibration/train.json:64
     """
+    from qvlm_plugin.atomic import make_folder
     from qvlm_plugin.report.compare.grid import cells, read_grid
     from qvlm_plugin.report.runs import Setting, command, finished_cells
 
@@ -70,7 +71,7 @@ def compare(
         from qvlm_plugin.report.compare.running import run_grid
 
     named = _names(devices) or ()
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     outcomes = run_grid(todo, setting, asked.metric, jobs or max(1, len(named)), named, Console(stderr=True))
     compared, trouble = compare_outcomes(outcomes, asked.metric)
     if not compared:

@@ -61,12 +61,12 @@ def export(
     Example: qvlm export llava-w4a16 --pretrained llava-hf/llava-1.5-7b-hf --method rtn --scheme w4a16
     """
     from qvlm_plugin import planning, plugins
+    from qvlm_plugin.atomic import require_vacant
     from qvlm_plugin.cache import cache_root
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.compressed_tensors import INTEGER, export_compressed_tensors
     from qvlm_plugin.export import export as write
     from qvlm_plugin.models.loading import load
-    from qvlm_plugin.models.saving import require_vacant
     from qvlm_plugin.plan import RoundingPlan
 
     if (plan is None) == (method is None):

@@ -45,8 +45,8 @@ def plot(
     """
     with needs_report_packages():
         from qvlm_plugin.report.plan_figures import search_figures
+    from qvlm_plugin.atomic import write_file
     from qvlm_plugin.plan import RoundingPlan
-    from qvlm_plugin.report.files import write_file
 
     loaded = RoundingPlan.load(plan)
     figures = search_figures(loaded)
@@ -54,7 +54,6 @@ def plot(
         with working_in(data):
             figures["errors"] = _errors(loaded, pretrained, held_out, batch_size, dtype, device)
     folder = output or plan
-    folder.mkdir(parents=True, exist_ok=True)
     for name, files in figures.items():
         for suffix, blob in files.items():
             write_file(folder / f"{name}.{suffix}", blob)

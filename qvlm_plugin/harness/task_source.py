@@ -17,6 +17,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import tasks
 from qvlm_plugin.harness.manifest import MODEL_ID
 from qvlm_plugin.harness.requests import from_messages, from_visuals
+from qvlm_plugin.reading import parsed_elsewhere
 
 
 def draw_samples(
@@ -44,6 +45,15 @@ def draw_samples(
         raise QVLMError(
             f"{source}: the split {why}; allowed are {', '.join(allowed) or 'none of this task, so take another'}"
         )
+    with parsed_elsewhere(f"{source}: its documents cannot be asked as the task says"):
+        drawn = _draw(task, split, count, seed, chat, source)
+    if len(drawn) < count:
+        raise QVLMError(f"{source}:{count}: only {len(drawn)} documents have an image")
+    return [drawn[index] for index in sorted(drawn)]
+
+
+def _draw(task: ConfigurableTask, split: str, count: int, seed: int, chat: bool, source: str) -> dict[int, Sample]:
+    """Up to ``count`` documents with an image, by their index in the split."""
     documents = task.dataset[split]
     config = task.config
     processed = (config.training_split, config.validation_split, config.test_split, config.fewshot_split)
@@ -51,13 +61,13 @@ def draw_samples(
         documents = config.process_docs(documents)
     drawn: dict[int, Sample] = {}
     for index in random.Random(seed).sample(range(len(documents)), len(documents)):
+        if len(drawn) == count:
+            break
         document = documents[index]
         conversation = _render(task, document, chat)
         if conversation.images:
             drawn[index] = Sample(conversation, _answer(task, document, source))
-        if len(drawn) == count:
-            return [drawn[index] for index in sorted(drawn)]
-    raise QVLMError(f"{source}:{count}: only {len(drawn)} documents have an image")
+    return drawn
 
 
 @cache

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from qvlm_plugin.atomic import require_vacant, staged
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.models.saving import require_vacant, staged
 
 
 def convert(

@@ -6,15 +6,16 @@ given. A fast tokenizer does the same when its normalizer prepends the blank to 
 The model file is read by sentencepiece's own library: its Python description of the format needs one certain protobuf.
 """
 
-import json
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import one_line, read_json
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 
@@ -31,7 +32,7 @@ def llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     try:
         pieces = SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError, ValueError) as error:
-        raise QVLMError(f"{file} is not a sentencepiece model: {' '.join(str(error).split())[:200]}") from error
+        raise QVLMError(f"{file} is not a sentencepiece model: {one_line(error)}") from error
     size = len(pieces)
     vocabulary = {pieces.id_to_piece(index): index for index in range(size)}
     scores = {piece: pieces.get_score(index) for piece, index in vocabulary.items()}
@@ -63,7 +64,11 @@ def llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 def _added_tokens(folder: Path, size: int) -> list[str]:
     """The tokens that were added to a vocabulary of ``size``, in the order of their ids."""
     file = folder / "added_tokens.json"
-    added = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        added = read_json(file) if file.is_file() else {}
+        added = TypeAdapter(dict[str, int]).validate_python(added)
+    except (OSError, ValueError) as error:
+        raise QVLMError(f"{file} does not load: {one_line(error)}") from error
     added = dict(sorted(((token, index) for token, index in added.items() if index >= size), key=lambda item: item[1]))
     if list(added.values()) != list(range(size, size + len(added))):
         raise QVLMError(f"{file}: its tokens do not continue the vocabulary of {SENTENCEPIECE_FILE}, which has {size}")

@@ -6,7 +6,6 @@ fingerprint identifies the weights by content, wherever they lie.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import cpu_offload
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -33,6 +32,7 @@ from qvlm_plugin.models.hub import local_folder, with_weights
 from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoint, is_original, read_original
 from qvlm_plugin.models.prompts import IMAGE, IMAGE_BETWEEN, PROMPT_FORMATS, chat_template, name_of, prompt_format
 from qvlm_plugin.models.weights import SAFETENSORS, SAFETENSORS_OR_BIN, weight_files
+from qvlm_plugin.reading import one_line, parsed_elsewhere, read_json
 
 if TYPE_CHECKING:
     from qvlm_plugin.quantized_loading import QuantizeOnLoad
@@ -115,8 +115,10 @@ def load(
     source = f"pretrained={pretrained!r}"
     folder = local_folder(pretrained, source, revision)
     values = _read_config_file(folder, source)
-    original = read_original(folder, values, source) if is_original(values) else None
-    config = original.config if original else _read_config(folder, source, trust_remote_code)
+    with parsed_elsewhere(f"{source}: config.json does not load"):
+        original = read_original(folder, values, source) if is_original(values) else None
+        remote = {"trust_remote_code": trust_remote_code}
+        config = original.config if original else AutoConfig.from_pretrained(folder, **remote)
     _set_router_noise(config, router_noise_seed, source)
     if check_config is not None:
         check_config(config)
@@ -128,7 +130,8 @@ def load(
     formats = SAFETENSORS_OR_BIN if original else SAFETENSORS
     folder = with_weights(pretrained, source, formats, revision)
     files = original.files() if original else weight_files(folder, formats, source)
-    processor = original.processor() if original else _read_processor(folder, source, trust_remote_code)
+    with parsed_elsewhere(f"{source}: the processor does not load"):
+        processor = original.processor() if original else _read_processor(folder, trust_remote_code)
     if prompt is not None:
         between = IMAGE_BETWEEN in (getattr(processor, "chat_template", None) or "")
         processor.chat_template = chat_template(prompt, IMAGE_BETWEEN if between else IMAGE)
@@ -142,7 +145,7 @@ def load(
     if quantize is not None:
         quantize.fingerprint, quantize.device = fingerprint, torch.device(device)
         placement |= {"quantization_config": quantize, "device_map": {"": device} if device_map is None else device_map}
-    try:
+    with parsed_elsewhere(f"{source}: the weights do not load"):
         if original:
             model, info = _load_original(original, processor, DTYPES[dtype], placement)
         elif quantize is not None:
@@ -156,10 +159,6 @@ def load(
                 use_safetensors=True,
                 **placement,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, QVLMError):
-            raise
-        raise QVLMError(f"{source}: the weights do not load: {_one_line(error)}") from error
     _require_matching_keys(source, info)
     if device_map is None:
         model.to(device)
@@ -175,22 +174,15 @@ def _read_config_file(folder: Path, source: str) -> dict[str, Any]:
             f"{source}: config.json is missing; a folder in the Hugging Face layout or in LLaVA's own has one"
         )
     try:
-        values = json.loads(file.read_text())
+        values = read_json(file)
     except (OSError, ValueError) as error:
-        raise QVLMError(f"{source}: config.json does not load: {_one_line(error)}") from error
+        raise QVLMError(f"{source}: config.json does not load: {one_line(error)}") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise QVLMError(
             f"{source}: config.json is of neither layout; in the Hugging Face layout it has a model_type and a "
             f"vision_config, in that of LLaVA's own code {' or '.join(TOWER_KEYS)}"
         )
     return values
-
-
-def _read_config(folder: Path, source: str, trust_remote_code: bool) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise QVLMError(f"{source}: config.json does not load: {_one_line(error)}") from error
 
 
 def _set_router_noise(config: PretrainedConfig, seed: int | None, source: str) -> None:
@@ -204,17 +196,14 @@ def _set_router_noise(config: PretrainedConfig, seed: int | None, source: str) -
     text.router_noise_seed = seed
 
 
-def _read_processor(folder: Path, source: str, trust_remote_code: bool) -> ProcessorMixin:
-    try:
-        # Asking for the PIL backend here would ask the video processor for it too, which has none.
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        # The PIL image processor: the same pixels whether or not, and whichever, torchvision is installed.
-        processor.image_processor = AutoImageProcessor.from_pretrained(
-            folder, backend="pil", trust_remote_code=trust_remote_code
-        )
-        return processor
-    except (OSError, ValueError, ImportError) as error:
-        raise QVLMError(f"{source}: the processor does not load: {_one_line(error)}") from error
+def _read_processor(folder: Path, trust_remote_code: bool) -> ProcessorMixin:
+    # Asking for the PIL backend here would ask the video processor for it too, which has none.
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    # The PIL image processor: the same pixels whether or not, and whichever, torchvision is installed.
+    processor.image_processor = AutoImageProcessor.from_pretrained(
+        folder, backend="pil", trust_remote_code=trust_remote_code
+    )
+    return processor
 
 
 def _prepare(processor: ProcessorMixin, source: str, conv: str | None) -> None:
@@ -300,7 +289,3 @@ def _content_hash(file: Path) -> str:
         return blob
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,15 +1,17 @@
 """Vision towers that checkpoints in LLaVA's own layout name instead of holding."""
 
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
 from transformers import AutoConfig, CLIPVisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.hub import local_folder, with_weights
 from qvlm_plugin.models.weights import SAFETENSORS_OR_BIN, weight_files
+from qvlm_plugin.reading import inside, one_line, parsed_elsewhere, read_json
 
 _CLIP_L = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -20,6 +22,9 @@ KNOWN_TOWERS = {
     "clip-vit-large-patch14-336": CLIPVisionConfig(**_CLIP_L, image_size=336),
 }
 """Towers of released checkpoints by the last part of their name: a folder that holds their weights needs no more."""
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,32 +53,45 @@ class Tower:
         return weight_files(with_weights(self.name, self.source, SAFETENSORS_OR_BIN), SAFETENSORS_OR_BIN, self.source)
 
 
+class _Pixels(BaseModel):
+    """What a ``preprocessor_config.json`` says of the pixels' normalization."""
+
+    image_mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
+    image_std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+
+
 def find_tower(name: str, folder: Path, source: str) -> Tower:
     """The tower that a checkpoint names.
 
     Args:
-        name: folder (also relative to the checkpoint's) or hub id.
+        name: folder in the checkpoint's, or hub id. Of a path on the machine that wrote the checkpoint its last part is
+            looked up there, too; nowhere else on this one.
         folder: of the checkpoint.
         source: what named the checkpoint, for messages.
 
     Raises:
         QVLMError: it cannot be found, or is not a CLIP model.
     """
-    source = f"{source}: vision tower {name!r}"
-    beside = [
-        path for path in (Path(name), folder / name, folder / Path(name).name) if (path / "config.json").is_file()
-    ]
-    if not beside and (known := KNOWN_TOWERS.get(name.rpartition("/")[2])):
-        return Tower(name, source, known)
+    source = f"{source}: vision tower {name!r:.200}"
+    last = str(name).rstrip("/").rpartition("/")[2]
+    is_hub_id = isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
+    inner = [inside(folder, part, source) for part in ((name, last) if is_hub_id else (last,))]
+    beside = [path for path in inner if (path / "config.json").is_file()]
+    if not beside and last in KNOWN_TOWERS:
+        return Tower(name if is_hub_id else f"openai/{last}", source, KNOWN_TOWERS[last])
+    if not beside and not is_hub_id:
+        raise QVLMError(f"{source} is neither a hub id nor in the checkpoint's folder; put it there, or a link to it")
     place = beside[0] if beside else local_folder(name, source)
-    try:
-        config = AutoConfig.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise QVLMError(f"{source}: config.json does not load: {' '.join(str(error).split())[:300]}") from error
+    with parsed_elsewhere(f"{source}: config.json does not load"):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
     if config.model_type != "clip_vision_model":
         raise QVLMError(f"{source} is a {config.model_type!r}; supported in the original layout are CLIP vision towers")
     file = place / "preprocessor_config.json"
-    pixels = json.loads(file.read_text()) if file.is_file() else {}
-    mean, deviation = pixels.get("image_mean", OPENAI_CLIP_MEAN), pixels.get("image_std", OPENAI_CLIP_STD)
-    return Tower(str(place) if beside else name, source, config, tuple(mean), tuple(deviation))
+    pixels = _Pixels()
+    if file.is_file():
+        try:
+            pixels = _Pixels.model_validate(read_json(file))
+        except (OSError, ValueError) as error:
+            raise QVLMError(f"{source}: {file.name} does not load: {one_line(error)}") from error
+    return Tower(str(place) if beside else name, source, config, pixels.image_mean, pixels.image_std)

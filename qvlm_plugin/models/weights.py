@@ -3,7 +3,6 @@
 Files are mapped into memory rather than read, and nothing that a file pickles is ever run.
 """
 
-import json
 import pickle
 import zipfile
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import inside, one_line, read_json
 
 SAFETENSORS = ("model.safetensors",)
 SAFETENSORS_OR_BIN = ("model.safetensors", "pytorch_model.bin")
@@ -34,10 +34,10 @@ def weight_files(folder: Path, names: Sequence[str], source: str) -> list[Path]:
     for name in names:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+            shards = _shards(index, source)
+            if missing := [shard.name for shard in shards if not shard.is_file()]:
                 raise QVLMError(f"{source}: missing {', '.join(missing)}, which {index.name} names")
-            return [folder / shard for shard in shards]
+            return shards
         if (folder / name).is_file():
             return [folder / name]
     found = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
@@ -45,6 +45,14 @@ def weight_files(folder: Path, names: Sequence[str], source: str) -> list[Path]:
     raise QVLMError(
         f"{source}: missing {names[0]}; weights are read from {kinds}; found {', '.join(found) or 'no weight file'}"
     )
+
+
+def _shards(index: Path, source: str) -> list[Path]:
+    try:
+        names = set(read_json(index)["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QVLMError(f"{source}: {index.name} is not an index of weight files: {one_line(error)}") from error
+    return sorted(inside(index.parent, name, f"{source}: {index.name}") for name in names)
 
 
 def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
@@ -63,7 +71,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise QVLMError(f"{file}: the weights do not load: {' '.join(str(error).split())}") from error
+        raise QVLMError(f"{file}: the weights do not load: {one_line(error)}") from error
 
 
 def _read_bin(file: Path) -> dict[str, Tensor]:
@@ -76,7 +84,7 @@ def _read_bin(file: Path) -> dict[str, Tensor]:
             "with weights_only=True"
         ) from error
     except (RuntimeError, OSError, EOFError) as error:
-        raise QVLMError(f"{file}: the weights do not load: {' '.join(str(error).split())[:200]}") from error
+        raise QVLMError(f"{file}: the weights do not load: {one_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise QVLMError(f"{file}: holds no state dict; supported are files that map names to tensors")
     return content

@@ -11,8 +11,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from qvlm_plugin.atomic import write_file
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.report.files import write_file
 from qvlm_plugin.report.leaderboard.ranking import rank
 from qvlm_plugin.report.leaderboard.reading import find_results, read_board
 from qvlm_plugin.report.leaderboard.row import Row
@@ -75,7 +75,6 @@ def publish_results(rows: Sequence[Row], checkpoint: Path, source_url: str | Non
             file = checkpoint / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', row.task)}.yaml"
             files[file] = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
     for file, text in files.items():
-        file.parent.mkdir(exist_ok=True)
         write_file(file, text.encode())
     return list(files)
 

@@ -1,14 +1,43 @@
 """Read the results files that lmms-eval writes, and show them as one table."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field
 from rich.table import Table
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import one_line, read_json
+
+
+class _Counts(BaseModel):
+    effective: int
+    original: int
+
+
+class _Widths(BaseModel):
+    weight: float
+    activation: float
+
+
+class _Run(BaseModel):
+    """What is read of a run's ``qvlm``; more may be there."""
+
+    method: str = "?"
+    scheme: str = "?"
+    bits: dict[str, _Widths] = Field(default_factory=dict)
+    stand_in: bool = False
+    search_seconds: float | None = None
+
+
+class _File(BaseModel):
+    """What is read of a results file."""
+
+    results: dict[str, dict[str, Any]]
+    counts: dict[str, _Counts] = Field(alias="n-samples")
+    qvlm: _Run | None = None
 
 
 @dataclass(frozen=True)
@@ -56,24 +85,24 @@ def _results_files(path: Path) -> list[Path]:
 
 def _read_file(file: Path) -> Iterator[Score]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        results, samples = content["results"], content["n-samples"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise QVLMError(f"{file} is not a results file of lmms-eval: {error}") from error
-    for task, metrics in results.items():
+        content = read_json(file)
+        read = _File.model_validate(content)
+    except (OSError, ValueError) as error:
+        raise QVLMError(f"{file} is not a results file of lmms-eval: {one_line(error)}") from error
+    for task, metrics in read.results.items():
         for key, value in metrics.items():
             metric, _, kind = key.partition(",")
             if not kind or "_stderr" in metric or not isinstance(value, int | float):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{kind}")
-            counts = samples.get(task, {"effective": 0, "original": 0})
+            counts = read.counts.get(task, _Counts(effective=0, original=0))
             yield Score(
                 task=task,
                 metric=metric,
                 value=value,
                 stderr=stderr if isinstance(stderr, int | float) else None,
-                documents=counts["effective"],
-                limited=counts["effective"] != counts["original"],
+                documents=counts.effective,
+                limited=counts.effective != counts.original,
                 run=content.get("qvlm"),
                 file=file,
             )

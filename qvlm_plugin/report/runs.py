@@ -1,6 +1,5 @@
 """Run the harness on a grid of configurations, one process each, and pick up where an earlier attempt stopped."""
 
-import json
 import os
 import re
 import subprocess
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import read_json
 
 MODEL = "qvlm_llava"
 
@@ -166,7 +166,7 @@ def log_end(log: Path) -> list[str]:
 def _read(file: Path) -> Any:
     """The JSON of a results file; None when it is not whole."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except (OSError, ValueError):
         return None
 

@@ -4,12 +4,14 @@ import glob
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import parse_json
 from qvlm_plugin.report.results import read_results
 
 FIELDS = {"doc_id", "doc_hash", "target", "input", "input_media", "filtered_resps", "resps", "token_counts"}
@@ -55,7 +57,7 @@ class RunSamples:
     @property
     def name(self) -> str:
         """Method and scheme; of other packages' models the folder, which lmms-eval names after the model."""
-        return f"{self.run['method']} {self.run['scheme']}" if self.run else self.file.parent.name
+        return f"{self.run.get('method', '?')} {self.run.get('scheme', '?')}" if self.run else self.file.parent.name
 
 
 def read_samples(path: Path) -> list[RunSamples]:
@@ -119,14 +121,14 @@ def _read_file(file: Path) -> Iterator[Document]:
     try:
         with file.open(encoding="utf-8", newline="\n") as lines:  # answers may hold any other line separator
             for number, line in enumerate(lines, 1):  # noqa: B007
-                yield _document(json.loads(line))
+                yield _document(parse_json(line))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise QVLMError(f"{file} is not a samples file of lmms-eval: line {number}: {error!r}") from error
 
 
 def _document(sample: dict[str, Any]) -> Document:
     return Document(
-        id=int(sample["doc_id"]),
+        id=operator.index(sample["doc_id"]),
         target=str(sample["target"]),
         input=str(sample["input"]),
         answer=_answer(sample["filtered_resps"]),

@@ -5,7 +5,6 @@ VizWiz-VQA (https://vizwiz.org/tasks-and-datasets/vqa/): a list of {"image": "Vi
 Both servers want an answer to every question of the split, in one file.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def check_submission(file: Path) -> tuple[Format, int]:
         QVLMError: it is not what a server accepts; the message names the entry.
     """
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = read_json(file)
     except (OSError, ValueError) as error:
         raise QVLMError(f"{file} is not a JSON file: {error}") from error
     if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qvlm_plugin.atomic import write_file
 from qvlm_plugin.calibration import CalibrationSet, parse_sources
-from qvlm_plugin.report.files import write_file
 from qvlm_plugin.report.results import Grid
 
 STAND_IN = "**Stand-in data**: the data sets hold other documents than their names say."
@@ -48,7 +48,6 @@ class Report:
         Returns:
             The Markdown file.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         content = {"name": self.name, "title": self.title, "command": self.command, "notes": [*self.notes]}
         data = json.dumps(content | {"rows": [*self.rows]}, indent=1, allow_nan=False) + "\n"
         files = {**self.figure, "json": data.encode(), "md": self.markdown().encode()}

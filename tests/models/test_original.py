@@ -249,7 +249,7 @@ def spoil(folder, change):
     [
         ("neither", "model type 'llama' is not supported; supported are llava"),
         ("no type", "of neither layout; .* a model_type and a vision_config, .* mm_vision_tower or mm_image_tower"),
-        ("no tower", "vision tower 'tower' is neither a folder nor a hub model"),
+        ("no tower", "vision tower 'tower' is neither a hub id nor in the checkpoint's folder"),
         ("no tower weights", "vision tower 'tower': missing model.safetensors; .* found no weight file"),
         ("siglip", "is a 'siglip_vision_model'; supported .* CLIP"),
         ({"mm_projector_type": "resampler"}, "'resampler' is not known; known are linear and mlp2x_gelu"),

@@ -1,6 +1,5 @@
 """Every cell of a grid against full precision on the same documents: scores, differences, tests, flips, costs."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from typing import Any
 from scipy import stats
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import read_json
 from qvlm_plugin.report.compare.grid import FULL_PRECISION
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
 from qvlm_plugin.report.paired import Comparison, Estimate, compare, holm
@@ -159,7 +159,7 @@ def _samples(outcome: Outcome) -> RunSamples:
 
 
 def _parsed(file: Path) -> ResultsFile:
-    return parse_results(json.loads(file.read_text(encoding="utf-8")), file)
+    return parse_results(read_json(file), file)
 
 
 def _fingerprint(parsed: ResultsFile) -> str | None:

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import one_line
 from qvlm_plugin.report.runs import Cell
 
 FULL_PRECISION = ("none", "w16a16")
@@ -63,8 +64,8 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
     if file is not None:
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise QVLMError(f"{file} is not a YAML file: {' '.join(str(error).split())}") from error
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise QVLMError(f"{file} is not a YAML file: {one_line(error)}") from error
         if not isinstance(content, dict):
             raise QVLMError(f"{file} must hold keys and values; allowed keys are {', '.join(CompareGrid.model_fields)}")
     given = {name: value for name, value in flags.items() if value is not None}

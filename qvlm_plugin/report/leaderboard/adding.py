@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
+from qvlm_plugin.atomic import write_file
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.report.files import write_file
 from qvlm_plugin.report.leaderboard.ranking import with_evaluations
 from qvlm_plugin.report.leaderboard.reading import (
     CALIBRATED,
@@ -100,7 +100,6 @@ def _copy(run: Run, folder: Path) -> Path:
     facts = run.parsed.qvlm
     parts = (Path(facts.pretrained or "model").name, f"{facts.method}-{facts.scheme}", run.hash[:12])
     target = folder.joinpath(*(re.sub(r"[^A-Za-z0-9_.+-]", "_", part) for part in parts))
-    target.mkdir(parents=True, exist_ok=True)
     for task in run.coverage:  # the results last: when they are there, so are their samples
         samples = samples_file(run.file, task)
         write_file(target / samples.name, samples.read_bytes())

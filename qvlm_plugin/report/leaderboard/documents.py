@@ -1,13 +1,13 @@
 """What a samples file covers: which documents, and the scores it gives them."""
 
 import hashlib
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import parse_json
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def read_coverage(file: Path) -> Coverage:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):  # noqa: B007
-                sample = json.loads(line)
+                sample = parse_json(line)
                 index = sample["doc_id"]
                 if index in seen:
                     raise QVLMError(f"{file} has document {index} twice")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import parse_json
 from qvlm_plugin.report.leaderboard.documents import Coverage, read_coverage
 from qvlm_plugin.report.leaderboard.row import Row
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
@@ -91,8 +92,8 @@ def read_run(file: Path) -> Run:
     """
     try:
         blob = file.read_bytes()
-        content = json.loads(blob)
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_json(blob)
+    except (OSError, ValueError) as error:
         raise QVLMError(f"{file} is not a results file of lmms-eval: {error}") from error
     parsed = parse_results(content, file)
     problems, coverage = [], {}

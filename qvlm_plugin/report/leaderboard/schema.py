@@ -9,7 +9,9 @@ from qvlm_plugin.errors import QVLMError
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class DocumentCounts(_Part):

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from qvlm_plugin.atomic import write_file
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.report.files import write_file
 from qvlm_plugin.report.leaderboard.page import html_text
 from qvlm_plugin.report.leaderboard.paper import paper_tables
 from qvlm_plugin.report.leaderboard.ranking import rank
@@ -27,7 +27,6 @@ def write_leaderboard(paths: Sequence[Path], output: Path, *, with_reported: boo
         QVLMError: no results file was found, or none holds a score.
     """
     files = find_results(paths)
-    output.mkdir(parents=True, exist_ok=True)
     board = rank(read_board(files, output))
     if not board.rows:
         first = board.problems[0]

@@ -30,7 +30,7 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def watched(folder):
-    """Fails where something is unpickled, run or connected to, or a file that is neither in folder nor code is opened."""
+    """Fail where anything is unpickled, run or connected to, or a file is opened that is neither in folder nor code."""
     watch = (Path(folder), [])
     _watches.append(watch)
     try:

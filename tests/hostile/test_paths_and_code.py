@@ -155,7 +155,7 @@ def test_code_of_a_checkpoint_is_run_only_on_request(folder, trace):
     bring_code(write_tiny_llava(unknown, layers=1), "evil")
     with watched(folder):
         load(str(known))
-    with pytest.raises(QVLMError, match="config.json does not load"), watched(folder):
+    with pytest.raises(QVLMError, match=r"config\.json does not load"), watched(folder):
         load(str(unknown))
     assert not trace.exists()
     with pytest.raises(QVLMError):  # its processor's class is a configuration
@@ -168,7 +168,7 @@ def test_code_of_a_tower_is_not_run(folder, trace):
     (folder / "tower" / "preprocessor_config.json").write_text("{}")
     bring_code(folder / "tower", "evil")
     for trusted in (False, True):  # the checkpoint is, not what it names
-        with pytest.raises(QVLMError, match="vision tower 'tower': config.json does not load"), watched(folder):
+        with pytest.raises(QVLMError, match=r"vision tower 'tower': config\.json does not load"), watched(folder):
             load(str(folder), trust_remote_code=trusted)
     assert not trace.exists()
 
@@ -179,5 +179,5 @@ def test_towers_of_known_names_need_no_folder(folder):
     config = json.loads((folder / "config.json").read_text())
     for name in ("openai/clip-vit-large-patch14", "/elsewhere/clip-vit-large-patch14"):
         (folder / "config.json").write_text(json.dumps(config | {"mm_vision_tower": name}))
-        with pytest.raises(QVLMError, match="vision tower .*is neither a folder nor a hub model"):  # of its weights
+        with pytest.raises(QVLMError, match=r"vision tower .*is neither a folder nor a hub model"):  # of its weights
             load(str(folder))

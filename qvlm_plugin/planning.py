@@ -4,6 +4,7 @@ Cached plans are keyed by the content that decides them: model, scheme, method, 
 this package. Processes that want the same plan at once wait for the one that searches it.
 """
 
+import gc
 import hashlib
 import json
 import time
@@ -13,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 from pydantic import BaseModel, ValidationError
+from rich.console import Console
 
 from qvlm_plugin import plugins
 from qvlm_plugin.atomic import make_folder
@@ -27,6 +30,7 @@ from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, apply_plan
 from qvlm_plugin.reading import one_line
 from qvlm_plugin.scheme import Scheme
+from qvlm_plugin.topology import Topology
 from qvlm_plugin.workspace import Workspace
 
 
@@ -86,7 +90,8 @@ def obtain_plan(
 ) -> RoundingPlan:
     """The plan of a request: from the cache when it is there, else searched and stored.
 
-    A search that was interrupted goes on where it stopped, if it had a cache to keep its steps in.
+    A search that was interrupted goes on where it stopped, if it had a cache to keep its steps in. One that runs out of
+    a GPU's memory begins again with half the ``calibration_batch_size``, says so, and gives that request's plan.
 
     Args:
         loaded: the model in full precision.
@@ -95,7 +100,8 @@ def obtain_plan(
         cache: folder of cached plans; None neither reads nor writes any.
 
     Raises:
-        QVLMError: the model is quantized, the family is not supported, see `check_calibration`, or the search fails.
+        QVLMError: the model is quantized, the family is not supported, see `check_calibration`, or the search fails,
+            for lack of memory even with a batch of one.
     """
     if getattr(loaded.model.config, "quantization_config", None) is not None:
         raise QVLMError(f"pretrained={loaded.source!r} is quantized already; search on the model in full precision")
@@ -103,7 +109,40 @@ def obtain_plan(
     check_calibration(request, calibration)
     if not request.needs_calibration:
         calibration = None
+    while True:
+        try:
+            return _obtain(loaded, topology, request, calibration, cache)
+        except torch.OutOfMemoryError as error:
+            reason = one_line(error)
+        # Only out of the handler, which refers to the search's tensors, is their memory free again.
+        request = _with_smaller_batch(request, reason)
+        gc.collect()
+        torch.cuda.empty_cache()
 
+
+def _with_smaller_batch(request: PlanRequest, reason: str) -> PlanRequest:
+    size = getattr(request.options, "calibration_batch_size", 1)
+    if size == 1:
+        raise QVLMError(
+            f"method={request.method.name} ran out of memory with one sample at a time; search on a larger device, in "
+            f"dtype=float16, or by qvlm search with --device_map offload: {reason}"
+        )
+    Console(stderr=True).print(
+        f"out of memory: searching again with calibration_batch_size={size // 2} in place of {size}; the plan is that "
+        "of the smaller size",
+        markup=False,
+        soft_wrap=True,
+    )
+    return replace(request, options=request.options.model_copy(update={"calibration_batch_size": size // 2}))
+
+
+def _obtain(
+    loaded: LoadedModel,
+    topology: Topology,
+    request: PlanRequest,
+    calibration: CalibrationSet | None,
+    cache: Path | None,
+) -> RoundingPlan:
     def search(workspace: Workspace) -> RoundingPlan:
         start = time.perf_counter()
         plan = request.method.fit(loaded, topology, request.scheme, calibration, request.options, workspace)

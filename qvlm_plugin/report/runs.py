@@ -1,10 +1,12 @@
 """Run the harness on a grid of configurations, one process each, and pick up where an earlier attempt stopped."""
 
+import fcntl
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from qvlm_plugin.atomic import make_folder
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.reading import read_json
+from qvlm_plugin.reading import one_line, read_json
+from qvlm_plugin.report.leaderboard.reading import samples_file
 
 MODEL = "qvlm_llava"
 
@@ -88,9 +92,11 @@ def command(cell: Cell, setting: Setting) -> list[str]:
 
 
 def find_results(cell: Cell, output: Path) -> Path | None:
-    """The newest results file anywhere below ``output`` that records this cell's arguments, tasks and limit."""
-    files = sorted(output.rglob("*_results.json"), key=lambda file: file.stat().st_mtime, reverse=True)
-    return next((file for file in files if _is_of(cell, _read(file))), None)
+    """The newest results file anywhere below ``output`` that records this cell's arguments, tasks and limit.
+
+    Beside it must be the samples of all documents: the harness writes them last, and may be killed before.
+    """
+    return finished_cells([cell], output).get(cell.name)
 
 
 def finished_cells(cells: Sequence[Cell], output: Path) -> dict[str, Path]:
@@ -98,7 +104,7 @@ def finished_cells(cells: Sequence[Cell], output: Path) -> dict[str, Path]:
     left, found = list(cells), {}
     for file in sorted(output.rglob("*_results.json"), key=lambda file: file.stat().st_mtime, reverse=True):
         content = _read(file)
-        for cell in [cell for cell in left if _is_of(cell, content)]:
+        for cell in [cell for cell in left if _is_of(cell, content) and _has_samples(file, content)]:
             found[cell.name] = file
             left.remove(cell)
     return found
@@ -113,21 +119,44 @@ def run_cell(cell: Cell, setting: Setting, environment: Mapping[str, str] | None
         cell: what to evaluate.
         setting: where and how.
         environment: variables that the harness sees beside this process's own.
+
+    Raises:
+        QVLMError: the cell's folder cannot be written.
     """
     log = setting.output / cell.name / "log.txt"
-    if found := find_results(cell, setting.output):
-        return Outcome(cell, found, log, reused=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as stream:
-        subprocess.run(
-            command(cell, setting),
-            cwd=setting.directory,
-            env={**os.environ, **(environment or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-        )
+    with _only_one(log.parent) as lock:
+        if found := find_results(cell, setting.output):
+            return Outcome(cell, found, log, reused=True)
+        with log.open("wb") as stream:
+            subprocess.run(
+                command(cell, setting),
+                cwd=setting.directory,
+                env={**os.environ, **(environment or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                pass_fds=[lock],
+            )
     return Outcome(cell, find_results(cell, setting.output), log, reused=False)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[int]:
+    """Wait until no other process runs the cell of this folder; gives the lock's file descriptor.
+
+    Who inherits the descriptor holds the lock too: where this process is killed, the harness that it started goes on,
+    and is waited for.
+    """
+    make_folder(folder)
+    try:
+        descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise QVLMError(f"{str(folder)!r} cannot be written: {one_line(error)}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def run_cells(cells: Sequence[Cell], setting: Setting) -> list[Outcome]:
@@ -184,6 +213,18 @@ def _is_of(cell: Cell, content: Any) -> bool:
         )
     except (KeyError, TypeError, AttributeError):
         return False  # not a results file
+
+
+def _has_samples(file: Path, content: Any) -> bool:
+    """Whether the samples beside a results file are those of all documents that it counts."""
+    try:
+        for task, counts in content["n-samples"].items():
+            with samples_file(file, task).open("rb") as lines:
+                if sum(line.endswith(b"\n") for line in lines) < counts["effective"]:
+                    return False
+    except (OSError, KeyError, TypeError, AttributeError, ValueError):
+        return False
+    return True
 
 
 def _parse(model_args: Any) -> dict[str, str]:

@@ -155,7 +155,7 @@ def test_code_of_a_checkpoint_is_run_only_on_request(folder, trace):
     bring_code(write_tiny_llava(unknown, layers=1), "evil")
     with watched(folder):
         load(str(known))
-    with pytest.raises(QVLMError, match=r"config.json does not load"), watched(folder):
+    with pytest.raises(QVLMError, match=r"config\.json does not load"), watched(folder):
         load(str(unknown))
     assert not trace.exists()
     with pytest.raises(QVLMError):  # its processor's class is a configuration
@@ -168,7 +168,7 @@ def test_code_of_a_tower_is_not_run(folder, trace):
     (folder / "tower" / "preprocessor_config.json").write_text("{}")
     bring_code(folder / "tower", "evil")
     for trusted in (False, True):  # the checkpoint is, not what it names
-        with pytest.raises(QVLMError, match=r"vision tower 'tower': config.json does not load"), watched(folder):
+        with pytest.raises(QVLMError, match=r"vision tower 'tower': config\.json does not load"), watched(folder):
             load(str(folder), trust_remote_code=trusted)
     assert not trace.exists()
 

@@ -30,7 +30,7 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def watched(folder):
-    """Fail where anything is unpickled, run or connected to, or a file is opened that is neither in folder nor code."""
+    """Fails where something is unpickled, run or connected to, or a file is opened outside of folder (and of code)."""
     watch = (Path(folder), [])
     _watches.append(watch)
     try:

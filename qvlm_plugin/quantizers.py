@@ -44,9 +44,32 @@ def fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
         The rounded values, in the shape and dtype of ``x``.
     """
     lower = lower.float()
-    step, inverse = quantization_step(lower, upper.float(), bits)
-    codes = x.float().sub(lower).mul_(inverse).round_().clamp_(0, 2**bits - 1)
-    return codes.mul_(step).add_(lower).to(x.dtype)
+    return round_to_points(x, lower, *quantization_step(lower, upper.float(), bits), bits)
+
+
+_SLICE = 2**20
+"""Elements that are rounded at a time on a CPU: 4 MB of float32. Larger temporaries are new memory at every call, which
+costs more than the arithmetic."""
+
+
+def round_to_points(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor, bits: int) -> Tensor:
+    """`fake_quantize` for those who know already what follows from the bounds (float32, see `quantization_step`)."""
+    if x.device.type != "cpu" or x.numel() <= _SLICE or torch.compiler.is_compiling():
+        return _round_to_points(x, lower, step, inverse, bits).to(x.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    out, count = torch.empty_like(rows), max(1, _SLICE // x.shape[-1])
+    # Bounds of channels are the same for all rows; those of tokens come row by row.
+    bounds = [bound if bound.dim() < 2 else bound.reshape(-1, 1) for bound in (lower, step, inverse)]
+    for start in range(0, len(rows), count):
+        part = slice(start, start + count)
+        of_part = (bound if bound.dim() < 2 else bound[part] for bound in bounds)
+        out[part].copy_(_round_to_points(rows[part], *of_part, bits))
+    return out.view(x.shape)
+
+
+def _round_to_points(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor, bits: int) -> Tensor:
+    wide = x.sub(lower) if x.dtype == torch.float32 else x.float().sub_(lower)
+    return wide.mul_(inverse).round_().clamp_(0, 2**bits - 1).mul_(step).add_(lower)
 
 
 def fake_quantize_straight_through(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:

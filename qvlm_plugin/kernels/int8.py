@@ -75,7 +75,9 @@ def _prepare(
     return with_parameters(tensors, bias, activation_format, parameters)
 
 
-def _pack(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def _pack(
+    tensors: Mapping[str, Tensor], activation_format: ActivationFormat, device: torch.device
+) -> dict[str, Tensor]:
     packed = {name: tensor.to(device) for name, tensor in tensors.items()}
     if "clip_ratio" in packed:
         packed["row_sum"] = packed["codes_0"].sum(dim=1) * packed["scale"][0]

@@ -11,7 +11,6 @@ python benchmarks/kernels.py --device cuda --json kernels-cuda.json
 
 import argparse
 from collections.abc import Callable, Mapping
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 

@@ -11,6 +11,7 @@ All arithmetic is in float32, so half-precision inputs neither overflow nor lose
 float64 inputs stay float64, so that those can be checked.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,29 +48,44 @@ def fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
     return round_to_points(x, lower, *quantization_step(lower, upper.float(), bits), bits)
 
 
+def round_to_points(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor, bits: int) -> Tensor:
+    """`fake_quantize` for those who know already what follows from the bounds (float32, see `quantization_step`)."""
+
+    def rounded(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor) -> Tensor:
+        return round_to_codes(x, lower, inverse, bits).mul_(step).add_(lower)
+
+    return by_rows(rounded, x, (lower, step, inverse), x.dtype)
+
+
+def round_to_codes(x: Tensor, lower: Tensor, inverse: Tensor, bits: int) -> Tensor:
+    """The codes of `fake_quantize`: whole numbers in float32, new memory."""
+    distance = x.sub(lower) if x.dtype == torch.float32 else x.float().sub_(lower)
+    return distance.mul_(inverse).round_().clamp_(0, 2**bits - 1)
+
+
 _SLICE = 2**20
-"""Elements that are rounded at a time on a CPU: 4 MB of float32. Larger temporaries are new memory at every call, which
+"""Elements to compute with at a time on a CPU: 4 MB of float32. Larger temporaries are new memory at every call, which
 costs more than the arithmetic."""
 
 
-def round_to_points(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor, bits: int) -> Tensor:
-    """`fake_quantize` for those who know already what follows from the bounds (float32, see `quantization_step`)."""
+def by_rows(compute: Callable[..., Tensor], x: Tensor, bounds: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """``compute(x, *bounds)`` in ``dtype``, for functions of single elements; on CPUs some rows at a time.
+
+    Args:
+        compute: result in the shape of ``x``.
+        x: [..., C].
+        bounds: [C] or [..., 1].
+        dtype: of the result.
+    """
     if x.device.type != "cpu" or x.numel() <= _SLICE or torch.compiler.is_compiling():
-        return _round_to_points(x, lower, step, inverse, bits).to(x.dtype)
+        return compute(x, *bounds).to(dtype)
     rows = x.reshape(-1, x.shape[-1])
-    out, count = torch.empty_like(rows), max(1, _SLICE // x.shape[-1])
-    # Bounds of channels are the same for all rows; those of tokens come row by row.
-    bounds = [bound if bound.dim() < 2 else bound.reshape(-1, 1) for bound in (lower, step, inverse)]
+    out, count = torch.empty_like(rows, dtype=dtype), max(1, _SLICE // x.shape[-1])
+    bounds = [bound if bound.dim() < 2 else bound.reshape(-1, 1) for bound in bounds]
     for start in range(0, len(rows), count):
         part = slice(start, start + count)
-        of_part = (bound if bound.dim() < 2 else bound[part] for bound in bounds)
-        out[part].copy_(_round_to_points(rows[part], *of_part, bits))
+        out[part].copy_(compute(rows[part], *(bound if bound.dim() < 2 else bound[part] for bound in bounds)))
     return out.view(x.shape)
-
-
-def _round_to_points(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor, bits: int) -> Tensor:
-    wide = x.sub(lower) if x.dtype == torch.float32 else x.float().sub_(lower)
-    return wide.mul_(inverse).round_().clamp_(0, 2**bits - 1).mul_(step).add_(lower)
 
 
 def fake_quantize_straight_through(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:

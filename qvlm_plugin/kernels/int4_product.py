@@ -68,7 +68,6 @@ def pack_weight(codes: Tensor, scale: Tensor, zero: Tensor, device: torch.device
     return {"packed": packed, "scales_and_zeros": pairs}
 
 
-@torch.library.custom_op("qvlm_plugin::int4_linear", mutates_args=())
 def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
     """Multiply with the transpose of a packed weight.
 
@@ -79,6 +78,10 @@ def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
     Returns:
         [N, O] in the dtype of ``scales_and_zeros``, whatever that of ``x``.
     """
+    return (_int4_linear_operator if torch.compiler.is_compiling() else _int4_linear)(x, packed, scales_and_zeros)
+
+
+def _int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
     group = x.shape[1] // scales_and_zeros.shape[0]
     x = x.to(scales_and_zeros.dtype).contiguous()
     if x.device.type == "cuda":
@@ -88,7 +91,10 @@ def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
     return _times_dequantized(x, packed, scales_and_zeros)
 
 
-@int4_linear.register_fake
+_int4_linear_operator = torch.library.custom_op("qvlm_plugin::int4_linear", _int4_linear, mutates_args=())
+
+
+@_int4_linear_operator.register_fake
 def _(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
     return scales_and_zeros.new_empty(x.shape[0], scales_and_zeros.shape[1])
 

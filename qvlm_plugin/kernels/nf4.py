@@ -112,7 +112,6 @@ def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
     return dequantize_scales(*(tensors[name] for name in ("scale_codebook", "scale_codes", "scale", "scale_offset")))
 
 
-@torch.library.custom_op("qvlm_plugin::nf4_linear", mutates_args=())
 def nf4_linear(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     """Multiply with the transpose of a packed normal-float weight.
 
@@ -126,6 +125,10 @@ def nf4_linear(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Ten
     Returns:
         [N, O] in the dtype of ``x``.
     """
+    return (_nf4_linear_operator if torch.compiler.is_compiling() else _nf4_linear)(x, codes, scale, codebook)
+
+
+def _nf4_linear(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     if len(x) == 0:
         return x.new_empty(0, len(codes))
     import bitsandbytes
@@ -137,7 +140,10 @@ def nf4_linear(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Ten
     return bitsandbytes.matmul_4bit(x, codes.view(1, -1), quant_state=state)
 
 
-@nf4_linear.register_fake
+_nf4_linear_operator = torch.library.custom_op("qvlm_plugin::nf4_linear", _nf4_linear, mutates_args=())
+
+
+@_nf4_linear_operator.register_fake
 def _(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
 

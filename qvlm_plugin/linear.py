@@ -65,8 +65,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
-        tensors = {name: getattr(self, name) for name in self.tensor_names}
-        return self.kernel.forward(x, tensors, self.activation_format)
+        return self.kernel.forward(x, self._parameters, self.activation_format)
 
     def extra_repr(self) -> str:
         """Shape, formats and kernel, for ``print(model)``."""

@@ -237,7 +237,7 @@ def main() -> None:
         f"{asked.layout}, {given['layers']} decoder layers{', compiled' if asked.compile else ''}; {given['machine']}"
     )
     lengths = answers[1:]
-    columns = ["variant", "weights GB", "x", "load s", "load peak GB", "peak GB", "prefill ms", "ms per token"]
+    columns = ["variant", "weights GB", "x", "load s", "+ GB", "peak + GB", "prefill ms", "ms per token"]
     columns += [text for count in lengths for text in (f"{count} out s", "x as fast")]
     show(title, columns, [_cells(row, lengths) for row in found])
     write_rows(asked.json, [{**given, **row} for row in found])

@@ -46,7 +46,6 @@ VARIANTS: dict[str, tuple[Kernel, WeightFormat, int]] = {
     "int4 w4a4": (INT4, INT4_WEIGHT, 4),
     "int4_folded w4a4": (INT4_FOLDED, INT4_WEIGHT, 4),
     "nf4 w4a16": (NF4, NF4_WEIGHT, 16),
-    "nf4 w4a4": (NF4, NF4_WEIGHT, 4),
     "int8 w8a16": (INT8, INT8_WEIGHT, 16),
     "int8 w8a8": (INT8, INT8_WEIGHT, 8),
 }
@@ -54,7 +53,7 @@ VARIANTS: dict[str, tuple[Kernel, WeightFormat, int]] = {
 
 BASELINE = "bf16"
 
-CACHE_BYTES = 2**28
+CACHE_BYTES = 2**27
 """Copies of a weight in bfloat16 take at least so much, several times what caches hold."""
 
 
@@ -157,7 +156,7 @@ def main() -> None:
     parser.add_argument("--layouts", default="7b,13b,tower", help=f"of {', '.join(LAYOUTS)}")
     parser.add_argument("--tokens", default="1,8,600")
     parser.add_argument("--rounds", type=int, default=5, help="at least; a sample of each variant is taken in each")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of rounds for each shape and number of tokens")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of rounds for each shape and number of tokens")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     asked = parser.parse_args()

@@ -1,4 +1,4 @@
-"""How long the search of activation ranges takes for a decoder layer: layer by layer, and jointly over dependent layers.
+"""How long the search of activation ranges takes for a decoder layer: layer by layer, and jointly over blocks of layers.
 
 Decoder layers of real sizes with random weights; hidden states as random samples of 600 tokens make them. The steps are
 the method's own (`qvlm_plugin.methods.qvlm.mining`), dependencies and the runs that carry hidden states on included,
@@ -9,8 +9,7 @@ python benchmarks/search.py --device cuda --samples 64 --layers 3 --json search.
 """
 
 import argparse
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from qvlm_plugin import plugins
-from qvlm_plugin.methods.blocks import Batch, Hidden, decoder_inputs
+from qvlm_plugin.methods.blocks import decoder_inputs
 from qvlm_plugin.methods.qvlm.mining import MiningOptions, mine
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.topology import decoder_layers, resolve
@@ -50,7 +49,9 @@ class RandomSamples:
             yield asked, answer
 
 
-def measure(layout: str, layers: int, samples: int, tokens: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+def measure(
+    layout: str, layers: int, samples: int, tokens: int, rounds: int, device: torch.device
+) -> list[dict[str, Any]]:
     """A row for each search."""
     model = random_model(config_of(layout, layers)).to(device)
     loaded = LoadedModel(model, None, "random weights", "")
@@ -60,11 +61,11 @@ def measure(layout: str, layers: int, samples: int, tokens: int, rounds: int, de
     sites = [site for site in resolve(topology, model) if site.part == "decoder"]
     modules = {module.name: module for module in plan.modules}
 
+    stack = decoder_layers(topology, model)
+
     def search(options: MiningOptions) -> None:
         options = options.model_copy(update={"max_depth": min(options.max_depth, layers)})
-        mine(
-            decoder_layers(topology, model), sites, modules, plan.tensors, hidden, hidden, batches, 4, options, Workspace()
-        )
+        mine(stack, sites, modules, plan.tensors, hidden, hidden, batches, 4, options, Workspace())
 
     runs = {name: lambda options=options: search(options) for name, options in SEARCHES.items()}
     times = time_in_turns(runs, rounds, device)

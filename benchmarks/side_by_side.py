@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from qvlm_plugin.report.files import write_file
+
+# Libraries look for a package named `kernels`: the benchmark of that name must not stand before it.
+_HERE = str(Path(__file__).parent)
+if sys.path[0] == _HERE:
+    sys.path.append(sys.path.pop(0))
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    Console(width=max(console.width, 120)).print(table)
+    Console(width=max(Console().width, 140)).print(table)
 
 
 def write_rows(file: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""How long the search of activation ranges takes for a decoder layer: layer by layer, and jointly over blocks of layers.
+"""How long the search of activation ranges takes for a decoder layer: one by one, and jointly over blocks of layers.
 
 Decoder layers of real sizes with random weights; hidden states as random samples of 600 tokens make them. The steps are
 the method's own (`qvlm_plugin.methods.qvlm.mining`), dependencies and the runs that carry hidden states on included,

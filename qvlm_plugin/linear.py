@@ -42,7 +42,7 @@ class QuantLinear(nn.Module):
         """Quantize ``linear``; ``parameters`` are those that the two formats name."""
         weight, bias = linear.weight.detach(), linear.bias
         neutral = kernel.prepare(weight, bias, weight_format, activation_format, parameters)
-        tensors = kernel.pack(neutral, weight.device)
+        tensors = kernel.pack(neutral, activation_format, weight.device)
         return cls(tensors, weight_format, activation_format, kernel, (linear.out_features, linear.in_features))
 
     def hold(self, tensors: Mapping[str, Tensor]) -> None:
@@ -65,8 +65,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
-        tensors = {name: getattr(self, name) for name in self.tensor_names}
-        return self.kernel.forward(x, tensors, self.activation_format)
+        return self.kernel.forward(x, self._parameters, self.activation_format)
 
     def extra_repr(self) -> str:
         """Shape, formats and kernel, for ``print(model)``."""

@@ -11,6 +11,7 @@ All arithmetic is in float32, so half-precision inputs neither overflow nor lose
 float64 inputs stay float64, so that those can be checked.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,9 +45,47 @@ def fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
         The rounded values, in the shape and dtype of ``x``.
     """
     lower = lower.float()
-    step, inverse = quantization_step(lower, upper.float(), bits)
-    codes = x.float().sub(lower).mul_(inverse).round_().clamp_(0, 2**bits - 1)
-    return codes.mul_(step).add_(lower).to(x.dtype)
+    return round_to_points(x, lower, *quantization_step(lower, upper.float(), bits), bits)
+
+
+def round_to_points(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor, bits: int) -> Tensor:
+    """`fake_quantize` for those who know already what follows from the bounds (float32, see `quantization_step`)."""
+
+    def rounded(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor) -> Tensor:
+        return round_to_codes(x, lower, inverse, bits).mul_(step).add_(lower)
+
+    return by_rows(rounded, x, (lower, step, inverse), x.dtype)
+
+
+def round_to_codes(x: Tensor, lower: Tensor, inverse: Tensor, bits: int) -> Tensor:
+    """The codes of `fake_quantize`: whole numbers in float32, new memory."""
+    distance = x.sub(lower) if x.dtype == torch.float32 else x.float().sub_(lower)
+    return distance.mul_(inverse).round_().clamp_(0, 2**bits - 1)
+
+
+_SLICE = 2**20
+"""Elements to compute with at a time on a CPU: 4 MB of float32. Larger temporaries are new memory at every call, which
+costs more than the arithmetic."""
+
+
+def by_rows(compute: Callable[..., Tensor], x: Tensor, bounds: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """``compute(x, *bounds)`` in ``dtype``, for functions of single elements; on CPUs some rows at a time.
+
+    Args:
+        compute: result in the shape of ``x``.
+        x: [..., C].
+        bounds: [C] or [..., 1].
+        dtype: of the result.
+    """
+    if x.device.type != "cpu" or x.numel() <= _SLICE or torch.compiler.is_compiling():
+        return compute(x, *bounds).to(dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    out, count = torch.empty_like(rows, dtype=dtype), max(1, _SLICE // x.shape[-1])
+    bounds = [bound if bound.dim() < 2 else bound.reshape(-1, 1) for bound in bounds]
+    for start in range(0, len(rows), count):
+        part = slice(start, start + count)
+        out[part].copy_(compute(rows[part], *(bound if bound.dim() < 2 else bound[part] for bound in bounds)))
+    return out.view(x.shape)
 
 
 def fake_quantize_straight_through(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
@@ -106,7 +145,7 @@ def token_range(x: Tensor, clip_ratio: float | Tensor = 1.0) -> tuple[Tensor, Te
         lower, upper: [..., 1] float32.
     """
     x = widen(x)
-    lower, upper = x.aminmax(dim=-1, keepdim=True)
+    lower, upper = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # on CPUs 10 times as fast as aminmax
     return shrink_range(lower, upper, x.mean(dim=-1, keepdim=True), clip_ratio)
 
 

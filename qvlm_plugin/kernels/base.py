@@ -23,7 +23,7 @@ class Kernel:
             few words; None if it can.
         prepare: (weight [O, I], bias [O] or None, formats, the parameters they name) → neutral tensors by name, among
             them ``bias`` if the product adds one; where there is a ``mean``, it is the `corrected_bias`.
-        pack: (neutral tensors, device) → run-time tensors by name, for `QuantLinear` to hold.
+        pack: (neutral tensors, activation format, device) → run-time tensors by name, for `QuantLinear` to hold.
         forward: (x [..., I], run-time tensors, activation format) → [..., O] in the dtype of x.
         restore: (neutral tensors, activation format) → neutral tensors of the reference arithmetic that compute the
             same up to rounding; for a stored model where this kernel cannot run.
@@ -34,7 +34,7 @@ class Kernel:
     name: str
     obstacle: Callable[[WeightFormat, ActivationFormat, tuple[int, int], torch.device], str | None]
     prepare: Callable[[Tensor, Tensor | None, WeightFormat, ActivationFormat, Mapping[str, Tensor]], dict[str, Tensor]]
-    pack: Callable[[Mapping[str, Tensor], torch.device], dict[str, Tensor]]
+    pack: Callable[[Mapping[str, Tensor], ActivationFormat, torch.device], dict[str, Tensor]]
     forward: Callable[[Tensor, Mapping[str, Tensor], ActivationFormat], Tensor]
     restore: Callable[[Mapping[str, Tensor], ActivationFormat], dict[str, Tensor]] | None = None
     cast: tuple[str, ...] = ()
@@ -86,6 +86,8 @@ def with_bias(product: Tensor, x: Tensor, tensors: Mapping[str, Tensor]) -> Tens
     return product.to(x.dtype).view(*x.shape[:-1], product.shape[-1])
 
 
-def as_stored(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def as_stored(
+    tensors: Mapping[str, Tensor], activation_format: ActivationFormat, device: torch.device
+) -> dict[str, Tensor]:
     """The `Kernel.pack` of arithmetics that run on the neutral layout."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qvlm_plugin.quantizers import quantization_step
+from qvlm_plugin.quantizers import by_rows, quantization_step, round_to_codes
 
 LARGEST_SUM = 2.0**14
 """Bound on the magnitude of a folded product: its sums and scales then fit float16 (up to 65,504) as well."""
@@ -27,8 +27,8 @@ class Folded:
         weight: float32 [O, I], the folded weight divided by ``multiplier``.
         step: float32 [I].
         multiplier: float32 [], a power of two; products with ``weight`` are to be multiplied by it.
-        codes: how an input becomes codes, see `encode`; ``index`` int32 [I], ``lower``, ``inverse``, ``low`` float32
-            [I].
+        codes: how an input becomes codes, see `with_encoding`; ``index`` int32 [I], ``lower``, ``inverse``, ``low``
+            float32 [I].
         constant: float32 [O], what to add to the product: the bias and the offsets' share.
         remainder: float32 [I], the code of a channel's centre before it is rounded to the grid.
     """
@@ -89,10 +89,31 @@ def fold(
     return Folded(folded / multiplier, step[index], multiplier, codes, constant, remainder[index])
 
 
-def encode(x: Tensor, codes: Mapping[str, Tensor], bits: int) -> Tensor:
-    """The codes of ``x`` [..., I] in the order of a folded weight's channels: whole numbers, float32 [..., I]."""
-    scaled = x.index_select(-1, codes["index"]).float().sub(codes["lower"]).mul(codes["inverse"])
-    return scaled.round().clamp(0, 2**bits - 1).add(codes["low"])  # rounds ties as the reference does
+def with_encoding(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with what makes codes, if it is among them, laid out for `encode`: bounds in the input's order."""
+    if "index" not in tensors:
+        return dict(tensors)
+    index = tensors["index"].long()
+    place = index.argsort()
+    bounds = {name: tensors[name][place] for name in ("lower", "inverse", "low")}
+    return {**tensors, **bounds, "index": index}
+
+
+def encode(x: Tensor, tensors: Mapping[str, Tensor], bits: int, dtype: torch.dtype) -> Tensor:
+    """The codes of ``x`` [N, I], whole numbers in ``dtype``, in the input's order: `arrange` them.
+
+    Codes are ordered rather than inputs, because they are smaller.
+    """
+
+    def codes(x: Tensor, lower: Tensor, inverse: Tensor, low: Tensor) -> Tensor:
+        return round_to_codes(x, lower, inverse, bits).add_(low)
+
+    return by_rows(codes, x, (tensors["lower"], tensors["inverse"], tensors["low"]), dtype)
+
+
+def arrange(codes: Tensor, index: Tensor) -> Tensor:
+    """Of codes [N, I] those at ``index`` [C]: [N, C]."""
+    return codes.gather(1, index.expand(len(codes), -1))  # several times as fast as index_select
 
 
 def unfold(weight: Tensor, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
@@ -100,7 +121,7 @@ def unfold(weight: Tensor, tensors: Mapping[str, Tensor], bits: int) -> dict[str
 
     Args:
         weight: float32 [O, I], folded and rounded, times its multiplier.
-        tensors: ``bias`` [O] and what `encode` reads.
+        tensors: ``bias`` [O] and `Folded.codes`.
         bits: of the codes.
 
     Returns:

@@ -13,7 +13,7 @@ from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_bias, with_parameters
 from qvlm_plugin.kernels.int4_product import int4_linear, obstacle_of_product, operator_group, pack_weight
 from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
-from qvlm_plugin.kernels.reference import round_activation
+from qvlm_plugin.kernels.rounding import round_input, with_rounding
 from qvlm_plugin.quantizers import IntWeight, quantize_int
 
 WIDEST = 4
@@ -41,7 +41,8 @@ def _prepare(
 ) -> dict[str, Tensor]:
     fmt, columns = weight_format, weight.shape[1]
     quantized = quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, parameters.get("clip"))
-    bias = corrected_bias(weight, quantized.dequantize(), bias, parameters.get("mean"))
+    if "mean" in parameters:
+        bias = corrected_bias(weight, quantized.dequantize(), bias, parameters["mean"])
     # A group of the operator lies within one group of the weight, whose scale it repeats.
     starts = torch.arange(0, columns, operator_group(fmt.group_size, columns), device=weight.device)
     of_group = starts // quantized.group_size
@@ -53,15 +54,17 @@ def _prepare(
     return with_parameters(tensors, bias, activation_format, parameters)
 
 
-def _pack(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    kept = {name: tensor.to(device) for name, tensor in tensors.items()}
+def _pack(
+    tensors: Mapping[str, Tensor], activation_format: ActivationFormat, device: torch.device
+) -> dict[str, Tensor]:
+    kept = with_rounding({name: tensor.to(device) for name, tensor in tensors.items()}, activation_format)
     codes, scale, zero_point = (kept.pop(name) for name in ("codes", "scale", "zero_point"))
     zero = (scale.float() * (8 - zero_point.float())).to(scale.dtype)
     return {**pack_weight(codes, scale, zero, device), **kept}
 
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
-    rounded = round_activation(x, activation_format, tensors)
+    rounded = round_input(x, activation_format, tensors)
     product = int4_linear(rounded.reshape(-1, x.shape[-1]), tensors["packed"], tensors["scales_and_zeros"])
     return with_bias(product, x, tensors)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
-from qvlm_plugin.kernels.folding import encode, fold, unfold
+from qvlm_plugin.kernels.folding import arrange, encode, fold, unfold, with_encoding
 from qvlm_plugin.kernels.int4 import INT4, dequantize_packed
 from qvlm_plugin.kernels.int4_product import int4_linear, operator_group
 from qvlm_plugin.kernels.nibbles import pack_nibbles
@@ -65,9 +65,16 @@ def _prepare(
     }
 
 
+def _pack(
+    tensors: Mapping[str, Tensor], activation_format: ActivationFormat, device: torch.device
+) -> dict[str, Tensor]:
+    return with_encoding(INT4.pack(tensors, activation_format, device))
+
+
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
-    codes = encode(x, tensors, activation_format.bits).view(-1, x.shape[-1])
-    product = int4_linear(codes, tensors["packed"], tensors["scales_and_zeros"])
+    compute_type = tensors["scales_and_zeros"].dtype
+    codes = encode(x.reshape(-1, x.shape[-1]), tensors, activation_format.bits, compute_type)
+    product = int4_linear(arrange(codes, tensors["index"]), tensors["packed"], tensors["scales_and_zeros"])
     output = torch.addcmul(tensors["bias"], product.float(), tensors["multiplier"])
     return output.to(x.dtype).view(*x.shape[:-1], output.shape[-1])
 
@@ -76,5 +83,5 @@ def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat)
     return unfold(dequantize_packed(tensors) * tensors["multiplier"], tensors, activation_format.bits)
 
 
-INT4_FOLDED = Kernel("int4_folded", _obstacle, _prepare, INT4.pack, _forward, _restore, tolerance=0.03)
+INT4_FOLDED = Kernel("int4_folded", _obstacle, _prepare, _pack, _forward, _restore, tolerance=0.03)
 """4-bit weights times activation codes."""

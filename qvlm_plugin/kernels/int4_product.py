@@ -13,12 +13,15 @@ from qvlm_plugin.kernels.nibbles import unpack_nibbles
 GROUP_SIZES = (256, 128, 64, 32)
 """Input channels to a scale that the operators know, largest first."""
 
-FEW_TOKENS = 48
-"""Up to so many tokens the CPU's packed operator is used (measured at 2048 x 2048, bfloat16, AVX-512, one thread:
-operator 0.10 ms per token; dequantizing 3.5 ms and then 0.04 ms per token, so that they meet at about 60)."""
+FEW_TOKENS = 64
+"""Up to so many tokens the CPU's packed operator is used (measured at 4096 x 4096, bfloat16, AVX-512, two threads:
+operator 0.20 ms per token; dequantizing 6 ms and then 0.09 ms per token)."""
 
-_CHUNK = 2**19
-"""Weights that are dequantized at a time: 1 MB of bfloat16, which stays in a core's cache."""
+_BLOCKS = 8
+"""Blocks of rows that are dequantized and multiplied at a time."""
+
+_PART = 2**20
+"""Weights that are dequantized at a time: 4 MB of float32. Fewer cost more in starting threads than caches give."""
 
 
 def operator_group(group_size: int | None, columns: int) -> int | None:
@@ -65,7 +68,6 @@ def pack_weight(codes: Tensor, scale: Tensor, zero: Tensor, device: torch.device
     return {"packed": packed, "scales_and_zeros": pairs}
 
 
-@torch.library.custom_op("qvlm_plugin::int4_linear", mutates_args=())
 def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
     """Multiply with the transpose of a packed weight.
 
@@ -76,28 +78,43 @@ def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
     Returns:
         [N, O] in the dtype of ``scales_and_zeros``, whatever that of ``x``.
     """
+    return (_int4_linear_operator if torch.compiler.is_compiling() else _int4_linear)(x, packed, scales_and_zeros)
+
+
+def _int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
     group = x.shape[1] // scales_and_zeros.shape[0]
     x = x.to(scales_and_zeros.dtype).contiguous()
     if x.device.type == "cuda":
         return torch.ops.aten._weight_int4pack_mm(x, packed, group, scales_and_zeros)
     if len(x) <= FEW_TOKENS:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scales_and_zeros)
-    rows, block = len(packed), _block_rows()
-    chunk = max(block, _CHUNK // x.shape[1] // block * block)
-    out = x.new_empty(len(x), rows)
-    for first in range(0, rows, chunk):
-        last = min(first + chunk, rows)
-        full = first + (last - first) // block * block
-        for start, end, width in ((first, full, block), (full, last, last - full)):
-            if start < end:
-                weight = _dequantize_blocks(packed[start:end], scales_and_zeros[:, start:end], width)
-                torch.matmul(x, weight, out=out[:, start:end].view(len(x), -1, width).transpose(0, 1))
-    return out
+    return _times_dequantized(x, packed, scales_and_zeros)
 
 
-@int4_linear.register_fake
+_int4_linear_operator = torch.library.custom_op("qvlm_plugin::int4_linear", _int4_linear, mutates_args=())
+
+
+@_int4_linear_operator.register_fake
 def _(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
     return scales_and_zeros.new_empty(x.shape[0], scales_and_zeros.shape[1])
+
+
+def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
+    """The product with a weight in the CPU's layout, of which a few blocks of rows at a time are dequantized."""
+    rows, columns, block = len(packed), x.shape[1], _block_rows()
+    whole = rows // block * block
+    spans = [(start, min(start + _BLOCKS * block, whole), block) for start in range(0, whole, _BLOCKS * block)]
+    if whole < rows:
+        spans.append((whole, rows, rows - whole))
+    out = x.new_empty(len(x), rows)
+    # All blocks use the same memory: new memory costs as much as the arithmetic.
+    weight = x.new_empty(columns * min(_BLOCKS * block, rows))
+    scratch = x.new_empty(min(len(weight), max(_PART, columns * block)), dtype=torch.float32)
+    for start, end, width in spans:
+        of_span = weight[: columns * (end - start)].view(columns, end - start)
+        _dequantize_blocks(packed[start:end], scales_and_zeros[:, start:end], width, scratch, of_span)
+        torch.mm(x, of_span, out=out[:, start:end])
+    return out
 
 
 def _block_rows() -> int:
@@ -105,21 +122,28 @@ def _block_rows() -> int:
     return 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 
 
-def _dequantize_blocks(packed: Tensor, scales_and_zeros: Tensor, width: int) -> Tensor:
-    """Blocks of ``width`` rows of a weight in the CPU's layout, transposed: [blocks, I, width].
+def _dequantize_blocks(packed: Tensor, scales_and_zeros: Tensor, width: int, scratch: Tensor, weight: Tensor) -> None:
+    """Write blocks of ``width`` rows of a weight in the CPU's layout, transposed, to ``weight`` [I, O].
 
     The layout is torch's (aten/src/ATen/native/cpu/int4mm_kernel.cpp): blocks of rows, in each of them bytes [I, width
     / 2]. With vector instructions the lower halves of a full block's bytes are its first rows and the upper halves its
-    last; neighbouring rows share a byte otherwise.
+    last; neighbouring rows share a byte otherwise. Arithmetic is in float32, in which CPUs are faster than in bfloat16;
+    ``scratch`` holds a part of the columns.
     """
-    columns, blocks = 2 * packed.shape[1], len(packed) // width
-    bytes_ = packed.view(blocks, columns, width // 2)
-    halves = [(bytes_ & 15).view(torch.int8) - 8, (bytes_ >> 4).view(torch.int8) - 8]
-    vectorized = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2")
-    if vectorized and width == _block_rows():
-        codes = torch.cat(halves, dim=-1)
-    else:
-        codes = torch.stack(halves, dim=-1).flatten(-2)
-    scale, zero = (p.reshape(-1, blocks, 1, width).transpose(0, 1).contiguous() for p in scales_and_zeros.unbind(-1))
-    weight = codes.to(scales_and_zeros.dtype).view(blocks, scale.shape[1], -1, width)
-    return torch.addcmul(zero, weight, scale, out=weight).view(blocks, columns, width)
+    columns, blocks = len(weight), len(packed) // width
+    group = columns // len(scales_and_zeros)
+    scale, zero = (pair.float().view(-1, 1, blocks, width).transpose(0, 2) for pair in scales_and_zeros.unbind(-1))
+    scale, zero = (values.transpose(1, 2).contiguous() for values in (scale, zero.sub(scale, alpha=8)))
+    vectorized = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2") and width == _block_rows()
+    bytes_, weight = packed.view(blocks, columns, width // 2), weight.view(columns, blocks, width)
+    part = len(scratch) // (blocks * width * group) * group
+    for start in range(0, columns, part):
+        some = bytes_[:, start : start + part]
+        values = scratch[: 2 * some.numel()].view(blocks, -1, width)
+        low, high = values.chunk(2, dim=-1) if vectorized else (values[..., ::2], values[..., 1::2])
+        low.copy_(some & 15)
+        high.copy_(some >> 4)
+        groups = slice(start // group, start // group + some.shape[1] // group)
+        grouped = values.view(blocks, -1, group, width)
+        torch.addcmul(zero[:, groups], grouped, scale[:, groups], out=grouped)
+        weight[start : start + part].copy_(values.transpose(0, 1))

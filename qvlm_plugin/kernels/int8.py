@@ -14,11 +14,11 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_bias, with_parameters
-from qvlm_plugin.kernels.folding import encode, fold, unfold
+from qvlm_plugin.kernels.folding import arrange, encode, fold, unfold, with_encoding
 from qvlm_plugin.kernels.int8_product import int8_linear, int8_weight_linear, round_to_int8
 from qvlm_plugin.kernels.reference import round_weight
 from qvlm_plugin.kernels.segments import segment_widths
-from qvlm_plugin.quantizers import quantization_step, token_range
+from qvlm_plugin.quantizers import by_rows, quantization_step, round_to_codes, token_range
 
 NARROWEST, WIDEST = 5, 8
 """Bits of a weight's code: below, `int4` is smaller."""
@@ -75,8 +75,10 @@ def _prepare(
     return with_parameters(tensors, bias, activation_format, parameters)
 
 
-def _pack(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    packed = {name: tensor.to(device) for name, tensor in tensors.items()}
+def _pack(
+    tensors: Mapping[str, Tensor], activation_format: ActivationFormat, device: torch.device
+) -> dict[str, Tensor]:
+    packed = with_encoding({name: tensor.to(device) for name, tensor in tensors.items()})
     if "clip_ratio" in packed:
         packed["row_sum"] = packed["codes_0"].sum(dim=1) * packed["scale"][0]
     return packed
@@ -86,22 +88,28 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     tokens = x.reshape(-1, x.shape[-1])
     if activation_format.kind == "none":
         output = int8_weight_linear(tokens, tensors["codes_0"], tensors["scale"][0].to(x.dtype))
-    elif activation_format.kind == "static_channel":
-        codes = encode(tokens, tensors, activation_format.bits).to(torch.int8)
-        output = int8_linear(codes, _segments(tensors), tensors["scale"])
+        return with_bias(output, x, tensors)
+    bits, step, offset = activation_format.bits, None, None
+    if activation_format.kind == "static_channel":
+        codes = arrange(encode(tokens, tensors, bits, torch.int8), tensors["index"])
     else:
-        output = _times_token_codes(tokens, tensors, activation_format.bits)
-    return with_bias(output, x, tensors)
+        codes, step, offset = _token_codes(tokens, tensors["clip_ratio"], bits)
+    output = int8_linear(
+        codes, _segments(tensors), tensors["scale"], tensors.get("bias"), x.dtype, step, offset, tensors.get("row_sum")
+    )
+    return output.view(*x.shape[:-1], output.shape[1])
 
 
-def _times_token_codes(tokens: Tensor, tensors: Mapping[str, Tensor], bits: int) -> Tensor:
-    """With ``x̂ = middle + step * code`` for a token: ``step * (W code) + middle * (row sums of W)``, float32 [N, O]."""
-    lower, upper = token_range(tokens, tensors["clip_ratio"])
+def _token_codes(tokens: Tensor, clip_ratio: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed codes [N, I] with each token's ``step`` and ``offset`` [N, 1]: ``x̂ = offset + step * code``."""
+    lower, upper = token_range(tokens, clip_ratio)
     step, inverse = quantization_step(lower, upper, bits)
     zero_point = 2 ** (bits - 1)
-    codes = tokens.float().sub(lower).mul(inverse).round().clamp(0, 2**bits - 1).sub(zero_point)
-    product = int8_linear(codes.to(torch.int8), _segments(tensors), tensors["scale"])
-    return product * step + (lower + zero_point * step) * tensors["row_sum"]
+
+    def signed(x: Tensor, lower: Tensor, inverse: Tensor) -> Tensor:
+        return round_to_codes(x, lower, inverse, bits).sub_(zero_point)
+
+    return by_rows(signed, tokens, (lower, inverse), torch.int8), step, lower + zero_point * step
 
 
 def _segments(tensors: Mapping[str, Tensor]) -> list[Tensor]:

@@ -11,6 +11,10 @@ thread: 0.11 ms per token; dequantizing 0.9 ms and then 0.05 ms per token)."""
 _CHUNK = 2**19
 """Weights that are dequantized at a time: 1 MB of bfloat16, which stays in a core's cache."""
 
+_OUTPUTS = 2**21
+"""Outputs that are scaled at a time on a CPU: 8 MB of float32. Larger temporaries are new memory at every call, which
+costs more than the arithmetic."""
+
 _CUDA_ROWS = 17
 """The fewest tokens that torch's integer product takes on CUDA."""
 
@@ -23,35 +27,87 @@ def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale.unsqueeze(1)).round().to(torch.int8), scale
 
 
-@torch.library.custom_op("qvlm_plugin::int8_linear", mutates_args=())
-def int8_linear(codes: Tensor, weights: list[Tensor], scale: Tensor) -> Tensor:
+def int8_linear(
+    codes: Tensor,
+    weights: list[Tensor],
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    step: Tensor | None = None,
+    offset: Tensor | None = None,
+    row_sum: Tensor | None = None,
+) -> Tensor:
     """Sum of integer products over segments of input channels, each with weight scales of its own.
 
     Args:
-        codes: int8 [N, I].
+        codes: of the inputs, int8 [N, I].
         weights: for each segment int8 [O, its channels]; the channels sum to I.
         scale: float32 [segments, O].
+        bias: [O] or None.
+        dtype: of the result.
+        step, offset: float32 [N, 1] for tokens that are ``offset + step * code``; None if they are their codes.
+        row_sum: float32 [O], sums of the weight's rows; with ``offset``.
 
     Returns:
-        float32 [N, O]; each segment's sums are exact before they are scaled.
+        [N, O]; each segment's sums are exact, and scaled and added in float32.
     """
-    count = len(codes)
+    return (_int8_linear_operator if torch.compiler.is_compiling() else _int8_linear)(
+        codes, weights, scale, bias, dtype, step, offset, row_sum
+    )
+
+
+def _int8_linear(
+    codes: Tensor,
+    weights: list[Tensor],
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    step: Tensor | None = None,
+    offset: Tensor | None = None,
+    row_sum: Tensor | None = None,
+) -> Tensor:
+    count, rows = len(codes), scale.shape[1]
     if codes.device.type == "cuda" and count < _CUDA_ROWS:
         codes = F.pad(codes, (0, 0, 0, _CUDA_ROWS - count))
-    parts = codes.split([weight.shape[1] for weight in weights], dim=1)
-    total = None
-    for part, weight, of_row in zip(parts, weights, scale, strict=True):
-        product = torch._int_mm(part.contiguous(), weight.t())
-        total = product * of_row if total is None else total.addcmul_(product, of_row)
-    return total[:count]
+    parts = [part.contiguous() for part in codes.split([weight.shape[1] for weight in weights], dim=1)]
+
+    def outputs(weights: list[Tensor], scale: Tensor, bias: Tensor | None, row_sum: Tensor | None) -> Tensor:
+        total = None
+        for part, weight, of_row in zip(parts, weights, scale.unbind(), strict=True):
+            product = torch._int_mm(part, weight.t()).float()
+            total = product.mul_(of_row) if total is None else total.addcmul_(product, of_row)
+        total = total[:count]
+        if offset is not None:
+            total = total.mul_(step).addcmul_(offset, row_sum)
+        return total if bias is None else total.add_(bias)
+
+    if codes.device.type != "cpu" or count * rows <= _OUTPUTS:
+        return outputs(weights, scale, bias, row_sum).to(dtype)
+    out, some = scale.new_empty(count, rows, dtype=dtype), max(1, _OUTPUTS // count)
+    for start in range(0, rows, some):
+        place = slice(start, start + some)
+        of_place = [None if values is None else values[place] for values in (bias, row_sum)]
+        out[:, place] = outputs([weight[place] for weight in weights], scale[:, place], *of_place)
+    return out
 
 
-@int8_linear.register_fake
-def _(codes: Tensor, weights: list[Tensor], scale: Tensor) -> Tensor:
-    return scale.new_empty(codes.shape[0], scale.shape[1])
+_int8_linear_operator = torch.library.custom_op("qvlm_plugin::int8_linear", _int8_linear, mutates_args=())
 
 
-@torch.library.custom_op("qvlm_plugin::int8_weight_linear", mutates_args=())
+@_int8_linear_operator.register_fake
+def _(
+    codes: Tensor,
+    weights: list[Tensor],
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    step: Tensor | None = None,
+    offset: Tensor | None = None,
+    row_sum: Tensor | None = None,
+) -> Tensor:
+    return scale.new_empty(codes.shape[0], scale.shape[1], dtype=dtype)
+
+
 def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Multiply inputs in the compute type with the transpose of an 8-bit weight.
 
@@ -63,6 +119,10 @@ def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     Returns:
         [N, O] in the dtype of ``x``.
     """
+    return (_int8_weight_linear_operator if torch.compiler.is_compiling() else _int8_weight_linear)(x, weight, scale)
+
+
+def _int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if x.device.type == "cpu" and 0 < len(x) <= FEW_TOKENS:
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, scale)
     chunk = max(1, _CHUNK // x.shape[1])
@@ -70,6 +130,11 @@ def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return torch.cat([F.linear(x, rows.to(x.dtype).mul_(of_row)) for rows, of_row in parts], dim=1)
 
 
-@int8_weight_linear.register_fake
+_int8_weight_linear_operator = torch.library.custom_op(
+    "qvlm_plugin::int8_weight_linear", _int8_weight_linear, mutates_args=()
+)
+
+
+@_int8_weight_linear_operator.register_fake
 def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])

@@ -15,7 +15,7 @@ from torch import Tensor
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_bias, with_parameters
 from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
-from qvlm_plugin.kernels.reference import round_activation
+from qvlm_plugin.kernels.rounding import round_input, with_rounding
 from qvlm_plugin.quantizers import (
     NF_BLOCK,
     NormalFloatWeight,
@@ -67,12 +67,15 @@ def _prepare(
         quantized = replace(quantized, absmax=scales.dequantize())
     else:
         tensors["scale"] = quantized.absmax
-    bias = corrected_bias(weight, quantized.dequantize().to(weight.dtype), bias, parameters.get("mean"))
+    if "mean" in parameters:
+        bias = corrected_bias(weight, quantized.dequantize().to(weight.dtype), bias, parameters["mean"])
     return with_parameters(tensors, bias, activation_format, parameters)
 
 
-def _pack(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    packed = {name: tensor.to(device) for name, tensor in tensors.items()}
+def _pack(
+    tensors: Mapping[str, Tensor], activation_format: ActivationFormat, device: torch.device
+) -> dict[str, Tensor]:
+    packed = with_rounding({name: tensor.to(device) for name, tensor in tensors.items()}, activation_format)
     if "scale_codes" in packed:
         packed["scale_codebook"] = dynamic_codebook().to(device)
     rows, columns = packed["codes"].shape[0], 2 * packed["codes"].shape[1]
@@ -88,7 +91,7 @@ def _pack(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tens
 
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
-    rounded = round_activation(x, activation_format, tensors).reshape(-1, x.shape[-1])
+    rounded = round_input(x, activation_format, tensors).reshape(-1, x.shape[-1])
     codebook = tensors["codebook"]
     output = nf4_linear(rounded.to(codebook.dtype), tensors["codes"], _scales(tensors), codebook)
     return with_bias(output, x, tensors)
@@ -109,7 +112,6 @@ def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
     return dequantize_scales(*(tensors[name] for name in ("scale_codebook", "scale_codes", "scale", "scale_offset")))
 
 
-@torch.library.custom_op("qvlm_plugin::nf4_linear", mutates_args=())
 def nf4_linear(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     """Multiply with the transpose of a packed normal-float weight.
 
@@ -123,6 +125,10 @@ def nf4_linear(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Ten
     Returns:
         [N, O] in the dtype of ``x``.
     """
+    return (_nf4_linear_operator if torch.compiler.is_compiling() else _nf4_linear)(x, codes, scale, codebook)
+
+
+def _nf4_linear(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     if len(x) == 0:
         return x.new_empty(0, len(codes))
     import bitsandbytes
@@ -134,7 +140,10 @@ def nf4_linear(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Ten
     return bitsandbytes.matmul_4bit(x, codes.view(1, -1), quant_state=state)
 
 
-@nf4_linear.register_fake
+_nf4_linear_operator = torch.library.custom_op("qvlm_plugin::nf4_linear", _nf4_linear, mutates_args=())
+
+
+@_nf4_linear_operator.register_fake
 def _(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
 

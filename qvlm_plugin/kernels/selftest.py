@@ -109,6 +109,6 @@ def _outputs(
 ) -> Tensor:
     """Of all counts of tokens, one after another: float32 on the CPU."""
     neutral = kernel.prepare(weight, bias, weight_format, activation_format, parameters)
-    tensors = kernel.pack(neutral, weight.device)
+    tensors = kernel.pack(neutral, activation_format, weight.device)
     outputs = [kernel.forward(inputs[:tokens], tensors, activation_format) for tokens in _TOKENS]
     return torch.cat(outputs).float().cpu()

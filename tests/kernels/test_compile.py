@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from kernel_problems import A16, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format
+from kernel_problems import A16, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
+from transformers import StaticCache
 
+from qvlm_plugin import planning
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.int8 import INT8
 from qvlm_plugin.kernels.nf4 import NF4
+from qvlm_plugin.models.loading import load
 
 CASES = [
     *[(INT4, int_format(4), activation) for activation in (A16, STATIC, TOKEN)],
@@ -33,3 +36,32 @@ def test_the_whole_forward_pass_is_one_graph(kernel, weight, activation, dtype):
         for tokens in (70, 60, 3):
             x = problem.x[:tokens]
             assert torch.allclose(compiled(x), layer(x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "weights", "backend"),
+    [("w4a4", "int", "packed"), ("w4a4", "int", "int4_folded"), ("w8a8", "int", "packed"), ("w4a16", "nf", "packed")],
+)
+def test_a_decode_step_with_a_static_cache_is_one_graph(tiny_llava, calibration, scheme, weights, backend):
+    if weights == "nf":
+        pytest.importorskip("bitsandbytes")
+    loaded = load(str(tiny_llava), dtype="bfloat16")
+    options = {"group_size": 32, "calibration_batch_size": 5, "weights": weights}
+    plan = planning.obtain_plan(loaded, planning.check_request("rtn", scheme, options), calibration, cache=None)
+    planning.apply(plan, loaded, backend)
+    decoder = loaded.model.model.language_model
+
+    def step(token, position, cache):
+        return decoder(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True).last_hidden_state
+
+    torch.compiler.reset()
+    outputs = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        cache = StaticCache(decoder.config, max_cache_len=16)
+        with torch.inference_mode():
+            step(torch.arange(5, 13)[None], torch.arange(8)[None], cache)
+            outputs.append(
+                [run(torch.tensor([[token]]), torch.tensor([[8 + turn]]), cache) for turn, token in enumerate((40, 50))]
+            )
+    for eager, compiled in zip(*outputs, strict=True):
+        assert relative(compiled, eager) < 0.02

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qvlm_plugin.kernels.folding import LARGEST_SUM, encode, fold
+from qvlm_plugin.kernels.folding import LARGEST_SUM, arrange, encode, fold, with_encoding
 from qvlm_plugin.quantizers import fake_quantize
 
 
@@ -12,6 +12,11 @@ def problem(rows=24, columns=40, spread=3.0):
     return torch.randn(rows, columns), torch.randn(rows), x
 
 
+def codes_of(x, folded, bits):
+    tensors = with_encoding(folded.codes)
+    return arrange(encode(x, tensors, bits, torch.float32), tensors["index"])
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("largest_code", [128, 256])
 @pytest.mark.parametrize("with_mean", [False, True])
@@ -20,7 +25,7 @@ def test_an_unrounded_folded_product_is_the_reference(bits, largest_code, with_m
     lower, upper = x.amin(0) * 0.9, x.amax(0) * 0.9
     lower[3] = upper[3] = 7.0
     folded = fold(weight, bias, lower, upper, bits, largest_code, x.mean(0) if with_mean else None)
-    codes = encode(x, folded.codes, bits)
+    codes = codes_of(x, folded, bits)
     product = codes @ folded.weight.T * folded.multiplier + folded.bias(folded.weight)
     expected = fake_quantize(x, lower, upper, bits) @ weight.T + bias
     assert torch.allclose(product, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
@@ -33,7 +38,7 @@ def test_constant_channels_are_exact_whatever_the_weight_is_rounded_to():
     weight, bias, x = problem()
     x = x[:1].expand(50, -1)
     folded = fold(weight, bias, x.amin(0), x.amax(0), 4, 128)
-    codes = encode(x, folded.codes, 4)
+    codes = codes_of(x, folded, 4)
     assert torch.allclose(codes @ folded.weight.T + folded.bias(torch.zeros_like(weight)), x @ weight.T + bias)
 
 
@@ -42,7 +47,7 @@ def test_the_mean_output_survives_rounding():
     mean = x.mean(0)
     folded = fold(weight, bias, x.amin(0), x.amax(0), 8, 256, mean)
     rounded = folded.weight + 0.1 * folded.weight.abs().mean() * torch.randn(weight.shape)
-    product = encode(x, folded.codes, 8) @ rounded.T * folded.multiplier + folded.bias(rounded)
+    product = codes_of(x, folded, 8) @ rounded.T * folded.multiplier + folded.bias(rounded)
     shift = product.mean(0) - (x @ weight.T + bias).mean(0)
     spread = (product - (x @ weight.T + bias)).std(0)
     assert (shift.abs() < 0.1 * spread).all()

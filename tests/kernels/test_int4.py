@@ -44,9 +44,10 @@ def test_clipped_weights():
 
 @pytest.mark.parametrize("rows", [16, 48, 64, 80, 144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk", [2**12, 2**19])
-def test_many_tokens_are_multiplied_like_few(monkeypatch, rows, dtype, chunk):
-    monkeypatch.setattr(int4_product, "_CHUNK", chunk)
+@pytest.mark.parametrize(("part", "blocks"), [(2**12, 1), (2**20, 2)])
+def test_many_tokens_are_multiplied_like_few(monkeypatch, rows, dtype, part, blocks):
+    monkeypatch.setattr(int4_product, "_PART", part)
+    monkeypatch.setattr(int4_product, "_BLOCKS", blocks)
     problem = Problem.draw((rows, 128), tokens=int4_product.FEW_TOKENS + 1, dtype=dtype)
     layer = problem.quantized(INT4, int_format(4, 64), STATIC)
     few = torch.cat([layer(half) for half in problem.x.split(25)])

@@ -1,0 +1,270 @@
+"""What answering a question takes: memory and time of a LLaVA in bfloat16 and on packed weights.
+
+Every variant lives in a process of its own, which loads it (quantizing while weights are read) and measures its own
+memory; all of them are there at the same time, and answer in turns. The weights are random and the activations' ranges
+made up: that changes answers, not what they cost. A request has 600 tokens, 576 of them an image.
+
+python benchmarks/generate.py --layout llava-1.5-7b --layers 2
+python benchmarks/generate.py --layout llava-1.5-13b --device cuda --compile --json generate.json
+"""
+
+import argparse
+import multiprocessing
+import re
+import resource
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_llava import LAYOUTS, config_of, request, write_checkpoint
+from side_by_side import Times, machine, show, write_rows
+from transformers import CompileConfig, LlavaForConditionalGeneration
+from transformers.utils import logging
+
+from qvlm_plugin import plugins
+from qvlm_plugin.methods.base import MethodOptions, activation_sites, build_plan
+from qvlm_plugin.models.loading import LoadedModel, load
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.quantized_loading import QuantizeOnLoad
+from qvlm_plugin.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compared.
+
+    Attributes:
+        dtype: the compute type.
+        scheme: None for full precision.
+        weights: ``int`` or ``nf``.
+    """
+
+    dtype: str = "bfloat16"
+    scheme: str | None = None
+    weights: str = "int"
+
+
+VARIANTS = {
+    "fp16": Variant("float16"),
+    "bf16": Variant(),
+    "packed-w4a4": Variant(scheme="w4a4"),
+    "packed-w4a16": Variant(scheme="w4a16"),
+    "packed-w8a8": Variant(scheme="w8a8"),
+    "nf4": Variant(scheme="w4a16", weights="nf"),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all variants have in common."""
+
+    source: str
+    device: str
+    prompt_tokens: int
+    compiled: bool
+
+
+def make_plan(model: LlavaForConditionalGeneration, fingerprint: str, variant: Variant) -> RoundingPlan:
+    """A plan with made-up ranges, for a model that may be on the meta device."""
+    loaded = LoadedModel(model, None, "random weights", fingerprint)
+    topology, scheme = plugins.topology(model.config), Scheme.parse(variant.scheme)
+    tensors = {}
+    for site, fmt in activation_sites(topology, loaded, scheme):
+        width = model.get_submodule(site.name).in_features
+        values = {"lower": -4 * torch.ones(width), "upper": 4 * torch.ones(width), "clip_ratio": torch.ones(1)}
+        tensors |= {f"{site.name}/{name}": values[name] for name in fmt.parameters}
+    options = MethodOptions(weights=variant.weights)
+    return build_plan("rtn", loaded, topology, scheme, options, tensors, None)
+
+
+def serve(connection: Connection, setting: Setting, variant: Variant, fingerprint: str | None) -> None:
+    """Load a variant and tell what it took; then answer with as many tokens as asked, until 0, and tell how long."""
+    logging.set_verbosity_error()
+    device = torch.device(setting.device)
+    quantize = None
+    if variant.scheme:
+        with torch.device("meta"):
+            shape = LlavaForConditionalGeneration(config_from(setting.source))
+        quantize = QuantizeOnLoad(make_plan(shape, fingerprint, variant), plugins.kernels("auto"))
+    before, start = _peak(device), time.perf_counter()
+    loaded = load(setting.source, dtype=variant.dtype, device=device, quantize=quantize)
+    seconds = time.perf_counter() - start
+    model = loaded.model
+    connection.send(
+        {
+            "fingerprint": loaded.fingerprint,
+            "weight_bytes": _weight_bytes(model),
+            "load_s": seconds,
+            "memory_before_bytes": before,
+            "load_peak_bytes": _peak(device),
+            "kernels": quantize.execution.counts if quantize else {},
+            "fallbacks": len(quantize.execution.fallbacks) if quantize else 0,
+        }
+    )
+    inputs = request(model.config, setting.prompt_tokens).to(device)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    how: dict[str, Any] = {"disable_compile": True}
+    if setting.compiled:
+        compile_config = CompileConfig()
+        compile_config._compile_all_devices = True  # on a CPU too
+        how = {"cache_implementation": "static", "compile_config": compile_config}
+    while count := connection.recv():
+        start = time.perf_counter()
+        with torch.inference_mode():
+            answer = model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, **how)
+        assert answer[0, -count:].numel() == count  # copying the answer waits for the device
+        connection.send(time.perf_counter() - start)
+    connection.send(_peak(device))
+
+
+def config_from(source: str) -> Any:
+    """The configuration of a checkpoint folder."""
+    return LlavaForConditionalGeneration.config_class.from_pretrained(source)
+
+
+def _weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of parameters and buffers, of shared memory once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
+def _peak(device: torch.device) -> int:
+    """The most memory so far, in bytes: of the device, or of the process with interpreter and libraries."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux counts the parent's memory in what `getrusage` says of a child
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure(setting: Setting, names: list[str], answers: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+    """Rows of all variants; the first is what the others are compared with."""
+    context = multiprocessing.get_context("spawn")
+    connections: dict[str, Connection] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    processes = []
+    for name in names:
+        ours, theirs = context.Pipe()
+        fingerprint = facts[names[0]]["fingerprint"] if facts else None
+        process = context.Process(target=serve, args=(theirs, setting, VARIANTS[name], fingerprint), daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+        connections[name], facts[name] = ours, ours.recv()
+        print(f"{name} is loaded: {facts[name]['load_s']:.1f} s, {facts[name]['kernels'] or 'full precision'}")
+    seconds: dict[tuple[str, int], list[float]] = {(name, count): [] for name in names for count in answers}
+    for turn in range(rounds + 1):
+        for name, count in seconds:
+            connections[name].send(count)
+            taken = connections[name].recv()
+            if turn:  # the first warms up, and compiles
+                seconds[name, count].append(taken)
+    for name, connection in connections.items():
+        connection.send(0)
+        facts[name]["peak_memory_bytes"] = connection.recv()
+    for process in processes:
+        process.join()
+    times = {name: {count: Times(tuple(seconds[name, count])) for count in answers} for name in names}
+    return [_row(name, facts, times, names[0]) for name in names]
+
+
+def _row(
+    name: str, facts: Mapping[str, Mapping[str, Any]], times: Mapping[str, Mapping[int, Times]], baseline: str
+) -> dict[str, Any]:
+    of_variant, own = facts[name], times[name]
+    first, *_, last = own
+    prefill = own[first]
+    decode = Times(
+        tuple(
+            (long - short) / (last - first) for short, long in zip(own[first].samples, own[last].samples, strict=True)
+        )
+    )
+    answers = {f"seconds_{count}_out": own[count].median for count in own if count > 1} | {
+        f"times_as_fast_{count}_out": own[count].faster_than(times[baseline][count]) for count in own if count > 1
+    }
+    return {
+        "variant": name,
+        **{key: value for key, value in of_variant.items() if key != "fingerprint"},
+        "weight_ratio": of_variant["weight_bytes"] / facts[baseline]["weight_bytes"],
+        "prefill_ms": 1e3 * prefill.median,
+        "prefill_spread": prefill.spread,
+        "decode_ms_per_token": 1e3 * decode.median,
+        "decode_spread": decode.spread,
+        **answers,
+    }
+
+
+def main() -> None:
+    """Write a random checkpoint, measure, print and write the rows, delete the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layout", choices=LAYOUTS, default="llava-1.5-7b")
+    parser.add_argument("--layers", type=int, help="of the decoder; default: all, which takes the layout's full memory")
+    parser.add_argument("--variants", help=f"default: all of {', '.join(VARIANTS)} (fp16 on a GPU only); the first is "
+                        "what the others are compared with")  # fmt: skip
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--compile", action="store_true", help="with a static cache; on a CPU this takes a C++ compiler"
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=600)
+    parser.add_argument("--answers", default="16,128", help="lengths of answers, in tokens")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="for the checkpoint; default: where temporary files go")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    asked = parser.parse_args()
+    device = torch.device(asked.device)
+    names = (
+        asked.variants.split(",") if asked.variants else [n for n in VARIANTS if n != "fp16" or device.type == "cuda"]
+    )
+    answers = (1, *map(int, asked.answers.split(",")))
+    config = config_of(asked.layout, asked.layers)
+    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+        write_checkpoint(config, Path(folder))
+        setting = Setting(folder, asked.device, asked.prompt_tokens, asked.compile)
+        found = measure(setting, names, answers, asked.rounds)
+    given = {
+        "layout": asked.layout,
+        "layers": config.text_config.num_hidden_layers,
+        "prompt_tokens": asked.prompt_tokens,
+        "compiled": asked.compile,
+        "machine": machine(device),
+    }
+    title = (
+        f"{asked.layout}, {given['layers']} decoder layers{', compiled' if asked.compile else ''}; {given['machine']}"
+    )
+    lengths = answers[1:]
+    columns = ["variant", "weights GB", "x", "load s", "+ GB", "peak + GB", "prefill ms", "ms per token"]
+    columns += [text for count in lengths for text in (f"{count} out s", "x as fast")]
+    show(title, columns, [_cells(row, lengths) for row in found])
+    write_rows(asked.json, [{**given, **row} for row in found])
+
+
+def _cells(row: Mapping[str, Any], lengths: tuple[int, ...]) -> list[str]:
+    ends = [
+        text
+        for count in lengths
+        for text in (f"{row[f'seconds_{count}_out']:.2f}", f"{row[f'times_as_fast_{count}_out']:.2f}")
+    ]
+    return [
+        row["variant"],
+        f"{row['weight_bytes'] / 1e9:.2f}",
+        f"{row['weight_ratio']:.2f}",
+        f"{row['load_s']:.1f}",
+        f"{(row['load_peak_bytes'] - row['memory_before_bytes']) / 1e9:.2f}",
+        f"{(row['peak_memory_bytes'] - row['memory_before_bytes']) / 1e9:.2f}",
+        f"{row['prefill_ms']:.0f} ±{100 * row['prefill_spread']:.0f} %",
+        f"{row['decode_ms_per_token']:.1f} ±{100 * row['decode_spread']:.0f} %",
+        *ends,
+    ]
+
+
+if __name__ == "__main__":
+    main()

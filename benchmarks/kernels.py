@@ -1,0 +1,191 @@
+"""Time and error of packed products, beside bfloat16, at the sizes of real layers.
+
+Weights take turns with copies of themselves, so that each product finds its weight in memory, as in a model, and not in
+a cache. Speeds are relative to bfloat16 in the same round; errors are relative distances to the reference arithmetic in
+float32 with the same formats, and for bfloat16 to the product in float32.
+
+python benchmarks/kernels.py                                          # 7B, 13B and the vision tower
+python benchmarks/kernels.py --layouts 7b --tokens 1 --rounds 30      # decoding alone
+python benchmarks/kernels.py --device cuda --json kernels-cuda.json
+"""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from side_by_side import machine, show, time_in_turns, write_rows
+from torch import Tensor, nn
+
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.int4 import INT4
+from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
+from qvlm_plugin.kernels.int8 import INT8
+from qvlm_plugin.kernels.nf4 import NF4
+from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.kernels.selftest import self_test
+from qvlm_plugin.linear import QuantLinear
+
+LAYOUTS = {
+    "7b": {"attention": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)},
+    "13b": {"attention": (5120, 5120), "gate, up": (13824, 5120), "down": (5120, 13824)},
+    "tower": {"attention": (1024, 1024), "fc1": (4096, 1024), "fc2": (1024, 4096)},
+    "demo": {"query": (576, 576), "key": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)},
+}
+"""Shapes [O, I] of the Linears of LLaVA's decoders and tower, and of the embedded model's decoder."""
+
+INT4_WEIGHT = WeightFormat(kind="int", bits=4, group_size=128)
+INT8_WEIGHT = WeightFormat(kind="int", bits=8, group_size=128)
+NF4_WEIGHT = WeightFormat(kind="nf", bits=4, double_quantization=True)
+
+VARIANTS: dict[str, tuple[Kernel, WeightFormat, int]] = {
+    "reference w4a4": (REFERENCE, INT4_WEIGHT, 4),
+    "int4 w4a16": (INT4, INT4_WEIGHT, 16),
+    "int4 w4a4": (INT4, INT4_WEIGHT, 4),
+    "int4_folded w4a4": (INT4_FOLDED, INT4_WEIGHT, 4),
+    "nf4 w4a16": (NF4, NF4_WEIGHT, 16),
+    "int8 w8a16": (INT8, INT8_WEIGHT, 16),
+    "int8 w8a8": (INT8, INT8_WEIGHT, 8),
+}
+"""Kernel, weights and bits of activations."""
+
+BASELINE = "bf16"
+
+CACHE_BYTES = 2**27
+"""Copies of a weight in bfloat16 take at least so much, several times what caches hold."""
+
+
+def activation_format(bits: int, layout: str) -> ActivationFormat:
+    """Tokens have ranges of their own in the tower, channels in decoders, as in plans."""
+    if bits == 16:
+        return ActivationFormat()
+    return ActivationFormat(kind="dynamic_token" if layout == "tower" else "static_channel", bits=bits)
+
+
+def parameters_of(activation: ActivationFormat, x: Tensor) -> dict[str, Tensor]:
+    """What the format names, observed on ``x`` [T, I]."""
+    values = {"lower": x.amin(0), "upper": x.amax(0), "clip_ratio": torch.ones(1, device=x.device)}
+    return {name: values[name] for name in activation.parameters}
+
+
+@torch.no_grad()
+def measure(
+    layout: str, shape: tuple[int, int], tokens: tuple[int, ...], rounds: int, seconds: float, device: torch.device
+) -> list[dict[str, Any]]:
+    """Rows of all variants of one Linear."""
+    rows, columns = shape
+    torch.manual_seed(0)
+    x = torch.randn(max(tokens), columns) * (0.5 * torch.randn(columns)).exp() + 0.2 * torch.randn(columns)
+    x = x.to(device)
+    full = nn.Linear(columns, rows, bias=False, device=device)
+    linear = nn.Linear(columns, rows, bias=False, device=device, dtype=torch.bfloat16)
+    linear.weight.copy_(full.weight)
+    full.weight.copy_(linear.weight)
+    copies = max(1, CACHE_BYTES // linear.weight.nbytes)
+    modules: dict[str, list[nn.Module]] = {BASELINE: _copies(lambda: _copy(linear), copies)}
+    references = {BASELINE: full}
+    for name, (kernel, weight, bits) in VARIANTS.items():
+        activation = activation_format(bits, layout)
+        obstacle = kernel.obstacle(weight, activation, shape, device) or self_test(kernel, weight, activation, device)
+        if obstacle:
+            print(f"{name} is left out at {shape[0]} x {shape[1]}: {obstacle}")
+            continue
+        parameters = parameters_of(activation, x)
+        quantized = QuantLinear.from_linear(linear, weight, activation, parameters, kernel)
+        modules[name] = _copies(lambda quantized=quantized: _copy(quantized), copies)
+        references[name] = QuantLinear.from_linear(full, weight, activation, parameters, REFERENCE)
+    errors = {
+        name: [_error(layers[0], references[name], x[:count]) for count in tokens] for name, layers in modules.items()
+    }
+    references.clear()
+    results = []
+    for index, count in enumerate(tokens):
+        inputs = x[:count].bfloat16()
+        runs = {name: _run(layers, inputs) for name, layers in modules.items()}
+        times = time_in_turns(runs, rounds, device, seconds)
+        for name, layers in modules.items():
+            results.append(
+                {
+                    "variant": name,
+                    "out_features": rows,
+                    "in_features": columns,
+                    "tokens": count,
+                    "weight_bytes": sum(tensor.nbytes for tensor in layers[0].parameters()),
+                    "ms": 1e3 * times[name].median / copies,
+                    "spread": times[name].spread,
+                    "times_as_fast_as_bf16": times[name].faster_than(times[BASELINE]),
+                    "relative_error": errors[name][index],
+                }
+            )
+    return results
+
+
+def _copies(make: Callable[[], nn.Module], count: int) -> list[nn.Module]:
+    return [make() for _ in range(count)]
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    copy = nn.Module.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy._parameters = {
+        name: value if value is None else nn.Parameter(value.detach().clone(), requires_grad=False)
+        for name, value in module._parameters.items()
+    }
+    return copy
+
+
+def _run(layers: list[nn.Module], x: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        for layer in layers:
+            layer(x)
+
+    return run
+
+
+def _error(layer: nn.Module, reference: nn.Module, x: Tensor) -> float:
+    inputs = x.bfloat16()
+    expected = reference(inputs.float())
+    return float((layer(inputs).float() - expected).norm() / expected.norm())
+
+
+def main() -> None:
+    """Measure, print a table for each layout, and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", default="7b,13b,tower", help=f"of {', '.join(LAYOUTS)}")
+    parser.add_argument("--tokens", default="1,8,600")
+    parser.add_argument("--rounds", type=int, default=5, help="at least; a sample of each variant is taken in each")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of rounds for each shape and number of tokens")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    asked = parser.parse_args()
+    device, tokens = torch.device(asked.device), tuple(map(int, asked.tokens.split(",")))
+    name, rows = machine(device), []
+    for layout in asked.layouts.split(","):
+        found = []
+        for role, shape in LAYOUTS[layout].items():
+            for row in measure(layout, shape, tokens, asked.rounds, asked.seconds, device):
+                found.append({"layout": layout, "layers": role, **row, "machine": name})
+        show(f"{layout} on {name}", ["layers", "tokens", "variant", *COLUMNS], [_cells(row) for row in found])
+        rows += found
+    write_rows(asked.json, rows)
+
+
+COLUMNS = ("MB", "ms", "x bf16", "error")
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{row['layers']} {row['out_features']} x {row['in_features']}",
+        str(row["tokens"]),
+        row["variant"],
+        f"{row['weight_bytes'] / 1e6:.1f}",
+        f"{row['ms']:.3f} ±{100 * row['spread']:.0f} %",
+        f"{row['times_as_fast_as_bf16']:.2f}",
+        f"{row['relative_error']:.1e}",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Print what benchmarks wrote with --json as Markdown tables, for docs/performance.md.
+
+python benchmarks/markdown.py docs/performance/*.json
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+KERNELS: dict[str, Callable[[Row], str]] = {
+    "Linear": lambda row: f"{row['layout']} {row['layers']} {row['out_features']} × {row['in_features']}",
+    "tokens": lambda row: str(row["tokens"]),
+    "variant": lambda row: row["variant"],
+    "MB": lambda row: f"{row['weight_bytes'] / 1e6:.1f}",
+    "ms": lambda row: f"{row['ms']:.3g} ± {100 * row['spread']:.0f} %",
+    "× as fast as bf16": lambda row: f"{row['times_as_fast_as_bf16']:.2f}",
+    "relative error": lambda row: f"{row['relative_error']:.1e}",
+}
+GENERATE: dict[str, Callable[[Row], str]] = {
+    "variant": lambda row: row["variant"],
+    "weights, GB": lambda row: f"{row['weight_bytes'] / 1e9:.2f}",
+    "of the first": lambda row: f"{row['weight_ratio']:.2f}",
+    "load, s": lambda row: f"{row['load_s']:.1f}",
+    "load peak, GB": lambda row: f"{row['load_peak_bytes'] / 1e9:.2f}",
+    "peak, GB": lambda row: f"{row['peak_memory_bytes'] / 1e9:.2f}",
+    "prefill, ms": lambda row: f"{row['prefill_ms']:.0f} ± {100 * row['prefill_spread']:.0f} %",
+    "ms per token": lambda row: f"{row['decode_ms_per_token']:.1f} ± {100 * row['decode_spread']:.0f} %",
+    "16 out, s": lambda row: f"{row['seconds_16_out']:.2f} (× {row['times_as_fast_16_out']:.2f})",
+    "128 out, s": lambda row: f"{row['seconds_128_out']:.2f} (× {row['times_as_fast_128_out']:.2f})",
+}
+SEARCH: dict[str, Callable[[Row], str]] = {
+    "search": lambda row: row["search"],
+    "seconds per layer": lambda row: f"{row['seconds_per_layer']:.1f}",
+    "× layer-wise": lambda row: f"{row['times_as_long_as_layer_wise']:.2f}",
+}
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown of a file's rows, under a line that names the machine."""
+    columns = SEARCH if "search" in rows[0] else GENERATE if "prefill_ms" in rows[0] else KERNELS
+    lines = [rows[0]["machine"], "", f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print a table for each file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path)
+    for file in parser.parse_args().files:
+        print(f"{table(json.loads(file.read_text()))}\n")
+
+
+if __name__ == "__main__":
+    main()

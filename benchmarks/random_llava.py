@@ -1,0 +1,99 @@
+"""LLaVA checkpoints of real sizes with random weights: they say what a model costs, not what it answers."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    BatchFeature,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.initialization import no_init_weights
+
+IMAGE_TOKENS = 576
+"""Of an image of 336 x 336 pixels in patches of 14."""
+
+_DECODERS = {
+    "llava-1.5-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "layers": 32},
+    "llava-1.5-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "layers": 40},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "layers": 2},
+}
+LAYOUTS = tuple(_DECODERS)
+"""LLaVA-1.5's, and a tiny one to try a benchmark with."""
+
+
+def config_of(layout: str, layers: int | None = None) -> LlavaConfig:
+    """The configuration of a layout, with another number of decoder layers if one is given."""
+    sizes = dict(_DECODERS[layout])
+    depth = sizes.pop("layers")
+    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    if layout == "tiny":
+        tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=336, patch_size=14, projection_dim=768, **tower),
+        text_config=LlamaConfig(
+            vocab_size=32064, num_hidden_layers=layers or depth, max_position_embeddings=4096, **sizes
+        ),
+        image_token_index=32000,
+        image_seq_length=IMAGE_TOKENS,
+    )
+
+
+@torch.no_grad()
+def random_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
+    """A bfloat16 model. Its matrices repeat a block of normal numbers, which fills a large model in seconds."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with no_init_weights():
+            model = LlavaForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(dtype)
+    block = torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    for name, parameter in model.named_parameters():
+        flat = parameter.flatten()
+        if parameter.dim() < 2:
+            flat.fill_(0.0 if name.endswith("bias") else 1.0)
+        for start in range(0, flat.numel() if parameter.dim() > 1 else 0, len(block)):
+            flat[start : start + len(block)] = block[: flat.numel() - start]
+    return model.eval()
+
+
+def write_checkpoint(config: LlavaConfig, folder: Path) -> None:
+    """A random model with a processor, in the Hugging Face layout."""
+    random_model(config).save_pretrained(folder)
+    size = config.vision_config.image_size
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
+        _tokenizer(),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    ).save_pretrained(folder)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = ["<pad>", "<s>", "</s>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+
+
+def request(config: LlavaConfig, tokens: int, seed: int = 0) -> BatchFeature:
+    """A question about an image: ``tokens`` positions, `IMAGE_TOKENS` of them the image."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(100, 30000, (1, tokens), generator=generator)
+    ids[:, 1 : 1 + IMAGE_TOKENS] = config.image_token_index
+    size = config.vision_config.image_size
+    pixels = torch.randn(1, 3, size, size, generator=generator)
+    return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels})

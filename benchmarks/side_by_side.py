@@ -1,0 +1,120 @@
+"""Time alternatives in turns, so that what else a machine does falls on all of them alike; and tell of that machine."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qvlm_plugin.atomic import write_file
+
+# Libraries look for a package named `kernels`: the benchmark of that name must not stand before it.
+_HERE = str(Path(__file__).parent)
+if sys.path[0] == _HERE:
+    sys.path.append(sys.path.pop(0))
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one alternative, a sample from each round."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The sample in the middle."""
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance of the quartiles, as a share of the median."""
+        if len(self.samples) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return (high - low) / 2 / self.median
+
+    def faster_than(self, other: "Times") -> float:
+        """The median over rounds of how many times as long the other took in the same round."""
+        pairs = zip(self.samples, other.samples, strict=True)
+        return statistics.median(theirs / ours for ours, theirs in pairs)
+
+    def __str__(self) -> str:
+        return f"{1e3 * self.median:.3g} ±{100 * self.spread:.0f} %"
+
+
+def time_in_turns(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, seconds: float = 0.0
+) -> dict[str, Times]:
+    """Run every alternative once untimed, then all of them once a round.
+
+    Args:
+        runs: by name.
+        rounds: at least so many.
+        device: whose work to wait for.
+        seconds: go on with rounds for so long.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    begin = time.perf_counter()
+    while len(next(iter(samples.values()))) < rounds or time.perf_counter() - begin < seconds:
+        for name, run in runs.items():
+            samples[name].append(seconds_of(run, device))
+    return {name: Times(tuple(values)) for name, values in samples.items()}
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Wall time of a run, until the device has done its work."""
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine(device: torch.device) -> str:
+    """The processor that the times are of, with its memory and the version of torch."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        where = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+        capability = torch.backends.cpu.get_cpu_capability()
+        where = f"{_processor()}, {torch.get_num_threads()} threads, {capability}, {memory:.0f} GB"
+    return f"{where}; torch {torch.__version__}"
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; all columns but the first are right-aligned."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=max(Console().width, 140)).print(table)
+
+
+def write_rows(file: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as a JSON list, if a file was asked for."""
+    if file is not None:
+        write_file(file, (json.dumps(list(rows), indent=1) + "\n").encode())

@@ -5,7 +5,6 @@ And its multiple-choice scorer takes the choice with the lowest number, because 
 interface asks for log-probabilities. Both are mended here for results of this package's models, known by their type.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from lmms_eval import evaluator
 from lmms_eval.api.instance import TokenCounts
 from lmms_eval.api.task import ConfigurableTask
 
-from qvlm_plugin.harness.wrapping import wrap_once
+from qvlm_plugin.harness.host import takes_losses, wrap_once
 
 
 class Likelihood(NamedTuple):
@@ -37,14 +36,14 @@ def _keeping_likelihoods(unwrap: Callable) -> Callable:
 
 
 def _scoring_likelihoods(process: Callable) -> Callable:
-    takes_losses = "np.argmin(lls)" in inspect.getsource(process)
+    by_loss = takes_losses(process)
 
     def process_results(self: ConfigurableTask, doc: Mapping[str, Any], results: Sequence, **kwargs: Any) -> dict:
         ours = all(isinstance(result, Likelihood) for result in results)
         if ours and not callable(self.config.process_results):
             if self.OUTPUT_TYPE == "loglikelihood":
                 (results,) = results
-            elif self.OUTPUT_TYPE == "multiple_choice" and takes_losses:
+            elif self.OUTPUT_TYPE == "multiple_choice" and by_loss:
                 results = [(-result.log_probability, result.is_greedy) for result in results]
         return process(self, doc, results, **kwargs)
 

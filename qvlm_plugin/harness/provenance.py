@@ -29,9 +29,9 @@ from tqdm import tqdm
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import processes
+from qvlm_plugin.harness.host import set_response_key, wrap_once
 from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.requests import Documents, Request
-from qvlm_plugin.harness.wrapping import wrap_once
 from qvlm_plugin.report.seal import PARTS as SEALED
 from qvlm_plugin.report.seal import SEAL, seal
 from qvlm_plugin.scheme import PARTS
@@ -312,10 +312,8 @@ def _knowing_identity(execute: Callable) -> Callable:
     # a local data set behind the same name does.
     def execute_with_identity(self: ResponseCache, lm: Any, reqtype: str, requests: list) -> list:
         if hasattr(lm, "response_identity"):
-            if not hasattr(self, "_model_fingerprint_hash"):
-                raise QVLMError("--use_cache does not work with this version of lmms-eval; leave it out")
             identity = f"{self.model_fingerprint}|{lm.response_identity()}"
-            self._model_fingerprint_hash = hashlib.sha256(identity.encode()).hexdigest()
+            set_response_key(self, hashlib.sha256(identity.encode()).hexdigest())
         responses = execute(self, lm, reqtype, requests)
         if hasattr(lm, "response_identity") and reqtype == "loglikelihood":
             return [Likelihood(*response) for response in responses]  # they come as lists out of the cache

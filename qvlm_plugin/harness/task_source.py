@@ -15,6 +15,7 @@ from qvlm_plugin.calibration import Sample
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import tasks
+from qvlm_plugin.harness.host import answers_of
 from qvlm_plugin.harness.manifest import MODEL_ID
 from qvlm_plugin.harness.requests import from_messages, from_visuals
 from qvlm_plugin.reading import parsed_elsewhere
@@ -99,11 +100,8 @@ def _render(task: ConfigurableTask, document: Mapping[str, Any], chat: bool) -> 
 
 def _answer(task: ConfigurableTask, document: Mapping[str, Any], source: str) -> str:
     """What the model should have said: the commonest of several people's answers, else the task's target."""
-    answers = document.get("answers")
-    if answers:
-        if isinstance(answers, Mapping):  # a column of records, as some versions of datasets give it
-            answers = answers["answer"]
-        return _commonest([answer["answer"] if isinstance(answer, Mapping) else answer for answer in answers])
+    if answers := document.get("answers"):
+        return _commonest(answers_of(answers))
     target = task.config.doc_to_target
     if isinstance(target, str) and target not in document and "{{" not in target:
         raise QVLMError(f"{source}: this split has no answers; take another")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from qvlm_plugin.harness.wrapping import wrap_once
+from qvlm_plugin.harness.host import wrap_once
 
 
 def install() -> None:

@@ -71,7 +71,10 @@ def dying_at(number, folder, count=None):
 
 
 def with_files_of_at_most(size):
-    """Let no file grow beyond ``size`` bytes: writing then fails, as on a full disk."""
+    """Let no file grow beyond ``size`` bytes, unless that is -1: writing then fails, as on a full disk."""
+    with open(os.devnull, "w") as nothing:  # what is printed may go to a file
+        for stream in (1, 2):
+            os.dup2(nothing.fileno(), stream)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 

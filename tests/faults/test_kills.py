@@ -73,18 +73,23 @@ def kill_again_and_again(tmp_path, job, kills, check, seed, outcome=content):
         folder = tmp_path / f"killed-{folders}"
         folder.mkdir()
         folders += 1
-        for _ in range(draw.randint(2, 6)):
-            if draw.random() < 0.6:
-                process = start(*job(folder), limits=[(dying_at, draw.randint(1, changes), folder)])
+        left, ended = changes, None
+        while ended != 0:
+            if killed >= kills or draw.random() < 0.1:
+                process = start(*job(folder))
+            elif draw.random() < 0.7:
+                moment = draw.randint(1, left)
+                process, left = start(*job(folder), limits=[(dying_at, moment, folder)]), max(left - moment, 2)
             else:
                 process = start(*job(folder))
                 process.join(draw.uniform(0, seconds))
                 with suppress(ProcessLookupError):
                     # The group, or only the process, whose children go on.
                     os.killpg(process.pid, signal.SIGKILL) if draw.random() < 0.5 else process.kill()
-            killed += finish(process) == -signal.SIGKILL
+            ended = finish(process)
+            assert ended in (0, -signal.SIGKILL)
+            killed += ended != 0
             check(folder)
-        assert finish(start(*job(folder))) == 0
         assert outcome(folder) == expected
         shutil.rmtree(folder)
 

@@ -17,6 +17,8 @@ from qvlm_plugin.export import export
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.report.leaderboard.adding import add_run
+from qvlm_plugin.report.results import Grid
+from qvlm_plugin.report.writing import Report
 
 OPTIONS = {
     "calibration_batch_size": 2, "veo_epochs": 1, "max_depth": 1, "min_percentile": 0.99, "min_ratio": 0.8,
@@ -56,16 +58,21 @@ def compare(place, folder):
     assert done.exit_code == 0, done.output
 
 
-def told(file, function, *arguments):
-    """Write the one line that ``function`` fails with, and how."""
+def report(folder):
+    """Write a report with a figure."""
+    table = Grid(("a", "b"), (("1", "2"),))
+    Report("found", "Found", "qvlm", [table], [{"a": 1}], ["so it is"], {"svg": b"<svg>" * 4_000}).write(
+        folder / "report"
+    )
+
+
+def tell(connection, function, *arguments):
+    """Send the one line that ``function`` fails with, or that it is done."""
     try:
         function(*arguments)
-        line = "done"
+        connection.send("done")
     except QVLMError as error:
-        line = f"QVLMError: {error}"
-    descriptor = os.open(file, os.O_WRONLY)
-    os.write(descriptor, line.encode())
-    os.close(descriptor)
+        connection.send(f"QVLMError: {error}")
 
 
 def hash_of_search(model, cache, file):

@@ -54,17 +54,17 @@ def test_nothing_is_left_of_what_failed(tmp_path, error):
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     if (child := os.fork()) == 0:
-        with staged(tmp_path / "x.1"):
+        with staged(tmp_path / "x"):
             os._exit(9)  # without any clean-up
     os.waitpid(child, 0)
     (left,) = names(tmp_path)
-    with staged(tmp_path / "x") as other:  # another name: not ours to remove
+    with staged(tmp_path / "y") as other:  # another name
         assert names(tmp_path) == sorted([left, other.name])
-        with staged(tmp_path / "x.1") as folder:
-            assert names(tmp_path) == sorted([folder.name, other.name]) and folder.name != left
-            with staged(tmp_path / "x.1") as second:
-                assert names(tmp_path) == sorted([folder.name, other.name, second.name])
-    assert names(tmp_path) == ["x", "x.1"]
+        with staged(tmp_path / "x", replaces=True) as first:
+            assert names(tmp_path) == sorted([first.name, other.name]) and first.name != left
+            with staged(tmp_path / "x", replaces=True) as second:
+                assert names(tmp_path) == sorted([first.name, other.name, second.name])
+    assert names(tmp_path) == ["x", "y"]
 
 
 def test_a_leftover_that_goes_before_it_is_locked_is_made_again(tmp_path, monkeypatch):

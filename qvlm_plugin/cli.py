@@ -23,6 +23,7 @@ from qvlm_plugin.commands.shared import (
     OneScheme,
     Pretrained,
     Revision,
+    RouterNoiseSeed,
     Seed,
     Source,
     command_line,
@@ -84,9 +85,7 @@ def search(
     seed: Seed = 0,
     revision: Revision = None,
     conv: Conv = None,
-    router_noise_seed: Annotated[
-        int | None, typer.Option(help="Seed of noise in the choice of experts (MoE-LLaVA); default: no noise.")
-    ] = None,
+    router_noise_seed: RouterNoiseSeed = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     device_map: Annotated[

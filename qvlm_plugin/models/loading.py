@@ -141,6 +141,7 @@ def load(
         "device_map": None if device_map == OFFLOAD else device_map,
         "attn_implementation": attn_implementation,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # `_require_matching_keys` names them
     }
     if quantize is not None:
         quantize.fingerprint, quantize.device = fingerprint, torch.device(device)

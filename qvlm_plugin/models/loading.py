@@ -74,6 +74,24 @@ class LoadedModel:
         return (stop,) if stop else ()
 
 
+def read_config(pretrained: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a checkpoint in either layout, of which only the small files are fetched and read.
+
+    Raises:
+        QVLMError: there is no such checkpoint, or its configuration cannot be used.
+    """
+    source = f"pretrained={pretrained!r}"
+    folder = local_folder(pretrained, source, revision)
+    values = _read_config_file(folder, source)
+    return read_original(folder, values, source).config if is_original(values) else _read_config(folder, source, False)
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model without weights: its parameters are on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
 def load(
     pretrained: str,
     *,

@@ -81,9 +81,7 @@ def read_config(pretrained: str, revision: str | None = None) -> PretrainedConfi
         QVLMError: there is no such checkpoint, or its configuration cannot be used.
     """
     source = f"pretrained={pretrained!r}"
-    folder = local_folder(pretrained, source, revision)
-    values = _read_config_file(folder, source)
-    return read_original(folder, values, source).config if is_original(values) else _read_config(folder, source, False)
+    return _read_layout(local_folder(pretrained, source, revision), source, False)[1]
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -132,11 +130,7 @@ def load(
     prompt = None if conv is None else prompt_format(conv)
     source = f"pretrained={pretrained!r}"
     folder = local_folder(pretrained, source, revision)
-    values = _read_config_file(folder, source)
-    with parsed_elsewhere(f"{source}: config.json does not load"):
-        original = read_original(folder, values, source) if is_original(values) else None
-        remote = {"trust_remote_code": trust_remote_code}
-        config = original.config if original else AutoConfig.from_pretrained(folder, **remote)
+    original, config = _read_layout(folder, source, trust_remote_code)
     _set_router_noise(config, router_noise_seed, source)
     if check_config is not None:
         check_config(config)
@@ -184,6 +178,18 @@ def load(
     elif device_map == OFFLOAD:
         cpu_offload(model, torch.device(device))
     return LoadedModel(model.eval(), processor, pretrained, fingerprint, name_of(processor.chat_template))
+
+
+def _read_layout(
+    folder: Path, source: str, trust_remote_code: bool
+) -> tuple[OriginalCheckpoint | None, PretrainedConfig]:
+    """The configuration, and the checkpoint if it is in the original layout."""
+    values = _read_config_file(folder, source)
+    with parsed_elsewhere(f"{source}: config.json does not load"):
+        if is_original(values):
+            original = read_original(folder, values, source)
+            return original, original.config
+        return None, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _read_config_file(folder: Path, source: str) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, Union, get_args, get_origin
 
-import click
 import typer
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -48,7 +48,7 @@ def arguments(context: typer.Context) -> None:
     typer.echo(page, nl=False)
 
 
-def reference(arguments: "type[BaseModel]", methods: "Mapping[str, Method]", command: click.Group) -> str:
+def reference(arguments: "type[BaseModel]", methods: "Mapping[str, Method]", command: TyperGroup) -> str:
     """The page.
 
     Args:
@@ -83,7 +83,8 @@ def _attributes(options: type) -> dict[str, str]:
     for class_ in reversed(options.__mro__):
         _, _, section = (inspect.cleandoc(class_.__doc__ or "")).partition("Attributes:\n")
         for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
-            described |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+            meaning = " ".join(text.split()).replace("``", "`").removesuffix(".")
+            described |= dict.fromkeys(names.split(", "), meaning)
     return described
 
 
@@ -117,14 +118,14 @@ def _default(field: "FieldInfo") -> str:
     return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
 
 
-def _of_commands(command: click.Command, path: str) -> Iterator[str]:
-    if isinstance(command, click.Group):
+def _of_commands(command: TyperCommand | TyperGroup, path: str) -> Iterator[str]:
+    if isinstance(command, TyperGroup):
         for name in sorted(command.commands):
             yield from _of_commands(command.commands[name], f"{path} {name}")
         return
-    positional = [parameter for parameter in command.params if isinstance(parameter, click.Argument)]
-    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
-    usage = " ".join([path, *(parameter.make_metavar(click.Context(command)) for parameter in positional)])
+    positional = [parameter for parameter in command.params if isinstance(parameter, TyperArgument)]
+    options = [parameter for parameter in command.params if isinstance(parameter, TyperOption)]
+    usage = " ".join([path, *(parameter.make_metavar(typer.Context(command)) for parameter in positional)])
     summary, _, example = " ".join((command.help or "").split()).partition(" Example: ")
     yield f"### {usage}\n\n{summary}\n"
     if example:
@@ -134,7 +135,7 @@ def _of_commands(command: click.Command, path: str) -> Iterator[str]:
         yield _table(("option", "default", "meaning"), rows) + "\n"
 
 
-def _of_option(option: click.Option) -> str:
+def _of_option(option: TyperOption) -> str:
     if option.required:
         return "required"
     return f"`{option.default}`" if option.default not in (None, False, [], ()) else ""

@@ -10,7 +10,9 @@ from rich.table import Table
 
 from qvlm_plugin import __version__
 from qvlm_plugin.commands import leaderboard
+from qvlm_plugin.commands.arguments import arguments
 from qvlm_plugin.commands.compare import compare
+from qvlm_plugin.commands.doctor import doctor
 from qvlm_plugin.commands.export import export
 from qvlm_plugin.commands.plot import plot
 from qvlm_plugin.commands.publish import check_submission, publish
@@ -23,6 +25,7 @@ from qvlm_plugin.commands.shared import (
     OneScheme,
     Pretrained,
     Revision,
+    RouterNoiseSeed,
     Seed,
     Source,
     command_line,
@@ -52,7 +55,7 @@ app.add_typer(demo, name="demo")
 ablate = typer.Typer(help="The paper's ablations: for each a table, its rows and a figure.", no_args_is_help=True)
 app.add_typer(ablate, name="ablate")
 app.add_typer(leaderboard.app, name="leaderboard")
-for command in (compare, export, plot, publish, check_submission):
+for command in (arguments, compare, doctor, export, plot, publish, check_submission):
     app.command()(command)
 
 
@@ -84,9 +87,7 @@ def search(
     seed: Seed = 0,
     revision: Revision = None,
     conv: Conv = None,
-    router_noise_seed: Annotated[
-        int | None, typer.Option(help="Seed of noise in the choice of experts (MoE-LLaVA); default: no noise.")
-    ] = None,
+    router_noise_seed: RouterNoiseSeed = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     device_map: Annotated[

@@ -8,6 +8,9 @@ functions marked by `hookimpl`::
     @hookimpl
     def qvlm_methods():
         return [Method(name="mine", …)]
+
+A hook that raises is named in the log and left out. docs/example-plugin is such a package, explained in
+docs/add-a-method.md.
 """
 
 from typing import TYPE_CHECKING

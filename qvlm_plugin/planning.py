@@ -210,5 +210,5 @@ def apply(plan: RoundingPlan, loaded: LoadedModel, backend: str = "reference", s
         QVLMError: see `apply_plan`; or the backend is unknown.
     """
     execution = apply_plan(plan, loaded.model, loaded.fingerprint, plugins.kernels(backend), strict)
-    plugins.plugin_manager().hook.qvlm_quantized(loaded=loaded, plan=plan)
+    plugins.tell_quantized(loaded, plan)
     return execution

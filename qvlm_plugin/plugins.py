@@ -1,7 +1,11 @@
 """The plugin manager: what the hooks provide, looked up by name."""
 
+import logging
+from collections.abc import Iterator
 from functools import cache
+from importlib import metadata
 from types import ModuleType
+from typing import Any
 
 import pluggy
 from transformers import PretrainedConfig
@@ -12,7 +16,11 @@ from qvlm_plugin.families.llava import MODEL_TYPES
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selftest import falling_back, insisting
 from qvlm_plugin.methods.base import Method
+from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.topology import Topology
+
+logger = logging.getLogger(__name__)
 
 
 @cache
@@ -27,14 +35,42 @@ def create_manager(*plugins: ModuleType | object, entry_points: bool = False) ->
     manager.add_hookspecs(hooks)
     for plugin in plugins:
         manager.register(plugin)
-    if entry_points:
-        manager.load_setuptools_entrypoints(hooks.PROJECT)
+    for entry in metadata.entry_points(group=hooks.PROJECT) if entry_points else ():
+        name = f"{entry.name} of package {entry.dist.name}"
+        try:
+            manager.register(entry.load(), name)
+        except Exception as error:  # whatever another package does when it is imported
+            if manager.has_plugin(name):
+                manager.unregister(name=name)
+            manager.register(_Broken(error), name)
     return manager
+
+
+class _Broken:
+    """Stands for an installed plugin that cannot be imported: its hooks say so."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    @hooks.hookimpl
+    def qvlm_methods(self) -> None:
+        """Raise what importing raised."""
+        raise self.error
+
+    @hooks.hookimpl
+    def qvlm_topology(self) -> None:
+        """Raise what importing raised."""
+        raise self.error
+
+    @hooks.hookimpl
+    def qvlm_kernels(self) -> None:
+        """Raise what importing raised."""
+        raise self.error
 
 
 def methods() -> dict[str, Method]:
     """Every method by name."""
-    return _by_name("method", plugin_manager().hook.qvlm_methods())
+    return _by_name("method", Method, "qvlm_methods")
 
 
 def method(name: str) -> Method:
@@ -49,6 +85,11 @@ def method(name: str) -> Method:
     return known[name]
 
 
+def all_kernels() -> dict[str, Kernel]:
+    """Every kernel by name, as they are: not tested."""
+    return _by_name("kernel", Kernel, "qvlm_kernels")
+
+
 def kernels(backend: str) -> tuple[Kernel, ...]:
     """The kernels that ``backend=`` names, in order of preference.
 
@@ -59,7 +100,7 @@ def kernels(backend: str) -> tuple[Kernel, ...]:
     Raises:
         QVLMError: there is none of that name.
     """
-    known = _by_name("kernel", plugin_manager().hook.qvlm_kernels())
+    known = all_kernels()
     reference = known["reference"]
     packed = tuple(kernel for kernel in known.values() if kernel is not reference)
     backends = {
@@ -74,24 +115,60 @@ def kernels(backend: str) -> tuple[Kernel, ...]:
 
 
 def topology(config: PretrainedConfig) -> Topology:
-    """The topology of models with this configuration.
+    """The topology of models with this configuration, of the first plugin that has one; the built-in one comes last.
 
     Raises:
-        QVLMError: no plugin knows the family.
+        QVLMError: no plugin knows the family, or one says what is wrong with the model.
     """
-    found = plugin_manager().hook.qvlm_topology(config=config)
-    if found is None:
-        raise QVLMError(
-            f"model type {config.model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}, and what "
-            "plugins describe (docs/add-a-family.md)"
-        )
-    return found
+    for _, found in _ask("qvlm_topology", newest_first=True, config=config):
+        if found is not None:
+            return found
+    raise QVLMError(
+        f"model type {config.model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}, and what "
+        "plugins describe (docs/add-a-family.md)"
+    )
 
 
-def _by_name(kind: str, results: list[list]) -> dict:
-    table = {}
-    for entry in (entry for provided in reversed(results) for entry in provided):  # in order of registration
-        if entry.name in table:
-            raise QVLMError(f"two plugins provide a {kind} named {entry.name!r}; uninstall one")
-        table[entry.name] = entry
+def tell_quantized(loaded: LoadedModel, plan: RoundingPlan) -> None:
+    """Tell every plugin that ``plan`` was applied to ``loaded``."""
+    for _ in _ask("qvlm_quantized", loaded=loaded, plan=plan):
+        pass
+
+
+def _ask(hook: str, newest_first: bool = False, **arguments: Any) -> Iterator[tuple[str, Any]]:
+    """The name of each plugin that has the hook and what it answers, in the order of registration or the reverse.
+
+    One that raises is told and left out; a `QVLMError` about a model is for the user and passes.
+    """
+    implementations = getattr(plugin_manager().hook, hook).get_hookimpls()
+    for implementation in reversed(implementations) if newest_first else implementations:
+        name = implementation.plugin_name
+        try:
+            answer = implementation.function(*(arguments[key] for key in implementation.argnames))
+        except Exception as error:  # whatever another package does
+            if isinstance(error, QVLMError) and arguments:
+                raise
+            _tell(f"plugin {name} is left out: {hook} raised {type(error).__name__}: {error}")
+        else:
+            yield name, answer
+
+
+@cache
+def _tell(complaint: str) -> None:
+    """Log a complaint about a plugin, once in a process. lmms-eval hides Python's warnings."""
+    logger.warning(complaint)
+
+
+def _by_name(kind: str, type_: type, hook: str) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    owners: dict[str, str] = {}
+    for plugin, provided in _ask(hook):
+        for entry in provided or ():
+            if not isinstance(entry, type_):
+                _tell(f"plugin {plugin}: {hook} must return a list of {type_.__name__}, not {entry!r}")
+                continue
+            if entry.name in table:
+                both = f"{owners[entry.name]} and {plugin}"
+                raise QVLMError(f"two plugins provide a {kind} named {entry.name!r}: {both}; uninstall one")
+            table[entry.name], owners[entry.name] = entry, plugin
     return table

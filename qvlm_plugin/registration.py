@@ -1,32 +1,35 @@
-"""Make ``from_pretrained`` know quantized checkpoints, without importing transformers for it.
+"""Make ``from_pretrained`` know quantized checkpoints and MoE-LLaVA, without importing transformers for it.
 
-transformers keeps its quantizers in the tables of one module. If that is there, ours are entered; otherwise the import
-system is asked to do so when it comes.
+Each is entered in transformers' tables when a certain module of transformers is there; otherwise the import system is
+asked to do so when it comes.
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-_TABLES = "transformers.quantizers.auto"
-
 
 def register() -> None:
-    """Enter the quantizer now or when transformers is imported; repeating it changes nothing."""
-    if _TABLES in sys.modules:
-        _enter(sys.modules[_TABLES])
-    elif not any(isinstance(finder, _Registrar) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Registrar())
+    """Make the entries now or when their modules are imported; repeating it changes nothing."""
+    for name, enter in _ENTRIES.items():
+        if name in sys.modules:
+            enter()
+        elif not any(isinstance(finder, _Registrar) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Registrar(name, enter))
 
 
 class _Registrar(MetaPathFinder):
-    """Finds the module that holds the tables as the other finders do, and enters the quantizer once it has run."""
+    """Finds a module as the other finders do, and makes the entry once the module has run."""
+
+    def __init__(self, name: str, enter: Callable[[], None]) -> None:
+        self.name, self.enter = name, enter
 
     def find_spec(self, fullname: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != _TABLES:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
@@ -35,13 +38,27 @@ class _Registrar(MetaPathFinder):
 
             def execute_and_enter(module: ModuleType) -> None:
                 execute(module)
-                _enter(module)
+                self.enter()
 
             spec.loader.exec_module = execute_and_enter
         return spec
 
 
-def _enter(tables: ModuleType) -> None:
-    ours = import_module("qvlm_plugin.hf_quantizer")
+def _enter_quantizer() -> None:
+    tables, ours = import_module("transformers.quantizers.auto"), import_module("qvlm_plugin.hf_quantizer")
     tables.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(ours.QUANT_METHOD, ours.QVLMQuantizationConfig)
     tables.AUTO_QUANTIZER_MAPPING.setdefault(ours.QUANT_METHOD, ours.QVLMHfQuantizer)
+
+
+def _enter_configuration() -> None:
+    tables = import_module("transformers.models.auto.configuration_auto")
+    ours = import_module("qvlm_plugin.models.moe_stablelm_config").MoEStableLmConfig
+    tables.AutoConfig.register(ours.model_type, ours, exist_ok=True)
+
+
+_ENTRIES = {
+    "transformers.quantizers.auto": _enter_quantizer,
+    # MoE-LLaVA is a LLaVA; earlier, transformers' StableLM cannot be imported.
+    "transformers.models.llava.configuration_llava": _enter_configuration,
+}
+"""What makes an entry, by the module that it waits for."""

@@ -1,21 +1,148 @@
-"""Commands in the documents are commands that work."""
+"""What the documents say is so: commands parse, references are current, links and quotations are there."""
 
+import importlib.util
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import lmms_eval.tasks
+import pytest
+import typer
+from lmms_eval.__main__ import parse_eval_args
+from typer.core import TyperGroup
 
+from qvlm_plugin import builtin, plugins
 from qvlm_plugin.calibration import parse_sources
-from qvlm_plugin.harness.arguments import parse_arguments
+from qvlm_plugin.cli import app
+from qvlm_plugin.commands.arguments import reference
+from qvlm_plugin.harness.arguments import ModelArguments, parse_arguments
 from qvlm_plugin.models.prompts import PROMPT_FORMATS
 from qvlm_plugin.scheme import Scheme
 
-PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 OURS = ("qvlm_scienceqa", "qvlm_scienceqa_lepa")
+COMMAND = typer.main.get_command(app)
+SHELL = ("bash", "console")
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """The example package, as if it were installed."""
+    specification = importlib.util.spec_from_file_location("qvlm_example", DOCS / "example-plugin" / "qvlm_example.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    manager = plugins.create_manager(builtin, module)
+    monkeypatch.setattr(plugins, "plugin_manager", lambda: manager)
+
+
+def code_blocks(page):
+    return re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(block):
+    """The command lines of a shell block, without prompts, comments and continuations."""
+    lines = block.replace("\\\n", " ").splitlines()
+    split = (shlex.split(line.removeprefix("$ "), comments=True) for line in lines)
+    return [words for words in split if words]
+
+
+def check(words, monkeypatch):
+    """Parse a command as the program that it calls would; nothing runs."""
+    match words:
+        case ["qvlm", *rest]:
+            command = COMMAND
+            while isinstance(command, TyperGroup):
+                name, command, rest = command.resolve_command(typer.Context(command), rest)
+            command.make_context(name, rest)
+        case ["lmms-eval", *rest] | ["torchrun", "--nproc_per_node", _, "-m", "lmms_eval", *rest]:
+            monkeypatch.setattr(sys, "argv", ["lmms-eval", *rest])
+            _, given = parse_eval_args()
+            assert given.model == "qvlm_llava" and given.tasks
+            parse_arguments(dict(pair.split("=", 1) for pair in given.model_args.split(",")))
+        case ["make", target, *_]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ["pip", "install", *_, place] if not place.startswith("qvlm_plugin"):
+            assert (ROOT / place).is_dir()
+        case ["git", "checkout", _, "&&", *rest]:
+            check(rest, monkeypatch)
+        case _:
+            raise AssertionError(f"unknown program in {words}")
+
+
+SHELL_BLOCKS = [
+    (page, block)
+    for page in PAGES
+    if page.name not in ("reproduce.md", "arguments.md")  # rows that call a function; what the commands' own help says
+    for language, block in code_blocks(page)
+    if language in SHELL
+]
+
+
+@pytest.mark.parametrize(("page", "block"), SHELL_BLOCKS, ids=lambda value: getattr(value, "stem", "")[:40])
+def test_commands_parse_and_say_what_they_need(page, block, example, monkeypatch):
+    for words in commands(block):
+        check(words, monkeypatch)
+        named = [re.split(r"pretrained[= ]", " ".join(words))[1]] if "pretrained" in " ".join(words) else []
+        needs_hub = any(re.match(r"[\w-]+/[\w.-]+-hf|liuhaotian/", name) for name in named)
+        assert not needs_hub or "# needs a hub" in block, words
+
+
+def test_every_example_in_the_help_parses(example, monkeypatch):
+    examples = re.findall(r"^```bash\n(.*?)\n```", page_of_arguments(), re.MULTILINE)
+    assert len(examples) > 15
+    for example_line in examples:
+        words = shlex.split(example_line.partition(" > ")[0])
+        if words[0] == "qvlm":
+            check(words, monkeypatch)
+
+
+def page_of_arguments():
+    return reference(ModelArguments, plugins.methods(), COMMAND)
+
+
+def test_the_reference_of_arguments_is_current(monkeypatch):
+    manager = plugins.create_manager(builtin)
+    monkeypatch.setattr(plugins, "plugin_manager", lambda: manager)
+    page = page_of_arguments()
+    assert (DOCS / "arguments.md").read_text() == page, "run: qvlm arguments > docs/arguments.md"
+    rows = re.findall(r"^\| `.*", page, re.MULTILINE)
+    assert len(rows) > 100 and not [row for row in rows if row.endswith("|  |")]  # everything is explained
+
+
+def test_options_of_other_packages_are_listed(example):
+    assert "share of the calibrated range that activations keep" in page_of_arguments()
+
+
+def test_quoted_code_is_the_example_packages(example):
+    blocks = [block for language, block in code_blocks(DOCS / "add-a-method.md") if language in ("python", "toml")]
+    source = "".join(file.read_text() for file in (DOCS / "example-plugin").glob("*.*") if file.is_file())
+    assert len(blocks) == 3 and all(block in source for block in blocks)
+
+
+def test_quoted_messages_are_in_the_code():
+    quoted = re.findall(r"^\| `([^`]+)` \|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    source = "".join(file.read_text() for file in (ROOT / "qvlm_plugin").rglob("*.py"))
+    assert len(quoted) > 30
+    assert not [message for message in quoted if message not in source]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
+    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def test_the_readme_fits_two_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 80
 
 
 def test_every_row_of_the_papers_tables_has_a_command_with_valid_arguments():
-    rows = re.findall(r"^evaluate (\S+) (\S+) (table\d/\S+)  # (.+)$", PAGE.read_text(), re.MULTILINE)
+    page = (DOCS / "reproduce.md").read_text()
+    rows = re.findall(r"^evaluate (\S+) (\S+) (table\d/\S+)  # (.+)$", page, re.MULTILINE)
     counts = {
         table: sum(folder.startswith(table) for _, _, folder, _ in rows) for table in ("table2", "table3", "table4")
     }
@@ -30,3 +157,12 @@ def test_every_row_of_the_papers_tables_has_a_command_with_valid_arguments():
         if arguments.method != "none":
             assert str(Scheme.parse(arguments.scheme)) == folder.rpartition("-")[2]
             assert [source.count for source in parse_sources(arguments.calibration)] == [64]
+
+
+def test_the_function_that_the_rows_call_gives_the_harness_its_arguments(tmp_path):
+    function = code_blocks(DOCS / "reproduce.md")[0][1]
+    script = 'lmms-eval() { printf "%s\\n" "$@"; }\n' + function + "evaluate a=b,c=d some_task table/row"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    words = done.stdout.split()
+    assert words[words.index("--model_args") + 1] == "a=b,c=d" and words[words.index("--tasks") + 1] == "some_task"
+    assert words[-1] == "results/table/row"

@@ -91,6 +91,17 @@ def test_sixteen_bits_change_nothing(family):
     assert torch.equal(logits_of(quantized(family, plan), inputs), logits_of(family.model, inputs))
 
 
+def test_packed_kernels_compute_what_the_reference_does(family, samples):
+    inputs, _ = encode(family.processor, CONVERSATIONS)
+    options = {"group_size": 32, "calibration_batch_size": 2}
+    plan = planning.obtain_plan(family, planning.check_request("rtn", "w4a4", options), samples, None)
+    twin = replace(family, model=copy.deepcopy(family.model))
+    execution = planning.apply(plan, twin, "packed")
+    assert execution.counts["int4"] > 0
+    expected = logits_of(quantized(family, plan), inputs)
+    assert float((logits_of(twin.model, inputs) - expected).norm() / expected.norm()) < 1e-3
+
+
 @pytest.mark.parametrize("method", OPTIONS)
 def test_every_method_quantizes_and_a_saved_plan_answers_alike(family, samples, method, tmp_path):
     inputs, _ = encode(family.processor, CONVERSATIONS)

@@ -1,8 +1,5 @@
 """Another package's method, topology and kernel are provided through the same hooks as the built-in ones."""
 
-import sys
-import types
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,18 +75,86 @@ def test_unknown_names_list_what_every_plugin_provides(coarse, loaded):
 
 def test_two_plugins_may_not_provide_the_same_name(coarse):
     plugins.plugin_manager().register(Coarse())
-    with pytest.raises(QVLMError, match="two plugins provide a method named 'coarse'"):
+    with pytest.raises(QVLMError, match=r"two plugins provide a method named 'coarse': .+ and .+; uninstall one"):
         plugins.methods()
 
 
-def test_installed_packages_are_found_by_entry_point(monkeypatch, tmp_path):
-    module = types.ModuleType("installed_elsewhere")
-    module.qvlm_methods = hookimpl(lambda: [Method("found", "", MethodOptions, lambda scheme, options: False, None)])
-    monkeypatch.setitem(sys.modules, "installed_elsewhere", module)
-    info = tmp_path / "installed_elsewhere-1.0.dist-info"
+class Faulty:
+    """Hooks that raise, or return what they should not."""
+
+    @hookimpl
+    def qvlm_methods(self):
+        return [1 / 0]
+
+    @hookimpl
+    def qvlm_topology(self, config):
+        raise KeyError(config.model_type)
+
+    @hookimpl
+    def qvlm_kernels(self):
+        return ["fast"]
+
+    @hookimpl
+    def qvlm_quantized(self, plan):
+        raise OSError("disk full")
+
+
+def test_a_plugin_that_raises_is_named_once_and_the_others_work(coarse, loaded, caplog):
+    plugins.plugin_manager().register(Faulty(), "faulty")
+    request = planning.check_request("rtn", "w8a16", {})
+    plan = planning.obtain_plan(loaded, request, None, cache=None)
+    planning.apply(plan, loaded)
+    assert "coarse" in plugins.methods() and coarse.finished == [(loaded, plan)]
+    told = [record.getMessage() for record in caplog.records if record.name == "qvlm_plugin.plugins"]
+    assert told == [
+        "plugin faulty is left out: qvlm_methods raised ZeroDivisionError: division by zero",
+        "plugin faulty is left out: qvlm_topology raised KeyError: 'llava'",
+        "plugin faulty: qvlm_kernels must return a list of Kernel, not 'fast'",
+        "plugin faulty is left out: qvlm_quantized raised OSError: disk full",
+    ]
+
+
+def test_what_a_plugin_says_about_a_model_is_told(coarse, loaded):
+    class Picky:
+        @hookimpl
+        def qvlm_topology(self, config):
+            raise QVLMError("this size has another layout")
+
+    plugins.plugin_manager().register(Picky())
+    with pytest.raises(QVLMError, match="this size has another layout"):
+        plugins.topology(loaded.model.config)
+
+
+def install(monkeypatch, folder, name, code):
+    """A distribution with an entry point."""
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: installed-elsewhere\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[qvlm_plugin]\nfound = installed_elsewhere\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[qvlm_plugin]\n{name} = {name}\n")
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_a_package_that_cannot_be_imported_or_has_a_wrong_hook_is_named(monkeypatch, tmp_path, caplog):
+    install(monkeypatch, tmp_path, "absent_dependency", "import nothing_of_this_name")
+    wrong = "from qvlm_plugin.hooks import hookimpl\n@hookimpl\ndef qvlm_methods(more): pass"
+    install(monkeypatch, tmp_path, "wrong_hook", wrong)
+    manager = plugins.create_manager(builtin, entry_points=True)
+    monkeypatch.setattr(plugins, "plugin_manager", lambda: manager)
+    assert "rtn" in plugins.methods()
+    assert "plugin absent_dependency of package absent_dependency is left out: qvlm_methods raised Modul" in caplog.text
+    assert "plugin wrong_hook of package wrong_hook is left out: qvlm_methods raised PluginValidation" in caplog.text
+
+
+def test_installed_packages_are_found_by_entry_point(monkeypatch, tmp_path):
+    code = """
+from qvlm_plugin.hooks import hookimpl
+from qvlm_plugin.methods.base import Method, MethodOptions
+
+@hookimpl
+def qvlm_methods():
+    return [Method("found", "", MethodOptions, lambda scheme, options: False, None)]
+"""
+    install(monkeypatch, tmp_path, "installed_elsewhere", code)
     manager = plugins.create_manager(builtin, entry_points=True)
     assert "found" in [method.name for provided in manager.hook.qvlm_methods() for method in provided]

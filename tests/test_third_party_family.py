@@ -38,6 +38,12 @@ def test_without_a_plugin_it_is_refused_before_its_weights(folder):
         load(str(folder), check_config=plugins.topology)
 
 
+def test_a_model_can_be_looked_at_before_it_is_described(folder, capsys):
+    (code,) = re.findall(r"```python\n(from qvlm_plugin\.models.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(code.replace("path/to/model", str(folder)), {})
+    assert "model.visual.blocks.0.attn.qkv (48, 16)\n" in capsys.readouterr().out
+
+
 def test_linears_of_a_group_read_the_same_tensor(folder, described):
     loaded = load(str(folder), dtype="float32")
     sites = resolve(plugins.topology(loaded.model.config), loaded.model)

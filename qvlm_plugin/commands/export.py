@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from qvlm_plugin.commands.shared import (
+    Conv,
     Dtype,
     Images,
     MethodOptions,
     OneScheme,
     Pretrained,
     Revision,
+    RouterNoiseSeed,
     Seed,
     Source,
     draw_from_task,
@@ -48,6 +50,8 @@ def export(
     strict: Annotated[bool, typer.Option("--strict", help="Falling back to the reference is an error.")] = False,
     shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB.")] = "5GB",
     revision: Revision = None,
+    conv: Conv = None,
+    router_noise_seed: RouterNoiseSeed = None,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="Torch device, whose kernels are chosen from.")] = "cpu",
 ) -> None:
@@ -80,7 +84,13 @@ def export(
         samples = read_calibration(calibration, images, seed, draw_from_task) if request.needs_calibration else None
         planning.check_calibration(request, samples)
     loaded = load(
-        resolve_demo(pretrained), revision=revision, dtype=dtype, device=device, check_config=plugins.topology
+        resolve_demo(pretrained),
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        conv=conv,
+        router_noise_seed=router_noise_seed,
+        check_config=plugins.topology,
     )
     if plan is None:
         found = planning.obtain_plan(loaded, request, samples, cache_root() / "plans")

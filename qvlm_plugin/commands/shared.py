@@ -25,6 +25,10 @@ MethodOptions = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of the calibration draw.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Conv = Annotated[str | None, typer.Option(help="Prompt format instead of the checkpoint's, as vicuna_v1.")]
+RouterNoiseSeed = Annotated[
+    int | None,
+    typer.Option(min=0, help="Seed of noise in the choice of experts (MoE-LLaVA); default: no noise."),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="Torch device.")]
 

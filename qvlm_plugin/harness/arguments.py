@@ -43,7 +43,8 @@ class ModelArguments(BaseModel):
     images: Path | None = Field(None, description="folder of the images that calibration files name")
     seed: int = Field(0, ge=0, description="of the calibration draw and the search")
     cache: Path | None = Field(
-        default_factory=lambda: cache_root() / "plans", description="folder of searched plans; none searches anew"
+        default_factory=lambda: cache_root() / "plans",
+        description="folder of searched plans, by default in $QVLM_CACHE or ~/.cache/qvlm_plugin; none searches anew",
     )
     backend: str = Field(
         "reference", description="arithmetic of the plan: auto, packed, reference or one kernel's name"

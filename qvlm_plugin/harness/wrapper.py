@@ -88,7 +88,7 @@ class _QVLM(lmms):
                 execution = planning.apply(plan, loaded, arguments.backend, arguments.strict)
             else:
                 execution = quantize.execution
-                plugins.plugin_manager().hook.qvlm_quantized(loaded=loaded, plan=plan)
+                plugins.tell_quantized(loaded, plan)
             digests = plan.calibration.digests if plan.calibration else ()
             facts = {**plan.facts, "backend": arguments.backend, "quantized_from": None}
         else:

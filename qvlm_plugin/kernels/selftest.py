@@ -16,7 +16,8 @@ from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.reference import REFERENCE
 
-_SHAPE = (64, 256)
+SHAPE = (64, 256)
+"""Of the weight."""
 _TOKENS = (3, 70)
 """Few and many, since kernels tell these apart."""
 
@@ -33,8 +34,8 @@ def self_test(
         What went wrong, in a few words; None if the outputs agree. It is computed once in a process.
     """
     generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(_SHAPE, generator=generator) / 16, torch.randn(_SHAPE[0], generator=generator)
-    inputs = torch.randn(max(_TOKENS), _SHAPE[1], generator=generator)
+    weight, bias = torch.randn(SHAPE, generator=generator) / 16, torch.randn(SHAPE[0], generator=generator)
+    inputs = torch.randn(max(_TOKENS), SHAPE[1], generator=generator)
     parameters = {name: value.to(device) for name, value in _parameters(weight_format, activation_format).items()}
     for dtype in (torch.float32, torch.bfloat16):
         operands = [operand.to(device, dtype) for operand in (weight, bias)]
@@ -87,12 +88,12 @@ def _tested(kernel: Kernel, failed: Callable[[str, WeightFormat, ActivationForma
 
 def _parameters(weight_format: WeightFormat, activation_format: ActivationFormat) -> dict[str, Tensor]:
     levels = 2**activation_format.bits - 1
-    lower = -_STEP * (levels // 2 + torch.arange(_SHAPE[1]) % 2)
+    lower = -_STEP * (levels // 2 + torch.arange(SHAPE[1]) % 2)
     values = {
         "lower": lower,
         "upper": lower + _STEP * levels,
         "clip_ratio": torch.ones(1),
-        "clip": torch.ones(_SHAPE[0], weight_format.groups(_SHAPE) // _SHAPE[0] or 1),
+        "clip": torch.ones(SHAPE[0], weight_format.groups(SHAPE) // SHAPE[0] or 1),
     }
     return {name: values[name] for name in (*weight_format.parameters, *activation_format.parameters)}
 

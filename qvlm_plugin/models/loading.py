@@ -74,6 +74,22 @@ class LoadedModel:
         return (stop,) if stop else ()
 
 
+def read_config(pretrained: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a checkpoint in either layout, of which only the small files are fetched and read.
+
+    Raises:
+        QVLMError: there is no such checkpoint, or its configuration cannot be used.
+    """
+    source = f"pretrained={pretrained!r}"
+    return _read_layout(local_folder(pretrained, source, revision), source, False)[1]
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model without weights: its parameters are on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
 def load(
     pretrained: str,
     *,
@@ -114,11 +130,7 @@ def load(
     prompt = None if conv is None else prompt_format(conv)
     source = f"pretrained={pretrained!r}"
     folder = local_folder(pretrained, source, revision)
-    values = _read_config_file(folder, source)
-    with parsed_elsewhere(f"{source}: config.json does not load"):
-        original = read_original(folder, values, source) if is_original(values) else None
-        remote = {"trust_remote_code": trust_remote_code}
-        config = original.config if original else AutoConfig.from_pretrained(folder, **remote)
+    original, config = _read_layout(folder, source, trust_remote_code)
     _set_router_noise(config, router_noise_seed, source)
     if check_config is not None:
         check_config(config)
@@ -141,6 +153,7 @@ def load(
         "device_map": None if device_map == OFFLOAD else device_map,
         "attn_implementation": attn_implementation,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # `_require_matching_keys` names them
     }
     if quantize is not None:
         quantize.fingerprint, quantize.device = fingerprint, torch.device(device)
@@ -165,6 +178,18 @@ def load(
     elif device_map == OFFLOAD:
         cpu_offload(model, torch.device(device))
     return LoadedModel(model.eval(), processor, pretrained, fingerprint, name_of(processor.chat_template))
+
+
+def _read_layout(
+    folder: Path, source: str, trust_remote_code: bool
+) -> tuple[OriginalCheckpoint | None, PretrainedConfig]:
+    """The configuration, and the checkpoint if it is in the original layout."""
+    values = _read_config_file(folder, source)
+    with parsed_elsewhere(f"{source}: config.json does not load"):
+        if is_original(values):
+            original = read_original(folder, values, source)
+            return original, original.config
+        return None, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _read_config_file(folder: Path, source: str) -> dict[str, Any]:

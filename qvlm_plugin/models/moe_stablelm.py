@@ -8,28 +8,11 @@ dropped, so there is no capacity here.
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, StableLmConfig, StableLmModel
+from transformers import AutoModel, StableLmModel
 from transformers.models.stablelm.modeling_stablelm import StableLmMLP
 
-
-@strict
-class MoEStableLmConfig(StableLmConfig):
-    """Configuration of `MoEStableLmModel`.
-
-    Attributes:
-        num_experts: experts of each layer that has some.
-        moe_layers: indices of these layers.
-        router_noise_seed: DeepSpeed chooses the second expert by probabilities with Gumbel noise, also when evaluating;
-            with a seed so does this model, reproducibly. None takes the second likeliest.
-    """
-
-    model_type = "moe_stablelm"
-
-    num_experts: int = 4
-    moe_layers: list[int] | tuple[int, ...] = ()
-    router_noise_seed: int | None = None
+from qvlm_plugin.models.moe_stablelm_config import MoEStableLmConfig
 
 
 class RoutedExpert(StableLmMLP):
@@ -120,5 +103,4 @@ class MoEStableLmModel(StableLmModel):
         self.post_init()
 
 
-AutoConfig.register(MoEStableLmConfig.model_type, MoEStableLmConfig, exist_ok=True)
 AutoModel.register(MoEStableLmConfig, MoEStableLmModel, exist_ok=True)

@@ -28,7 +28,7 @@ from transformers import (
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.arcade100k import ARCADE100K_FILE, arcade100k_tokenizer
 from qvlm_plugin.models.llama_tokenizer import llama_tokenizer
-from qvlm_plugin.models.moe_stablelm import MoEStableLmConfig
+from qvlm_plugin.models.moe_stablelm_config import MoEStableLmConfig
 from qvlm_plugin.models.prompts import IMAGE, IMAGE_BETWEEN, chat_template, prompt_format
 from qvlm_plugin.models.towers import Tower, find_tower
 from qvlm_plugin.models.weights import SAFETENSORS_OR_BIN, read_tensors, weight_files
@@ -114,6 +114,11 @@ class OriginalCheckpoint:
         if EMBEDDINGS not in weights:
             raise QVLMError(f"{self.source}: the weights have no model.embed_tokens.weight, so no language model")
         if self.config.projector_hidden_act == "linear":
+            if "model.multi_modal_projector.linear_2.weight" in weights:
+                raise QVLMError(
+                    f"{self.source}: the weights have a projector of two Linears, where config.json has a linear one; "
+                    "mm_projector_type names it: linear or mlp2x_gelu"
+                )
             width, dtype = self.config.text_config.hidden_size, weights[EMBEDDINGS].dtype
             weights["model.multi_modal_projector.linear_2.weight"] = torch.eye(width, dtype=dtype)
             weights["model.multi_modal_projector.linear_2.bias"] = torch.zeros(width, dtype=dtype)
@@ -194,11 +199,14 @@ def read_original(folder: Path, values: Mapping[str, Any], source: str) -> Origi
     if feature not in ("patch", "cls_patch"):
         raise QVLMError(f"{source}: mm_vision_select_feature={feature!r} is not known; known are patch and cls_patch")
     vision = CLIPVisionConfig(**tower.config.to_dict())
+    layer, depth = values.get("mm_vision_select_layer", -2), vision.num_hidden_layers
+    if not -depth - 1 <= layer <= depth:
+        raise QVLMError(f"{source}: mm_vision_select_layer={layer}, but vision tower {name!r} has {depth} layers")
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_seq_length=(vision.image_size // vision.patch_size) ** 2 + (feature == "cls_patch"),
-        vision_feature_layer=values.get("mm_vision_select_layer", -2),
+        vision_feature_layer=layer,
         vision_feature_select_strategy="default" if feature == "patch" else "full",
         projector_hidden_act=activation,
         tie_word_embeddings=text.tie_word_embeddings,
@@ -236,6 +244,11 @@ def _text_config(values: Mapping[str, Any], source: str) -> tuple[PretrainedConf
 
 def _moe_stablelm_config(values: Mapping[str, Any], source: str) -> MoEStableLmConfig:
     moe = values.get("moe") or {}
+    layers = tuple(moe.get("moe_layers_idx") or ())
+    if outside := [layer for layer in layers if layer not in range(values["num_hidden_layers"])]:
+        raise QVLMError(
+            f"{source}: moe_layers_idx has {outside[0]}, but there are {values['num_hidden_layers']} layers, from 0"
+        )
     experts = moe.get("num_experts") or [0]
     experts = {experts} if isinstance(experts, int) else set(experts)
     if moe.get("use_residual") or moe.get("top_k_experts", 2) != 2 or len(experts) > 1 or min(experts) < 2:
@@ -260,7 +273,7 @@ def _moe_stablelm_config(values: Mapping[str, Any], source: str) -> MoEStableLmC
         use_qkv_bias=values.get("use_qkv_bias", True),
         tie_word_embeddings=values.get("tie_word_embeddings", False),
         num_experts=experts.pop(),
-        moe_layers=tuple(moe.get("moe_layers_idx") or ()),
+        moe_layers=layers,
         bos_token_id=values.get("bos_token_id"),
         eos_token_id=values.get("eos_token_id"),
     )

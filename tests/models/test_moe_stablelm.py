@@ -1,6 +1,8 @@
 """MoE-LLaVA: the sparse layer against a loop over experts, the model against a forward pass from its definition."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,12 +11,14 @@ from moe_llava import EXPERTS, HEADS, HIDDEN, LAYERS, write_moe_llava
 from tiny_llava import random_image
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration
 
-from qvlm_plugin import plugins
+from qvlm_plugin import planning, plugins
 from qvlm_plugin.conversation import Conversation, encode, to_device
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.export import export
 from qvlm_plugin.models.converting import convert
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.models.moe_stablelm import MoEStableLmConfig, SparseExperts, gumbel_noise, route
+from qvlm_plugin.models.moe_stablelm import SparseExperts, gumbel_noise, route
+from qvlm_plugin.models.moe_stablelm_config import MoEStableLmConfig
 from qvlm_plugin.models.weights import read_tensors
 from qvlm_plugin.topology import kept_linears, linear_layers, resolve
 
@@ -162,6 +166,24 @@ def test_converting_keeps_the_model(folder, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one) and other.prompt == "stablelm"
 
 
+def test_converted_and_exported_folders_load_where_the_package_is_imported(folder, tmp_path):
+    convert(str(folder), tmp_path / "converted")
+    loaded = load(str(folder))
+    plan = planning.obtain_plan(loaded, planning.check_request("rtn", "w4a16", {"group_size": 16}), None, None)
+    export(plan, loaded, tmp_path / "exported")
+    code = """
+import sys, qvlm_plugin
+from transformers import AutoConfig, AutoModelForImageTextToText
+for folder in sys.argv[1:]:
+    model = AutoModelForImageTextToText.from_pretrained(folder, config=AutoConfig.from_pretrained(folder))
+    layers = model.model.language_model.layers
+    print(type(layers[0].mlp.router).__name__, type(layers[0].mlp.experts[3].up_proj).__name__)
+"""
+    folders = [str(tmp_path / name) for name in ("converted", "exported")]
+    done = subprocess.run([sys.executable, "-c", code, *folders], capture_output=True, text=True, timeout=600)
+    assert done.stdout.split() == ["Router", "Linear", "Router", "QuantLinear"], done.stderr
+
+
 def test_noise_chooses_the_second_expert_by_its_probability():
     torch.manual_seed(0)
     logits = torch.randn(20_000, 4)
@@ -199,12 +221,26 @@ def test_noise_is_off_by_default_and_part_of_the_models_identity(folder):
     assert torch.equal(two, three) and not torch.equal(one, two)
 
 
-@pytest.mark.parametrize("change", [{"use_residual": True}, {"top_k_experts": 1}, {"num_experts": [4, 2]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"use_residual": True}, {"top_k_experts": 1}, {"num_experts": [4, 2]}, {"num_experts": []}],
+)
 def test_other_mixtures_are_refused(tmp_path, change):
     folder = write_moe_llava(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "moe": config["moe"] | change}))
     with pytest.raises(QVLMError, match=r"moe=.* is not supported; supported are layers of equally many experts"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "moe, message", [([1], "config.json does not load"), ({"moe_layers_idx": [7]}, "has 7, but there are 3 layers")]
+)
+def test_damaged_mixtures_are_one_line_errors(tmp_path, moe, message):
+    folder = write_moe_llava(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "moe": moe}))
+    with pytest.raises(QVLMError, match=message):
         load(str(folder))
 
 

@@ -227,6 +227,8 @@ def spoil(folder, change):
         case "truncated":
             file = folder / "pytorch_model.bin"
             file.write_bytes(file.read_bytes()[:5000])
+        case "empty":
+            (folder / "pytorch_model.bin").write_bytes(b"")
         case "missing key" | "unknown key":
             weights = torch.load(folder / "pytorch_model.bin")
             if change == "missing key":
@@ -240,6 +242,12 @@ def spoil(folder, change):
             (folder / "tokenizer.model").unlink()
         case "bad tokenizer":
             (folder / "tokenizer.model").write_bytes(b"nothing")
+        case "two Linears":
+            weights = torch.load(folder / "pytorch_model.bin")
+            for part in ("weight", "bias"):
+                weights[f"model.mm_projector.0.{part}"] = weights.pop(f"model.mm_projector.{part}")
+                weights[f"model.mm_projector.2.{part}"] = torch.ones(32, 32) if part == "weight" else torch.ones(32)
+            torch.save(weights, folder / "pytorch_model.bin")
         case "odd added tokens":
             (folder / "added_tokens.json").write_text('{"<im_patch>": 100000}')
 
@@ -258,6 +266,15 @@ def spoil(folder, change):
         ({"model_type": "llava_mpt"}, "'llava_mpt' is not supported in the original layout; supported are llava, "),
         ({"vocab_size": 9999}, "rows where config.json has vocab_size=9999"),
         ({"vocab_size": 100}, "tokens, more than config.json's vocab_size=100"),
+        ({"mm_vision_tower": 3}, "vision tower 3 is neither a hub id nor in the checkpoint's folder"),
+        ({"mm_vision_select_layer": -9}, "mm_vision_select_layer=-9, but vision tower 'tower' has 3 layers"),
+        ({"mm_vision_select_layer": "x"}, "config.json does not load"),
+        ({"hidden_size": "wide"}, "config.json does not load: .*'hidden_size' expected int"),
+        ({"num_attention_heads": 5}, "config.json does not load: .*not a multiple"),
+        ({"intermediate_size": 48}, "6 weights are of another shape, for example .*down_proj"),
+        ({"num_hidden_layers": 1}, "9 weights are unknown to the model"),
+        ("two Linears", "projector of two Linears, where config.json has a linear one"),
+        ("empty", r"pytorch_model\.bin: the weights do not load: \w+"),
         ("projector only", "missing model.safetensors; .* whole or in shards; found mm_projector.bin"),
         ("code", "pytorch_model.bin: holds pickled code or is damaged; supported are files of tensors only"),
         ("zipped code", "pytorch_model.bin: holds pickled code or is damaged"),

@@ -1,0 +1,116 @@
+"""Free disk and memory against what a model takes."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from qvlm_plugin import plugins
+from qvlm_plugin.cache import cache_root
+from qvlm_plugin.doctor.finding import Finding, Status
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.methods.base import MethodOptions
+from qvlm_plugin.models.loading import empty_model, read_config
+from qvlm_plugin.scheme import UNQUANTIZED, Scheme
+from qvlm_plugin.topology import resolve
+
+FOR_PLANS = 1e9
+"""Bytes of disk that plans and the steps of an unfinished search take at most, roughly."""
+
+HEADROOM = 1.2
+"""How much more memory than its weights a model takes while it runs, roughly."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of a model's weights.
+
+    Attributes:
+        full: in 16 bits, as for a search and ``backend=reference``.
+        packed: with ``backend=packed``.
+    """
+
+    full: float
+    packed: float
+
+
+def needs_of(pretrained: str, revision: str | None, scheme: Scheme) -> Needs:
+    """What a checkpoint takes; of its files only the small ones are read.
+
+    Raises:
+        QVLMError: it cannot be read, or its family is not supported.
+    """
+    config = read_config(pretrained, revision=revision)
+    topology = plugins.topology(config)
+    model = empty_model(config)
+    full = sum(parameter.numel() for parameter in model.parameters()) * 2
+    packed, options = full, MethodOptions()
+    for site in resolve(topology, model):
+        bits = getattr(scheme, site.part).weight
+        if bits != UNQUANTIZED:
+            stored = options.weight_format(4 if bits <= 4 else 8)  # there are no kernels for widths between
+            for name in site.linears:
+                weight = model.get_submodule(name).weight
+                packed -= weight.numel() * (UNQUANTIZED - stored.effective_bits(tuple(weight.shape))) / 8
+    return Needs(full, packed)
+
+
+def check_space(pretrained: str | None, revision: str | None, scheme: Scheme) -> list[Finding]:
+    """Disk and memory, against a checkpoint where one is named."""
+    needs, findings = None, []
+    if pretrained is not None:
+        try:
+            needs = needs_of(pretrained, revision, scheme)
+        except QVLMError as error:
+            findings = [Finding("checkpoint", Status.FAIL, str(error), "name another with --pretrained")]
+    download = pretrained is not None and not Path(pretrained).is_dir()
+    return [*findings, *check_memory(needs), *check_disk(needs, download)]
+
+
+def check_memory(needs: Needs | None) -> list[Finding]:
+    """A finding for the machine's memory and one for each GPU's."""
+    found = [_memory("memory", psutil.virtual_memory().available, needs, "use a machine with more memory")]
+    for index in range(torch.cuda.device_count()):
+        free, _ = torch.cuda.mem_get_info(index)
+        remedy = "use several GPUs with device_map=auto"
+        found.append(_memory(f"memory of cuda:{index}", free, needs, remedy))
+    return found
+
+
+def check_disk(needs: Needs | None, download: bool) -> list[Finding]:
+    """A finding for the folder of plans and, if a checkpoint is to be downloaded, one for that of the hub's files."""
+    found = [_disk("disk for plans", cache_root(), FOR_PLANS, "QVLM_CACHE")]
+    if needs is not None and download:
+        found.append(_disk("disk for checkpoints", Path(HF_HUB_CACHE), needs.full, "HF_HOME"))
+    return found
+
+
+def _memory(subject: str, free: float, needs: Needs | None, remedy: str) -> Finding:
+    if needs is None:
+        return Finding(subject, Status.OK, f"{_gigabytes(free)} free; --pretrained says whether a model fits")
+    message = (
+        f"{_gigabytes(free)} free; about {_gigabytes(needs.full * HEADROOM)} to search and for backend=reference, "
+        f"{_gigabytes(needs.packed * HEADROOM)} for backend=packed"
+    )
+    if free >= needs.full * HEADROOM:
+        return Finding(subject, Status.OK, message)
+    if free >= needs.packed * HEADROOM:
+        offload = "search with qvlm search --device_map offload, then run plan=DIR,backend=packed"
+        return Finding(subject, Status.WARN, message, offload if "cuda" in subject else "search on a larger machine")
+    return Finding(subject, Status.FAIL, message, remedy)
+
+
+def _disk(subject: str, folder: Path, needed: float, variable: str) -> Finding:
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    message = f"{_gigabytes(free)} free in {folder}; about {_gigabytes(needed)} needed"
+    if free >= needed:
+        return Finding(subject, Status.OK, message)
+    return Finding(subject, Status.FAIL, message, f"free some, or set {variable} to a folder elsewhere")
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

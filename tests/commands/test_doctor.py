@@ -1,0 +1,53 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from qvlm_plugin.cli import app
+from qvlm_plugin.doctor import finding
+from qvlm_plugin.doctor.finding import Finding, Status, examine
+
+GOOD, POOR, BAD = (Finding(status, status, "so it is", "do that") for status in Status)
+
+
+def invoke(monkeypatch, found, *arguments):
+    """The command with what each of its checks finds."""
+    monkeypatch.setattr(finding, "examine", lambda subject, check, *rest: found if subject == "packages" else [])
+    return CliRunner().invoke(app, ["doctor", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(("found", "code"), [([GOOD], 0), ([GOOD, POOR], 0), ([GOOD, BAD, POOR], 1)])
+def test_the_exit_status_says_whether_something_fails(monkeypatch, found, code):
+    done = invoke(monkeypatch, found)
+    assert done.exit_code == code and len(done.stdout.splitlines()) == len(found)
+    assert done.stdout.startswith("ok    ok: so it is -> do that")
+
+
+def test_json_has_every_field(monkeypatch):
+    done = invoke(monkeypatch, [GOOD, BAD], "--json")
+    assert json.loads(done.stdout)[1] == {
+        "subject": "fail", "status": "fail", "message": "so it is", "remedy": "do that",
+    }  # fmt: skip
+
+
+def test_mistakes_exit_with_2(tmp_path):
+    runner = CliRunner()
+    assert runner.invoke(app, ["doctor", "--scheme", "w9a9"]).exit_code == 2
+    assert runner.invoke(app, ["doctor", "--data", str(tmp_path / "absent")]).exit_code == 2
+
+
+def test_a_check_that_raises_or_cannot_be_imported_is_a_finding():
+    (one,) = examine("numbers", "math:factorial", -1)
+    assert one.status == "fail" and one.message.startswith("ValueError: ")
+    (one,) = examine("nothing", "nothing_of_this_name:check")
+    assert one.status == "fail" and "ModuleNotFoundError" in one.message
+
+
+def test_the_checks_that_it_names_are_there(tiny_llava, tmp_path):
+    arguments = ["--pretrained", str(tiny_llava), "--data", str(tmp_path), "--tasks", "scienceqa", "--json"]
+    done = CliRunner().invoke(app, ["doctor", *arguments])
+    subjects = {one["subject"]: one for one in json.loads(done.stdout)}
+    expected = {"qvlm_plugin", "packages", "plugins", "lmms-eval", "tasks", "data of scienceqa", "kernel int4 on cpu"}
+    assert expected | {"memory", "disk for plans"} <= subjects.keys()
+    assert "Error" not in done.stdout and subjects["lmms-eval"]["status"] == "ok"
+    assert all(one["remedy"] for one in subjects.values() if one["status"] != "ok")

@@ -61,12 +61,13 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What all variants have in common."""
+    """What all variants have in common; ``layers`` are those of the whole layout."""
 
     source: str
     device: str
     prompt_tokens: int
     compiled: bool
+    layers: int
 
 
 def make_plan(model: LlavaForConditionalGeneration, fingerprint: str, variant: Variant) -> RoundingPlan:
@@ -94,11 +95,12 @@ def serve(connection: Connection, setting: Setting, variant: Variant, fingerprin
     before, start = _peak(device), time.perf_counter()
     loaded = load(setting.source, dtype=variant.dtype, device=device, quantize=quantize)
     seconds = time.perf_counter() - start
-    model = loaded.model
+    model, layers = loaded.model, loaded.model.model.language_model.layers
     connection.send(
         {
             "fingerprint": loaded.fingerprint,
-            "weight_bytes": _weight_bytes(model),
+            "weight_bytes": (held := _weight_bytes(model)),
+            "weight_bytes_all_layers": held + (setting.layers - len(layers)) * _weight_bytes(layers[-1]),
             "load_s": seconds,
             "memory_before_bytes": before,
             "load_peak_bytes": _peak(device),
@@ -195,6 +197,7 @@ def _row(
         "variant": name,
         **{key: value for key, value in of_variant.items() if key != "fingerprint"},
         "weight_ratio": of_variant["weight_bytes"] / facts[baseline]["weight_bytes"],
+        "weight_ratio_all_layers": of_variant["weight_bytes_all_layers"] / facts[baseline]["weight_bytes_all_layers"],
         "prefill_ms": 1e3 * prefill.median,
         "prefill_spread": prefill.spread,
         "decode_ms_per_token": 1e3 * decode.median,
@@ -228,7 +231,8 @@ def main() -> None:
     config = config_of(asked.layout, asked.layers)
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         write_checkpoint(config, Path(folder))
-        setting = Setting(folder, asked.device, asked.prompt_tokens, asked.compile)
+        depth = config_of(asked.layout).text_config.num_hidden_layers
+        setting = Setting(folder, asked.device, asked.prompt_tokens, asked.compile, depth)
         found = measure(setting, names, answers, asked.rounds)
     given = {
         "layout": asked.layout,
@@ -241,7 +245,17 @@ def main() -> None:
         f"{asked.layout}, {given['layers']} decoder layers{', compiled' if asked.compile else ''}; {given['machine']}"
     )
     lengths = answers[1:]
-    columns = ["variant", "weights GB", "x", "load s", "+ GB", "peak + GB", "prefill ms", "ms per token"]
+    columns = [
+        "variant",
+        "weights GB",
+        "x",
+        "all layers x",
+        "load s",
+        "+ GB",
+        "peak + GB",
+        "prefill ms",
+        "ms per token",
+    ]
     columns += [text for count in lengths for text in (f"{count} out s", "x as fast")]
     show(title, columns, [_cells(row, lengths) for row in found])
     write_rows(asked.json, [{**given, **row} for row in found])
@@ -257,6 +271,7 @@ def _cells(row: Mapping[str, Any], lengths: tuple[int, ...]) -> list[str]:
         row["variant"],
         f"{row['weight_bytes'] / 1e9:.2f}",
         f"{row['weight_ratio']:.2f}",
+        f"{row['weight_ratio_all_layers']:.2f}",
         f"{row['load_s']:.1f}",
         f"{(row['load_peak_bytes'] - row['memory_before_bytes']) / 1e9:.2f}",
         f"{(row['peak_memory_bytes'] - row['memory_before_bytes']) / 1e9:.2f}",

@@ -24,6 +24,7 @@ GENERATE: dict[str, Callable[[Row], str]] = {
     "variant": lambda row: row["variant"],
     "weights, GB": lambda row: f"{row['weight_bytes'] / 1e9:.2f}",
     "of the first": lambda row: f"{row['weight_ratio']:.2f}",
+    "with all layers": lambda row: f"{row['weight_bytes_all_layers'] / 1e9:.2f} ({row['weight_ratio_all_layers']:.3f})",
     "load, s": lambda row: f"{row['load_s']:.1f}",
     "load peak, GB": lambda row: f"{row['load_peak_bytes'] / 1e9:.2f}",
     "peak, GB": lambda row: f"{row['peak_memory_bytes'] / 1e9:.2f}",

@@ -17,11 +17,11 @@ FEW_TOKENS = 64
 """Up to so many tokens the CPU's packed operator is used (measured at 4096 x 4096, bfloat16, AVX-512, two threads:
 operator 0.20 ms per token; dequantizing 6 ms and then 0.09 ms per token)."""
 
-_BLOCKS = 8
+_BLOCKS = 16
 """Blocks of rows that are dequantized and multiplied at a time."""
 
-_PART = 2**20
-"""Weights that are dequantized at a time: 4 MB of float32. Fewer cost more in starting threads than caches give."""
+_PART = 2**21
+"""Weights that are dequantized at a time: 8 MB of float32. Fewer cost more in starting threads than caches give."""
 
 
 def operator_group(group_size: int | None, columns: int) -> int | None:
@@ -106,13 +106,16 @@ def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> T
     spans = [(start, min(start + _BLOCKS * block, whole), block) for start in range(0, whole, _BLOCKS * block)]
     if whole < rows:
         spans.append((whole, rows, rows - whole))
+    scale, zero = (pair.float() for pair in scales_and_zeros.unbind(-1))
+    zero = zero.sub(scale, alpha=8)
     out = x.new_empty(len(x), rows)
     # All blocks use the same memory: new memory costs as much as the arithmetic.
     weight = x.new_empty(columns * min(_BLOCKS * block, rows))
-    scratch = x.new_empty(min(len(weight), max(_PART, columns * block)), dtype=torch.float32)
+    values = x.new_empty(min(len(weight), max(_PART, columns * block)), dtype=torch.float32)
+    codes = x.new_empty(len(values) // 2, dtype=torch.uint8)
     for start, end, width in spans:
         of_span = weight[: columns * (end - start)].view(columns, end - start)
-        _dequantize_blocks(packed[start:end], scales_and_zeros[:, start:end], width, scratch, of_span)
+        _dequantize_blocks(packed[start:end], scale[:, start:end], zero[:, start:end], width, codes, values, of_span)
         torch.mm(x, of_span, out=out[:, start:end])
     return out
 
@@ -122,28 +125,36 @@ def _block_rows() -> int:
     return 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 
 
-def _dequantize_blocks(packed: Tensor, scales_and_zeros: Tensor, width: int, scratch: Tensor, weight: Tensor) -> None:
-    """Write blocks of ``width`` rows of a weight in the CPU's layout, transposed, to ``weight`` [I, O].
+def _dequantize_blocks(
+    packed: Tensor, scale: Tensor, zero: Tensor, width: int, codes: Tensor, values: Tensor, weight: Tensor
+) -> None:
+    """Write blocks of ``width`` rows of a weight in the CPU's layout, transposed: ``scale * code + zero``.
 
     The layout is torch's (aten/src/ATen/native/cpu/int4mm_kernel.cpp): blocks of rows, in each of them bytes [I, width
     / 2]. With vector instructions the lower halves of a full block's bytes are its first rows and the upper halves its
-    last; neighbouring rows share a byte otherwise. Arithmetic is in float32, in which CPUs are faster than in bfloat16;
-    ``scratch`` holds a part of the columns.
+    last; neighbouring rows share a byte otherwise. Arithmetic is in float32, in which CPUs are faster than in bfloat16.
+
+    Args:
+        packed: uint8 [O, I / 2].
+        scale, zero: float32 [G, O].
+        width: divides O.
+        codes, values: uint8 and float32, space for a part of the columns.
+        weight: [I, O], to be written.
     """
     columns, blocks = len(weight), len(packed) // width
-    group = columns // len(scales_and_zeros)
-    scale, zero = (pair.float().view(-1, 1, blocks, width).transpose(0, 2) for pair in scales_and_zeros.unbind(-1))
-    scale, zero = (values.transpose(1, 2).contiguous() for values in (scale, zero.sub(scale, alpha=8)))
+    group = columns // len(scale)
+    scale, zero = (pair.view(-1, blocks, width).transpose(0, 1).unsqueeze(2) for pair in (scale, zero))
     vectorized = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2") and width == _block_rows()
     bytes_, weight = packed.view(blocks, columns, width // 2), weight.view(columns, blocks, width)
-    part = len(scratch) // (blocks * width * group) * group
+    part = len(values) // (blocks * width * group) * group
     for start in range(0, columns, part):
         some = bytes_[:, start : start + part]
-        values = scratch[: 2 * some.numel()].view(blocks, -1, width)
-        low, high = values.chunk(2, dim=-1) if vectorized else (values[..., ::2], values[..., 1::2])
-        low.copy_(some & 15)
-        high.copy_(some >> 4)
+        halves = codes[: some.numel()].view(some.shape)
+        wide = values[: 2 * some.numel()].view(blocks, -1, width)
+        low, high = wide.chunk(2, dim=-1) if vectorized else (wide[..., ::2], wide[..., 1::2])
+        low.copy_(torch.bitwise_and(some, 15, out=halves))
+        high.copy_(torch.bitwise_right_shift(some, 4, out=halves))
         groups = slice(start // group, start // group + some.shape[1] // group)
-        grouped = values.view(blocks, -1, group, width)
+        grouped = wide.view(blocks, -1, group, width)
         torch.addcmul(zero[:, groups], grouped, scale[:, groups], out=grouped)
-        weight[start : start + part].copy_(values.transpose(0, 1))
+        weight[start : start + part].copy_(wide.transpose(0, 1))

@@ -52,6 +52,7 @@ def test_many_tokens_are_multiplied_like_few(monkeypatch, rows, dtype, part, blo
     layer = problem.quantized(INT4, int_format(4, 64), STATIC)
     few = torch.cat([layer(half) for half in problem.x.split(25)])
     assert relative(layer(problem.x), few) < CLOSE[dtype]
+    assert torch.equal(layer(problem.x), layer(problem.x))
 
 
 @pytest.mark.parametrize("kernel", [INT4, INT4_FOLDED], ids=lambda kernel: kernel.name)

@@ -56,7 +56,9 @@ def check(words, monkeypatch):
         case ["qvlm", *rest]:
             command = COMMAND
             while isinstance(command, TyperGroup):
-                name, command, rest = command.resolve_command(typer.Context(command), rest)
+                context = command.make_context("qvlm", rest)
+                rest = [*context._protected_args, *context.args]
+                name, command, rest = command.resolve_command(context, rest)
             command.make_context(name, rest)
         case ["lmms-eval", *rest] | ["torchrun", "--nproc_per_node", _, "-m", "lmms_eval", *rest]:
             monkeypatch.setattr(sys, "argv", ["lmms-eval", *rest])

@@ -125,7 +125,7 @@ def _of_commands(command: TyperCommand | TyperGroup, path: str) -> Iterator[str]
         return
     positional = [parameter for parameter in command.params if isinstance(parameter, TyperArgument)]
     options = [parameter for parameter in command.params if isinstance(parameter, TyperOption)]
-    usage = " ".join([path, *(parameter.make_metavar(typer.Context(command)) for parameter in positional)])
+    usage = " ".join([path, *map(_usage_of, positional)])
     summary, _, example = " ".join((command.help or "").split()).partition(" Example: ")
     yield f"### {usage}\n\n{summary}\n"
     if example:
@@ -135,10 +135,16 @@ def _of_commands(command: TyperCommand | TyperGroup, path: str) -> Iterator[str]
         yield _table(("option", "default", "meaning"), rows) + "\n"
 
 
+def _usage_of(argument: TyperArgument) -> str:
+    name = argument.name.upper() + ("…" if argument.nargs == -1 else "")
+    return name if argument.required else f"[{name}]"
+
+
 def _of_option(option: TyperOption) -> str:
     if option.required:
         return "required"
-    return f"`{option.default}`" if option.default not in (None, False, [], ()) else ""
+    unset = option.default is None or option.default is False or option.default in ("", [], ())
+    return "" if unset else f"`{option.default}`"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

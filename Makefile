@@ -6,7 +6,7 @@ TASKS := scienceqa,vizwiz_vqa_val,vqav2_val
 PROCESSES ?= 1
 LMMS_EVAL = $(if $(filter 1,$(PROCESSES)),$(BIN)/lmms-eval,$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m lmms_eval)
 
-.PHONY: help install test lint fuzz demo results clean
+.PHONY: help install test lint fuzz demo results bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -62,6 +62,12 @@ demo results: install
 			--output_path $$folder) || exit 1; \
 	done
 	$(BIN)/qvlm results $(addprefix $(OUTPUT)/,$(RUNS))
+
+bench: install  ## speed and memory of packed execution on this machine, beside bfloat16 (some 20 minutes)
+	$(BIN)/python benchmarks/kernels.py --layouts 7b --json docs/performance/kernels-cpu.json
+	$(BIN)/python benchmarks/generate.py --layers 2 --rounds 2 --json docs/performance/generate-cpu.json
+	$(BIN)/python benchmarks/search.py --json docs/performance/search-cpu.json
+	$(BIN)/python benchmarks/markdown.py docs/performance/*.json
 
 clean:  ## remove the environment, the demo's data and results
 	rm -rf $(VENV) demo-data demo-results full-results

@@ -110,8 +110,10 @@ def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> T
     zero = zero.sub(scale, alpha=8)
     out = x.new_empty(len(x), rows)
     # All blocks use the same memory: new memory costs as much as the arithmetic.
-    weight = x.new_empty(columns * min(_BLOCKS * block, rows))
-    values = x.new_empty(min(len(weight), max(_PART, columns * block)), dtype=torch.float32)
+    most = min(_BLOCKS * block, rows)
+    weight = x.new_empty(columns * most)
+    one_group = most * (columns // len(scale))
+    values = x.new_empty(min(len(weight), max(_PART, one_group)), dtype=torch.float32)
     codes = x.new_empty(len(values) // 2, dtype=torch.uint8)
     for start, end, width in spans:
         of_span = weight[: columns * (end - start)].view(columns, end - start)

@@ -67,6 +67,8 @@ def check(words, monkeypatch):
             parse_arguments(dict(pair.split("=", 1) for pair in given.model_args.split(",")))
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        case ["python", script, *_]:
+            assert (ROOT / script).is_file()
         case ["pip", "install", *_, place] if not place.startswith("qvlm_plugin"):
             assert (ROOT / place).is_dir()
         case ["git", "checkout", _, "&&", *rest]:

@@ -316,6 +316,6 @@ def test_an_interrupted_report_leaves_the_old_one_whole(tmp_path, monkeypatch):
         raise OSError("no space")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(QVLMError, match="no space"):
         made("new").write(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -1,9 +1,9 @@
 """The parts of a results file that a leaderboard reads. Whatever else is there is left alone."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from qvlm_plugin.errors import QVLMError
 
@@ -82,12 +82,18 @@ class Command(_Part):
     offset: int | None = None
 
 
+def _with_choices(config: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(config.get("lmms_eval_specific_kwargs") or {}, dict):
+        raise ValueError("lmms_eval_specific_kwargs is not an object")
+    return config
+
+
 class ResultsFile(_Part):
     """A results file of lmms-eval, with provenance if this package's model wrote it."""
 
     results: dict[str, dict[str, Any]]
     counts: dict[str, DocumentCounts] = Field(alias="n-samples")
-    configs: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    configs: dict[str, Annotated[dict[str, Any], AfterValidator(_with_choices)]] = Field(default_factory=dict)
     versions: dict[str, Any] = Field(default_factory=dict)
     higher_is_better: dict[str, dict[str, bool | None] | None] = Field(default_factory=dict)
     throughput: dict[str, Any] | None = None

@@ -220,6 +220,10 @@ def binary(folder):
     damaged(folder, content([1])).write_bytes(bytes(range(256)))
 
 
+def odd_task(folder):
+    damaged(folder, content([1]) | {"configs": {"quiz": {"lmms_eval_specific_kwargs": "none"}}})
+
+
 def repeated(folder):
     write_run(folder / "bad", [0, 0, 0, 0], provenance("good"), date="20261120_120000")
 
@@ -245,6 +249,7 @@ def versions(folder):
         (disagreeing, "exact_match is 1, but the samples' mean is 0.5"),
         (edited, "was edited after the run"),
         (malformed, "is not a results file of lmms-eval: n-samples.quiz"),
+        (odd_task, "is not a results file of lmms-eval: configs.quiz"),
         (a_list, "is not a results file of lmms-eval"),
         (deep, "is not a results file of lmms-eval"),
         (binary, "is not a results file of lmms-eval"),

@@ -53,7 +53,7 @@ demo results: install
 		echo "== $$run"; \
 		if ls $$folder/*/*_results.json > /dev/null 2>&1; then continue; fi; \
 		if [ $$1 != none ]; then \
-			(cd demo-data && OMP_WAIT_POLICY=passive $(BIN)/qvlm search $$folder/plan --pretrained demo --method $$1 --scheme $$2 \
+			(cd demo-data && $(BIN)/qvlm search $$folder/plan --pretrained demo --method $$1 --scheme $$2 \
 				--calibration calibration/train.json:$(SAMPLES) $${3:+--option weights=$$3}) || exit 1; \
 			arguments=$$arguments,plan=$$folder/plan; \
 		fi; \
@@ -64,7 +64,7 @@ demo results: install
 	$(BIN)/qvlm results $(addprefix $(OUTPUT)/,$(RUNS))
 
 bench: install  ## speed and memory of packed execution on this machine, beside bfloat16 (some 20 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kernels.py --layouts 7b --seconds 0.3 --json docs/performance/kernels-cpu.json
+	$(BIN)/python benchmarks/kernels.py --layouts 7b --seconds 0.3 --json docs/performance/kernels-cpu.json
 	$(BIN)/python benchmarks/generate.py --layers 2 --rounds 2 --json docs/performance/generate-cpu.json
 	$(BIN)/python benchmarks/search.py --json docs/performance/search-cpu.json
 	$(BIN)/python benchmarks/markdown.py docs/performance/*.json

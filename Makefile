@@ -6,7 +6,7 @@ TASKS := scienceqa,vizwiz_vqa_val,vqav2_val
 PROCESSES ?= 1
 LMMS_EVAL = $(if $(filter 1,$(PROCESSES)),$(BIN)/lmms-eval,$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m lmms_eval)
 
-.PHONY: help install test lint fuzz demo results bench clean
+.PHONY: help install test lint oldest fuzz demo results bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -26,6 +26,11 @@ lint: install  ## style, formatting and the direction of imports
 
 test: lint  ## lint, then every test
 	OMP_WAIT_POLICY=passive $(BIN)/pytest
+
+oldest:  ## every test on the oldest versions that are supported, in an environment of their own
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --constraint tests/oldest.txt --editable '.[test]'
+	OMP_WAIT_POLICY=passive .venv-oldest/bin/pytest
 
 fuzz: install  ## 100,000 hostile files and arguments (ten minutes); a new seed each time
 	$(BIN)/pytest tests/hostile --hypothesis-profile=fuzz
@@ -70,4 +75,4 @@ bench: install  ## speed and memory of packed execution on this machine, beside 
 	$(BIN)/python benchmarks/markdown.py docs/performance/*.json
 
 clean:  ## remove the environment, the demo's data and results
-	rm -rf $(VENV) demo-data demo-results full-results
+	rm -rf $(VENV) .venv-oldest demo-data demo-results full-results

@@ -1,9 +1,10 @@
 """transformers' side of quantized checkpoints: ``from_pretrained`` of an exported folder loads packed.
 
-It is entered in transformers' tables by `registration`, in the middle of transformers' own import; what needs more of
-it is therefore imported by the functions that run later.
+It enters itself in transformers' tables. `registration` imports it in the middle of transformers' own import; what
+needs more of that is therefore imported by the functions that run later.
 """
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,3 +90,12 @@ def quantizer_of(model: "PreTrainedModel") -> QVLMHfQuantizer | None:
     """The quantizer that loaded the model, if it came from an exported folder."""
     quantizer = getattr(model, "hf_quantizer", None)
     return quantizer if isinstance(quantizer, QVLMHfQuantizer) else None
+
+
+def _enter() -> None:
+    tables = import_module("transformers.quantizers.auto")
+    tables.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, QVLMQuantizationConfig)
+    tables.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, QVLMHfQuantizer)
+
+
+_enter()

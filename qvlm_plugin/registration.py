@@ -45,9 +45,7 @@ class _Registrar(MetaPathFinder):
 
 
 def _enter_quantizer() -> None:
-    tables, ours = import_module("transformers.quantizers.auto"), import_module("qvlm_plugin.hf_quantizer")
-    tables.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(ours.QUANT_METHOD, ours.QVLMQuantizationConfig)
-    tables.AUTO_QUANTIZER_MAPPING.setdefault(ours.QUANT_METHOD, ours.QVLMHfQuantizer)
+    import_module("qvlm_plugin.hf_quantizer")  # which may be what is importing transformers
 
 
 def _enter_configuration() -> None:

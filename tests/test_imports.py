@@ -25,6 +25,15 @@ def test_importing_the_package_is_cheap():
     assert len(python(code).split()) == 1
 
 
+def test_the_quantizer_may_be_imported_first():
+    code = """
+from qvlm_plugin.hf_quantizer import QUANT_METHOD, QVLMHfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+assert AUTO_QUANTIZER_MAPPING[QUANT_METHOD] is QVLMHfQuantizer
+"""
+    python(code)
+
+
 def test_the_core_works_without_the_harness(tiny_llava):
     code = """
 import pkgutil, importlib, torch, qvlm_plugin

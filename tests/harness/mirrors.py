@@ -85,7 +85,7 @@ def vqav2_row(index: int) -> dict:
 
 
 SETS = {
-    "ScienceQA": (scienceqa_row, SCIENCEQA, {"train": range(100, 112), "test": range(9)}, "ScienceQA-FULL"),
+    "ScienceQA": (scienceqa_row, SCIENCEQA, {"train": range(100, 200), "test": range(9)}, "ScienceQA-FULL"),
     "VizWiz-VQA": (vizwiz_row, VIZWIZ, {"val": range(5), "test": range(5, 8)}, "default"),
     "VQAv2": (vqav2_row, VQAV2, {"train": range(50, 56), "validation": range(6), "test": range(6, 10)}, "default"),
 }

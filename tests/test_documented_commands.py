@@ -1,0 +1,139 @@
+"""What the documents tell to type runs, page by page in one folder: on tiny models in folders named like hub ids.
+
+Not here: `make` and `pip install .`, which make the environment that this runs in; the example package
+(`test_example_plugin`); benchmarks (`test_benchmarks`) and ablations (`report/test_ablation`); released checkpoints
+(`reproduce.md`).
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness.mirrors import vqav2_row, write_mirrors
+from original_llava import write_original_llava
+from test_docs import DOCS, ROOT, SHELL, code_blocks
+from tiny_llava import write_tiny_llava
+
+MODEL = "llava-hf/llava-1.5-7b-hf"
+SMALLER = {
+    "--device cuda": "--device cpu",
+    "--models demo": f"--models {MODEL}",
+    "--pretrained demo": f"--pretrained {MODEL}",
+    "qvlm_scienceqa,qvlm_vizwiz,qvlm_vqav2": "qvlm_vqav2",
+    "--limit 100": "--limit 3",
+}
+"""Machine, model and sizes that commands name, and what they are here."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with all that the documents take for granted."""
+    place = write_mirrors(tmp_path_factory.mktemp("documents"), stand_in=False)
+    write_tiny_llava(place / MODEL)
+    write_original_llava(place / "liuhaotian" / "llava-v1.5-7b")
+    rows = []
+    (place / "images").mkdir()
+    for row in map(vqav2_row, range(100, 164)):
+        row["image"].save(place / "images" / f"{row['image_id']}.png")
+        turns = [{"from": "human", "value": f"<image>\n{row['question']}"}, {"from": "gpt", "value": "red"}]
+        rows.append({"image": f"{row['image_id']}.png", "conversations": turns})
+    (place / "llava_mix.json").write_text(json.dumps(rows))
+    return place
+
+
+def script(page):
+    """The commands of a page that this file is about, as one shell script."""
+    blocks = [block for language, block in code_blocks(page) if language in SHELL]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    ours = [line.removeprefix("$ ") for line in lines if re.match(r"(\$ )?(qvlm|lmms-eval) ", line)]
+    text = "\n".join(ours)
+    for written, here in SMALLER.items():
+        text = text.replace(written, here)
+    return text
+
+
+def run(place, text):
+    """Run a script there, offline; returns what it printed."""
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(place / "datasets-cache"),
+        "QVLM_CACHE": str(place / "qvlm-cache"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-exo", "pipefail", "-c", text],
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def test_readme(place):
+    assert "w4a4" in run(place, script(ROOT / "README.md"))
+
+
+def test_troubleshooting(place):
+    printed = run(place, script(DOCS / "troubleshooting.md"))
+    assert "ok    checkpoint" in printed or "ok    memory" in printed
+
+
+def test_checkpoints(place):
+    printed = run(place, script(DOCS / "checkpoints.md"))
+    assert "model.language_model.layers.0" in printed  # of `qvlm inspect --modules`
+    assert (place / "for-vllm" / "config.json").is_file() and (place / "llava-v1.5-7b-hf" / "config.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def compared(place):
+    """What is printed by the commands of compare.md, up to those that publish."""
+    text, _, _ = script(DOCS / "compare.md").partition("qvlm leaderboard add")
+    return run(place, text)
+
+
+def test_compare(place, compared):
+    assert "would run" in compared
+    assert (place / "compared" / "comparison.md").is_file() and (place / "leaderboard" / "leaderboard.html").is_file()
+    assert (place / "figures" / "search.png").is_file() and (place / "figures" / "errors.png").is_file()
+
+
+def test_publish(place, compared):
+    """The last commands of compare.md, on a run that may be published: of all documents, and no stand-in data."""
+    arguments = f"pretrained={MODEL},method=rtn,scheme=w8a16"
+    run(
+        place,
+        f"lmms-eval --model qvlm_llava --model_args {arguments} --tasks vqav2_val,vqav2_test --log_samples "
+        "--output_path compared/model/qvlm-w4a4",
+    )
+    (results,) = (place / "compared" / "model").rglob("*_results.json")
+    (submission,) = (place / "compared" / "model").rglob("vqav2-test-submission-*.json")
+    _, command, rest = script(DOCS / "compare.md").partition("qvlm leaderboard add")
+    text = re.sub(r"compared/…/\S*_results.json", str(results), command + rest)
+    text = re.sub(r"compared/…/submissions/\S*.json", str(submission), text)
+    assert "…" not in text
+    (place / "llava-1.5-7b-w4a4").mkdir()
+    (place / "llava-1.5-7b-w4a4" / "README.md").write_text("# Model\n")
+    run(place, text)
+    assert list((place / "shared-results").rglob("*_results.json"))
+    assert "model-index" in (place / "llava-1.5-7b-w4a4" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("page", "folder"), [("results.md", "results"), ("results-demo.md", "full-results")])
+def test_paired(place, compared, page, folder):
+    """Of runs that compare.md's grid left, under the names that the page has."""
+    cells = {cell.name: cell for cell in (place / "compared" / "llava-1.5-7b-hf").iterdir()}
+    text = script(DOCS / page)
+    for named in set(re.findall(rf"{folder}/([\w.-]+)", text)):
+        method = named.partition("-")[0]
+        cell = cells.get({"qvlm": "qvlm_jacobian"}.get(method, method) + ("-w16a16" if method == "none" else "-w4a4"))
+        shutil.copytree(cell, place / folder / named, dirs_exist_ok=True)
+    assert "p" in run(place, text)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from qvlm_plugin import __version__
 from qvlm_plugin.commands import leaderboard
@@ -181,7 +181,7 @@ def inspect(
         bits.add_row(part, str(count), f"{effective['weight']:.3f}", f"{effective['activation']:.2f}")
     console.print(bits)
     if modules:
-        table = Table("module", "shape", "weight", "activation")
+        table = Table(Column("module", overflow="fold"), "shape", "weight", "activation")
         for module in plan.modules:
             table.add_row(module.name, "x".join(map(str, module.shape)), str(module.weight), str(module.activation))
         console.print(table)

@@ -91,7 +91,14 @@ def _int8_linear(
     return out
 
 
-_int8_linear_operator = torch.library.custom_op("qvlm_plugin::int8_linear", _int8_linear, mutates_args=())
+_int8_linear_operator = torch.library.custom_op(
+    "qvlm_plugin::int8_linear",
+    _int8_linear,
+    mutates_args=(),
+    # Written out, since older versions of torch read no schema from list[Tensor].
+    schema="(Tensor codes, Tensor[] weights, Tensor scale, Tensor? bias, ScalarType dtype, Tensor? step=None, "
+    "Tensor? offset=None, Tensor? row_sum=None) -> Tensor",
+)
 
 
 @_int8_linear_operator.register_fake

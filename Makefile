@@ -69,7 +69,7 @@ demo results: install
 	$(BIN)/qvlm results $(addprefix $(OUTPUT)/,$(RUNS))
 
 bench: install  ## speed and memory of packed execution on this machine, beside bfloat16 (some 20 minutes)
-	$(BIN)/python benchmarks/kernels.py --layouts 7b --seconds 0.3 --json docs/performance/kernels-cpu.json
+	$(BIN)/python benchmarks/kernels.py --layouts 7b --seconds 0.4 --json docs/performance/kernels-cpu.json
 	$(BIN)/python benchmarks/generate.py --layers 2 --rounds 2 --json docs/performance/generate-cpu.json
 	$(BIN)/python benchmarks/search.py --json docs/performance/search-cpu.json
 	$(BIN)/python benchmarks/markdown.py docs/performance/*.json

@@ -33,9 +33,9 @@ from qvlm_plugin.commands.shared import (
     needs_report_packages,
     pairs,
     reports_errors,
-    resolve_demo,
     working_in,
 )
+from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qvlm_plugin.commands.shared import OneScheme, Revision, reports_errors, resolve_demo, working_in
+from qvlm_plugin.commands.shared import OneScheme, Revision, reports_errors, working_in
 
 
 @reports_errors
@@ -36,7 +36,6 @@ def doctor(
     from qvlm_plugin.scheme import Scheme
 
     widths = Scheme.parse(scheme)
-    checkpoint = pretrained and resolve_demo(pretrained)
     with working_in(data):
         findings = [
             *examine("packages", "qvlm_plugin.doctor.packages:check_packages"),
@@ -44,7 +43,7 @@ def doctor(
             *examine("lmms-eval", "qvlm_plugin.harness.checks:check_registration"),
             *examine("tasks", "qvlm_plugin.harness.checks:check_tasks", tasks.split(",")),
             *examine("kernels", "qvlm_plugin.doctor.kernels:check_kernels"),
-            *examine("space", "qvlm_plugin.doctor.space:check_space", checkpoint, revision, widths),
+            *examine("space", "qvlm_plugin.doctor.space:check_space", pretrained, revision, widths),
         ]
     if json:
         typer.echo(json_format.dumps([asdict(finding) for finding in findings], indent=2))

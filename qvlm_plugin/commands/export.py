@@ -20,8 +20,8 @@ from qvlm_plugin.commands.shared import (
     draw_from_task,
     pairs,
     reports_errors,
-    resolve_demo,
 )
+from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
 
 

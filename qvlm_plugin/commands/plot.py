@@ -11,9 +11,9 @@ from qvlm_plugin.commands.shared import (
     draw_from_task,
     needs_report_packages,
     reports_errors,
-    resolve_demo,
     working_in,
 )
+from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:

@@ -82,12 +82,3 @@ def draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample
     except ImportError as error:
         raise QVLMError(f"calibration from task {task!r} needs lmms-eval, which is not installed: {error}") from error
     return draw_samples(task, split, count, seed)
-
-
-def resolve_demo(pretrained: str) -> str:
-    """The checkpoint folder; the embedded model is built if need be."""
-    if pretrained != "demo":
-        return pretrained
-    from qvlm_plugin.demo.model import build as build_model
-
-    return str(build_model())

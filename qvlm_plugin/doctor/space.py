@@ -10,6 +10,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from qvlm_plugin import plugins
 from qvlm_plugin.cache import cache_root
+from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.doctor.finding import Finding, Status
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.base import MethodOptions
@@ -63,6 +64,7 @@ def check_space(pretrained: str | None, revision: str | None, scheme: Scheme) ->
     needs, findings = None, []
     if pretrained is not None:
         try:
+            pretrained = resolve_demo(pretrained)
             needs = needs_of(pretrained, revision, scheme)
         except QVLMError as error:
             findings = [Finding("checkpoint", Status.FAIL, str(error), "name another with --pretrained")]

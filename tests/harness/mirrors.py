@@ -1,6 +1,7 @@
 """Tiny local mirrors of the standard tasks' data sets, in those sets' schemas, with random images."""
 
 import json
+import os
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, List, Value
@@ -114,3 +115,24 @@ def write_mirrors(directory: Path, stand_in: bool = True) -> Path:
         if stand_in:
             (folder / "stand_in.json").write_text(json.dumps({"made_by": "tests"}))
     return directory
+
+
+def write_conversations(file: Path, indices: range, images: Path) -> None:
+    """Write documents of VQAv2 as a calibration file of LLaVA's format, and their images to a folder."""
+    rows = []
+    for row in map(vqav2_row, indices):
+        row["image"].save(images / f"{row['image_id']}.png")
+        question = f"<image>\n{row['question']}\nAnswer the question using a single word or phrase."
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
+        rows.append({"image": f"{row['image_id']}.png", "conversations": turns})
+    file.write_text(json.dumps(rows))
+
+
+def environment_in(place: Path) -> dict[str, str]:
+    """For a command that runs there: offline, with caches of its own, one thread."""
+    return os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(place / "datasets-cache"),
+        "QVLM_CACHE": str(place / "qvlm-cache"),
+        "OMP_NUM_THREADS": "1",
+    }

@@ -1,14 +1,13 @@
 """Every family through the harness's command line: quantized at load time, on a tiny mirror of a standard task."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import yaml
 from family_list import FAMILIES
-from harness.mirrors import write_mirrors
+from harness.mirrors import environment_in, write_mirrors
 
 CONV = {"llava-v1.3": "llava_v1", "llava-v1.5": "vicuna_v1", "moe-llava": "stablelm"}
 
@@ -26,12 +25,7 @@ def results(tmp_path_factory):
     runs.append({"model_args": chosen, "output_path": "out/chosen"})
     common = {"model": "qvlm_llava", "tasks": "vqav2_val", "batch_size": "4", "limit": 4.0, "log_samples": True}
     (place / "runs.yaml").write_text(yaml.safe_dump([common | one for one in runs]))
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(place / "datasets-cache"),
-        "QVLM_CACHE": str(place / "qvlm-cache"),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = environment_in(place)
     command = [sys.executable, "-m", "lmms_eval", "--config", "runs.yaml"]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,14 +1,13 @@
 """Real runs of the harness's command line: a tiny model, and the unmodified standard tasks on tiny local mirrors."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from harness.mirrors import scienceqa_row, vqav2_row, write_mirrors
+from harness.mirrors import environment_in, scienceqa_row, write_conversations, write_mirrors
 from tiny_llava import write_tiny_llava
 
 from qvlm_plugin.models.loading import load
@@ -41,26 +40,15 @@ def place(tmp_path_factory):
     write_tiny_llava(directory / "tiny")
     loaded = load(str(directory / "tiny"), dtype="float32")
     obtain_plan(loaded, check_request("rtn", "w3a16", {"group_size": 16}), None, None).save(directory / "plan")
-    rows = []
-    for row in map(vqav2_row, range(2)):
-        row["image"].save(directory / f"{row['image_id']}.png")
-        question = f"<image>\n{row['question']}\nAnswer the question using a single word or phrase."
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
-        rows.append({"image": f"{row['image_id']}.png", "conversations": turns})
     (directory / "more-tasks").mkdir()
     (directory / "more-tasks" / "sqa_choices.yaml").write_text(CHOICES)
-    (directory / "evaluated.json").write_text(json.dumps(rows))
+    write_conversations(directory / "evaluated.json", range(2), directory)
     return directory
 
 
 def run(place, *command):
     """Run a command there, offline; returns what it printed."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(place / "datasets-cache"),
-        "QVLM_CACHE": str(place / "qvlm-cache"),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = environment_in(place)
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=place, env=environment, capture_output=True, text=True, timeout=600
     )

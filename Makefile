@@ -4,6 +4,8 @@ BIN := $(abspath $(VENV))/bin
 TASKS := scienceqa,vizwiz_vqa_val,vqav2_val
 # More than one process shards the documents; on a few cores two are faster than one.
 PROCESSES ?= 1
+# Another arithmetic for demo and results, such as packed; plans are those of any.
+BACKEND ?=
 LMMS_EVAL = $(if $(filter 1,$(PROCESSES)),$(BIN)/lmms-eval,$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m lmms_eval)
 
 .PHONY: help install test lint oldest fuzz demo results bench clean
@@ -44,7 +46,7 @@ results: RUNS = none-w16a16 \
 	$(foreach scheme,w4a4 w6a6 w8a8,rtn-$(scheme) qlora-$(scheme) awq-$(scheme)-nf qvlm-$(scheme) qvlm_jacobian-$(scheme))
 results: LIMIT = 1000
 results: SAMPLES = 64
-results: OUTPUT = full-results
+results: OUTPUT = $(if $(BACKEND),$(BACKEND),full)-results
 
 demo:  ## full precision, qlora and Q-VLM at W4A4 on 100 documents of each standard task (the embedded small LLaVA)
 results:  ## every method at W4A4, W6A6 and W8A8 on 1,000 documents of each task (three hours); goes on where it stopped
@@ -60,7 +62,7 @@ demo results: install
 		if [ $$1 != none ]; then \
 			(cd demo-data && $(BIN)/qvlm search $$folder/plan --pretrained demo --method $$1 --scheme $$2 \
 				--calibration calibration/train.json:$(SAMPLES) $${3:+--option weights=$$3}) || exit 1; \
-			arguments=$$arguments,plan=$$folder/plan; \
+			arguments=$$arguments,plan=$$folder/plan$(BACKEND:%=,backend=%); \
 		fi; \
 		(cd demo-data && HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(LMMS_EVAL) --model qvlm_llava \
 			--model_args $$arguments --tasks $(TASKS) --batch_size 16 --limit $(LIMIT) --log_samples \
@@ -75,4 +77,4 @@ bench: install  ## speed and memory of packed execution on this machine, beside 
 	$(BIN)/python benchmarks/markdown.py docs/performance/*.json
 
 clean:  ## remove the environment, the demo's data and results
-	rm -rf $(VENV) .venv-oldest demo-data demo-results full-results
+	rm -rf $(VENV) .venv-oldest demo-data *-results

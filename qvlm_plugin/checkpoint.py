@@ -24,6 +24,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.memory import trim_heap
 from qvlm_plugin.plan import ModulePlan, table_hash
 from qvlm_plugin.reading import inside, parsed_elsewhere
 
@@ -191,6 +192,7 @@ def pack(record: CheckpointRecord, model: nn.Module) -> Execution:
                 layer.kernel = choice.kernel
             layer.hold(choice.kernel.pack(neutral, layer.activation_format, guard.device))
         layer.to(compute_type)
+        trim_heap()
         choices[module.plan.name] = choice
     return Execution(choices)
 

@@ -25,6 +25,7 @@ from qvlm_plugin.cache import sources_digest
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.selection import Execution
+from qvlm_plugin.memory import trim_heap
 from qvlm_plugin.methods.base import Method
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, apply_plan
@@ -211,4 +212,5 @@ def apply(plan: RoundingPlan, loaded: LoadedModel, backend: str = "reference", s
     """
     execution = apply_plan(plan, loaded.model, loaded.fingerprint, plugins.kernels(backend), strict)
     plugins.tell_quantized(loaded, plan)
+    trim_heap()  # of weights in full precision
     return execution

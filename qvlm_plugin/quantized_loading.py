@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.memory import trim_heap
 from qvlm_plugin.plan import RoundingPlan, check_plan, edit, place, quantized_linear
 
 _METHOD = "qvlm-plan"
@@ -78,6 +79,7 @@ class _Quantizer(HfQuantizer):
         # The Linear stays until loading is over, which looks at its weight once more.
         linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
         linear.weight._is_hf_initialized = True
+        trim_heap()
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **more: Any) -> PreTrainedModel:
         for name, layer in self.layers.items():

@@ -1,10 +1,10 @@
-"""Integer weights of 5 to 8 bits in 8-bit containers, and integer products with activation codes.
+"""Weights of 5 to 8 bits in 8-bit containers, and integer products with activation codes.
 
-What is stored is the plan's rounded weight, rounded once more to 8 bits with one scale for each output channel, since
-torch's integer product sums over all input channels: narrower weights take 8 bits here. Codes of tokens have one scale
-each, which comes out of the product; steps of channels are folded into the weight, which is then split into a few
-segments of channels with similar steps (`folding`, `segments`). Unquantized activations are multiplied in the compute
-type.
+What is stored is the plan's rounded weight, uniform or normal-float, rounded once more to 8 bits with one scale for
+each output channel, since torch's integer product sums over all input channels: narrower weights take 8 bits here.
+Codes of tokens have one scale each, which comes out of the product; steps of channels are folded into the weight, which
+is then split into a few segments of channels with similar steps (`folding`, `segments`). Unquantized activations are
+multiplied in the compute type.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from qvlm_plugin.kernels.segments import segment_widths
 from qvlm_plugin.quantizers import by_rows, quantization_step, round_to_codes, token_range
 
 NARROWEST, WIDEST = 5, 8
-"""Bits of a weight's code: below, `int4` is smaller."""
+"""Bits of a weight's code: below, `int4` and `nf4` are smaller."""
 
 LARGEST_CODE = 128
 """Signed 8-bit codes go from -128 to 127."""
@@ -38,8 +38,8 @@ _MULTIPLE = 8
 def _obstacle(
     weight_format: WeightFormat, activation_format: ActivationFormat, shape: tuple[int, int], device: torch.device
 ) -> str | None:
-    if weight_format.kind != "int" or weight_format.bits < NARROWEST:
-        return f"it is for integer weights of {NARROWEST} to {WIDEST} bits"
+    if not NARROWEST <= weight_format.bits <= WIDEST:
+        return f"it is for weights of {NARROWEST} to {WIDEST} bits"
     if device.type not in ("cpu", "cuda"):
         return f"no 8-bit operator on {device.type}"
     if device.type == "cuda" and (shape[0] % _MULTIPLE or shape[1] % _MULTIPLE):

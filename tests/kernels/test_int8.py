@@ -7,12 +7,15 @@ from qvlm_plugin.kernels import int8, int8_product
 from qvlm_plugin.kernels.int8 import INT8
 from qvlm_plugin.kernels.reference import REFERENCE
 
+NF6, NF8 = (WeightFormat(kind="nf", bits=bits, double_quantization=True) for bits in (6, 8))
 STATIC6, TOKEN6 = (ActivationFormat(kind=kind, bits=6) for kind in ("static_channel", "dynamic_token"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("activation", [A16, STATIC, TOKEN, STATIC8, TOKEN8], ids=str)
-@pytest.mark.parametrize("weight", [int_format(8), int_format(6), int_format(8, None), int_format(5, 32)], ids=str)
+@pytest.mark.parametrize(
+    "weight", [int_format(8), int_format(6), int_format(8, None), int_format(5, 32), NF6, NF8], ids=str
+)
 def test_int8_is_close_to_the_reference(dtype, activation, weight):
     problem = Problem.draw(dtype=dtype)
     assert problem.distance(INT8, weight, activation) < 0.02
@@ -96,7 +99,7 @@ def test_many_tokens_are_multiplied_like_few(monkeypatch, dtype):
 
 def test_weights_take_eight_bits():
     problem = Problem.draw((256, 1024), dtype=torch.bfloat16)
-    for weight in (int_format(6), int_format(8)):
+    for weight in (int_format(6), int_format(8), NF8):
         layer = problem.quantized(INT8, weight, STATIC8)
         held = sum(tensor.nbytes for name, tensor in layer.named_parameters() if name.startswith(("codes_", "scale")))
         assert 8 <= 8 * held / (256 * 1024) < 8.6
@@ -104,7 +107,7 @@ def test_weights_take_eight_bits():
 
 def test_what_it_cannot_do_is_said():
     assert "5 to 8 bits" in INT8.obstacle(int_format(4), A16, (64, 64), CPU)
-    assert "5 to 8 bits" in INT8.obstacle(WeightFormat(kind="nf", bits=8), A16, (64, 64), CPU)
+    assert "5 to 8 bits" in INT8.obstacle(WeightFormat(), A16, (64, 64), CPU)
     assert "multiple of 8" in INT8.obstacle(int_format(8), A16, (12, 64), torch.device("cuda"))
     assert "on meta" in INT8.obstacle(int_format(8), A16, (64, 64), torch.device("meta"))
     assert INT8.supports(int_format(8), A16, (12, 63), CPU)

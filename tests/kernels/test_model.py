@@ -27,6 +27,7 @@ def run(tiny_llava, calibration, scheme, backend, **options):
         ("w4a4", {}, {"int4", "reference"}, 1e-4),
         ("w4a16", {}, {"int4", "reference"}, 1e-4),
         ("w8a8", {}, {"int8"}, 0.05),
+        ("w8a8", {"weights": "nf"}, {"int8"}, 0.05),
         ("w4a4+vision:w8a8+projector:w8a8", {}, {"int4", "int8"}, 0.2),
         ("w4a16", {"weights": "nf"}, {"nf4", "reference"}, 1e-3),
     ],

@@ -98,11 +98,18 @@ class Fold(_Record):
 
 
 class CalibrationRecord(_Record):
-    """Which documents a plan was fitted on."""
+    """What a plan was fitted on.
+
+    Attributes:
+        source, seed: where documents were drawn from, and how.
+        digests: of the documents.
+        conv: the prompt format (`LoadedModel.conv`); None in plans that are older than this field.
+    """
 
     source: str
     seed: int
     digests: tuple[str, ...]
+    conv: str | None = None
 
 
 class _Header(_Record):
@@ -185,6 +192,7 @@ class RoundingPlan:
                 "source": self.calibration.source,
                 "seed": self.calibration.seed,
                 "documents": len(self.calibration.digests),
+                "conv": self.calibration.conv,
             },
             "uncalibrated_expert_inputs": len(self.record.get("uncalibrated", ())),
             "search_seconds": self.search_seconds,

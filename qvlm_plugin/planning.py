@@ -201,6 +201,22 @@ def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: Calibratio
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def prompt_warning(calibration: Mapping[str, Any] | None, loaded: LoadedModel) -> str | None:
+    """What to say where a plan was searched on prompts of another format than ``loaded`` forms; None if nothing.
+
+    Args:
+        calibration: of `RoundingPlan.facts`.
+        loaded: the model to run.
+    """
+    searched = (calibration or {}).get("conv")
+    if searched in (None, loaded.conv):
+        return None
+    return (
+        f"the plan was searched on prompts of conv={searched}, and the model runs with conv={loaded.conv}: its ranges "
+        "are those of other prompts"
+    )
+
+
 def apply(plan: RoundingPlan, loaded: LoadedModel, backend: str = "reference", strict: bool = False) -> Execution:
     """Quantize the loaded model in place by ``plan``, with the arithmetic that ``backend`` names (`plugins.kernels`).
 

@@ -94,6 +94,8 @@ def export(
     )
     if plan is None:
         found = planning.obtain_plan(loaded, request, samples, cache_root() / "plans")
+    if warning := planning.prompt_warning(found.facts["calibration"], loaded):
+        typer.echo(warning, err=True)
     if format_ is Format.QVLM:
         typer.echo(write(found, loaded, output, backend=backend, strict=strict, shard_size=shard_size))
     else:

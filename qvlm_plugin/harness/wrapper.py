@@ -23,6 +23,7 @@ from qvlm_plugin import planning, plugins
 from qvlm_plugin.calibration import CalibrationSet, read_calibration
 from qvlm_plugin.checkpoint import CheckpointRecord
 from qvlm_plugin.conversation import Conversation, encode, to_device
+from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import likelihood, processes, provenance
 from qvlm_plugin.harness.arguments import ModelArguments, check_stored, parse_arguments
@@ -99,6 +100,8 @@ class _QVLM(lmms):
             facts = {**record.plan, "backend": record.backend, "quantized_from": record.model}
         if self._rank == 0 and execution.choices:
             logger.info(f"backend={facts['backend']}: {execution}")
+        if self._rank == 0 and (warning := planning.prompt_warning(facts["calibration"], loaded)):
+            logger.warning(warning)
 
         self._model, self._processor, self._stops = loaded.model, loaded.processor, loaded.stops
         if arguments.device_map is not None:
@@ -304,12 +307,8 @@ class _QVLM(lmms):
         return replace(calibration, samples=tuple(samples))
 
     def _load(self, arguments: ModelArguments, quantize: QuantizeOnLoad | None) -> LoadedModel:
-        pretrained = arguments.pretrained
-        if pretrained == "demo":
-            from qvlm_plugin.demo import model as demo  # its packages are needed for nothing else
-
-            with processes.first_process_first():
-                pretrained = str(demo.build())
+        with processes.first_process_first():  # which may have to build the embedded model
+            pretrained = resolve_demo(arguments.pretrained)
         return load(
             pretrained,
             revision=arguments.revision,
@@ -337,7 +336,7 @@ class _QVLM(lmms):
             "attn_implementation": loaded.model.config._attn_implementation,
             "image_processor": type(loaded.processor.image_processor).__name__,
             "prompt_format": "simple" if self.is_simple else "chat",
-            "conv": loaded.prompt or "the checkpoint's own",
+            "conv": loaded.conv,
             "router_noise_seed": arguments.router_noise_seed,
             "system_prompt": self._system_prompt,
             "versions": provenance.versions(),

@@ -156,7 +156,9 @@ def build_plan(
         )
     documents = None
     if calibration is not None:
-        documents = CalibrationRecord(source=calibration.source, seed=calibration.seed, digests=calibration.digests())
+        documents = CalibrationRecord(
+            source=calibration.source, seed=calibration.seed, digests=calibration.digests(), conv=loaded.conv
+        )
     return RoundingPlan(
         method=method,
         scheme=str(scheme),

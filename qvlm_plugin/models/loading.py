@@ -68,6 +68,11 @@ class LoadedModel:
     prompt: str | None = None
 
     @property
+    def conv(self) -> str:
+        """The prompt format, in words."""
+        return self.prompt or "the checkpoint's own"
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """Texts at which every answer ends, beside the end token."""
         stop = PROMPT_FORMATS[self.prompt].stop if self.prompt else ""

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
+from loguru import logger
 from tiny_llava import random_image
 
+from qvlm_plugin import planning
 from qvlm_plugin.conversation import Conversation, encode, render
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness.requests import from_visuals
 from qvlm_plugin.harness.wrapper import QVLMChat, QVLMSimple
+from qvlm_plugin.models.loading import load
 
 WORDS = ("short", "a somewhat longer question", "what is shown in this picture and why is it there?")
 
@@ -415,6 +418,21 @@ def test_quantized_answers_do_not_depend_on_the_batch(tiny_llava, make, tmp_path
     assert one.record.facts["plan_hash"] == eight.record.facts["plan_hash"] != full.record.facts["plan_hash"]
     assert one.record.calibration_digests and one.record.facts["calibration"]["documents"] == 4
     assert one.response_identity() != full.response_identity()
+
+
+def test_a_plan_that_was_searched_on_other_prompts_is_run_with_a_warning(tiny_llava, make, calibration, tmp_path):
+    request = planning.check_request("rtn", "w8a8", {"calibration_batch_size": 5})
+    searched = load(str(tiny_llava), dtype="float32", conv="vicuna_v1")
+    planning.obtain_plan(searched, request, calibration, cache=None).save(tmp_path / "plan")
+    said = []
+    sink = logger.add(said.append, level="WARNING")
+    try:
+        same = make(plan=str(tmp_path / "plan"), conv="vicuna_v1")
+        assert not said and same.record.facts["calibration"]["conv"] == same.record.facts["conv"] == "vicuna_v1"
+        make(plan=str(tmp_path / "plan"))
+    finally:
+        logger.remove(sink)
+    assert len(said) == 1 and "searched on prompts of conv=vicuna_v1" in said[0]
 
 
 def test_encode_is_shared_with_calibration(chat):

@@ -1,1 +1,1 @@
-"""Commands of ``qvlm`` that have a module of their own."""
+"""The commands of ``qvlm``, each in a module of its name. What needs torch they import themselves."""

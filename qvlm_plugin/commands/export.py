@@ -17,7 +17,7 @@ from qvlm_plugin.commands.shared import (
     RouterNoiseSeed,
     Seed,
     Source,
-    draw_from_task,
+    obtain_plans,
     pairs,
     reports_errors,
 )
@@ -66,8 +66,6 @@ def export(
     """
     from qvlm_plugin import planning, plugins
     from qvlm_plugin.atomic import require_vacant
-    from qvlm_plugin.cache import cache_root
-    from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.compressed_tensors import INTEGER, export_compressed_tensors
     from qvlm_plugin.export import export as write
     from qvlm_plugin.models.loading import load
@@ -77,23 +75,20 @@ def export(
         raise QVLMError("name one of --plan DIR (a saved plan) and --method NAME (searched now)")
     require_vacant(output)
     plugins.kernels(backend)
+    how = {
+        "revision": revision,
+        "dtype": dtype,
+        "device": device,
+        "conv": conv,
+        "router_noise_seed": router_noise_seed,
+    }
     if plan is not None:
         found = RoundingPlan.load(plan)
+        loaded = load(resolve_demo(pretrained), check_config=plugins.topology, **how)
     else:
         request = planning.check_request(method, scheme, pairs(option))
-        samples = read_calibration(calibration, images, seed, draw_from_task) if request.needs_calibration else None
-        planning.check_calibration(request, samples)
-    loaded = load(
-        resolve_demo(pretrained),
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        conv=conv,
-        router_noise_seed=router_noise_seed,
-        check_config=plugins.topology,
-    )
-    if plan is None:
-        found = planning.obtain_plan(loaded, request, samples, cache_root() / "plans")
+        loaded, plans = obtain_plans({method: request}, calibration, images, seed, pretrained, **how)
+        found = plans[method]
     if warning := planning.prompt_warning(found.facts["calibration"], loaded):
         typer.echo(warning, err=True)
     if format_ is Format.QVLM:

@@ -2,18 +2,24 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:
     from qvlm_plugin.calibration import Sample
+    from qvlm_plugin.models.loading import LoadedModel
+    from qvlm_plugin.plan import RoundingPlan
+    from qvlm_plugin.planning import PlanRequest
+
+Key = TypeVar("Key", bound=Hashable)
 
 Pretrained = Annotated[str, typer.Option(help="Checkpoint folder or hub id; 'demo' is the embedded small LLaVA.")]
 OneScheme = Annotated[str, typer.Option(help="Bits, for example w4a4 or w4a4+vision:w8a8.")]
@@ -82,3 +88,33 @@ def draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample
     except ImportError as error:
         raise QVLMError(f"calibration from task {task!r} needs lmms-eval, which is not installed: {error}") from error
     return draw_samples(task, split, count, seed)
+
+
+def obtain_plans(
+    requests: "Mapping[Key, PlanRequest]",
+    calibration: str,
+    images: Path | None,
+    seed: int,
+    pretrained: str,
+    **placement: Any,
+) -> "tuple[LoadedModel, dict[Key, RoundingPlan]]":
+    """The model in full precision, and the plan of each request: searched, or from the cache.
+
+    Args:
+        requests: checked ones.
+        calibration, images, seed: see `read_calibration`; nothing is read where no request needs samples.
+        pretrained, placement: see `load`.
+    """
+    from qvlm_plugin.cache import cache_root
+    from qvlm_plugin.calibration import read_calibration
+    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.planning import check_calibration, obtain_plan
+    from qvlm_plugin.plugins import topology
+
+    needed = any(request.needs_calibration for request in requests.values())
+    samples = read_calibration(calibration, images, seed, draw_from_task) if needed else None
+    for request in requests.values():
+        check_calibration(request, samples)
+    loaded = load(resolve_demo(pretrained), check_config=topology, **placement)
+    cache = cache_root() / "plans"
+    return loaded, {key: obtain_plan(loaded, request, samples, cache) for key, request in requests.items()}

@@ -1,0 +1,27 @@
+"""``qvlm convert``: from LLaVA's own layout to the Hugging Face one."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvlm_plugin.commands.shared import Conv, Dtype, Revision, reports_errors
+
+
+@reports_errors
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, in LLaVA's own layout.")],
+    output: Annotated[Path, typer.Argument(help="New or empty folder to write to.")],
+    revision: Revision = None,
+    conv: Conv = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Write a checkpoint in the Hugging Face layout, with its processor and prompt format; prints the folder.
+
+    Only for other programs: this one reads LLaVA's own layout directly. A plan belongs to one of the two folders.
+
+    Example: qvlm convert liuhaotian/llava-v1.5-7b llava-v1.5-7b-hf
+    """
+    from qvlm_plugin.models.converting import convert as convert_checkpoint
+
+    typer.echo(convert_checkpoint(source, output, revision=revision, conv=conv, dtype=dtype))

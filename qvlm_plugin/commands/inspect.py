@@ -1,0 +1,49 @@
+"""``qvlm inspect``: what a plan does."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from qvlm_plugin.commands.shared import reports_errors
+
+
+@reports_errors
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A plan's folder.")],
+    modules: Annotated[bool, typer.Option(help="List every Linear.")] = False,
+) -> None:
+    """Print what a plan does.
+
+    Example: qvlm inspect plans/qlora-w4a4 --modules
+    """
+    from qvlm_plugin.plan import RoundingPlan
+
+    plan = RoundingPlan.load(directory)
+    console = Console()
+    facts = Table(show_header=False, box=None)
+    facts.add_row("method", plan.method)
+    facts.add_row("scheme", plan.scheme)
+    facts.add_row("options", ", ".join(f"{name}={value}" for name, value in plan.options.items()) or "-")
+    facts.add_row("plan hash", plan.hash)
+    facts.add_row("model", plan.model)
+    record = plan.calibration
+    facts.add_row("calibration", f"{len(record.digests)} of {record.source}, seed {record.seed}" if record else "none")
+    facts.add_row("search", f"{plan.search_seconds:.1f} s")
+    if uncalibrated := plan.record.get("uncalibrated"):
+        facts.add_row(
+            "uncalibrated", f"inputs of experts that saw no sample, ranges by token: {', '.join(uncalibrated)}"
+        )
+    console.print(facts)
+    bits = Table("part", "Linears", "weight bits", "activation bits", title="Effective bits")
+    for part, effective in plan.effective_bits().items():
+        count = sum(module.part == part for module in plan.modules)
+        bits.add_row(part, str(count), f"{effective['weight']:.3f}", f"{effective['activation']:.2f}")
+    console.print(bits)
+    if modules:
+        table = Table(Column("module", overflow="fold"), "shape", "weight", "activation")
+        for module in plan.modules:
+            table.add_row(module.name, "x".join(map(str, module.shape)), str(module.weight), str(module.activation))
+        console.print(table)

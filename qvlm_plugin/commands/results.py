@@ -1,0 +1,64 @@
+"""``qvlm results`` and ``qvlm paired``: scores of runs, and their differences over the same documents."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qvlm_plugin.commands.shared import needs_report_packages, reports_errors
+from qvlm_plugin.errors import QVLMError
+
+
+@reports_errors
+def results(
+    paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that hold some.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """Print one table of the scores in results files, with standard errors and precision.
+
+    Example: qvlm results results/
+    """
+    from qvlm_plugin.report.results import read_results, results_grid
+
+    grid = results_grid(read_results(paths))
+    if markdown:
+        typer.echo(grid.markdown())
+    else:
+        Console(width=180).print(grid.rich())
+
+
+@reports_errors
+def paired(
+    baseline: Annotated[Path, typer.Argument(help="Results file of one run, or the folder that holds it.")],
+    others: Annotated[list[Path], typer.Argument(help="Results files to compare with it, or folders that hold some.")],
+    metric: Annotated[str, typer.Option(help="Metric of the tasks to compare.")] = "exact_match",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+) -> None:
+    """Compare runs with a baseline over the same documents: paired differences, intervals and tests.
+
+    The runs must have been made with lmms-eval's --log_samples. One row for each run and task, and one for the tasks'
+    average; Holm's adjustment is over all the rows.
+
+    Example: qvlm paired results/none-w16a16 results/rtn-w4a4 results/qlora-w4a4
+    """
+    from qvlm_plugin.report.samples import read_samples
+
+    with needs_report_packages():
+        from qvlm_plugin.report.paired import compare as compare_runs
+        from qvlm_plugin.report.paired import paired_grid, paired_notes
+
+    first, *more = read_samples(baseline)
+    if more:
+        raise QVLMError(f"{baseline} holds {len(more) + 1} results files; name one of them as the baseline")
+    runs = {run.file.resolve(): run for path in others for run in read_samples(path)}
+    runs.pop(first.file.resolve(), None)  # a folder of all runs holds the baseline too
+    if not runs:
+        raise QVLMError(f"no run to compare with the baseline {first.file}")
+    rows = [row for run in runs.values() for row in compare_runs(first, run, metric)]
+    grid = paired_grid(rows)
+    if markdown:
+        typer.echo(grid.markdown())
+    else:
+        Console(width=180).print(grid.rich())
+    typer.echo("\n" + "\n".join(f"- {note}" for note in paired_notes(first, rows, metric)))

@@ -1,0 +1,70 @@
+"""``qvlm search``: a plan without an evaluation."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qvlm_plugin.commands.shared import (
+    Conv,
+    Device,
+    Dtype,
+    Images,
+    MethodOptions,
+    OneScheme,
+    Pretrained,
+    Revision,
+    RouterNoiseSeed,
+    Seed,
+    Source,
+    obtain_plans,
+    pairs,
+    reports_errors,
+)
+
+
+@reports_errors
+def search(
+    output: Annotated[Path, typer.Argument(help="Folder to write the plan to.")],
+    pretrained: Pretrained,
+    method: Annotated[str, typer.Option(help="Quantization method; see `qvlm methods`.")] = "qlora",
+    scheme: OneScheme = "w4a4",
+    calibration: Source = "scienceqa:train:64",
+    images: Images = None,
+    option: MethodOptions = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    conv: Conv = None,
+    router_noise_seed: RouterNoiseSeed = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    device_map: Annotated[
+        str | None,
+        typer.Option(
+            help="offload keeps the weights on the CPU, one block at a time on the device; or accelerate's, as auto."
+        ),
+    ] = None,
+) -> None:
+    """Search a rounding plan and write it, without running an evaluation.
+
+    An interrupted search goes on where it stopped; a plan that was searched before is taken from the cache.
+
+    Example: qvlm search plans/qlora-w4a4 --pretrained llava-hf/llava-1.5-7b-hf --method qlora --scheme w4a4
+    --calibration llava_mix.json:64 --images images/ --device cuda
+    """
+    from qvlm_plugin.planning import check_request
+
+    _, plans = obtain_plans(
+        {method: check_request(method, scheme, pairs(option))},
+        calibration,
+        images,
+        seed,
+        pretrained,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        device_map=device_map,
+        conv=conv,
+        router_noise_seed=router_noise_seed,
+    )
+    typer.echo(plans[method].save(output))

@@ -169,6 +169,12 @@ def lay_out(record: CheckpointRecord, model: nn.Module) -> None:
         model.set_submodule(plan.name, layer)
 
 
+def types_of_others(record: CheckpointRecord, model: nn.Module) -> dict[str, torch.dtype]:
+    """The types of the parameters that are not of quantized modules, by name."""
+    packed = tuple(f"{module.plan.name}." for module in record.quantized)
+    return {name: tensor.dtype for name, tensor in model.named_parameters() if not name.startswith(packed)}
+
+
 def pack(record: CheckpointRecord, model: nn.Module) -> Execution:
     """Give the modules that hold stored tensors those of their device's operators instead, one after another.
 
@@ -177,7 +183,8 @@ def pack(record: CheckpointRecord, model: nn.Module) -> Execution:
     Raises:
         QVLMError: a module is offloaded, or cannot run here at all.
     """
-    kernels, compute_type = _known_kernels(), _compute_type(record, model)
+    kernels = _known_kernels()
+    compute_type = next(dtype for dtype in types_of_others(record, model).values() if dtype.is_floating_point)
     choices = {}
     for module in record.quantized:
         layer = model.get_submodule(module.plan.name)
@@ -212,12 +219,6 @@ def _choose(module: StoredModule, kernels: Mapping[str, Kernel], device: torch.d
 
 def _known_kernels() -> dict[str, Kernel]:
     return {kernel.name: kernel for kernel in plugins.kernels("auto")}
-
-
-def _compute_type(record: CheckpointRecord, model: nn.Module) -> torch.dtype:
-    packed = tuple(f"{module.plan.name}." for module in record.quantized)
-    others = (tensor for name, tensor in model.named_parameters() if not name.startswith(packed))
-    return next(tensor.dtype for tensor in others if tensor.is_floating_point())
 
 
 def _empty(text: str) -> Tensor:

@@ -13,6 +13,7 @@ from transformers.utils.logging import get_logger
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from qvlm_plugin.checkpoint import CheckpointRecord
@@ -38,10 +39,12 @@ class QVLMHfQuantizer(HfQuantizer):
 
     Attributes:
         record: what config.json says of the checkpoint.
+        wanted: types of the parameters that are not packed, as ``dtype=`` asks for.
         execution: which kernel serves which module; known when the weights are loaded.
     """
 
     record: "CheckpointRecord"
+    wanted: "dict[str, torch.dtype]"
     execution: "Execution"
 
     def __init__(self, quantization_config: QVLMQuantizationConfig, **options: Any) -> None:
@@ -58,15 +61,19 @@ class QVLMHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **more: Any
     ) -> None:
-        from qvlm_plugin.checkpoint import lay_out, verify_files
+        from qvlm_plugin.checkpoint import lay_out, types_of_others, verify_files
 
         if checkpoint_files:
             verify_files(self.record, Path(checkpoint_files[0]).parent)
         lay_out(self.record, model)
+        self.wanted = types_of_others(self.record, model)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **more: Any) -> "PreTrainedModel":
         from qvlm_plugin.checkpoint import pack
 
+        for name, dtype in self.wanted.items():  # transformers 5.18 leaves some in the type that they are stored in
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(dtype)
         self.execution = pack(self.record, model)
         logger.log(30 if self.execution.fallbacks else 20, "qvlm: %s", self.execution)
         return model

@@ -146,6 +146,7 @@ def test_several_runs_in_one_process(place, full_precision, printed):
         "source": RTN["calibration"],
         "seed": 3,
         "documents": 7,
+        "conv": "the checkpoint's own",
         "documents_compared": 20,
         "documents_also_evaluated": 0,
     }

@@ -115,13 +115,14 @@ def test_publish(place, compared):
     assert "model-index" in (place / "llava-1.5-7b-w4a4" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("page", "folder"), [("results.md", "results"), ("results-demo.md", "full-results")])
-def test_paired(place, compared, page, folder):
+@pytest.mark.parametrize("page", ["results.md", "results-demo.md"])
+def test_paired(place, compared, page):
     """Of runs that compare.md's grid left, under the names that the page has."""
     cells = {cell.name: cell for cell in (place / "compared" / "llava-1.5-7b-hf").iterdir()}
     text = script(DOCS / page)
-    for named in set(re.findall(rf"{folder}/([\w.-]+)", text)):
-        method = named.partition("-")[0]
-        cell = cells.get({"qvlm": "qvlm_jacobian"}.get(method, method) + ("-w16a16" if method == "none" else "-w4a4"))
-        shutil.copytree(cell, place / folder / named, dirs_exist_ok=True)
+    for named in set(re.findall(r"[\w-]*results/[\w.-]+", text)):
+        method = Path(named).name.partition("-")[0]
+        method = {"qvlm": "qvlm_jacobian", "rtn": "qlora"}.get(method, method)
+        cell = cells[f"{method}-w16a16" if method == "none" else f"{method}-w4a4"]
+        shutil.copytree(cell, place / named, dirs_exist_ok=True)
     assert run(place, text).count("- baseline: ") == text.count("qvlm paired") > 0

@@ -175,17 +175,19 @@ def types_of_others(record: CheckpointRecord, model: nn.Module) -> dict[str, tor
     return {name: tensor.dtype for name, tensor in model.named_parameters() if not name.startswith(packed)}
 
 
-def pack(record: CheckpointRecord, model: nn.Module) -> Execution:
+def pack(record: CheckpointRecord, model: nn.Module, compute_type: torch.dtype) -> Execution:
     """Give the modules that hold stored tensors those of their device's operators instead, one after another.
 
     Where a kernel cannot run, the reference arithmetic takes its place, with the same weight dequantized.
 
+    Args:
+        record, model: the checkpoint, and the model that holds its tensors.
+        compute_type: of the model's other weights.
+
     Raises:
         QVLMError: a module is offloaded, or cannot run here at all.
     """
-    kernels = _known_kernels()
-    compute_type = next(dtype for dtype in types_of_others(record, model).values() if dtype.is_floating_point)
-    choices = {}
+    kernels, choices = _known_kernels(), {}
     for module in record.quantized:
         layer = model.get_submodule(module.plan.name)
         choice = _choose(module, kernels, next(layer.parameters()).device)

@@ -74,7 +74,8 @@ class QVLMHfQuantizer(HfQuantizer):
         for name, dtype in self.wanted.items():  # transformers 5.18 leaves some in the type that they are stored in
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.to(dtype)
-        self.execution = pack(self.record, model)
+        compute_type = next(dtype for dtype in self.wanted.values() if dtype.is_floating_point)
+        self.execution = pack(self.record, model, compute_type)
         logger.log(30 if self.execution.fallbacks else 20, "qvlm: %s", self.execution)
         return model
 

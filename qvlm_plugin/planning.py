@@ -201,14 +201,13 @@ def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: Calibratio
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def prompt_warning(calibration: Mapping[str, Any] | None, loaded: LoadedModel) -> str | None:
+def prompt_warning(searched: str | None, loaded: LoadedModel) -> str | None:
     """What to say where a plan was searched on prompts of another format than ``loaded`` forms; None if nothing.
 
     Args:
-        calibration: of `RoundingPlan.facts`.
+        searched: the plan's `CalibrationRecord.conv`; None where it has none.
         loaded: the model to run.
     """
-    searched = (calibration or {}).get("conv")
     if searched in (None, loaded.conv):
         return None
     return (

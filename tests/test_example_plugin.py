@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness.mirrors import write_mirrors
+from harness.mirrors import environment_in, write_mirrors
 from tiny_families import write_tiny_qwen2_5_vl
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "example-plugin"
@@ -48,12 +48,8 @@ def test_its_method_topology_and_kernel_run_through_the_harness(packages, tmp_pa
         sys.executable, "-m", "lmms_eval", "--model", "qvlm_llava", "--model_args", f"pretrained=./qwen,{options}",
         "--tasks", "vqav2_val", "--limit", "2", "--output_path", "out",
     ]  # fmt: skip
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(tmp_path / "datasets-cache"),
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = environment_in(tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join([str(packages), *filter(None, [environment.get("PYTHONPATH")])])
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     (file,) = (tmp_path / "out").rglob("*_results.json") if done.returncode == 0 else ()
     qvlm = json.loads(file.read_text())["qvlm"]

@@ -89,7 +89,7 @@ def export(
         request = planning.check_request(method, scheme, pairs(option))
         loaded, plans = obtain_plans({method: request}, calibration, images, seed, pretrained, **how)
         found = plans[method]
-    if warning := planning.prompt_warning(found.facts["calibration"], loaded):
+    if warning := planning.prompt_warning(found.calibration and found.calibration.conv, loaded):
         typer.echo(warning, err=True)
     if format_ is Format.QVLM:
         typer.echo(write(found, loaded, output, backend=backend, strict=strict, shard_size=shard_size))

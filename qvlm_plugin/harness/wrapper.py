@@ -100,7 +100,8 @@ class _QVLM(lmms):
             facts = {**record.plan, "backend": record.backend, "quantized_from": record.model}
         if self._rank == 0 and execution.choices:
             logger.info(f"backend={facts['backend']}: {execution}")
-        if self._rank == 0 and (warning := planning.prompt_warning(facts["calibration"], loaded)):
+        searched = (facts["calibration"] or {}).get("conv")
+        if self._rank == 0 and (warning := planning.prompt_warning(searched, loaded)):
             logger.warning(warning)
 
         self._model, self._processor, self._stops = loaded.model, loaded.processor, loaded.stops

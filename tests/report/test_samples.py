@@ -1,11 +1,10 @@
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import yaml
-from harness.mirrors import write_mirrors
+from harness.mirrors import environment_in, write_mirrors
 from report.logged import sample, scored, write_run
 from tiny_llava import write_tiny_llava
 
@@ -130,7 +129,7 @@ def test_a_run_of_the_harness_is_read(tmp_path):
     command = ["--model", "qvlm_llava", "--model_args", "pretrained=tiny,dtype=float32", "--include_path", "tasks"]
     command += ["--tasks", "choices,scienceqa,vizwiz_vqa_val,vqav2_val", "--batch_size", "4"]
     command += ["--output_path", "out", "--log_samples", "--force_simple"]
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = environment_in(tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "lmms_eval", *command],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,

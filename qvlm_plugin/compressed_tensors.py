@@ -28,7 +28,7 @@ from qvlm_plugin.atomic import require_vacant
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.export import write_folder
 from qvlm_plugin.kernels.base import corrected_bias
-from qvlm_plugin.kernels.reference import REFERENCE, round_weight
+from qvlm_plugin.kernels.reference import REFERENCE, quantized_values
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import ModulePlan, RoundingPlan, begin_applying, parameters_of
 from qvlm_plugin.quantizers import quantize_int
@@ -143,13 +143,13 @@ def _compress(module: ModulePlan, group: _Group, tensors: Mapping[str, Tensor], 
         rounded = quantized.dequantize()
         stored = {
             "weight_packed": pack_words(quantized.codes, fmt.bits),
-            "weight_scale": quantized.scale.to(dtype),
+            "weight_scale": quantized.scale,
             "weight_shape": torch.tensor(weight.shape),
         }
         if not fmt.symmetric:
             stored["weight_zero_point"] = pack_words(quantized.zero_point.t(), fmt.bits).t()
     else:
-        planned = round_weight(weight.float(), module.weight, parameters.get("clip"))
+        planned = quantized_values(weight, module.weight, parameters.get("clip"))
         scale = (planned.abs().amax(dim=1, keepdim=True) / 127).to(dtype)
         scale = torch.where(scale > 0, scale, 1.0)
         codes = (planned / scale.float()).round().clamp(-127, 127)

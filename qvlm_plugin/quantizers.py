@@ -158,7 +158,7 @@ class IntWeight:
 
     Attributes:
         codes: uint8 [O, I], 0 to 2^bits - 1.
-        scale: float32 [O, G], positive.
+        scale: [O, G], positive; of 16 bits where the weight is, as in files, and as effective bits count them.
         zero_point: uint8 [O, G], the code that stands for 0.
         group_size: input channels per group.
     """
@@ -178,7 +178,12 @@ class IntWeight:
 
 
 def quantize_int(
-    weight: Tensor, bits: int, group_size: int | None, symmetric: bool, clip: Tensor | None = None
+    weight: Tensor,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    clip: Tensor | None = None,
+    scale_dtype: torch.dtype | None = None,
 ) -> IntWeight:
     """Round-to-nearest uniform quantization of a weight.
 
@@ -188,7 +193,9 @@ def quantize_int(
         group_size: input channels that share a scale; None shares it along each output channel.
         symmetric: fix the zero point in the middle of the codes, instead of fitting it to the group's extremes.
         clip: [O, G] factors in (0, 1] that narrow the groups' ranges; values beyond saturate.
+        scale_dtype: of the scales, which codes are then made for; None: the weight's.
     """
+    scale_dtype = scale_dtype or weight.dtype
     rows, columns = weight.shape
     size = min(group_size or columns, columns)
     # Padding the last group with its own last column leaves that group's extremes as they are.
@@ -196,18 +203,22 @@ def quantize_int(
     levels, narrowed = 2**bits - 1, 1.0 if clip is None else clip.float()
     if symmetric:
         middle = 2 ** (bits - 1)
-        scale = groups.abs().amax(dim=-1) * narrowed / (middle - 1)
-        scale = torch.where(scale > 0, scale, 1.0)
+        scale = _stored_scale(groups.abs().amax(dim=-1) * narrowed / (middle - 1), scale_dtype)
         zero_point = torch.full_like(scale, middle)
     else:
         lower = groups.amin(dim=-1).clamp_max(0) * narrowed
         upper = groups.amax(dim=-1).clamp_min(0) * narrowed
-        scale = (upper - lower) / levels
-        scale = torch.where(scale > 0, scale, 1.0)
+        scale = _stored_scale((upper - lower) / levels, scale_dtype)
         zero_point = (-lower / scale).round().clamp(0, levels)
     codes = (groups / scale.unsqueeze(-1)).round().add(zero_point.unsqueeze(-1)).clamp(0, levels)
     codes = codes.view(rows, -1)[:, :columns]
-    return IntWeight(codes.to(torch.uint8).contiguous(), scale, zero_point.to(torch.uint8), size)
+    return IntWeight(codes.to(torch.uint8).contiguous(), scale.to(scale_dtype), zero_point.to(torch.uint8), size)
+
+
+def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales that ``dtype`` holds exactly, in float32; 1 for those that are 0 in it."""
+    scale = scale.to(dtype).float()
+    return torch.where(scale > 0, scale, 1.0)
 
 
 # Normal-float weights

@@ -1,7 +1,8 @@
 """Integer weights of up to 4 bits, packed two to a byte; the input is rounded as in the reference arithmetic.
 
 The operators multiply in the compute type, so nothing is gained from handing them integers: rounded inputs go in as
-they are, and the outputs equal the reference's up to rounding to that type, for every kind of activation.
+they are, and the outputs equal the reference's for every kind of activation: to the bit for many tokens on a CPU, else
+up to rounding to that type.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_bias, with_parameters
+from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_parameters
 from qvlm_plugin.kernels.int4_product import int4_linear, obstacle_of_product, operator_group, pack_weight
 from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
 from qvlm_plugin.kernels.rounding import round_input, with_rounding
@@ -42,13 +43,13 @@ def _prepare(
     fmt, columns = weight_format, weight.shape[1]
     quantized = quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, parameters.get("clip"))
     if "mean" in parameters:
-        bias = corrected_bias(weight, quantized.dequantize(), bias, parameters["mean"])
+        bias = corrected_bias(weight, quantized.dequantize().to(weight.dtype), bias, parameters["mean"])
     # A group of the operator lies within one group of the weight, whose scale it repeats.
     starts = torch.arange(0, columns, operator_group(fmt.group_size, columns), device=weight.device)
     of_group = starts // quantized.group_size
     tensors = {
         "codes": pack_nibbles(quantized.codes),
-        "scale": quantized.scale[:, of_group].to(weight.dtype),
+        "scale": quantized.scale[:, of_group],
         "zero_point": quantized.zero_point[:, of_group],
     }
     return with_parameters(tensors, bias, activation_format, parameters)
@@ -65,8 +66,9 @@ def _pack(
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
     rounded = round_input(x, activation_format, tensors)
-    product = int4_linear(rounded.reshape(-1, x.shape[-1]), tensors["packed"], tensors["scales_and_zeros"])
-    return with_bias(product, x, tensors)
+    operands = (tensors[name] for name in ("packed", "scales_and_zeros"))
+    output = int4_linear(rounded.reshape(-1, x.shape[-1]), *operands, tensors.get("bias"), whole_zeros=True)
+    return output.to(x.dtype).view(*x.shape[:-1], output.shape[1])
 
 
 def dequantize_packed(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from qvlm_plugin.kernels.folding import arrange, encode, fold, unfold, with_enco
 from qvlm_plugin.kernels.int4 import INT4, dequantize_packed
 from qvlm_plugin.kernels.int4_product import int4_linear, operator_group
 from qvlm_plugin.kernels.nibbles import pack_nibbles
-from qvlm_plugin.quantizers import IntWeight, quantize_int
+from qvlm_plugin.quantizers import quantize_int
 
 LARGEST_CODE = 256
 """Whole numbers up to here are exact in bfloat16."""
@@ -52,14 +52,12 @@ def _prepare(
         parameters.get("mean"),
     )
     group = operator_group(fmt.group_size, weight.shape[1])
-    quantized = quantize_int(folded.weight, fmt.bits, group, fmt.symmetric)
-    scale = quantized.scale.to(weight.dtype)
-    stored = IntWeight(quantized.codes, scale, quantized.zero_point, group)
+    quantized = quantize_int(folded.weight, fmt.bits, group, fmt.symmetric, scale_dtype=weight.dtype)
     return {
         "codes": pack_nibbles(quantized.codes),
-        "scale": scale,
+        "scale": quantized.scale,
         "zero_point": quantized.zero_point,
-        "bias": folded.bias(stored.dequantize()),
+        "bias": folded.bias(quantized.dequantize()),
         "multiplier": folded.multiplier.view(1),
         **folded.codes,
     }

@@ -2,7 +2,8 @@
 
 torch has operators for few tokens, which read the packed weight once for each: they are private, and every device lays
 codes out in its own way. For many tokens the CPU's operator is slower than a product in the compute type, so there the
-weight is dequantized, rows at a time, and multiplied. A weight is ``scale * (code - 8) + zero`` in both.
+weight is dequantized, rows at a time, and multiplied: outputs of a bfloat16 model are then to the bit those of the
+dequantized weight as a whole. A weight is ``scale * (code - 8) + zero`` in both.
 """
 
 import torch
@@ -68,45 +69,64 @@ def pack_weight(codes: Tensor, scale: Tensor, zero: Tensor, device: torch.device
     return {"packed": packed, "scales_and_zeros": pairs}
 
 
-def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
-    """Multiply with the transpose of a packed weight.
+def int4_linear(
+    x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None, whole_zeros: bool = False
+) -> Tensor:
+    """Multiply with the transpose of a packed weight, and add a bias.
 
     Args:
         x: [N, I].
         packed, scales_and_zeros: see `pack_weight`.
+        bias: [O] or None.
+        whole_zeros: the zeros were whole multiples of their scales before they were rounded to the compute type; where
+            the weight is dequantized, they are that again.
 
     Returns:
         [N, O] in the dtype of ``scales_and_zeros``, whatever that of ``x``.
     """
-    return (_int4_linear_operator if torch.compiler.is_compiling() else _int4_linear)(x, packed, scales_and_zeros)
+    return (_int4_linear_operator if torch.compiler.is_compiling() else _int4_linear)(
+        x, packed, scales_and_zeros, bias, whole_zeros
+    )
 
 
-def _int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
+def _int4_linear(
+    x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None, whole_zeros: bool = False
+) -> Tensor:
     group = x.shape[1] // scales_and_zeros.shape[0]
     x = x.to(scales_and_zeros.dtype).contiguous()
-    if x.device.type == "cuda":
-        return torch.ops.aten._weight_int4pack_mm(x, packed, group, scales_and_zeros)
-    if len(x) <= FEW_TOKENS:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scales_and_zeros)
-    return _times_dequantized(x, packed, scales_and_zeros)
+    if x.device.type == "cpu" and len(x) > FEW_TOKENS:
+        scale, zero = (pair.float() for pair in scales_and_zeros.unbind(-1))
+        return _times_dequantized(x, packed, scale, (zero / scale).round() * scale if whole_zeros else zero, bias)
+    operators = torch.ops.aten
+    operator = operators._weight_int4pack_mm if x.device.type == "cuda" else operators._weight_int4pack_mm_for_cpu
+    product = operator(x, packed, group, scales_and_zeros)
+    return product if bias is None else product.add_(bias)
 
 
 _int4_linear_operator = torch.library.custom_op("qvlm_plugin::int4_linear", _int4_linear, mutates_args=())
 
 
 @_int4_linear_operator.register_fake
-def _(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
+def _(
+    x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None, whole_zeros: bool = False
+) -> Tensor:
     return scales_and_zeros.new_empty(x.shape[0], scales_and_zeros.shape[1])
 
 
-def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> Tensor:
-    """The product with a weight in the CPU's layout, of which a few blocks of rows at a time are dequantized."""
+def _times_dequantized(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> Tensor:
+    """`int4_linear` for many tokens: a few blocks of rows at a time are dequantized.
+
+    Args:
+        x: [N, I].
+        packed: uint8 [O, I / 2], the CPU's layout.
+        scale, zero: float32 [G, O].
+        bias: [O] or None.
+    """
     rows, columns, block = len(packed), x.shape[1], _block_rows()
     whole = rows // block * block
     spans = [(start, min(start + _BLOCKS * block, whole), block) for start in range(0, whole, _BLOCKS * block)]
     if whole < rows:
         spans.append((whole, rows, rows - whole))
-    scale, zero = (pair.float() for pair in scales_and_zeros.unbind(-1))
     zero = zero.sub(scale, alpha=8)
     out = x.new_empty(len(x), rows)
     # All blocks use the same memory: new memory costs as much as the arithmetic.
@@ -118,7 +138,10 @@ def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor) -> T
     for start, end, width in spans:
         of_span = weight[: columns * (end - start)].view(columns, end - start)
         _dequantize_blocks(packed[start:end], scale[:, start:end], zero[:, start:end], width, codes, values, of_span)
-        torch.mm(x, of_span, out=out[:, start:end])
+        if bias is None:
+            torch.mm(x, of_span, out=out[:, start:end])
+        else:  # one operator rounds the sum once, as the reference does
+            torch.addmm(bias[start:end], x, of_span, out=out[:, start:end])
     return out
 
 

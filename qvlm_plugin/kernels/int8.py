@@ -16,7 +16,7 @@ from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_bias, with_parameters
 from qvlm_plugin.kernels.folding import arrange, encode, fold, unfold, with_encoding
 from qvlm_plugin.kernels.int8_product import int8_linear, int8_weight_linear, round_to_int8
-from qvlm_plugin.kernels.reference import round_weight
+from qvlm_plugin.kernels.reference import quantized_values
 from qvlm_plugin.kernels.segments import segment_widths
 from qvlm_plugin.quantizers import by_rows, quantization_step, round_to_codes, token_range
 
@@ -54,7 +54,7 @@ def _prepare(
     activation_format: ActivationFormat,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    rounded = round_weight(weight.float(), weight_format, parameters.get("clip"))
+    rounded = quantized_values(weight, weight_format, parameters.get("clip"))
     mean = parameters.get("mean")
     if activation_format.kind == "static_channel":
         bias = corrected_bias(weight, rounded, bias, mean)

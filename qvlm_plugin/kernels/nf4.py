@@ -1,19 +1,21 @@
 """4-bit normal-float weights, packed and multiplied by bitsandbytes; the input is rounded as in the reference.
 
 Codes and block scales are this package's own (`quantizers`), and in bitsandbytes' layout: outputs equal the reference's
-up to rounding. The package is imported when a weight is packed, not before.
+up to rounding. For many tokens on a CPU the weight is dequantized, rows at a time: outputs of a bfloat16 model are then
+the reference's to the bit. The package is imported when a weight is packed, not before.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_bias, with_parameters
+from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_parameters
 from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
 from qvlm_plugin.kernels.rounding import round_input, with_rounding
 from qvlm_plugin.quantizers import (
@@ -30,6 +32,13 @@ if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
 
 BITS = 4
+
+FEW_TOKENS = 64
+"""Up to so many tokens, those of a decoding step, bitsandbytes multiplies. Beyond, its product for CPUs with bfloat16
+instructions still is the faster one up to some 500 tokens, but computes with scales and a codebook in bfloat16."""
+
+_ROWS = 1024
+"""Rows that are dequantized at a time (measured at 4096 x 4096 and 4096 x 11008, 600 tokens: 128 to 4096)."""
 
 _TILE_ROWS = 32
 """Rows that bitsandbytes' layout for CPUs with bfloat16 instructions keeps together."""
@@ -85,16 +94,17 @@ def _pack(
         if functional.has_avx512bf16():
             state = _state(_scales(packed), packed["codebook"], (rows, columns))
             codes, state = functional._convert_weight_packed_for_cpu(packed["codes"].flatten(), state)
-            kept = {name: tensor for name, tensor in packed.items() if not name.startswith(("scale", "codes"))}
-            return {"codes": codes, "scale": state.absmax, **kept}
+            return {**packed, "codes": codes, "tile_scale": state.absmax}
     return packed
 
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
     rounded = round_input(x, activation_format, tensors).reshape(-1, x.shape[-1])
-    codebook = tensors["codebook"]
-    output = nf4_linear(rounded.to(codebook.dtype), tensors["codes"], _scales(tensors), codebook)
-    return with_bias(output, x, tensors)
+    codes, codebook = tensors["codes"], tensors["codebook"]
+    scales = [tensors[name] for name in _SCALES if name in tensors]
+    rest = tensors.get("tile_scale"), tensors.get("bias")
+    output = nf4_linear(rounded.to(codebook.dtype), codes, scales, codebook, *rest)
+    return output.to(x.dtype).view(*x.shape[:-1], output.shape[1])
 
 
 def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:
@@ -105,47 +115,126 @@ def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat)
     return with_parameters({"weight": weight}, tensors.get("bias"), activation_format, tensors)
 
 
+_SCALES = ("scale_codebook", "scale_codes", "scale", "scale_offset")
+"""Tensors that blocks' scales follow from; of scales that are not doubly quantized only the third."""
+
+
 def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Scales of blocks as products read them: [blocks], or [I / 64, O] in the CPU's layout."""
-    if "scale_codes" not in tensors:
-        return tensors["scale"]
-    return dequantize_scales(*(tensors[name] for name in ("scale_codebook", "scale_codes", "scale", "scale_offset")))
+    """Scales of the blocks: float32 [blocks]."""
+    return _dequantized_scales([tensors[name] for name in _SCALES if name in tensors])
 
 
-def nf4_linear(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
-    """Multiply with the transpose of a packed normal-float weight.
+def _dequantized_scales(scales: Sequence[Tensor]) -> Tensor:
+    return scales[0] if len(scales) == 1 else dequantize_scales(*scales)
+
+
+def nf4_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    codebook: Tensor,
+    tile_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Multiply with the transpose of a packed normal-float weight, and add a bias.
 
     Args:
         x: [N, I].
-        codes: uint8 [O, I / 2].
-        scale: of the blocks: float32 [O * I / 64] with codes as `pack_nibbles` packs them, bfloat16 [I / 64, O] with
-            codes in bitsandbytes' layout for CPUs.
-        codebook: [16].
+        codes: uint8 [O, I / 2], as `pack_nibbles` packs them; with ``tile_scale`` in bitsandbytes' layout for CPUs.
+        scales: of the blocks: float32 [O * I / 64] alone, or the arguments of `dequantize_scales`.
+        codebook: [16], in the dtype of ``x``.
+        tile_scale: the blocks' scales in bitsandbytes' layout for CPUs: bfloat16 [I / 64, O].
+        bias: [O] or None.
 
     Returns:
         [N, O] in the dtype of ``x``.
     """
-    return (_nf4_linear_operator if torch.compiler.is_compiling() else _nf4_linear)(x, codes, scale, codebook)
+    return (_nf4_linear_operator if torch.compiler.is_compiling() else _nf4_linear)(
+        x, codes, scales, codebook, tile_scale, bias
+    )
 
 
-def _nf4_linear(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+def _nf4_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    codebook: Tensor,
+    tile_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     if len(x) == 0:
         return x.new_empty(0, len(codes))
     import bitsandbytes
 
-    state = _state(scale, codebook, (len(codes), x.shape[1]))
-    if scale.dim() == 2:
+    if x.device.type == "cpu" and len(x) > FEW_TOKENS:
+        return _times_dequantized(x, codes, _dequantized_scales(scales), tile_scale is not None, bias)
+    if tile_scale is None:
+        state = _state(_dequantized_scales(scales), codebook, (len(codes), x.shape[1]))
+        codes = codes.view(1, -1)
+    else:
+        state = _state(tile_scale, codebook, (len(codes), x.shape[1]))
         state.packing_format_for_cpu = True
-        return bitsandbytes.matmul_4bit(x, codes, quant_state=state)
-    return bitsandbytes.matmul_4bit(x, codes.view(1, -1), quant_state=state)
+    product = bitsandbytes.matmul_4bit(x, codes, quant_state=state)
+    return product if bias is None else product.add_(bias)
 
 
 _nf4_linear_operator = torch.library.custom_op("qvlm_plugin::nf4_linear", _nf4_linear, mutates_args=())
 
 
 @_nf4_linear_operator.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor) -> Tensor:
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scales: Sequence[Tensor],
+    codebook: Tensor,
+    tile_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
+
+
+def _times_dequantized(x: Tensor, codes: Tensor, scale: Tensor, tiled: bool, bias: Tensor | None) -> Tensor:
+    """`nf4_linear` for many tokens, some rows at a time: the reference's weight and its product.
+
+    Args:
+        x: [N, I].
+        codes: uint8 [O, I / 2], in bitsandbytes' layout for CPUs if ``tiled``.
+        scale: float32 [O * I / 64].
+        tiled: which layout it is.
+        bias: [O] or None.
+    """
+    from bitsandbytes import functional
+
+    rows = len(codes)
+    # bitsandbytes' own 4-bit codebook differs in last places: its operator for 8-bit codes takes any.
+    codebook = F.pad(normal_float_codebook(BITS), (0, 256 - 2**BITS))
+    scale = scale.view(rows, -1)
+    out = x.new_empty(len(x), rows)
+    for start in range(0, rows, _ROWS):
+        place = slice(start, start + _ROWS)
+        wide = _untile(codes[place]) if tiled else unpack_nibbles(codes[place])
+        state = functional.QuantState(scale[place].flatten(), code=codebook, blocksize=NF_BLOCK, dtype=x.dtype)
+        weight = functional.dequantize_blockwise(wide, state)
+        if bias is None:
+            torch.mm(x, weight.t(), out=out[:, place])
+        else:  # one operator rounds the sum once, as the reference does
+            torch.addmm(bias[place], x, weight.t(), out=out[:, place])
+    return out
+
+
+def _untile(codes: Tensor) -> Tensor:
+    """Codes in bitsandbytes' layout for CPUs, uint8 [O, I / 2] → one to a byte, in the weight's order: [O, I].
+
+    The layout: tiles of 32 rows; in each of them, for each two columns, bytes of which the lower halves are the first
+    16 rows' codes and the upper halves those of the last 16, two columns of a row side by side.
+    """
+    rows, pairs = codes.shape
+    two_columns = codes.view(torch.int16).view(-1, pairs, _TILE_ROWS // 2).transpose(1, 2)
+    wide = torch.empty(rows, 2 * pairs, dtype=torch.uint8)
+    first, last = wide.view(torch.int16).view(-1, 2, _TILE_ROWS // 2, pairs).unbind(1)
+    first.copy_(two_columns).bitwise_and_(0x0F0F)
+    last.copy_(two_columns).bitwise_right_shift_(4).bitwise_and_(0x0F0F)
+    return wide
 
 
 def _state(scale: Tensor, codebook: Tensor, shape: tuple[int, int]) -> "QuantState":

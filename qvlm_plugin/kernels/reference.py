@@ -22,14 +22,17 @@ from qvlm_plugin.quantizers import (
 
 def round_weight(weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None) -> Tensor:
     """``weight`` [O, I] after quantization to the format and back, in its own dtype; ``clip`` as in `quantizers`."""
+    return quantized_values(weight, weight_format, clip).to(weight.dtype)
+
+
+def quantized_values(weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None) -> Tensor:
+    """What the codes of ``weight`` [O, I] stand for, float32: `round_weight` not yet in the dtype of the weight."""
     fmt = weight_format
     if fmt.kind == "int":
-        quantized = quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, clip)
-    elif fmt.kind == "nf":
-        quantized = quantize_normal_float(weight, fmt.bits, fmt.double_quantization, clip)
-    else:
-        return weight
-    return quantized.dequantize().to(weight.dtype)
+        return quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, clip).dequantize()
+    if fmt.kind == "nf":
+        return quantize_normal_float(weight, fmt.bits, fmt.double_quantization, clip).dequantize()
+    return weight.float()
 
 
 def round_activation(

@@ -55,6 +55,18 @@ def test_many_tokens_are_multiplied_like_few(monkeypatch, rows, dtype, part, blo
     assert torch.equal(layer(problem.x), layer(problem.x))
 
 
+@pytest.mark.parametrize("rows", [16, 80, 144])
+@pytest.mark.parametrize("activation", [A16, STATIC, TOKEN], ids=str)
+@pytest.mark.parametrize("weight", [int_format(4, 32), int_format(3, None, symmetric=True)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_tokens_equal_the_reference_to_the_bit(rows, activation, weight, bias):
+    tokens = int4_product.FEW_TOKENS + 1
+    problem = Problem.draw((rows, 192), tokens=tokens, bias=bias, dtype=torch.bfloat16)
+    parameters = problem.parameters(activation, mean=True)
+    outputs, reference = (problem.outputs(kernel, weight, activation, **parameters) for kernel in (INT4, REFERENCE))
+    assert torch.equal(outputs, reference)
+
+
 @pytest.mark.parametrize("kernel", [INT4, INT4_FOLDED], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("bias", [True, False])
 def test_shapes_of_the_input(kernel, bias):

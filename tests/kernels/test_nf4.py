@@ -7,6 +7,7 @@ from kernel_problems import A16, CPU, STATIC, TOKEN, Problem, int_format, relati
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels import nf4
 from qvlm_plugin.kernels.nf4 import NF4
+from qvlm_plugin.kernels.reference import REFERENCE
 
 pytest.importorskip("bitsandbytes")
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
@@ -21,6 +22,17 @@ def test_nf4_equals_the_reference(dtype, activation, weight, shape):
     problem = Problem.draw(shape, dtype=dtype)
     assert problem.distance(NF4, weight, activation) < CLOSE[dtype]
     assert problem.outputs(NF4, weight, activation).dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (40, 192), (2080, 64)])
+@pytest.mark.parametrize("activation", [A16, STATIC, TOKEN], ids=str)
+@pytest.mark.parametrize("weight", [PLAIN, DOUBLE], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_tokens_equal_the_reference_to_the_bit(shape, activation, weight, bias):
+    problem = Problem.draw(shape, tokens=nf4.FEW_TOKENS + 1, bias=bias, dtype=torch.bfloat16)
+    parameters = problem.parameters(activation, mean=True)
+    outputs, reference = (problem.outputs(kernel, weight, activation, **parameters) for kernel in (NF4, REFERENCE))
+    assert torch.equal(outputs, reference)
 
 
 def test_clipped_weights():
@@ -50,7 +62,7 @@ def test_weights_take_four_bits(weight, dtype):
         8 * sum(t.nbytes for t in NF4.prepare(problem.linear.weight, None, weight, A16, {}).values()) / (256 * 1024)
     )
     assert stored == pytest.approx(weight.effective_bits((256, 1024)), abs=0.01)
-    assert held < stored + 0.15  # the CPU's own layout has 16-bit scales
+    assert held < stored + 0.3  # the CPU's own layout has 16-bit scales beside
 
 
 def test_what_it_cannot_do_is_said(monkeypatch):

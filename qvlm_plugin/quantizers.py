@@ -248,16 +248,18 @@ class NormalFloatWeight:
 def normal_float_codebook(bits: int) -> Tensor:
     """The k-bit NormalFloat values (QLoRA, Eq. 4 and appendix E): quantiles of N(0, 1), exact zero, scaled to [-1, 1].
 
+    Intermediate values are rounded as the published ones were, so that NF4 is QLoRA's to the bit.
+
     Returns:
         float32 [2^bits], ascending; at 4 bits it is NF4.
     """
     half = 2 ** (bits - 1)
     # The outermost quantile lies between the centres of the last bins of a 2^k and a 2^k - 1 level quantizer.
-    tail = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
-    positive = torch.special.ndtri(torch.linspace(tail, 0.5, half + 1, dtype=torch.float64)[:-1])
-    negative = -torch.special.ndtri(torch.linspace(tail, 0.5, half, dtype=torch.float64)[:-1])
-    values = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive]).sort().values
-    return (values / values.abs().max()).float()
+    tail = round(1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2, 7)
+    levels = (torch.linspace(tail, 0.5, count, dtype=torch.float32)[:-1] for count in (half + 1, half))
+    positive, negative = (torch.special.ndtri(level.double()).float() for level in levels)
+    values = torch.cat([positive, positive.new_zeros(1), -negative]).sort().values
+    return values / values.max()
 
 
 def quantize_normal_float(

@@ -11,9 +11,9 @@ thread: 0.11 ms per token; dequantizing 0.9 ms and then 0.05 ms per token)."""
 _CHUNK = 2**19
 """Weights that are dequantized at a time: 1 MB of bfloat16, which stays in a core's cache."""
 
-_OUTPUTS = 2**21
-"""Outputs that are scaled at a time on a CPU: 8 MB of float32. Larger temporaries are new memory at every call, which
-costs more than the arithmetic."""
+_TOKENS, _OUTPUTS = 640, 2**21
+"""Tokens and outputs that are multiplied at a time on a CPU: 8 MB of float32. Larger temporaries are new memory at each
+call, which costs more than the arithmetic; with fewer tokens weights are read too often."""
 
 _CUDA_ROWS = 17
 """The fewest tokens that torch's integer product takes on CUDA."""
@@ -71,23 +71,23 @@ def _int8_linear(
         codes = F.pad(codes, (0, 0, 0, _CUDA_ROWS - count))
     parts = [part.contiguous() for part in codes.split([weight.shape[1] for weight in weights], dim=1)]
 
-    def outputs(weights: list[Tensor], scale: Tensor, bias: Tensor | None, row_sum: Tensor | None) -> Tensor:
+    def outputs(of_tokens: slice, of_rows: slice) -> Tensor:
         total = None
-        for part, weight, of_row in zip(parts, weights, scale.unbind(), strict=True):
-            product = torch._int_mm(part, weight.t()).float()
-            total = product.mul_(of_row) if total is None else total.addcmul_(product, of_row)
+        for part, weight, factor in zip(parts, weights, scale[:, of_rows].unbind(), strict=True):
+            product = torch._int_mm(part[of_tokens], weight[of_rows].t()).float()
+            total = product.mul_(factor) if total is None else total.addcmul_(product, factor)
         total = total[:count]
         if offset is not None:
-            total = total.mul_(step).addcmul_(offset, row_sum)
-        return total if bias is None else total.add_(bias)
+            total = total.mul_(step[of_tokens]).addcmul_(offset[of_tokens], row_sum[of_rows])
+        return total if bias is None else total.add_(bias[of_rows])
 
-    if codes.device.type != "cpu" or count * rows <= _OUTPUTS:
-        return outputs(weights, scale, bias, row_sum).to(dtype)
-    out, some = scale.new_empty(count, rows, dtype=dtype), max(1, _OUTPUTS // count)
-    for start in range(0, rows, some):
-        place = slice(start, start + some)
-        of_place = [None if values is None else values[place] for values in (bias, row_sum)]
-        out[:, place] = outputs([weight[place] for weight in weights], scale[:, place], *of_place)
+    if codes.device.type != "cpu" or (count <= _TOKENS and count * rows <= _OUTPUTS):
+        return outputs(slice(None), slice(None)).to(dtype)
+    out, some = scale.new_empty(count, rows, dtype=dtype), max(1, _OUTPUTS // min(count, _TOKENS))
+    for row in range(0, rows, some):
+        for token in range(0, count, _TOKENS):
+            place = slice(token, token + _TOKENS), slice(row, row + some)
+            out[place] = outputs(*place)
     return out
 
 

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
@@ -35,10 +34,11 @@ BITS = 4
 
 FEW_TOKENS = 64
 """Up to so many tokens, those of a decoding step, bitsandbytes multiplies. Beyond, its product for CPUs with bfloat16
-instructions still is the faster one up to some 500 tokens, but computes with scales and a codebook in bfloat16."""
+instructions is the faster one for another 200 or so, but computes with scales and a codebook in bfloat16."""
 
-_ROWS = 1024
-"""Rows that are dequantized at a time (measured at 4096 x 4096 and 4096 x 11008, 600 tokens: 128 to 4096)."""
+_ROWS, _PART = 1024, 2**23
+"""Rows that are dequantized at a time (measured at 4096 x 4096 and 4096 x 11008, 600 tokens: 128 to 4096), and weights:
+where rows are short, more of them."""
 
 _TILE_ROWS = 32
 """Rows that bitsandbytes' layout for CPUs with bfloat16 instructions keeps together."""
@@ -167,7 +167,7 @@ def _nf4_linear(
     import bitsandbytes
 
     if x.device.type == "cpu" and len(x) > FEW_TOKENS:
-        return _times_dequantized(x, codes, _dequantized_scales(scales), tile_scale is not None, bias)
+        return _times_dequantized(x, codes, _dequantized_scales(scales), codebook, tile_scale is not None, bias)
     if tile_scale is None:
         state = _state(_dequantized_scales(scales), codebook, (len(codes), x.shape[1]))
         codes = codes.view(1, -1)
@@ -193,28 +193,29 @@ def _(
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
-def _times_dequantized(x: Tensor, codes: Tensor, scale: Tensor, tiled: bool, bias: Tensor | None) -> Tensor:
+def _times_dequantized(
+    x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor, tiled: bool, bias: Tensor | None
+) -> Tensor:
     """`nf4_linear` for many tokens, some rows at a time: the reference's weight and its product.
 
     Args:
         x: [N, I].
         codes: uint8 [O, I / 2], in bitsandbytes' layout for CPUs if ``tiled``.
         scale: float32 [O * I / 64].
+        codebook: [16], in the dtype of ``x``; the values themselves are bitsandbytes' own.
         tiled: which layout it is.
         bias: [O] or None.
     """
     from bitsandbytes import functional
 
-    rows = len(codes)
-    # bitsandbytes' own 4-bit codebook differs in last places: its operator for 8-bit codes takes any.
-    codebook = F.pad(normal_float_codebook(BITS), (0, 256 - 2**BITS))
+    rows, columns = len(codes), x.shape[1]
     scale = scale.view(rows, -1)
     out = x.new_empty(len(x), rows)
-    for start in range(0, rows, _ROWS):
-        place = slice(start, start + _ROWS)
-        wide = _untile(codes[place]) if tiled else unpack_nibbles(codes[place])
-        state = functional.QuantState(scale[place].flatten(), code=codebook, blocksize=NF_BLOCK, dtype=x.dtype)
-        weight = functional.dequantize_blockwise(wide, state)
+    some = max(_ROWS, _PART // columns // _TILE_ROWS * _TILE_ROWS)
+    for start in range(0, rows, some):
+        place = slice(start, start + some)
+        part = _untile(codes[place]) if tiled else codes[place]
+        weight = functional.dequantize_4bit(part, _state(scale[place].flatten(), codebook, (len(part), columns)))
         if bias is None:
             torch.mm(x, weight.t(), out=out[:, place])
         else:  # one operator rounds the sum once, as the reference does
@@ -223,18 +224,15 @@ def _times_dequantized(x: Tensor, codes: Tensor, scale: Tensor, tiled: bool, bia
 
 
 def _untile(codes: Tensor) -> Tensor:
-    """Codes in bitsandbytes' layout for CPUs, uint8 [O, I / 2] → one to a byte, in the weight's order: [O, I].
+    """Codes in bitsandbytes' layout for CPUs, uint8 [O, I / 2] → as `pack_nibbles` packs them.
 
     The layout: tiles of 32 rows; in each of them, for each two columns, bytes of which the lower halves are the first
     16 rows' codes and the upper halves those of the last 16, two columns of a row side by side.
     """
     rows, pairs = codes.shape
-    two_columns = codes.view(torch.int16).view(-1, pairs, _TILE_ROWS // 2).transpose(1, 2)
-    wide = torch.empty(rows, 2 * pairs, dtype=torch.uint8)
-    first, last = wide.view(torch.int16).view(-1, 2, _TILE_ROWS // 2, pairs).unbind(1)
-    first.copy_(two_columns).bitwise_and_(0x0F0F)
-    last.copy_(two_columns).bitwise_right_shift_(4).bitwise_and_(0x0F0F)
-    return wide
+    tiles = codes.view(torch.int16).view(-1, pairs, _TILE_ROWS // 2).transpose(1, 2).contiguous()
+    first, last = (tiles << 4 & 0xF0).bitwise_or_(tiles >> 8 & 15), (tiles & 0xF0).bitwise_or_(tiles >> 12 & 15)
+    return torch.stack([first, last], dim=1).to(torch.uint8).view(rows, pairs)
 
 
 def _state(scale: Tensor, codebook: Tensor, shape: tuple[int, int]) -> "QuantState":

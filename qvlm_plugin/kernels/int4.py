@@ -59,15 +59,14 @@ def _pack(
     tensors: Mapping[str, Tensor], activation_format: ActivationFormat, device: torch.device
 ) -> dict[str, Tensor]:
     kept = with_rounding({name: tensor.to(device) for name, tensor in tensors.items()}, activation_format)
-    codes, scale, zero_point = (kept.pop(name) for name in ("codes", "scale", "zero_point"))
-    zero = (scale.float() * (8 - zero_point.float())).to(scale.dtype)
-    return {**pack_weight(codes, scale, zero, device), **kept}
+    weight = (kept.pop(name) for name in ("codes", "scale", "zero_point"))
+    return {**pack_weight(*weight, device), **kept}
 
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
     rounded = round_input(x, activation_format, tensors)
     operands = (tensors[name] for name in ("packed", "scales_and_zeros"))
-    output = int4_linear(rounded.reshape(-1, x.shape[-1]), *operands, tensors.get("bias"), whole_zeros=True)
+    output = int4_linear(rounded.reshape(-1, x.shape[-1]), *operands, tensors.get("bias"))
     return output.to(x.dtype).view(*x.shape[:-1], output.shape[1])
 
 

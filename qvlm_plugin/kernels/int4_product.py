@@ -3,7 +3,8 @@
 torch has operators for few tokens, which read the packed weight once for each: they are private, and every device lays
 codes out in its own way. For many tokens the CPU's operator is slower than a product in the compute type, so there the
 weight is dequantized, rows at a time, and multiplied: outputs of a bfloat16 model are then to the bit those of the
-dequantized weight as a whole. A weight is ``scale * (code - 8) + zero`` in both.
+dequantized weight as a whole. A weight is ``scale * (code - zero_point)``; for the operators ``scale * (code - 8) +
+zero``, where the zero is a multiple of the scale that is rounded to the compute type.
 """
 
 import torch
@@ -46,18 +47,20 @@ def obstacle_of_product(rows: int, columns: int, device: torch.device) -> str | 
     return None
 
 
-def pack_weight(codes: Tensor, scale: Tensor, zero: Tensor, device: torch.device) -> dict[str, Tensor]:
+def pack_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, device: torch.device) -> dict[str, Tensor]:
     """Lay a weight out for the operator of a device.
 
     Args:
         codes: uint8 [O, I / 2], as `pack_nibbles` packs them.
-        scale, zero: [O, G] in the compute type; ``weight = scale * (code - 8) + zero``.
+        scale: [O, G] in the compute type.
+        zero_point: uint8 [O, G].
         device: ``cpu`` or ``cuda``.
 
     Returns:
         ``packed`` (uint8 [O, I / 2] on the CPU, int32 tiles on CUDA) and ``scales_and_zeros`` [G, O, 2], in the compute
         type on the CPU and bfloat16 on CUDA, whose operator knows no other.
     """
+    zero = (scale.float() * (8 - zero_point.float())).to(scale.dtype)
     pairs = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous().to(device)
     codes = codes.to(device)
     if device.type == "cuda":
@@ -69,34 +72,25 @@ def pack_weight(codes: Tensor, scale: Tensor, zero: Tensor, device: torch.device
     return {"packed": packed, "scales_and_zeros": pairs}
 
 
-def int4_linear(
-    x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None, whole_zeros: bool = False
-) -> Tensor:
+def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply with the transpose of a packed weight, and add a bias.
 
     Args:
         x: [N, I].
         packed, scales_and_zeros: see `pack_weight`.
         bias: [O] or None.
-        whole_zeros: the zeros were whole multiples of their scales before they were rounded to the compute type; where
-            the weight is dequantized, they are that again.
 
     Returns:
         [N, O] in the dtype of ``scales_and_zeros``, whatever that of ``x``.
     """
-    return (_int4_linear_operator if torch.compiler.is_compiling() else _int4_linear)(
-        x, packed, scales_and_zeros, bias, whole_zeros
-    )
+    return (_int4_linear_operator if torch.compiler.is_compiling() else _int4_linear)(x, packed, scales_and_zeros, bias)
 
 
-def _int4_linear(
-    x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None, whole_zeros: bool = False
-) -> Tensor:
+def _int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
     group = x.shape[1] // scales_and_zeros.shape[0]
     x = x.to(scales_and_zeros.dtype).contiguous()
     if x.device.type == "cpu" and len(x) > FEW_TOKENS:
-        scale, zero = (pair.float() for pair in scales_and_zeros.unbind(-1))
-        return _times_dequantized(x, packed, scale, (zero / scale).round() * scale if whole_zeros else zero, bias)
+        return _times_dequantized(x, packed, scales_and_zeros, bias)
     operators = torch.ops.aten
     operator = operators._weight_int4pack_mm if x.device.type == "cuda" else operators._weight_int4pack_mm_for_cpu
     product = operator(x, packed, group, scales_and_zeros)
@@ -107,27 +101,19 @@ _int4_linear_operator = torch.library.custom_op("qvlm_plugin::int4_linear", _int
 
 
 @_int4_linear_operator.register_fake
-def _(
-    x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None, whole_zeros: bool = False
-) -> Tensor:
+def _(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
     return scales_and_zeros.new_empty(x.shape[0], scales_and_zeros.shape[1])
 
 
-def _times_dequantized(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None) -> Tensor:
-    """`int4_linear` for many tokens: a few blocks of rows at a time are dequantized.
-
-    Args:
-        x: [N, I].
-        packed: uint8 [O, I / 2], the CPU's layout.
-        scale, zero: float32 [G, O].
-        bias: [O] or None.
-    """
+def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None) -> Tensor:
+    """`int4_linear` for many tokens on a CPU: a few blocks of rows at a time are dequantized."""
     rows, columns, block = len(packed), x.shape[1], _block_rows()
     whole = rows // block * block
     spans = [(start, min(start + _BLOCKS * block, whole), block) for start in range(0, whole, _BLOCKS * block)]
     if whole < rows:
         spans.append((whole, rows, rows - whole))
-    zero = zero.sub(scale, alpha=8)
+    scale, zero = (pair.float() for pair in scales_and_zeros.unbind(-1))
+    zero = ((zero / scale).round() - 8) * scale  # exact again
     out = x.new_empty(len(x), rows)
     # All blocks use the same memory: new memory costs as much as the arithmetic.
     most = min(_BLOCKS * block, rows)

@@ -5,6 +5,7 @@ memory; all of them are there at the same time, and answer in turns. The weights
 made up: that changes answers, not what they cost. A request has 600 tokens, 576 of them an image.
 
 python benchmarks/generate.py --layout llava-1.5-7b --layers 2
+python benchmarks/generate.py --layout demo --prompt-tokens 90 --variants bf16,reference-w4a4,packed-w4a4
 python benchmarks/generate.py --layout llava-1.5-13b --device cuda --compile --json generate.json
 """
 
@@ -42,11 +43,13 @@ class Variant:
         dtype: the compute type.
         scheme: None for full precision.
         weights: ``int`` or ``nf``.
+        backend: what computes a quantized model.
     """
 
     dtype: str = "bfloat16"
     scheme: str | None = None
     weights: str = "int"
+    backend: str = "auto"
 
 
 VARIANTS = {
@@ -56,7 +59,12 @@ VARIANTS = {
     "packed-w4a16": Variant(scheme="w4a16"),
     "packed-w8a8": Variant(scheme="w8a8"),
     "nf4": Variant(scheme="w4a16", weights="nf"),
+    "nf4a4": Variant(scheme="w4a4", weights="nf"),
+    "reference-w4a4": Variant(scheme="w4a4", backend="reference"),
+    "reference-w8a8": Variant(scheme="w8a8", backend="reference"),
 }
+DEFAULT = ("bf16", "packed-w4a4", "packed-w4a16", "packed-w8a8", "nf4")
+"""What is compared unless asked otherwise; on a GPU ``fp16`` comes first."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Setting:
     source: str
     device: str
     prompt_tokens: int
+    batch_size: int
     compiled: bool
     layers: int
 
@@ -91,7 +100,7 @@ def serve(connection: Connection, setting: Setting, variant: Variant, fingerprin
     if variant.scheme:
         with torch.device("meta"):
             shape = LlavaForConditionalGeneration(config_from(setting.source))
-        quantize = QuantizeOnLoad(make_plan(shape, fingerprint, variant), plugins.kernels("auto"))
+        quantize = QuantizeOnLoad(make_plan(shape, fingerprint, variant), plugins.kernels(variant.backend))
     before, start = _peak(device), time.perf_counter()
     loaded = load(setting.source, dtype=variant.dtype, device=device, quantize=quantize)
     seconds = time.perf_counter() - start
@@ -108,7 +117,7 @@ def serve(connection: Connection, setting: Setting, variant: Variant, fingerprin
             "fallbacks": len(quantize.execution.fallbacks) if quantize else 0,
         }
     )
-    inputs = request(model.config, setting.prompt_tokens).to(device)
+    inputs = request(model.config, setting.prompt_tokens, count=setting.batch_size).to(device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     how: dict[str, Any] = {"disable_compile": True}
     if setting.compiled:
@@ -211,33 +220,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", choices=LAYOUTS, default="llava-1.5-7b")
     parser.add_argument("--layers", type=int, help="of the decoder; default: all, which takes the layout's full memory")
-    parser.add_argument("--variants", help=f"default: all of {', '.join(VARIANTS)} (fp16 on a GPU only); the first is "
-                        "what the others are compared with")  # fmt: skip
+    parser.add_argument("--variants", help=f"of {', '.join(VARIANTS)}; default: {', '.join(DEFAULT)}, on a GPU fp16 "
+                        "before them; the first, of full precision, is what the others are compared with")  # fmt: skip
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--compile", action="store_true", help="with a static cache; on a CPU this takes a C++ compiler"
     )
     parser.add_argument("--prompt-tokens", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--answers", default="16,128", help="lengths of answers, in tokens")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="for the checkpoint; default: where temporary files go")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     asked = parser.parse_args()
     device = torch.device(asked.device)
-    names = (
-        asked.variants.split(",") if asked.variants else [n for n in VARIANTS if n != "fp16" or device.type == "cuda"]
-    )
+    names = asked.variants.split(",") if asked.variants else ["fp16"] * (device.type == "cuda") + [*DEFAULT]
+    if unknown := set(names) - set(VARIANTS):
+        parser.error(f"--variants: no {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+    if VARIANTS[names[0]].scheme:
+        parser.error(f"--variants: {names[0]} is quantized; the first must be of full precision")
     answers = (1, *map(int, asked.answers.split(",")))
     config = config_of(asked.layout, asked.layers)
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         write_checkpoint(config, Path(folder))
         depth = config_of(asked.layout).text_config.num_hidden_layers
-        setting = Setting(folder, asked.device, asked.prompt_tokens, asked.compile, depth)
+        setting = Setting(folder, asked.device, asked.prompt_tokens, asked.batch_size, asked.compile, depth)
         found = measure(setting, names, answers, asked.rounds)
     given = {
         "layout": asked.layout,
         "layers": config.text_config.num_hidden_layers,
         "prompt_tokens": asked.prompt_tokens,
+        "batch_size": asked.batch_size,
         "compiled": asked.compile,
         "machine": machine(device),
     }

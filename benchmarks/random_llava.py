@@ -16,32 +16,40 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-IMAGE_TOKENS = 576
-"""Of an image of 336 x 336 pixels in patches of 14."""
+_PATCH = 14
+"""Pixels a side."""
 
 _DECODERS = {
     "llava-1.5-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "layers": 32},
     "llava-1.5-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "layers": 40},
+    "demo": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+             "layers": 30},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "layers": 2},
-}
+}  # fmt: skip
+_LARGE_TOWER = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+                "image_size": 336}  # fmt: skip
+_TOWERS = {
+    "demo": {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6,
+             "image_size": 112},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "image_size": 336},
+}  # fmt: skip
 LAYOUTS = tuple(_DECODERS)
-"""LLaVA-1.5's, and a tiny one to try a benchmark with."""
+"""LLaVA-1.5's, one of the demo model's size, and a tiny one to try a benchmark with."""
 
 
 def config_of(layout: str, layers: int | None = None) -> LlavaConfig:
     """The configuration of a layout, with another number of decoder layers if one is given."""
     sizes = dict(_DECODERS[layout])
     depth = sizes.pop("layers")
-    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    if layout == "tiny":
-        tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tower = _TOWERS.get(layout, _LARGE_TOWER)
     return LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=336, patch_size=14, projection_dim=768, **tower),
+        vision_config=CLIPVisionConfig(patch_size=_PATCH, projection_dim=768, **tower),
         text_config=LlamaConfig(
             vocab_size=32064, num_hidden_layers=layers or depth, max_position_embeddings=4096, **sizes
         ),
         image_token_index=32000,
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=(tower["image_size"] // _PATCH) ** 2,
     )
 
 
@@ -89,11 +97,11 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def request(config: LlavaConfig, tokens: int, seed: int = 0) -> BatchFeature:
-    """A question about an image: ``tokens`` positions, `IMAGE_TOKENS` of them the image."""
+def request(config: LlavaConfig, tokens: int, seed: int = 0, count: int = 1) -> BatchFeature:
+    """``count`` questions about images: ``tokens`` positions each, ``image_seq_length`` of them the image."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(100, 30000, (1, tokens), generator=generator)
-    ids[:, 1 : 1 + IMAGE_TOKENS] = config.image_token_index
+    ids = torch.randint(100, 30000, (count, tokens), generator=generator)
+    ids[:, 1 : 1 + config.image_seq_length] = config.image_token_index
     size = config.vision_config.image_size
-    pixels = torch.randn(1, 3, size, size, generator=generator)
+    pixels = torch.randn(count, 3, size, size, generator=generator)
     return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels})

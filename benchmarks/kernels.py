@@ -2,7 +2,7 @@
 
 Weights take turns with copies of themselves, so that each product finds its weight in memory, as in a model, and not in
 a cache. Speeds are relative to bfloat16 in the same round; errors are relative distances to the reference arithmetic in
-float32 with the same formats, and for bfloat16 to the product in float32.
+float32 with the same rounded weights, and for bfloat16 to the product in float32.
 
 python benchmarks/kernels.py                                          # 7B, 13B and the vision tower
 python benchmarks/kernels.py --layouts 7b --tokens 1 --rounds 30      # decoding alone
@@ -24,7 +24,7 @@ from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.int8 import INT8
 from qvlm_plugin.kernels.nf4 import NF4
-from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.kernels.reference import REFERENCE, quantized_values
 from qvlm_plugin.kernels.selftest import self_test
 from qvlm_plugin.linear import QuantLinear
 
@@ -95,7 +95,9 @@ def measure(
         parameters = parameters_of(activation, x)
         quantized = QuantLinear.from_linear(linear, weight, activation, parameters, kernel)
         modules[name] = _copies(lambda quantized=quantized: _copy(quantized), copies)
-        references[name] = QuantLinear.from_linear(full, weight, activation, parameters, REFERENCE)
+        exact = nn.Linear(columns, rows, bias=False, device=device)
+        exact.weight.copy_(quantized_values(linear.weight, weight))
+        references[name] = QuantLinear.from_linear(exact, WeightFormat(), activation, parameters, REFERENCE)
     errors = {
         name: [_error(layers[0], references[name], x[:count]) for count in tokens] for name, layers in modules.items()
     }

@@ -5,7 +5,7 @@ up to rounding. For many tokens on a CPU the weight is dequantized, rows at a ti
 the reference's to the bit. The package is imported when a weight is packed, not before.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -124,14 +124,14 @@ def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
     return _dequantized_scales([tensors[name] for name in _SCALES if name in tensors])
 
 
-def _dequantized_scales(scales: Sequence[Tensor]) -> Tensor:
+def _dequantized_scales(scales: list[Tensor]) -> Tensor:
     return scales[0] if len(scales) == 1 else dequantize_scales(*scales)
 
 
 def nf4_linear(
     x: Tensor,
     codes: Tensor,
-    scales: Sequence[Tensor],
+    scales: list[Tensor],
     codebook: Tensor,
     tile_scale: Tensor | None = None,
     bias: Tensor | None = None,
@@ -157,7 +157,7 @@ def nf4_linear(
 def _nf4_linear(
     x: Tensor,
     codes: Tensor,
-    scales: Sequence[Tensor],
+    scales: list[Tensor],
     codebook: Tensor,
     tile_scale: Tensor | None = None,
     bias: Tensor | None = None,
@@ -178,14 +178,21 @@ def _nf4_linear(
     return product if bias is None else product.add_(bias)
 
 
-_nf4_linear_operator = torch.library.custom_op("qvlm_plugin::nf4_linear", _nf4_linear, mutates_args=())
+_nf4_linear_operator = torch.library.custom_op(
+    "qvlm_plugin::nf4_linear",
+    _nf4_linear,
+    mutates_args=(),
+    # Written out, since older versions of torch read no schema from list[Tensor].
+    schema="(Tensor x, Tensor codes, Tensor[] scales, Tensor codebook, Tensor? tile_scale=None, Tensor? bias=None) "
+    "-> Tensor",
+)
 
 
 @_nf4_linear_operator.register_fake
 def _(
     x: Tensor,
     codes: Tensor,
-    scales: Sequence[Tensor],
+    scales: list[Tensor],
     codebook: Tensor,
     tile_scale: Tensor | None = None,
     bias: Tensor | None = None,
@@ -232,7 +239,10 @@ def _untile(codes: Tensor) -> Tensor:
     rows, pairs = codes.shape
     tiles = codes.view(torch.int16).view(-1, pairs, _TILE_ROWS // 2).transpose(1, 2).contiguous()
     first, last = (tiles << 4 & 0xF0).bitwise_or_(tiles >> 8 & 15), (tiles & 0xF0).bitwise_or_(tiles >> 12 & 15)
-    return torch.stack([first, last], dim=1).to(torch.uint8).view(rows, pairs)
+    out = codes.new_empty(len(tiles), 2, _TILE_ROWS // 2, pairs)
+    for half, of_half in zip(out.unbind(1), (first, last), strict=True):
+        half.copy_(of_half)
+    return out.view(rows, pairs)
 
 
 def _state(scale: Tensor, codebook: Tensor, shape: tuple[int, int]) -> "QuantState":

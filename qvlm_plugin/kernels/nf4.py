@@ -101,7 +101,7 @@ def _pack(
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
     rounded = round_input(x, activation_format, tensors).reshape(-1, x.shape[-1])
     codes, codebook = tensors["codes"], tensors["codebook"]
-    scales = [tensors[name] for name in _SCALES if name in tensors]
+    scales = _stored_scales(tensors)
     rest = tensors.get("tile_scale"), tensors.get("bias")
     output = nf4_linear(rounded.to(codebook.dtype), codes, scales, codebook, *rest)
     return output.to(x.dtype).view(*x.shape[:-1], output.shape[1])
@@ -115,13 +115,15 @@ def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat)
     return with_parameters({"weight": weight}, tensors.get("bias"), activation_format, tensors)
 
 
-_SCALES = ("scale_codebook", "scale_codes", "scale", "scale_offset")
-"""Tensors that blocks' scales follow from; of scales that are not doubly quantized only the third."""
+def _stored_scales(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the blocks' scales follow from: they themselves, or the arguments of `dequantize_scales`."""
+    doubly = ("scale_codebook", "scale_codes", "scale", "scale_offset")
+    return [tensors[name] for name in (doubly if "scale_codes" in tensors else ("scale",))]
 
 
 def _scales(tensors: Mapping[str, Tensor]) -> Tensor:
     """Scales of the blocks: float32 [blocks]."""
-    return _dequantized_scales([tensors[name] for name in _SCALES if name in tensors])
+    return _dequantized_scales(_stored_scales(tensors))
 
 
 def _dequantized_scales(scales: list[Tensor]) -> Tensor:

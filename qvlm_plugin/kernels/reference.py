@@ -26,13 +26,13 @@ def round_weight(weight: Tensor, weight_format: WeightFormat, clip: Tensor | Non
 
 
 def quantized_values(weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None) -> Tensor:
-    """What the codes of ``weight`` [O, I] stand for, float32: `round_weight` not yet in the dtype of the weight."""
+    """What the codes of ``weight`` [O, I] stand for, in float32; ``weight`` itself where it is not quantized."""
     fmt = weight_format
     if fmt.kind == "int":
         return quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, clip).dequantize()
     if fmt.kind == "nf":
         return quantize_normal_float(weight, fmt.bits, fmt.double_quantization, clip).dequantize()
-    return weight.float()
+    return weight
 
 
 def round_activation(

@@ -65,6 +65,15 @@ def test_weights_take_four_bits(weight, dtype):
     assert held < stored + 0.3  # the CPU's own layout has 16-bit scales beside
 
 
+@pytest.mark.parametrize("activation", [A16, STATIC], ids=str)
+@pytest.mark.parametrize("weight", [PLAIN, DOUBLE], ids=str)
+def test_restoring_gives_what_the_reference_holds(weight, activation):
+    problem = Problem.draw(dtype=torch.bfloat16)
+    arguments = problem.linear.weight, problem.linear.bias, weight, activation, problem.parameters(activation)
+    restored, held = (kernel.restore(kernel.prepare(*arguments), activation) for kernel in (NF4, REFERENCE))
+    assert restored.keys() == held.keys() and all(torch.equal(restored[name], held[name]) for name in held)
+
+
 def test_what_it_cannot_do_is_said(monkeypatch):
     assert "4 bits" in NF4.obstacle(WeightFormat(kind="nf", bits=3), A16, (64, 256), CPU)
     assert "normal-float" in NF4.obstacle(int_format(4), A16, (64, 256), CPU)

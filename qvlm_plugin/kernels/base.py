@@ -79,11 +79,9 @@ def with_parameters(
     return {**tensors, **rounding, **({} if bias is None else {"bias": bias})}
 
 
-def with_bias(product: Tensor, x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-    """A product [N, O] plus the ``bias`` among the tensors, if any, in the type and leading shape of ``x`` [..., I]."""
-    if "bias" in tensors:
-        product = product + tensors["bias"]
-    return product.to(x.dtype).view(*x.shape[:-1], product.shape[-1])
+def like_input(output: Tensor, x: Tensor) -> Tensor:
+    """An output [N, O] in the type and leading shape of its input ``x`` [..., I]."""
+    return output.to(x.dtype).view(*x.shape[:-1], output.shape[-1])
 
 
 def as_stored(

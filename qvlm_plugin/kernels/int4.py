@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_parameters
+from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
 from qvlm_plugin.kernels.int4_product import int4_linear, obstacle_of_product, operator_group, pack_weight
 from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
 from qvlm_plugin.kernels.rounding import round_input, with_rounding
@@ -67,7 +67,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     rounded = round_input(x, activation_format, tensors)
     operands = (tensors[name] for name in ("packed", "scales_and_zeros"))
     output = int4_linear(rounded.reshape(-1, x.shape[-1]), *operands, tensors.get("bias"))
-    return output.to(x.dtype).view(*x.shape[:-1], output.shape[1])
+    return like_input(output, x)
 
 
 def dequantize_packed(tensors: Mapping[str, Tensor]) -> Tensor:

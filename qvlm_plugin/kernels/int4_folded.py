@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.base import Kernel, like_input
 from qvlm_plugin.kernels.folding import arrange, encode, fold, unfold, with_encoding
 from qvlm_plugin.kernels.int4 import INT4, dequantize_packed
 from qvlm_plugin.kernels.int4_product import int4_linear, operator_group
@@ -74,7 +74,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     codes = encode(x.reshape(-1, x.shape[-1]), tensors, activation_format.bits, compute_type)
     product = int4_linear(arrange(codes, tensors["index"]), tensors["packed"], tensors["scales_and_zeros"])
     output = torch.addcmul(tensors["bias"], product.float(), tensors["multiplier"])
-    return output.to(x.dtype).view(*x.shape[:-1], output.shape[-1])
+    return like_input(output, x)
 
 
 def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.kernels.nibbles import unpack_nibbles
+from qvlm_plugin.kernels.operators import operator, product_into
 
 GROUP_SIZES = (256, 128, 64, 32)
 """Input channels to a scale that the operators know, largest first."""
@@ -72,6 +73,7 @@ def pack_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, device: torch.
     return {"packed": packed, "scales_and_zeros": pairs}
 
 
+@operator("int4_linear", like=lambda x, packed, pairs, *_: pairs.new_empty(x.shape[0], pairs.shape[1]))
 def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply with the transpose of a packed weight, and add a bias.
 
@@ -83,10 +85,6 @@ def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tenso
     Returns:
         [N, O] in the dtype of ``scales_and_zeros``, whatever that of ``x``.
     """
-    return (_int4_linear_operator if torch.compiler.is_compiling() else _int4_linear)(x, packed, scales_and_zeros, bias)
-
-
-def _int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
     group = x.shape[1] // scales_and_zeros.shape[0]
     x = x.to(scales_and_zeros.dtype).contiguous()
     if x.device.type == "cpu" and len(x) > FEW_TOKENS:
@@ -95,14 +93,6 @@ def _int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tens
     operator = operators._weight_int4pack_mm if x.device.type == "cuda" else operators._weight_int4pack_mm_for_cpu
     product = operator(x, packed, group, scales_and_zeros)
     return product if bias is None else product.add_(bias)
-
-
-_int4_linear_operator = torch.library.custom_op("qvlm_plugin::int4_linear", _int4_linear, mutates_args=())
-
-
-@_int4_linear_operator.register_fake
-def _(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
-    return scales_and_zeros.new_empty(x.shape[0], scales_and_zeros.shape[1])
 
 
 def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None) -> Tensor:
@@ -124,10 +114,7 @@ def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias
     for start, end, width in spans:
         of_span = weight[: columns * (end - start)].view(columns, end - start)
         _dequantize_blocks(packed[start:end], scale[:, start:end], zero[:, start:end], width, codes, values, of_span)
-        if bias is None:
-            torch.mm(x, of_span, out=out[:, start:end])
-        else:  # one operator rounds the sum once, as the reference does
-            torch.addmm(bias[start:end], x, of_span, out=out[:, start:end])
+        product_into(out[:, start:end], x, of_span, None if bias is None else bias[start:end])
     return out
 
 

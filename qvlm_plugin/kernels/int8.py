@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_bias, with_parameters
+from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
 from qvlm_plugin.kernels.folding import arrange, encode, fold, unfold, with_encoding
 from qvlm_plugin.kernels.int8_product import int8_linear, int8_weight_linear, round_to_int8
 from qvlm_plugin.kernels.reference import quantized_values
@@ -88,7 +88,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     tokens = x.reshape(-1, x.shape[-1])
     if activation_format.kind == "none":
         output = int8_weight_linear(tokens, tensors["codes_0"], tensors["scale"][0].to(x.dtype))
-        return with_bias(output, x, tensors)
+        return like_input(output + tensors["bias"] if "bias" in tensors else output, x)
     bits, step, offset = activation_format.bits, None, None
     if activation_format.kind == "static_channel":
         codes = arrange(encode(tokens, tensors, bits, torch.int8), tensors["index"])
@@ -97,7 +97,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     output = int8_linear(
         codes, _segments(tensors), tensors["scale"], tensors.get("bias"), x.dtype, step, offset, tensors.get("row_sum")
     )
-    return output.view(*x.shape[:-1], output.shape[1])
+    return like_input(output, x)
 
 
 def _token_codes(tokens: Tensor, clip_ratio: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

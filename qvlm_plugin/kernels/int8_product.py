@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvlm_plugin.kernels.operators import operator
+
 FEW_TOKENS = 16
 """Up to so many tokens the CPU's operator for 8-bit weights is used (measured at 2048 x 2048, bfloat16, AVX-512, one
 thread: 0.11 ms per token; dequantizing 0.9 ms and then 0.05 ms per token)."""
@@ -27,6 +29,12 @@ def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale.unsqueeze(1)).round().to(torch.int8), scale
 
 
+@operator(
+    "int8_linear",
+    like=lambda codes, weights, scale, bias, dtype, *_: scale.new_empty(codes.shape[0], scale.shape[1], dtype=dtype),
+    schema="(Tensor codes, Tensor[] weights, Tensor scale, Tensor? bias, ScalarType dtype, Tensor? step=None, "
+    "Tensor? offset=None, Tensor? row_sum=None) -> Tensor",
+)
 def int8_linear(
     codes: Tensor,
     weights: list[Tensor],
@@ -51,21 +59,6 @@ def int8_linear(
     Returns:
         [N, O]; each segment's sums are exact, and scaled and added in float32.
     """
-    return (_int8_linear_operator if torch.compiler.is_compiling() else _int8_linear)(
-        codes, weights, scale, bias, dtype, step, offset, row_sum
-    )
-
-
-def _int8_linear(
-    codes: Tensor,
-    weights: list[Tensor],
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    step: Tensor | None = None,
-    offset: Tensor | None = None,
-    row_sum: Tensor | None = None,
-) -> Tensor:
     count, rows = len(codes), scale.shape[1]
     if codes.device.type == "cuda" and count < _CUDA_ROWS:
         codes = F.pad(codes, (0, 0, 0, _CUDA_ROWS - count))
@@ -91,30 +84,7 @@ def _int8_linear(
     return out
 
 
-_int8_linear_operator = torch.library.custom_op(
-    "qvlm_plugin::int8_linear",
-    _int8_linear,
-    mutates_args=(),
-    # Written out, since older versions of torch read no schema from list[Tensor].
-    schema="(Tensor codes, Tensor[] weights, Tensor scale, Tensor? bias, ScalarType dtype, Tensor? step=None, "
-    "Tensor? offset=None, Tensor? row_sum=None) -> Tensor",
-)
-
-
-@_int8_linear_operator.register_fake
-def _(
-    codes: Tensor,
-    weights: list[Tensor],
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    step: Tensor | None = None,
-    offset: Tensor | None = None,
-    row_sum: Tensor | None = None,
-) -> Tensor:
-    return scale.new_empty(codes.shape[0], scale.shape[1], dtype=dtype)
-
-
+@operator("int8_weight_linear", like=lambda x, weight, scale: x.new_empty(x.shape[0], weight.shape[0]))
 def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Multiply inputs in the compute type with the transpose of an 8-bit weight.
 
@@ -126,22 +96,8 @@ def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     Returns:
         [N, O] in the dtype of ``x``.
     """
-    return (_int8_weight_linear_operator if torch.compiler.is_compiling() else _int8_weight_linear)(x, weight, scale)
-
-
-def _int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if x.device.type == "cpu" and 0 < len(x) <= FEW_TOKENS:
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, scale)
     chunk = max(1, _CHUNK // x.shape[1])
     parts = zip(weight.split(chunk), scale.unsqueeze(1).split(chunk), strict=True)
     return torch.cat([F.linear(x, rows.to(x.dtype).mul_(of_row)) for rows, of_row in parts], dim=1)
-
-
-_int8_weight_linear_operator = torch.library.custom_op(
-    "qvlm_plugin::int8_weight_linear", _int8_weight_linear, mutates_args=()
-)
-
-
-@_int8_weight_linear_operator.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])

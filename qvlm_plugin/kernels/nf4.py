@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels.base import Kernel, corrected_bias, with_parameters
+from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
 from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
+from qvlm_plugin.kernels.operators import operator, product_into
 from qvlm_plugin.kernels.rounding import round_input, with_rounding
 from qvlm_plugin.quantizers import (
     NF_BLOCK,
@@ -104,7 +105,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     scales = _stored_scales(tensors)
     rest = tensors.get("tile_scale"), tensors.get("bias")
     output = nf4_linear(rounded.to(codebook.dtype), codes, scales, codebook, *rest)
-    return output.to(x.dtype).view(*x.shape[:-1], output.shape[1])
+    return like_input(output, x)
 
 
 def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:
@@ -130,6 +131,12 @@ def _dequantized_scales(scales: list[Tensor]) -> Tensor:
     return scales[0] if len(scales) == 1 else dequantize_scales(*scales)
 
 
+@operator(
+    "nf4_linear",
+    like=lambda x, codes, *_: x.new_empty(x.shape[0], codes.shape[0]),
+    schema="(Tensor x, Tensor codes, Tensor[] scales, Tensor codebook, Tensor? tile_scale=None, Tensor? bias=None) "
+    "-> Tensor",
+)
 def nf4_linear(
     x: Tensor,
     codes: Tensor,
@@ -151,19 +158,6 @@ def nf4_linear(
     Returns:
         [N, O] in the dtype of ``x``.
     """
-    return (_nf4_linear_operator if torch.compiler.is_compiling() else _nf4_linear)(
-        x, codes, scales, codebook, tile_scale, bias
-    )
-
-
-def _nf4_linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: list[Tensor],
-    codebook: Tensor,
-    tile_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
     if len(x) == 0:
         return x.new_empty(0, len(codes))
     import bitsandbytes
@@ -178,28 +172,6 @@ def _nf4_linear(
         state.packing_format_for_cpu = True
     product = bitsandbytes.matmul_4bit(x, codes, quant_state=state)
     return product if bias is None else product.add_(bias)
-
-
-_nf4_linear_operator = torch.library.custom_op(
-    "qvlm_plugin::nf4_linear",
-    _nf4_linear,
-    mutates_args=(),
-    # Written out, since older versions of torch read no schema from list[Tensor].
-    schema="(Tensor x, Tensor codes, Tensor[] scales, Tensor codebook, Tensor? tile_scale=None, Tensor? bias=None) "
-    "-> Tensor",
-)
-
-
-@_nf4_linear_operator.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scales: list[Tensor],
-    codebook: Tensor,
-    tile_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0])
 
 
 def _times_dequantized(
@@ -225,10 +197,7 @@ def _times_dequantized(
         place = slice(start, start + some)
         part = _untile(codes[place]) if tiled else codes[place]
         weight = functional.dequantize_4bit(part, _state(scale[place].flatten(), codebook, (len(part), columns)))
-        if bias is None:
-            torch.mm(x, weight.t(), out=out[:, place])
-        else:  # one operator rounds the sum once, as the reference does
-            torch.addmm(bias[place], x, weight.t(), out=out[:, place])
+        product_into(out[:, place], x, weight.t(), None if bias is None else bias[place])
     return out
 
 

@@ -1,0 +1,41 @@
+"""Products as operators that a compiler does not look into: it cannot trace private operators and other packages."""
+
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+Product = Callable[..., Tensor]
+
+
+def operator(name: str, like: Product, schema: str | None = None) -> Callable[[Product], Product]:
+    """Register a function of tensors as ``qvlm_plugin::name``; it is called as such where torch compiles.
+
+    Elsewhere it is called directly, which takes less time.
+
+    Args:
+        name: of the operator.
+        like: with the function's arguments, an empty tensor like its result; what a compiler needs to know of it.
+        schema: of the function, where older versions of torch cannot read it from the annotations (``list[Tensor]``).
+    """
+
+    def register(function: Product) -> Product:
+        registered = torch.library.custom_op(f"qvlm_plugin::{name}", function, mutates_args=(), schema=schema)
+        registered.register_fake(like)
+
+        @wraps(function)
+        def call(*arguments: object) -> Tensor:
+            return (registered if torch.compiler.is_compiling() else function)(*arguments)
+
+        return call
+
+    return register
+
+
+def product_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Write ``x`` [N, I] times ``weight`` [I, O] plus ``bias`` [O] to ``out`` [N, O], rounded once like a Linear."""
+    if bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias, x, weight, out=out)

@@ -10,8 +10,9 @@ zero``, where the zero is a multiple of the scale that is rounded to the compute
 import torch
 from torch import Tensor
 
+from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
 from qvlm_plugin.kernels.nibbles import unpack_nibbles
-from qvlm_plugin.kernels.operators import operator, product_into
+from qvlm_plugin.kernels.operators import operator
 
 GROUP_SIZES = (256, 128, 64, 32)
 """Input channels to a scale that the operators know, largest first."""
@@ -19,12 +20,6 @@ GROUP_SIZES = (256, 128, 64, 32)
 FEW_TOKENS = 64
 """Up to so many tokens the CPU's packed operator is used (measured at 4096 x 4096, bfloat16, AVX-512, two threads:
 operator 0.20 ms per token; dequantizing 6 ms and then 0.09 ms per token)."""
-
-_BLOCKS = 16
-"""Blocks of rows that are dequantized and multiplied at a time."""
-
-_PART = 2**21
-"""Weights that are dequantized at a time: 8 MB of float32. Fewer cost more in starting threads than caches give."""
 
 
 def operator_group(group_size: int | None, columns: int) -> int | None:
@@ -96,26 +91,27 @@ def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tenso
 
 
 def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None) -> Tensor:
-    """`int4_linear` for many tokens on a CPU: a few blocks of rows at a time are dequantized."""
+    """`int4_linear` for many tokens on a CPU."""
     rows, columns, block = len(packed), x.shape[1], _block_rows()
-    whole = rows // block * block
-    spans = [(start, min(start + _BLOCKS * block, whole), block) for start in range(0, whole, _BLOCKS * block)]
-    if whole < rows:
-        spans.append((whole, rows, rows - whole))
-    scale, zero = (pair.float() for pair in scales_and_zeros.unbind(-1))
-    zero = ((zero / scale).round() - 8) * scale  # exact again
-    out = x.new_empty(len(x), rows)
-    # All blocks use the same memory: new memory costs as much as the arithmetic.
-    most = min(_BLOCKS * block, rows)
-    weight = x.new_empty(columns * most)
-    one_group = most * (columns // len(scale))
-    values = x.new_empty(min(len(weight), max(_PART, one_group)), dtype=torch.float32)
-    codes = x.new_empty(len(values) // 2, dtype=torch.uint8)
-    for start, end, width in spans:
-        of_span = weight[: columns * (end - start)].view(columns, end - start)
-        _dequantize_blocks(packed[start:end], scale[:, start:end], zero[:, start:end], width, codes, values, of_span)
-        product_into(out[:, start:end], x, of_span, None if bias is None else bias[start:end])
-    return out
+    some = rows_at_once(rows, columns, block)
+    scale, zero = (pair.t().contiguous() for pair in scales_and_zeros.unbind(-1))
+    zero_point = (8 - zero.float() / scale.float()).round().to(torch.int8)  # exact again
+    # All parts use the same memory: new memory costs as much as the arithmetic.
+    weight, codes = x.new_empty(some, columns), x.new_empty(some, columns, dtype=torch.uint8)
+    by_row = x.new_empty(some, columns // 2, dtype=torch.uint8)
+
+    def dequantize(span: slice) -> Tensor:
+        count = span.stop - span.start
+        whole = count // block * block
+        for part, width in ((slice(whole), block), (slice(whole, count), count - whole)):
+            if width and part.stop:
+                _unpack_blocks(packed[span][part], width, by_row[part], codes[part])
+        grouped = codes[:count].view(torch.int8).view(count, scale.shape[1], -1)
+        grouped.sub_(zero_point[span].unsqueeze(2))
+        weight[:count].view_as(grouped).copy_(grouped).mul_(scale[span].unsqueeze(2))
+        return weight[:count]
+
+    return product_by_rows(x, rows, some, dequantize, bias)
 
 
 def _block_rows() -> int:
@@ -123,36 +119,24 @@ def _block_rows() -> int:
     return 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 
 
-def _dequantize_blocks(
-    packed: Tensor, scale: Tensor, zero: Tensor, width: int, codes: Tensor, values: Tensor, weight: Tensor
-) -> None:
-    """Write blocks of ``width`` rows of a weight in the CPU's layout, transposed: ``scale * code + zero``.
+def _unpack_blocks(packed: Tensor, width: int, by_row: Tensor, codes: Tensor) -> None:
+    """Write the codes of blocks of ``width`` rows in the CPU's layout.
 
     The layout is torch's (aten/src/ATen/native/cpu/int4mm_kernel.cpp): blocks of rows, in each of them bytes [I, width
     / 2]. With vector instructions the lower halves of a full block's bytes are its first rows and the upper halves its
-    last; neighbouring rows share a byte otherwise. Arithmetic is in float32, in which CPUs are faster than in bfloat16.
+    last; neighbouring rows share a byte otherwise.
 
     Args:
         packed: uint8 [O, I / 2].
-        scale, zero: float32 [G, O].
         width: divides O.
-        codes, values: uint8 and float32, space for a part of the columns.
-        weight: [I, O], to be written.
+        by_row: uint8 [O, I / 2], memory to use.
+        codes: uint8 [O, I], to be written.
     """
-    columns, blocks = len(weight), len(packed) // width
-    group = columns // len(scale)
-    scale, zero = (pair.view(-1, blocks, width).transpose(0, 1).unsqueeze(2) for pair in (scale, zero))
+    columns, blocks = 2 * packed.shape[1], len(packed) // width
+    by_row = by_row.view(blocks, width // 2, columns)
+    by_row.copy_(packed.view(blocks, columns, width // 2).transpose(1, 2))  # as bytes, the cheapest
+    codes = codes.view(blocks, width, columns)
     vectorized = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2") and width == _block_rows()
-    bytes_, weight = packed.view(blocks, columns, width // 2), weight.view(columns, blocks, width)
-    part = len(values) // (blocks * width * group) * group
-    for start in range(0, columns, part):
-        some = bytes_[:, start : start + part]
-        halves = codes[: some.numel()].view(some.shape)
-        wide = values[: 2 * some.numel()].view(blocks, -1, width)
-        low, high = wide.chunk(2, dim=-1) if vectorized else (wide[..., ::2], wide[..., 1::2])
-        low.copy_(torch.bitwise_and(some, 15, out=halves))
-        high.copy_(torch.bitwise_right_shift(some, 4, out=halves))
-        groups = slice(start // group, start // group + some.shape[1] // group)
-        grouped = wide.view(blocks, -1, group, width)
-        torch.addcmul(zero[:, groups], grouped, scale[:, groups], out=grouped)
-        weight[start : start + part].copy_(wide.transpose(0, 1))
+    low, high = codes.chunk(2, dim=1) if vectorized else (codes[:, ::2], codes[:, 1::2])
+    torch.bitwise_and(by_row, 15, out=low)
+    torch.bitwise_right_shift(by_row, 4, out=high)

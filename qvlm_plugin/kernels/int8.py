@@ -10,6 +10,7 @@ multiplied in the compute type.
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
@@ -33,6 +34,11 @@ error is 5.5 %, 1.0 %, 0.9 %, 0.9 %, 0.8 % with 1, 2, 3, 4, 8; where steps vary 
 
 _MULTIPLE = 8
 """Sizes of integer products on CUDA are multiples of it; fine enough to keep a few massive channels to themselves."""
+
+_ALIGNMENT, _ALIASING = 64, 2048
+"""Widths at which the CPU's integer product is fast for 2 to 64 tokens: multiples of 64, but not of 2,048, where the
+weight's rows share sets of the cache (measured with 8 tokens and 4,096 rows: 3,888 channels 1.8 ms, 3,904 1.5 ms, 4,096
+3.4 ms, 4,160 1.3 ms)."""
 
 
 def _obstacle(
@@ -81,7 +87,27 @@ def _pack(
     packed = with_encoding({name: tensor.to(device) for name, tensor in tensors.items()})
     if "clip_ratio" in packed:
         packed["row_sum"] = packed["codes_0"].sum(dim=1) * packed["scale"][0]
-    return packed
+    return _aligned(packed) if device.type == "cpu" and activation_format.kind != "none" else packed
+
+
+def _aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run-time tensors with channels of zeros appended to the segments, up to widths that are fast."""
+    segments = _segments(tensors)
+    padded = {f"codes_{place}": _pad(codes, _fast_width(codes.shape[1])) for place, codes in enumerate(segments)}
+    if "index" in tensors:  # any channel will do where the weight is zero
+        parts = tensors["index"].split([codes.shape[1] for codes in segments])
+        padded["index"] = torch.cat([_pad(part, _fast_width(len(part))) for part in parts])
+    return {**tensors, **padded}
+
+
+def _fast_width(width: int) -> int:
+    aligned = width + -width % _ALIGNMENT
+    return aligned if aligned % _ALIASING else aligned + _ALIGNMENT
+
+
+def _pad(x: Tensor, width: int) -> Tensor:
+    """``x`` [..., C] with zeros appended: [..., width]."""
+    return F.pad(x, (0, width - x.shape[-1])) if width > x.shape[-1] else x
 
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
@@ -94,6 +120,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
         codes = arrange(encode(tokens, tensors, bits, torch.int8), tensors["index"])
     else:
         codes, step, offset = _token_codes(tokens, tensors["clip_ratio"], bits)
+        codes = _pad(codes, tensors["codes_0"].shape[1])
     output = int8_linear(
         codes, _segments(tensors), tensors["scale"], tensors.get("bias"), x.dtype, step, offset, tensors.get("row_sum")
     )

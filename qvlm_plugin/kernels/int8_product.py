@@ -4,14 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
 from qvlm_plugin.kernels.operators import operator
 
 FEW_TOKENS = 16
 """Up to so many tokens the CPU's operator for 8-bit weights is used (measured at 2048 x 2048, bfloat16, AVX-512, one
 thread: 0.11 ms per token; dequantizing 0.9 ms and then 0.05 ms per token)."""
-
-_CHUNK = 2**19
-"""Weights that are dequantized at a time: 1 MB of bfloat16, which stays in a core's cache."""
 
 _TOKENS, _OUTPUTS = 640, 2**21
 """Tokens and outputs that are multiplied at a time on a CPU: 8 MB of float32. Larger temporaries are new memory at each
@@ -98,6 +96,12 @@ def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """
     if x.device.type == "cpu" and 0 < len(x) <= FEW_TOKENS:
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, scale)
-    chunk = max(1, _CHUNK // x.shape[1])
-    parts = zip(weight.split(chunk), scale.unsqueeze(1).split(chunk), strict=True)
-    return torch.cat([F.linear(x, rows.to(x.dtype).mul_(of_row)) for rows, of_row in parts], dim=1)
+    if x.device.type != "cpu":
+        return F.linear(x, weight.to(x.dtype).mul_(scale.unsqueeze(1)))
+    some = rows_at_once(*weight.shape, 1)
+    part = x.new_empty(some, weight.shape[1])
+
+    def dequantize(span: slice) -> Tensor:
+        return part[: span.stop - span.start].copy_(weight[span]).mul_(scale[span].unsqueeze(1))
+
+    return product_by_rows(x, len(weight), some, dequantize, None)

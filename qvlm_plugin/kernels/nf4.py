@@ -15,8 +15,9 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
+from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
 from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
-from qvlm_plugin.kernels.operators import operator, product_into
+from qvlm_plugin.kernels.operators import operator
 from qvlm_plugin.kernels.rounding import round_input, with_rounding
 from qvlm_plugin.quantizers import (
     NF_BLOCK,
@@ -36,10 +37,6 @@ BITS = 4
 FEW_TOKENS = 64
 """Up to so many tokens, those of a decoding step, bitsandbytes multiplies. Beyond, its product for CPUs with bfloat16
 instructions is the faster one for another 200 or so, but computes with scales and a codebook in bfloat16."""
-
-_ROWS, _PART = 1024, 2**23
-"""Rows that are dequantized at a time (measured at 4096 x 4096 and 4096 x 11008, 600 tokens: 128 to 4096), and weights:
-where rows are short, more of them."""
 
 _TILE_ROWS = 32
 """Rows that bitsandbytes' layout for CPUs with bfloat16 instructions keeps together."""
@@ -177,7 +174,7 @@ def nf4_linear(
 def _times_dequantized(
     x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor, tiled: bool, bias: Tensor | None
 ) -> Tensor:
-    """`nf4_linear` for many tokens, some rows at a time: the reference's weight and its product.
+    """`nf4_linear` for many tokens: the reference's weight and its product.
 
     Args:
         x: [N, I].
@@ -190,29 +187,33 @@ def _times_dequantized(
     from bitsandbytes import functional
 
     rows, columns = len(codes), x.shape[1]
-    scale = scale.view(rows, -1)
-    out = x.new_empty(len(x), rows)
-    some = max(_ROWS, _PART // columns // _TILE_ROWS * _TILE_ROWS)
-    for start in range(0, rows, some):
-        place = slice(start, start + some)
-        part = _untile(codes[place]) if tiled else codes[place]
-        weight = functional.dequantize_4bit(part, _state(scale[place].flatten(), codebook, (len(part), columns)))
-        product_into(out[:, place], x, weight.t(), None if bias is None else bias[place])
-    return out
+    scale, some = scale.view(rows, -1), rows_at_once(rows, columns, _TILE_ROWS)
+    space = codes.new_empty(2, some * columns // 2)
+
+    def dequantize(span: slice) -> Tensor:
+        part = _untile(codes[span], *space) if tiled else codes[span]
+        return functional.dequantize_4bit(part, _state(scale[span].flatten(), codebook, (len(part), columns)))
+
+    return product_by_rows(x, rows, some, dequantize, bias)
 
 
-def _untile(codes: Tensor) -> Tensor:
-    """Codes in bitsandbytes' layout for CPUs, uint8 [O, I / 2] → as `pack_nibbles` packs them.
+def _untile(codes: Tensor, by_column: Tensor, out: Tensor) -> Tensor:
+    """Codes in bitsandbytes' layout for CPUs, uint8 [O, I / 2] → ``out``, as `pack_nibbles` packs them.
 
     The layout: tiles of 32 rows; in each of them, for each two columns, bytes of which the lower halves are the first
-    16 rows' codes and the upper halves those of the last 16, two columns of a row side by side.
+    16 rows' codes and the upper halves those of the last 16, two columns of a row side by side. ``by_column`` is memory
+    to use; both are uint8 [at least O * I / 2].
     """
     rows, pairs = codes.shape
-    tiles = codes.view(torch.int16).view(-1, pairs, _TILE_ROWS // 2).transpose(1, 2).contiguous()
-    first, last = (tiles << 4 & 0xF0).bitwise_or_(tiles >> 8 & 15), (tiles & 0xF0).bitwise_or_(tiles >> 12 & 15)
-    out = codes.new_empty(len(tiles), 2, _TILE_ROWS // 2, pairs)
-    for half, of_half in zip(out.unbind(1), (first, last), strict=True):
-        half.copy_(of_half)
+    half = _TILE_ROWS // 2
+    by_column = by_column[: codes.numel()].view(-1, 2, half, pairs)
+    by_column.copy_(codes.view(-1, pairs, half, 2).permute(0, 3, 2, 1))
+    (even, odd), out = by_column.unbind(1), out[: codes.numel()]
+    first, last = out.view(-1, 2, half, pairs).unbind(1)
+    torch.bitwise_left_shift(even, 4, out=first)
+    torch.bitwise_right_shift(odd, 4, out=last)
+    first.bitwise_or_(odd.bitwise_and_(15))
+    last.bitwise_or_(even.bitwise_and_(0xF0))
     return out.view(rows, pairs)
 
 

@@ -31,11 +31,3 @@ def operator(name: str, like: Product, schema: str | None = None) -> Callable[[P
         return call
 
     return register
-
-
-def product_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Write ``x`` [N, I] times ``weight`` [I, O] plus ``bias`` [O] to ``out`` [N, O], rounded once like a Linear."""
-    if bias is None:
-        torch.mm(x, weight, out=out)
-    else:
-        torch.addmm(bias, x, weight, out=out)

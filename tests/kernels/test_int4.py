@@ -3,7 +3,7 @@ import torch
 from kernel_problems import A16, CPU, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
 
 from qvlm_plugin.formats import WeightFormat
-from qvlm_plugin.kernels import int4_product
+from qvlm_plugin.kernels import dequantized, int4_product
 from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
@@ -44,10 +44,9 @@ def test_clipped_weights():
 
 @pytest.mark.parametrize("rows", [16, 48, 64, 80, 144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("part", "blocks"), [(2**12, 1), (2**20, 2)])
-def test_many_tokens_are_multiplied_like_few(monkeypatch, rows, dtype, part, blocks):
-    monkeypatch.setattr(int4_product, "_PART", part)
-    monkeypatch.setattr(int4_product, "_BLOCKS", blocks)
+@pytest.mark.parametrize("part", [2**12, 2**14, 2**20])
+def test_many_tokens_are_multiplied_like_few(monkeypatch, rows, dtype, part):
+    monkeypatch.setattr(dequantized, "PART", part)
     problem = Problem.draw((rows, 128), tokens=int4_product.FEW_TOKENS + 1, dtype=dtype)
     layer = problem.quantized(INT4, int_format(4, 64), STATIC)
     few = torch.cat([layer(half) for half in problem.x.split(25)])

@@ -3,7 +3,7 @@ import torch
 from kernel_problems import A16, CPU, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
-from qvlm_plugin.kernels import int8, int8_product
+from qvlm_plugin.kernels import dequantized, int8, int8_product
 from qvlm_plugin.kernels.int8 import INT8
 from qvlm_plugin.kernels.reference import REFERENCE
 
@@ -75,7 +75,7 @@ def test_clipped_weights():
 
 
 @pytest.mark.parametrize("activation", [A16, STATIC8, TOKEN8], ids=str)
-@pytest.mark.parametrize("shape", [(5, 7), (33, 50), (64, 256)])
+@pytest.mark.parametrize("shape", [(5, 7), (33, 50), (64, 256), (8, 2048)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_shapes(activation, shape, bias):
     problem = Problem.draw(shape, bias=bias)
@@ -90,11 +90,21 @@ def test_shapes(activation, shape, bias):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_many_tokens_are_multiplied_like_few(monkeypatch, dtype):
-    monkeypatch.setattr(int8_product, "_CHUNK", 2**12)
+    monkeypatch.setattr(dequantized, "PART", 2**12)
     problem = Problem.draw(dtype=dtype)
     layer = problem.quantized(INT8, int_format(8), A16)
     few = torch.cat([layer(part) for part in problem.x.split(int8_product.FEW_TOKENS)])
     assert relative(layer(problem.x), few) < 8e-3
+
+
+@pytest.mark.parametrize("columns", [50, 64, 2048, 4096])
+@pytest.mark.parametrize("activation", [STATIC8, TOKEN8], ids=str)
+def test_widths_of_the_integer_product_are_fast_ones(columns, activation):
+    problem = Problem.draw((16, columns))
+    layer = problem.quantized(INT8, int_format(8), activation)
+    widths = [tensor.shape[1] for name, tensor in layer.named_parameters() if name.startswith("codes_")]
+    assert all(width % 64 == 0 and width % 2048 for width in widths)
+    assert columns <= sum(widths) < columns + 128 * len(widths)
 
 
 def test_weights_take_eight_bits():

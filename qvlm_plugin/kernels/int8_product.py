@@ -1,5 +1,7 @@
 """Products with 8-bit weights: of integer codes, and of inputs in the compute type."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,8 +13,8 @@ FEW_TOKENS = 16
 """Up to so many tokens the CPU's operator for 8-bit weights is used (measured at 2048 x 2048, bfloat16, AVX-512, one
 thread: 0.11 ms per token; dequantizing 0.9 ms and then 0.05 ms per token)."""
 
-_TOKENS, _OUTPUTS = 640, 2**21
-"""Tokens and outputs that are multiplied at a time on a CPU: 8 MB of float32. Larger temporaries are new memory at each
+_TOKENS, _OUTPUTS = 640, 2**20
+"""Tokens and outputs that are multiplied at a time on a CPU: 4 MB of float32. Larger temporaries are new memory at each
 call, which costs more than the arithmetic; with fewer tokens weights are read too often."""
 
 _CUDA_ROWS = 17
@@ -61,25 +63,40 @@ def int8_linear(
     if codes.device.type == "cuda" and count < _CUDA_ROWS:
         codes = F.pad(codes, (0, 0, 0, _CUDA_ROWS - count))
     parts = [part.contiguous() for part in codes.split([weight.shape[1] for weight in weights], dim=1)]
-
-    def outputs(of_tokens: slice, of_rows: slice) -> Tensor:
-        total = None
-        for part, weight, factor in zip(parts, weights, scale[:, of_rows].unbind(), strict=True):
-            product = torch._int_mm(part[of_tokens], weight[of_rows].t()).float()
-            total = product.mul_(factor) if total is None else total.addcmul_(product, factor)
-        total = total[:count]
-        if offset is not None:
-            total = total.mul_(step[of_tokens]).addcmul_(offset[of_tokens], row_sum[of_rows])
-        return total if bias is None else total.add_(bias[of_rows])
-
     if codes.device.type != "cpu" or (count <= _TOKENS and count * rows <= _OUTPUTS):
-        return outputs(slice(None), slice(None)).to(dtype)
+        total = _scaled_sum(parts, weights, scale.unbind())[:count]
+        return _finished(total, bias, step, offset, row_sum).to(dtype)
     out, some = scale.new_empty(count, rows, dtype=dtype), max(1, _OUTPUTS // min(count, _TOKENS))
     for row in range(0, rows, some):
+        of_rows = slice(row, row + some)
+        some_weights, some_scales = [weight[of_rows] for weight in weights], scale[:, of_rows].unbind()
+        some_bias, some_sums = (None if tensor is None else tensor[of_rows] for tensor in (bias, row_sum))
         for token in range(0, count, _TOKENS):
-            place = slice(token, token + _TOKENS), slice(row, row + some)
-            out[place] = outputs(*place)
+            of_tokens = slice(token, token + _TOKENS)
+            total = _scaled_sum([part[of_tokens] for part in parts], some_weights, some_scales)
+            steps = (None if tensor is None else tensor[of_tokens] for tensor in (step, offset))
+            out[of_tokens, of_rows] = _finished(total, some_bias, *steps, some_sums)
     return out
+
+
+def _scaled_sum(parts: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """Exact products of segments, scaled and added in float32: [N, O]."""
+    first, *others = (
+        (torch._int_mm(part, weight.t()), scale) for part, weight, scale in zip(parts, weights, scales, strict=True)
+    )
+    total = torch.mul(*first)
+    for product, scale in others:
+        total.addcmul_(product, scale)
+    return total
+
+
+def _finished(
+    total: Tensor, bias: Tensor | None, step: Tensor | None, offset: Tensor | None, row_sum: Tensor | None
+) -> Tensor:
+    """The products of codes [N, O], written over by those of what the codes stand for, with the bias."""
+    if offset is not None:
+        total.mul_(step).addcmul_(offset, row_sum)
+    return total if bias is None else total.add_(bias)
 
 
 @operator("int8_weight_linear", like=lambda x, weight, scale: x.new_empty(x.shape[0], weight.shape[0]))

@@ -97,6 +97,18 @@ def test_many_tokens_are_multiplied_like_few(monkeypatch, dtype):
     assert relative(layer(problem.x), few) < 8e-3
 
 
+@pytest.mark.parametrize("activation", [STATIC8, TOKEN8], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("tokens", "outputs"), [(7, 2**20), (640, 100), (7, 100), (1, 1)])
+def test_parts_of_integer_products_equal_the_whole_to_the_bit(monkeypatch, activation, bias, tokens, outputs):
+    problem = Problem.draw((48, 256), tokens=30, bias=bias)
+    layer = problem.quantized(INT8, int_format(8), activation)
+    whole = layer(problem.x)
+    monkeypatch.setattr(int8_product, "_TOKENS", tokens)
+    monkeypatch.setattr(int8_product, "_OUTPUTS", outputs)
+    assert torch.equal(layer(problem.x), whole)
+
+
 @pytest.mark.parametrize("columns", [50, 64, 2048, 4096])
 @pytest.mark.parametrize("activation", [STATIC8, TOKEN8], ids=str)
 def test_widths_of_the_integer_product_are_fast_ones(columns, activation):

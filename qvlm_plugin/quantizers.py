@@ -170,11 +170,14 @@ class IntWeight:
 
     def dequantize(self) -> Tensor:
         """``scale * (codes - zero_point)``: float32 [O, I]."""
-        columns = self.codes.shape[1]
-        spread = [
-            p.float().repeat_interleave(self.group_size, dim=1)[:, :columns] for p in (self.scale, self.zero_point)
-        ]
-        return spread[0] * (self.codes.float() - spread[1])
+        rows, columns = self.codes.shape
+        groups = _pad_to_multiple(self.codes, self.group_size).view(rows, -1, self.group_size)
+        bounds = self.scale.float().unsqueeze(-1), self.zero_point.float().unsqueeze(-1)
+
+        def values(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+            return codes.float().sub_(zero_point).mul_(scale)
+
+        return by_rows(values, groups, bounds, torch.float32).view(rows, -1)[:, :columns].contiguous()
 
 
 def quantize_int(
@@ -198,21 +201,35 @@ def quantize_int(
     scale_dtype = scale_dtype or weight.dtype
     rows, columns = weight.shape
     size = min(group_size or columns, columns)
-    # Padding the last group with its own last column leaves that group's extremes as they are.
-    groups = F.pad(weight.float(), (0, -columns % size), mode="replicate").view(rows, -1, size)
+    groups = _pad_to_multiple(weight.float(), size).view(rows, -1, size)
     levels, narrowed = 2**bits - 1, 1.0 if clip is None else clip.float()
     if symmetric:
         middle = 2 ** (bits - 1)
-        scale = _stored_scale(groups.abs().amax(dim=-1) * narrowed / (middle - 1), scale_dtype)
+        scale = _stored_scale(largest_magnitude(groups) * narrowed / (middle - 1), scale_dtype)
         zero_point = torch.full_like(scale, middle)
     else:
         lower = groups.amin(dim=-1).clamp_max(0) * narrowed
         upper = groups.amax(dim=-1).clamp_min(0) * narrowed
         scale = _stored_scale((upper - lower) / levels, scale_dtype)
         zero_point = (-lower / scale).round().clamp(0, levels)
-    codes = (groups / scale.unsqueeze(-1)).round().add(zero_point.unsqueeze(-1)).clamp(0, levels)
-    codes = codes.view(rows, -1)[:, :columns]
-    return IntWeight(codes.to(torch.uint8).contiguous(), scale.to(scale_dtype), zero_point.to(torch.uint8), size)
+
+    def codes_of(groups: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return (groups / scale).round_().add_(zero_point).clamp_(0, levels)
+
+    codes = by_rows(codes_of, groups, (scale.unsqueeze(-1), zero_point.unsqueeze(-1)), torch.uint8)
+    codes = codes.view(rows, -1)[:, :columns].contiguous()
+    return IntWeight(codes, scale.to(scale_dtype), zero_point.to(torch.uint8), size)
+
+
+def _pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """``x`` [..., C], its last column repeated up to a multiple of columns: extremes of the last group stay."""
+    missing = -x.shape[-1] % multiple
+    return torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], dim=-1) if missing else x
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """The largest of each row's magnitudes, without memory for all of them: [..., C] → [...]."""
+    return torch.maximum(x.amax(dim=-1), -x.amin(dim=-1))
 
 
 def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -241,8 +258,13 @@ class NormalFloatWeight:
     def dequantize(self) -> Tensor:
         """``codebook[codes] * absmax`` of the block: float32 [O, I]."""
         codebook = normal_float_codebook(self.bits).to(self.codes.device)
-        values = codebook[self.codes.long()].view(-1)
-        return (values * self.absmax.repeat_interleave(NF_BLOCK)[: values.numel()]).view(self.codes.shape)
+        blocks = _pad_to_multiple(self.codes.flatten(), NF_BLOCK).view(-1, NF_BLOCK)
+
+        def values(codes: Tensor, absmax: Tensor) -> Tensor:
+            return codebook[codes.int()].mul_(absmax)
+
+        flat = by_rows(values, blocks, (self.absmax.unsqueeze(1),), torch.float32).flatten()
+        return flat[: self.codes.numel()].view(self.codes.shape)
 
 
 def normal_float_codebook(bits: int) -> Tensor:
@@ -273,13 +295,16 @@ def quantize_normal_float(
         double_quantization: also quantize the block scales to 8 bits (`double_quantize`).
         clip: one factor in (0, 1] for each block, in their order, that narrows its scale; values beyond saturate.
     """
-    flat = weight.float().flatten()
-    blocks = F.pad(flat, (0, -flat.numel() % NF_BLOCK)).view(-1, NF_BLOCK)
-    absmax = blocks.abs().amax(dim=1) * (1.0 if clip is None else clip.float().flatten())
-    unit = blocks / torch.where(absmax > 0, absmax, 1.0).unsqueeze(1)
+    blocks = _pad_to_multiple(weight.float().flatten(), NF_BLOCK).view(-1, NF_BLOCK)
+    absmax = largest_magnitude(blocks) * (1.0 if clip is None else clip.float().flatten())
     codebook = normal_float_codebook(bits).to(weight.device)
-    codes = torch.bucketize(unit, (codebook[1:] + codebook[:-1]) / 2)
-    codes = codes.flatten()[: flat.numel()].view(weight.shape).to(torch.uint8)
+    borders = (codebook[1:] + codebook[:-1]) / 2
+
+    def codes_of(blocks: Tensor, absmax: Tensor) -> Tensor:
+        return torch.bucketize(blocks / absmax, borders, out_int32=True)
+
+    codes = by_rows(codes_of, blocks, (torch.where(absmax > 0, absmax, 1.0).unsqueeze(1),), torch.uint8)
+    codes = codes.flatten()[: weight.numel()].view(weight.shape)
     return NormalFloatWeight(codes, double_quantize(absmax).dequantize() if double_quantization else absmax, bits)
 
 

@@ -83,10 +83,10 @@ def fold(
 
     index = step.argsort(stable=True)
     constant = weight @ offset if bias is None else torch.addmv(bias.float(), weight, offset)
-    folded = weight[:, index] * step[index]
-    multiplier = _normalizer(folded.abs().sum(dim=1).max() * levels)
+    folded = weight[:, index].mul_(step[index])
+    multiplier = _normalizer(torch.linalg.vector_norm(folded, ord=1, dim=1).max() * levels)
     codes = {"index": index.int(), "lower": lower[index], "inverse": inverse[index], "low": -zero_point[index]}
-    return Folded(folded / multiplier, step[index], multiplier, codes, constant, remainder[index])
+    return Folded(folded.div_(multiplier), step[index], multiplier, codes, constant, remainder[index])
 
 
 def with_encoding(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

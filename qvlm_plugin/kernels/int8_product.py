@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
 from qvlm_plugin.kernels.operators import operator
+from qvlm_plugin.quantizers import by_rows, largest_magnitude
 
 FEW_TOKENS = 16
 """Up to so many tokens the CPU's operator for 8-bit weights is used (measured at 2048 x 2048, bfloat16, AVX-512, one
@@ -24,9 +25,9 @@ _CUDA_ROWS = 17
 def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest symmetric 8-bit codes, int8 [O, I], and the scale of each row, float32 [O]."""
     weight = weight.float()
-    scale = weight.abs().amax(dim=1) / 127
+    scale = largest_magnitude(weight) / 127
     scale = torch.where(scale > 0, scale, 1.0)
-    return (weight / scale.unsqueeze(1)).round().to(torch.int8), scale
+    return by_rows(lambda rows, scale: (rows / scale).round_(), weight, (scale.unsqueeze(1),), torch.int8), scale
 
 
 @operator(

@@ -35,10 +35,10 @@ error is 5.5 %, 1.0 %, 0.9 %, 0.9 %, 0.8 % with 1, 2, 3, 4, 8; where steps vary 
 _MULTIPLE = 8
 """Sizes of integer products on CUDA are multiples of it; fine enough to keep a few massive channels to themselves."""
 
-_ALIGNMENT, _ALIASING = 64, 2048
-"""Widths at which the CPU's integer product is fast for 2 to 64 tokens: multiples of 64, but not of 2,048, where the
-weight's rows share sets of the cache (measured with 8 tokens and 4,096 rows: 3,888 channels 1.8 ms, 3,904 1.5 ms, 4,096
-3.4 ms, 4,160 1.3 ms)."""
+_WIDE, _ALIGNMENT, _ALIASING = 1024, 64, 2048
+"""Widths from here on at which the CPU's integer product is fast for 2 to 64 tokens: multiples of 64, but not of 2,048,
+where the weight's rows share sets of the cache (measured with 8 tokens and 4,096 rows: 3,888 channels 1.8 ms, 3,904 1.5
+ms, 4,096 3.4 ms, 4,160 1.3 ms)."""
 
 
 def _obstacle(
@@ -91,7 +91,7 @@ def _pack(
 
 
 def _aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run-time tensors with channels of zeros appended to the segments, up to widths that are fast."""
+    """Run-time tensors with channels of zeros appended to wide segments, up to widths that are fast."""
     segments = _segments(tensors)
     padded = {f"codes_{place}": _pad(codes, _fast_width(codes.shape[1])) for place, codes in enumerate(segments)}
     if "index" in tensors:  # any channel will do where the weight is zero
@@ -101,6 +101,8 @@ def _aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fast_width(width: int) -> int:
+    if width < _WIDE:
+        return width
     aligned = width + -width % _ALIGNMENT
     return aligned if aligned % _ALIASING else aligned + _ALIGNMENT
 

@@ -109,13 +109,13 @@ def test_parts_of_integer_products_equal_the_whole_to_the_bit(monkeypatch, activ
     assert torch.equal(layer(problem.x), whole)
 
 
-@pytest.mark.parametrize("columns", [50, 64, 2048, 4096])
+@pytest.mark.parametrize("columns", [50, 2000, 2048, 4096])
 @pytest.mark.parametrize("activation", [STATIC8, TOKEN8], ids=str)
 def test_widths_of_the_integer_product_are_fast_ones(columns, activation):
     problem = Problem.draw((16, columns))
     layer = problem.quantized(INT8, int_format(8), activation)
     widths = [tensor.shape[1] for name, tensor in layer.named_parameters() if name.startswith("codes_")]
-    assert all(width % 64 == 0 and width % 2048 for width in widths)
+    assert all(width < 1024 or (width % 64 == 0 and width % 2048) for width in widths)
     assert columns <= sum(widths) < columns + 128 * len(widths)
 
 

@@ -152,13 +152,14 @@ def _obtain(
     if cache is None:
         return search(Workspace())
     directory = cache / cache_key(loaded, request, calibration)
+    workspace = Workspace(directory.with_name(f"{directory.name}.steps"))
     if (found := _cached(directory)) is not None:  # also where the cache cannot be written
+        workspace.discard()  # what a search left that was killed at its very end
         return found
     make_folder(cache)
     with _locked(cache / f"{directory.name}.lock"):
         if (found := _cached(directory)) is not None:  # another process searched it meanwhile
             return found
-        workspace = Workspace(directory.with_name(f"{directory.name}.steps"))
         plan = search(workspace)
         plan.save(directory)
         workspace.discard()

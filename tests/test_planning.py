@@ -65,6 +65,17 @@ def test_a_damaged_cache_entry_is_searched_anew(loaded, calibration, tmp_path):
     assert RoundingPlan.load(entry).hash == first.hash
 
 
+def test_steps_of_a_search_that_was_killed_at_its_end_are_removed(loaded, calibration, tmp_path):
+    request = planning.check_request("rtn", "w8a8", {"calibration_batch_size": 5})
+    first = planning.obtain_plan(loaded, request, calibration, tmp_path)
+    (entry,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    steps = tmp_path / f"{entry.name}.steps"
+    steps.mkdir()
+    (steps / "layers-0-0.safetensors").write_bytes(b"left over")
+    assert planning.obtain_plan(loaded, request, calibration, tmp_path).hash == first.hash
+    assert not steps.exists() and entry.exists()
+
+
 def test_the_key_follows_all_that_decides_the_plan(loaded, calibration, monkeypatch):
     def key(method="qlora", scheme="w4a4", samples=calibration, **options):
         return planning.cache_key(loaded, planning.check_request(method, scheme, options), samples)

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -298,10 +297,9 @@ def quantize_normal_float(
     blocks = _pad_to_multiple(weight.float().flatten(), NF_BLOCK).view(-1, NF_BLOCK)
     absmax = largest_magnitude(blocks) * (1.0 if clip is None else clip.float().flatten())
     codebook = normal_float_codebook(bits).to(weight.device)
-    borders = (codebook[1:] + codebook[:-1]) / 2
 
     def codes_of(blocks: Tensor, absmax: Tensor) -> Tensor:
-        return torch.bucketize(blocks / absmax, borders, out_int32=True)
+        return _nearest(blocks / absmax, codebook)
 
     codes = by_rows(codes_of, blocks, (torch.where(absmax > 0, absmax, 1.0).unsqueeze(1),), torch.uint8)
     codes = codes.flatten()[: weight.numel()].view(weight.shape)
@@ -339,13 +337,16 @@ def double_quantize(absmax: Tensor) -> BlockScales:
         absmax: float32 [N].
     """
     offset = absmax.mean()
-    centred = absmax - offset
-    blocks = F.pad(centred, (0, -centred.numel() % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
-    largest = blocks.abs().amax(dim=1, keepdim=True)
-    codebook = dynamic_codebook().to(absmax.device)
-    unit = blocks / torch.where(largest > 0, largest, 1.0)
-    codes = torch.bucketize(unit, (codebook[1:] + codebook[:-1]) / 2).flatten()[: absmax.numel()]
-    return BlockScales(codes.to(torch.uint8), largest.flatten(), offset)
+    blocks = _pad_to_multiple(absmax - offset, SCALE_BLOCK).view(-1, SCALE_BLOCK)
+    largest = largest_magnitude(blocks)
+    unit = blocks / torch.where(largest > 0, largest, 1.0).unsqueeze(1)
+    codes = _nearest(unit, dynamic_codebook().to(absmax.device)).flatten()[: absmax.numel()]
+    return BlockScales(codes.to(torch.uint8), largest, offset)
+
+
+def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    """Indices of the values of an ascending codebook that are nearest, int32 in the shape of ``x``."""
+    return torch.bucketize(x, (codebook[1:] + codebook[:-1]) / 2, out_int32=True)
 
 
 def dynamic_codebook() -> Tensor:

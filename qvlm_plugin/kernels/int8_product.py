@@ -82,12 +82,9 @@ def int8_linear(
 
 def _scaled_sum(parts: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
     """Exact products of segments, scaled and added in float32: [N, O]."""
-    first, *others = (
-        (torch._int_mm(part, weight.t()), scale) for part, weight, scale in zip(parts, weights, scales, strict=True)
-    )
-    total = torch.mul(*first)
-    for product, scale in others:
-        total.addcmul_(product, scale)
+    total = torch._int_mm(parts[0], weights[0].t()) * scales[0]
+    for part, weight, scale in zip(parts[1:], weights[1:], scales[1:], strict=True):
+        total.addcmul_(torch._int_mm(part, weight.t()), scale)
     return total
 
 

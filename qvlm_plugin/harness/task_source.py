@@ -38,7 +38,7 @@ def draw_samples(
         QVLMError: the task or split is unknown, its data does not load, or too few documents have an image.
     """
     source = f"calibration={task_name}:{split}"
-    task = _load_task(task_name, chat)
+    task = load_task(task_name, chat)
     evaluated = task.config.test_split or task.config.validation_split
     allowed = [name for name in task.dataset if allow_overlap or name != evaluated]
     if split not in allowed:
@@ -65,9 +65,9 @@ def _draw(task: ConfigurableTask, split: str, count: int, seed: int, chat: bool,
         if len(drawn) == count:
             break
         document = documents[index]
-        conversation = _render(task, document, chat)
+        conversation = render(task, document, chat)
         if conversation.images:
-            drawn[index] = Sample(conversation, _answer(task, document, source))
+            drawn[index] = Sample(conversation, answer_of(task, document, source))
     return drawn
 
 
@@ -77,7 +77,12 @@ def _task_manager() -> TaskManager:
     return TaskManager("ERROR", model_name=MODEL_ID)  # indexing the harness's two thousand tasks takes seconds
 
 
-def _load_task(name: str, chat: bool) -> ConfigurableTask:
+def load_task(name: str, chat: bool) -> ConfigurableTask:
+    """One of lmms-eval's tasks, with its data.
+
+    Raises:
+        QVLMError: it is unknown, or its data does not load.
+    """
     known = _task_manager().all_subtasks
     if name not in known:
         similar = difflib.get_close_matches(name, known, n=3) or ["scienceqa", "vqav2_val"]
@@ -92,13 +97,14 @@ def _load_task(name: str, chat: bool) -> ConfigurableTask:
         raise QVLMError(f"calibration={name}: its data does not load: {' '.join(str(cause).split())}") from error
 
 
-def _render(task: ConfigurableTask, document: Mapping[str, Any], chat: bool) -> Conversation:
+def render(task: ConfigurableTask, document: Mapping[str, Any], chat: bool) -> Conversation:
+    """A document as the task asks it, in the harness's chat format or in its simple one."""
     if chat:
         return from_messages(task.doc_to_messages(document))
     return from_visuals(task.fewshot_context(document, 0), task.doc_to_visual(document))
 
 
-def _answer(task: ConfigurableTask, document: Mapping[str, Any], source: str) -> str:
+def answer_of(task: ConfigurableTask, document: Mapping[str, Any], source: str) -> str:
     """What the model should have said: the commonest of several people's answers, else the task's target."""
     if answers := document.get("answers"):
         return _commonest(answers_of(answers))

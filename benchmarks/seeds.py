@@ -1,0 +1,157 @@
+"""Methods over draws of calibration samples: each method, number of samples and seed is searched and evaluated.
+
+Run in the folder of the stand-in data (`qvlm demo data`). What is finished is not done again, and the same command
+started twice shares the work; the table shows what is there.
+
+python benchmarks/seeds.py run seeds-results                            # four methods, 32 and 64 samples, three seeds
+python benchmarks/seeds.py table seeds-results --baseline qlora         # means, spreads, paired differences
+python benchmarks/seeds.py agreement seeds-results/qlora-32-0 RESULTS   # with generation by the harness
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from teacher_forced import Question, exact_matches, read_questions
+
+from qvlm_plugin import planning
+from qvlm_plugin.atomic import make_folder, write_file
+from qvlm_plugin.calibration import CalibrationSet, read_conversations
+from qvlm_plugin.demo import resolve_demo
+from qvlm_plugin.models.loading import LoadedModel, load
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.reading import read_json
+from qvlm_plugin.report.samples import Document, RunSamples, read_samples
+
+METHODS = {"qlora": {}, "awq": {"weights": "nf"}, "qvlm": {}, "qvlm_jacobian": {}}
+"""Methods with their options; the weights of all of them are normal-float."""
+
+TASKS = ("scienceqa", "vizwiz_vqa_val", "vqav2_val")
+SCHEME, CALIBRATION, METRIC = "w4a4", "calibration/train.json", "exact_match"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One cell: a method on one draw of calibration samples; full precision where there is no method."""
+
+    method: str | None = None
+    samples: int = 0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.method}-{self.samples}-{self.seed}" if self.method else "full-precision"
+
+
+def draws(methods: Sequence[str], samples: Sequence[int], seeds: Sequence[int]) -> Iterator[Draw]:
+    """Full precision, then every combination; few samples first."""
+    yield Draw()
+    for count, method, seed in itertools.product(samples, methods, seeds):
+        yield Draw(method, count, seed)
+
+
+def run(todo: Sequence[Draw], output: Path, dtype: str, limit: int) -> None:
+    """Search and evaluate the cells that are not finished and that no other process is at."""
+    questions: list[Question] = []
+    for draw in todo:
+        folder = output / draw.name
+        make_folder(folder)
+        try:
+            with FileLock(folder / "lock", timeout=0):
+                if not (folder / "exact.json").exists():
+                    loaded = load(resolve_demo("demo"), dtype=dtype)
+                    questions = questions or read_questions(loaded, TASKS, limit)
+                    _run(draw, folder, loaded, questions)
+                    print(f"{draw.name}: finished", flush=True)
+        except Timeout:
+            print(f"{draw.name}: another process is at it", flush=True)
+
+
+def _run(draw: Draw, folder: Path, loaded: LoadedModel, questions: Sequence[Question]) -> None:
+    facts: dict[str, Any] = {"method": "none", "scheme": "w16a16"}
+    if draw.method:
+        plan = _plan(draw, folder / "plan", loaded)
+        planning.apply(plan, loaded)
+        facts = plan.facts
+    exact = exact_matches(loaded.model, questions)
+    rows = [
+        {"task": one.task, "id": one.id, "image": one.image, "target": one.target, "exact": exact[one.task, one.id]}
+        for one in questions
+    ]
+    content = {"run": {**facts, "dtype": str(loaded.model.dtype), "stand_in": True}, "documents": rows}
+    write_file(folder / "exact.json", json.dumps(content).encode())
+
+
+def _plan(draw: Draw, folder: Path, loaded: LoadedModel) -> RoundingPlan:
+    """The cell's plan, searched where it is not there yet."""
+    if folder.exists():
+        return RoundingPlan.load(folder)
+    request = planning.check_request(draw.method, SCHEME, METHODS[draw.method])
+    samples = read_conversations(Path(CALIBRATION), None, draw.samples, draw.seed)
+    calibration = CalibrationSet(tuple(samples), f"{CALIBRATION}:{draw.samples}", draw.seed)
+    plan = planning.obtain_plan(loaded, request, calibration, None)
+    plan.save(folder)
+    return plan
+
+
+def read_run(folder: Path) -> RunSamples:
+    """A finished cell, as if the harness had logged it."""
+    content = read_json(folder / "exact.json")
+    tasks: dict[str, list[Document]] = {}
+    for row in content["documents"]:
+        answer = row["target"] if row["exact"] else "another answer"
+        metrics = {METRIC: float(row["exact"])}
+        document = Document(row["id"], row["target"], "", answer, row["image"], metrics)
+        tasks.setdefault(row["task"], []).append(document)
+    return RunSamples(folder / "exact.json", content["run"], {task: tuple(found) for task, found in tasks.items()})
+
+
+def agreement(folder: Path, results: Path) -> None:
+    """Print in how many documents a cell and a run of the harness on the same plan differ, and both scores."""
+    ours, (theirs,) = read_run(folder), read_samples(results)
+    if theirs.run["plan_hash"] != ours.run.get("plan_hash", theirs.run["plan_hash"]):
+        raise SystemExit(f"{results} is of another plan than {folder}")
+    for task, documents in theirs.tasks.items():
+        exact = {one.id: one.metrics[METRIC] for one in ours.tasks[task]}
+        pairs = [(exact[one.id], float(one.metrics[METRIC] >= 0.5)) for one in documents if one.id in exact]
+        counts = [sum(pair == found for pair in pairs) for found in ((1, 0), (0, 1))]
+        mine, generated = (100 * sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+        print(
+            f"{task}: {len(pairs)} documents; exact {mine:.1f}, generated {generated:.1f}; only exact right "
+            f"{counts[0]}, only generated right {counts[1]}"
+        )
+
+
+def main() -> None:
+    """Read the command line and do what it says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
+    for name in ("run", "table"):
+        command = commands.add_parser(name)
+        command.add_argument("output", type=Path)
+        command.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+        command.add_argument("--samples", type=numbers, default=[32, 64])
+        command.add_argument("--seeds", type=numbers, default=[0, 1, 2])
+    commands.choices["run"].add_argument("--dtype", default="float32")
+    commands.choices["run"].add_argument("--limit", type=int, default=600, help="documents of each task")
+    commands.choices["table"].add_argument("--baseline", choices=METHODS, default="qlora")
+    command = commands.add_parser("agreement")
+    command.add_argument("output", type=Path, help="folder of a finished cell")
+    command.add_argument("results", type=Path, help="results of lmms-eval on that cell's plan")
+    asked = parser.parse_args()
+    if asked.command == "agreement":
+        agreement(asked.output, asked.results)
+    else:
+        cells = [*draws(asked.methods, asked.samples, asked.seeds)]
+        run(cells, asked.output, asked.dtype, asked.limit)
+
+
+if __name__ == "__main__":
+    main()

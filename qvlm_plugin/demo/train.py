@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from rich.progress import Progress, track
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -48,6 +47,7 @@ from qvlm_plugin.demo.questions import (
     vizwiz,
     vqav2,
 )
+from qvlm_plugin.progress import Progress, track
 
 RANK = 16
 EMPTY_PICTURES = 400
@@ -123,8 +123,8 @@ def train(output: Path, recipe: Recipe | None = None) -> Path:
         schedule.step()
 
     exam = [rows.held_out(index) for index in range(16)]
-    with Progress() as progress:
-        task = progress.add_task("training", total=recipe.steps, completed=done)
+    with Progress("training", recipe.steps) as progress:
+        progress.advance(done)
         for step in range(done, recipe.steps):
             batch = pack(processor.tokenizer, rows.at(step))
             loss = _loss(model, features, batch)
@@ -133,9 +133,8 @@ def train(output: Path, recipe: Recipe | None = None) -> Path:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            progress.advance(task)
-            if step % 10 == 9:
-                progress.console.print(f"step {step + 1}: loss {loss.item():.3f}")
+            progress.describe(f"training: loss {loss.item():.3f}")
+            progress.advance()
             if step % 50 == 49 or step + 1 == recipe.steps:
                 _save(checkpoint, step + 1, recipe, parameters, optimizer)
                 scores = _examine(model, features, processor.tokenizer, exam)

@@ -24,7 +24,6 @@ from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history, log_metrics
 from lmms_eval.utils import handle_non_serializable
 from torch import nn
-from tqdm import tqdm
 
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
@@ -32,6 +31,7 @@ from qvlm_plugin.harness import processes
 from qvlm_plugin.harness.host import set_response_key, wrap_once
 from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.requests import Documents, Request
+from qvlm_plugin.progress import Progress
 from qvlm_plugin.report.seal import PARTS as SEALED
 from qvlm_plugin.report.seal import SEAL, seal
 from qvlm_plugin.scheme import PARTS
@@ -122,14 +122,15 @@ class RunRecord:
         if not self.calibration_digests:
             return
         documents = {(r.task, r.doc_id, r.context): r for r in requests if r.doc_id is not None and not r.is_padding}
-        with ThreadPoolExecutor() as pool:  # decoding and hashing images both release the interpreter's lock
+        found = []
+        with (
+            ThreadPoolExecutor() as pool,  # decoding and hashing images both release the interpreter's lock
+            Progress("looking for calibration documents", len(documents), show_progress) as progress,
+        ):
             digests = pool.map(lambda request: request.conversation().digest(), documents.values())
-            progress = tqdm(digests, "Checking for calibration documents", len(documents), disable=not show_progress)
-            found = [
-                request.name
-                for request, digest in zip(documents.values(), progress, strict=True)
-                if digest in self.calibration_digests
-            ]
+            for request, digest in zip(documents.values(), digests, strict=True):
+                found += [request.name] if digest in self.calibration_digests else []
+                progress.advance()
         self.counts.compared += len(documents)
         self.counts.overlapping += found
         if found and not allow_overlap:

@@ -16,7 +16,6 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import Collator
 from loguru import logger
-from tqdm import tqdm
 from transformers import PretrainedConfig, StoppingCriteriaList
 
 from qvlm_plugin import planning, plugins
@@ -42,6 +41,7 @@ from qvlm_plugin.hf_quantizer import QUANT_METHOD, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
 
 
@@ -179,10 +179,10 @@ class _QVLM(lmms):
         items = self._prepare(requests, scoring)
         order = Collator(items, sort_fn=lambda item: -len(item.context + item.continuation))
         results = []
-        with self._progress(len(items), "Scoring") as progress:
+        with self._progress(len(items), "scoring") as progress:
             for batch in order.get_batched(n=self._batch_size):
                 results += self._score(batch)
-                progress.update(len(batch))
+                progress.advance(len(batch))
         results = order.get_original(results)
         for item, result in zip(items, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", (item.context, item.continuation), result)
@@ -228,10 +228,10 @@ class _QVLM(lmms):
         # What was drawn while loading (a search, or none when the plan was cached) must not change sampled answers.
         torch.manual_seed(torch.initial_seed())
         results: list[GenerationResult] = []
-        with self._progress(len(items), "Generating") as progress:
+        with self._progress(len(items), "generating") as progress:
             for batch in order.get_batched(n=self._batch_size):
                 results += self._answer([item for item, _ in batch], batch[0][1])
-                progress.update(len(batch))
+                progress.advance(len(batch))
         return order.get_original(results)
 
     def _conversations(self, batch: Sequence[Request]) -> list[Conversation]:
@@ -294,8 +294,8 @@ class _QVLM(lmms):
         greedy = ((log_probabilities.argmax(dim=-1) == targets) | ~mask).all(dim=1)
         return [Likelihood(*score) for score in zip(sums.tolist(), greedy.tolist(), strict=True)]
 
-    def _progress(self, total: int, what: str) -> tqdm:
-        return tqdm(total=total, desc=what, disable=self.rank != 0)
+    def _progress(self, total: int, what: str) -> Progress:
+        return Progress(what, total, shown=self.rank == 0)
 
     def _read_calibration(self, arguments: ModelArguments) -> CalibrationSet:
         """The calibration samples, with the same system prompt that evaluated documents get."""

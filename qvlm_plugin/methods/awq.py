@@ -9,8 +9,6 @@ from itertools import groupby
 
 import torch
 from pydantic import Field
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from qvlm_plugin.calibration import CalibrationSet
@@ -30,6 +28,7 @@ from qvlm_plugin.methods.scaling import fold_of, search_scale
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import materialized
 from qvlm_plugin.plan import Fold, RoundingPlan, apply_fold
+from qvlm_plugin.progress import track
 from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import Site, Topology
 from qvlm_plugin.workspace import Workspace
@@ -79,7 +78,7 @@ def search_weights(
         tokens = sample_tokens(loaded, sites, calibration, options.calibration_batch_size, options.search_tokens)
         sites = [site for site in sites if site.name in tokens]  # some experts may have seen none
         blocks = [list(block) for _, block in groupby(sites, key=lambda site: (site.part, site.block))]
-        for block in track(blocks, description="scales and clips", console=Console(stderr=True)):
+        for block in track(blocks, "scales and clips"):
             weight_format = options.weight_format(getattr(scheme, block[0].part).weight)
             found = search_block(model, block, weight_format, tokens, options)
             folds += found[0]

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from qvlm_plugin.calibration import CalibrationSet
@@ -14,6 +12,7 @@ from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device
+from qvlm_plugin.progress import track
 from qvlm_plugin.topology import Site
 
 
@@ -51,9 +50,8 @@ def visit_site_inputs(
 
     for inputs, _ in track(
         calibration.batches(loaded.processor, batch_size),
-        description=description,
-        total=-(-len(calibration.samples) // batch_size),
-        console=Console(stderr=True),
+        description,
+        -(-len(calibration.samples) // batch_size),
     ):
         with watching(model, sites, inputs["attention_mask"].bool(), look):
             model(**to_device(inputs, device, model.dtype), use_cache=False, logits_to_keep=1)

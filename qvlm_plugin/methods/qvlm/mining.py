@@ -11,8 +11,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from qvlm_plugin.errors import QVLMError
@@ -27,6 +25,7 @@ from qvlm_plugin.methods.qvlm.partition import partition
 from qvlm_plugin.methods.qvlm.search import search_exhaustively, search_with_beam
 from qvlm_plugin.models.placement import execution_device, materialized
 from qvlm_plugin.plan import ModulePlan, quantized_linear
+from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantizers import shrink_range
 from qvlm_plugin.topology import Site
 from qvlm_plugin.workspace import Workspace
@@ -161,11 +160,10 @@ def mine(
         workspace: where the choices of finished blocks are kept.
         token_weights: how much each token's error counts beside that; None counts all alike.
     """
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("dependencies", total=None)
+    with Progress("dependencies") as progress:
         mutual = dependencies(layers, reference, batches, bits)
         blocks = partition(mutual, options.h0, options.max_depth)
-        progress.update(task, description=f"{len(blocks)} blocks", total=len(blocks))
+        progress.describe("search of blocks", len(blocks))
         found: dict[str, Tensor] = {}
         rows = []
         for block in blocks:
@@ -190,7 +188,7 @@ def mine(
                     found |= {f"{site.name}/lower": lower, f"{site.name}/upper": upper}
             percentiles = [{site: options.percentiles[c] for site, c in chosen.items()} for chosen in choices]
             rows.append({"layers": list(block), "percentiles": percentiles, "error": error})
-            progress.advance(task)
+            progress.advance()
     return Mined(found, {"dependencies": mutual, "blocks": rows})
 
 

@@ -20,8 +20,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from rich.console import Console
-from rich.progress import Progress, track
 from torch import Tensor, nn
 
 from qvlm_plugin.calibration import CalibrationSet
@@ -36,6 +34,7 @@ from qvlm_plugin.methods.qvlm.dependency import conditional_entropy, joint_count
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device, materialized
 from qvlm_plugin.observers import ChannelStatistics
+from qvlm_plugin.progress import Progress, track
 from qvlm_plugin.quantizers import widen
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import Site, Topology, decoder_layers
@@ -266,9 +265,8 @@ class Objective:
         batches, statistics = [], []
         for inputs, answer in track(
             calibration.batches(loaded.processor, options.calibration_batch_size),
-            description="full precision",
-            total=-(-len(calibration.samples) // options.calibration_batch_size),
-            console=Console(stderr=True),
+            "full precision",
+            -(-len(calibration.samples) // options.calibration_batch_size),
         ):
             attended = inputs["attention_mask"].bool()
             seen = run(loaded, topology, inputs, answer)
@@ -390,14 +388,13 @@ def _train(
     curve = []
     generator = torch.Generator().manual_seed(seed)
     first_weights = objective.layer_weights(batches[0])
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("visual encoder", total=(options.veo_epochs + 2) * len(batches))
+    with Progress("visual encoder", (options.veo_epochs + 2) * len(batches)) as progress:
 
         def means(epoch: int, terms: Iterable[Terms]) -> dict[str, float]:
             rows = []
             for batch_terms in terms:
                 rows.append([float(term.detach()) for term in _finite(batch_terms, epoch)])
-                progress.advance(task)
+                progress.advance()
             return dict(zip(Terms._fields, torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist(), strict=True))
 
         def steps(weights: Tensor, order: Sequence[int]) -> Iterator[Terms]:
@@ -415,7 +412,7 @@ def _train(
         for epoch in range(1, options.veo_epochs + 1):
             order = torch.randperm(len(batches), generator=generator).tolist()
             curve.append({"epoch": epoch} | means(epoch, steps(objective.layer_weights(batches[order[0]]), order)))
-            progress.update(task, description=f"visual encoder, epoch {epoch}: loss {curve[-1]['total']:.4f}")
+            progress.describe(f"visual encoder, epoch {epoch}: loss {curve[-1]['total']:.4f}")
         after = evaluation(options.veo_epochs)
     best = live if after["total"] < before["total"] else original
     changed = tuple(name for name in norms if not torch.equal(best[f"{name}/value"], original[f"{name}/value"]))

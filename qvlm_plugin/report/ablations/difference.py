@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from qvlm_plugin import plugins
@@ -17,6 +15,7 @@ from qvlm_plugin.methods.qvlm.dependency import MAX_ELEMENTS, conditional_entrop
 from qvlm_plugin.methods.qvlm.method import QVLM, QVLMOptions
 from qvlm_plugin.methods.qvlm.mining import CandidateLayer, candidate_layer, search_block
 from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.progress import track
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import decoder_layers, resolve
 
@@ -96,7 +95,7 @@ def sample_points(
         targets.append(reference)
     counts = _joint_counts(*targets, batches, bits)
     points = []
-    for index, batch in enumerate(track(batches, "searching pairs", console=Console(stderr=True))):
+    for index, batch in enumerate(track(batches, "searching pairs")):
         here, above = (target[index : index + 1] for target in targets)
         sequential, joint = _search_pair(members, start[index : index + 1], here, above, batch, options)
         marginal = counts[index].sum(dim=1) / counts[index].sum()

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from qvlm_plugin import plugins
@@ -18,6 +16,7 @@ from qvlm_plugin.methods.blocks import replaced, stand_in
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device
 from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.progress import track
 from qvlm_plugin.topology import decoder_layers
 
 
@@ -71,7 +70,7 @@ def layer_errors(loaded: LoadedModel, plan: RoundingPlan, samples: CalibrationSe
     rows = []
     batches = samples.batches(loaded.processor, batch_size)
     total = -(-len(samples.samples) // batch_size)
-    for inputs, _ in track(batches, "layer errors", total, console=Console(stderr=True)):
+    for inputs, _ in track(batches, "layer errors", total):
         attended = inputs["attention_mask"].bool()
         prepared = to_device(inputs, execution_device(model), model.dtype)
         reference = _layer_outputs(model, layers, prepared)

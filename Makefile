@@ -1,25 +1,38 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
-TASKS := scienceqa,vizwiz_vqa_val,vqav2_val
-# More than one process shards the documents; on a few cores two are faster than one.
+# The lock's uv: pip checks its hash, and it installs everything else several times as fast as pip.
+INSTALL_UV = sed -n '/^uv==/,/[^\\]$$/p' requirements.lock | $(1)/bin/pip install --quiet --require-hashes --requirement /dev/stdin
+# More than one process shards the documents of a run; on a few cores two are faster than one.
 PROCESSES ?= 1
-# Another arithmetic for demo and results, such as packed; plans are those of any.
-BACKEND ?=
-LMMS_EVAL = $(if $(filter 1,$(PROCESSES)),$(BIN)/lmms-eval,$(BIN)/torchrun --nproc_per_node $(PROCESSES) -m lmms_eval)
+# Another arithmetic for results, such as packed; plans are those of any.
+BACKEND ?= reference
 
-.PHONY: help install test lint oldest fuzz demo results bench clean
+.PHONY: help install lock newest test lint oldest fuzz demo results seeds bench clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
 
-install: $(VENV)/installed  ## create the environment in .venv with everything the demo and the tests need
+install: $(VENV)/installed  ## create the environment in .venv, from the lock, with everything the demo and the tests need
 
-$(VENV)/installed: setup.cfg pyproject.toml
+$(VENV)/installed: setup.cfg pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[test]'
+	$(call INSTALL_UV,$(VENV))
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirement requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
+
+lock: install  ## resolve the newest versions into requirements.lock; run make newest before
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile setup.cfg --extra test --universal --python-version 3.11 \
+		--prerelease disallow --generate-hashes --no-strip-extras --upgrade --quiet --output-file requirements.lock
+
+newest: install  ## without the lock: what the newest versions change, doctor, and the quick tests, in an environment of their own
+	$(PYTHON) -m venv --clear .venv-newest
+	$(BIN)/uv pip install --quiet --python .venv-newest/bin/python --upgrade --editable '.[test]'
+	@echo "== what the lock (+) has in place of the newest versions (-)"
+	@$(BIN)/uv pip install --python .venv-newest/bin/python --dry-run --requirement requirements.lock 2>&1 | grep -E '^ [-+~]' || echo nothing
+	.venv-newest/bin/qvlm doctor --tasks ""
+	.venv-newest/bin/pytest $(QUICK)
 
 lint: install  ## style, formatting and the direction of imports
 	$(BIN)/ruff check .
@@ -31,44 +44,28 @@ test: lint  ## lint, then every test
 
 oldest:  ## every test on the oldest versions that are supported, in an environment of their own
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --constraint tests/oldest.txt --editable '.[test]'
+	$(call INSTALL_UV,.venv-oldest)
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --constraint tests/oldest.txt --editable '.[test]'
 	OMP_WAIT_POLICY=passive .venv-oldest/bin/pytest
 
 fuzz: install  ## 100,000 hostile files and arguments (ten minutes); a new seed each time
 	$(BIN)/pytest tests/hostile --hypothesis-profile=fuzz
 
+demo: install  ## full precision, qlora and Q-VLM at W4A4 on 100 documents of each standard task (the embedded small LLaVA)
+	@$(BIN)/qvlm demo run demo-results --processes $(PROCESSES)
+
 # A run is METHOD-SCHEME or METHOD-SCHEME-WEIGHTS.
-demo: RUNS = none-w16a16 qlora-w4a4 qvlm_jacobian-w4a4
-demo: LIMIT = 100
-demo: SAMPLES = 32
-demo: OUTPUT = demo-results
-results: RUNS = none-w16a16 \
+RUNS = none-w16a16 \
 	$(foreach scheme,w4a4 w6a6 w8a8,rtn-$(scheme) qlora-$(scheme) awq-$(scheme)-nf qvlm-$(scheme) qvlm_jacobian-$(scheme))
-results: LIMIT = 1000
-results: SAMPLES = 64
-results: OUTPUT = $(if $(BACKEND),$(BACKEND),full)-results
+COMMA := ,
+results: install  ## every method at W4A4, W6A6 and W8A8 on 1,000 documents of each task (hours); goes on where it stopped
+	@$(BIN)/qvlm demo run $(BACKEND)-results --runs $(subst $() ,$(COMMA),$(strip $(RUNS))) --limit 1000 --samples 64 \
+		--backend $(BACKEND) --processes $(PROCESSES)
 
-demo:  ## full precision, qlora and Q-VLM at W4A4 on 100 documents of each standard task (the embedded small LLaVA)
-results:  ## every method at W4A4, W6A6 and W8A8 on 1,000 documents of each task (three hours); goes on where it stopped
-
-demo results: install
-	$(BIN)/qvlm demo build
-	$(BIN)/qvlm demo data demo-data
-	for run in $(RUNS); do \
-		set -- $$(echo $$run | tr - ' '); \
-		folder=$(abspath $(OUTPUT))/$$run; arguments=pretrained=demo; \
-		echo "== $$run"; \
-		if ls $$folder/*/*_results.json > /dev/null 2>&1; then continue; fi; \
-		if [ $$1 != none ]; then \
-			(cd demo-data && $(BIN)/qvlm search $$folder/plan --pretrained demo --method $$1 --scheme $$2 \
-				--calibration calibration/train.json:$(SAMPLES) $${3:+--option weights=$$3}) || exit 1; \
-			arguments=$$arguments,plan=$$folder/plan$(BACKEND:%=,backend=%); \
-		fi; \
-		(cd demo-data && HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(LMMS_EVAL) --model qvlm_llava \
-			--model_args $$arguments --tasks $(TASKS) --batch_size 16 --limit $(LIMIT) --log_samples \
-			--output_path $$folder) || exit 1; \
-	done
-	$(BIN)/qvlm results $(addprefix $(OUTPUT)/,$(RUNS))
+seeds: install  ## four methods at W4A4 on three draws of 32 and of 64 calibration samples (hours); goes on where it stopped
+	@$(BIN)/qvlm demo build && $(BIN)/qvlm demo data demo-data
+	cd demo-data && HF_HUB_OFFLINE=1 $(BIN)/python ../benchmarks/seeds.py run ../seeds-results
+	$(BIN)/python benchmarks/seeds.py table seeds-results
 
 bench: install  ## speed and memory of packed execution on this machine, beside bfloat16 (some 20 minutes)
 	$(BIN)/python benchmarks/kernels.py --layouts 7b --seconds 0.4 --json docs/performance/kernels-cpu.json
@@ -80,4 +77,4 @@ bench: install  ## speed and memory of packed execution on this machine, beside 
 	$(BIN)/python benchmarks/markdown.py docs/performance/*.json
 
 clean:  ## remove the environment, the demo's data and results
-	rm -rf $(VENV) .venv-oldest demo-data *-results
+	rm -rf $(VENV) .venv-oldest .venv-newest demo-data *-results

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from scipy import stats
@@ -77,18 +76,24 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    """The scores of a task's documents, float64[n], in two runs; the documents' clusters, int[n]; changed answers."""
+class PairedTask:
+    """A task's n documents in several pairs of runs.
+
+    Attributes:
+        baseline, score: their scores in either run of each pair, float64[pairs, n].
+        clusters: of which cluster each is, int[n]; the same number is the same cluster in any task.
+        changed: documents with another answer, summed over the pairs.
+    """
 
     baseline: np.ndarray
     score: np.ndarray
     clusters: np.ndarray
     changed: int
 
-    @classmethod
-    def of(cls, pairs: Sequence[tuple[Document, Document]], metric: str, clusters: np.ndarray) -> Self:
-        baseline, score = np.array([[document.metrics[metric] for document in pair] for pair in pairs]).T
-        return cls(baseline, score, clusters, sum(one.answer != other.answer for one, other in pairs))
+    @property
+    def differences(self) -> np.ndarray:
+        """Score minus baseline, float64[pairs, n]."""
+        return self.score - self.baseline
 
 
 def compare(baseline: RunSamples, other: RunSamples, metric: str) -> list[Comparison]:
@@ -100,50 +105,78 @@ def compare(baseline: RunSamples, other: RunSamples, metric: str) -> list[Compar
     Raises:
         QVLMError: the runs do not cover the same documents, or the metric is missing.
     """
-    check_same_documents(baseline, other)
-    pairs = {task: _with_metric(baseline, other, task, metric) for task in baseline.tasks}
-    pairs = {task: found for task, found in pairs.items() if found}
-    if not pairs:
-        known = sorted({name for documents in baseline.tasks.values() for each in documents for name in each.metrics})
-        raise QVLMError(f"{baseline.file} has no samples with metric {metric!r}; allowed are {', '.join(known) or '-'}")
-    keys = [one.image or f"{task} {one.id}" for task, found in pairs.items() for one, _ in found]
+    tasks = paired_tasks([(baseline, other)], metric)
+    rows = [_comparison(other, task, [own]) for task, own in tasks.items()]
+    return rows if len(rows) == 1 else [*rows, _comparison(other, AVERAGE, [*tasks.values()])]
+
+
+def paired_tasks(pairs: Sequence[tuple[RunSamples, RunSamples]], metric: str) -> dict[str, PairedTask]:
+    """The documents of each task that has the metric, in pairs of a baseline and another run; at least one pair.
+
+    Raises:
+        QVLMError: the runs do not cover the same documents, or the metric is missing.
+    """
+    runs = [run for pair in pairs for run in pair]
+    for run in runs[1:]:
+        check_same_documents(runs[0], run)
+    found = {task: _with_metric(runs, task, metric) for task in runs[0].tasks}
+    found = {task: rows for task, rows in found.items() if rows}
+    if not found:
+        known = sorted({name for documents in runs[0].tasks.values() for each in documents for name in each.metrics})
+        raise QVLMError(f"{runs[0].file} has no samples with metric {metric!r}; allowed are {', '.join(known) or '-'}")
+    keys = [_image(row) or f"{task} {row[0].id}" for task, rows in found.items() for row in rows]
     _, labels = np.unique(keys, return_inverse=True)
-    clusters = np.split(labels, np.cumsum([len(found) for found in pairs.values()])[:-1])
-    tasks = [_Pairs.of(found, metric, own) for found, own in zip(pairs.values(), clusters, strict=True)]
-    rows = [_comparison(other, task, [own]) for task, own in zip(pairs, tasks, strict=True)]
-    return rows if len(rows) == 1 else [*rows, _comparison(other, AVERAGE, tasks)]
+    clusters = np.split(labels, np.cumsum([len(rows) for rows in found.values()])[:-1])
+    return {task: _paired_task(rows, metric, own) for (task, rows), own in zip(found.items(), clusters, strict=True)}
 
 
-def _with_metric(baseline: RunSamples, other: RunSamples, task: str, metric: str) -> list[tuple[Document, Document]]:
-    """A task's documents that have the metric, in both runs."""
+def _with_metric(runs: Sequence[RunSamples], task: str, metric: str) -> list[tuple[Document, ...]]:
+    """A task's documents that have the metric; each as it is in all runs."""
     found = []
-    for pair in zip(baseline.tasks[task], other.tasks[task], strict=True):
-        having = [metric in document.metrics for document in pair]
+    for row in zip(*(sorted(run.tasks[task], key=lambda document: document.id) for run in runs), strict=True):
+        having = [metric in document.metrics for document in row]
         if any(having) and not all(having):
-            run = other if having[0] else baseline
-            raise QVLMError(f"{run.file} has no {metric} for document {pair[0].id} of task {task}")
+            run = runs[having.index(False)]
+            raise QVLMError(f"{run.file} has no {metric} for document {row[0].id} of task {task}")
         if all(having):
-            found.append(pair)
+            found.append(row)
     return found
 
 
-def _comparison(run: RunSamples, name: str, tasks: Sequence[_Pairs]) -> Comparison:
-    clusters = [pairs.clusters for pairs in tasks]
-    differences = [pairs.score - pairs.baseline for pairs in tasks]
+def _image(row: Sequence[Document]) -> str | None:
+    """A document's image, as the first run that names it does."""
+    return next((document.image for document in row if document.image), None)
+
+
+def _paired_task(rows: Sequence[tuple[Document, ...]], metric: str, clusters: np.ndarray) -> PairedTask:
+    scores = np.array([[document.metrics[metric] for document in row] for row in rows]).T
+    answers = np.array([[document.answer for document in row] for row in rows], dtype=object).T
+    return PairedTask(scores[0::2], scores[1::2], clusters, int((answers[0::2] != answers[1::2]).sum()))
+
+
+def count_flips(tasks: Sequence[PairedTask]) -> Flips:
+    """The changed documents, summed over tasks and pairs of runs."""
+    return Flips(
+        fell=sum(int((task.differences < 0).sum()) for task in tasks),
+        rose=sum(int((task.differences > 0).sum()) for task in tasks),
+        changed=sum(task.changed for task in tasks),
+    )
+
+
+def _comparison(run: RunSamples, name: str, tasks: Sequence[PairedTask]) -> Comparison:
+    """Of tasks with one pair."""
+    clusters = [task.clusters for task in tasks]
+    differences = [task.differences[0] for task in tasks]
     return Comparison(
         run=run,
         task=name,
         documents=sum(map(len, clusters)),
         clusters=len(np.unique(np.concatenate(clusters))),
-        baseline=clustered_mean([pairs.baseline for pairs in tasks], clusters),
-        score=clustered_mean([pairs.score for pairs in tasks], clusters),
+        baseline=clustered_mean([task.baseline[0] for task in tasks], clusters),
+        score=clustered_mean([task.score[0] for task in tasks], clusters),
         difference=clustered_mean(differences, clusters),
-        p=sign_flip_p(_cluster_sums(differences, clusters)),
-        flips=Flips(
-            fell=sum(int((difference < 0).sum()) for difference in differences),
-            rose=sum(int((difference > 0).sum()) for difference in differences),
-            changed=sum(pairs.changed for pairs in tasks),
-        ),
+        p=sign_flip_p(cluster_sums(differences, clusters)),
+        flips=count_flips(tasks),
     )
 
 
@@ -162,13 +195,13 @@ def clustered_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray])
     if min(sizes) < 2:
         return Estimate(mean, np.nan, np.nan, np.nan)
     deviations = [(task - task.mean()) * np.sqrt(size / (size - 1)) for task, size in zip(values, sizes, strict=True)]
-    sums = _cluster_sums(deviations, clusters)
+    sums = cluster_sums(deviations, clusters)
     error = float(np.sqrt((sums**2).sum()))
     reach = float(stats.t.ppf(0.975, len(sums) - 1)) * error
     return Estimate(mean, error, mean - reach, mean + reach)
 
 
-def _cluster_sums(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> np.ndarray:
+def cluster_sums(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> np.ndarray:
     """What each cluster contributes to the mean of the tasks' means, float64[clusters]."""
     weighted = np.concatenate([task / (len(task) * len(values)) for task in values])
     _, labels = np.unique(np.concatenate(clusters), return_inverse=True)

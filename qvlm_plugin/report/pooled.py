@@ -1,0 +1,190 @@
+"""Compare two methods over several seeds: what holds whatever calibration samples were drawn."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.report.paired import (
+    AVERAGE,
+    Estimate,
+    Flips,
+    PairedTask,
+    cluster_sums,
+    clustered_mean,
+    count_flips,
+    paired_tasks,
+    sign_flip_p,
+)
+from qvlm_plugin.report.samples import RunSamples
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Runs of several seeds against their baselines on one task, or on the average of all tasks.
+
+    Attributes:
+        task: the task's name, or `AVERAGE`.
+        documents, clusters: how many there are, each counted once; documents of the same image are one cluster.
+        scores, differences: of each seed, in the order given; scores are means from 0 to 1, differences are score minus
+            baseline.
+        baseline, score, difference: means over seeds, with errors and 95 % intervals as of `two_way_mean`.
+        t_p: two-sided p of no difference by the t of `difference`, for documents and seeds at random. It is
+            ``sign_flip_p`` where there is no error above 0 to divide by.
+        sign_flip_p: of the sign-flip test on the clusters' differences, averaged over seeds: for documents at random
+            and these very draws of calibration samples.
+        flips: counts of changed documents, summed over seeds.
+        drawn: whether a run says that calibration samples were drawn for it.
+    """
+
+    task: str
+    documents: int
+    clusters: int
+    scores: tuple[float, ...]
+    differences: tuple[float, ...]
+    baseline: Estimate
+    score: Estimate
+    difference: Estimate
+    t_p: float
+    sign_flip_p: float
+    flips: Flips
+    drawn: bool
+
+    @property
+    def seeds(self) -> int:
+        """How many there are."""
+        return len(self.differences)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the seeds' scores; None for one seed."""
+        return float(np.std(self.scores, ddof=1)) if self.seeds > 1 else None
+
+    @property
+    def agreeing(self) -> int:
+        """How many seeds' differences have the sign of the pooled one."""
+        return sum(_sign(one) == _sign(self.difference.value) for one in self.differences)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the interval excludes 0 and all seeds agree in sign."""
+        # Where there is no interval, or one without width, the sign-flip test decides. Elsewhere p < 0.05 is that the
+        # interval excludes 0.
+        return self.t_p < LEVEL and self.agreeing == self.seeds
+
+
+def pool(pairs: Sequence[tuple[RunSamples, RunSamples]], metric: str) -> list[Pooled]:
+    """Compare runs with their baselines over several seeds.
+
+    Args:
+        pairs: (baseline, other) of each seed. All runs must be over the same documents. Where a method needs no
+            calibration samples, its run may be in every pair.
+        metric: of the tasks.
+
+    Returns:
+        A row for each task that has the metric and, if there are several, one for their average.
+
+    Raises:
+        QVLMError: there is no pair, the runs do not cover the same documents, or the metric is missing.
+    """
+    if not pairs:
+        raise QVLMError("there are no runs to compare")
+    tasks = paired_tasks(pairs, metric)
+    drawn = any((run.run or {}).get("calibration") for pair in pairs for run in pair)
+    rows = [_pooled(task, [own], drawn) for task, own in tasks.items()]
+    return rows if len(rows) == 1 else [*rows, _pooled(AVERAGE, [*tasks.values()], drawn)]
+
+
+def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
+    clusters = [task.clusters for task in tasks]
+    differences = [task.differences for task in tasks]
+    scores = [task.score for task in tasks]
+    difference, degrees = two_way_mean(differences, clusters)
+    flipped = sign_flip_p(cluster_sums([task.mean(axis=0) for task in differences], clusters))
+    return Pooled(
+        task=name,
+        documents=sum(map(len, clusters)),
+        clusters=len(np.unique(np.concatenate(clusters))),
+        scores=tuple(_means(scores).tolist()),
+        differences=tuple(_means(differences).tolist()),
+        baseline=two_way_mean([task.baseline for task in tasks], clusters)[0],
+        score=two_way_mean(scores, clusters)[0],
+        difference=difference,
+        t_p=_t_p(difference, degrees) if difference.error > 0 else flipped,
+        sign_flip_p=flipped,
+        flips=count_flips(tasks),
+        drawn=drawn,
+    )
+
+
+def two_way_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> tuple[Estimate, float]:
+    """Mean over seeds and tasks, each task with the same weight, with an error for both documents and seeds at random.
+
+    The variance is the sum of two: that of `clustered_mean` of the documents' values averaged over seeds, and the
+    sample variance of the seeds' means, divided by the number of seeds. This is two-way clustering (Cameron, Gelbach
+    and Miller 2011) without subtracting the interaction of documents and seeds, which is in both parts: it errs to the
+    safe side. The interval is Student's with Satterthwaite's degrees of freedom, from clusters - 1 and seeds - 1. With
+    few seeds that differ much these are few: three seeds alone tell little.
+
+    One seed has no variance that could be seen: the result is that of `clustered_mean`, which does *not* cover what
+    another draw of calibration samples would change.
+
+    Args:
+        values: of each task the documents' values by seed, float64[seeds, n].
+        clusters: of each task the documents' clusters, int[n]; a cluster may reach over several tasks.
+
+    Returns:
+        The mean, and the degrees of freedom; error and interval are NaN where a task has fewer than two clusters.
+    """
+    of_documents = clustered_mean([task.mean(axis=0) for task in values], clusters)
+    documents, freedom = of_documents.error**2, len(np.unique(np.concatenate(clusters))) - 1
+    means = _means(values)
+    if len(means) == 1 or not documents >= 0:
+        return of_documents, freedom
+    seeds = float(means.var(ddof=1)) / len(means)
+    total = documents + seeds
+    if total > 0:
+        freedom = total**2 / (documents**2 / freedom + seeds**2 / (len(means) - 1))
+    mean, error = of_documents.value, float(np.sqrt(total))
+    reach = float(stats.t.ppf(0.975, freedom)) * error
+    return Estimate(mean, error, mean - reach, mean + reach), freedom
+
+
+def _means(values: Sequence[np.ndarray]) -> np.ndarray:
+    """The seeds' means over tasks, float64[seeds]."""
+    return np.mean([task.mean(axis=1) for task in values], axis=0)
+
+
+def _t_p(estimate: Estimate, freedom: float) -> float:
+    return float(2 * stats.t.sf(abs(estimate.value) / estimate.error, freedom))
+
+
+def _sign(difference: float) -> int:
+    return int(np.sign(round(difference, 12)))  # rounding leaves traces where documents' differences cancel
+
+
+def verdict(row: Pooled, name: str, baseline: str) -> str:
+    """What a comparison found, in one sentence with its uncertainty.
+
+    Args:
+        row: of one task or of the average.
+        name, baseline: of the two methods.
+    """
+    points, interval = 100 * row.difference.value, _interval(row.difference)
+    count = f"{row.documents:,} documents"
+    if row.seeds > 1:
+        over = f"over {row.seeds} seeds and {count}"
+        over += f" ({'all' if row.agreeing == row.seeds else f'only {row.agreeing} of'} {row.seeds} seeds agree)"
+    else:
+        over = f"over {count}" + (" (one draw of calibration samples; another can change it)" if row.drawn else "")
+    if row.holds:
+        return f"{name} is {abs(points):.1f} points {'above' if points > 0 else 'below'} {baseline}{interval} {over}."
+    return f"{name} cannot be told apart from {baseline}: {points:+.1f} points{interval} {over}."
+
+
+def _interval(estimate: Estimate) -> str:
+    return "" if np.isnan(estimate.error) else f" [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"

@@ -26,6 +26,9 @@ from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.reading import read_json
+from qvlm_plugin.report.paired import p_text
+from qvlm_plugin.report.pooled import Pooled, pool, verdict
+from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.samples import Document, RunSamples, read_samples
 
 METHODS = {"qlora": {}, "awq": {"weights": "nf"}, "qvlm": {}, "qvlm_jacobian": {}}
@@ -112,6 +115,45 @@ def read_run(folder: Path) -> RunSamples:
     return RunSamples(folder / "exact.json", content["run"], {task: tuple(found) for task, found in tasks.items()})
 
 
+def show_table(todo: Sequence[Draw], output: Path, baseline: str) -> None:
+    """Print means over seeds and paired differences to a baseline, by task, for the cells that are there."""
+    found = {draw: read_run(output / draw.name) for draw in todo if (output / draw.name / "exact.json").exists()}
+    rows, sentences = [], []
+    if Draw() in found:
+        full = found.pop(Draw())
+        rows += [_row("full precision", "", 0, one) for one in pool([(full, full)], METRIC)]
+    for count, method in dict.fromkeys((draw.samples, draw.method) for draw in found):
+        seeds = [draw.seed for draw in found if (draw.samples, draw.method) == (count, method)]
+        paired = [seed for seed in seeds if Draw(baseline, count, seed) in found]
+        runs = [(found[Draw(baseline, count, seed)], found[Draw(method, count, seed)]) for seed in paired]
+        if len(paired) < len(seeds):
+            print(f"{method}, {count} samples: {len(seeds) - len(paired)} seeds have no {baseline} to compare with")
+        if runs:
+            pooled = pool(runs, METRIC)
+            rows += [_row(method, str(count), len(paired), one) for one in pooled]
+            if method != baseline:
+                sentences.append(f"{count} samples: {verdict(pooled[-1], method, baseline)}")
+    print(Grid(HEADER, tuple(rows)).markdown())
+    print("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
+
+
+HEADER = (
+    "method", "samples", "seeds", "task", "exact match", "spread over seeds", "difference (points)", "p",
+    "sign-flip p",
+)  # fmt: skip
+
+
+def _row(method: str, samples: str, seeds: int, one: Pooled) -> tuple[str, ...]:
+    texts = (method, samples, str(seeds or ""), one.task, f"{100 * one.score.value:.1f} ± {100 * one.score.error:.1f}")
+    low, high = 100 * min(one.scores), 100 * max(one.scores)
+    spread = "" if one.spread is None else f"{100 * one.spread:.1f} ({low:.1f} to {high:.1f})"
+    if one.differences == (0.0,) * one.seeds and not one.flips.changed:  # the baseline itself
+        return (*texts, spread, "", "", "")
+    interval = f"[{100 * one.difference.low:+.1f}, {100 * one.difference.high:+.1f}]"
+    difference = f"{100 * one.difference.value:+.1f} {interval}"
+    return (*texts, spread, difference, p_text(one.t_p), p_text(one.sign_flip_p))
+
+
 def agreement(folder: Path, results: Path) -> None:
     """Print in how many documents a cell and a run of the harness on the same plan differ, and both scores."""
     ours, (theirs,) = read_run(folder), read_samples(results)
@@ -150,7 +192,10 @@ def main() -> None:
         agreement(asked.output, asked.results)
     else:
         cells = [*draws(asked.methods, asked.samples, asked.seeds)]
-        run(cells, asked.output, asked.dtype, asked.limit)
+        if asked.command == "run":
+            run(cells, asked.output, asked.dtype, asked.limit)
+        else:
+            show_table(cells, asked.output, asked.baseline)
 
 
 if __name__ == "__main__":

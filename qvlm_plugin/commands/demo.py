@@ -1,13 +1,29 @@
-"""``qvlm demo``: the embedded small LLaVA and its stand-in data."""
+"""``qvlm demo``: the embedded small LLaVA, its stand-in data, and runs on both."""
 
+import itertools
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
-from qvlm_plugin.commands.shared import reports_errors
+from qvlm_plugin.commands.shared import Seed, needs_report_packages, obtain_plans, reports_errors, working_in
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.progress import duration
 
-app = typer.Typer(help="The embedded small LLaVA and its stand-in data.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from qvlm_plugin.planning import PlanRequest
+
+TASKS = ("scienceqa", "vizwiz_vqa_val", "vqav2_val")
+METRIC = "exact_match"
+BATCH_SIZE = 16
+
+app = typer.Typer(help="The embedded small LLaVA, its stand-in data, and runs on both.", no_args_is_help=True)
 
 
 @app.command()
@@ -36,6 +52,115 @@ def data(directory: Annotated[Path, typer.Argument(help="Folder to write the mir
     from qvlm_plugin.demo.data import write_mirrors
 
     typer.echo(write_mirrors(directory))
+
+
+@app.command()
+@reports_errors
+def run(
+    output: Annotated[Path, typer.Argument(help="Folder of the runs.")] = Path("demo-results"),
+    runs: Annotated[
+        str, typer.Option(help="METHOD-SCHEME or METHOD-SCHEME-WEIGHTS, as awq-w4a4-nf, separated by commas.")
+    ] = "none-w16a16,qlora-w4a4,qvlm_jacobian-w4a4",
+    limit: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 100,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 32,
+    seed: Seed = 0,
+    dtype: Annotated[str, typer.Option(help="float32 is as fast on every CPU; bfloat16 only on some.")] = "float32",
+    backend: Annotated[str, typer.Option(help="Arithmetic: reference, packed or auto.")] = "reference",
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the documents of a run.")] = 1,
+    folder: Annotated[Path, typer.Option("--data", help="Folder of the stand-in data.")] = Path("demo-data"),
+) -> None:
+    """Evaluate methods on the small LLaVA with the harness's own tasks: build, search, evaluate, compare.
+
+    Each step says what it does and how long it took. It goes on where it stopped. The first run is the one that the
+    others are compared with; the sentences at the end say what the differences mean.
+
+    Example: qvlm demo run demo-results --limit 200
+    """
+    from qvlm_plugin.demo.data import write_mirrors
+    from qvlm_plugin.demo.model import build as build_model
+
+    with needs_report_packages():
+        from qvlm_plugin.report.results import read_results, results_grid
+        from qvlm_plugin.report.running import run_cells
+        from qvlm_plugin.report.runs import Cell, Setting
+    calibration = f"calibration/train.json:{samples}"
+    shared = {"dtype": dtype, "backend": backend}
+    todo = [_Run.parse(name, {"calibration": calibration, "seed": str(seed)}, shared) for name in runs.split(",")]
+    steps = _Steps(2 + sum(1 + one.request.needs_calibration for one in todo))
+    setting = Setting(output.resolve(), folder, BATCH_SIZE, processes)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing of the demo is on the hub
+
+    with steps.take("build the small LLaVA: SmolLM2-135M, a DINOv2-S tower and the trained bridge"):
+        build_model(None)
+    with steps.take(f"write stand-in data in the schemas of ScienceQA, VizWiz-VQA and VQAv2 to {folder}"):
+        write_mirrors(folder)
+    found = []
+    for one in todo:
+        if one.request.needs_calibration:
+            with steps.take(f"{one.name}: search a plan on {samples} calibration samples"), working_in(folder):
+                _, plans = obtain_plans({one.name: one.request}, calibration, None, seed, "demo", dtype=dtype)
+            plans[one.name].save(setting.output / one.name / "plan")
+        with steps.take(f"{one.name}: evaluate {limit} documents of each of {', '.join(TASKS)}"):
+            (outcome,) = run_cells([Cell(one.name, one.model_args, TASKS, limit)], setting, METRIC)
+            found.append(outcome.results)
+    Console(width=180).print(results_grid(read_results(found)).rich())
+    typer.echo("\n".join(_verdicts(found)))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run of the demo.
+
+    Attributes:
+        name: as METHOD-SCHEME or METHOD-SCHEME-WEIGHTS; of its folder, too.
+        request: what is searched.
+        model_args: of the harness, which finds the searched plan in the cache.
+    """
+
+    name: str
+    request: "PlanRequest"
+    model_args: Mapping[str, str]
+
+    @classmethod
+    def parse(cls, name: str, calibration: Mapping[str, str], shared: Mapping[str, str]) -> "_Run":
+        """Check a run's name; ``calibration`` is for those that need it, ``shared`` for all."""
+        from qvlm_plugin.planning import check_request
+
+        parts = name.split("-")
+        if len(parts) not in (2, 3):
+            raise QVLMError(
+                f"--runs {name!r}: write METHOD-SCHEME as qlora-w4a4, or METHOD-SCHEME-WEIGHTS as awq-w4a4-nf"
+            )
+        options = {"weights": parts[2]} if len(parts) == 3 else {}
+        request = check_request(parts[0], parts[1], options)
+        arguments = {"pretrained": "demo", "method": parts[0], "scheme": parts[1], **options, **shared}
+        return cls(name, request, arguments | (calibration if request.needs_calibration else {}))
+
+
+@dataclass
+class _Steps:
+    """The steps of the demo: each says what it does, and at its end how long it took."""
+
+    total: int
+    taken: int = 0
+
+    @contextmanager
+    def take(self, what: str) -> Iterator[None]:
+        self.taken += 1
+        typer.echo(f"[{self.taken}/{self.total}] {what}")
+        start = time.monotonic()
+        yield
+        typer.echo(f"[{self.taken}/{self.total}] done in {duration(time.monotonic() - start)}")
+
+
+def _verdicts(results: list[Path]) -> list[str]:
+    """What the runs' differences mean: of each from the first, then of each from the one before."""
+    from qvlm_plugin.report.pooled import pool, verdict
+    from qvlm_plugin.report.samples import read_samples
+
+    first, *others = (run for file in results for run in read_samples(file))
+    pairs = [*((first, other) for other in others), *itertools.pairwise(others)]
+    return [verdict(pool([pair], METRIC)[-1], pair[1].name, pair[0].name) for pair in pairs]
 
 
 @app.command()

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.formats import NF_BLOCK, ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
 from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
 from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
 from qvlm_plugin.kernels.operators import operator
 from qvlm_plugin.kernels.rounding import round_input, with_rounding
 from qvlm_plugin.quantizers import (
-    NF_BLOCK,
     NormalFloatWeight,
     dequantize_scales,
     double_quantize,

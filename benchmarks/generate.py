@@ -27,8 +27,9 @@ from side_by_side import Times, machine, show, write_rows
 from transformers import CompileConfig, LlavaForConditionalGeneration
 from transformers.utils import logging
 
-from qvlm_plugin import plugins
-from qvlm_plugin.methods.base import MethodOptions, activation_sites, build_plan
+from qvlm_plugin import backends, plugins
+from qvlm_plugin.methods.base import MethodOptions
+from qvlm_plugin.methods.build import activation_sites, build_plan
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
@@ -100,7 +101,7 @@ def serve(connection: Connection, setting: Setting, variant: Variant, fingerprin
     if variant.scheme:
         with torch.device("meta"):
             shape = LlavaForConditionalGeneration(config_from(setting.source))
-        quantize = QuantizeOnLoad(make_plan(shape, fingerprint, variant), plugins.kernels(variant.backend))
+        quantize = QuantizeOnLoad(make_plan(shape, fingerprint, variant), backends.kernels(variant.backend))
     before, start = _peak(device), time.perf_counter()
     loaded = load(setting.source, dtype=variant.dtype, device=device, quantize=quantize)
     seconds = time.perf_counter() - start

@@ -22,7 +22,8 @@ from transformers import BatchFeature, ProcessorMixin
 
 from qvlm_plugin import plugins
 from qvlm_plugin.methods.blocks import decoder_inputs
-from qvlm_plugin.methods.qvlm.mining import MiningOptions, mine
+from qvlm_plugin.methods.qvlm.mining import mine
+from qvlm_plugin.methods.qvlm.options import MiningOptions
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.topology import decoder_layers, resolve
 from qvlm_plugin.workspace import Workspace

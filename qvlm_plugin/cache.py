@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import sys
+from importlib import import_module
 from pathlib import Path
 
 
@@ -12,8 +12,8 @@ def cache_root() -> Path:
 
 
 def sources_digest(package: str) -> str:
-    """SHA-256 over the Python files of an imported top-level package or module; of nothing where it has no files."""
-    module = sys.modules[package]
+    """SHA-256 over the Python files of a top-level package or module; of nothing where it has no files."""
+    module = import_module(package)
     files = [Path(file)] if (file := getattr(module, "__file__", None)) else []
     for folder in getattr(module, "__path__", []):
         files += Path(folder).rglob("*.py")

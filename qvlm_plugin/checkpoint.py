@@ -19,13 +19,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from qvlm_plugin import plugins
+from qvlm_plugin import backends
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.memory import trim_heap
-from qvlm_plugin.plan import ModulePlan, table_hash
+from qvlm_plugin.plan_header import ModulePlan, table_hash
 from qvlm_plugin.reading import inside, parsed_elsewhere
 
 FORMAT_VERSION = 1
@@ -220,7 +220,7 @@ def _choose(module: StoredModule, kernels: Mapping[str, Kernel], device: torch.d
 
 
 def _known_kernels() -> dict[str, Kernel]:
-    return {kernel.name: kernel for kernel in plugins.kernels("auto")}
+    return {kernel.name: kernel for kernel in backends.kernels("auto")}
 
 
 def _empty(text: str) -> Tensor:

@@ -30,7 +30,8 @@ from qvlm_plugin.export import write_folder
 from qvlm_plugin.kernels.base import corrected_bias
 from qvlm_plugin.kernels.reference import REFERENCE, quantized_values
 from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.plan import ModulePlan, RoundingPlan, begin_applying, parameters_of
+from qvlm_plugin.plan import RoundingPlan, begin_applying, parameters_of
+from qvlm_plugin.plan_header import ModulePlan
 from qvlm_plugin.quantizers import quantize_int
 
 PACKED, INTEGER, MIXED = "pack-quantized", "int-quantized", "mixed-precision"

@@ -3,14 +3,15 @@
 import json
 from pathlib import Path
 
-from qvlm_plugin import __version__, plugins
+from qvlm_plugin import __version__, backends
 from qvlm_plugin.atomic import require_vacant, staged
 from qvlm_plugin.checkpoint import CheckpointRecord, StoredModule, file_hash, specification, stored_form
 from qvlm_plugin.hf_quantizer import QVLMQuantizationConfig
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.plan import ModulePlan, RoundingPlan, begin_applying, parameters_of
+from qvlm_plugin.plan import RoundingPlan, begin_applying, parameters_of
+from qvlm_plugin.plan_header import ModulePlan
 
 
 def export(
@@ -28,7 +29,7 @@ def export(
         plan: made for this model.
         loaded: in full precision, on the device whose kernels are to be chosen from.
         directory: to write; it must not exist, or be empty. It is there completely or not at all.
-        backend: as in `plugins.kernels`; a folder keeps its kernels.
+        backend: as in `backends.kernels`; a folder keeps its kernels.
         strict: falling back is an error.
         shard_size: of weight files at most, as transformers' ``max_shard_size``.
 
@@ -40,7 +41,7 @@ def export(
     """
     require_vacant(directory)
     model = loaded.model
-    execution = begin_applying(plan, model, loaded.fingerprint, plugins.kernels(backend), strict)
+    execution = begin_applying(plan, model, loaded.fingerprint, backends.kernels(backend), strict)
     modules = tuple(_store(module, plan, loaded, execution.choices.get(module.name)) for module in plan.modules)
     record = CheckpointRecord(
         package_version=__version__,

@@ -5,8 +5,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qvlm_plugin.quantizers import NF_BLOCK, SCALE_BLOCK
 from qvlm_plugin.scheme import MAX_BITS, MIN_BITS, UNQUANTIZED
+
+NF_BLOCK = 64
+"""Weights per normal-float scale (QLoRA, section 3)."""
+
+SCALE_BLOCK = 256
+"""Normal-float scales per second-level scale under double quantization (QLoRA, section 3)."""
 
 
 class _Format(BaseModel):

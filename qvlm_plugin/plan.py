@@ -7,16 +7,13 @@ function for all methods. The weights themselves are not in it: their codes foll
 On disk a plan is a folder with ``plan.json`` (readable) and ``plan.safetensors``.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.hooks import add_hook_to_module
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -24,115 +21,26 @@ from torch import Tensor, nn
 from qvlm_plugin import __version__
 from qvlm_plugin.atomic import staged
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Choice, Execution, choose
 from qvlm_plugin.linear import QuantLinear
-from qvlm_plugin.reading import one_line, read_json
-from qvlm_plugin.scheme import PARTS
+from qvlm_plugin.plan_header import (
+    FORMAT_VERSION,
+    HEADER,
+    TENSORS,
+    CalibrationRecord,
+    Fold,
+    ModulePlan,
+    PlanFacts,
+    PlanHeader,
+    digest,
+    read_header,
+)
 from qvlm_plugin.topology import linear_layers
-
-FORMAT_VERSION = 1
-
-HEADER, TENSORS = "plan.json", "plan.safetensors"
-"""The files of a plan's folder."""
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModulePlan(_Record):
-    """What becomes of one Linear.
-
-    Attributes:
-        name: full name in the model.
-        part: ``vision``, ``projector`` or ``decoder``; ``unused`` for vision blocks that the output does not depend on,
-            ``other`` for what is never quantized (the language model's head, routers).
-        site: name of the activation quantizer it shares; None when the topology gives it none.
-        shape: [out_features, in_features].
-        weight, activation: the formats.
-    """
-
-    name: str
-    part: str
-    site: str | None
-    shape: tuple[PositiveInt, PositiveInt]
-    weight: WeightFormat
-    activation: ActivationFormat
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the Linear stays as it is."""
-        return self.weight.kind == "none" and self.activation.kind == "none"
-
-
-def table_hash(modules: Sequence[ModulePlan]) -> str:
-    """SHA-256 of a per-module table."""
-    return _digest(json.dumps([module.model_dump() for module in modules], sort_keys=True).encode())
-
-
-class Fold(_Record):
-    """Per-channel scales that move between a module and the Linears that read it, without changing their product.
-
-    The producer's output channels are divided by the plan's tensor ``<site>/scale``, the columns of the site's Linears
-    multiplied by it (AWQ's equivalent transformation).
-
-    Attributes:
-        site: whose Linears read the producer.
-        producer: full name of a norm or Linear.
-        head_dim: for a producer with fewer heads than its readers (values under grouped-query attention): the width of
-            a head, each of which is read several times in a row; None where channels correspond one to one.
-    """
-
-    site: str
-    producer: str
-    head_dim: int | None = None
-
-    def spread(self, scale: Tensor, width: int) -> Tensor:
-        """The scale of each of ``width`` channels read: [width], from ``scale`` [channels produced]."""
-        if self.head_dim is None:
-            return scale
-        heads = scale.view(-1, self.head_dim)
-        return heads.repeat_interleave(width // scale.numel(), dim=0).flatten()
-
-
-class CalibrationRecord(_Record):
-    """What a plan was fitted on.
-
-    Attributes:
-        source, seed: where documents were drawn from, and how.
-        digests: of the documents.
-        conv: the prompt format (`LoadedModel.conv`); None in plans that are older than this field.
-    """
-
-    source: str
-    seed: int
-    digests: tuple[str, ...]
-    conv: str | None = None
-
-
-class _Header(_Record):
-    """The content of ``plan.json``."""
-
-    format: Literal["qvlm-rounding-plan"] = "qvlm-rounding-plan"
-    format_version: int
-    package_version: str
-    method: str
-    scheme: str
-    options: dict[str, Any]
-    model: str
-    calibration: CalibrationRecord | None
-    search_seconds: float
-    tensors_sha256: str
-    modules: tuple[ModulePlan, ...]
-    folds: tuple[Fold, ...]
-    replaced: tuple[str, ...]
-    record: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
-class RoundingPlan:
+class RoundingPlan(PlanFacts):
     """The outcome of fitting a method to a model.
 
     Attributes:
@@ -161,66 +69,15 @@ class RoundingPlan:
     record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def hash(self) -> str:
-        """SHA-256 of what the plan does: model, modules and tensors; not of how long it took or where it lies."""
-        edits = json.dumps([[fold.model_dump() for fold in self.folds], self.replaced])
-        parts = (self.model, self.table_hash, edits, _digest(_serialize(self.tensors)))
-        return _digest("|".join(parts).encode())
-
-    @property
-    def table_hash(self) -> str:
-        """SHA-256 of the per-module table alone."""
-        return table_hash(self.modules)
-
-    @property
-    def quantized(self) -> tuple[ModulePlan, ...]:
-        """The modules that do not stay as they are."""
-        return tuple(module for module in self.modules if not module.is_identity)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What results state of the plan: JSON data."""
-        return {
-            "method": self.method,
-            "scheme": self.scheme,
-            "options": dict(self.options),
-            "bits": self.effective_bits(),
-            "table_hash": self.table_hash,
-            "plan_hash": self.hash,
-            "calibration": self.calibration
-            and {
-                "source": self.calibration.source,
-                "seed": self.calibration.seed,
-                "documents": len(self.calibration.digests),
-                "conv": self.calibration.conv,
-            },
-            "uncalibrated_expert_inputs": len(self.record.get("uncalibrated", ())),
-            "search_seconds": self.search_seconds,
-        }
-
-    def readers(self, site: str) -> tuple[str, ...]:
-        """Names of the Linears at a site."""
-        return tuple(module.name for module in self.modules if module.site == site)
-
-    def effective_bits(self) -> dict[str, dict[str, float]]:
-        """Mean bits of each part's weights (scales and zero points included) and input elements, by weight count."""
-        table = {}
-        for part in (*PARTS, "unused", "other"):
-            modules = [module for module in self.modules if module.part == part]
-            elements = sum(module.shape[0] * module.shape[1] for module in modules)
-            if elements:
-                table[part] = {
-                    "weight": sum(m.weight.effective_bits(m.shape) * m.shape[0] * m.shape[1] for m in modules)
-                    / elements,
-                    "activation": sum(m.activation.bits * m.shape[0] * m.shape[1] for m in modules) / elements,
-                }
-        return table
+    def tensors_sha256(self) -> str:
+        """SHA-256 of the file that `save` makes of the tensors."""
+        return digest(_serialize(self.tensors))
 
     def save(self, directory: Path) -> Path:
         """Write the plan's folder in one step: it is there completely or not at all. An older plan is replaced."""
         directory = Path(directory)
         blob = _serialize(self.tensors)
-        header = _Header(
+        header = PlanHeader(
             format_version=FORMAT_VERSION,
             package_version=__version__,
             method=self.method,
@@ -229,7 +86,7 @@ class RoundingPlan:
             model=self.model,
             calibration=self.calibration,
             search_seconds=self.search_seconds,
-            tensors_sha256=_digest(blob),
+            tensors_sha256=digest(blob),
             modules=self.modules,
             folds=self.folds,
             replaced=self.replaced,
@@ -249,31 +106,11 @@ class RoundingPlan:
         Raises:
             QVLMError: it is missing, incomplete, altered, or written by a newer version.
         """
-        directory = Path(directory)
-        header_file, tensor_file = directory / HEADER, directory / TENSORS
-        for file in (header_file, tensor_file):
-            if not file.is_file():
-                raise QVLMError(f"plan={str(directory)!r}: {file.name} is missing; a plan folder has it")
+        header = read_header(directory)
         try:
-            raw = read_json(header_file)
-            version = raw.get("format_version") if isinstance(raw, dict) else None
-            if isinstance(version, int) and version > FORMAT_VERSION:
-                raise QVLMError(
-                    f"plan={str(directory)!r} has format {version}, written by version {raw.get('package_version')}; "
-                    f"this version reads up to {FORMAT_VERSION}"
-                )
-            header = _Header.model_validate(raw)
-        except (OSError, ValueError) as error:
-            if isinstance(error, QVLMError):
-                raise
-            raise QVLMError(f"plan={str(directory)!r}: {HEADER} is not a plan: {one_line(error)}") from error
-        with tensor_file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != header.tensors_sha256:
-                raise QVLMError(f"plan={str(directory)!r}: plan.safetensors is truncated or altered (its hash differs)")
-        try:
-            tensors = load_file(tensor_file)
+            tensors = load_file(Path(directory) / TENSORS)
         except SafetensorError as error:
-            raise QVLMError(f"plan={str(directory)!r}: plan.safetensors does not load: {error}") from error
+            raise QVLMError(f"plan={str(directory)!r}: {TENSORS} does not load: {error}") from error
         values = {name: getattr(header, name) for name in cls.__dataclass_fields__ if name != "tensors"}
         return cls(**values, tensors=tensors)
 
@@ -466,7 +303,3 @@ def _require_tensors(plan: RoundingPlan, model: nn.Module) -> None:
 
 def _serialize(tensors: Mapping[str, Tensor]) -> bytes:
     return save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -19,7 +19,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
-from qvlm_plugin import plugins
+from qvlm_plugin import backends, plugins
 from qvlm_plugin.atomic import make_folder
 from qvlm_plugin.cache import sources_digest
 from qvlm_plugin.calibration import CalibrationSet
@@ -218,7 +218,7 @@ def prompt_warning(searched: str | None, loaded: LoadedModel) -> str | None:
 
 
 def apply(plan: RoundingPlan, loaded: LoadedModel, backend: str = "reference", strict: bool = False) -> Execution:
-    """Quantize the loaded model in place by ``plan``, with the arithmetic that ``backend`` names (`plugins.kernels`).
+    """Quantize the loaded model in place by ``plan``, with the arithmetic that ``backend`` names (`backends.kernels`).
 
     Returns:
         Which kernel serves which module; ``strict`` makes falling back to the reference an error.
@@ -226,7 +226,7 @@ def apply(plan: RoundingPlan, loaded: LoadedModel, backend: str = "reference", s
     Raises:
         QVLMError: see `apply_plan`; or the backend is unknown.
     """
-    execution = apply_plan(plan, loaded.model, loaded.fingerprint, plugins.kernels(backend), strict)
+    execution = apply_plan(plan, loaded.model, loaded.fingerprint, backends.kernels(backend), strict)
     plugins.tell_quantized(loaded, plan)
     trim_heap()  # of weights in full precision
     return execution

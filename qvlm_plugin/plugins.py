@@ -5,20 +5,21 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
-from transformers import PretrainedConfig
 
 from qvlm_plugin import builtin, hooks
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.families.llava import MODEL_TYPES
-from qvlm_plugin.kernels.base import Kernel
-from qvlm_plugin.kernels.selftest import falling_back, insisting
+from qvlm_plugin.families import MODEL_TYPES
 from qvlm_plugin.methods.base import Method
-from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.topology import Topology
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from qvlm_plugin.models.loading import LoadedModel
+    from qvlm_plugin.plan import RoundingPlan
+    from qvlm_plugin.topology import Topology
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class _Broken:
 
 def methods() -> dict[str, Method]:
     """Every method by name."""
-    return _by_name("method", Method, "qvlm_methods")
+    return provided("method", Method, "qvlm_methods")
 
 
 def method(name: str) -> Method:
@@ -85,36 +86,7 @@ def method(name: str) -> Method:
     return known[name]
 
 
-def all_kernels() -> dict[str, Kernel]:
-    """Every kernel by name, as they are: not tested."""
-    return _by_name("kernel", Kernel, "qvlm_kernels")
-
-
-def kernels(backend: str) -> tuple[Kernel, ...]:
-    """The kernels that ``backend=`` names, in order of preference.
-
-    ``reference`` is that kernel alone. All other backends end with it, to fall back on: ``packed`` begins with every
-    other kernel, of which one that fails its self-test is an error; ``auto`` likewise, but does without those that
-    fail; the name of a kernel stands for it alone, untested.
-
-    Raises:
-        QVLMError: there is none of that name.
-    """
-    known = all_kernels()
-    reference = known["reference"]
-    packed = tuple(kernel for kernel in known.values() if kernel is not reference)
-    backends = {
-        "auto": (*map(falling_back, packed), reference),
-        "packed": (*map(insisting, packed), reference),
-        **{kernel.name: (kernel, reference) for kernel in packed},
-        "reference": (reference,),
-    }
-    if backend not in backends:
-        raise QVLMError(f"backend={backend!r} is not known; allowed are {', '.join(backends)}")
-    return backends[backend]
-
-
-def topology(config: PretrainedConfig) -> Topology:
+def topology(config: "PretrainedConfig") -> "Topology":
     """The topology of models with this configuration, of the first plugin that has one; the built-in one comes last.
 
     Raises:
@@ -129,7 +101,7 @@ def topology(config: PretrainedConfig) -> Topology:
     )
 
 
-def tell_quantized(loaded: LoadedModel, plan: RoundingPlan) -> None:
+def tell_quantized(loaded: "LoadedModel", plan: "RoundingPlan") -> None:
     """Tell every plugin that ``plan`` was applied to ``loaded``."""
     for _ in _ask("qvlm_quantized", loaded=loaded, plan=plan):
         pass
@@ -159,11 +131,21 @@ def _tell(complaint: str) -> None:
     logger.warning(complaint)
 
 
-def _by_name(kind: str, type_: type, hook: str) -> dict[str, Any]:
+def provided(kind: str, type_: type, hook: str) -> dict[str, Any]:
+    """What plugins provide, by name.
+
+    Args:
+        kind: what it is, for messages.
+        type_: of which everything must be that a hook lists; what is not is told and left out.
+        hook: that lists it.
+
+    Raises:
+        QVLMError: two plugins provide the same name.
+    """
     table: dict[str, Any] = {}
     owners: dict[str, str] = {}
-    for plugin, provided in _ask(hook):
-        for entry in provided or ():
+    for plugin, listed in _ask(hook):
+        for entry in listed or ():
             if not isinstance(entry, type_):
                 _tell(f"plugin {plugin}: {hook} must return a list of {type_.__name__}, not {entry!r}")
                 continue

@@ -18,12 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-NF_BLOCK = 64
-"""Weights per normal-float scale (QLoRA, section 3)."""
-
-SCALE_BLOCK = 256
-"""Normal-float scales per second-level scale under double quantization (QLoRA, section 3)."""
-
+from qvlm_plugin.formats import NF_BLOCK, SCALE_BLOCK
 
 # Activations
 

@@ -13,7 +13,7 @@ from tiny_llava import logits_of, write_tiny_llava
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from qvlm_plugin import planning, plugins
+from qvlm_plugin import backends, planning
 from qvlm_plugin.checkpoint import FORMAT_VERSION
 from qvlm_plugin.cli import app
 from qvlm_plugin.errors import QVLMError
@@ -202,9 +202,9 @@ def test_kernels_that_cannot_run_fall_back_on_the_same_weights(
     source, tmp_path, calibration, inputs, monkeypatch, scheme, options, backend
 ):
     loaded, _ = exported(source, tmp_path / "x", calibration, scheme, OPTIONS | options, "float32", backend=backend)
-    kernels = plugins.kernels("auto")
+    kernels = backends.kernels("auto")
     monkeypatch.setattr(
-        plugins,
+        backends,
         "kernels",
         lambda name: (*(_broken(kernel) for kernel in kernels[:-1]), kernels[-1]),
     )

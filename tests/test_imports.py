@@ -1,8 +1,15 @@
 """What imports what, seen in fresh interpreters."""
 
+import json
 import subprocess
 import sys
 from importlib.metadata import entry_points
+
+import pytest
+import torch
+from report.logged import scored, write_run
+
+from qvlm_plugin.plan import RoundingPlan
 
 BLOCK = """
 import sys
@@ -23,6 +30,35 @@ def python(code, *arguments):
 def test_importing_the_package_is_cheap():
     code = "import sys, qvlm_plugin; print(qvlm_plugin.__version__, *{'torch', 'transformers'} & sys.modules.keys())"
     assert len(python(code).split()) == 1
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A plan and the results of two runs, by the word that stands for each."""
+    plan = RoundingPlan("rtn", "w4a4", {}, "0" * 64, modules=(), tensors={"site/lower": torch.ones(3)})
+    runs = {name: tmp_path / name for name in ("one", "other")}
+    for folder in runs.values():
+        write_run(folder, {"quiz": scored([1, 0, 1])})
+    return {"PLAN": str(plan.save(tmp_path / "plan")), "ONE": str(runs["one"]), "OTHER": str(runs["other"])}
+
+
+def test_commands_that_touch_no_tensor_import_nothing_heavy(folders):
+    code = """
+import json, sys
+from qvlm_plugin.cli import app
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "lmms_eval", "pandas", "statsmodels", "scipy.stats"}
+for command in json.loads(sys.argv[1]):
+    sys.argv[1:] = command
+    status = app(command, standalone_mode=False)
+    assert not status, (command, status)
+    assert not HEAVY & sys.modules.keys(), (command, HEAVY & sys.modules.keys())
+"""
+    lines = (
+        "--help", "--version", "methods", "arguments", "inspect PLAN --modules", "results ONE OTHER",
+        "paired ONE OTHER", "leaderboard --help", "search --help", "export --help", "compare --help",
+    )  # fmt: skip
+    shown = python(code, json.dumps([[folders.get(word, word) for word in line.split()] for line in lines]))
+    assert all(text in shown for text in ("qlora", "ratio_step", "plan hash", "exact_match", "p (Holm)"))
 
 
 def test_the_quantizer_may_be_imported_first():

@@ -7,10 +7,11 @@ from accelerate import dispatch_model
 from tiny_llava import logits_of
 from torch import nn
 
-from qvlm_plugin import planning, plugins
+from qvlm_plugin import backends, planning, plugins
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.linear import QuantLinear
-from qvlm_plugin.plan import Fold, RoundingPlan, apply_plan
+from qvlm_plugin.plan import RoundingPlan, apply_plan
+from qvlm_plugin.plan_header import Fold, read_header
 from qvlm_plugin.topology import linear_layers, resolve
 
 
@@ -21,12 +22,13 @@ def plan(loaded, calibration):
 
 
 def apply(plan, loaded):
-    apply_plan(plan, loaded.model, loaded.fingerprint, plugins.kernels("reference"))
+    apply_plan(plan, loaded.model, loaded.fingerprint, backends.kernels("reference"))
 
 
 def test_saving_and_loading_keeps_everything(plan, tmp_path):
     again = RoundingPlan.load(plan.save(tmp_path / "plan"))
     assert again.hash == plan.hash and again.table_hash == plan.table_hash
+    assert read_header(tmp_path / "plan").facts == again.facts == plan.facts
     assert again.modules == plan.modules and again.calibration == plan.calibration
     assert (again.method, again.scheme, again.options) == (plan.method, plan.scheme, plan.options)
     assert again.search_seconds == plan.search_seconds

@@ -1,4 +1,6 @@
+import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch
 from qvlm_plugin import planning
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods import qlora
+from qvlm_plugin.methods.base import imported
 from qvlm_plugin.plan import RoundingPlan
 
 
@@ -85,6 +88,23 @@ def test_the_key_follows_all_that_decides_the_plan(loaded, calibration, monkeypa
     assert len(set(variants)) == len(variants) and key() == variants[0]
     monkeypatch.setattr(planning, "sources_digest", lambda package: f"another {package}")
     assert key() != variants[0]
+
+
+def test_the_key_follows_the_package_of_a_fit_that_is_named(loaded, monkeypatch, tmp_path):
+    package = tmp_path / "their_method"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "search.py").write_text("raise AssertionError('imported before it is called')")
+    monkeypatch.syspath_prepend(tmp_path)
+    fit = imported("their_method.search:fit")
+    request = planning.check_request("none", "w4a4", {})
+    requests = [replace(request, method=replace(request.method, fit=one)) for one in (fit, partial(fit, "a name"))]
+    first = [planning.cache_key(loaded, one, None) for one in requests]
+    (package / "search.py").write_text("def fit(*arguments): return arguments")
+    for one, key in zip(requests, first, strict=True):
+        assert planning.cache_key(loaded, one, None) not in (key, planning.cache_key(loaded, request, None))
+    assert [one.method.fit("model")[-1] for one in requests] == ["model", "model"]
+    del sys.modules["their_method"], sys.modules["their_method.search"]
 
 
 @pytest.mark.parametrize("where", ["anywhere", "while training"])

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qvlm_plugin import builtin, planning, plugins
+from qvlm_plugin import backends, builtin, planning, plugins
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.families.llava import llava_topology
 from qvlm_plugin.hooks import hookimpl
 from qvlm_plugin.kernels.base import Kernel, as_stored
-from qvlm_plugin.methods.base import Method, MethodOptions, build_plan
+from qvlm_plugin.methods.base import Method, MethodOptions
+from qvlm_plugin.methods.build import build_plan
 
 
 class Coarse:
@@ -70,7 +71,7 @@ def test_unknown_names_list_what_every_plugin_provides(coarse, loaded):
     with pytest.raises(
         QVLMError, match=r"backend='fast' is not known; allowed are auto, packed, .*negating, reference"
     ):
-        plugins.kernels("fast")
+        backends.kernels("fast")
 
 
 def test_two_plugins_may_not_provide_the_same_name(coarse):

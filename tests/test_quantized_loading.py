@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_llava import logits_of, write_tiny_llava
 
-from qvlm_plugin import planning, plugins
+from qvlm_plugin import backends, planning
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
@@ -31,7 +31,7 @@ def test_it_is_the_model_that_applying_the_plan_makes(source, calibration, metho
     plan = dataclasses.replace(plan, replaced=(name,), tensors={**plan.tensors, f"{name}/value": value})
     assert bool(plan.folds) == (method == "awq")
     expected = planning.apply(plan, loaded, "auto")
-    how = QuantizeOnLoad(plan, plugins.kernels("auto"))
+    how = QuantizeOnLoad(plan, backends.kernels("auto"))
     directly = load(str(source), dtype=dtype, quantize=how)
     assert how.execution.counts == expected.counts and directly.fingerprint == loaded.fingerprint
     values = dict(directly.model.named_parameters())
@@ -49,12 +49,12 @@ def test_errors_come_before_the_weights(source, calibration):
     other = dataclasses.replace(plan, model="0" * 64)
     for wrong, strict, reason in ((other, False, "made for another model"), (plan, True, "strict=true: model.vision")):
         with pytest.raises(QVLMError, match=reason):
-            load(str(source), dtype="float32", quantize=QuantizeOnLoad(wrong, plugins.kernels("auto"), strict))
+            load(str(source), dtype="float32", quantize=QuantizeOnLoad(wrong, backends.kernels("auto"), strict))
 
 
 MEASURE = """
 import json, sys
-from qvlm_plugin import plugins
+from qvlm_plugin import backends
 from qvlm_plugin.harness.provenance import memory
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
@@ -67,7 +67,7 @@ for folder in sys.argv[1:]:  # the first brings in what any loading takes
     before = status("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
     plan = RoundingPlan.load(f"{folder}/plan")
-    loaded = load(folder, dtype="bfloat16", quantize=QuantizeOnLoad(plan, plugins.kernels("auto")))
+    loaded = load(folder, dtype="bfloat16", quantize=QuantizeOnLoad(plan, backends.kernels("auto")))
 print(json.dumps([status("VmHWM") - before, status("VmRSS") - before, memory(loaded.model)["weight_bytes"]]))
 """
 

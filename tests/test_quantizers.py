@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from qvlm_plugin.formats import NF_BLOCK
 from qvlm_plugin.quantizers import (
-    NF_BLOCK,
     double_quantize,
     dynamic_codebook,
     fake_quantize,

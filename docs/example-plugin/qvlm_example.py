@@ -7,7 +7,8 @@ from pydantic import Field
 from qvlm_plugin.hooks import hookimpl
 from qvlm_plugin.kernels.base import Kernel, as_stored, with_parameters
 from qvlm_plugin.kernels.reference import round_activation, round_weight
-from qvlm_plugin.methods.base import Method, MethodOptions, activation_sites, build_plan, quantizes_activations
+from qvlm_plugin.methods.base import Method, MethodOptions, quantizes_activations
+from qvlm_plugin.methods.build import activation_sites, build_plan
 from qvlm_plugin.methods.rtn import observe_ranges
 from qvlm_plugin.topology import Group, Stack, Topology
 

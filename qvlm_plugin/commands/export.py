@@ -64,7 +64,7 @@ def export(
 
     Example: qvlm export llava-w4a16 --pretrained llava-hf/llava-1.5-7b-hf --method rtn --scheme w4a16
     """
-    from qvlm_plugin import planning, plugins
+    from qvlm_plugin import backends, planning, plugins
     from qvlm_plugin.atomic import require_vacant
     from qvlm_plugin.compressed_tensors import INTEGER, export_compressed_tensors
     from qvlm_plugin.export import export as write
@@ -74,7 +74,7 @@ def export(
     if (plan is None) == (method is None):
         raise QVLMError("name one of --plan DIR (a saved plan) and --method NAME (searched now)")
     require_vacant(output)
-    plugins.kernels(backend)
+    backends.kernels(backend)
     how = {
         "revision": revision,
         "dtype": dtype,

@@ -19,9 +19,9 @@ def inspect(
 
     Example: qvlm inspect plans/qlora-w4a4 --modules
     """
-    from qvlm_plugin.plan import RoundingPlan
+    from qvlm_plugin.plan_header import read_header
 
-    plan = RoundingPlan.load(directory)
+    plan = read_header(directory)
     console = Console()
     facts = Table(show_header=False, box=None)
     facts.add_row("method", plan.method)

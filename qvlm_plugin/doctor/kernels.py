@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from qvlm_plugin import plugins
+from qvlm_plugin import backends
 from qvlm_plugin.doctor.finding import Finding, Status
 from qvlm_plugin.formats import ActivationFormat
 from qvlm_plugin.kernels.base import Kernel
@@ -27,7 +27,7 @@ def check_kernels() -> list[Finding]:
 
 
 def _packed() -> list[Kernel]:
-    return [kernel for kernel in plugins.all_kernels().values() if kernel.name != "reference"]
+    return [kernel for kernel in backends.all_kernels().values() if kernel.name != "reference"]
 
 
 def _check(kernel: Kernel, device: torch.device) -> Finding:

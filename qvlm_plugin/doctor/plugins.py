@@ -2,7 +2,7 @@
 
 import logging
 
-from qvlm_plugin import plugins
+from qvlm_plugin import backends, plugins
 from qvlm_plugin.doctor.finding import Finding, Status
 
 
@@ -11,7 +11,7 @@ def check_plugins() -> list[Finding]:
     complaints = _Complaints()
     plugins.logger.addHandler(complaints)
     try:
-        methods, kernels = plugins.methods(), plugins.all_kernels()
+        methods, kernels = plugins.methods(), backends.all_kernels()
     finally:
         plugins.logger.removeHandler(complaints)
     message = f"methods {', '.join(sorted(methods))}; kernels {', '.join(sorted(kernels))}"

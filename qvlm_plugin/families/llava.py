@@ -7,11 +7,10 @@ image; what they do with the projected features (unpad, a token at the end of ea
 from transformers import PretrainedConfig
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.families import MODEL_TYPES
 from qvlm_plugin.families.decoders import DECODERS
 from qvlm_plugin.families.towers import VISION_TOWERS
 from qvlm_plugin.topology import Group, Stack, Topology
-
-MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
 
 TWO_LINEARS = Stack("", (Group(("linear_1",)), Group(("linear_2",))))
 ONE_LINEAR = Stack("", (Group(("linear_1",)),), kept=("linear_2",))

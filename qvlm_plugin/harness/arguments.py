@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qvlm_plugin import plugins
 from qvlm_plugin.cache import cache_root
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.models.loading import DTYPES
+from qvlm_plugin.models.dtypes import DTYPES
 from qvlm_plugin.models.prompts import PROMPT_FORMATS, prompt_format
 
 _OF_THE_SEARCH = ("method", "scheme", "calibration", "images", "seed", "cache")

@@ -18,7 +18,7 @@ from lmms_eval.utils import Collator
 from loguru import logger
 from transformers import PretrainedConfig, StoppingCriteriaList
 
-from qvlm_plugin import planning, plugins
+from qvlm_plugin import backends, planning, plugins
 from qvlm_plugin.calibration import CalibrationSet, read_calibration
 from qvlm_plugin.checkpoint import CheckpointRecord
 from qvlm_plugin.conversation import Conversation, encode, to_device
@@ -61,7 +61,7 @@ class _QVLM(lmms):
         """
         super().__init__()
         arguments = parse_arguments(values)
-        plugins.kernels(arguments.backend)
+        backends.kernels(arguments.backend)
         self.accelerator = Accelerator()
         self._rank, self._world_size = processes.rank(), processes.count()
         self._device = _device(arguments, self.accelerator)
@@ -79,7 +79,7 @@ class _QVLM(lmms):
             planning.check_calibration(request, calibration)
         quantize = None
         if request is None and arguments.backend != "reference" and arguments.device_map is None:
-            quantize = QuantizeOnLoad(plan, plugins.kernels(arguments.backend), arguments.strict)
+            quantize = QuantizeOnLoad(plan, backends.kernels(arguments.backend), arguments.strict)
         loaded = self._load(arguments, quantize)
         stored = quantizer_of(loaded.model)
         if stored is None:

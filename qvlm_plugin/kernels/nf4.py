@@ -5,22 +5,25 @@ up to rounding. For many tokens on a CPU the weight is dequantized, rows at a ti
 the reference's to the bit. The package is imported when a weight is packed, not before.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.formats import NF_BLOCK, ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
 from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
 from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
 from qvlm_plugin.kernels.operators import operator
 from qvlm_plugin.kernels.rounding import round_input, with_rounding
 from qvlm_plugin.quantizers import (
-    NF_BLOCK,
     NormalFloatWeight,
     dequantize_scales,
     double_quantize,
@@ -87,8 +90,7 @@ def _pack(
         packed["scale_codebook"] = dynamic_codebook().to(device)
     rows, columns = packed["codes"].shape[0], 2 * packed["codes"].shape[1]
     if device.type == "cpu" and packed["codebook"].dtype == torch.bfloat16 and rows % _TILE_ROWS == 0:
-        from bitsandbytes import functional
-
+        functional = _bitsandbytes().functional
         if functional.has_avx512bf16():
             state = _state(_scales(packed), packed["codebook"], (rows, columns))
             codes, state = functional._convert_weight_packed_for_cpu(packed["codes"].flatten(), state)
@@ -157,8 +159,6 @@ def nf4_linear(
     """
     if len(x) == 0:
         return x.new_empty(0, len(codes))
-    import bitsandbytes
-
     if x.device.type == "cpu" and len(x) > FEW_TOKENS:
         return _times_dequantized(x, codes, _dequantized_scales(scales), codebook, tile_scale is not None, bias)
     if tile_scale is None:
@@ -167,7 +167,7 @@ def nf4_linear(
     else:
         state = _state(tile_scale, codebook, (len(codes), x.shape[1]))
         state.packing_format_for_cpu = True
-    product = bitsandbytes.matmul_4bit(x, codes, quant_state=state)
+    product = _bitsandbytes().matmul_4bit(x, codes, quant_state=state)
     return product if bias is None else product.add_(bias)
 
 
@@ -184,8 +184,7 @@ def _times_dequantized(
         tiled: which layout it is.
         bias: [O] or None.
     """
-    from bitsandbytes import functional
-
+    functional = _bitsandbytes().functional
     rows, columns = len(codes), x.shape[1]
     scale, some = scale.view(rows, -1), rows_at_once(rows, columns, _TILE_ROWS)
     space = codes.new_empty(2, some * columns // 2)
@@ -219,11 +218,18 @@ def _untile(codes: Tensor, by_column: Tensor, out: Tensor) -> Tensor:
 
 def _state(scale: Tensor, codebook: Tensor, shape: tuple[int, int]) -> "QuantState":
     """bitsandbytes' description of a weight."""
-    from bitsandbytes.functional import QuantState
-
-    return QuantState(
+    return _bitsandbytes().functional.QuantState(
         scale, shape=torch.Size(shape), code=codebook, blocksize=NF_BLOCK, quant_type="nf4", dtype=codebook.dtype
     )
+
+
+@cache
+def _bitsandbytes() -> ModuleType:
+    """The package, without its warning that a kernel of the hub is missing, which it does without."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+    )
+    return import_module("bitsandbytes")
 
 
 NF4 = Kernel("nf4", _obstacle, _prepare, _pack, _forward, _restore)

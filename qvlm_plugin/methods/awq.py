@@ -8,55 +8,27 @@ import copy
 from itertools import groupby
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.formats import WeightFormat
-from qvlm_plugin.methods.base import (
-    Method,
-    activation_sites,
-    build_plan,
-    grid_from_one,
-    quantizes_anything,
-    weight_sites,
-)
+from qvlm_plugin.methods.build import activation_sites, build_plan, weight_sites
 from qvlm_plugin.methods.clipping import search_clip
-from qvlm_plugin.methods.qlora import RangeSearchOptions, observe_means, search_ranges
+from qvlm_plugin.methods.options import AWQOptions
+from qvlm_plugin.methods.qlora import observe_means, search_ranges
 from qvlm_plugin.methods.sampling import sample_tokens
 from qvlm_plugin.methods.scaling import fold_of, search_scale
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import materialized
-from qvlm_plugin.plan import Fold, RoundingPlan, apply_fold
+from qvlm_plugin.plan import RoundingPlan, apply_fold
+from qvlm_plugin.plan_header import Fold
 from qvlm_plugin.progress import track
 from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import Site, Topology
 from qvlm_plugin.workspace import Workspace
 
-CLIP_STEP = 0.05
-"""Distance between clipping factors, from 1 downwards."""
-
 UNCLIPPED = ("q_proj", "k_proj")
 """Queries and keys are multiplied with each other, so that clipping them errs more than their own outputs show."""
-
-
-class AWQOptions(RangeSearchOptions):
-    """Options of ``awq``; the weights are ``int`` unless told otherwise.
-
-    Attributes:
-        alpha_steps: exponents tried for a site's scale, evenly from 0 up to but without 1; 1 switches scaling off.
-        min_clip: the narrowest weight range tried, as a share of the whole one; 1 switches clipping off.
-        search_tokens: calibration tokens of each site that errors are measured on.
-    """
-
-    alpha_steps: int = Field(20, ge=1)
-    min_clip: float = Field(0.5, gt=0, le=1)
-    search_tokens: int = Field(512, ge=1)
-
-    @property
-    def clips(self) -> tuple[float, ...]:
-        """The clipping factors, widest first."""
-        return grid_from_one(self.min_clip, CLIP_STEP)
 
 
 def search_weights(
@@ -143,19 +115,10 @@ def fit(
     if formats := activation_sites(topology, loaded, scheme):
         tensors |= search_ranges(loaded, formats, calibration, options, scales)
     tensors |= observe_means(loaded, topology, scheme, calibration, options, scales)
-    return build_plan(AWQ.name, loaded, topology, scheme, options, tensors, calibration, folds)
+    return build_plan("awq", loaded, topology, scheme, options, tensors, calibration, folds)
 
 
 def input_scales(loaded: LoadedModel, folds: list[Fold], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """By what folding divides the input of each folded site: [in_features] for its name."""
     widths = {fold.site: loaded.model.get_submodule(fold.site).in_features for fold in folds}
     return {fold.site: fold.spread(tensors[f"{fold.site}/scale"], widths[fold.site]) for fold in folds}
-
-
-AWQ = Method(
-    name="awq",
-    summary="activation-aware weight scaling and clipping (AWQ) and layer-wise l_p search of activation ranges",
-    options=AWQOptions,
-    needs_calibration=quantizes_anything,
-    fit=fit,
-)

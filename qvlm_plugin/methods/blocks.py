@@ -21,7 +21,8 @@ from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device, is_offloaded, materialized, place_like
-from qvlm_plugin.plan import ModulePlan, quantized_linear
+from qvlm_plugin.plan import quantized_linear
+from qvlm_plugin.plan_header import ModulePlan
 from qvlm_plugin.topology import Topology, decoder_layers
 
 Hidden = list[Tensor]

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvlm_plugin.formats import WeightFormat
+from qvlm_plugin.formats import NF_BLOCK, WeightFormat
 from qvlm_plugin.kernels.reference import round_weight
-from qvlm_plugin.quantizers import NF_BLOCK
 
 
 def group_errors(error: Tensor, weight_format: WeightFormat, tokens: Tensor) -> Tensor:

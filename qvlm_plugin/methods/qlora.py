@@ -6,26 +6,15 @@ section 4.1): a grid of ratios pulls the observed bounds in.
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.formats import ActivationFormat
-from qvlm_plugin.methods.base import (
-    Method,
-    MethodOptions,
-    WeightKind,
-    activation_sites,
-    build_plan,
-    grid_from_one,
-    quantizes_activations,
-    quantizes_anything,
-    weight_sites,
-)
+from qvlm_plugin.methods.build import activation_sites, build_plan, weight_sites
 from qvlm_plugin.methods.means import mean_inputs
 from qvlm_plugin.methods.observe import visit_site_inputs
+from qvlm_plugin.methods.options import QLoRAOptions, RangeSearchOptions
 from qvlm_plugin.methods.rtn import observe_ranges
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.observers import ChannelStatistics, best_ratio, channel_lp_losses, token_lp_losses
@@ -33,41 +22,6 @@ from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import Site, Topology
 from qvlm_plugin.workspace import Workspace
-
-
-class RangeSearchOptions(MethodOptions):
-    """Options of the layer-wise search of activation ranges.
-
-    Attributes:
-        ranges: what has a ratio of its own: a ``site``, or each ``channel`` of a static site. Within a site that a few
-            massive channels dominate, one ratio serves these alone.
-        norm: exponent p of the l_p distance.
-        min_ratio: the narrowest candidate range, as a share of the observed one.
-        ratio_step: distance between candidates, from 1 downwards.
-        bias_correction: biases make up for what rounding the weights adds to the mean outputs. Not the paper's.
-    """
-
-    ranges: Literal["site", "channel"] = "site"
-    norm: float = Field(2.0, gt=0)
-    min_ratio: float = Field(0.5, gt=0, le=1)
-    ratio_step: float = Field(0.05, gt=0, lt=1)
-    bias_correction: bool = False
-
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """The candidates, widest first."""
-        return grid_from_one(self.min_ratio, self.ratio_step)
-
-
-class QLoRAOptions(RangeSearchOptions):
-    """Options of ``qlora``: the weights are normal-float unless told otherwise."""
-
-    weights: WeightKind = "nf"
-
-
-def looks_at_data(scheme: Scheme, options: RangeSearchOptions) -> bool:
-    """Whether ranges are searched or means observed."""
-    return quantizes_activations(scheme, options) or (options.bias_correction and quantizes_anything(scheme, options))
 
 
 def observe_means(
@@ -143,13 +97,4 @@ def fit(
     formats = activation_sites(topology, loaded, scheme)
     tensors = search_ranges(loaded, formats, calibration, options) if formats else {}
     tensors |= observe_means(loaded, topology, scheme, calibration, options)
-    return build_plan(QLORA.name, loaded, topology, scheme, options, tensors, calibration)
-
-
-QLORA = Method(
-    name="qlora",
-    summary="normal-float weights (QLoRA) and layer-wise l_p search of activation ranges",
-    options=QLoRAOptions,
-    needs_calibration=looks_at_data,
-    fit=fit,
-)
+    return build_plan("qlora", loaded, topology, scheme, options, tensors, calibration)

@@ -6,13 +6,8 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.calibration import CalibrationSet
-from qvlm_plugin.methods.base import (
-    Method,
-    MethodOptions,
-    activation_sites,
-    build_plan,
-    quantizes_activations,
-)
+from qvlm_plugin.methods.base import MethodOptions
+from qvlm_plugin.methods.build import activation_sites, build_plan
 from qvlm_plugin.methods.observe import visit_site_inputs
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.observers import ChannelStatistics
@@ -62,13 +57,4 @@ def fit(
     for site, fmt in formats:
         if fmt.kind == "dynamic_token":
             tensors[f"{site.name}/clip_ratio"] = torch.ones(1)
-    return build_plan(RTN.name, loaded, topology, scheme, options, tensors, calibration)
-
-
-RTN = Method(
-    name="rtn",
-    summary="round to nearest over the whole range of weights and calibrated activations",
-    options=MethodOptions,
-    needs_calibration=quantizes_activations,
-    fit=fit,
-)
+    return build_plan("rtn", loaded, topology, scheme, options, tensors, calibration)

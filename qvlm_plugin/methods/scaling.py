@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels.reference import round_weight
-from qvlm_plugin.plan import Fold
+from qvlm_plugin.plan_header import Fold
 from qvlm_plugin.topology import Site
 
 SMALLEST_MAGNITUDE = 1e-4

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.models.dtypes import AUTO, DTYPES
 from qvlm_plugin.models.hub import local_folder, with_weights
 from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoint, is_original, read_original
 from qvlm_plugin.models.prompts import IMAGE, IMAGE_BETWEEN, PROMPT_FORMATS, chat_template, name_of, prompt_format
@@ -36,14 +37,6 @@ from qvlm_plugin.reading import one_line, parsed_elsewhere, read_json
 
 if TYPE_CHECKING:
     from qvlm_plugin.quantized_loading import QuantizeOnLoad
-
-DTYPES = {
-    "auto": "auto",
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-"""The accepted names of compute types; ``auto`` is the checkpoint's own."""
 
 OFFLOAD = "offload"
 """The ``device_map`` of ours, see `load`."""
@@ -132,6 +125,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise QVLMError(f"dtype={dtype!r} is not known; allowed are {', '.join(DTYPES)}")
+    compute_type = dtype if dtype == AUTO else getattr(torch, dtype)
     prompt = None if conv is None else prompt_format(conv)
     source = f"pretrained={pretrained!r}"
     folder = local_folder(pretrained, source, revision)
@@ -165,14 +159,14 @@ def load(
         placement |= {"quantization_config": quantize, "device_map": {"": device} if device_map is None else device_map}
     with parsed_elsewhere(f"{source}: the weights do not load"):
         if original:
-            model, info = _load_original(original, processor, DTYPES[dtype], placement)
+            model, info = _load_original(original, processor, compute_type, placement)
         elif quantize is not None:
-            model, info = _load_by_tensor(folder, files, config, DTYPES[dtype], trust_remote_code, placement)
+            model, info = _load_by_tensor(folder, files, config, compute_type, trust_remote_code, placement)
         else:
             model, info = AutoModelForImageTextToText.from_pretrained(
                 folder,
                 config=config,
-                dtype=DTYPES[dtype],
+                dtype=compute_type,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 **placement,

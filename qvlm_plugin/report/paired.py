@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
+from scipy import special
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.results import Grid
@@ -197,7 +196,7 @@ def clustered_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray])
     deviations = [(task - task.mean()) * np.sqrt(size / (size - 1)) for task, size in zip(values, sizes, strict=True)]
     sums = cluster_sums(deviations, clusters)
     error = float(np.sqrt((sums**2).sum()))
-    reach = float(stats.t.ppf(0.975, len(sums) - 1)) * error
+    reach = float(special.stdtrit(len(sums) - 1, 0.975)) * error
     return Estimate(mean, error, mean - reach, mean + reach)
 
 
@@ -235,10 +234,16 @@ def sign_flip_p(sums: np.ndarray, seed: int = 0) -> float:
             return _drawn_p(sizes, counts, observed, seed)
         positive = np.arange(count + 1)
         support = np.add.outer(support, size * (2 * positive - count)).ravel()
-        mass = np.multiply.outer(mass, stats.binom.pmf(positive, count, 0.5)).ravel()
+        mass = np.multiply.outer(mass, _fair_binomial(count)).ravel()
         _, first, where = np.unique(support.round(9), return_index=True, return_inverse=True)
         support, mass = support[first], np.bincount(where, weights=mass)
     return min(1.0, float(mass[np.abs(support) >= observed].sum()))
+
+
+def _fair_binomial(count: int) -> np.ndarray:
+    """Probabilities of 0 … ``count`` heads among ``count`` tosses of a fair coin, float64[count + 1]."""
+    heads = np.arange(count + 1)
+    return np.exp(-special.betaln(heads + 1, count - heads + 1) - np.log(count + 1) - count * np.log(2))
 
 
 def _drawn_p(sizes: np.ndarray, counts: np.ndarray, observed: float, seed: int) -> float:
@@ -254,7 +259,9 @@ def _drawn_p(sizes: np.ndarray, counts: np.ndarray, observed: float, seed: int) 
 
 def holm(ps: Sequence[float]) -> list[float]:
     """Holm's adjustment of a family of p values, in their order."""
-    return multipletests(ps, method="holm")[1].tolist()
+    order = np.argsort(ps)
+    adjusted = np.maximum.accumulate(np.asarray(ps)[order] * np.arange(len(ps), 0, -1)).clip(max=1)
+    return adjusted[np.argsort(order)].tolist()
 
 
 def paired_grid(comparisons: Sequence[Comparison]) -> Grid:

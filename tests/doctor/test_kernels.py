@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from qvlm_plugin import plugins
+from qvlm_plugin import backends
 from qvlm_plugin.doctor.kernels import check_kernels
 from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.kernels.int8 import INT8
@@ -14,7 +14,7 @@ def findings(monkeypatch):
     wrong = replace(INT8, name="wrong", forward=lambda *arguments: 2 * INT8.forward(*arguments))
     absent = replace(INT4, name="absent", obstacle=lambda *problem: "it is not installed")
     kernels = {kernel.name: kernel for kernel in (REFERENCE, INT4, wrong, absent)}
-    monkeypatch.setattr(plugins, "all_kernels", lambda: kernels)
+    monkeypatch.setattr(backends, "all_kernels", lambda: kernels)
     return {finding.subject: finding for finding in check_kernels()}
 
 

@@ -25,7 +25,7 @@ from report.leaderboard.written import content, samples, write
 from tiny_llava import random_image, write_tiny_llava
 from torch import nn
 
-from qvlm_plugin import planning, plugins
+from qvlm_plugin import backends, planning
 from qvlm_plugin.calibration import CalibrationSet, Sample, parse_sources, read_calibration
 from qvlm_plugin.checkpoint import CheckpointRecord, lay_out, verify_files
 from qvlm_plugin.conversation import Conversation
@@ -34,7 +34,8 @@ from qvlm_plugin.export import export
 from qvlm_plugin.harness import task_source
 from qvlm_plugin.harness.arguments import ModelArguments, parse_arguments
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.plan import ModulePlan, RoundingPlan, check_plan, table_hash
+from qvlm_plugin.plan import RoundingPlan, check_plan
+from qvlm_plugin.plan_header import ModulePlan, table_hash
 from qvlm_plugin.report.compare.grid import cells, read_grid
 from qvlm_plugin.report.leaderboard.adding import add_run
 from qvlm_plugin.report.leaderboard.page import html_text
@@ -117,7 +118,7 @@ def check_arguments(values):
     with refused_or_read():
         arguments = parse_arguments(values)
         planning.check_request(arguments.method, arguments.scheme, arguments.options)
-        plugins.kernels(arguments.backend)
+        backends.kernels(arguments.backend)
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), GIVEN, max_size=6))
@@ -142,7 +143,7 @@ def test_model_arguments_as_typed(pairs):
 def read_plan(folder, loaded):
     with refused_or_read(), watched(folder):
         plan = RoundingPlan.load(folder)
-        check_plan(plan, loaded.model, loaded.fingerprint, plugins.kernels("reference"))
+        check_plan(plan, loaded.model, loaded.fingerprint, backends.kernels("reference"))
         assert plan.facts["plan_hash"] == plan.hash
 
 

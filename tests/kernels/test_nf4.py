@@ -1,4 +1,5 @@
 import importlib.util
+import logging
 
 import pytest
 import torch
@@ -81,3 +82,11 @@ def test_what_it_cannot_do_is_said(monkeypatch):
     monkeypatch.setattr(nf4, "find_spec", lambda name: None)
     assert "not installed" in NF4.obstacle(PLAIN, A16, (64, 256), CPU)
     assert importlib.util.find_spec("bitsandbytes") is not None
+
+
+def test_of_bitsandbytes_messages_one_is_kept_back(caplog):
+    Problem.draw().outputs(NF4, PLAIN, A16)
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure", "no kernels")
+    logger.warning("Failed to load %s", "something else")
+    assert caplog.messages == ["Failed to load something else"]

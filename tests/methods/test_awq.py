@@ -8,10 +8,10 @@ from tiny_llava import logits_of
 from qvlm_plugin import planning, plugins
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.formats import WeightFormat
-from qvlm_plugin.methods.awq import AWQOptions
-from qvlm_plugin.methods.base import activation_sites
+from qvlm_plugin.methods.build import activation_sites
 from qvlm_plugin.methods.clipping import search_clip
 from qvlm_plugin.methods.observe import visit_site_inputs
+from qvlm_plugin.methods.options import AWQOptions
 from qvlm_plugin.methods.qlora import search_ranges
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan, apply_fold

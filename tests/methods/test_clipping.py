@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from qvlm_plugin.formats import WeightFormat
+from qvlm_plugin.formats import NF_BLOCK, WeightFormat
 from qvlm_plugin.kernels.reference import round_weight
 from qvlm_plugin.methods.clipping import group_errors, search_clip
-from qvlm_plugin.quantizers import NF_BLOCK
 
 FACTORS = (1.0, 0.9, 0.75, 0.6)
 CASES = [

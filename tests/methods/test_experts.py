@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from qvlm_plugin import planning, plugins
 from qvlm_plugin.cli import app
-from qvlm_plugin.methods.base import activation_sites
+from qvlm_plugin.methods.build import activation_sites
 from qvlm_plugin.methods.observe import visit_site_inputs
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.scheme import Scheme

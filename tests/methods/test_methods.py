@@ -5,7 +5,7 @@ from tiny_llava import logits_of
 from qvlm_plugin import planning, plugins
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.base import activation_sites
+from qvlm_plugin.methods.build import activation_sites
 from qvlm_plugin.methods.observe import visit_site_inputs
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.quantizers import fake_quantize, token_range

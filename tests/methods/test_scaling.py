@@ -4,7 +4,7 @@ import torch
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels.reference import round_weight
 from qvlm_plugin.methods.scaling import channel_scale, produced_magnitude, search_scale
-from qvlm_plugin.plan import Fold
+from qvlm_plugin.plan_header import Fold
 
 ONE_TO_ONE = Fold(site="site", producer="producer")
 SHARED_HEADS = Fold(site="site", producer="producer", head_dim=4)

@@ -27,7 +27,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.blocks import TokenWeights
 from qvlm_plugin.methods.gradients import LOSS_SCALE, checkpointed, frozen, last_positions
 from qvlm_plugin.methods.observe import watching
-from qvlm_plugin.methods.qlora import RangeSearchOptions
+from qvlm_plugin.methods.options import RangeSearchOptions
 from qvlm_plugin.methods.rtn import observe_ranges
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device

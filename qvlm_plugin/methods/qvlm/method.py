@@ -9,53 +9,25 @@ paper's Table 1.
 too. Its ranges leave the joint search nothing to gain: pulled in further they lower a block's error and harm answers.
 """
 
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
 from torch import Tensor
 
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.kernels.reference import REFERENCE
-from qvlm_plugin.methods.base import Method, WeightKind, activation_sites, build_plan
 from qvlm_plugin.methods.blocks import TokenWeights, decoder_inputs, replaced, stand_in
+from qvlm_plugin.methods.build import activation_sites, build_plan
 from qvlm_plugin.methods.gradients import require_answers
-from qvlm_plugin.methods.qlora import looks_at_data, observe_means, search_ranges
+from qvlm_plugin.methods.qlora import observe_means, search_ranges
 from qvlm_plugin.methods.qvlm.importance import search_important_ranges
-from qvlm_plugin.methods.qvlm.mining import Mined, MiningOptions, mine
-from qvlm_plugin.methods.qvlm.vision import VisionOptions, optimize_vision
+from qvlm_plugin.methods.qvlm.mining import Mined, mine
+from qvlm_plugin.methods.qvlm.options import QVLMOptions
+from qvlm_plugin.methods.qvlm.vision import optimize_vision
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import Topology, decoder_layers, resolve
 from qvlm_plugin.workspace import Workspace
-
-
-class QVLMOptions(MiningOptions, VisionOptions):
-    """Options of ``qvlm``: those of both parts, and switches for them.
-
-    Attributes:
-        weights: normal-float unless told otherwise, as in the baseline that the paper builds on.
-        cdm: mine cross-layer dependency and search blocks jointly.
-        veo: optimize the visual encoder.
-    """
-
-    weights: WeightKind = "nf"
-    cdm: bool = True
-    veo: bool = True
-
-
-class JacobianOptions(QVLMOptions):
-    """Options of ``qvlm_jacobian``: those of ``qvlm``; see there for their meaning."""
-
-    cdm: bool = False
-    importance: Literal["uniform", "jacobian"] = "jacobian"
-    bias_correction: bool = True
-    min_ratio: float = Field(0.3, gt=0, le=1)
-    ratio_step: float = Field(0.1, gt=0, lt=1)
-    beam: int = Field(2, ge=0)
-    veo_train: Literal["clip", "clip+norm"] = "clip+norm"
-    veo_epochs: int = Field(3, ge=0)
 
 
 def fit(
@@ -148,20 +120,3 @@ def _mine(
         workspace,
         token_weights,
     )
-
-
-QVLM = Method(
-    name="qvlm",
-    summary="Q-VLM: joint search of dependent layers and visual encoder optimization",
-    options=QVLMOptions,
-    needs_calibration=looks_at_data,
-    fit=partial(fit, "qvlm"),
-)
-
-QVLM_JACOBIAN = Method(
-    name="qvlm_jacobian",
-    summary="Q-VLM as it measured best: errors weighed by Jacobians, trained norms, a wider grid of ratios",
-    options=JacobianOptions,
-    needs_calibration=looks_at_data,
-    fit=partial(fit, "qvlm_jacobian"),
-)

@@ -7,69 +7,27 @@ produce; its error is measured against what the full-precision model has there (
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.linear import QuantLinear
-from qvlm_plugin.methods.base import grid_from_one
 from qvlm_plugin.methods.blocks import Batch, Hidden, TokenWeights, output_error, replaced, run_layer
 from qvlm_plugin.methods.observe import watching
-from qvlm_plugin.methods.qlora import RangeSearchOptions
 from qvlm_plugin.methods.qvlm.dependency import layer_dependency
+from qvlm_plugin.methods.qvlm.options import MiningOptions
 from qvlm_plugin.methods.qvlm.partition import partition
 from qvlm_plugin.methods.qvlm.search import search_exhaustively, search_with_beam
 from qvlm_plugin.models.placement import execution_device, materialized
-from qvlm_plugin.plan import ModulePlan, quantized_linear
+from qvlm_plugin.plan import quantized_linear
+from qvlm_plugin.plan_header import ModulePlan
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantizers import shrink_range
 from qvlm_plugin.topology import Site
 from qvlm_plugin.workspace import Workspace
-
-
-class MiningOptions(RangeSearchOptions):
-    """Options of the joint search.
-
-    Attributes:
-        min_percentile: the grid's end (paper, section 4.1: 0.98); it begins at 1.
-        percentile_step: distance between candidates (paper: 0.005).
-        reading: what a percentile p bounds: ``fraction`` scales a channel's range by p, ``quantile`` takes the
-            channel's quantiles 1 - p and p over the calibration tokens.
-        unit: what has a percentile of its own: each decoder ``layer``, or each ``site`` of it (needs ``beam``).
-        max_depth: layers in a block (paper, section 4.1: 3).
-        h0: dependency threshold of the partition; None takes the mean.
-        beam: prefixes kept after each step of a block's search; 0 tries all combinations.
-        tokens: which tokens the error counts: ``all`` (as printed), ``text`` or ``answer``.
-        relative_error: divide each token's error by its squared norm.
-        importance: ``jacobian`` weighs errors by how much the answers depend on the element or token, and gives each
-            channel a ratio of its own (see `qvlm_plugin.methods.qvlm.importance`); ``uniform`` is the paper's.
-    """
-
-    min_percentile: float = Field(0.98, gt=0, le=1)
-    percentile_step: float = Field(0.005, gt=0, lt=1)
-    reading: Literal["fraction", "quantile"] = "fraction"
-    unit: Literal["layer", "site"] = "layer"
-    max_depth: int = Field(3, ge=1)
-    h0: float | None = Field(None, ge=0)
-    beam: int = Field(0, ge=0)
-    tokens: Literal["all", "text", "answer"] = "all"
-    relative_error: bool = False
-    importance: Literal["uniform", "jacobian"] = "uniform"
-
-    @model_validator(mode="after")
-    def _can_be_searched(self) -> "MiningOptions":
-        if self.unit == "site" and not self.beam:
-            raise ValueError("unit=site has too many combinations to try them all; set beam, for example beam=4")
-        return self
-
-    @property
-    def percentiles(self) -> tuple[float, ...]:
-        """The grid, from 1 down."""
-        return grid_from_one(self.min_percentile, self.percentile_step)
 
 
 @dataclass(frozen=True, eq=False)

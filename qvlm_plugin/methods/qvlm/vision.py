@@ -15,11 +15,10 @@ learning rates. Our terms are of order one whatever the model: nats, nats, and d
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from qvlm_plugin.calibration import CalibrationSet
@@ -27,10 +26,11 @@ from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.reference import STRAIGHT_THROUGH
 from qvlm_plugin.linear import QuantLinear
-from qvlm_plugin.methods.base import MethodOptions, activation_sites, build_plan
 from qvlm_plugin.methods.blocks import replaced, stand_in
+from qvlm_plugin.methods.build import activation_sites, build_plan
 from qvlm_plugin.methods.gradients import LOSS_SCALE, checkpointed, frozen, last_positions, require_answers
 from qvlm_plugin.methods.qvlm.dependency import conditional_entropy, joint_counts, sample_elements
+from qvlm_plugin.methods.qvlm.options import VisionOptions
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device, materialized
 from qvlm_plugin.observers import ChannelStatistics
@@ -44,33 +44,6 @@ ENTROPY_ELEMENTS = 2**14
 
 MIN_CLIP_RATIO = 0.1
 """Training does not pull a token's range in further than this."""
-
-
-class VisionOptions(MethodOptions):
-    """Options of the visual encoder optimization.
-
-    Attributes:
-        eta: η, weight of the final hidden state's error against that of the vision features (Eq. 9).
-        lambda1, lambda2: weights of the entropy and of the errors (Eq. 10).
-        veo_epochs: passes over the calibration set (paper, section 4.1: 10).
-        veo_train: ``clip`` trains clip ratios, ``clip+norm`` the affine terms of the tower's layer norms too.
-        veo_clip_rate: learning rate of the clip ratios: about how far the first step moves them; it falls to 0 along a
-            half cosine.
-        veo_norm_rate: learning rate of the norms, likewise.
-        veo_decoder: the language model that the tower is trained under: ``quantized`` as it will be (the paper's errors
-            are those of the quantized model), or ``full`` precision, which needs no rounded copy of its weights.
-        veo_checkpointing: run each block again in the backward pass instead of keeping its activations.
-    """
-
-    eta: float = Field(1.0, ge=0)
-    lambda1: float = Field(1.0, ge=0)
-    lambda2: float = Field(1.0, ge=0)
-    veo_epochs: int = Field(10, ge=0)
-    veo_train: Literal["clip", "clip+norm"] = "clip"
-    veo_clip_rate: float = Field(5e-3, gt=0)
-    veo_norm_rate: float = Field(2e-3, gt=0)
-    veo_decoder: Literal["quantized", "full"] = "quantized"
-    veo_checkpointing: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,12 +8,12 @@ from torch import Tensor
 from qvlm_plugin import plugins
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.base import activation_sites, build_plan
 from qvlm_plugin.methods.blocks import Batch, Hidden, decoder_inputs, output_error, run_layer
+from qvlm_plugin.methods.build import activation_sites, build_plan
 from qvlm_plugin.methods.qlora import search_ranges
 from qvlm_plugin.methods.qvlm.dependency import MAX_ELEMENTS, conditional_entropy, joint_counts, sample_elements
-from qvlm_plugin.methods.qvlm.method import QVLM, QVLMOptions
 from qvlm_plugin.methods.qvlm.mining import CandidateLayer, candidate_layer, search_block
+from qvlm_plugin.methods.qvlm.options import QVLMOptions
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.progress import track
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
@@ -83,7 +83,7 @@ def sample_points(
     formats = [(site, fmt) for site, fmt in activation_sites(topology, loaded, scheme) if site in sites]
     tensors = search_ranges(loaded, formats, calibration, options)
     modules = {
-        module.name: module for module in build_plan(QVLM.name, loaded, topology, scheme, options, {}, None).modules
+        module.name: module for module in build_plan("qvlm", loaded, topology, scheme, options, {}, None).modules
     }
     start, batches = decoder_inputs(loaded, topology, calibration, batch_size=1)
     for named in layers[:layer]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.qvlm.method import QVLM
 from qvlm_plugin.planning import PlanRequest, check_request
 from qvlm_plugin.report.results import Score, read_results
 from qvlm_plugin.report.runs import Cell, Outcome, Setting, run_cells
@@ -35,12 +34,12 @@ class Subject:
 
     def request(self, scheme: str, **options: str) -> PlanRequest:
         """The checked request for ``method=qvlm`` with further options."""
-        return check_request(QVLM.name, scheme, {**self.options, **options})
+        return check_request("qvlm", scheme, {**self.options, **options})
 
     def cell(self, name: str, scheme: str, **options: str) -> Cell:
         """A run of ``method=qvlm``. It names only options that differ from their defaults, so that equal runs agree."""
         changed = self.request(scheme, **options).options.model_dump(mode="json", exclude_defaults=True)
-        arguments = {"method": QVLM.name, "scheme": scheme, "calibration": self.calibration}
+        arguments = {"method": "qvlm", "scheme": scheme, "calibration": self.calibration}
         return self._cell(name, arguments | {option: str(value).lower() for option, value in changed.items()})
 
     def full_precision(self) -> Cell:

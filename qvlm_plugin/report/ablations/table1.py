@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qvlm_plugin import plugins
-from qvlm_plugin.methods.base import build_plan
+from qvlm_plugin.methods.build import build_plan
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.planning import PlanRequest
 from qvlm_plugin.report.ablations.evaluation import Subject, accuracy, columns_of, evaluate, failures, notes_on

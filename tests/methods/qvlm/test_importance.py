@@ -4,8 +4,9 @@ import torch
 from qvlm_plugin import plugins
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.base import activation_sites
-from qvlm_plugin.methods.qlora import RangeSearchOptions, search_ranges
+from qvlm_plugin.methods.build import activation_sites
+from qvlm_plugin.methods.options import RangeSearchOptions
+from qvlm_plugin.methods.qlora import search_ranges
 from qvlm_plugin.methods.qvlm import importance
 from qvlm_plugin.methods.qvlm.importance import log_odds, search_important_ranges, visit_jacobians
 from qvlm_plugin.observers import ChannelStatistics, channel_lp_losses

@@ -8,13 +8,13 @@ from tiny_llava import logits_of, write_tiny_llava
 from qvlm_plugin import planning, plugins
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.base import activation_sites, build_plan
 from qvlm_plugin.methods.blocks import decoder_inputs, output_error, run_layer
+from qvlm_plugin.methods.build import activation_sites, build_plan
 from qvlm_plugin.methods.qlora import search_ranges
 from qvlm_plugin.methods.qvlm import method, mining
 from qvlm_plugin.methods.qvlm.dependency import layer_dependency
-from qvlm_plugin.methods.qvlm.method import QVLMOptions
 from qvlm_plugin.methods.qvlm.mining import candidate_layer, dependencies, percentile_bounds, search_block
+from qvlm_plugin.methods.qvlm.options import QVLMOptions
 from qvlm_plugin.methods.qvlm.vision import optimize_vision
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan

@@ -8,18 +8,19 @@ import torch.nn.functional as F
 from tiny_llava import random_image
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qvlm_plugin import plugins, quantizers
+from qvlm_plugin import backends, plugins, quantizers
 from qvlm_plugin.calibration import CalibrationSet, Sample
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods import rtn
-from qvlm_plugin.methods.base import build_plan
+from qvlm_plugin.methods.base import MethodOptions
 from qvlm_plugin.methods.blocks import replaced
+from qvlm_plugin.methods.build import build_plan
 from qvlm_plugin.methods.gradients import checkpointed
 from qvlm_plugin.methods.qvlm import vision
+from qvlm_plugin.methods.qvlm.options import VisionOptions
 from qvlm_plugin.methods.qvlm.vision import (
     Objective,
-    VisionOptions,
     answer_loss,
     entropy_loss,
     jacobian_weights,
@@ -49,7 +50,7 @@ def topology_of(loaded):
 
 def initial_of(loaded, calibration, scheme):
     """Min/max parameters of every site, as plan tensors."""
-    options = rtn.RTN.options(calibration_batch_size=2)
+    options = MethodOptions(calibration_batch_size=2)
     return dict(rtn.fit(loaded, topology_of(loaded), Scheme.parse(scheme), calibration, options, Workspace()).tensors)
 
 
@@ -183,7 +184,7 @@ def test_training_lowers_the_objective_that_the_applied_plan_then_has(loaded, ca
     objective = Objective.of(loaded, topology, calibration, 3, options)
     plan = build_plan("qvlm", loaded, topology, scheme, options, initial | result.tensors, calibration)
     plan = dataclasses.replace(plan, replaced=result.replaced)
-    apply_plan(plan, loaded.model, loaded.fingerprint, plugins.kernels("reference"))
+    apply_plan(plan, loaded.model, loaded.fingerprint, backends.kernels("reference"))
     with torch.no_grad():
         terms = [objective.terms(batch, torch.ones(1)) for batch in objective.batches]
     for name in ("reg", "ent", "err"):

@@ -1,4 +1,6 @@
-"""A tiny random LLaVA in the Hugging Face layout, for tests that need a model's shape but not its wits."""
+"""A tiny random LLaVA in the Hugging Face layout: a model's shape, to see whether everything runs."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +24,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer(*more_specials):
+def byte_tokenizer(*more_specials: str) -> PreTrainedTokenizerFast:
     """A token for each byte, after <pad>, <s>, </s>, <image> and more special tokens."""
     specials = ["<pad>", "<s>", "</s>", "<image>", *more_specials]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -40,8 +42,17 @@ def byte_tokenizer(*more_specials):
     )
 
 
-def write_tiny_llava(directory, *, seed=0, hidden=32, layers=2, vision_layers=3):
-    """Write a random LLaVA (CLIP tower, two-layer projector, grouped-query Llama) with a byte-level tokenizer."""
+def write_tiny_llava(
+    directory: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2, vision_layers: int = 3
+) -> Path:
+    """Write a random LLaVA (CLIP tower, two-layer projector, grouped-query Llama) with a byte-level tokenizer.
+
+    Args:
+        directory: to write, as float32; also what is returned.
+        seed: of the weights.
+        hidden: width of the decoder.
+        layers, vision_layers: depth of decoder and tower.
+    """
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     config = LlavaConfig(
@@ -71,7 +82,7 @@ def write_tiny_llava(directory, *, seed=0, hidden=32, layers=2, vision_layers=3)
 
 
 @torch.no_grad()
-def randomized(model):
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
     """Random weights of a size that lets tokens and images matter."""
     for parameter in model.eval().parameters():
         if parameter.dim() >= 2:
@@ -79,13 +90,7 @@ def randomized(model):
     return model
 
 
-def random_image(seed, size=28):
-    """A small RGB image of noise."""
+def random_image(seed: int, size: int = 28) -> Image.Image:
+    """A square RGB image of noise, ``size`` pixels a side."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
-
-
-def logits_of(model, inputs):
-    """Logits at the positions that are not padding."""
-    with torch.inference_mode():
-        return model(**inputs).logits[inputs["attention_mask"].bool()]

@@ -1,11 +1,14 @@
 """``qvlm doctor``: is everything here that an evaluation needs?"""
 
 import json as json_format
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from qvlm_plugin.commands.shared import OneScheme, Revision, reports_errors, working_in
 
@@ -26,28 +29,51 @@ def doctor(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Look for what would stop an evaluation: one line for each thing, with the remedy.
+    """Look for what would stop an evaluation, and run a tiny one: one line for each thing, with the remedy.
 
-    Exits with 1 if something fails; warnings are about what some runs do without.
+    The tiny one is a run of lmms-eval on two documents of its own with a quantized model of random weights, offline and
+    in a temporary folder. Exits with 1 if something fails; warnings are about what some runs do without.
 
     Example: qvlm doctor --pretrained llava-hf/llava-1.5-7b-hf --scheme w4a4
     """
-    from qvlm_plugin.doctor.finding import Status, examine
+    from qvlm_plugin.doctor.examine import examine
+    from qvlm_plugin.doctor.finding import Status
     from qvlm_plugin.scheme import Scheme
 
-    widths = Scheme.parse(scheme)
+    space = (pretrained, revision, Scheme.parse(scheme))
+    trial = "evaluating two documents with a tiny model, about half a minute"
+    checks = (
+        ("packages", "looking at packages", "qvlm_plugin.doctor.packages:check_packages"),
+        ("bfloat16", "looking at the processor", "qvlm_plugin.doctor.arithmetic:check_arithmetic"),
+        ("plugins", "looking at plugins", "qvlm_plugin.doctor.plugins:check_plugins"),
+        ("lmms-eval", "looking at lmms-eval", "qvlm_plugin.harness.checks:check_registration"),
+        ("tasks", "looking for tasks and their data", "qvlm_plugin.harness.checks:check_tasks", tasks.split(",")),
+        ("kernels", "testing kernels", "qvlm_plugin.doctor.kernels:check_kernels"),
+        ("space", "looking at memory and disk", "qvlm_plugin.doctor.space:check_space", *space),
+        ("trial run", trial, "qvlm_plugin.doctor.trial:check_trial"),
+    )
+    findings = []
     with working_in(data):
-        findings = [
-            *examine("packages", "qvlm_plugin.doctor.packages:check_packages"),
-            *examine("plugins", "qvlm_plugin.doctor.plugins:check_plugins"),
-            *examine("lmms-eval", "qvlm_plugin.harness.checks:check_registration"),
-            *examine("tasks", "qvlm_plugin.harness.checks:check_tasks", tasks.split(",")),
-            *examine("kernels", "qvlm_plugin.doctor.kernels:check_kernels"),
-            *examine("space", "qvlm_plugin.doctor.space:check_space", pretrained, revision, widths),
-        ]
+        for subject, doing, check, *arguments in checks:
+            with _telling(doing):
+                found = examine(subject, check, *arguments)
+            findings += found
+            if not json:
+                for finding in found:
+                    typer.echo(finding)
     if json:
         typer.echo(json_format.dumps([asdict(finding) for finding in findings], indent=2))
-    else:
-        typer.echo("\n".join(map(str, findings)))
     if any(finding.status is Status.FAIL for finding in findings):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _telling(doing: str) -> Iterator[None]:
+    """While active, a terminal shows what is being done; a log gets a line."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(f"{doing} …"):
+            yield
+    else:
+        typer.echo(f"{doing} …", err=True)
+        yield

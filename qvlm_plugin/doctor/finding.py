@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from importlib import import_module
 
 
 class Status(StrEnum):
@@ -31,16 +30,3 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.status:<4}  {self.subject}: {self.message}" + (f" -> {self.remedy}" if self.remedy else "")
-
-
-def examine(subject: str, check: str, *arguments: object) -> list[Finding]:
-    """What a check finds, which ``check`` names as ``module:function``.
-
-    That it cannot even be imported, or raises, is a finding too: a broken installation can do anything.
-    """
-    module, _, function = check.partition(":")
-    try:
-        return getattr(import_module(module), function)(*arguments)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        return [Finding(subject, Status.FAIL, f"{type(error).__name__}: {reason}", "mend what this says, then repeat")]

@@ -2,9 +2,11 @@
 
 import platform
 import re
+from collections.abc import Iterable
 from importlib import metadata
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from qvlm_plugin import __version__
 from qvlm_plugin.doctor.finding import Finding, Status
@@ -14,28 +16,63 @@ PACKAGE = "qvlm_plugin"
 
 def check_packages() -> list[Finding]:
     """A finding for the package, one for all that it requires and one for each of its extras."""
-    try:
-        lines = metadata.requires(PACKAGE) or []
-    except metadata.PackageNotFoundError:
+    requirements = _requirements()
+    if requirements is None:
         message = "not installed: neither lmms-eval nor plugins can find it"
         return [Finding(PACKAGE, Status.FAIL, message, "pip install . in a checkout")]
-    requirements = [Requirement(line) for line in lines]
     findings = [Finding(PACKAGE, Status.OK, f"{__version__}, Python {platform.python_version()}")]
     extras = [extra for extra in metadata.metadata(PACKAGE).get_all("Provides-Extra") or [] if extra != "test"]
     for extra in (None, *extras):
         needed = [each for each in requirements if _belongs(each, extra)]
-        found = {each: _version(each.name) for each in needed}
-        unmet = [each for each in needed if found[each] is None or not each.specifier.contains(found[each], True)]
+        unmet = [each for each in needed if not is_met(each)]
         if not unmet:
-            versions = ", ".join(f"{each.name} {found[each]}" for each in needed)
+            versions = ", ".join(f"{each.name} {version_of(each.name)}" for each in needed)
             findings.append(Finding(_subject(extra), Status.OK, versions))
             continue
         message = ", ".join(
-            f"{each.name} {found[each] or 'missing'} (needs {each.specifier or 'any'})" for each in unmet
+            f"{each.name} {version_of(each.name) or 'missing'} (needs {_versions(each) or 'any'})" for each in unmet
         )
-        remedy = f"pip install '{PACKAGE}[{extra}]'" if extra else f"pip install --upgrade {PACKAGE}"
+        remedy = f"pip install '{PACKAGE}[{extra}]'" if extra else install_command(unmet)
         findings.append(Finding(_subject(extra), Status.WARN if extra else Status.FAIL, message, remedy))
     return findings
+
+
+def requirement_of(name: str) -> Requirement | None:
+    """What this package, or one of its extras, requires of a distribution; None where it requires nothing."""
+    wanted = canonicalize_name(name)
+    return next((each for each in _requirements() or [] if canonicalize_name(each.name) == wanted), None)
+
+
+def version_of(name: str) -> str | None:
+    """The installed version of a distribution; None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def is_met(requirement: Requirement) -> bool:
+    """Whether an allowed version is installed."""
+    version = version_of(requirement.name)
+    return version is not None and requirement.specifier.contains(version, prereleases=True)
+
+
+def install_command(requirements: Iterable[Requirement]) -> str:
+    """The command that installs allowed versions."""
+    return " ".join(["pip install", *(f"'{each.name}{_versions(each)}'" for each in requirements)])
+
+
+def _requirements() -> list[Requirement] | None:
+    """What this package and its extras require; None where it is not installed."""
+    try:
+        return [Requirement(line) for line in metadata.requires(PACKAGE) or []]
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions(requirement: Requirement) -> str:
+    """The allowed versions, the lowest first."""
+    return ",".join(sorted(map(str, requirement.specifier), reverse=True))
 
 
 def _subject(extra: str | None) -> str:
@@ -45,10 +82,3 @@ def _subject(extra: str | None) -> str:
 def _belongs(requirement: Requirement, extra: str | None) -> bool:
     named = re.search(r"extra == ['\"]([\w.-]+)['\"]", str(requirement.marker or ""))
     return (named and named[1]) == extra
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

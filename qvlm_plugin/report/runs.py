@@ -52,12 +52,14 @@ class Setting:
         directory: the harness's working directory; None for the current one.
         batch_size: documents per forward pass.
         processes: processes that share a cell's documents.
+        include_path: folder of tasks that lmms-eval does not know; None for no more.
     """
 
     output: Path
     directory: Path | None = None
     batch_size: int = 1
     processes: int = 1
+    include_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,11 @@ def command(cell: Cell, setting: Setting) -> list[str]:
     if setting.processes > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(setting.processes), "-m"]
     limit = [] if cell.limit is None else ["--limit", str(cell.limit)]
+    more_tasks = [] if setting.include_path is None else ["--include_path", str(setting.include_path.resolve())]
     return [
         *(*launcher, "lmms_eval", "--model", MODEL),
         *("--model_args", ",".join(f"{name}={value}" for name, value in cell.model_args.items())),
-        *("--tasks", ",".join(cell.tasks), "--batch_size", str(setting.batch_size), *limit),
+        *("--tasks", ",".join(cell.tasks), "--batch_size", str(setting.batch_size), *limit, *more_tasks),
         *("--log_samples", "--output_path", str((setting.output / cell.name).resolve())),
     ]
 

@@ -4,15 +4,16 @@ import pytest
 from typer.testing import CliRunner
 
 from qvlm_plugin.cli import app
-from qvlm_plugin.doctor import finding
-from qvlm_plugin.doctor.finding import Finding, Status, examine
+from qvlm_plugin.doctor.examine import examine
+from qvlm_plugin.doctor.finding import Finding, Status
 
 GOOD, POOR, BAD = (Finding(status, status, "so it is", "do that") for status in Status)
 
 
 def invoke(monkeypatch, found, *arguments):
     """The command with what each of its checks finds."""
-    monkeypatch.setattr(finding, "examine", lambda subject, check, *rest: found if subject == "packages" else [])
+    examined = lambda subject, check, *rest: found if subject == "packages" else []  # noqa: E731
+    monkeypatch.setattr("qvlm_plugin.doctor.examine.examine", examined)
     return CliRunner().invoke(app, ["doctor", *map(str, arguments)])
 
 
@@ -21,6 +22,12 @@ def test_the_exit_status_says_whether_something_fails(monkeypatch, found, code):
     done = invoke(monkeypatch, found)
     assert done.exit_code == code and len(done.stdout.splitlines()) == len(found)
     assert done.stdout.startswith("ok    ok: so it is -> do that")
+
+
+def test_what_is_being_done_is_said_before_and_what_was_found_right_after(monkeypatch):
+    first, found, second, *_, last = invoke(monkeypatch, [GOOD]).output.splitlines()
+    assert first == "looking at packages …" and found == str(GOOD) and second.endswith(" …")
+    assert last == "evaluating two documents with a tiny model, about half a minute …"
 
 
 def test_json_has_every_field(monkeypatch):
@@ -48,6 +55,7 @@ def test_the_checks_that_it_names_are_there(tiny_llava, tmp_path):
     done = CliRunner().invoke(app, ["doctor", *arguments])
     subjects = {one["subject"]: one for one in json.loads(done.stdout)}
     expected = {"qvlm_plugin", "packages", "plugins", "lmms-eval", "tasks", "data of scienceqa", "kernel int4 on cpu"}
-    assert expected | {"memory", "disk for plans"} <= subjects.keys()
+    assert expected | {"memory", "disk for plans", "trial run"} <= subjects.keys()
     assert "Error" not in done.stdout and subjects["lmms-eval"]["status"] == "ok"
+    assert subjects["trial run"]["status"] == "ok" and "2 documents" in subjects["trial run"]["message"]
     assert all(one["remedy"] for one in subjects.values() if one["status"] != "ok")

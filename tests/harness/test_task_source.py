@@ -1,12 +1,16 @@
 from functools import partial
 
 import pytest
-from harness.mirrors import scienceqa_row, vqav2_row, write_mirrors
+from harness.mirrors import SETS, scienceqa_row, vqav2_row, write_mirrors
 
 from qvlm_plugin.calibration import read_calibration
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness.task_source import draw_samples
+
+_, _, SPLITS, _ = SETS["ScienceQA"]
+ROWS = [row for row in map(scienceqa_row, SPLITS["train"]) if row["image"]]
+"""ScienceQA's training documents with an image."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def test_scienceqa_is_rendered_as_the_harness_does():
     calibration = read("scienceqa:train:8", seed=1)
     assert len(calibration.samples) == 8 and calibration.seed == 1
     for sample, prompt in zip(calibration.samples, prompts(calibration), strict=True):
-        row = next(row for row in map(scienceqa_row, range(100, 112)) if row["question"] in prompt)
+        (row,) = (row for row in ROWS if row["question"] in prompt)
         assert len(sample.conversation.images) == 1
         assert sample.conversation.images[0].tobytes() == row["image"].tobytes()
         assert sample.answer == "AB"[row["answer"]]
@@ -72,7 +76,7 @@ def test_the_commonest_answer_is_the_target():
         ("scienceqa:test:4", "scienceqa:test: the split is what the task evaluates; allowed are train"),
         ("scienceqa:holdout:4", "scienceqa:holdout: the split does not exist; allowed are train"),
         ("vizwiz_vqa_val:val:1", "the split is what the task evaluates; allowed are test"),
-        ("scienceqa:train:9", "scienceqa:train:9: only 8 documents have an image"),
+        ("scienceqa:train:99", f"scienceqa:train:99: only {len(ROWS)} documents have an image"),
         ("sciencqa:train:9", r"calibration=sciencqa is neither a task of lmms-eval \(similar: .*scienceqa"),
         ("gqa:train:4", "calibration=gqa: its data does not load"),
         ("missing.json:4", "there is no such file"),

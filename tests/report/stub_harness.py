@@ -6,7 +6,7 @@ SOURCE = """
 import argparse, json, os, pathlib, sys, time
 
 parser = argparse.ArgumentParser()
-for name in ("model", "model_args", "tasks", "batch_size", "limit", "output_path"):
+for name in ("model", "model_args", "tasks", "batch_size", "limit", "include_path", "output_path"):
     parser.add_argument(f"--{name}")
 parser.add_argument("--log_samples", action="store_true")
 asked = parser.parse_args()

@@ -1,0 +1,118 @@
+"""A trial run: the harness evaluates two documents with a tiny quantized model, from a folder that is removed again."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers.utils import logging
+
+from qvlm_plugin.doctor.fault import Fault, read_fault
+from qvlm_plugin.doctor.finding import Finding, Status
+from qvlm_plugin.doctor.tiny_llava import random_image, write_tiny_llava
+from qvlm_plugin.report.results import read_results
+from qvlm_plugin.report.runs import Cell, Outcome, Setting, run_cell
+
+SUBJECT = "trial run"
+DOCUMENTS = 2
+
+_TASK = "qvlm_trial"
+_DEFINITION = f"""\
+task: {_TASK}
+dataset_path: documents
+test_split: test
+output_type: generate_until
+doc_to_visual: !function lmms_eval.tasks.scienceqa.utils.sqa_doc_to_visual
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 4, temperature: 0, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+_METHOD = "rtn"
+_CELL = Cell(
+    "run",
+    {
+        "pretrained": "./model", "dtype": "float32", "method": _METHOD, "scheme": "w4a4",
+        "calibration": f"calibration.json:{DOCUMENTS}", "calibration_batch_size": str(DOCUMENTS),
+    },
+    (_TASK,),
+)  # fmt: skip
+_CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "LMMS_EVAL_DATASETS_CACHE", "QVLM_CACHE")
+
+
+def check_trial() -> list[Finding]:
+    """One finding: whether a real run of lmms-eval loads, quantizes, generates and writes results.
+
+    It needs no network and writes nothing outside the system's temporary folder, where the log of a failed run is kept.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="qvlm-doctor-", ignore_cleanup_errors=True) as name:
+        place = Path(name)
+        _write(place)
+        setting = Setting(place / "results", place, include_path=place / "tasks")
+        outcome = run_cell(_CELL, setting, _environment(place))
+        if outcome.results and _is_complete(outcome.results):
+            told = f"lmms-eval evaluated {DOCUMENTS} documents with a tiny model ({_METHOD}, w4a4)"
+            return [Finding(SUBJECT, Status.OK, f"{told} in {time.monotonic() - began:.0f} s")]
+        return [_failure(outcome)]
+
+
+def _write(place: Path) -> None:
+    """Model, task, documents and calibration samples."""
+    with _without_bars():
+        write_tiny_llava(place / "model")
+    (place / "tasks").mkdir()
+    (place / "tasks" / f"{_TASK}.yaml").write_text(_DEFINITION)
+    images = place / "documents" / "test"
+    images.mkdir(parents=True)
+    rows, samples = [], []
+    for index in range(DOCUMENTS):
+        name, question = f"{index}.png", f"What is shown as number {index}?"
+        random_image(index).save(images / name)
+        rows.append({"file_name": name, "question": question, "answer": "noise"})
+        turns = [{"from": "human", "value": f"<image>\nDescribe number {index}."}, {"from": "gpt", "value": "noise"}]
+        samples.append({"image": f"documents/test/{name}", "conversations": turns})
+    (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "calibration.json").write_text(json.dumps(samples))
+
+
+def _environment(place: Path) -> dict[str, str]:
+    """Offline, with all caches in ``place``, and with this process's packages in spite of another directory."""
+    paths = os.environ.get("PYTHONPATH")
+    overlays = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))} if paths else {}
+    caches = {variable: str(place / "caches" / variable) for variable in _CACHES}
+    return {"HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1", **caches, **overlays}
+
+
+def _is_complete(results: Path) -> bool:
+    """Whether there are scores of all documents, and the record of what was quantized."""
+    scores = read_results([results])
+    recorded = all(score.run is not None and score.run["method"] == _METHOD for score in scores)
+    return recorded and {score.documents for score in scores} == {DOCUMENTS}
+
+
+def _failure(outcome: Outcome) -> Finding:
+    """Why there are no results, or not all; the log is kept."""
+    log = outcome.log.read_bytes()
+    with tempfile.NamedTemporaryFile(prefix="qvlm-doctor-", suffix=".log", delete=False) as kept:
+        kept.write(log)
+    if outcome.results:
+        fault = Fault("the results lack documents, or the record of what was quantized")
+    else:
+        fault = read_fault(log.decode(errors="replace"))
+    return Finding(SUBJECT, Status.FAIL, f"{fault}; log: {kept.name}", fault.remedy)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -29,10 +29,10 @@ def doctor(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Look for what would stop an evaluation, and run a tiny one: one line for each thing, with the remedy.
+    """Look for what would stop an evaluation, then try one: one line for each thing, with the remedy.
 
-    The tiny one is a run of lmms-eval on two documents of its own with a quantized model of random weights, offline and
-    in a temporary folder. Exits with 1 if something fails; warnings are about what some runs do without.
+    The trial is a real run of lmms-eval on two documents with a tiny quantized model of random weights, offline and in
+    a temporary folder. Exits with 1 if something fails; warnings are about what some runs do without.
 
     Example: qvlm doctor --pretrained llava-hf/llava-1.5-7b-hf --scheme w4a4
     """

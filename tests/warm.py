@@ -1,0 +1,128 @@
+"""Commands in processes of their own that start at once: forked from one process that has imported the packages.
+
+A process of lmms-eval imports for ten seconds and more before it does anything. Here the programs `lmms-eval`, `qvlm` and
+`python -m …` are short scripts that ask a server for a fork of itself, which gets the caller's arguments, folder,
+environment and streams, runs the command as `__main__`, and hands its exit status back. Everything but the imports is
+what a process of its own would do. Killing the script does not kill the fork: tests of kills need real processes.
+"""
+
+import atexit
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+
+IMPORTED = (
+    "torch", "transformers", "datasets", "accelerate", "matplotlib.pyplot", "lmms_eval.__main__", "lmms_eval.cli.dispatch",
+    "lmms_eval.evaluator", "lmms_eval.tasks", "qvlm_plugin.cli", "qvlm_plugin.harness.wrapper",
+    "qvlm_plugin.report.ablations.table1", "qvlm_plugin.report.compare.report", "qvlm_plugin.export",
+)  # fmt: skip
+
+SCRIPT = """\
+#!{python} -ISE
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    request = {{"program": {program!r}, "arguments": sys.argv[1:], "cwd": os.getcwd(), "environment": dict(os.environ)}}
+    socket.send_fds(server, [(json.dumps(request) + "\\n").encode()], [0, 1, 2])
+    status = server.recv(16)
+os._exit(int(status or 1))
+"""
+
+
+@contextmanager
+def programs(folder: Path) -> Iterator[Path]:
+    """While active, the programs in this folder, new, start at once."""
+    address = str(folder / "server")
+    folder.mkdir()
+    for program in ("python", "lmms-eval", "qvlm"):
+        script = folder / program
+        script.write_text(SCRIPT.format(python=sys.executable, address=address, program=program))
+        script.chmod(0o755)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["HF_DATASETS_CACHE"] = str(folder / "datasets")  # read when datasets is imported
+    server = subprocess.Popen([sys.executable, __file__, address], env=environment, stdout=subprocess.PIPE)
+    try:
+        assert server.stdout.readline() == b"ready\n"
+        yield folder
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _serve(address: str) -> None:
+    for name in IMPORTED:
+        import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no child is waited for
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(address)
+        listening.listen()
+        print("ready", flush=True)
+        while True:
+            connection, _ = listening.accept()
+            if os.fork() == 0:
+                listening.close()
+                _answer(connection, Path(address).parent)
+            connection.close()
+
+
+def _answer(connection: socket.socket, folder: Path) -> None:
+    """Run the command that is asked for, and end this process."""
+    message, descriptors, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    while not message.endswith(b"\n"):
+        message += connection.recv(1 << 20)
+    request = json.loads(message)
+    for standard, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, standard)
+        os.close(descriptor)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.executable = str(folder / "python")  # processes that it starts are as quick
+    status = _run(request["program"], request["arguments"])
+    connection.sendall(str(status).encode())
+    os._exit(status)
+
+
+def _run(program: str, arguments: Sequence[str]) -> int:
+    try:
+        match program, *arguments:
+            case "qvlm", *rest:
+                sys.argv = ["qvlm", *rest]
+                sys.modules["qvlm_plugin.cli"].app()
+            case ("lmms-eval", *rest) | ("python", "-m", "lmms_eval", *rest):
+                _run_module("lmms_eval", rest)
+            case "python", "-m", module, *rest:
+                _run_module(module, rest)
+            case _:
+                raise ValueError(f"{program} {' '.join(arguments)} is not known here")
+    except SystemExit as exit:
+        if isinstance(exit.code, str):
+            print(exit.code, file=sys.stderr)
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def _run_module(module: str, arguments: Sequence[str]) -> None:
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

@@ -9,6 +9,7 @@ import typer
 from qvlm_plugin.commands.shared import (
     Device,
     Dtype,
+    KeepGoing,
     MethodOptions,
     OneScheme,
     Pretrained,
@@ -64,6 +65,7 @@ def table1(
     option: MethodOptions = None,
     model_args: ModelArgs = "",
     data: Data = None,
+    keep_going: KeepGoing = False,
 ) -> None:
     """Weight memory, search cost and accuracy of the baseline, +CDM, +VEO and Q-VLM.
 
@@ -81,7 +83,7 @@ def table1(
     with working_in(data):
         placement = {"revision": more.get("revision"), "dtype": more.get("dtype", "auto"), "device_map": "meta"}
         shapes = load(resolve_demo(pretrained), **placement)
-    setting = Setting(output / "runs", data, batch_size, processes)
+    setting = Setting(output / "runs", data, batch_size, processes, keep_going=keep_going)
     _finish(output, *table1(subject, schemes.split(","), setting, shapes, command_line()))
 
 
@@ -100,6 +102,7 @@ def fig3a(
     option: MethodOptions = None,
     model_args: ModelArgs = "",
     data: Data = None,
+    keep_going: KeepGoing = False,
 ) -> None:
     """Accuracy and search cost against the maximum depth of a block.
 
@@ -113,7 +116,7 @@ def fig3a(
     from qvlm_plugin.report.runs import Setting
 
     subject = _subject(pretrained, calibration, tasks, limit, option, model_args)
-    setting = Setting(output / "runs", data, batch_size, processes)
+    setting = Setting(output / "runs", data, batch_size, processes, keep_going=keep_going)
     _finish(output, *figure3a(subject, scheme, depths.split(","), setting, command_line()))
 
 
@@ -135,6 +138,7 @@ def fig3b(
     option: MethodOptions = None,
     model_args: ModelArgs = "",
     data: Data = None,
+    keep_going: KeepGoing = False,
 ) -> None:
     """Accuracy and search cost against the end of the percentile grid, and against η.
 
@@ -147,7 +151,7 @@ def fig3b(
     from qvlm_plugin.report.runs import Setting
 
     subject = _subject(pretrained, calibration, tasks, limit, option, model_args)
-    setting = Setting(output / "runs", data, batch_size, processes)
+    setting = Setting(output / "runs", data, batch_size, processes, keep_going=keep_going)
     command = command_line()
     _finish(output, *figure3b(subject, scheme, percentiles.split(","), etas.split(","), setting, command))
 

@@ -1,16 +1,12 @@
 """``qvlm compare``: run a grid of methods and test the differences."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from qvlm_plugin.commands.shared import command_line, needs_report_packages, pairs, reports_errors
+from qvlm_plugin.commands.shared import KeepGoing, command_line, needs_report_packages, pairs, reports_errors
 from qvlm_plugin.errors import QVLMError
-
-if TYPE_CHECKING:
-    from qvlm_plugin.report.compare.grid import CompareGrid
 
 
 @reports_errors
@@ -24,6 +20,12 @@ def compare(
     schemes: Annotated[str | None, typer.Option(help="Bits, separated by commas.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lmms-eval, separated by commas.")] = None,
     calibration: Annotated[str | None, typer.Option(help="task:split:n or file.json:n, joined by +.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds of the calibration draw, separated by commas; default: 0.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Method that the others are compared with; default: none, full precision.")
+    ] = None,
     model_args: Annotated[
         str | None, typer.Option(help="Further model arguments of every run, as dtype=float16.")
     ] = None,
@@ -36,27 +38,30 @@ def compare(
     data: Annotated[
         Path | None, typer.Option(help="Working directory of the runs, with local mirrors of data.")
     ] = None,
+    keep_going: KeepGoing = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the runs, and which are finished, and stop.")
     ] = False,
 ) -> None:
-    """Run models × methods × schemes × tasks, each in its own process, and compare with full precision.
+    """Run models × methods × schemes × seeds × tasks, each in its own process, and compare them with a baseline.
 
-    Full precision is run beside. Finished runs, known by what their results record, are not run again; one that fails
-    is told, and the others go on. Ends with comparison.md, .json, .svg and .png.
+    Full precision is run beside. Finished runs, known by what their results record, are not run again. It stops at the
+    first run without results, unless told to keep going. Ends with comparison.md, .json, .svg and .png, and a verdict.
 
-    Example: qvlm compare results --models demo --methods qlora,awq,qvlm --schemes w6a6,w4a4
-    --tasks qvlm_scienceqa,qvlm_vizwiz,qvlm_vqav2 --data demo-data --calibration calibration/train.json:64
+    Example: qvlm compare results --models demo --methods qlora,awq,qvlm --schemes w6a6,w4a4 --seeds 0,1,2
+    --baseline qlora --tasks qvlm_scienceqa,qvlm_vizwiz,qvlm_vqav2 --data demo-data
+    --calibration calibration/train.json:64
     """
     from qvlm_plugin.atomic import make_folder
     from qvlm_plugin.report.compare.grid import cells, read_grid
     from qvlm_plugin.report.runs import Setting, command, finished_cells
 
     given = {name: _names(text) for name, text in (("models", models), ("methods", methods), ("schemes", schemes))}
-    given |= {"tasks": _names(tasks), "calibration": calibration, "limit": limit, "metric": metric}
+    given |= {"tasks": _names(tasks), "seeds": _names(seeds), "baseline": baseline}
+    given |= {"calibration": calibration, "limit": limit, "metric": metric}
     asked = read_grid(grid, given | {"model_args": pairs(model_args.split(",")) if model_args else None})
-    _check(asked)
-    todo, setting = cells(asked), Setting(output, data, batch_size, processes)
+    todo, named = [one.cell for one in cells(asked)], _names(devices) or ()
+    setting = Setting(output, data, batch_size, processes, jobs or max(1, len(named)), named, keep_going)
     if data is not None and not data.is_dir():
         raise QVLMError(f"--data {data}: there is no such folder")
     if dry_run:
@@ -68,32 +73,19 @@ def compare(
     with needs_report_packages():
         from qvlm_plugin.report.compare.comparison import compare_outcomes
         from qvlm_plugin.report.compare.report import compare_report
-        from qvlm_plugin.report.compare.running import run_grid
+        from qvlm_plugin.report.running import run_cells
 
-    named = _names(devices) or ()
     make_folder(output)
-    outcomes = run_grid(todo, setting, asked.metric, jobs or max(1, len(named)), named, Console(stderr=True))
-    compared, trouble = compare_outcomes(outcomes, asked.metric)
+    compared, trouble = compare_outcomes(asked, run_cells(todo, setting, asked.metric))
     if not compared:
         raise QVLMError(f"no run can be compared: {trouble[0]}")
     report = compare_report(asked, compared, trouble, command_line())
     typer.echo(report.write(output))
+    for sentence in report.verdicts:
+        typer.echo(sentence)
     if trouble:
         raise QVLMError(f"{len(trouble)} runs are missing there; the same command tries them again: {trouble[0]}")
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(","))
-
-
-def _check(asked: "CompareGrid") -> None:
-    """Methods, options and schemes, before anything runs."""
-    from qvlm_plugin.planning import check_request
-
-    for method in asked.methods:
-        for scheme in asked.schemes:
-            check_request(method, scheme, asked.options.get(method, {}))
-    if unknown := asked.options.keys() - set(asked.methods):
-        raise QVLMError(
-            f"options: {sorted(unknown)[0]} is not among the methods; allowed are {', '.join(asked.methods)}"
-        )

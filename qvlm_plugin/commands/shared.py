@@ -37,6 +37,9 @@ RouterNoiseSeed = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="Torch device.")]
+KeepGoing = Annotated[
+    bool, typer.Option("--keep-going", help="Run the others after a run that ended without results, and report them.")
+]
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,18 +1,16 @@
-"""Run the harness on a grid of configurations, one process each, and pick up where an earlier attempt stopped."""
+"""Run the harness on one configuration, in a process of its own, unless results of it are there already."""
 
 import fcntl
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qvlm_plugin.atomic import make_folder
 from qvlm_plugin.errors import QVLMError
@@ -21,8 +19,29 @@ from qvlm_plugin.report.leaderboard.reading import samples_file
 
 MODEL = "qvlm_llava"
 
+RUNNING, LOCKED = "running", "waiting for another process that runs it"
+"""What a cell does until it has ended."""
+
+POLL = 0.1
+"""Seconds between two looks at a process."""
+
 LOG_LINES = 15
 """How much of a failed cell's log is shown."""
+
+_TAIL = 65_536
+"""Bytes at the end of a log in which the newest lines are looked for."""
+
+_GRACE = 10
+"""Seconds that the harness gets to end itself."""
+
+_ERROR = re.compile(
+    r"^Traceback \(most recent call last\):\n(?:[ \t].*\n)*(?P<raised>\S.*)"
+    r"|^(?P<printed>(?:\w+\.)*\w*Error: .+)"
+    r"|^[\d-]+ [\d:.]+ \| ERROR +\| \S+ - (?P<logged>.+)",
+    re.MULTILINE,
+)
+_RANK = re.compile(r"^\[rank\d+\]: ?")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,9 @@ class Setting:
         batch_size: documents per forward pass.
         processes: processes that share a cell's documents.
         include_path: folder of tasks that lmms-eval does not know; None for no more.
+        jobs: cells at a time.
+        devices: what each job's CUDA_VISIBLE_DEVICES says, taken in turns; empty leaves the environment alone.
+        keep_going: whether others are run after a cell that ended without results.
     """
 
     output: Path
@@ -60,6 +82,9 @@ class Setting:
     batch_size: int = 1
     processes: int = 1
     include_path: Path | None = None
+    jobs: int = 1
+    devices: tuple[str, ...] = ()
+    keep_going: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,12 +96,21 @@ class Outcome:
         results: its results file; None when it failed.
         log: what the harness printed.
         reused: whether an earlier run's results were taken.
+        status: the harness's exit status; None where it was not started.
     """
 
     cell: Cell
     results: Path | None
     log: Path
     reused: bool
+    status: int | None = None
+
+    @property
+    def failure(self) -> str:
+        """Of a cell without results: what its log says last about an error, and where the log is."""
+        ended = f" (killed by signal {-self.status})" if self.status is not None and self.status < 0 else ""
+        error = last_error(self.log) or "nothing was printed"
+        return f"{self.cell.name} ended without results{ended}: {error}; log: {self.log}"
 
 
 def command(cell: Cell, setting: Setting) -> list[str]:
@@ -114,6 +148,14 @@ def finished_cells(cells: Sequence[Cell], output: Path) -> dict[str, Path]:
 
 
 def run_cell(cell: Cell, setting: Setting, environment: Mapping[str, str] | None = None) -> Outcome:
+    """Evaluate a cell and wait for it; arguments and errors are those of `steps`."""
+    with closing(steps(cell, setting, environment)) as going:
+        while not isinstance(step := next(going), Outcome):
+            time.sleep(POLL)
+    return step
+
+
+def steps(cell: Cell, setting: Setting, environment: Mapping[str, str] | None = None) -> Iterator[str | Outcome]:
     """Evaluate a cell, unless a finished run of it is there already.
 
     lmms-eval exits with 0 even when an evaluation failed, so what counts is whether it wrote results.
@@ -123,15 +165,22 @@ def run_cell(cell: Cell, setting: Setting, environment: Mapping[str, str] | None
         setting: where and how.
         environment: variables that the harness sees beside this process's own.
 
+    Yields:
+        `RUNNING` or `LOCKED`, at once, as often as it is asked, and at last the outcome. The harness is ended when this
+        generator is closed.
+
     Raises:
         QVLMError: the cell's folder cannot be written.
     """
     log = setting.output / cell.name / "log.txt"
-    with _only_one(log.parent) as lock:
+    with _lock_file(log.parent) as lock:
+        while not _try_lock(lock):
+            yield LOCKED
         if found := find_results(cell, setting.output):
-            return Outcome(cell, found, log, reused=True)
+            yield Outcome(cell, found, log, reused=True)
+            return
         with log.open("wb") as stream:
-            subprocess.run(
+            process = subprocess.Popen(
                 command(cell, setting),
                 cwd=setting.directory,
                 env={**os.environ, **(environment or {})},
@@ -140,12 +189,27 @@ def run_cell(cell: Cell, setting: Setting, environment: Mapping[str, str] | None
                 stderr=stream,
                 pass_fds=[lock],
             )
-    return Outcome(cell, find_results(cell, setting.output), log, reused=False)
+        try:
+            while process.poll() is None:
+                yield RUNNING
+        finally:
+            _end(process)
+    yield Outcome(cell, find_results(cell, setting.output), log, reused=False, status=process.returncode)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process, if it has not ended."""
+    process.terminate()
+    try:
+        process.wait(_GRACE)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[int]:
-    """Wait until no other process runs the cell of this folder; gives the lock's file descriptor.
+def _lock_file(folder: Path) -> Iterator[int]:
+    """The descriptor of a file by which processes that would run the cell of this folder exclude each other.
 
     Who inherits the descriptor holds the lock too: where this process is killed, the harness that it started goes on,
     and is waited for.
@@ -156,43 +220,51 @@ def _only_one(folder: Path) -> Iterator[int]:
     except OSError as error:
         raise QVLMError(f"{str(folder)!r} cannot be written: {one_line(error)}") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def run_cells(cells: Sequence[Cell], setting: Setting) -> list[Outcome]:
-    """Evaluate cells one after another, with progress on the terminal; a failed one does not stop the rest.
-
-    Raises:
-        QVLMError: the working directory is not there.
-    """
-    if setting.directory is not None and not setting.directory.is_dir():
-        raise QVLMError(f"working directory {str(setting.directory)!r} does not exist")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    outcomes = []
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(cells))
-        for cell in cells:
-            progress.update(task, description=cell.name)
-            outcome = run_cell(cell, setting)
-            if outcome.reused:
-                progress.console.print(f"{cell.name}: finished before, {outcome.results}", soft_wrap=True)
-            elif outcome.results is None:
-                end = "\n".join(log_end(outcome.log))
-                told = f"{cell.name} failed; the end of {outcome.log}:\n{end}"
-                progress.console.print(told, markup=False, highlight=False, soft_wrap=True)
-            outcomes.append(outcome)
-            progress.advance(task)
-    return outcomes
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def log_end(log: Path) -> list[str]:
     """The last lines of a log, without what progress bars have overwritten."""
-    text = log.read_bytes().decode(errors="replace") if log.is_file() else ""
-    lines = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
-    return [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines if line][-LOG_LINES:]
+    return _lines(log, _TAIL)[-LOG_LINES:]
+
+
+def last_error(log: Path) -> str:
+    """The line of a log that says why the run failed.
+
+    It is the last one that ends a traceback, is printed as an error, or that loguru logs as one; where loguru's repeats
+    the exception before it, the exception. A log without any gives its last line, an empty one nothing.
+    """
+    lines = [_RANK.sub("", line) for line in _lines(log)]
+    exception, error = "", lines[-1] if lines else ""
+    for found in _ERROR.finditer("\n".join(lines)):
+        if logged := found["logged"]:
+            _, _, message = exception.partition(": ")
+            error = exception if message and message in logged else logged
+        else:
+            exception = error = found["raised"] or found["printed"]
+    return error
+
+
+def _lines(log: Path, size: int | None = None) -> list[str]:
+    """The lines of a log's last ``size`` bytes that are not empty, as a terminal would show them."""
+    if not log.is_file():
+        return []
+    with log.open("rb") as stream:
+        if size is not None:
+            stream.seek(max(0, log.stat().st_size - size))
+        text = _COLOURS.sub("", stream.read().decode(errors="replace"))
+    lines = (line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n"))
+    return [line for line in lines if line]
 
 
 def _read(file: Path) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Report:
         rows: the same as JSON data.
         notes: sentences on how to read it.
         figure: the figure's files by suffix.
+        verdicts: sentences on what it comes to, at the end.
+        data: more JSON data by key.
     """
 
     name: str
@@ -34,13 +36,16 @@ class Report:
     rows: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
     figure: Mapping[str, bytes]
+    verdicts: Sequence[str] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """The document that shows all of it."""
         first, *others = (table.markdown() for table in self.tables)
-        notes = "\n".join(f"- {note}" for note in self.notes)
+        notes, verdicts = ("\n".join(f"- {line}" for line in lines) for lines in (self.notes, self.verdicts))
         parts = [f"# {self.title}", first, notes, f"```console\n$ {self.command}\n```"]
-        return "\n\n".join([*parts, f"![{self.title}]({self.name}.svg)", *others]) + "\n"
+        parts += [f"![{self.title}]({self.name}.svg)", *others]
+        return "\n\n".join([*parts, f"## Verdict\n\n{verdicts}"] if verdicts else parts) + "\n"
 
     def write(self, folder: Path) -> Path:
         """Write ``<name>.md``, ``.json`` and the figure; each file is there completely or not at all.
@@ -49,7 +54,8 @@ class Report:
             The Markdown file.
         """
         content = {"name": self.name, "title": self.title, "command": self.command, "notes": [*self.notes]}
-        data = json.dumps(content | {"rows": [*self.rows]}, indent=1, allow_nan=False) + "\n"
+        content |= {"rows": [*self.rows], **self.data} | ({"verdicts": [*self.verdicts]} if self.verdicts else {})
+        data = json.dumps(content, indent=1, allow_nan=False) + "\n"
         files = {**self.figure, "json": data.encode(), "md": self.markdown().encode()}
         for suffix, blob in files.items():  # the document last: when it is there, so is what it shows
             write_file(folder / f"{self.name}.{suffix}", blob)

@@ -26,10 +26,12 @@ def test_a_grid_ends_in_a_comparison_and_goes_on_where_it_stopped(place, tmp_pat
     assert "--model_args pretrained=tiny,method=rtn,scheme=w4a4" in shown.stdout.replace("\n", " ")
     done = run(tmp_path, "--jobs", "2")
     assert done.exit_code == 0, done.output
-    assert done.stdout.strip() == str(tmp_path / "out" / "comparison.md") and len(calls(place)) == 5
+    written, *verdicts = done.stdout.splitlines()
+    assert written == str(tmp_path / "out" / "comparison.md") and len(calls(place)) == 5
+    assert len(verdicts) == 4 and verdicts[0].startswith("rtn w4a4 is 50.0 points below full precision [-")
     report = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    drops = {(row["method"], row["scheme"]): row.get("drop") for row in report["rows"]}
-    assert drops == {
+    differences = {(row["method"], row["scheme"]): row.get("difference") for row in report["rows"]}
+    assert differences == {
         ("none", "w16a16"): None, ("rtn", "w4a4"): -0.5, ("rtn", "w6a6"): -0.5, ("awq", "w4a4"): -0.2,
         ("awq", "w6a6"): -0.2,
     }  # fmt: skip
@@ -40,11 +42,31 @@ def test_a_grid_ends_in_a_comparison_and_goes_on_where_it_stopped(place, tmp_pat
     assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 5
 
 
-def test_a_missing_cell_is_an_error_after_the_report(place, tmp_path):
+def test_seeds_are_cells_and_add_to_what_is_there(place, tmp_path):
+    assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 3
+    done = run(tmp_path, "--schemes", "w4a4", "--seeds", "0,7", "--baseline", "rtn")
+    assert done.exit_code == 0, done.output
+    assert [line.split("seed=")[1] for line in calls(place)[3:]] == ["7 1", "7 1"]
+    _, verdict = done.stdout.splitlines()
+    assert verdict.startswith("awq is 30.0 points above rtn [+") and "over 2 seeds and 40 documents" in verdict
+    assert verdict in (tmp_path / "out" / "comparison.md").read_text()
+    (tmp_path / "grid.yaml").write_text(GRID + "seeds: [0, 7]\nbaseline: rtn\n")
+    shown = run(tmp_path, "--dry-run").stdout.splitlines()
+    assert len(shown) == 1 + 2 * 2 * 2 and sum("finished: " in line for line in shown) == 5
+
+
+def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
     (tmp_path / "grid.yaml").write_text(GRID.replace("[rtn, awq]", "[qvlm]") + "options: {qvlm: {max_depth: 4}}\n")
+    log = tmp_path / "out" / "tiny" / "qvlm-w4a4" / "quiz" / "log.txt"
     done = run(tmp_path)
+    assert done.exit_code == 2 and not (tmp_path / "out" / "comparison.md").exists()
+    assert done.stderr.splitlines()[-1] == (
+        f"error: tiny/qvlm-w4a4/quiz ended without results: QVLMError: too deep; log: {log} "
+        "(1 runs were not started; --keep-going starts them)"
+    )
+    done = run(tmp_path, "--keep-going")
     assert done.exit_code == 2 and "2 runs are missing there; the same command tries them again" in done.stderr
-    assert "Missing: tiny/qvlm-w4a4/quiz: the run failed" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "Missing: tiny/qvlm-w4a4/quiz ended without" in (tmp_path / "out" / "comparison.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +75,9 @@ def test_a_missing_cell_is_an_error_after_the_report(place, tmp_path):
         (("--methods", "rtm"), "rtm"),
         (("--schemes", "w9a9"), "9 bits; allowed are"),
         (("--data", "missing"), "there is no such folder"),
-        (("--tasks", "a,a"), "each name must be there once"),
+        (("--tasks", "a,a"), "each must be there once"),
+        (("--seeds", "0,x"), "seeds.1: input should be a valid integer"),
+        (("--baseline", "qlora"), "baseline: qlora is not among the methods; allowed are none, rtn, awq"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_runs(place, tmp_path, arguments, message):

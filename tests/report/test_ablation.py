@@ -199,6 +199,11 @@ def test_sweeps_share_runs_and_tell_failures(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["qvlm", "ablate", "fig3a", "a folder"])
     place, output = write_stub(tmp_path / "place"), tmp_path / "report"
     common = [output, "--pretrained", "tiny", "--data", place, "--tasks", "quiz,exam", "--limit", 5]
+    text = invoke("fig3a", *common, "--depths", "1,4,3", code=2)
+    log = output / "runs" / "w4a4-max_depth-4" / "log.txt"
+    assert f"w4a4-max_depth-4 ended without results: QVLMError: too deep; log: {log} (1 runs were not" in text
+    assert not (output / "fig3a.md").exists() and len(calls(place)) == 2
+    common.append("--keep-going")
     text = invoke("fig3a", *common, "--depths", "1,3,4", code=2)
     assert "1 runs failed" in text and str(output / "runs" / "w4a4-max_depth-4" / "log.txt") in text
     content, document = report(output, "fig3a")
@@ -208,9 +213,9 @@ def test_sweeps_share_runs_and_tell_failures(tmp_path, monkeypatch):
     assert "| max_depth | 1 | 4.0 | 60.0 ± 2.0 | 60.0 ± 2.0 |" in document and "failed | failed |" in document
     assert "Stand-in data" in document and "quiz 5, limited" in document and "1 of 3 runs failed" in document
     assert "$ qvlm ablate fig3a 'a folder'" in document
-    assert len(calls(place)) == 3
+    assert len(calls(place)) == 4
     invoke("fig3a", *common, "--depths", "1,3,4", code=2)
-    assert len(calls(place)) == 4 and "max_depth=4" in calls(place)[-1]
+    assert len(calls(place)) == 5 and "max_depth=4" in calls(place)[-1]
     invoke("fig3b", *common, "--percentiles", "0.99,0.98", "--etas", "0.5,1")
     rows = report(output, "fig3b")[0]["rows"]
     assert [(row["option"], row["value"]) for row in rows] == [
@@ -219,7 +224,7 @@ def test_sweeps_share_runs_and_tell_failures(tmp_path, monkeypatch):
         ("eta", 0.5),
         ("eta", 1.0),
     ]
-    assert len(calls(place)) == 6  # the defaults, max_depth=3, min_percentile=0.98 and eta=1, are one run
+    assert len(calls(place)) == 7  # the defaults, max_depth=3, min_percentile=0.98 and eta=1, are one run
     assert "none of the 1 runs finished" in invoke("fig3a", *common, "--depths", "4", code=2)
     assert report(output, "fig3a")[0]["rows"] == content["rows"]
     before = len(calls(place))
@@ -276,7 +281,7 @@ def test_table1_is_measured_by_the_harness_and_resumes(place, tmp_path, monkeypa
         assert 0 <= score["value"] <= 1 and score["stderr"] is not None and row["stand_in"]
     assert "Stand-in data" in document and "vizwiz_vqa_val 2, limited" in document
 
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("a finished run was run again"))
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a finished run was run again"))
     invoke(*command)
     assert report(output, "table1") == (content, document)
 

@@ -9,7 +9,8 @@ from typing import Any
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.planning import PlanRequest, check_request
 from qvlm_plugin.report.results import Score, read_results
-from qvlm_plugin.report.runs import Cell, Outcome, Setting, run_cells
+from qvlm_plugin.report.running import run_cells
+from qvlm_plugin.report.runs import Cell, Outcome, Setting
 from qvlm_plugin.report.writing import STAND_IN
 
 
@@ -105,11 +106,11 @@ def evaluate(cells: Sequence[Cell], setting: Setting) -> list[Evaluated]:
     """Run the cells that are not finished yet.
 
     Raises:
-        QVLMError: not a single one finished.
+        QVLMError: one failed, unless the setting says to keep going; or not a single one finished.
     """
     evaluated = [Evaluated(outcome) for outcome in run_cells(cells, setting)]
     if not any(one.scores for one in evaluated):
-        raise QVLMError(f"none of the {len(cells)} runs finished; see {evaluated[0].outcome.log}")
+        raise QVLMError(f"none of the {len(cells)} runs finished: {evaluated[0].outcome.failure}")
     return evaluated
 
 

@@ -1,7 +1,7 @@
-"""Every cell of a grid against full precision on the same documents: scores, differences, tests, flips, costs."""
+"""Every cell of a grid against the baseline on the same documents: scores, differences, tests, flips, costs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,10 @@ from scipy import stats
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import read_json
-from qvlm_plugin.report.compare.grid import FULL_PRECISION
+from qvlm_plugin.report.compare.grid import FULL_PRECISION, CompareGrid, GridCell, cells
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
-from qvlm_plugin.report.paired import Comparison, Estimate, compare, holm
+from qvlm_plugin.report.paired import AVERAGE, Comparison, Estimate, compare, holm
+from qvlm_plugin.report.pooled import Pooled, pool
 from qvlm_plugin.report.runs import Outcome
 from qvlm_plugin.report.samples import RunSamples, read_samples
 
@@ -26,31 +27,24 @@ class Compared:
     """One cell.
 
     Attributes:
-        outcome: its run.
-        parsed: its results.
+        of: what was run.
+        file: its results.
+        parsed, samples: what is in them.
         score: the metric's mean.
-        comparison: with full precision; None for full precision itself.
+        comparison: with the baseline of the same seed; None for full precision and for the baseline itself.
         test: name of the test that ``p`` is from.
-        p, adjusted: of no difference, and with Holm's adjustment over the grid; None for full precision.
+        p, adjusted: of no difference, and with Holm's adjustment over the grid; None where there is no comparison.
     """
 
-    outcome: Outcome
+    of: GridCell
+    file: Path
     parsed: ResultsFile
+    samples: RunSamples
     score: Estimate
     comparison: Comparison | None = None
     test: str = ""
     p: float | None = None
     adjusted: float | None = None
-
-    @property
-    def arguments(self) -> dict[str, str]:
-        """The cell's model arguments."""
-        return dict(self.outcome.cell.model_args)
-
-    @property
-    def task(self) -> str:
-        """The cell's only task."""
-        return self.outcome.cell.tasks[0]
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -62,12 +56,13 @@ class Compared:
         """As JSON data."""
         compared, facts = self.comparison, self.parsed.qvlm
         return {
-            "model": self.arguments["pretrained"],
-            "method": self.arguments["method"],
-            "scheme": self.arguments["scheme"],
-            "task": self.task,
+            "model": self.of.model,
+            "method": self.of.method,
+            "scheme": self.of.scheme,
+            "seed": self.of.seed,
+            "task": self.of.task,
             **_numbers("score", self.score),
-            **(_numbers("drop", compared.difference) if compared else {}),
+            **(_numbers("difference", compared.difference) if compared else {}),
             "test": self.test or None,
             "p": self.p,
             "p_holm": self.adjusted,
@@ -82,59 +77,154 @@ class Compared:
             "tokens_per_second": self.tokens_per_second,
             "search_seconds": facts.search_seconds if facts and facts.calibration else None,
             "plan_hash": facts.plan_hash if facts else None,
-            "results": str(self.outcome.results),
+            "results": str(self.file),
         }
 
 
-def compare_outcomes(outcomes: Sequence[Outcome], metric: str) -> tuple[list[Compared], list[str]]:
-    """Compare finished cells with full precision, model by model and task by task.
+@dataclass(frozen=True)
+class OverSeeds:
+    """One method over its seeds, on one task or on the average of all tasks.
+
+    Attributes:
+        model, method, scheme, task: which; the task may be `AVERAGE`.
+        baseline: name of the method that it is compared with; None for full precision and for the baseline itself.
+        pooled: the figures; those of a difference mean nothing where there is no baseline.
+        adjusted: ``pooled.t_p`` with Holm's adjustment over all that have a baseline.
+    """
+
+    model: str
+    method: str
+    scheme: str
+    task: str
+    baseline: str | None
+    pooled: Pooled
+    adjusted: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        """As JSON data."""
+        pooled = self.pooled
+        found = {"model": self.model, "method": self.method, "scheme": self.scheme, "task": self.task}
+        found |= {"seeds": pooled.seeds, **_numbers("score", pooled.score), "scores": [*pooled.scores]}
+        found |= {"spread": pooled.spread, "documents": pooled.documents, "clusters": pooled.clusters}
+        if self.baseline is None:
+            return found | {"baseline": None}
+        return found | {
+            "baseline": self.baseline,
+            **_numbers("difference", pooled.difference),
+            "differences": [*pooled.differences],
+            "p_t": pooled.t_p,
+            "p_t_holm": self.adjusted,
+            "p_sign_flip": pooled.sign_flip_p,
+            "seeds_of_same_sign": pooled.agreeing,
+            "holds": pooled.holds,
+            "right_to_wrong": pooled.flips.fell,
+            "wrong_to_right": pooled.flips.rose,
+            "changed": pooled.flips.changed,
+        }
+
+
+Key = tuple[str, str, str, int | None, str]
+"""Model, method, scheme, seed and task of a cell."""
+
+
+def compare_outcomes(grid: CompareGrid, outcomes: Sequence[Outcome]) -> tuple[list[Compared], list[str]]:
+    """Compare finished cells with the baseline, each on its task and with its seed.
 
     Args:
-        outcomes: of all cells, each with one task.
-        metric: of the tasks.
+        grid: what was compared.
+        outcomes: of all its cells, in their order.
 
     Returns:
-        The cells that could be read, and a line for each that could not.
+        The cells that could be compared, and a line for each that could not.
     """
-    compared, trouble = [], []
-    for model, task in dict.fromkeys((one.cell.model_args["pretrained"], one.cell.tasks[0]) for one in outcomes):
-        own = [one for one in outcomes if (one.cell.model_args["pretrained"], one.cell.tasks[0]) == (model, task)]
-        trouble += [f"{one.cell.name}: the run failed, see {one.log}" for one in own if one.results is None]
+    trouble: list[str] = []
+    read: dict[Key, Compared] = {}
+    for of, outcome in zip(cells(grid), outcomes, strict=True):
+        if outcome.results is None:
+            trouble.append(outcome.failure)
+            continue
         try:
-            compared += _compare_task([one for one in own if one.results is not None], metric, trouble)
+            read[_key(of)] = _read(of, outcome.results, grid.metric)
         except QVLMError as error:
-            trouble.append(f"{model}, {task}: {error}")
-    tested = [one for one in compared if one.p is not None]
-    adjusted = dict(zip(map(id, tested), holm([one.p for one in tested]), strict=True)) if tested else {}
-    return [replace(one, adjusted=adjusted.get(id(one))) for one in compared], trouble
+            trouble.append(f"{of.cell.name}: {error}")
+    compared = []
+    for one in read.values():
+        try:
+            compared.append(_with_baseline(grid, one, read))
+        except QVLMError as error:
+            trouble.append(f"{one.of.cell.name}: {error}")
+    tested = [one.p for one in compared if one.p is not None]
+    adjusted = iter(holm(tested) if tested else ())
+    return [one if one.p is None else replace(one, adjusted=next(adjusted)) for one in compared], trouble
 
 
-def _compare_task(outcomes: Sequence[Outcome], metric: str, trouble: list[str]) -> list[Compared]:
-    baselines = [one for one in outcomes if _is_full_precision(one)]
-    if not baselines:
-        names = ", ".join(one.cell.name for one in outcomes)
-        if outcomes:
-            raise QVLMError(f"no run in full precision to compare with; left out: {names}")
-        return []
-    first = _samples(baselines[0])
-    results = {id(one): _parsed(one.results) for one in outcomes}
-    fingerprint = _fingerprint(results[id(baselines[0])])
-    found = []
-    for outcome in outcomes:
-        try:
-            if _fingerprint(results[id(outcome)]) != fingerprint:
-                raise QVLMError(f"{outcome.results} is of another checkpoint than {baselines[0].results}")
-            if outcome is baselines[0]:
-                (row,) = compare(first, first, metric)
-                found.append(Compared(outcome, results[id(outcome)], row.score))
-                continue
-            other = _samples(outcome)
-            (row,) = compare(first, other, metric)
-            test, p = choose_test(row, first, other, metric)
-            found.append(Compared(outcome, results[id(outcome)], row.score, row, test, p))
-        except QVLMError as error:
-            trouble.append(f"{outcome.cell.name}: {error}")
-    return found
+def _key(of: GridCell) -> Key:
+    return of.model, of.method, of.scheme, of.seed, of.task
+
+
+def _read(of: GridCell, file: Path, metric: str) -> Compared:
+    (samples,) = read_samples(file)
+    *_, row = compare(samples, samples, metric)
+    return Compared(of, file, parse_results(read_json(file), file), samples, row.score)
+
+
+def _with_baseline(grid: CompareGrid, one: Compared, read: Mapping[Key, Compared]) -> Compared:
+    """The cell compared with its baseline, if it has one."""
+    of, named = one.of, grid.baseline_of(one.of.scheme)
+    if (of.method, of.scheme) in (FULL_PRECISION, named):
+        return one
+    draws = grid.draws(*named)
+    baseline = read.get((of.model, *named, of.seed if of.seed in draws else draws[0], of.task))
+    if baseline is None:
+        raise QVLMError(f"left out, because there is no run of {' '.join(named)} to compare with")
+    if _fingerprint(one.parsed) != _fingerprint(baseline.parsed):
+        raise QVLMError(f"{one.file} is of another checkpoint than {baseline.file}")
+    *_, row = compare(baseline.samples, one.samples, grid.metric)
+    test, p = choose_test(row, baseline.samples, one.samples, grid.metric)
+    return replace(one, comparison=row, test=test, p=p)
+
+
+def pool_seeds(grid: CompareGrid, compared: Sequence[Compared]) -> list[OverSeeds]:
+    """Each method over its seeds: a row for each task and, if the grid has several, one for their average.
+
+    A task is pooled over the seeds with which both the method and its baseline could be compared, the average over
+    those with which they could on all tasks.
+    """
+    samples = {_key(one.of): one.samples for one in compared}
+    found: list[OverSeeds] = []
+    for model, method, scheme in dict.fromkeys((one.of.model, one.of.method, one.of.scheme) for one in compared):
+        own, named = (method, scheme), grid.baseline_of(scheme)
+        baseline = None if own in (FULL_PRECISION, named) else named
+        for tasks in [(task,) for task in grid.tasks] + ([grid.tasks] if len(grid.tasks) > 1 else []):
+            pairs = [
+                tuple(_joined([samples.get((model, *one, seed, task)) for task in tasks]) for one, seed in pair)
+                for pair in _seed_pairs(grid, baseline or own, own)
+            ]
+            if whole := [pair for pair in pairs if None not in pair]:
+                task = tasks[0] if len(tasks) == 1 else AVERAGE
+                *_, row = pool(whole, grid.metric)
+                found.append(OverSeeds(model, method, scheme, task, baseline and baseline[0], row))
+    tested = [one.pooled.t_p for one in found if one.baseline is not None]
+    adjusted = iter(holm(tested) if tested else ())
+    return [one if one.baseline is None else replace(one, adjusted=next(adjusted)) for one in found]
+
+
+Run = tuple[tuple[str, str], int | None]
+"""Method and scheme, and the seed."""
+
+
+def _seed_pairs(grid: CompareGrid, baseline: tuple[str, str], own: tuple[str, str]) -> Iterator[tuple[Run, Run]]:
+    """The runs that belong together: of the same seed, where both have seeds."""
+    ones, others = grid.draws(*baseline), grid.draws(*own)
+    for seed in max(ones, others, key=lambda draws: draws != (None,)):
+        yield (baseline, seed if seed in ones else None), (own, seed if seed in others else None)
+
+
+def _joined(runs: Sequence[RunSamples | None]) -> RunSamples | None:
+    """Runs of one method on different tasks as one; None where one is missing."""
+    if None in runs:
+        return None
+    return replace(runs[0], tasks={task: documents for run in runs for task, documents in run.tasks.items()})
 
 
 def choose_test(row: Comparison, baseline: RunSamples, other: RunSamples, metric: str) -> tuple[str, float]:
@@ -153,22 +243,8 @@ def choose_test(row: Comparison, baseline: RunSamples, other: RunSamples, metric
     return T, float(2 * stats.t.sf(abs(row.difference.value) / row.difference.error, row.clusters - 1))
 
 
-def _samples(outcome: Outcome) -> RunSamples:
-    (run,) = read_samples(outcome.results)
-    return run
-
-
-def _parsed(file: Path) -> ResultsFile:
-    return parse_results(read_json(file), file)
-
-
 def _fingerprint(parsed: ResultsFile) -> str | None:
     return parsed.qvlm.model_fingerprint if parsed.qvlm else None
-
-
-def _is_full_precision(outcome: Outcome) -> bool:
-    arguments = outcome.cell.model_args
-    return (arguments["method"], arguments["scheme"]) == FULL_PRECISION
 
 
 def _numbers(name: str, estimate: Estimate) -> dict[str, float | None]:

@@ -1,18 +1,20 @@
-"""The grid: models × methods × schemes × tasks, from a YAML file or from flags."""
+"""The grid: models × methods × schemes × seeds × tasks, from a YAML file or from flags."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.planning import PlanRequest, check_request
 from qvlm_plugin.reading import one_line
 from qvlm_plugin.report.runs import Cell
 
 FULL_PRECISION = ("none", "w16a16")
-"""Method and scheme that every other one is compared with."""
+"""Method and scheme of the runs that are not quantized."""
 
 
 class CompareGrid(BaseModel):
@@ -26,6 +28,9 @@ class CompareGrid(BaseModel):
         calibration: ``task:split:n`` or ``file.json:n``, joined by +.
         options: of methods, by method.
         model_args: further model arguments of every run.
+        seeds: of the calibration draw; methods that need no samples are run once.
+        baseline: method that the others are compared with, at the same scheme, task and seed; ``none`` is full
+            precision.
         limit: documents of each task; None evaluates all.
         metric: what is compared.
     """
@@ -39,15 +44,45 @@ class CompareGrid(BaseModel):
     calibration: str = "scienceqa:train:64"
     options: dict[str, dict[str, str | int | float | bool]] = Field(default_factory=dict)
     model_args: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    baseline: str = "none"
     limit: int | None = Field(None, ge=1)
     metric: str = "exact_match"
 
-    @field_validator("models", "methods", "schemes", "tasks")
+    @field_validator("models", "methods", "schemes", "tasks", "seeds")
     @classmethod
-    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(names)) < len(names) or not all(names):
-            raise ValueError("each name must be there once, and none empty")
+    def _each_once(cls, names: tuple[str | int, ...]) -> tuple[str | int, ...]:
+        if len(set(names)) < len(names) or "" in names:
+            raise ValueError("each must be there once, and none empty")
         return names
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        allowed = ", ".join(self.methods)
+        if self.baseline not in ("none", *self.methods):
+            raise ValueError(f"baseline: {self.baseline} is not among the methods; allowed are none, {allowed}")
+        if unknown := self.options.keys() - set(self.methods):
+            raise ValueError(f"options: {min(unknown)} is not among the methods; allowed are {allowed}")
+        if "seed" in self.model_args:
+            raise ValueError(f"model_args: name seed={self.model_args['seed']} as one of the seeds")
+        return self
+
+    def baseline_of(self, scheme: str) -> tuple[str, str]:
+        """Method and scheme that methods at this scheme are compared with."""
+        return FULL_PRECISION if self.baseline == "none" else (self.baseline, scheme)
+
+    def draws(self, method: str, scheme: str) -> tuple[int | None, ...]:
+        """The seeds that a method is run with; (None,) where it needs no samples and there is nothing to draw.
+
+        Raises:
+            QVLMError: see `check_request`.
+        """
+        return self.seeds if self._request(method, scheme).needs_calibration else (None,)
+
+    def _request(self, method: str, scheme: str) -> PlanRequest:
+        known = check_request(method, scheme, {}).method.options.model_fields
+        shared = {name: value for name, value in self.model_args.items() if name in known}
+        return check_request(method, scheme, {**self.options.get(method, {}), **shared})
 
 
 def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
@@ -72,32 +107,70 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
     try:
         return CompareGrid.model_validate({**content, **given})
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        why = {"missing": "is missing", "extra_forbidden": "is no key"}.get(first["type"], first["msg"].lower())
-        allowed = ", ".join(CompareGrid.model_fields)
-        raise QVLMError(f"{file or 'the grid'}: {name}: {why}; allowed are {allowed}") from error
+        raise QVLMError(f"{file or 'the grid'}: {_explain(error.errors()[0])}") from error
 
 
-def cells(grid: CompareGrid) -> list[Cell]:
-    """One cell for each model, method, scheme and task; of full precision one for each model and task.
+def _explain(problem: Mapping[str, Any]) -> str:
+    name, allowed = ".".join(map(str, problem["loc"])), ", ".join(CompareGrid.model_fields)
+    match problem["type"]:
+        case "missing":
+            return f"{name}: is missing; allowed are {allowed}"
+        case "extra_forbidden":
+            return f"{name}: is no key; allowed are {allowed}"
+        case "value_error":
+            return ": ".join(filter(None, (name, str(problem["ctx"]["error"]))))
+    return f"{name}: {problem['msg'].lower()}, not {problem['input']!r}"
+
+
+@dataclass(frozen=True)
+class GridCell:
+    """What a run of the grid is of.
+
+    Attributes:
+        model, method, scheme, task: as the grid names them.
+        seed: of the calibration draw; None where there is none.
+        cell: the run.
+    """
+
+    model: str
+    method: str
+    scheme: str
+    seed: int | None
+    task: str
+    cell: Cell
+
+
+def cells(grid: CompareGrid) -> list[GridCell]:
+    """One for each model, method, scheme, seed and task; of full precision one for each model and task.
 
     Cells of one plan follow each other, so that one searches it and the others find it.
+
+    Raises:
+        QVLMError: a method, a scheme or an option is unknown or not allowed.
     """
-    combinations = [FULL_PRECISION]
-    combinations += [(method, scheme) for method in grid.methods if method != "none" for scheme in grid.schemes]
+    combinations = [(*FULL_PRECISION, None)]
+    combinations += [
+        (method, scheme, seed)
+        for method in grid.methods
+        if method != "none"
+        for scheme in grid.schemes
+        for seed in grid.draws(method, scheme)
+    ]
     found = []
     for number, model in enumerate(grid.models):
-        for method, scheme in combinations:
+        for method, scheme, seed in combinations:
             arguments: dict[str, Any] = {"pretrained": model, "method": method, "scheme": scheme}
             if method != "none":
                 arguments |= {"calibration": grid.calibration, **grid.options.get(method, {})}
+            if seed:  # 0 is the model's default: a run is the same whether it was asked for or not
+                arguments |= {"seed": seed}
             arguments |= grid.model_args
             texts = {
                 name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in arguments.items()
             }
+            folder = "-".join((Path(model).name or "model", *((str(number),) if number else ())))
+            run = f"{method}-{scheme}" + (f"-seed{seed}" if seed else "")
             for task in grid.tasks:
-                folder = "-".join((Path(model).name or "model", *((str(number),) if number else ())))
-                name = f"{folder}/{method}-{scheme}/{task}".replace(":", ".")
-                found.append(Cell(name, texts, (task,), grid.limit))
+                cell = Cell(f"{folder}/{run}/{task}".replace(":", "."), texts, (task,), grid.limit)
+                found.append(GridCell(model, method, scheme, seed, task, cell))
     return found

@@ -2,22 +2,27 @@
 
 from collections.abc import Sequence
 
-from qvlm_plugin.report.compare.comparison import Compared
-from qvlm_plugin.report.compare.grid import CompareGrid
+from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seeds
+from qvlm_plugin.report.compare.grid import FULL_PRECISION, CompareGrid
 from qvlm_plugin.report.figures import Bars, bars_figure
 from qvlm_plugin.report.leaderboard.tables import size
-from qvlm_plugin.report.paired import p_text
+from qvlm_plugin.report.paired import Estimate, Flips, p_text
+from qvlm_plugin.report.pooled import Pooled, verdict
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.writing import STAND_IN, Report
 
 HEADER = (
-    "model", "method", "scheme", "task", "score", "drop (points)", "p", "p (Holm)", "test", "flips", "bits", "weights",
-    "peak memory", "tokens/s", "search (s)",
+    "model", "method", "scheme", "seed", "task", "score", "difference (points)", "p", "p (Holm)", "test", "flips",
+    "bits", "weights", "peak memory", "tokens/s", "search (s)",
+)  # fmt: skip
+SEEDS_HEADER = (
+    "model", "method", "scheme", "task", "seeds", "score", "spread", "difference (points)", "p (t)", "p (t, Holm)",
+    "p (sign flip)", "same sign", "flips",
 )  # fmt: skip
 
 
 def compare_report(grid: CompareGrid, compared: Sequence[Compared], trouble: Sequence[str], command: str) -> Report:
-    """Table, rows and figure of a comparison.
+    """Tables, rows, figure and verdicts of a comparison.
 
     Args:
         grid: what was compared.
@@ -25,48 +30,66 @@ def compare_report(grid: CompareGrid, compared: Sequence[Compared], trouble: Seq
         trouble: lines on cells that are missing.
         command: that makes it again.
     """
+    pooled = pool_seeds(grid, compared)
+    baseline = "full precision" if grid.baseline == "none" else grid.baseline
+    over_seeds = [Grid(SEEDS_HEADER, tuple(map(_seeds_cells, pooled)))] if len(grid.seeds) > 1 else []
+    return Report(
+        name="comparison",
+        title=f"Comparison with {baseline}",
+        command=command,
+        tables=[Grid(HEADER, tuple(map(_cells, compared))), *over_seeds],
+        rows=[one.row() for one in compared],
+        notes=[*_notes(grid, compared, baseline), *(f"Missing: {line}" for line in trouble)],
+        figure=bars_figure(_bars(grid, compared, pooled)),
+        verdicts=_verdicts(grid, pooled, baseline),
+        data={"over_seeds": [one.row() for one in pooled]},
+    )
+
+
+def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> list[str]:
     tested = sum(one.p is not None for one in compared)
     stand_in = any(one.parsed.qvlm and one.parsed.qvlm.stand_in for one in compared)
     limit = "all documents" if grid.limit is None else f"the first {grid.limit} documents"
     backends = sorted({one.parsed.qvlm.backend or "?" for one in compared if one.parsed.qvlm})
+    same = "" if grid.baseline == "none" else " with the same scheme and seed"
     notes = [
         *([STAND_IN] if stand_in else []),
-        f"{grid.metric} in percent ± standard error on {limit} of each task. Drop: points from full precision on the "
-        "same documents, with its 95 % interval. Standard errors and intervals are clustered by image where several "
-        "questions are about one.",
+        f"{grid.metric} in percent ± standard error on {limit} of each task. Difference: points from {baseline}{same} "
+        "on the same documents, with its 95 % interval. Standard errors and intervals are clustered by image where "
+        "several questions are about one.",
         "Tests: McNemar's exact test for scores of 0 and 1 (where documents share images, its extension to clusters by "
         f"sign flips), Student's paired t for soft scores. Holm's adjustment is over all {tested} rows with a test.",
         "Flips: documents right→wrong / wrong→right (for soft scores lower / higher) / answered differently.",
         "Bits: effective ones of a decoder weight, scales included / of a decoder activation. Arithmetic: "
         f"{', '.join(backends)}"
         + (" (simulated: its speed and memory are not those of low bits)." if "reference" in backends else "."),
-        *(f"Missing: {line}" for line in trouble),
     ]
-    return Report(
-        name="comparison",
-        title="Comparison with full precision",
-        command=command,
-        tables=[Grid(HEADER, tuple(_cells(one) for one in compared))],
-        rows=[one.row() for one in compared],
-        notes=notes,
-        figure=bars_figure(_bars(grid, compared)),
-    )
+    if len(grid.seeds) > 1:
+        notes += [
+            "The second table is over the seeds of the calibration draw. Spread: standard deviation of the seeds' "
+            "scores, and the lowest and highest of them. Standard errors, intervals and p (t) take documents and seeds "
+            "for chance; p (sign flip) takes documents only, for these very draws. Holm's adjustment is over all rows "
+            "of that table with a test. Same sign: seeds whose difference has the sign of the mean. Flips are summed "
+            "over the seeds.",
+        ]
+    return notes
 
 
 def _cells(one: Compared) -> tuple[str, ...]:
     row, facts = one.comparison, one.parsed.qvlm
     decoder = facts.bits.get("decoder", {}) if facts else {}
     return (
-        one.arguments["pretrained"],
-        one.arguments["method"],
-        one.arguments["scheme"],
-        one.task,
-        f"{100 * one.score.value:.1f}" + (f" ± {100 * one.score.error:.1f}" if one.score.error >= 0 else ""),
-        _drop(one),
+        one.of.model,
+        one.of.method,
+        one.of.scheme,
+        "" if one.of.seed is None else str(one.of.seed),
+        one.of.task,
+        _score(one.score),
+        _difference(row.difference) if row else "",
         "" if one.p is None else p_text(one.p),
         "" if one.adjusted is None else p_text(one.adjusted),
         one.test,
-        f"{row.flips.fell} / {row.flips.rose} / {row.flips.changed}" if row else "",
+        _flips(row.flips) if row else "",
         f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else "",
         size(facts.weight_bytes if facts else None),
         size(facts.peak_memory_bytes if facts else None),
@@ -75,44 +98,74 @@ def _cells(one: Compared) -> tuple[str, ...]:
     )
 
 
-def _drop(one: Compared) -> str:
-    if one.comparison is None:
+def _seeds_cells(one: OverSeeds) -> tuple[str, ...]:
+    row = one.pooled
+    head = (one.model, one.method, one.scheme, one.task, str(row.seeds), _score(row.score), _spread(row))
+    if one.baseline is None:
+        return (*head, *("" for _ in SEEDS_HEADER[len(head) :]))
+    adjusted = "" if one.adjusted is None else p_text(one.adjusted)
+    tests = (_difference(row.difference), p_text(row.t_p), adjusted, p_text(row.sign_flip_p))
+    return (*head, *tests, f"{row.agreeing} of {row.seeds}", _flips(row.flips))
+
+
+def _score(score: Estimate) -> str:
+    return f"{100 * score.value:.1f}" + (f" ± {100 * score.error:.1f}" if score.error >= 0 else "")
+
+
+def _spread(row: Pooled) -> str:
+    if row.spread is None:
         return ""
-    difference = one.comparison.difference
+    return f"{100 * row.spread:.1f} ({100 * min(row.scores):.1f} to {100 * max(row.scores):.1f})"
+
+
+def _difference(difference: Estimate) -> str:
     interval = f" [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]" if difference.error >= 0 else ""
     return f"{100 * difference.value:+.2f}{interval}"
 
 
-def _bars(grid: CompareGrid, compared: Sequence[Compared]) -> list[Bars]:
+def _flips(flips: Flips) -> str:
+    return f"{flips.fell} / {flips.rose} / {flips.changed}"
+
+
+def _verdicts(grid: CompareGrid, pooled: Sequence[OverSeeds], baseline: str) -> list[str]:
+    """One sentence for each method, on the average of tasks where there are several."""
+    last = {(one.model, one.method, one.scheme): one for one in pooled if one.baseline is not None}
+    found = []
+    for one in last.values():
+        name = one.method if len(grid.schemes) == 1 else f"{one.method} {one.scheme}"
+        where = f"{one.model}: " if len(grid.models) > 1 else ""
+        found.append(where + verdict(one.pooled, name, baseline))
+    return found
+
+
+def _bars(grid: CompareGrid, compared: Sequence[Compared], pooled: Sequence[OverSeeds]) -> list[Bars]:
+    """Of each model its methods, averaged over seeds; full precision as a line across."""
     groups = []
-    for model in dict.fromkeys(one.arguments["pretrained"] for one in compared):
-        own = {(_name(one), one.task): one for one in compared if one.arguments["pretrained"] == model}
-        plain = {task: one.score.value for (_, task), one in own.items() if one.comparison is None}
-        names = tuple(dict.fromkeys(name for (name, _), one in own.items() if one.comparison is not None))
-        if not names:  # nothing but full precision
-            names = tuple(dict.fromkeys(name for name, _ in own))
+    for model in dict.fromkeys(one.model for one in pooled):
+        own = {(one.method, one.scheme, one.task): one.pooled.score for one in pooled if one.model == model}
+        plain = {task: own[*FULL_PRECISION, task].value for task in grid.tasks if (*FULL_PRECISION, task) in own}
+        runs = list(dict.fromkeys((method, scheme) for method, scheme, _ in own))
+        runs = [run for run in runs if run != FULL_PRECISION] or runs
         groups.append(
             Bars(
                 title=model,
-                rows=names,
-                accuracies={task: [_point(own.get((name, task))) for name in names] for task in grid.tasks},
+                rows=tuple(" ".join(run) for run in runs),
+                accuracies={task: [_point(own.get((*run, task))) for run in runs] for task in grid.tasks},
                 lines={task: 100 * value for task, value in plain.items()},
-                costs=[_cost([own[name, task] for task in grid.tasks if (name, task) in own]) for name in names],
+                costs=[_cost(compared, (model, *run)) for run in runs],
             )
         )
     return groups
 
 
-def _name(one: Compared) -> str:
-    return f"{one.arguments['method']} {one.arguments['scheme']}"
-
-
-def _point(one: Compared | None) -> tuple[float, float | None] | None:
-    if one is None:
+def _point(score: Estimate | None) -> tuple[float, float | None] | None:
+    if score is None:
         return None
-    return 100 * one.score.value, 100 * one.score.error if one.score.error >= 0 else None
+    return 100 * score.value, 100 * score.error if score.error >= 0 else None
 
 
-def _cost(own: Sequence[Compared]) -> float | None:
-    found = [one.parsed.qvlm.search_seconds for one in own if one.parsed.qvlm and one.parsed.qvlm.calibration]
-    return next((seconds for seconds in found if seconds is not None), None)
+def _cost(compared: Sequence[Compared], run: tuple[str, str, str]) -> float | None:
+    """Seconds that the search took, as the first of the method's runs that searched says."""
+    own = [one.parsed.qvlm for one in compared if (one.of.model, one.of.method, one.of.scheme) == run]
+    seconds = [facts.search_seconds for facts in own if facts and facts.calibration]
+    return next((one for one in seconds if one is not None), None)

@@ -7,8 +7,12 @@ FLAGS = {"models": ("demo", "org/model"), "methods": ("none", "rtn", "qvlm"), "s
 FLAGS |= {"tasks": ("quiz", "exam")}
 
 
+def run_of(flags):
+    return [one.cell for one in cells(read_grid(None, flags))]
+
+
 def test_every_combination_once_and_full_precision_beside():
-    found = cells(read_grid(None, FLAGS | {"limit": 7, "calibration": "x.json:4"}))
+    found = run_of(FLAGS | {"limit": 7, "calibration": "x.json:4"})
     assert len(found) == 2 * 2 * (1 + 2 * 2) == len({cell.name for cell in found})
     plain = [cell for cell in found if cell.model_args["method"] == "none"]
     assert len(plain) == 4 and all("calibration" not in cell.model_args for cell in plain)
@@ -25,7 +29,7 @@ def test_a_file_and_flags_over_it(tmp_path):
         "models: [demo]\nmethods: [qvlm]\nschemes: [w4a4]\ntasks: [quiz]\nlimit: 5\n"
         "options: {qvlm: {beam: 2, veo: false}}\nmodel_args: {dtype: float16}\n"
     )
-    (_, cell) = cells(read_grid(file, {"limit": 9, "tasks": None}))
+    (_, cell) = (one.cell for one in cells(read_grid(file, {"limit": 9, "tasks": None})))
     assert cell.limit == 9 and cell.tasks == ("quiz",)
     assert cell.model_args == {
         "pretrained": "demo", "method": "qvlm", "scheme": "w4a4", "calibration": "scienceqa:train:64", "beam": "2",
@@ -33,15 +37,55 @@ def test_a_file_and_flags_over_it(tmp_path):
     }  # fmt: skip
 
 
+def test_each_seed_is_a_cell_where_samples_are_drawn():
+    flags = {"models": ("m",), "methods": ("rtn", "awq"), "schemes": ("w4a4", "w4a16"), "tasks": ("quiz", "exam")}
+    plain, seeded = run_of(flags), cells(read_grid(None, flags | {"seeds": (0, 1, 2)}))
+    runs = dict.fromkeys((one.method, one.scheme, one.seed) for one in seeded)
+    assert [*runs] == [
+        ("none", "w16a16", None),
+        *(("rtn", "w4a4", seed) for seed in range(3)),
+        ("rtn", "w4a16", None),  # nothing to draw: weights are rounded as they are
+        *(("awq", "w4a4", seed) for seed in range(3)),
+        *(("awq", "w4a16", seed) for seed in range(3)),
+    ]
+    assert [one.cell for one in seeded if one.seed in (None, 0)] == plain  # runs of today are found again
+    assert not any("seed" in cell.model_args for cell in plain)
+    assert all(one.cell.model_args["seed"] == str(one.seed) for one in seeded if one.seed)
+    assert len({one.cell.name for one in seeded}) == len(seeded)
+    assert [one.cell.name for one in seeded if one.seed == 2][:2] == ["m/rtn-w4a4-seed2/quiz", "m/rtn-w4a4-seed2/exam"]
+
+
+def test_options_decide_whether_samples_are_drawn():
+    flags = {"models": ("m",), "methods": ("qlora",), "schemes": ("w4a16",), "tasks": ("quiz",), "seeds": (1, 2)}
+    assert [one.seed for one in cells(read_grid(None, flags))] == [None, None]
+    option = {"bias_correction": True}
+    for changes in ({"options": {"qlora": option}}, {"model_args": option}):
+        assert [one.seed for one in cells(read_grid(None, flags | changes))] == [None, 1, 2]
+
+
+def test_unknown_names_are_told_before_anything_runs():
+    with pytest.raises(QVLMError, match="rtm"):
+        run_of(FLAGS | {"methods": ("rtm",)})
+    with pytest.raises(QVLMError, match="colour"):
+        run_of(FLAGS | {"options": {"rtn": {"colour": "red"}}})
+
+
+GRID = "models: [a]\nmethods: [qlora]\nschemes: [w4a4]\ntasks: [c]\n"
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         ("models: [a]\nmethods: [b]\ntasks: [c]", "schemes: is missing; allowed are models, methods"),
         ("models: [a]\nmethods: [b]\nschemes: [w4a4]\ntasks: []", "tasks: tuple should have at least 1 item"),
-        (
-            "models: [a, a]\nmethods: [b]\nschemes: [w4a4]\ntasks: [c]",
-            "models: value error, each name must be there once",
-        ),
+        ("models: [a, a]\nmethods: [b]\nschemes: [w4a4]\ntasks: [c]", "models: each must be there once"),
+        (GRID + "seeds: [0, 1, 0]", "seeds: each must be there once"),
+        (GRID + "seeds: [-1]", "seeds.0: input should be greater than or equal to 0, not -1"),
+        (GRID + "seeds: []", "seeds: tuple should have at least 1 item"),
+        (GRID + "seeds: [one]", "seeds.0: input should be a valid integer"),
+        (GRID + "baseline: awq", "grid.yaml: baseline: awq is not among the methods; allowed are none, qlora"),
+        (GRID + "options: {awq: {}}", "options: awq is not among the methods; allowed are qlora"),
+        (GRID + "model_args: {seed: 1}", "model_args: name seed=1 as one of the seeds"),
         ("modells: [a]\nmodels: [a]\nmethods: [b]\nschemes: [w4a4]\ntasks: [c]", "modells: is no key"),
         ("[1, 2]", "must hold keys and values"),
         ("a: [", "is not a YAML file"),

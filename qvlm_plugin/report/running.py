@@ -1,0 +1,183 @@
+"""Run many cells, several at a time, and show how they stand."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Column, Table
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.progress import LINE_EVERY, duration
+from qvlm_plugin.report.results import read_results
+from qvlm_plugin.report.runs import POLL, RUNNING, Cell, Outcome, Setting, finished_cells, log_end, steps
+
+FRESH, DONE, FOUND, FAILED = "waiting", "done", "finished before", "failed"
+
+
+@dataclass
+class _Run:
+    """A cell that has been started: what it does, on which device, and since when it runs."""
+
+    cell: Cell
+    device: str | None
+    steps: Iterator[str | Outcome]
+    log: Path
+    state: str = ""
+    since: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def start(cls, cell: Cell, setting: Setting, device: str | None) -> "_Run":
+        environment = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+        return cls(cell, device, steps(cell, setting, environment), setting.output / cell.name / "log.txt")
+
+    def change(self, state: str) -> None:
+        self.state, self.since = state, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.since
+
+    def __str__(self) -> str:
+        """How it stands, with the newest line of its log."""
+        if self.state != RUNNING:
+            return self.state
+        place = "" if self.device is None else f" on {self.device}"
+        newest = log_end(self.log)[-1:]
+        return f"{RUNNING}{place}, {duration(self.seconds)}" + "".join(f": {line.strip()}" for line in newest)
+
+
+@dataclass
+class _Standing:
+    """How all cells stand: a table on a terminal, and lines elsewhere."""
+
+    cells: Sequence[Cell]
+    metric: str
+    console: Console
+    runs: dict[str, _Run] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    scores: dict[str, str] = field(default_factory=dict)
+    told: float = 0.0
+
+    def shown(self) -> AbstractContextManager:
+        """While active, a terminal shows the table."""
+        return Live(self, console=self.console, refresh_per_second=2) if self.console.is_terminal else nullcontext()
+
+    def changed(self, run: _Run) -> None:
+        """A run began to wait or to run."""
+        self.runs[run.cell.name] = run
+        if not self.console.is_terminal:
+            self._print(f"{run.cell.name}: {'started' if run.state == RUNNING else run.state}")
+
+    def ended(self, outcome: Outcome) -> None:
+        """A cell ended."""
+        name = outcome.cell.name
+        run = self.runs.pop(name, None)
+        self.outcomes[name], self.scores[name] = outcome, self._score(outcome)
+        if not self.console.is_terminal:
+            took = f" in {duration(run.seconds)}" if run and not outcome.reused else ""
+            score = f", {self.metric} {self.scores[name]}" if outcome.results else ""
+            count = f"{len(self.outcomes)} of {len(self.cells)}"
+            self._print(f"{name}: {_state(outcome)}{took}{score} ({count})")
+        if outcome.results is None:
+            self._print("\n".join([f"{name} failed; the end of {outcome.log}:", *log_end(outcome.log)]))
+
+    def go_on(self) -> None:
+        """Where the output is no terminal, let it not stand still."""
+        if not self.console.is_terminal and self.runs and time.monotonic() - self.told >= LINE_EVERY:
+            for name, run in self.runs.items():
+                self._print(f"{name}: {run}")
+
+    def _print(self, text: str) -> None:
+        self.told = time.monotonic()
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _score(self, outcome: Outcome) -> str:
+        """Of each task in percent; the task is named where there are several."""
+        if outcome.results is None:
+            return ""
+        found = {one.task: one.value for one in read_results([outcome.results]) if one.metric == self.metric}
+        texts = [
+            f"{task} {100 * value:.1f}" if len(found) > 1 else f"{100 * value:.1f}" for task, value in found.items()
+        ]
+        return ", ".join(texts) or "–"
+
+    def __rich__(self) -> Table:
+        table = Table("cell", Column("state", no_wrap=True, overflow="ellipsis"), self.metric)
+        for cell in self.cells:
+            outcome, run = self.outcomes.get(cell.name), self.runs.get(cell.name)
+            if outcome is not None:
+                table.add_row(cell.name, _state(outcome), self.scores[cell.name])
+            else:
+                table.add_row(cell.name, FRESH if run is None else str(run), "")
+        return table
+
+
+def run_cells(
+    cells: Sequence[Cell], setting: Setting, metric: str = "exact_match", console: Console | None = None
+) -> list[Outcome]:
+    """Run all cells that are not finished.
+
+    After a cell that ended without results no other is started, those that run already are waited for, and the failure
+    is raised; unless the setting says to keep going. When this is interrupted, so are the cells that run.
+
+    Args:
+        cells: those of one plan next to each other.
+        setting: where and how.
+        metric: shown of finished cells.
+        console: to show them on; None is standard error.
+
+    Returns:
+        An outcome for each cell, in their order.
+
+    Raises:
+        QVLMError: a cell failed, its folder cannot be written, or the working directory is not there.
+    """
+    if setting.directory is not None and not setting.directory.is_dir():
+        raise QVLMError(f"working directory {str(setting.directory)!r} does not exist")
+    standing = _Standing(cells, metric, console or Console(stderr=True))
+    finished = finished_cells(cells, setting.output)
+    waiting = deque(cell for cell in cells if cell.name not in finished)
+    free = deque(
+        setting.devices[job % len(setting.devices)] if setting.devices else None for job in range(setting.jobs)
+    )
+    running: list[_Run] = []
+    failed: list[Outcome] = []
+    with standing.shown():
+        for cell in cells:
+            if results := finished.get(cell.name):
+                standing.ended(Outcome(cell, results, setting.output / cell.name / "log.txt", reused=True))
+        try:
+            while running or (waiting and (setting.keep_going or not failed)):
+                while waiting and free and (setting.keep_going or not failed):
+                    running.append(_Run.start(waiting.popleft(), setting, free.popleft()))
+                for run in [*running]:
+                    step = next(run.steps)
+                    if isinstance(step, Outcome):
+                        running.remove(run)
+                        free.append(run.device)
+                        standing.ended(step)
+                        failed += [step] if step.results is None else []
+                    elif step != run.state:
+                        run.change(step)
+                        standing.changed(run)
+                standing.go_on()
+                if running:
+                    time.sleep(POLL)
+        finally:
+            for run in running:
+                run.steps.close()
+    if failed and not setting.keep_going:
+        rest = f" ({len(waiting)} runs were not started; --keep-going starts them)" if waiting else ""
+        raise QVLMError(f"{failed[0].failure}{rest}")
+    return [standing.outcomes[cell.name] for cell in cells]
+
+
+def _state(outcome: Outcome) -> str:
+    if outcome.results is None:
+        return FAILED
+    return FOUND if outcome.reused else DONE

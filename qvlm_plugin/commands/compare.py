@@ -61,7 +61,8 @@ def compare(
     given |= {"calibration": calibration, "limit": limit, "metric": metric}
     asked = read_grid(grid, given | {"model_args": pairs(model_args.split(",")) if model_args else None})
     todo, named = [one.cell for one in cells(asked)], _names(devices) or ()
-    setting = Setting(output, data, batch_size, processes, jobs or max(1, len(named)), named, keep_going)
+    jobs = jobs or max(1, len(named))
+    setting = Setting(output, data, batch_size, processes, jobs=jobs, devices=named, keep_going=keep_going)
     if data is not None and not data.is_dir():
         raise QVLMError(f"--data {data}: there is no such folder")
     if dry_run:

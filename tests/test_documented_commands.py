@@ -2,7 +2,7 @@
 
 Not here: `make` and `pip install .`, which make the environment that this runs in; the example package
 (`test_example_plugin`); benchmarks (`test_benchmarks`) and ablations (`report/test_ablation`); released checkpoints
-(`reproduce.md`).
+(`reproduce.md`). The README's commands run as they are installed, the others in programs that start at once (`warm`).
 """
 
 import os
@@ -51,10 +51,9 @@ def script(page):
     return text
 
 
-def run(place, text):
-    """Run a script there, offline; returns what it printed."""
-    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = environment_in(place) | {"PATH": programs}
+def run(place, programs, text):
+    """Run a script there with the programs of a folder; returns what it printed."""
+    environment = environment_in(place) | {"PATH": os.pathsep.join([str(programs), os.environ["PATH"]])}
     done = subprocess.run(
         ["bash", "-exo", "pipefail", "-c", text],
         cwd=place,
@@ -68,7 +67,7 @@ def run(place, text):
 
 
 def test_readme(place):
-    printed = run(place, script(ROOT / "README.md"))
+    printed = run(place, Path(sys.executable).parent, script(ROOT / "README.md"))
     assert "w4a4" in printed and "for backend=packed" in printed  # what the model needs was found
 
 
@@ -76,17 +75,17 @@ def test_troubleshooting():
     assert script(DOCS / "troubleshooting.md") in script(ROOT / "README.md")
 
 
-def test_checkpoints(place):
-    printed = run(place, script(DOCS / "checkpoints.md"))
+def test_checkpoints(place, programs):
+    printed = run(place, programs, script(DOCS / "checkpoints.md"))
     assert "q_proj" in printed  # of `qvlm inspect --modules`
     assert (place / "for-vllm" / "config.json").is_file() and (place / "llava-v1.5-7b-hf" / "config.json").is_file()
 
 
 @pytest.fixture(scope="module")
-def compared(place):
+def compared(place, programs):
     """What is printed by the commands of compare.md, up to those that publish."""
     text, _, _ = script(DOCS / "compare.md").partition("qvlm leaderboard add")
-    return run(place, text)
+    return run(place, programs, text)
 
 
 def test_compare(place, compared):
@@ -95,11 +94,12 @@ def test_compare(place, compared):
     assert (place / "figures" / "search.png").is_file() and (place / "figures" / "veo.png").is_file()
 
 
-def test_publish(place, compared):
+def test_publish(place, programs, compared):
     """The last commands of compare.md, on a run that may be published: of all documents, and no stand-in data."""
     arguments = f"pretrained={MODEL},method=rtn,scheme=w8a16"
     run(
         place,
+        programs,
         f"lmms-eval --model qvlm_llava --model_args {arguments} --tasks vqav2_val,vqav2_test --log_samples "
         "--output_path compared/model/qvlm-w4a4",
     )
@@ -111,13 +111,13 @@ def test_publish(place, compared):
     assert "…" not in text
     (place / "llava-1.5-7b-w4a4").mkdir()
     (place / "llava-1.5-7b-w4a4" / "README.md").write_text("# Model\n")
-    run(place, text)
+    run(place, programs, text)
     assert list((place / "shared-results").rglob("*_results.json"))
     assert "model-index" in (place / "llava-1.5-7b-w4a4" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("page", ["results.md", "results-demo.md"])
-def test_paired(place, compared, page):
+def test_paired(place, programs, compared, page):
     """Of runs that compare.md's grid left, under the names that the page has."""
     cells = {cell.name: cell for cell in (place / "compared" / "llava-1.5-7b-hf").iterdir()}
     text = script(DOCS / page)
@@ -126,4 +126,4 @@ def test_paired(place, compared, page):
         method = {"qvlm": "qvlm_jacobian", "rtn": "qlora"}.get(method, method)
         cell = cells[f"{method}-w16a16" if method == "none" else f"{method}-w4a4"]
         shutil.copytree(cell, place / named, dirs_exist_ok=True)
-    assert run(place, text).count("- baseline: ") == text.count("qvlm paired") > 0
+    assert run(place, programs, text).count("- baseline: ") == text.count("qvlm paired") > 0

@@ -1,12 +1,14 @@
 """Commands in processes of their own that start at once: forked from one process that has imported the packages.
 
-A process of lmms-eval imports for ten seconds and more before it does anything. Here the programs `lmms-eval`, `qvlm`
-and `python -m …` are short scripts that ask a server for a fork of itself, which gets the caller's arguments, folder,
+A process of lmms-eval imports for ten seconds and more before it does anything. Here the programs `lmms-eval`, `qvlm` and
+`python -m …` are short scripts that ask a server for a fork of itself, which gets the caller's arguments, folder,
 environment and streams, runs the command as `__main__`, and hands its exit status back. Everything but the imports is
 what a process of its own would do. Killing the script does not kill the fork: tests of kills need real processes.
 """
 
 import atexit
+import contextlib
+import fcntl
 import json
 import os
 import runpy
@@ -21,9 +23,10 @@ from importlib import import_module
 from pathlib import Path
 
 IMPORTED = (
-    "torch", "transformers", "datasets", "accelerate", "matplotlib.pyplot", "lmms_eval.__main__",
-    "lmms_eval.cli.dispatch", "lmms_eval.evaluator", "lmms_eval.tasks", "qvlm_plugin.cli", "qvlm_plugin.harness.wrapper",
+    "torch", "transformers", "datasets", "accelerate", "matplotlib.pyplot", "lmms_eval.__main__", "lmms_eval.cli.dispatch",
+    "lmms_eval.evaluator", "lmms_eval.tasks", "qvlm_plugin.cli", "qvlm_plugin.harness.wrapper",
     "qvlm_plugin.report.ablations.table1", "qvlm_plugin.report.compare.report", "qvlm_plugin.export",
+    "torch.distributed.run", "transformers.models.llava.modeling_llava",
 )  # fmt: skip
 
 SCRIPT = """\
@@ -40,37 +43,54 @@ os._exit(int(status or 1))
 
 @contextmanager
 def programs(folder: Path) -> Iterator[Path]:
-    """While active, the programs in this folder, new, start at once."""
+    """While active, the programs in this folder start at once.
+
+    Processes that name the same folder share the server; it ends after the last of them.
+    """
+    folder.mkdir(exist_ok=True)
+    with (folder / "users").open("w") as users, (folder / "starting").open("w") as starting:
+        fcntl.flock(users, fcntl.LOCK_SH)
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        if not (folder / "server").exists():
+            _start(folder)
+        fcntl.flock(starting, fcntl.LOCK_UN)
+        yield folder
+
+
+def _start(folder: Path) -> None:
     address = str(folder / "server")
-    folder.mkdir()
     for program in ("python", "lmms-eval", "qvlm"):
         script = folder / program
         script.write_text(SCRIPT.format(python=sys.executable, address=address, program=program))
         script.chmod(0o755)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment["HF_DATASETS_CACHE"] = str(folder / "datasets")  # read when datasets is imported
+    environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "datasets")}  # read when datasets is imported
     server = subprocess.Popen([sys.executable, __file__, address], env=environment, stdout=subprocess.PIPE)
-    try:
-        assert server.stdout.readline() == b"ready\n"
-        yield folder
-    finally:
-        server.terminate()
-        server.wait()
+    assert server.stdout.readline() == b"ready\n"
 
 
-def _serve(address: str) -> None:
+def _serve(address: Path) -> None:
     for name in IMPORTED:
         import_module(name)
+    sys.modules["lmms_eval.tasks"].TaskManager("ERROR")  # the index of its tasks is remembered
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no child is waited for
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(address)
+    with socket.socket(socket.AF_UNIX) as listening, (address.parent / "users").open() as users:
+        listening.bind(str(address))
         listening.listen()
+        listening.settimeout(1)
         print("ready", flush=True)
         while True:
-            connection, _ = listening.accept()
+            try:
+                connection, _ = listening.accept()
+            except TimeoutError:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    address.unlink()
+                    return  # nobody uses it any more
+                continue
             if os.fork() == 0:
                 listening.close()
-                _answer(connection, Path(address).parent)
+                users.close()
+                _answer(connection, address.parent)
             connection.close()
 
 
@@ -87,6 +107,7 @@ def _answer(connection: socket.socket, folder: Path) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    sys.path[0] = request["cwd"]
     sys.executable = str(folder / "python")  # processes that it starts are as quick
     status = _run(request["program"], request["arguments"])
     connection.sendall(str(status).encode())
@@ -99,9 +120,9 @@ def _run(program: str, arguments: Sequence[str]) -> int:
             case "qvlm", *rest:
                 sys.argv = ["qvlm", *rest]
                 sys.modules["qvlm_plugin.cli"].app()
-            case ("lmms-eval", *rest) | ("python", "-m", "lmms_eval", *rest):
+            case "lmms-eval", *rest:
                 _run_module("lmms_eval", rest)
-            case "python", "-m", module, *rest:
+            case ("python", "-m", module, *rest) | ("python", "-u", "-m", module, *rest):
                 _run_module(module, rest)
             case _:
                 raise ValueError(f"{program} {' '.join(arguments)} is not known here")
@@ -125,4 +146,4 @@ def _run_module(module: str, arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(Path(sys.argv[1]))

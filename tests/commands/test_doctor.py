@@ -50,7 +50,7 @@ def test_a_check_that_raises_or_cannot_be_imported_is_a_finding():
     assert one.status == "fail" and "ModuleNotFoundError" in one.message
 
 
-def test_the_checks_that_it_names_are_there(tiny_llava, tmp_path):
+def test_the_checks_that_it_names_are_there(tiny_llava, tmp_path, warm_python):
     arguments = ["--pretrained", str(tiny_llava), "--data", str(tmp_path), "--tasks", "scienceqa", "--json"]
     done = CliRunner().invoke(app, ["doctor", *arguments])
     subjects = {one["subject"]: one for one in json.loads(done.stdout)}

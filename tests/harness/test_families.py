@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 import yaml
@@ -13,7 +12,7 @@ CONV = {"llava-v1.3": "llava_v1", "llava-v1.5": "vicuna_v1", "moe-llava": "stabl
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(tmp_path_factory, programs):
     """The results of one process that runs all families, by name; and of LLaVA v1.3 with another prompt format."""
     place = write_mirrors(tmp_path_factory.mktemp("families"))
     runs = []
@@ -25,9 +24,8 @@ def results(tmp_path_factory):
     runs.append({"model_args": chosen, "output_path": "out/chosen"})
     common = {"model": "qvlm_llava", "tasks": "vqav2_val", "batch_size": "4", "limit": 4.0, "log_samples": True}
     (place / "runs.yaml").write_text(yaml.safe_dump([common | one for one in runs]))
-    environment = environment_in(place)
-    command = [sys.executable, "-m", "lmms_eval", "--config", "runs.yaml"]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=1800)
+    command = [programs / "lmms-eval", "--config", "runs.yaml"]
+    done = subprocess.run(command, cwd=place, env=environment_in(place), capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {}
     for name in [*FAMILIES, "chosen"]:

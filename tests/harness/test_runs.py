@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,14 +45,17 @@ def place(tmp_path_factory):
     return directory
 
 
-def run(place, *command):
-    """Run a command there, offline; returns what it printed."""
-    environment = environment_in(place)
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=place, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def run(place, programs):
+    """Runs a module as a command there; returns what it printed."""
+
+    def run(*command):
+        command, environment = [programs / "python", "-m", *command], environment_in(place)
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
 
 
 def results_of(place, folder):
@@ -76,10 +78,10 @@ def arguments(**values):
 
 
 @pytest.fixture(scope="module")
-def full_precision(place):
+def full_precision(place, run):
     """A run as a user types it: chat format, full precision."""
     command = ["lmms_eval", "--model", "qvlm_llava", "--model_args", arguments(), "--tasks", STANDARD]
-    run(place, *command, "--batch_size", "4", "--output_path", "full", "--log_samples")
+    run(*command, "--batch_size", "4", "--output_path", "full", "--log_samples")
     return results_of(place, "full")
 
 
@@ -113,7 +115,7 @@ RTN = {
 
 
 @pytest.fixture(scope="module")
-def printed(place):
+def printed(place, run):
     """Several runs in one process; what it printed."""
     overlapping = {
         "method": "rtn", "scheme": "w8a8", "calibration": "evaluated.json:2", "cache": "none",
@@ -134,7 +136,7 @@ def printed(place):
         common | {"model_args": arguments(colour="red"), "output_path": "unknown"},
     ]
     (place / "runs.yaml").write_text(yaml.safe_dump([{"include_path": str(TASK_FOLDER)} | one for one in runs]))
-    return run(place, "lmms_eval", "--config", "runs.yaml")
+    return run("lmms_eval", "--config", "runs.yaml")
 
 
 def test_several_runs_in_one_process(place, full_precision, printed):
@@ -204,11 +206,11 @@ def test_their_leaderboard(place, full_precision, printed, tmp_path):
     assert content["qvlm"]["seal"] != seal(content)
 
 
-def test_two_processes(place, printed):
+def test_two_processes(place, run, printed):
     """Sharded under torchrun: one search for both, each document once, and the plan and answers of a single process."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lmms_eval"]
     model = ["--model", "qvlm_llava", "--model_args", arguments(**RTN, cache="other"), "--force_simple"]
-    run(place, *torchrun, *model, "--tasks", STANDARD, "--batch_size", "4", "--output_path", "two", "--log_samples")
+    run(*torchrun, *model, "--tasks", STANDARD, "--batch_size", "4", "--output_path", "two", "--log_samples")
     alone, together = (results_of(place, folder) for folder in ("rtn", "two"))
     assert together["qvlm"]["processes"] == 2
     assert together["qvlm"]["plan_hash"] == alone["qvlm"]["plan_hash"]

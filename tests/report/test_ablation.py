@@ -235,13 +235,7 @@ def test_sweeps_share_runs_and_tell_failures(tmp_path, monkeypatch):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A working directory with a model, mirrors of the data sets and calibration files."""
-    for name, value in {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(tmp_path / "datasets-cache"),
-        "QVLM_CACHE": str(tmp_path / "qvlm-cache"),
-        "OMP_NUM_THREADS": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("QVLM_CACHE", str(tmp_path / "qvlm-cache"))
     directory = write_mirrors(tmp_path / "place")
     write_tiny_llava(directory / "tiny")
     rows = []
@@ -253,7 +247,7 @@ def place(tmp_path, monkeypatch):
     return directory
 
 
-def test_table1_is_measured_by_the_harness_and_resumes(place, tmp_path, monkeypatch):
+def test_table1_is_measured_by_the_harness_and_resumes(place, tmp_path, monkeypatch, warm_python):
     output = tmp_path / "report"
     command = ["table1", output, "--pretrained", "tiny", "--data", place, "--calibration", "train.json:4"]
     command += ["--schemes", "w3a3", "--tasks", "vizwiz_vqa_val", "--limit", 2, "--model-args", "dtype=float32"]

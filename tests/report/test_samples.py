@@ -1,6 +1,5 @@
 import json
 import subprocess
-import sys
 
 import pytest
 import yaml
@@ -108,7 +107,7 @@ def test_runs_over_other_documents_are_refused(tmp_path, tasks, message):
         check_same_documents(read(tmp_path / "a"), read(tmp_path / "b"))
 
 
-def test_a_run_of_the_harness_is_read(tmp_path):
+def test_a_run_of_the_harness_is_read(tmp_path, programs):
     """What it logs gives its own scores back, and questions about one image can be told."""
     write_mirrors(tmp_path)
     write_tiny_llava(tmp_path / "tiny")
@@ -129,10 +128,9 @@ def test_a_run_of_the_harness_is_read(tmp_path):
     command = ["--model", "qvlm_llava", "--model_args", "pretrained=tiny,dtype=float32", "--include_path", "tasks"]
     command += ["--tasks", "choices,scienceqa,vizwiz_vqa_val,vqav2_val", "--batch_size", "4"]
     command += ["--output_path", "out", "--log_samples", "--force_simple"]
-    environment = environment_in(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "lmms_eval", *command],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+        [programs / "lmms-eval", *command], cwd=tmp_path, env=environment_in(tmp_path), capture_output=True, text=True,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     run = read(tmp_path / "out")

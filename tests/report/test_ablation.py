@@ -275,7 +275,7 @@ def test_table1_is_measured_by_the_harness_and_resumes(place, tmp_path, monkeypa
         assert 0 <= score["value"] <= 1 and score["stderr"] is not None and row["stand_in"]
     assert "Stand-in data" in document and "vizwiz_vqa_val 2, limited" in document
 
-    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a finished run was run again"))
+    monkeypatch.setattr("qvlm_plugin.report.runs.command", lambda *_, **__: pytest.fail("a finished run was run again"))
     invoke(*command)
     assert report(output, "table1") == (content, document)
 

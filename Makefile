@@ -26,27 +26,31 @@ lock: install  ## resolve the newest versions into requirements.lock; run make n
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile setup.cfg --extra test --universal --python-version 3.11 \
 		--prerelease disallow --generate-hashes --no-strip-extras --upgrade --quiet --output-file requirements.lock
 
+# What tells in two minutes whether versions fit: loading, kernels, plans, the harness's wrapper and tasks.
+QUICK := tests/kernels tests/models tests/test_plan.py tests/test_planning.py tests/test_quantizers.py tests/test_linear.py \
+	tests/test_topology.py tests/test_conversation.py tests/harness/test_wrapper.py tests/harness/test_provenance.py \
+	tests/harness/test_task_source.py tests/harness/test_checks.py
 newest: install  ## without the lock: what the newest versions change, doctor, and the quick tests, in an environment of their own
 	$(PYTHON) -m venv --clear .venv-newest
 	$(BIN)/uv pip install --quiet --python .venv-newest/bin/python --upgrade --editable '.[test]'
 	@echo "== what the lock (+) has in place of the newest versions (-)"
 	@$(BIN)/uv pip install --python .venv-newest/bin/python --dry-run --requirement requirements.lock 2>&1 | grep -E '^ [-+~]' || echo nothing
 	.venv-newest/bin/qvlm doctor --tasks ""
-	.venv-newest/bin/pytest $(QUICK)
+	.venv-newest/bin/pytest -n 2 --dist loadfile $(QUICK)
 
 lint: install  ## style, formatting and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 
-test: lint  ## lint, then every test
-	OMP_WAIT_POLICY=passive $(BIN)/pytest
+test: lint  ## lint, then every test, on two cores
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile --durations 20
 
 oldest:  ## every test on the oldest versions that are supported, in an environment of their own
 	$(PYTHON) -m venv .venv-oldest
 	$(call INSTALL_UV,.venv-oldest)
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --constraint tests/oldest.txt --editable '.[test]'
-	OMP_WAIT_POLICY=passive .venv-oldest/bin/pytest
+	OMP_WAIT_POLICY=passive .venv-oldest/bin/pytest -n 2 --dist loadfile
 
 fuzz: install  ## 100,000 hostile files and arguments (ten minutes); a new seed each time
 	$(BIN)/pytest tests/hostile --hypothesis-profile=fuzz

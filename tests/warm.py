@@ -1,7 +1,7 @@
 """Commands in processes of their own that start at once: forked from one process that has imported the packages.
 
-A process of lmms-eval imports for ten seconds and more before it does anything. Here the programs `lmms-eval`, `qvlm` and
-`python -m …` are short scripts that ask a server for a fork of itself, which gets the caller's arguments, folder,
+A process of lmms-eval imports for ten seconds and more before it does anything. Here the programs `lmms-eval`, `qvlm`
+and `python -m …` are short scripts that ask a server for a fork of itself, which gets the caller's arguments, folder,
 environment and streams, runs the command as `__main__`, and hands its exit status back. Everything but the imports is
 what a process of its own would do. Killing the script does not kill the fork: tests of kills need real processes.
 """
@@ -23,10 +23,10 @@ from importlib import import_module
 from pathlib import Path
 
 IMPORTED = (
-    "torch", "transformers", "datasets", "accelerate", "matplotlib.pyplot", "lmms_eval.__main__", "lmms_eval.cli.dispatch",
-    "lmms_eval.evaluator", "lmms_eval.tasks", "qvlm_plugin.cli", "qvlm_plugin.harness.wrapper",
-    "qvlm_plugin.report.ablations.table1", "qvlm_plugin.report.compare.report", "qvlm_plugin.export",
-    "torch.distributed.run", "transformers.models.llava.modeling_llava",
+    "torch", "transformers", "datasets", "accelerate", "matplotlib.pyplot", "lmms_eval.__main__",
+    "lmms_eval.cli.dispatch", "lmms_eval.evaluator", "lmms_eval.tasks", "qvlm_plugin.cli",
+    "qvlm_plugin.harness.wrapper", "qvlm_plugin.report.ablations.table1", "qvlm_plugin.report.compare.report",
+    "qvlm_plugin.export", "torch.distributed.run", "transformers.models.llava.modeling_llava",
 )  # fmt: skip
 
 SCRIPT = """\

@@ -47,7 +47,7 @@ def doctor(
         ("bfloat16", "looking at the processor", "qvlm_plugin.doctor.arithmetic:check_arithmetic"),
         ("plugins", "looking at plugins", "qvlm_plugin.doctor.plugins:check_plugins"),
         ("lmms-eval", "looking at lmms-eval", "qvlm_plugin.harness.checks:check_registration"),
-        ("tasks", "looking for tasks and their data", "qvlm_plugin.harness.checks:check_tasks", tasks.split(",")),
+        ("tasks", "looking for tasks and their data", "qvlm_plugin.harness.checks:check_tasks", [name for name in tasks.split(",") if name]),
         ("kernels", "testing kernels", "qvlm_plugin.doctor.kernels:check_kernels"),
         ("space", "looking at memory and disk", "qvlm_plugin.doctor.space:check_space", *space),
         ("trial run", trial, "qvlm_plugin.doctor.trial:check_trial"),

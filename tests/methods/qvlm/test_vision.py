@@ -172,7 +172,7 @@ def test_the_full_precision_model_has_no_error(loaded, calibration):
 def test_training_lowers_the_objective_that_the_applied_plan_then_has(loaded, calibration):
     scheme, topology = Scheme.parse("w3a3"), topology_of(loaded)
     initial = initial_of(loaded, calibration, "w3a3")
-    options = {"veo_epochs": 8, "veo_train": "clip+norm", "lambda1": 0.5}
+    options = {"veo_epochs": 8, "veo_train": "clip+norm", "veo_norm_rate": 0.005, "lambda1": 0.5}
     result = optimize(loaded, calibration, initial=initial, **options)
     assert [row["epoch"] for row in result.curve] == list(range(1, 9))
     assert result.after["total"] < result.before["total"] - 0.01

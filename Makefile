@@ -52,8 +52,8 @@ oldest:  ## every test on the oldest versions that are supported, in an environm
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --constraint tests/oldest.txt --editable '.[test]'
 	OMP_WAIT_POLICY=passive .venv-oldest/bin/pytest -n 2 --dist loadfile
 
-fuzz: install  ## 100,000 hostile files and arguments (ten minutes); a new seed each time
-	$(BIN)/pytest tests/hostile --hypothesis-profile=fuzz
+fuzz: install  ## 107,000 hostile files and arguments and 300 kills (a quarter of an hour); a new seed each time
+	$(BIN)/pytest tests/hostile tests/faults/test_kills.py --hypothesis-profile=fuzz
 
 demo: install  ## full precision, qlora and Q-VLM at W4A4 on 100 documents of each standard task (the embedded small LLaVA)
 	@$(BIN)/qvlm demo run demo-results --processes $(PROCESSES)

@@ -7,11 +7,20 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"  # read when 
 
 import pytest
 import warm
+from hypothesis import HealthCheck, Phase, settings
 from tiny_llava import random_image, write_tiny_llava
 
 from qvlm_plugin.calibration import CalibrationSet, Sample
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.models.loading import load
+
+# How many hostile inputs and kills there are: a fixed few in the suite, many and ever new ones with `make fuzz`.
+settings.register_profile(
+    "suite", derandomize=True, database=None, deadline=None, max_examples=100, phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+settings.register_profile("fuzz", settings.get_profile("suite"), derandomize=False, max_examples=1_500, print_blob=True)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
@@ -21,10 +30,16 @@ def tiny_llava(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    """A folder with `python`, `lmms-eval` and `qvlm` that start at once; see `warm`."""
+def shared(tmp_path_factory):
+    """A folder that all workers of pytest-xdist have in common."""
     own = tmp_path_factory.getbasetemp()
-    with warm.programs((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "programs") as folder:
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def programs(shared):
+    """A folder with `python`, `lmms-eval` and `qvlm` that start at once; see `warm`."""
+    with warm.programs(shared / "programs") as folder:
         yield folder
 
 

@@ -1,4 +1,4 @@
-"""The demo model in the harness's wrapper says what it says in plain transformers, on 100 of its documents."""
+"""The demo model in the harness's wrapper says what it says in plain transformers, on documents of both kinds."""
 
 import pytest
 import torch
@@ -16,10 +16,10 @@ WORD = "\nAnswer the question using a single word or phrase."
 
 @pytest.fixture(scope="module")
 def documents(demo_data):
-    """Of each kind, the prompt's text and images: 50 of ScienceQA (some without an image), 50 of VQAv2."""
+    """Of each kind, the prompt's text and images: 12 of ScienceQA (some without an image), 12 of VQAv2."""
     hub = demo_data / "lmms-lab-encoder"
-    science = load_dataset(str(hub / "ScienceQA"), "ScienceQA-FULL", split="test[:50]")
-    vqa = load_dataset(str(hub / "VQAv2"), split="validation[:50]")
+    science = load_dataset(str(hub / "ScienceQA"), "ScienceQA-FULL", split="test[:12]")
+    vqa = load_dataset(str(hub / "VQAv2"), split="validation[:12]")
     kwargs = {"format": "default", "pre_prompt": "", "post_prompt": LETTER}
     return [
         *({"text": sqa_doc_to_text(doc, kwargs), "images": sqa_doc_to_visual(doc)} for doc in science),
@@ -28,7 +28,7 @@ def documents(demo_data):
 
 
 @torch.inference_mode()
-def test_full_precision_equals_plain_transformers_on_100_documents(demo_model, documents):
+def test_full_precision_equals_plain_transformers(demo_model, documents):
     model = AutoModelForImageTextToText.from_pretrained(demo_model, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(demo_model, backend="pil")  # as the wrapper: pixels equal to the bit
     expected = []
@@ -54,4 +54,4 @@ def test_full_precision_equals_plain_transformers_on_100_documents(demo_model, d
         for index, document in enumerate(documents)
     ]
     assert [result.text for result in wrapper.generate_until(requests)] == expected
-    assert len(expected) == 100 and sum(not document["images"] for document in documents) > 5
+    assert len(set(expected)) > 5 and sum(not document["images"] for document in documents) > 1

@@ -1,6 +1,7 @@
 """kill -9 at random moments: nothing that is there is damaged, and who starts again ends where nobody was killed.
 
-Moments are drawn with a seed: the n-th change of files, where halves of things are, and random times between.
+Moments are the n-th change of files, where halves of things are, and times between: in the suite few, drawn with a fixed
+seed; with `make fuzz` many, and others each time.
 """
 
 import json
@@ -14,6 +15,7 @@ from contextlib import suppress
 import pytest
 from faults import work
 from faults.processes import dying_at, finish, start
+from hypothesis import settings
 from report.leaderboard.test_adding import facts
 from report.leaderboard.written import write_run
 from report.stub_harness import write_stub
@@ -55,19 +57,21 @@ def undisturbed(folder, job):
     return len(count.read_bytes()), time.monotonic() - begin
 
 
-def kill_again_and_again(tmp_path, job, kills, check, seed, outcome=content):
-    """Kill a job ``kills`` times, in several folders; each time it goes on where it was, and at last it ends.
+def kill_again_and_again(tmp_path, job, check, seed, outcome=content):
+    """Kill a job again and again, in several folders; each time it goes on where it was, and at last it ends.
 
     Args:
         tmp_path: of the folders.
         job: folder → function and arguments to `start`.
-        kills: at least so many.
         check: called with the folder after each.
-        seed: of the moments.
+        seed: of the suite's moments.
         outcome: folder → what must be as it is where nobody was killed.
     """
     changes, seconds = undisturbed(tmp_path / "undisturbed", job)
     expected = outcome(tmp_path / "undisturbed")
+    kills = settings.default.max_examples // 20
+    seed = seed if settings.default.derandomize else random.randrange(2**32)
+    print("seed of the moments:", seed)
     draw, killed, folders = random.Random(seed), 0, 0
     while killed < kills:
         folder = tmp_path / f"killed-{folders}"
@@ -100,7 +104,7 @@ def test_searches(model, tmp_path):
             if plan.exists() and ".steps" not in plan.name and not plan.name.startswith("."):
                 RoundingPlan.load(plan)
 
-    kill_again_and_again(tmp_path, lambda folder: (work.search, model, folder), 16, check, seed=0)
+    kill_again_and_again(tmp_path, lambda folder: (work.search, model, folder), check, seed=0)
 
 
 def test_exports(model, tmp_path):
@@ -111,7 +115,7 @@ def test_exports(model, tmp_path):
             load(str(folder / "exported"))
 
     job = lambda folder: (work.write_checkpoint, model, tmp_path / "plan", folder)  # noqa: E731
-    kill_again_and_again(tmp_path, job, 14, check, seed=1)
+    kill_again_and_again(tmp_path, job, check, seed=1)
 
 
 def test_additions_to_a_leaderboard(tmp_path):
@@ -122,7 +126,7 @@ def test_additions_to_a_leaderboard(tmp_path):
             for file in find_results([folder / "shared"]):
                 assert read_run(file).coverage["quiz"].count == 600
 
-    kill_again_and_again(tmp_path, lambda folder: (work.add, results, folder), 14, check, seed=2)
+    kill_again_and_again(tmp_path, lambda folder: (work.add, results, folder), check, seed=2)
 
 
 def test_comparisons(tmp_path):
@@ -136,4 +140,4 @@ def test_comparisons(tmp_path):
         with suppress(FileNotFoundError):
             assert len(outcome(folder)) == 3
 
-    kill_again_and_again(tmp_path, lambda folder: (work.compare, place, folder), 14, check, seed=3, outcome=outcome)
+    kill_again_and_again(tmp_path, lambda folder: (work.compare, place, folder), check, seed=3, outcome=outcome)

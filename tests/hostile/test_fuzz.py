@@ -52,7 +52,7 @@ from qvlm_plugin.workspace import Workspace
 
 
 def inputs(percent):
-    """That share of the profile's number of inputs (see conftest.py)."""
+    """That share of the profile's number of inputs (see ../conftest.py)."""
     return settings(max_examples=max(1, settings.default.max_examples * percent // 100))
 
 

@@ -42,12 +42,13 @@ def doctor(
 
     space = (pretrained, revision, Scheme.parse(scheme))
     trial = "evaluating two documents with a tiny model, about half a minute"
+    names = [name for name in tasks.split(",") if name]
     checks = (
         ("packages", "looking at packages", "qvlm_plugin.doctor.packages:check_packages"),
         ("bfloat16", "looking at the processor", "qvlm_plugin.doctor.arithmetic:check_arithmetic"),
         ("plugins", "looking at plugins", "qvlm_plugin.doctor.plugins:check_plugins"),
         ("lmms-eval", "looking at lmms-eval", "qvlm_plugin.harness.checks:check_registration"),
-        ("tasks", "looking for tasks and their data", "qvlm_plugin.harness.checks:check_tasks", [name for name in tasks.split(",") if name]),
+        ("tasks", "looking for tasks and their data", "qvlm_plugin.harness.checks:check_tasks", names),
         ("kernels", "testing kernels", "qvlm_plugin.doctor.kernels:check_kernels"),
         ("space", "looking at memory and disk", "qvlm_plugin.doctor.space:check_space", *space),
         ("trial run", trial, "qvlm_plugin.doctor.trial:check_trial"),

@@ -1,7 +1,7 @@
 """kill -9 at random moments: nothing that is there is damaged, and who starts again ends where nobody was killed.
 
-Moments are the n-th change of files, where halves of things are, and times between: in the suite few, drawn with a fixed
-seed; with `make fuzz` many, and others each time.
+Moments are the n-th change of files, where halves of things are, and times between: in the suite few, drawn with a
+fixed seed; with `make fuzz` many, and others each time.
 """
 
 import json

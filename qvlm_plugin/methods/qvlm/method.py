@@ -4,10 +4,10 @@ Visual encoder optimization (VEO) first, then dependency mining, partition and j
 tower. ``cdm=false`` and ``veo=false`` leave either out, and with both it is the layer-wise baseline: the rows of the
 paper's Table 1.
 
-``qvlm_jacobian`` is the same method with other defaults, which deviate from the paper where that measured better on one
-draw of samples (docs/results-demo.md): errors weighed by Jacobians, a wider grid of ratios, corrected biases, the
-tower's norms trained too. Its ranges leave the joint search nothing to gain: pulled in further they lower a block's error and
-harm answers.
+``qvlm_jacobian`` is the same method with other defaults, which deviate from the paper where that measured better on
+one draw of samples (docs/results-demo.md): errors weighed by Jacobians, a wider grid of ratios, corrected biases, the
+tower's norms trained too. Its ranges leave the joint search nothing to gain: pulled in further they lower a block's
+error and harm answers.
 """
 
 from typing import Any

@@ -68,7 +68,7 @@ results: install  ## every method at W4A4, W6A6 and W8A8 on 1,000 documents of e
 
 seeds: install  ## four methods at W4A4 on three draws of 32 and of 64 calibration samples (hours); goes on where it stopped
 	@$(BIN)/qvlm demo build && $(BIN)/qvlm demo data demo-data
-	cd demo-data && HF_HUB_OFFLINE=1 $(BIN)/python ../benchmarks/seeds.py run ../seeds-results
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/seeds.py run seeds-results
 	$(BIN)/python benchmarks/seeds.py table seeds-results
 
 bench: install  ## speed and memory of packed execution on this machine, beside bfloat16 (some 20 minutes)

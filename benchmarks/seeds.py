@@ -1,17 +1,18 @@
 """Methods over draws of calibration samples: each method, number of samples and seed is searched and evaluated.
 
-Run in the folder of the stand-in data (`qvlm demo data`). What is finished is not done again, and the same command
+The stand-in data must be there (`qvlm demo data demo-data`). What is finished is not done again, and the same command
 started twice shares the work; the table shows what is there.
 
-python benchmarks/seeds.py run seeds-results                            # four methods, 32 and 64 samples, three seeds
-python benchmarks/seeds.py table seeds-results --baseline qlora         # means, spreads, paired differences
-python benchmarks/seeds.py agreement seeds-results/qlora-32-0 RESULTS   # with generation by the harness
+python benchmarks/seeds.py run seeds-results                       # four methods, 32 and 64 samples, three seeds
+python benchmarks/seeds.py table seeds-results --baseline qlora    # means, spreads, paired differences
+python benchmarks/seeds.py agreement seeds-results/qlora-32-0      # with generation by the harness on the same plan
 """
 
 import argparse
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from qvlm_plugin.reading import read_json
 from qvlm_plugin.report.paired import p_text
 from qvlm_plugin.report.pooled import Pooled, pool, verdict
 from qvlm_plugin.report.results import Grid
+from qvlm_plugin.report.running import run_cells
+from qvlm_plugin.report.runs import Cell, Setting
 from qvlm_plugin.report.samples import Document, RunSamples, read_samples
 
 METHODS = {"qlora": {}, "awq": {"weights": "nf"}, "qvlm": {}, "qvlm_jacobian": {}}
@@ -154,11 +157,13 @@ def _row(method: str, samples: str, seeds: int, one: Pooled) -> tuple[str, ...]:
     return (*texts, spread, difference, p_text(one.t_p), p_text(one.sign_flip_p))
 
 
-def agreement(folder: Path, results: Path) -> None:
-    """Print in how many documents a cell and a run of the harness on the same plan differ, and both scores."""
-    ours, (theirs,) = read_run(folder), read_samples(results)
-    if theirs.run["plan_hash"] != ours.run.get("plan_hash", theirs.run["plan_hash"]):
-        raise SystemExit(f"{results} is of another plan than {folder}")
+def agreement(folder: Path, data: Path, limit: int) -> None:
+    """Let the harness generate with a cell's plan; print in how many documents the two judge differently."""
+    ours = read_run(folder)
+    arguments = {"pretrained": "demo", "plan": str(folder / "plan"), "dtype": ours.run["dtype"].removeprefix("torch.")}
+    cell = Cell("generated", arguments, TASKS, limit)
+    (outcome,) = run_cells([cell], Setting(folder, data, batch_size=16), METRIC)
+    (theirs,) = read_samples(outcome.results)
     for task, documents in theirs.tasks.items():
         exact = {one.id: one.metrics[METRIC] for one in ours.tasks[task]}
         pairs = [(exact[one.id], float(one.metrics[METRIC] >= 0.5)) for one in documents if one.id in exact]
@@ -182,20 +187,23 @@ def main() -> None:
         command.add_argument("--samples", type=numbers, default=[32, 64])
         command.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     commands.choices["run"].add_argument("--dtype", default="float32")
-    commands.choices["run"].add_argument("--limit", type=int, default=600, help="documents of each task")
     commands.choices["table"].add_argument("--baseline", choices=METHODS, default="qlora")
     command = commands.add_parser("agreement")
     command.add_argument("output", type=Path, help="folder of a finished cell")
-    command.add_argument("results", type=Path, help="results of lmms-eval on that cell's plan")
+    for name, limit in (("run", 600), ("agreement", 60)):
+        commands.choices[name].add_argument("--data", type=Path, default=Path("demo-data"), help="the stand-in data")
+        commands.choices[name].add_argument("--limit", type=int, default=limit, help="documents of each task")
     asked = parser.parse_args()
+    output = asked.output.resolve()
     if asked.command == "agreement":
-        agreement(asked.output, asked.results)
-    else:
-        cells = [*draws(asked.methods, asked.samples, asked.seeds)]
-        if asked.command == "run":
-            run(cells, asked.output, asked.dtype, asked.limit)
-        else:
-            show_table(cells, asked.output, asked.baseline)
+        agreement(output, asked.data, asked.limit)
+        return
+    cells = [*draws(asked.methods, asked.samples, asked.seeds)]
+    if asked.command == "table":
+        show_table(cells, output, asked.baseline)
+        return
+    with chdir(asked.data):
+        run(cells, output, asked.dtype, asked.limit)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""The benchmark over draws of samples: exact matches with shared prefixes, and the table."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_llava import random_image
+
+from qvlm_plugin.conversation import Conversation, encode, render_answer
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import seeds
+    import teacher_forced
+
+    return seeds, teacher_forced
+
+
+def question(teacher_forced, loaded, index, image, answer):
+    """As `read_questions` makes them of a task's documents; questions are of several lengths."""
+    images = [] if image is None else [random_image(image)]
+    conversation = Conversation.from_prompt("what is it? " * (1 + index % 3), images)
+    inputs, mask = encode(loaded.processor, [conversation], [render_answer(loaded.processor, conversation, answer)])
+    (tokens,) = inputs["input_ids"]
+    shown = (tokens == loaded.model.config.image_token_id).nonzero()
+    start = int(shown[-1]) + 1 if len(shown) else 0
+    return teacher_forced.Question(
+        "task", index, conversation.image_digest(), answer, inputs.get("pixel_values"), tokens[:start], tokens[start:],
+        int(mask.sum()),
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def test_an_answer_is_exact_where_a_forward_pass_over_all_of_it_says_so(benchmarks, loaded, monkeypatch):
+    _, teacher_forced = benchmarks
+    monkeypatch.setattr(teacher_forced, "IMAGES_AT_A_TIME", 2)
+    monkeypatch.setattr(teacher_forced, "QUESTIONS_AT_A_TIME", 3)
+    image_token = loaded.model.config.image_token_id
+
+    def said(asked):
+        pixels = {} if asked.pixels is None else {"pixel_values": asked.pixels}
+        inputs = torch.cat([asked.prefix, asked.tail])[None]
+        return loaded.model(input_ids=inputs, **pixels).logits[0, -asked.answered - 1 : -1].argmax(dim=-1)
+
+    questions, expected = [], {}
+    for index in range(21):
+        asked = question(teacher_forced, loaded, index, (None, 1, 1, 2, 3, 3, 3)[index % 7], "abc"[: 1 + index % 3])
+        for _ in range(index % 2 and asked.answered):  # a random model is right only about what it says itself
+            if image_token not in (answer := said(asked)):
+                asked.tail[-asked.answered :] = answer
+        questions.append(asked)
+        expected["task", index] = torch.equal(said(asked), asked.tail[-asked.answered :])
+    assert teacher_forced.exact_matches(loaded.model, questions) == expected
+    assert sum(expected.values()) >= 5 and not all(expected.values())
+
+
+def test_the_table_pairs_each_seed_with_its_own_baseline(benchmarks, tmp_path, capsys):
+    seeds, _ = benchmarks
+    right = {
+        "full-precision": 40, "qlora-32-0": 30, "qlora-32-1": 20, "awq-32-0": 36, "awq-32-1": 28, "awq-32-2": 40,
+    }  # fmt: skip
+    for name, count in right.items():
+        rows = [
+            {"task": "one", "id": index, "image": str(index), "target": "x", "exact": index < count}
+            for index in range(40)
+        ]
+        (tmp_path / name).mkdir()
+        content = {"run": {"method": name, "scheme": "w4a4", "calibration": {}}, "documents": rows}
+        (tmp_path / name / "exact.json").write_text(json.dumps(content))
+    sys.stdout.flush()
+    seeds.show_table([*seeds.draws(["qlora", "awq"], [32], [0, 1, 2])], tmp_path, "qlora")
+    printed = capsys.readouterr().out
+    assert "awq, 32 samples: 1 seeds have no qlora to compare with" in printed
+    (row,) = (line for line in printed.splitlines() if line.startswith("| awq"))
+    assert "| 32 | 2 | one | 80.0 ±" in row and "(70.0 to 90.0) | +17.5 [" in row  # 6 and 8 of 40 more
+    assert "| full precision |  |  | one | 100.0 ±" in printed

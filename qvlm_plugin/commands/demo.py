@@ -76,6 +76,10 @@ def run(
 
     Example: qvlm demo run demo-results --limit 200
     """
+    # Read when the hub's client and torch are imported, here and by the harness: nothing of the demo is on the hub, and
+    # threads that wait actively are slow beside other work.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from qvlm_plugin.demo.data import write_mirrors
     from qvlm_plugin.demo.model import build as build_model
 
@@ -88,8 +92,6 @@ def run(
     todo = [_Run.parse(name, {"calibration": calibration, "seed": str(seed)}, shared) for name in runs.split(",")]
     steps = _Steps(2 + sum(1 + one.request.needs_calibration for one in todo))
     setting = Setting(output.resolve(), folder, BATCH_SIZE, processes)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing of the demo is on the hub
-
     with steps.take("build the small LLaVA: SmolLM2-135M, a DINOv2-S tower and the trained bridge"):
         build_model(None)
     with steps.take(f"write stand-in data in the schemas of ScienceQA, VizWiz-VQA and VQAv2 to {folder}"):

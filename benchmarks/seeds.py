@@ -23,12 +23,12 @@ from teacher_forced import Question, exact_matches, read_questions
 from qvlm_plugin import planning
 from qvlm_plugin.atomic import make_folder, write_file
 from qvlm_plugin.calibration import CalibrationSet, read_conversations
-from qvlm_plugin.demo import resolve_demo
+from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.reading import read_json
-from qvlm_plugin.report.paired import p_text
-from qvlm_plugin.report.pooled import Pooled, pool, verdict
+from qvlm_plugin.report.paired import difference_text, p_text, score_text
+from qvlm_plugin.report.pooled import Pooled, pool, spread_text, verdict
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.running import run_cells
 from qvlm_plugin.report.runs import Cell, Setting
@@ -37,8 +37,7 @@ from qvlm_plugin.report.samples import Document, RunSamples, read_samples
 METHODS = {"qlora": {}, "awq": {"weights": "nf"}, "qvlm": {}, "qvlm_jacobian": {}}
 """Methods with their options; the weights of all of them are normal-float."""
 
-TASKS = ("scienceqa", "vizwiz_vqa_val", "vqav2_val")
-SCHEME, CALIBRATION, METRIC = "w4a4", "calibration/train.json", "exact_match"
+SCHEME, METRIC = "w4a4", "exact_match"
 
 
 @dataclass(frozen=True)
@@ -147,14 +146,10 @@ HEADER = (
 
 
 def _row(method: str, samples: str, seeds: int, one: Pooled) -> tuple[str, ...]:
-    texts = (method, samples, str(seeds or ""), one.task, f"{100 * one.score.value:.1f} ± {100 * one.score.error:.1f}")
-    low, high = 100 * min(one.scores), 100 * max(one.scores)
-    spread = "" if one.spread is None else f"{100 * one.spread:.1f} ({low:.1f} to {high:.1f})"
+    texts = (method, samples, str(seeds or ""), one.task, score_text(one.score), spread_text(one))
     if one.differences == (0.0,) * one.seeds and not one.flips.changed:  # the baseline itself
-        return (*texts, spread, "", "", "")
-    interval = f"[{100 * one.difference.low:+.1f}, {100 * one.difference.high:+.1f}]"
-    difference = f"{100 * one.difference.value:+.1f} {interval}"
-    return (*texts, spread, difference, p_text(one.t_p), p_text(one.sign_flip_p))
+        return (*texts, "", "", "")
+    return (*texts, difference_text(one.difference, decimals=1), p_text(one.t_p), p_text(one.sign_flip_p))
 
 
 def agreement(folder: Path, data: Path, limit: int) -> None:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from qvlm_plugin.conversation import encode, render_answer
+from qvlm_plugin.conversation import Conversation, encode, render_answer
 from qvlm_plugin.harness.task_source import answer_of, load_task, render
 from qvlm_plugin.models.loading import LoadedModel
 
@@ -51,28 +51,32 @@ class Question:
 
 def read_questions(loaded: LoadedModel, tasks: Sequence[str], limit: int) -> list[Question]:
     """The first documents of each task's evaluated split, with the harness's own prompts and chat template."""
-    processor, found = loaded.processor, []
+    found = []
     for name in tasks:
         task = load_task(name, chat=True)
         for index, document in zip(range(limit), tqdm(task.eval_docs, f"reading {name}", limit), strict=False):
             conversation, target = render(task, document, chat=True), answer_of(task, document, name)
-            inputs, mask = encode(processor, [conversation], [render_answer(processor, conversation, target)])
-            (tokens,) = inputs["input_ids"]
-            shown = (tokens == loaded.model.config.image_token_id).nonzero()
-            start = int(shown[-1]) + 1 if len(shown) else 0
-            found.append(
-                Question(
-                    task=name,
-                    id=index,
-                    image=conversation.image_digest(),
-                    target=target,
-                    pixels=inputs.get("pixel_values"),
-                    prefix=tokens[:start],
-                    tail=tokens[start:],
-                    answered=int(mask.sum()),
-                )
-            )
+            found.append(question_of(loaded, name, index, conversation, target))
     return found
+
+
+def question_of(loaded: LoadedModel, task: str, index: int, conversation: Conversation, target: str) -> Question:
+    """A document, by its task and index, as the model sees it with the right answer."""
+    answer = render_answer(loaded.processor, conversation, target)
+    inputs, mask = encode(loaded.processor, [conversation], [answer])
+    (tokens,) = inputs["input_ids"]
+    shown = (tokens == loaded.model.config.image_token_id).nonzero()
+    start = int(shown[-1]) + 1 if len(shown) else 0
+    return Question(
+        task=task,
+        id=index,
+        image=conversation.image_digest(),
+        target=target,
+        pixels=inputs.get("pixel_values"),
+        prefix=tokens[:start],
+        tail=tokens[start:],
+        answered=int(mask.sum()),
+    )
 
 
 @torch.inference_mode()

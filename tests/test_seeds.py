@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_llava import random_image
 
-from qvlm_plugin.conversation import Conversation, encode, render_answer
+from qvlm_plugin.conversation import Conversation
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -23,17 +23,10 @@ def benchmarks(monkeypatch):
 
 
 def question(teacher_forced, loaded, index, image, answer):
-    """As `read_questions` makes them of a task's documents; questions are of several lengths."""
+    """Questions are of several lengths."""
     images = [] if image is None else [random_image(image)]
     conversation = Conversation.from_prompt("what is it? " * (1 + index % 3), images)
-    inputs, mask = encode(loaded.processor, [conversation], [render_answer(loaded.processor, conversation, answer)])
-    (tokens,) = inputs["input_ids"]
-    shown = (tokens == loaded.model.config.image_token_id).nonzero()
-    start = int(shown[-1]) + 1 if len(shown) else 0
-    return teacher_forced.Question(
-        "task", index, conversation.image_digest(), answer, inputs.get("pixel_values"), tokens[:start], tokens[start:],
-        int(mask.sum()),
-    )  # fmt: skip
+    return teacher_forced.question_of(loaded, "task", index, conversation, answer)
 
 
 @torch.inference_mode()

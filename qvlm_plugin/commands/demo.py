@@ -13,13 +13,13 @@ import typer
 from rich.console import Console
 
 from qvlm_plugin.commands.shared import Seed, needs_report_packages, obtain_plans, reports_errors, working_in
+from qvlm_plugin.demo import CALIBRATION, TASKS
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.progress import duration
 
 if TYPE_CHECKING:
     from qvlm_plugin.planning import PlanRequest
 
-TASKS = ("scienceqa", "vizwiz_vqa_val", "vqav2_val")
 METRIC = "exact_match"
 BATCH_SIZE = 16
 
@@ -87,7 +87,7 @@ def run(
         from qvlm_plugin.report.results import read_results, results_grid
         from qvlm_plugin.report.running import run_cells
         from qvlm_plugin.report.runs import Cell, Setting
-    calibration = f"calibration/train.json:{samples}"
+    calibration = f"{CALIBRATION}:{samples}"
     shared = {"dtype": dtype, "backend": backend}
     todo = [_Run.parse(name, {"calibration": calibration, "seed": str(seed)}, shared) for name in runs.split(",")]
     steps = _Steps(2 + sum(1 + one.request.needs_calibration for one in todo))

@@ -271,12 +271,12 @@ def paired_grid(comparisons: Sequence[Comparison]) -> Grid:
         (
             row.run.name if names[row.run.name] == 1 else f"{row.run.name} ({row.run.file})",
             row.task,
-            _score(row.baseline),
-            _score(row.score),
-            f"{100 * row.difference.value:+.2f} {_interval(row.difference)}",
+            score_text(row.baseline),
+            score_text(row.score),
+            difference_text(row.difference),
             p_text(row.p),
             p_text(adjusted),
-            f"{row.flips.fell} / {row.flips.rose} / {row.flips.changed}",
+            flips_text(row.flips),
         )
         for row, adjusted in zip(comparisons, holm([row.p for row in comparisons]), strict=True)
     ]
@@ -308,12 +308,22 @@ def _clusters(row: Comparison) -> str:
     return f"{row.documents} documents in {row.clusters} clusters of the same image"
 
 
-def _score(estimate: Estimate) -> str:
+def score_text(estimate: Estimate) -> str:
+    """A score for a table, in percent, with its standard error where there is one."""
     return f"{100 * estimate.value:.1f}" + ("" if np.isnan(estimate.error) else f" ± {100 * estimate.error:.1f}")
 
 
-def _interval(estimate: Estimate) -> str:
-    return "" if np.isnan(estimate.error) else f"[{100 * estimate.low:+.2f}, {100 * estimate.high:+.2f}]"
+def difference_text(estimate: Estimate, decimals: int = 2) -> str:
+    """A difference for a table, in points, with its interval where there is one."""
+    text = f"{100 * estimate.value:+.{decimals}f}"
+    if np.isnan(estimate.error):
+        return text
+    return f"{text} [{100 * estimate.low:+.{decimals}f}, {100 * estimate.high:+.{decimals}f}]"
+
+
+def flips_text(flips: Flips) -> str:
+    """Counts of changed documents for a table."""
+    return f"{flips.fell} / {flips.rose} / {flips.changed}"
 
 
 def p_text(p: float) -> str:

@@ -167,6 +167,13 @@ def _sign(difference: float) -> int:
     return int(np.sign(round(difference, 12)))  # rounding leaves traces where documents' differences cancel
 
 
+def spread_text(row: Pooled) -> str:
+    """Standard deviation, and the lowest and highest, of the seeds' scores for a table; nothing for one seed."""
+    if row.spread is None:
+        return ""
+    return f"{100 * row.spread:.1f} ({100 * min(row.scores):.1f} to {100 * max(row.scores):.1f})"
+
+
 def verdict(row: Pooled, name: str, baseline: str) -> str:
     """What a comparison found, in one sentence with its uncertainty.
 

@@ -77,10 +77,8 @@ class _Standing:
         """A cell ended."""
         name = outcome.cell.name
         run = self.runs.pop(name, None)
-        self.scores[name], self.outcomes[name] = (
-            self._score(outcome),
-            outcome,
-        )  # in this order: a thread draws the table
+        self.scores[name] = self._score(outcome)
+        self.outcomes[name] = outcome  # after its score: a thread draws the table
         if not self.console.is_terminal:
             took = f" in {duration(run.seconds)}" if run and not outcome.reused else ""
             score = f", {self.metric} {self.scores[name]}" if outcome.results else ""

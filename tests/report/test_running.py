@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from report.stub_harness import calls, write_stub
+from report.stub_harness import calls
 from rich.console import Console
 
 from qvlm_plugin.errors import QVLMError
@@ -20,16 +20,6 @@ from qvlm_plugin.report.running import run_cells
 from qvlm_plugin.report.runs import Setting
 
 FLAGS = {"models": ("tiny",), "methods": ("rtn", "qvlm"), "schemes": ("w4a4",), "tasks": ("quiz", "exam"), "limit": 40}
-
-
-@pytest.fixture
-def place(tmp_path):
-    return write_stub(tmp_path / "place")
-
-
-@pytest.fixture
-def setting(place, tmp_path):
-    return Setting(tmp_path / "runs", place)
 
 
 def run(setting, terminal=False, **changes):

@@ -13,16 +13,6 @@ from qvlm_plugin.report.runs import LOCKED, RUNNING, Cell, Setting, find_results
 CELL = Cell("one", {"pretrained": "tiny", "method": "qvlm"}, ("quiz", "exam"), 5)
 
 
-@pytest.fixture
-def place(tmp_path):
-    return write_stub(tmp_path / "place")
-
-
-@pytest.fixture
-def setting(place, tmp_path):
-    return Setting(tmp_path / "runs", place)
-
-
 def test_a_cell_runs_once(setting, place):
     first = run_cell(CELL, setting)
     assert not first.reused and calls(place) == ["pretrained=tiny,method=qvlm 1"]

@@ -6,8 +6,8 @@ from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seed
 from qvlm_plugin.report.compare.grid import FULL_PRECISION, CompareGrid
 from qvlm_plugin.report.figures import Bars, bars_figure
 from qvlm_plugin.report.leaderboard.tables import size
-from qvlm_plugin.report.paired import Estimate, Flips, p_text
-from qvlm_plugin.report.pooled import Pooled, verdict
+from qvlm_plugin.report.paired import Estimate, difference_text, flips_text, p_text, score_text
+from qvlm_plugin.report.pooled import spread_text, verdict
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.writing import STAND_IN, Report
 
@@ -84,12 +84,12 @@ def _cells(one: Compared) -> tuple[str, ...]:
         one.of.scheme,
         "" if one.of.seed is None else str(one.of.seed),
         one.of.task,
-        _score(one.score),
-        _difference(row.difference) if row else "",
+        score_text(one.score),
+        difference_text(row.difference) if row else "",
         "" if one.p is None else p_text(one.p),
         "" if one.adjusted is None else p_text(one.adjusted),
         one.test,
-        _flips(row.flips) if row else "",
+        flips_text(row.flips) if row else "",
         f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else "",
         size(facts.weight_bytes if facts else None),
         size(facts.peak_memory_bytes if facts else None),
@@ -100,31 +100,12 @@ def _cells(one: Compared) -> tuple[str, ...]:
 
 def _seeds_cells(one: OverSeeds) -> tuple[str, ...]:
     row = one.pooled
-    head = (one.model, one.method, one.scheme, one.task, str(row.seeds), _score(row.score), _spread(row))
+    head = (one.model, one.method, one.scheme, one.task, str(row.seeds), score_text(row.score), spread_text(row))
     if one.baseline is None:
         return (*head, *("" for _ in SEEDS_HEADER[len(head) :]))
     adjusted = "" if one.adjusted is None else p_text(one.adjusted)
-    tests = (_difference(row.difference), p_text(row.t_p), adjusted, p_text(row.sign_flip_p))
-    return (*head, *tests, f"{row.agreeing} of {row.seeds}", _flips(row.flips))
-
-
-def _score(score: Estimate) -> str:
-    return f"{100 * score.value:.1f}" + (f" ± {100 * score.error:.1f}" if score.error >= 0 else "")
-
-
-def _spread(row: Pooled) -> str:
-    if row.spread is None:
-        return ""
-    return f"{100 * row.spread:.1f} ({100 * min(row.scores):.1f} to {100 * max(row.scores):.1f})"
-
-
-def _difference(difference: Estimate) -> str:
-    interval = f" [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]" if difference.error >= 0 else ""
-    return f"{100 * difference.value:+.2f}{interval}"
-
-
-def _flips(flips: Flips) -> str:
-    return f"{flips.fell} / {flips.rose} / {flips.changed}"
+    tests = (difference_text(row.difference), p_text(row.t_p), adjusted, p_text(row.sign_flip_p))
+    return (*head, *tests, f"{row.agreeing} of {row.seeds}", flips_text(row.flips))
 
 
 def _verdicts(grid: CompareGrid, pooled: Sequence[OverSeeds], baseline: str) -> list[str]:

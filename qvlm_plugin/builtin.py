@@ -63,7 +63,7 @@ METHODS = (
     ),
     Method(
         name="qvlm_jacobian",
-        summary="Q-VLM as it measured best: errors weighed by Jacobians, trained norms, a wider grid of ratios",
+        summary="Q-VLM with other defaults: errors weighed by Jacobians, trained norms, a wider grid of ratios",
         options=JacobianOptions,
         needs_calibration=looks_at_data,
         fit=partial(_fit_qvlm, "qvlm_jacobian"),

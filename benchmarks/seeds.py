@@ -5,7 +5,7 @@ started twice shares the work; the table shows what is there.
 
 python benchmarks/seeds.py run seeds-results                       # four methods, 32 and 64 samples, three seeds
 python benchmarks/seeds.py table seeds-results --baseline qlora    # means, spreads, paired differences
-python benchmarks/seeds.py agreement seeds-results/qlora-32-0      # with generation by the harness on the same plan
+python benchmarks/seeds.py agreement seeds-results qlora-32-0      # with generation by the harness on the same plan
 """
 
 import argparse
@@ -24,6 +24,7 @@ from qvlm_plugin import planning
 from qvlm_plugin.atomic import make_folder, write_file
 from qvlm_plugin.calibration import CalibrationSet, read_conversations
 from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
+from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.reading import read_json
@@ -64,63 +65,79 @@ def draws(methods: Sequence[str], samples: Sequence[int], seeds: Sequence[int]) 
 
 def run(todo: Sequence[Draw], output: Path, dtype: str, limit: int) -> None:
     """Search and evaluate the cells that are not finished and that no other process is at."""
-    questions: list[Question] = []
+    questions = read_questions(load(resolve_demo("demo"), dtype=dtype), TASKS, limit)
+    _keep_documents(output / "documents.json", questions)
     for draw in todo:
-        folder = output / draw.name
-        make_folder(folder)
+        make_folder(output / "plans")
         try:
-            with FileLock(folder / "lock", timeout=0):
-                if not (folder / "exact.json").exists():
-                    loaded = load(resolve_demo("demo"), dtype=dtype)
-                    questions = questions or read_questions(loaded, TASKS, limit)
-                    _run(draw, folder, loaded, questions)
+            with FileLock(output / "plans" / f"{draw.name}.lock", timeout=0):
+                if not (file := output / f"{draw.name}.json").exists():
+                    content = _cell(draw, output, load(resolve_demo("demo"), dtype=dtype), questions)
+                    write_file(file, json.dumps(content, indent=1).encode())
                     print(f"{draw.name}: finished", flush=True)
         except Timeout:
             print(f"{draw.name}: another process is at it", flush=True)
 
 
-def _run(draw: Draw, folder: Path, loaded: LoadedModel, questions: Sequence[Question]) -> None:
+def _cell(draw: Draw, output: Path, loaded: LoadedModel, questions: Sequence[Question]) -> dict[str, Any]:
+    """What a cell's file holds: the facts about its run; and for each task one mark per document, 1 where exact."""
     facts: dict[str, Any] = {"method": "none", "scheme": "w16a16"}
     if draw.method:
-        plan = _plan(draw, folder / "plan", loaded)
+        plan = _plan(draw, output, loaded)
         planning.apply(plan, loaded)
         facts = plan.facts
     exact = exact_matches(loaded.model, questions)
-    rows = [
-        {"task": one.task, "id": one.id, "image": one.image, "target": one.target, "exact": exact[one.task, one.id]}
-        for one in questions
-    ]
-    content = {"run": {**facts, "dtype": str(loaded.model.dtype), "stand_in": True}, "documents": rows}
-    write_file(folder / "exact.json", json.dumps(content).encode())
+    marks = {
+        task: "".join(str(int(exact[one.task, one.id])) for one in questions if one.task == task) for task in TASKS
+    }
+    return {"run": {**facts, "dtype": str(loaded.model.dtype), "stand_in": True}, "exact": marks}
 
 
-def _plan(draw: Draw, folder: Path, loaded: LoadedModel) -> RoundingPlan:
-    """The cell's plan, searched where it is not there yet."""
+def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
+    """The cell's plan, searched where it is not there yet; an interrupted search goes on."""
+    folder = output / "plans" / draw.name
     if folder.exists():
         return RoundingPlan.load(folder)
     request = planning.check_request(draw.method, SCHEME, METHODS[draw.method])
     samples = read_conversations(Path(CALIBRATION), None, draw.samples, draw.seed)
     calibration = CalibrationSet(tuple(samples), f"{CALIBRATION}:{draw.samples}", draw.seed)
-    plan = planning.obtain_plan(loaded, request, calibration, None)
+    plan = planning.obtain_plan(loaded, request, calibration, output / "searches")
     plan.save(folder)
     return plan
 
 
-def read_run(folder: Path) -> RunSamples:
+def _keep_documents(file: Path, questions: Sequence[Question]) -> None:
+    """Write what was asked, in order, once for all cells: id, digest of the image and reference answer.
+
+    Raises:
+        QVLMError: earlier cells were asked something else.
+    """
+    documents = {
+        task: [[one.id, one.image and one.image[:16], one.target] for one in questions if one.task == task]
+        for task in TASKS
+    }
+    if not file.exists():
+        write_file(file, json.dumps(documents).encode())
+    elif read_json(file) != documents:
+        raise QVLMError(f"{file}: its cells were evaluated on other documents; give the same --limit or another folder")
+
+
+def read_run(output: Path, name: str) -> RunSamples:
     """A finished cell, as if the harness had logged it."""
-    content = read_json(folder / "exact.json")
-    tasks: dict[str, list[Document]] = {}
-    for row in content["documents"]:
-        answer = row["target"] if row["exact"] else "another answer"
-        metrics = {METRIC: float(row["exact"])}
-        document = Document(row["id"], row["target"], "", answer, row["image"], metrics)
-        tasks.setdefault(row["task"], []).append(document)
-    return RunSamples(folder / "exact.json", content["run"], {task: tuple(found) for task, found in tasks.items()})
+    file = output / f"{name}.json"
+    content, documents = read_json(file), read_json(output / "documents.json")
+    tasks = {}
+    for task, marks in content["exact"].items():
+        tasks[task] = tuple(
+            Document(index, target, "", target if mark == "1" else "another answer", image, {METRIC: float(mark)})
+            for (index, image, target), mark in zip(documents[task], marks, strict=True)
+        )
+    return RunSamples(file, content["run"], tasks)
 
 
 def show_table(todo: Sequence[Draw], output: Path, baseline: str) -> None:
     """Print means over seeds and paired differences to a baseline, by task, for the cells that are there."""
-    found = {draw: read_run(output / draw.name) for draw in todo if (output / draw.name / "exact.json").exists()}
+    found = {draw: read_run(output, draw.name) for draw in todo if (output / f"{draw.name}.json").exists()}
     rows, sentences = [], []
     if Draw() in found:
         full = found.pop(Draw())
@@ -153,12 +170,13 @@ def _row(method: str, samples: str, seeds: int, one: Pooled) -> tuple[str, ...]:
     return (*texts, difference_text(one.difference, decimals=1), p_text(one.t_p), p_text(one.sign_flip_p))
 
 
-def agreement(folder: Path, data: Path, limit: int) -> None:
+def agreement(output: Path, name: str, data: Path, limit: int) -> None:
     """Let the harness generate with a cell's plan; print in how many documents the two judge differently."""
-    ours = read_run(folder)
-    arguments = {"pretrained": "demo", "plan": str(folder / "plan"), "dtype": ours.run["dtype"].removeprefix("torch.")}
-    cell = Cell("generated", arguments, TASKS, limit)
-    (outcome,) = run_cells([cell], Setting(folder, data, batch_size=16), METRIC)
+    ours = read_run(output, name)
+    dtype = ours.run["dtype"].removeprefix("torch.")
+    arguments = {"pretrained": "demo", "plan": str(output / "plans" / name), "dtype": dtype}
+    cell = Cell(f"{name}-generated", arguments, TASKS, limit)
+    (outcome,) = run_cells([cell], Setting(output, data, batch_size=16), METRIC)
     (theirs,) = read_samples(outcome.results)
     for task, documents in theirs.tasks.items():
         exact = {one.id: one.metrics[METRIC] for one in ours.tasks[task]}
@@ -185,14 +203,15 @@ def main() -> None:
     commands.choices["run"].add_argument("--dtype", default="float32")
     commands.choices["table"].add_argument("--baseline", choices=METHODS, default="qlora")
     command = commands.add_parser("agreement")
-    command.add_argument("output", type=Path, help="folder of a finished cell")
+    command.add_argument("output", type=Path)
+    command.add_argument("cell", help="a finished one, such as qlora-32-0")
     for name, limit in (("run", 600), ("agreement", 60)):
         commands.choices[name].add_argument("--data", type=Path, default=Path("demo-data"), help="the stand-in data")
         commands.choices[name].add_argument("--limit", type=int, default=limit, help="documents of each task")
     asked = parser.parse_args()
     output = asked.output.resolve()
     if asked.command == "agreement":
-        agreement(output, asked.data, asked.limit)
+        agreement(output, asked.cell, asked.data, asked.limit)
         return
     cells = [*draws(asked.methods, asked.samples, asked.seeds)]
     if asked.command == "table":

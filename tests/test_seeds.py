@@ -58,14 +58,14 @@ def test_the_table_pairs_each_seed_with_its_own_baseline(benchmarks, tmp_path, c
     right = {
         "full-precision": 40, "qlora-32-0": 30, "qlora-32-1": 20, "awq-32-0": 36, "awq-32-1": 28, "awq-32-2": 40,
     }  # fmt: skip
+    documents = {"one": [[index, str(index), "x"] for index in range(40)]}
+    (tmp_path / "documents.json").write_text(json.dumps(documents))
     for name, count in right.items():
-        rows = [
-            {"task": "one", "id": index, "image": str(index), "target": "x", "exact": index < count}
-            for index in range(40)
-        ]
-        (tmp_path / name).mkdir()
-        content = {"run": {"method": name, "scheme": "w4a4", "calibration": {}}, "documents": rows}
-        (tmp_path / name / "exact.json").write_text(json.dumps(content))
+        content = {
+            "run": {"method": name, "scheme": "w4a4", "calibration": {}},
+            "exact": {"one": f"{'1' * count:0<40}"},
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     sys.stdout.flush()
     seeds.show_table([*seeds.draws(["qlora", "awq"], [32], [0, 1, 2])], tmp_path, "qlora")
     printed = capsys.readouterr().out

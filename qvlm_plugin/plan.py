@@ -48,7 +48,8 @@ class RoundingPlan(PlanFacts):
         model: fingerprint of the checkpoint the plan belongs to (`LoadedModel.fingerprint`).
         modules: every Linear of the model.
         tensors: ``<site>/<parameter>`` of activation formats, ``<linear>/<parameter>`` of weight formats,
-            ``<site>/scale`` of folds, ``<name>/value`` of replaced parameters.
+            ``<site>/scale`` of folds, ``<name>/value`` of replaced parameters; all on the CPU, wherever the parts of
+            the model were that they were found on.
         folds: scales to move between modules before quantizing, in this order.
         replaced: names of the model's own parameters that take new values (trained norms) before anything else.
         calibration: the documents used, None for data-free methods.
@@ -67,6 +68,9 @@ class RoundingPlan(PlanFacts):
     calibration: CalibrationRecord | None = None
     search_seconds: float = 0.0
     record: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", {name: tensor.detach().cpu() for name, tensor in self.tensors.items()})
 
     @property
     def tensors_sha256(self) -> str:
@@ -143,8 +147,8 @@ def check_plan(
     """
     if plan.model != fingerprint:
         raise QVLMError(
-            f"plan was made for another model: its fingerprint is {plan.model[:12]}…, "
-            f"that of the loaded model {fingerprint[:12]}…"
+            f"plan was made for another model: its fingerprint is {plan.model[:12]}…, that of the loaded model "
+            f"{fingerprint[:12]}…; weights, configuration, tokenizer, processor, chat template or generation differ"
         )
     linears = linear_layers(model)
     _require_same_linears(plan, linears)
@@ -302,4 +306,4 @@ def _require_tensors(plan: RoundingPlan, model: nn.Module) -> None:
 
 
 def _serialize(tensors: Mapping[str, Tensor]) -> bytes:
-    return save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
+    return save({name: tensors[name].contiguous() for name in sorted(tensors)})

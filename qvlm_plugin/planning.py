@@ -1,7 +1,8 @@
 """From a request to a quantized model: check it, search the plan or find it in the cache, apply it.
 
-Cached plans are keyed by the content that decides them: model, scheme, method, options, calibration data and version of
-this package. Processes that want the same plan at once wait for the one that searches it.
+Cached plans are keyed by what decides them: model, prompts, scheme, method, options, calibration data, code, and the
+arithmetic that the model ran in (device, dtype, attention). Processes that want the same plan at once wait for the one
+that searches it.
 """
 
 import gc
@@ -28,6 +29,7 @@ from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.memory import trim_heap
 from qvlm_plugin.methods.base import Method
 from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.models.placement import device_name, execution_device
 from qvlm_plugin.plan import RoundingPlan, apply_plan
 from qvlm_plugin.reading import one_line
 from qvlm_plugin.scheme import Scheme
@@ -193,6 +195,8 @@ def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: Calibratio
         "sources": [sources_digest(package) for package in sorted({"qvlm_plugin", fit.__module__.partition(".")[0]})],
         "model": loaded.fingerprint,
         "dtype": str(loaded.model.dtype),
+        "device": device_name(execution_device(loaded.model)),
+        "attention": loaded.model.config._attn_implementation,
         "prompts": loaded.processor.chat_template,
         "method": request.method.name,
         "options": request.options.model_dump(mode="json"),

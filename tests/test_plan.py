@@ -6,6 +6,7 @@ import torch
 from accelerate import dispatch_model
 from tiny_llava import logits_of
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qvlm_plugin import backends, planning, plugins
 from qvlm_plugin.errors import QVLMError
@@ -168,3 +169,11 @@ def test_a_16_bit_plan_is_the_identity_bit_for_bit(loaded, calibration):
         assert not request.needs_calibration and plan.calibration is None
         apply(plan, loaded)
         assert torch.equal(logits_of(loaded.model, inputs), before)
+
+
+def test_a_plan_found_on_several_devices_is_on_none_of_them():
+    with FakeTensorMode():
+        found = {"a/lo": torch.ones(3, device="cuda:0"), "b/lo": torch.ones(3, device="cuda:1"), "c/lo": torch.ones(3)}
+        plan = RoundingPlan("rtn", "w4a4", {}, "f" * 64, (), found)
+        assert {tensor.device.type for tensor in plan.tensors.values()} == {"cpu"}
+        assert torch.stack([*plan.tensors.values()]).shape == (3, 3)

@@ -1,3 +1,5 @@
+import json
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -9,6 +11,7 @@ from qvlm_plugin import planning
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods import qlora
 from qvlm_plugin.methods.base import imported
+from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
 
 
@@ -86,8 +89,24 @@ def test_the_key_follows_all_that_decides_the_plan(loaded, calibration, monkeypa
     fewer = replace(calibration, samples=calibration.samples[1:])
     variants = [key(), key("rtn"), key(scheme="w4a8"), key(norm=1), key(samples=fewer), key(samples=None)]
     assert len(set(variants)) == len(variants) and key() == variants[0]
-    monkeypatch.setattr(planning, "sources_digest", lambda package: f"another {package}")
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "sources_digest", lambda package: f"another {package}")
+        assert key() != variants[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "execution_device", lambda model: torch.device("xpu"))
+        assert key() != variants[0]
+    monkeypatch.setattr(loaded.model.config, "_attn_implementation", "flash_attention_2")
     assert key() != variants[0]
+
+
+@pytest.mark.parametrize("changed", ["generation_config.json", "processor_config.json"])
+def test_the_key_follows_the_folders_files(tiny_llava, loaded, tmp_path, changed):
+    folder = shutil.copytree(tiny_llava, tmp_path / "model")
+    settings = json.loads((folder / changed).read_text())
+    (folder / changed).write_text(json.dumps(settings | {"repetition_penalty": 1.3}))
+    request = planning.check_request("rtn", "w4a4", {})
+    keys = [planning.cache_key(one, request, None) for one in (loaded, load(str(folder), dtype="float32"))]
+    assert keys[0] != keys[1]
 
 
 def test_the_key_follows_the_package_of_a_fit_that_is_named(loaded, monkeypatch, tmp_path):

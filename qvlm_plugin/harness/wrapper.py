@@ -19,6 +19,7 @@ from loguru import logger
 from transformers import PretrainedConfig, StoppingCriteriaList
 
 from qvlm_plugin import backends, planning, plugins
+from qvlm_plugin.cache import sources_digest
 from qvlm_plugin.calibration import CalibrationSet, read_calibration
 from qvlm_plugin.checkpoint import CheckpointRecord
 from qvlm_plugin.conversation import Conversation, encode, to_device
@@ -40,6 +41,7 @@ from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.hf_quantizer import QUANT_METHOD, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.models.loading import LoadedModel, load
+from qvlm_plugin.models.placement import device_name, execution_device
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
@@ -203,10 +205,11 @@ class _QVLM(lmms):
             for file in getattr(split, "cache_files", ())
         )
         names = (
-            "model_fingerprint", "plan_hash", "backend", "kernels", "dtype", "prompt_format", "system_prompt",
-            "versions",
+            "model_fingerprint", "plan_hash", "backend", "kernels", "dtype", "device", "attn_implementation",
+            "image_processor", "prompt_format", "conv", "system_prompt", "versions",
         )  # fmt: skip
-        return json.dumps([{name: self.record.facts[name] for name in names}, files], sort_keys=True)
+        facts = {name: self.record.facts[name] for name in names}
+        return json.dumps([facts, sources_digest("qvlm_plugin"), files], sort_keys=True)
 
     def _prepare(self, requests: Sequence[Instance], read: Callable[[Instance, Documents], Request]) -> list[Request]:
         items = [read(instance, self.task_dict) for instance in requests]
@@ -325,7 +328,6 @@ class _QVLM(lmms):
         )
 
     def _facts(self, arguments: ModelArguments, loaded: LoadedModel, execution: Execution) -> dict[str, Any]:
-        on_cuda = loaded.model.device.type == "cuda"
         return {
             "kernels": execution.counts,
             "fallbacks": len(execution.fallbacks),
@@ -333,7 +335,7 @@ class _QVLM(lmms):
             "revision": arguments.revision,
             "model_fingerprint": loaded.fingerprint,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name(loaded.model.device) if on_cuda else loaded.model.device.type,
+            "device": device_name(execution_device(loaded.model)),
             "attn_implementation": loaded.model.config._attn_implementation,
             "image_processor": type(loaded.processor.image_processor).__name__,
             "prompt_format": "simple" if self.is_simple else "chat",

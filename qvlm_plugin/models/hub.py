@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from qvlm_plugin.errors import QVLMError
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-"""Configuration, tokenizer and processor."""
+"""Configuration, tokenizer, processor and generation."""
 
 
 def local_folder(name: str, source: str, revision: str | None = None, files: Sequence[str] = SMALL_FILES) -> Path:
@@ -33,6 +33,12 @@ def local_folder(name: str, source: str, revision: str | None = None, files: Seq
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise QVLMError(f"{source} is neither a folder nor a hub model that can be reached: {reason}") from error
+
+
+def small_files(folder: Path) -> list[Path]:
+    """What a folder's model is beside its weights: `SMALL_FILES`, further chat templates, and code of its own."""
+    patterns = (*SMALL_FILES, "additional_chat_templates/*.jinja", "*.py")
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def with_weights(name: str, source: str, names: Sequence[str], revision: str | None = None) -> Path:

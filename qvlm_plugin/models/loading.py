@@ -2,7 +2,7 @@
 
 Folders in the Hugging Face layout and in LLaVA's own are told apart by what their configuration says. Nothing is ever
 silently initialised: keys that are missing from the checkpoint, left over in it or of another shape are errors. The
-fingerprint identifies the weights by content, wherever they lie.
+fingerprint identifies the model by content, wherever it lies.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from transformers import (
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.dtypes import AUTO, DTYPES
-from qvlm_plugin.models.hub import local_folder, with_weights
+from qvlm_plugin.models.hub import local_folder, small_files, with_weights
 from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoint, is_original, read_original
 from qvlm_plugin.models.prompts import IMAGE, IMAGE_BETWEEN, PROMPT_FORMATS, chat_template, name_of, prompt_format
 from qvlm_plugin.models.weights import SAFETENSORS, SAFETENSORS_OR_BIN, weight_files
@@ -50,7 +50,8 @@ class LoadedModel:
         model: the transformers model.
         processor: its processor, padding on the left.
         source: what ``pretrained`` named.
-        fingerprint: SHA-256 over the configuration and the weight files.
+        fingerprint: SHA-256 over all files that answers depend on: weights, configuration, tokenizer, processor, chat
+            template and generation.
         prompt: name of the prompt format; None for a chat template of the checkpoint's own.
     """
 
@@ -147,7 +148,8 @@ def load(
         between = IMAGE_BETWEEN in (getattr(processor, "chat_template", None) or "")
         processor.chat_template = chat_template(prompt, IMAGE_BETWEEN if between else IMAGE)
     _prepare(processor, source, conv)
-    fingerprint = _fingerprint(folder, files, router_noise_seed)
+    folders = [folder, original.tower.folder] if original else [folder]
+    fingerprint = _fingerprint([one for one in folders if one], files, router_noise_seed)
     placement = {
         "device_map": None if device_map == OFFLOAD else device_map,
         "attn_implementation": attn_implementation,
@@ -297,11 +299,14 @@ def _require_matching_keys(source: str, info: dict[str, Any]) -> None:
             raise QVLMError(f"{source}: {len(names)} weights are {what}, for example {', '.join(names[:3])}")
 
 
-def _fingerprint(folder: Path, files: list[Path], router_noise_seed: int | None) -> str:
-    sha = hashlib.sha256((folder / "config.json").read_bytes())
+def _fingerprint(folders: list[Path], weights: list[Path], router_noise_seed: int | None) -> str:
+    sha = hashlib.sha256()
+    for folder in folders:
+        for file in small_files(folder):
+            sha.update(f"{file.relative_to(folder).as_posix()}\0{_content_hash(file)}\n".encode())
     if router_noise_seed is not None:  # another function of the same weights
         sha.update(f"router_noise_seed={router_noise_seed}".encode())
-    for file in files:
+    for file in weights:
         sha.update(_content_hash(file).encode())
     return sha.hexdigest()
 

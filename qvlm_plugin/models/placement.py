@@ -26,6 +26,11 @@ def execution_device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
+def device_name(device: torch.device) -> str:
+    """What a device computes with: the name of a GPU, else its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @contextmanager
 def materialized(module: nn.Module) -> Iterator[None]:
     """While active, the module's offloaded weights are on its device, and stay there when it has run."""

@@ -36,6 +36,7 @@ class Tower:
         source: what named it, for messages.
         config: its configuration; ``image_size`` is that of its input.
         image_mean, image_std: of the pixels' normalization.
+        folder: whose files say so; None for one of `KNOWN_TOWERS`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Tower:
     config: CLIPVisionConfig
     image_mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
     image_std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    folder: Path | None = None
 
     def weight_files(self) -> list[Path]:
         """The files of its weights, downloaded where it is a hub model.
@@ -94,4 +96,4 @@ def find_tower(name: str, folder: Path, source: str) -> Tower:
             pixels = _Pixels.model_validate(read_json(file))
         except (OSError, ValueError) as error:
             raise QVLMError(f"{source}: {file.name} does not load: {one_line(error)}") from error
-    return Tower(str(place) if beside else name, source, config, pixels.image_mean, pixels.image_std)
+    return Tower(str(place) if beside else name, source, config, pixels.image_mean, pixels.image_std, place)

@@ -4,12 +4,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_llava import write_tiny_llava
+from tiny_llava import CHAT_TEMPLATE, write_tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from qvlm_plugin import plugins
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.models.loading import load
+from qvlm_plugin.models.loading import _fingerprint, load
 
 
 @pytest.fixture
@@ -35,6 +35,56 @@ def test_a_loaded_model_is_the_checkpoint_ready_to_run(tiny_llava):
 def test_the_fingerprint_follows_the_content_not_the_place(tiny_llava, folder, tmp_path):
     assert load(str(folder)).fingerprint == load(str(tiny_llava)).fingerprint
     assert load(str(write_tiny_llava(tmp_path / "other", seed=1))).fingerprint != load(str(folder)).fingerprint
+
+
+def edit_json(name, **changes):
+    def edit(folder):
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return edit
+
+
+def edit_pixels(folder):
+    settings = json.loads((folder / "processor_config.json").read_text())
+    settings["image_processor"]["image_mean"] = [0.5, 0.5, 0.5]
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+
+
+def write(name, text):
+    def edit(folder):
+        file = folder / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        edit_json("generation_config.json", repetition_penalty=1.3),
+        edit_json("tokenizer_config.json", model_max_length=77),
+        edit_json("tokenizer.json", truncation=None, padding=None, version="1.1"),
+        edit_pixels,
+        write("chat_template.jinja", CHAT_TEMPLATE.replace("ASSISTANT", "MODEL")),
+        write("additional_chat_templates/tools.jinja", CHAT_TEMPLATE),
+        write("special_tokens_map.json", "{}"),
+        write("merges.txt", ""),
+        write("modeling_own.py", ""),
+    ],
+)
+def test_the_fingerprint_follows_all_that_answers_depend_on(tiny_llava, folder, edit):
+    before = _fingerprint([folder], [folder / "model.safetensors"], None)
+    assert before == load(str(tiny_llava)).fingerprint
+    edit(folder)
+    assert _fingerprint([folder], [folder / "model.safetensors"], None) != before
+
+
+def test_the_fingerprint_leaves_out_what_no_answer_depends_on(tiny_llava, folder):
+    write("README.md", "A model.")(folder)
+    write("checkpoint-500/trainer_state.json", "{}")(folder)
+    assert load(str(folder)).fingerprint == load(str(tiny_llava)).fingerprint
 
 
 def test_sharded_checkpoints_load_and_a_missing_shard_is_named(folder, tiny_llava):

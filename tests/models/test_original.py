@@ -310,3 +310,10 @@ def test_unknown_formats_and_formats_that_the_tokenizer_cannot_end_are_refused(f
         load(str(folder), conv="stablelm")
     with pytest.raises(QVLMError, match="router_noise_seed is for models with experts"):
         load(str(folder), router_noise_seed=1)
+
+
+def test_the_fingerprint_follows_the_tower_too(folder):
+    before = load(str(folder)).fingerprint
+    assert load(str(folder)).fingerprint == before
+    (folder / "tower" / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))
+    assert load(str(folder)).fingerprint != before

@@ -1,7 +1,8 @@
 """The harness's generation arguments, in transformers' terms, and stop strings.
 
-Decoding is greedy unless a task asks for sampling: ``do_sample=True``, or a temperature above 0 without
-``do_sample=False``. A temperature of 0 always means greedy.
+Decoding is greedy, and nothing else steers it, unless a task (``generation_kwargs``) or the user (``--gen_kwargs``) asks
+for more. ``do_sample=True``, or a temperature above 0 without ``do_sample=False``, asks for sampling; a temperature of 0
+always means greedy. A checkpoint's generation_config.json says only which tokens begin, end and pad a text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ _STOP_KEYS = ("until", "stop_sequences")
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _NOT_FOR_US = ("image_aspect_ratio",)
 """What task definitions set for other models' image processing."""
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_CHANGES_NO_ANSWER = (*_TOKENS, "use_cache", "transformers_version")
 _KNOWN = frozenset(GenerationConfig().to_dict())
 
 
@@ -36,6 +39,12 @@ class Generation:
     stops: tuple[str, ...] = ()
     skip_special_tokens: bool = True
     seed: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All of it, as JSON data for the results."""
+        more = {"until": list(self.stops), "skip_special_tokens": self.skip_special_tokens, "seed": self.seed}
+        return {**self.arguments, **more}
 
     def cut(self, text: str) -> str:
         """The text up to the first stop string."""
@@ -75,6 +84,20 @@ def read_generation(
     return Generation(
         {**arguments, "do_sample": bool(samples)}, tuple(stop for stop in stops if stop), skip_special_tokens, seed
     )
+
+
+def plain_config(config: GenerationConfig) -> GenerationConfig:
+    """What is left of a checkpoint's configuration: its tokens."""
+    return GenerationConfig(**{name: getattr(config, name, None) for name in _TOKENS})
+
+
+def steering(config: GenerationConfig) -> dict[str, Any]:
+    """What a checkpoint's configuration asks for, as far as `plain_config` leaves it out."""
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if value not in (None, False) and not name.startswith("_") and name not in _CHANGES_NO_ANSWER
+    }
 
 
 class StopAtText(StoppingCriteria):

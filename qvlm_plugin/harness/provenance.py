@@ -28,6 +28,7 @@ from torch import nn
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import processes
+from qvlm_plugin.harness.generation import Generation
 from qvlm_plugin.harness.host import set_response_key, wrap_once
 from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.requests import Documents, Request
@@ -68,6 +69,7 @@ class Counts:
         overlapping: names of those that are among them.
         tokens, seconds: generated tokens, and the time that generating them took.
         images: digest of each asked document's images, by task and document id; only of documents with images.
+        generation: per task, how answers were generated: `Generation.settings`, each once.
     """
 
     answers: Counter[str] = field(default_factory=Counter)
@@ -77,10 +79,15 @@ class Counts:
     tokens: int = 0
     seconds: float = 0.0
     images: dict[tuple[str, int], str] = field(default_factory=dict)
+    generation: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
     def total(cls, counts: Sequence["Counts"]) -> "Counts":
         """Of several processes, which work at the same time."""
+        generation: dict[str, list[dict[str, Any]]] = {}
+        for task, own in ((task, own) for count in counts for task, own in count.generation.items()):
+            known = generation.setdefault(task, [])
+            known += [settings for settings in own if settings not in known]
         return cls(
             answers=sum((count.answers for count in counts), Counter()),
             unreadable=sum((count.unreadable for count in counts), Counter()),
@@ -89,6 +96,7 @@ class Counts:
             tokens=sum(count.tokens for count in counts),
             seconds=max(count.seconds for count in counts),
             images={document: digest for count in counts for document, digest in count.images.items()},
+            generation=generation,
         )
 
 
@@ -138,6 +146,13 @@ class RunRecord:
                 f"{len(found)} of the documents to evaluate were calibrated on, for example {found[0]}; calibrate on "
                 "another split or with another seed, or accept it with allow_overlap=true"
             )
+
+    def note_generation(self, request: Request, generation: Generation) -> None:
+        """Note how a request's answer is generated, found in the response cache or not."""
+        if not request.is_padding:
+            known = self.counts.generation.setdefault(request.task, [])
+            if generation.settings not in known:
+                known.append(generation.settings)
 
     def see(self, request: Request, conversation: Conversation) -> None:
         """Note which images a question is about."""
@@ -199,6 +214,7 @@ class RunRecord:
                 task: {"generated": count, "parse_failures": counts.unreadable[task]}
                 for task, count in counts.answers.items()
             },
+            "generation": counts.generation,
             **self.measured,
         }
 

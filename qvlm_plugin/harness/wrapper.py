@@ -27,7 +27,7 @@ from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import likelihood, processes, provenance
 from qvlm_plugin.harness.arguments import ModelArguments, check_stored, parse_arguments
-from qvlm_plugin.harness.generation import Generation, StopAtText, read_generation
+from qvlm_plugin.harness.generation import Generation, StopAtText, plain_config, read_generation, steering
 from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.requests import (
     Documents,
@@ -107,13 +107,18 @@ class _QVLM(lmms):
             logger.warning(warning)
 
         self._model, self._processor, self._stops = loaded.model, loaded.processor, loaded.stops
+        ignored = steering(self._model.generation_config)
+        if self._rank == 0 and ignored:
+            settings = ", ".join(f"{name}={value}" for name, value in ignored.items())
+            logger.warning(f"decoding is plain: generation_config.json is not followed in {settings}; see --gen_kwargs")
+        self._model.generation_config = plain_config(self._model.generation_config)
         if arguments.device_map is not None:
             self._device = self._model.device
         self._batch_size = arguments.batch_size
         self._max_new_tokens = arguments.max_new_tokens
         self._allow_overlap = arguments.allow_overlap
         self.record = provenance.RunRecord(
-            facts={**facts, **self._facts(arguments, loaded, execution)},
+            facts={**facts, **self._facts(arguments, loaded, execution), "generation_config_ignored": ignored},
             calibration_digests=frozenset(digests),
             documents=self.task_dict,
         )
@@ -214,17 +219,21 @@ class _QVLM(lmms):
     def _prepare(self, requests: Sequence[Instance], read: Callable[[Instance, Documents], Request]) -> list[Request]:
         items = [read(instance, self.task_dict) for instance in requests]
         items = [replace(item, build=self._with_system_prompt(item.build)) for item in items]
+        for item in items:
+            if item.generation is not None:
+                self.record.note_generation(item, self._generation(item))
         self.record.compare(items, allow_overlap=self._allow_overlap, show_progress=self.rank == 0)
         return items
+
+    def _generation(self, item: Request) -> Generation:
+        return read_generation(item.generation, self._max_new_tokens, item.task, self._stops)
 
     def _with_system_prompt(self, build: Callable[[], Conversation]) -> Callable[[], Conversation]:
         return lambda: with_system_prompt(build(), self._system_prompt)
 
     def _generate(self, items: Sequence[Request]) -> list[GenerationResult]:
         """Answer in batches of equal generation arguments, the longest questions first."""
-        pairs = [
-            (item, read_generation(item.generation, self._max_new_tokens, item.task, self._stops)) for item in items
-        ]
+        pairs = [(item, self._generation(item)) for item in items]
         order = Collator(
             pairs, sort_fn=lambda pair: -len(pair[0].context), group_fn=lambda pair: pair[0].generation, grouping=True
         )
@@ -342,6 +351,7 @@ class _QVLM(lmms):
             "conv": loaded.conv,
             "router_noise_seed": arguments.router_noise_seed,
             "system_prompt": self._system_prompt,
+            "eos_token_id": loaded.model.generation_config.eos_token_id,
             "versions": provenance.versions(),
         }
 

@@ -1,5 +1,7 @@
 """The model wrapper on a tiny LLaVA, fed with the harness's own request objects."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from tiny_llava import random_image
 from qvlm_plugin import planning
 from qvlm_plugin.conversation import Conversation, encode, render
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness import provenance
 from qvlm_plugin.harness.requests import from_visuals
 from qvlm_plugin.harness.wrapper import QVLMChat, QVLMSimple
 from qvlm_plugin.models.loading import load
@@ -195,6 +198,41 @@ def test_beam_search(make):
     for doc, result in zip(docs, results, strict=True):
         _, answer = plain_generate(model, doc, max_new_tokens=12, num_beams=3)
         assert result.text == model._processor.tokenizer.decode(answer, skip_special_tokens=True)
+
+
+STEERED = {"repetition_penalty": 1.9, "no_repeat_ngram_size": 2, "num_beams": 3, "min_new_tokens": 12}
+
+
+@pytest.mark.parametrize(
+    "steered", [STEERED, {"do_sample": True, "temperature": 5.0}, {"bad_words_ids": [[40], [41]], "max_length": 3}]
+)
+def test_a_checkpoints_generation_config_steers_nothing_and_is_told(make, tiny_llava, tmp_path, steered):
+    folder = shutil.copytree(tiny_llava, tmp_path / "model")
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | steered))
+    docs, said = documents(3), []
+    sink = logger.add(said.append, level="WARNING")
+    plain, model = make(), make(pretrained=str(folder))
+    logger.remove(sink)
+    assert texts(model.generate_until(ask(model, docs))) == texts(plain.generate_until(ask(plain, docs)))
+    assert model.record.facts["generation_config_ignored"] == steered
+    assert plain.record.facts["generation_config_ignored"] == {}
+    assert len(said) == 1 and all(f"{name}={value}" in said[0] for name, value in steered.items())
+    assert model.record.facts["eos_token_id"] == plain.record.facts["eos_token_id"] == 2
+    assert model.response_identity() != plain.response_identity()
+
+
+def test_what_a_task_asks_for_is_done_and_recorded(make):
+    model, docs = make(), documents(3)
+    plain = texts(model.generate_until(ask(model, docs)))
+    penalized = texts(model.generate_until(ask(model, docs, repetition_penalty=1.9, until="x")))
+    assert penalized != plain
+    model.generate_until(ask(model, docs, repetition_penalty=1.9, until="x"))
+    first, second = model.record.counts.generation["toy"]
+    assert {"max_new_tokens": 12, "do_sample": False, "until": [], "skip_special_tokens": True}.items() <= first.items()
+    assert second["repetition_penalty"] == 1.9 and second["until"] == ["x"]
+    twice = provenance.Counts.total([model.record.counts, model.record.counts])
+    assert twice.generation == model.record.counts.generation
 
 
 def test_default_answer_length(make):
@@ -392,8 +430,6 @@ def test_clean_frees_the_model(make):
 
 def test_quantized_answers_do_not_depend_on_the_batch(tiny_llava, make, tmp_path):
     """The whole way: calibration file, search, cached plan, quantized generation in batches of 1 and 8."""
-    import json
-
     for i in range(4):
         random_image(500 + i, 32).save(tmp_path / f"{i}.png")
     rows = [

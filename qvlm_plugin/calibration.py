@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from transformers import BatchFeature, ProcessorMixin
 
 from qvlm_plugin.conversation import Conversation, encode, render_answer
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.images import open_image
 from qvlm_plugin.reading import inside, parse_json
 
 DEFAULT_COUNT = 64
@@ -194,13 +194,5 @@ def _sample(row: dict[str, Any], folder: Path, path: Path) -> Sample:
     if not isinstance(question, str) or not isinstance(answer, str):
         raise QVLMError(f"{source} has a question or an answer that is not text")
     names = row["image"] if isinstance(row["image"], list) else [row["image"]]
-    images = [_open_image(inside(folder, name, source)) for name in names]
+    images = [open_image(inside(folder, name, source)) for name in names]
     return Sample(Conversation.from_prompt(question, images), answer)
-
-
-def _open_image(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise QVLMError(f"calibration image {str(file)!r} cannot be read: {error}") from error

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.images import as_rgb
 
 IMAGE_PLACEHOLDER = "<image>"
 
@@ -24,11 +25,17 @@ class Conversation:
 
     Attributes:
         messages: ``{"role": …, "content": [{"type": "text", "text": …} | {"type": "image"}, …]}`` in order.
-        images: one image per ``{"type": "image"}`` part, in order of appearance.
+        images: one image per ``{"type": "image"}`` part, in order of appearance; kept as `as_rgb` makes them.
+
+    Raises:
+        ValueError: see `as_rgb`.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     images: tuple[Image.Image, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(map(as_rgb, self.images)))
 
     @classmethod
     def from_prompt(cls, text: str, images: Sequence[Image.Image] = ()) -> "Conversation":
@@ -73,9 +80,8 @@ class Conversation:
 
 def _update_with_images(sha: "hashlib._Hash", images: Sequence[Image.Image]) -> None:
     for image in images:
-        rgb = image.convert("RGB")
-        sha.update(repr(rgb.size).encode())
-        sha.update(rgb.tobytes())
+        sha.update(repr(image.size).encode())
+        sha.update(image.tobytes())
 
 
 def render(processor: ProcessorMixin, conversation: Conversation) -> str:
@@ -122,7 +128,7 @@ def encode(
     prompts = [render(processor, conversation) for conversation in conversations]
     texts = [prompt + tail for prompt, tail in zip(prompts, continuations or [""] * len(prompts), strict=True)]
     # By conversation: LLaVA-OneVision crops an image only where it is the conversation's only one.
-    images = [[image.convert("RGB") for image in each.images] for each in conversations if each.images]
+    images = [list(each.images) for each in conversations if each.images]
     # A template that writes the beginning-of-sequence token itself must not get a second one from the tokenizer.
     special = {"add_special_tokens": not (tokenizer.bos_token and prompts[0].startswith(tokenizer.bos_token))}
     inputs = processor(

@@ -1,8 +1,9 @@
 """The harness's generation arguments, in transformers' terms, and stop strings.
 
-Decoding is greedy, and nothing else steers it, unless a task (``generation_kwargs``) or the user (``--gen_kwargs``) asks
-for more. ``do_sample=True``, or a temperature above 0 without ``do_sample=False``, asks for sampling; a temperature of 0
-always means greedy. A checkpoint's generation_config.json says only which tokens begin, end and pad a text.
+Decoding is greedy, and nothing else steers it, unless a task (``generation_kwargs``) or the user (``--gen_kwargs``)
+asks for more. ``do_sample=True``, or a temperature above 0 without ``do_sample=False``, asks for sampling; a
+temperature of 0 always means greedy. A checkpoint's generation_config.json says only which tokens begin, end and pad a
+text.
 """
 
 from collections.abc import Mapping, Sequence

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from PIL import ImageFile
+
 from qvlm_plugin.errors import QVLMError
 
 
@@ -35,6 +37,11 @@ def set_response_key(cache: Any, key: str) -> None:
     if not hasattr(cache, "_model_fingerprint_hash"):
         raise QVLMError("--use_cache does not work with this version of lmms-eval; leave it out")
     cache._model_fingerprint_hash = key
+
+
+def require_whole_images() -> None:
+    """Let truncated images be errors: lmms-eval has Pillow fill them up with grey, in every task."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 def answers_of(column: Any) -> list[str]:

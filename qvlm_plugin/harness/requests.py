@@ -15,6 +15,7 @@ from PIL import Image
 
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.images import as_rgb, is_deep, open_image
 
 Documents = Mapping[str, Mapping[str, Any]]
 """``documents[task][split][doc_id]``, the harness's ``lm.task_dict``."""
@@ -184,7 +185,16 @@ def with_system_prompt(conversation: Conversation, text: str | None) -> Conversa
 
 
 def _document(documents: Documents, task: str, split: str, doc_id: int) -> Any:
-    return documents[task][split][doc_id]
+    return with_shallow_images(documents[task][split][doc_id])
+
+
+def with_shallow_images(value: Any) -> Any:
+    """A document whose images a task's function can convert to RGB without clipping them, see `as_rgb`."""
+    if isinstance(value, dict):
+        return {name: with_shallow_images(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [with_shallow_images(one) for one in value]
+    return as_rgb(value) if isinstance(value, Image.Image) and is_deep(value) else value
 
 
 def _is_padding(instance: Instance) -> bool:
@@ -194,8 +204,9 @@ def _is_padding(instance: Instance) -> bool:
 def _image(visual: object) -> Image.Image:
     if isinstance(visual, Image.Image):
         return visual
-    if isinstance(visual, str) and Path(visual).suffix.lower() in Image.registered_extensions():
-        with Image.open(visual) as image:
-            return image.convert("RGB")
+    if isinstance(visual, str | Path) and Path(visual).suffix.lower() in Image.registered_extensions():
+        return open_image(Path(visual))
+    if isinstance(visual, dict) and isinstance(visual.get("bytes"), bytes):  # as ``datasets`` has it before decoding
+        return open_image(visual["bytes"])
     kind = visual.get("type", "a dict") if isinstance(visual, dict) else repr(visual)[:80]
     raise QVLMError(f"it shows {kind}; this model reads text and images")

@@ -15,9 +15,9 @@ from qvlm_plugin.calibration import Sample
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import tasks
-from qvlm_plugin.harness.host import answers_of
+from qvlm_plugin.harness.host import answers_of, require_whole_images
 from qvlm_plugin.harness.manifest import MODEL_ID
-from qvlm_plugin.harness.requests import from_messages, from_visuals
+from qvlm_plugin.harness.requests import from_messages, from_visuals, with_shallow_images
 from qvlm_plugin.reading import parsed_elsewhere
 
 
@@ -37,6 +37,7 @@ def draw_samples(
     Raises:
         QVLMError: the task or split is unknown, its data does not load, or too few documents have an image.
     """
+    require_whole_images()
     source = f"calibration={task_name}:{split}"
     task = load_task(task_name, chat)
     evaluated = task.config.test_split or task.config.validation_split
@@ -46,8 +47,7 @@ def draw_samples(
         raise QVLMError(
             f"{source}: the split {why}; allowed are {', '.join(allowed) or 'none of this task, so take another'}"
         )
-    with parsed_elsewhere(f"{source}: its documents cannot be asked as the task says"):
-        drawn = _draw(task, split, count, seed, chat, source)
+    drawn = _draw(task, split, count, seed, chat, source)
     if len(drawn) < count:
         raise QVLMError(f"{source}:{count}: only {len(drawn)} documents have an image")
     return [drawn[index] for index in sorted(drawn)]
@@ -59,15 +59,17 @@ def _draw(task: ConfigurableTask, split: str, count: int, seed: int, chat: bool,
     config = task.config
     processed = (config.training_split, config.validation_split, config.test_split, config.fewshot_split)
     if config.process_docs is not None and split not in processed:
-        documents = config.process_docs(documents)
+        with parsed_elsewhere(f"{source}: its documents cannot be asked as the task says"):
+            documents = config.process_docs(documents)
     drawn: dict[int, Sample] = {}
     for index in random.Random(seed).sample(range(len(documents)), len(documents)):
         if len(drawn) == count:
             break
-        document = documents[index]
-        conversation = render(task, document, chat)
-        if conversation.images:
-            drawn[index] = Sample(conversation, answer_of(task, document, source))
+        with parsed_elsewhere(f"{source}: document {index} cannot be asked as the task says"):
+            document = with_shallow_images(documents[index])
+            conversation = render(task, document, chat)
+            if conversation.images:
+                drawn[index] = Sample(conversation, answer_of(task, document, source))
     return drawn
 
 

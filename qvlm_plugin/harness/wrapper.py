@@ -28,6 +28,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import likelihood, processes, provenance
 from qvlm_plugin.harness.arguments import ModelArguments, check_stored, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, plain_config, read_generation, steering
+from qvlm_plugin.harness.host import require_whole_images
 from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.requests import (
     Documents,
@@ -64,6 +65,7 @@ class _QVLM(lmms):
         super().__init__()
         arguments = parse_arguments(values)
         backends.kernels(arguments.backend)
+        require_whole_images()
         self.accelerator = Accelerator()
         self._rank, self._world_size = processes.rank(), processes.count()
         self._device = _device(arguments, self.accelerator)

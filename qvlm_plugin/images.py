@@ -1,0 +1,59 @@
+"""Pictures as a model sees them: upright, in RGB of 8 bits, and the same pixels from whichever source they come."""
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from qvlm_plugin.reading import parsed_elsewhere
+
+
+def open_image(source: Path | bytes) -> Image.Image:
+    """The picture in a file, or in a file's content; of an animation the first frame.
+
+    Raises:
+        QVLMError: it is missing, damaged, truncated, of a kind that `as_rgb` refuses, or has more pixels than Pillow
+            takes for safe (``PIL.Image.MAX_IMAGE_PIXELS``, twice).
+    """
+    name = f"image {str(source)!r}" if isinstance(source, Path) else "an image"
+    with (
+        parsed_elsewhere(f"{name} cannot be read"),
+        Image.open(source if isinstance(source, Path) else BytesIO(source)) as image,
+    ):
+        return as_rgb(image.copy())
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF data say, in RGB; itself where it is so already.
+
+    Pillow's own conversion clips what has more than 8 bits. Here 16-bit grey keeps its upper 8 bits, as Pillow does it
+    for 16-bit colour; whole numbers of 32 bits are taken for 8-bit grey up to 255 and for 16-bit grey above; of
+    floating-point numbers 1 is white where none is greater, else 255.
+
+    Raises:
+        ValueError: its numbers are in no such range, or Pillow does not convert its colours.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if is_deep(image):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether a picture has more than 8 bits for each pixel and colour, which Pillow's own conversion clips."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _eight_bits(pixels: np.ndarray) -> np.ndarray:
+    low, high = float(pixels.min()), float(pixels.max())  # NaN where a pixel is
+    if pixels.dtype.itemsize == 2:
+        return (pixels >> 8).astype(np.uint8)
+    limit = 255 if pixels.dtype.kind == "f" else 65_535
+    if not 0 <= low <= high <= limit:
+        allowed = "0 to 1 or 0 to 255" if pixels.dtype.kind == "f" else f"0 to {limit:,}"
+        raise ValueError(f"an image has pixels from {low:g} to {high:g}; allowed are {allowed}")
+    if pixels.dtype.kind == "f":
+        return (pixels * (255 if high <= 1 else 1)).round().astype(np.uint8)
+    return (pixels >> (8 if high > 255 else 0)).astype(np.uint8)

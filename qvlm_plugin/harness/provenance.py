@@ -1,6 +1,6 @@
 """What a result rests on: written as ``qvlm`` at the top level of every results JSON.
 
-lmms-eval has no hook for information about a model. Three of its functions are therefore wrapped, once per process and
+lmms-eval has no hook for information about a model. Two of its functions are therefore wrapped, once per process and
 without any state of their own: the run's record travels through the harness's own list of logged metrics, which it
 empties at the start of each evaluation, so a record can never end up in another run's results.
 """
@@ -16,10 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from lmms_eval.caching.response_cache import ResponseCache
 from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history, log_metrics
 from lmms_eval.utils import handle_non_serializable
@@ -29,13 +28,14 @@ from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import processes
 from qvlm_plugin.harness.generation import Generation
-from qvlm_plugin.harness.host import set_response_key, wrap_once
-from qvlm_plugin.harness.likelihood import Likelihood
+from qvlm_plugin.harness.host import wrap_once
 from qvlm_plugin.harness.requests import Documents, Request
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.report.seal import PARTS as SEALED
 from qvlm_plugin.report.seal import SEAL, seal
 from qvlm_plugin.scheme import PARTS
+
+T = TypeVar("T")
 
 RESULT_KEY = "qvlm"
 
@@ -64,21 +64,23 @@ class Counts:
     """What one process counts while it answers.
 
     Attributes:
-        answers, unreadable: per task, answers generated and those its scorer cannot read.
-        compared: documents compared with the calibration documents.
+        generated, found: per task, answers generated, and answers found in the response cache.
+        unreadable: per task, how many of both its scorer cannot read.
+        compared: what was compared with the calibration documents: task, document id and context.
         overlapping: names of those that are among them.
         tokens, seconds: generated tokens, and the time that generating them took.
-        images: digest of each asked document's images, by task and document id; only of documents with images.
+        images: digest of each asked document's images, by task and document id; None where it has no image.
         generation: per task, how answers were generated: `Generation.settings`, each once.
     """
 
-    answers: Counter[str] = field(default_factory=Counter)
+    generated: Counter[str] = field(default_factory=Counter)
+    found: Counter[str] = field(default_factory=Counter)
     unreadable: Counter[str] = field(default_factory=Counter)
-    compared: int = 0
+    compared: set[tuple[str, int, str]] = field(default_factory=set)
     overlapping: list[str] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
-    images: dict[tuple[str, int], str] = field(default_factory=dict)
+    images: dict[tuple[str, int], str | None] = field(default_factory=dict)
     generation: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @classmethod
@@ -89,9 +91,10 @@ class Counts:
             known = generation.setdefault(task, [])
             known += [settings for settings in own if settings not in known]
         return cls(
-            answers=sum((count.answers for count in counts), Counter()),
+            generated=sum((count.generated for count in counts), Counter()),
+            found=sum((count.found for count in counts), Counter()),
             unreadable=sum((count.unreadable for count in counts), Counter()),
-            compared=sum(count.compared for count in counts),
+            compared=set().union(*(count.compared for count in counts)),
             overlapping=[name for count in counts for name in count.overlapping],
             tokens=sum(count.tokens for count in counts),
             seconds=max(count.seconds for count in counts),
@@ -122,7 +125,7 @@ class RunRecord:
         return f"{self.facts['method']} {self.facts['scheme']}"  # the harness prints logged metrics on one line
 
     def compare(self, requests: Iterable[Request], *, allow_overlap: bool, show_progress: bool) -> None:
-        """Compare the documents to be evaluated with those calibrated on, by content.
+        """Compare the documents to be evaluated with those calibrated on, by content; each is compared once.
 
         Raises:
             QVLMError: some are the same, and ``allow_overlap`` is false; or one cannot be read.
@@ -130,16 +133,18 @@ class RunRecord:
         if not self.calibration_digests:
             return
         documents = {(r.task, r.doc_id, r.context): r for r in requests if r.doc_id is not None and not r.is_padding}
-        found = []
-        with (
-            ThreadPoolExecutor() as pool,  # decoding and hashing images both release the interpreter's lock
-            Progress("looking for calibration documents", len(documents), show_progress) as progress,
-        ):
-            digests = pool.map(lambda request: request.conversation().digest(), documents.values())
-            for request, digest in zip(documents.values(), digests, strict=True):
-                found += [request.name] if digest in self.calibration_digests else []
-                progress.advance()
-        self.counts.compared += len(documents)
+        new = [request for key, request in documents.items() if key not in self.counts.compared]
+
+        def examine(request: Request) -> str:
+            conversation = request.conversation()
+            self.see(request, conversation)
+            return conversation.digest()
+
+        digests = _read_all(new, examine, "looking for calibration documents", show_progress)
+        found = [
+            request.name for request, digest in zip(new, digests, strict=True) if digest in self.calibration_digests
+        ]
+        self.counts.compared |= documents.keys()
         self.counts.overlapping += found
         if found and not allow_overlap:
             raise QVLMError(
@@ -155,15 +160,32 @@ class RunRecord:
                 known.append(generation.settings)
 
     def see(self, request: Request, conversation: Conversation) -> None:
-        """Note which images a question is about."""
-        if request.doc_id is not None and not request.is_padding and (digest := conversation.image_digest()):
-            self.counts.images[request.task, request.doc_id] = digest
+        """Note which images a document's first question is about."""
+        key = request.task, request.doc_id
+        if request.doc_id is not None and not request.is_padding and key not in self.counts.images:
+            self.counts.images[key] = conversation.image_digest()
 
     def count(self, request: Request, answer: str, tokens: int) -> None:
         """Note one generated answer."""
         self.counts.tokens += tokens
+        self._count(self.counts.generated, request, answer)
+
+    def note_found(self, answered: Sequence[tuple[Request, Sequence[str]]], show_progress: bool) -> None:
+        """Note documents whose answers were found in the response cache: all that is noted where they are generated.
+
+        Raises:
+            QVLMError: one cannot be read.
+        """
+        documents = {(request.task, request.doc_id): request for request, _ in answered}
+        unseen = [request for key, request in documents.items() if key not in self.counts.images]
+        _read_all(unseen, lambda one: self.see(one, one.conversation()), "looking at images", show_progress)
+        for request, answers in answered:
+            for answer in answers:
+                self._count(self.counts.found, request, answer)
+
+    def _count(self, answers: Counter[str], request: Request, answer: str) -> None:
         if not request.is_padding:
-            self.counts.answers[request.task] += 1
+            answers[request.task] += 1
             self.counts.unreadable[request.task] += not is_readable(request.task, answer)
 
     def finish(self, model: nn.Module) -> None:
@@ -205,18 +227,32 @@ class RunRecord:
             "calibration": self.facts["calibration"]
             and {
                 **self.facts["calibration"],
-                "documents_compared": counts.compared,
+                "documents_compared": len(counts.compared),
                 "documents_also_evaluated": len(counts.overlapping),
             },
             "data": data,
             "stand_in": any(origin["stand_in"] for origin in data.values()),
             "answers": {
-                task: {"generated": count, "parse_failures": counts.unreadable[task]}
-                for task, count in counts.answers.items()
+                task: {
+                    "generated": counts.generated[task],
+                    "found_in_cache": counts.found[task],
+                    "parse_failures": counts.unreadable[task],
+                }
+                for task in counts.generated | counts.found
             },
             "generation": counts.generation,
             **self.measured,
         }
+
+
+def _read_all(requests: Sequence[Request], look: Callable[[Request], T], what: str, show_progress: bool) -> list[T]:
+    """What ``look`` makes of each; decoding and hashing images both release the interpreter's lock."""
+    with ThreadPoolExecutor() as pool, Progress(what, len(requests), show_progress and bool(requests)) as progress:
+        results = []
+        for result in pool.map(look, requests):
+            results.append(result)
+            progress.advance()
+    return results
 
 
 def memory(model: nn.Module) -> dict[str, Any]:
@@ -288,10 +324,9 @@ def hub_revision(split: Any) -> str | None:
 
 
 def install() -> None:
-    """Let lmms-eval write provenance, and tell cached responses apart by content. Repeating it changes nothing."""
+    """Let lmms-eval write provenance. Repeating it changes nothing."""
     wrap_once(EvaluationTracker, "save_results_aggregated", _saving_provenance)
     wrap_once(EvaluationTracker, "save_results_samples", _naming_images)
-    wrap_once(ResponseCache, "execute", _knowing_identity)
 
 
 def _saving_provenance(save: Callable) -> Callable:
@@ -308,12 +343,14 @@ def _saving_provenance(save: Callable) -> Callable:
 
 def _naming_images(save: Callable) -> Callable:
     # Questions about one image are not independent. The harness names images that lie in files, but not those that
-    # ``datasets`` decodes, so that samples do not tell which belong together.
+    # ``datasets`` decodes, so that samples do not tell which belong together. That a document has no image is told by
+    # an empty list: where there is none, nobody knows.
     def save_results_samples(self: EvaluationTracker, task_name: str, samples: list[dict[str, Any]]) -> None:
         record = _record_of_this_run()
         for sample in samples if record else ():
-            if digest := record.counts.images.get((task_name, sample["doc_id"])):
-                sample.setdefault("input_media", [f"sha256:{digest}"])
+            if (key := (task_name, sample["doc_id"])) in record.counts.images:
+                digest = record.counts.images[key]
+                sample.setdefault("input_media", [f"sha256:{digest}"] if digest else [])
         save(self, task_name, samples)
 
     return save_results_samples
@@ -322,18 +359,3 @@ def _naming_images(save: Callable) -> Callable:
 def _record_of_this_run() -> RunRecord | None:
     records = [metrics.get(RESULT_KEY) for metrics in get_logged_metrics_history()]
     return next((record for record in records if isinstance(record, RunRecord)), None)
-
-
-def _knowing_identity(execute: Callable) -> Callable:
-    # The harness keys cached responses on the text of --model_args, which does not change when a plan, a checkpoint or
-    # a local data set behind the same name does.
-    def execute_with_identity(self: ResponseCache, lm: Any, reqtype: str, requests: list) -> list:
-        if hasattr(lm, "response_identity"):
-            identity = f"{self.model_fingerprint}|{lm.response_identity()}"
-            set_response_key(self, hashlib.sha256(identity.encode()).hexdigest())
-        responses = execute(self, lm, reqtype, requests)
-        if hasattr(lm, "response_identity") and reqtype == "loglikelihood":
-            return [Likelihood(*response) for response in responses]  # they come as lists out of the cache
-        return responses
-
-    return execute_with_identity

@@ -5,16 +5,16 @@
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
-from lmms_eval.utils import Collator
 from loguru import logger
 from transformers import PretrainedConfig, StoppingCriteriaList
 
@@ -25,7 +25,7 @@ from qvlm_plugin.checkpoint import CheckpointRecord
 from qvlm_plugin.conversation import Conversation, encode, to_device
 from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.harness import likelihood, processes, provenance
+from qvlm_plugin.harness import likelihood, processes, provenance, response_cache
 from qvlm_plugin.harness.arguments import ModelArguments, check_stored, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, plain_config, read_generation, steering
 from qvlm_plugin.harness.host import require_whole_images
@@ -46,6 +46,8 @@ from qvlm_plugin.models.placement import device_name, execution_device
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
+
+T = TypeVar("T")
 
 
 class _QVLM(lmms):
@@ -127,6 +129,7 @@ class _QVLM(lmms):
         processes.leave_at_exit()
         provenance.install()
         likelihood.install()
+        response_cache.install()
 
     @property
     def device(self) -> torch.device:
@@ -186,13 +189,7 @@ class _QVLM(lmms):
             QVLMError, RuntimeError: as `generate_until`.
         """
         items = self._prepare(requests, scoring)
-        order = Collator(items, sort_fn=lambda item: -len(item.context + item.continuation))
-        results = []
-        with self._progress(len(items), "scoring") as progress:
-            for batch in order.get_batched(n=self._batch_size):
-                results += self._score(batch)
-                progress.advance(len(batch))
-        results = order.get_original(results)
+        results = self._by_batches(items, "scoring", self._score)
         for item, result in zip(items, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", (item.context, item.continuation), result)
         return results
@@ -218,6 +215,38 @@ class _QVLM(lmms):
         facts = {name: self.record.facts[name] for name in names}
         return json.dumps([facts, sources_digest("qvlm_plugin"), files], sort_keys=True)
 
+    @processes.failing_together()
+    def prepare(self, kind: str, requests: Sequence[Instance]) -> list[Request]:
+        """Read and check all requests of a kind (``generate_until``, …) before any of them is answered.
+
+        Raises:
+            QVLMError: as `generate_until`.
+        """
+        return self._prepare(requests, scoring if kind == "loglikelihood" else self.read_request)
+
+    def batches(self, items: Sequence[Request]) -> list[list[int]]:
+        """Rows of requests that run together: of equal generation arguments, the longest first."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for row in sorted(
+            range(len(items)), key=lambda row: -len(items[row].context + (items[row].continuation or ""))
+        ):
+            groups[json.dumps(items[row].generation, sort_keys=True, default=str)].append(row)
+        size = self._batch_size
+        return [rows[start : start + size] for rows in groups.values() for start in range(0, len(rows), size)]
+
+    @processes.failing_together()
+    def note_found(self, items: Sequence[Request], responses: Sequence[Any]) -> None:
+        """Note requests that the response cache answered, as if they had been answered here.
+
+        Raises:
+            QVLMError: a document cannot be read.
+        """
+        answers = [
+            [response] if isinstance(response, str) else [] if isinstance(response, Likelihood) else response
+            for response in responses
+        ]
+        self.record.note_found([*zip(items, answers, strict=True)], show_progress=self.rank == 0)
+
     def _prepare(self, requests: Sequence[Instance], read: Callable[[Instance, Documents], Request]) -> list[Request]:
         items = [read(instance, self.task_dict) for instance in requests]
         items = [replace(item, build=self._with_system_prompt(item.build)) for item in items]
@@ -234,19 +263,19 @@ class _QVLM(lmms):
         return lambda: with_system_prompt(build(), self._system_prompt)
 
     def _generate(self, items: Sequence[Request]) -> list[GenerationResult]:
-        """Answer in batches of equal generation arguments, the longest questions first."""
-        pairs = [(item, self._generation(item)) for item in items]
-        order = Collator(
-            pairs, sort_fn=lambda pair: -len(pair[0].context), group_fn=lambda pair: pair[0].generation, grouping=True
-        )
         # What was drawn while loading (a search, or none when the plan was cached) must not change sampled answers.
         torch.manual_seed(torch.initial_seed())
-        results: list[GenerationResult] = []
-        with self._progress(len(items), "generating") as progress:
-            for batch in order.get_batched(n=self._batch_size):
-                results += self._answer([item for item, _ in batch], batch[0][1])
-                progress.advance(len(batch))
-        return order.get_original(results)
+        return self._by_batches(items, "generating", self._answer)
+
+    def _by_batches(self, items: Sequence[Request], what: str, run: Callable[[Sequence[Request]], list[T]]) -> list[T]:
+        """What ``run`` makes of batches, in the order of the items."""
+        results: dict[int, T] = {}
+        batches = self.batches(items)
+        with Progress(what, len(items), shown=self.rank == 0 and len(batches) > 1) as progress:
+            for rows in batches:
+                results.update(zip(rows, run([items[row] for row in rows]), strict=True))
+                progress.advance(len(rows))
+        return [results[row] for row in range(len(items))]
 
     def _conversations(self, batch: Sequence[Request]) -> list[Conversation]:
         conversations = [item.conversation() for item in batch]
@@ -255,8 +284,8 @@ class _QVLM(lmms):
         return conversations
 
     @torch.inference_mode()
-    def _answer(self, batch: Sequence[Request], generation: Generation) -> list[GenerationResult]:
-        conversations = self._conversations(batch)
+    def _answer(self, batch: Sequence[Request]) -> list[GenerationResult]:
+        conversations, generation = self._conversations(batch), self._generation(batch[0])
         tokenizer = self._processor.tokenizer
         if generation.seed is not None:
             torch.manual_seed(generation.seed)
@@ -307,9 +336,6 @@ class _QVLM(lmms):
         sums = chosen.masked_fill(~mask, 0.0).sum(dim=1)
         greedy = ((log_probabilities.argmax(dim=-1) == targets) | ~mask).all(dim=1)
         return [Likelihood(*score) for score in zip(sums.tolist(), greedy.tolist(), strict=True)]
-
-    def _progress(self, total: int, what: str) -> Progress:
-        return Progress(what, total, shown=self.rank == 0)
 
     def _read_calibration(self, arguments: ModelArguments) -> CalibrationSet:
         """The calibration samples, with the same system prompt that evaluated documents get."""

@@ -3,8 +3,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lmms_eval.api.instance import Instance
-from lmms_eval.caching.response_cache import ResponseCache
 from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.models.model_utils.gen_metrics import reset_logged_metrics
 from lmms_eval.tasks.scienceqa.utils import sqa_process_results
@@ -94,9 +92,9 @@ def save(tmp_path, results):
 
 def test_the_record_reaches_the_results_once_and_no_other_run(tmp_path):
     provenance.install()
-    wrapped = EvaluationTracker.save_results_aggregated, ResponseCache.execute
+    wrapped = EvaluationTracker.save_results_aggregated
     provenance.install()
-    assert wrapped == (EvaluationTracker.save_results_aggregated, ResponseCache.execute)
+    assert wrapped == EvaluationTracker.save_results_aggregated
     reset_logged_metrics()
     make_record().finish(nn.Linear(4, 4))
     written = save(tmp_path / "ours", {"configs": {}})
@@ -106,33 +104,10 @@ def test_the_record_reaches_the_results_once_and_no_other_run(tmp_path):
 
 
 def test_counts_of_processes_add_up():
-    one, two = Counts(tokens=3, seconds=2.0, compared=1), Counts(tokens=4, seconds=5.0, overlapping=["x"])
-    one.answers["a"] += 2
-    two.answers.update(a=1, b=1)
+    one, two = Counts(tokens=3, seconds=2.0, compared={("a", 0, "")}), Counts(tokens=4, seconds=5.0, overlapping=["x"])
+    one.generated["a"] += 2
+    two.generated.update(a=1, b=1)
+    two.found["b"] += 1
     total = Counts.total([one, two])
-    assert (total.answers, total.tokens, total.seconds) == ({"a": 3, "b": 1}, 7, 5.0)
-    assert (total.compared, total.overlapping) == (1, ["x"])
-
-
-def test_cached_responses_are_told_apart_by_content(tmp_path):
-    provenance.install()
-
-    def ask(identity, answer):
-        cache = ResponseCache(str(tmp_path / "c.db"), str(tmp_path / "c.jsonl"), model_fingerprint="m|pretrained=x")
-        request = Instance(
-            "generate_until", ("question", {"until": []}, None, 0, "t", "test"), 0,
-            metadata={"task": "t", "doc_id": 0, "repeats": 1},
-        )  # fmt: skip
-        model = SimpleNamespace(generate_until=lambda requests: [answer] * len(requests))
-        if identity is not None:
-            model.response_identity = lambda: identity
-        try:
-            return cache.execute(model, "generate_until", [request])[0]
-        finally:
-            cache.close()
-
-    assert ask("plan 1", "one") == "one"
-    assert ask("plan 1", "never generated") == "one"
-    assert ask("plan 2", "two") == "two"
-    assert ask(None, "another model's") == "another model's"
-    assert ask(None, "never generated") == "another model's"
+    assert (total.generated, total.found, total.tokens, total.seconds) == ({"a": 3, "b": 1}, {"b": 1}, 7, 5.0)
+    assert (total.compared, total.overlapping) == ({("a", 0, "")}, ["x"])

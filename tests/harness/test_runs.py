@@ -172,7 +172,11 @@ def test_several_runs_in_one_process(place, full_precision, printed):
     assert science["parse_failure,none"] == 1 and {"NAT,none", "SOC,none", "IMG,none", "G1-6,none"} <= science.keys()
     assert "G7-12,none" not in science  # none of the four is from there
     assert planned["results"]["qvlm_scienceqa_lepa"]["parse_failure,none"] == 1
-    assert planned["qvlm"]["answers"]["qvlm_scienceqa_lepa"] == {"generated": 4, "parse_failures": 4}
+    assert planned["qvlm"]["answers"]["qvlm_scienceqa_lepa"] == {
+        "generated": 4,
+        "found_in_cache": 0,
+        "parse_failures": 4,
+    }
 
     checked = [check_submission(file) for file in sorted((place / "plan" / "submissions").iterdir())]
     assert [(found.benchmark, count) for found, count in checked] == [("VizWiz-VQA", 3), ("VQA-v2", 4)]

@@ -101,6 +101,22 @@ def parse_sources(text: str) -> tuple[Source, ...]:
     return tuple(_parse_source(term, text) for term in str(text).split("+"))
 
 
+def check_sources(text: str) -> None:
+    """Check what can be said of sources before their tasks and rows are read.
+
+    Raises:
+        QVLMError: one does not parse, or is a file that is not there.
+    """
+    for source in parse_sources(text):
+        if source.split is None:
+            _require_file(Path(source.location))
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise QVLMError(f"calibration={str(path)!r}: there is no such file")
+
+
 def _parse_source(term: str, text: str) -> Source:
     location, *rest = term.split(":")
     count = DEFAULT_COUNT
@@ -157,8 +173,7 @@ def read_conversations(path: Path, image_folder: Path | None, count: int, seed: 
     Raises:
         QVLMError: the file or an image is missing or unreadable, or it holds too few rows with images.
     """
-    if not path.is_file():
-        raise QVLMError(f"calibration={str(path)!r}: there is no such file")
+    _require_file(path)
     rows = [row for row in _read_rows(path) if row.get("image")]
     if len(rows) < count:
         raise QVLMError(f"calibration={str(path)!r} has {len(rows)} rows with an image; {count} were asked for")

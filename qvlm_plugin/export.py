@@ -1,15 +1,17 @@
 """Write a quantized model as a Hugging Face folder that loads packed (`checkpoint`)."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from qvlm_plugin import __version__, backends
 from qvlm_plugin.atomic import require_vacant, staged
 from qvlm_plugin.checkpoint import CheckpointRecord, StoredModule, file_hash, specification, stored_form
+from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.hf_quantizer import QVLMQuantizationConfig
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
-from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan, begin_applying, parameters_of
 from qvlm_plugin.plan_header import ModulePlan
 
@@ -37,10 +39,11 @@ def export(
         Which kernel serves which module.
 
     Raises:
-        QVLMError: the folder is not empty; or see `check_plan`.
+        QVLMError: the folder is not empty; see `check_plan`; or what was written does not load and answer a prompt with
+            finite numbers, which is tried before the folder takes its name.
     """
     require_vacant(directory)
-    model = loaded.model
+    model, device = loaded.model, loaded.model.device
     execution = begin_applying(plan, model, loaded.fingerprint, backends.kernels(backend), strict)
     modules = tuple(_store(module, plan, loaded, execution.choices.get(module.name)) for module in plan.modules)
     record = CheckpointRecord(
@@ -52,12 +55,29 @@ def export(
         modules=modules,
     )
     model.config.quantization_config = QVLMQuantizationConfig(**record.model_dump(mode="json"))
-    write_folder(loaded, directory, shard_size)
+
+    def try_out(folder: Path) -> None:
+        model.to("meta")  # its memory is needed
+        try:
+            load(str(folder), device=device)
+        except QVLMError as error:
+            raise QVLMError(f"the quantized model is not written, for it does not run: {error}") from error
+
+    write_folder(loaded, directory, shard_size, try_out)
     return execution
 
 
-def write_folder(loaded: LoadedModel, directory: Path, shard_size: str) -> None:
-    """Write model and processor in one step; a ``quantization_config`` of ours gets the files' hashes."""
+def write_folder(
+    loaded: LoadedModel, directory: Path, shard_size: str, check: Callable[[Path], None] = lambda folder: None
+) -> None:
+    """Write model and processor in one step; a ``quantization_config`` of ours gets the files' hashes.
+
+    Args:
+        loaded: what to write.
+        directory: to write.
+        shard_size: see `export`.
+        check: of the folder while it has another name; where it raises, nothing stays.
+    """
     with staged(directory) as folder:
         loaded.model.save_pretrained(folder, max_shard_size=shard_size)
         loaded.processor.save_pretrained(folder)
@@ -66,6 +86,7 @@ def write_folder(loaded: LoadedModel, directory: Path, shard_size: str) -> None:
             names = sorted(file.name for file in folder.glob("model*.safetensors*"))
             config["quantization_config"]["files"] = {name: file_hash(folder / name) for name in names}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        check(folder)
 
 
 def _store(module: ModulePlan, plan: RoundingPlan, loaded: LoadedModel, choice: Choice | None) -> StoredModule:

@@ -116,6 +116,17 @@ def test_a_device_map_counts_what_is_stored(source, tmp_path, calibration, input
         )
 
 
+def test_what_does_not_run_is_not_written(source, tmp_path, calibration):
+    """A model that is finite in float16 as it is, and quantized is not."""
+    loaded = load(str(source), dtype="float16")
+    plan = plan_of(loaded, calibration, "w8a8")
+    name = "model.language_model.layers.1.mlp.down_proj"
+    bounds = {f"{name}/{bound}": plan.tensors[f"{name}/{bound}"] + 1e6 for bound in ("lower", "upper")}
+    with pytest.raises(QVLMError, match=rf"the quantized model is not written.*{name} is not finite in float16"):
+        export(replace(plan, tensors={**plan.tensors, **bounds}), loaded, tmp_path / "x", backend="reference")
+    assert not list(tmp_path.iterdir())
+
+
 def run_alone(code, *arguments):
     """In an interpreter that has not imported the package; returns what it printed."""
     done = subprocess.run(

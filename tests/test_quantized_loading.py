@@ -85,4 +85,4 @@ def test_the_peak_of_loading_is_little_more_than_the_model(tmp_path):
     assert done.returncode == 0, done.stderr
     peak, final, weights = json.loads(done.stdout.splitlines()[-1])
     full = sum(tensor.nbytes for tensor in loaded.model.parameters())
-    assert weights < 0.35 * full and final < 1.3 * weights and peak < 1.3 * final
+    assert weights < 0.35 * full and final < 1.3 * weights and peak < 1.65 * weights

@@ -14,7 +14,8 @@ from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.doctor.finding import Finding, Status
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.base import MethodOptions
-from qvlm_plugin.models.loading import empty_model, read_config
+from qvlm_plugin.models.loading import open_checkpoint
+from qvlm_plugin.models.placement import empty_model
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import resolve
 
@@ -42,9 +43,9 @@ def needs_of(pretrained: str, revision: str | None, scheme: Scheme) -> Needs:
     """What a checkpoint takes; of its files only the small ones are read.
 
     Raises:
-        QVLMError: it cannot be read, or its family is not supported.
+        QVLMError: it cannot be read, its family is not supported, or its prompts do not fit the model.
     """
-    config = read_config(pretrained, revision=revision)
+    config = open_checkpoint(pretrained, revision=revision).config
     topology = plugins.topology(config)
     model = empty_model(config)
     full = sum(parameter.numel() for parameter in model.parameters()) * 2

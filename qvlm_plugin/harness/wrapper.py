@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, StoppingCriteriaList
 
 from qvlm_plugin import backends, planning, plugins
 from qvlm_plugin.cache import sources_digest
-from qvlm_plugin.calibration import CalibrationSet, read_calibration
+from qvlm_plugin.calibration import CalibrationSet, check_sources, read_calibration
 from qvlm_plugin.checkpoint import CheckpointRecord
 from qvlm_plugin.conversation import Conversation, encode, to_device
 from qvlm_plugin.demo import resolve_demo
@@ -41,8 +41,9 @@ from qvlm_plugin.harness.requests import (
 from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.hf_quantizer import QUANT_METHOD, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
-from qvlm_plugin.models.loading import LoadedModel, load
-from qvlm_plugin.models.placement import device_name, execution_device
+from qvlm_plugin.models.finite import finite
+from qvlm_plugin.models.loading import Checkpoint, LoadedModel, load_weights, open_checkpoint
+from qvlm_plugin.models.placement import check_placement, device_name, execution_device
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
@@ -78,15 +79,27 @@ class _QVLM(lmms):
             request, plan = None, RoundingPlan.load(arguments.plan)
         else:
             request = planning.check_request(arguments.method, arguments.scheme, arguments.options)
+            draws = request.needs_calibration and arguments.calibration
+            if draws:
+                check_sources(arguments.calibration)
+        checkpoint = self._open(arguments)
+        if request is not None:
             calibration = None
-            if request.needs_calibration and arguments.calibration:
+            if draws:
                 with processes.first_process_first():
                     calibration = self._read_calibration(arguments)
             planning.check_calibration(request, calibration)
         quantize = None
         if request is None and arguments.backend != "reference" and arguments.device_map is None:
             quantize = QuantizeOnLoad(plan, backends.kernels(arguments.backend), arguments.strict)
-        loaded = self._load(arguments, quantize)
+        loaded = load_weights(
+            checkpoint,
+            dtype=arguments.dtype,
+            device=self._device,
+            device_map=arguments.device_map,
+            attn_implementation=arguments.attn_implementation,
+            quantize=quantize,
+        )
         stored = quantizer_of(loaded.model)
         if stored is None:
             if request is not None:
@@ -294,12 +307,14 @@ class _QVLM(lmms):
             inputs, _ = encode(self._processor, conversations)
             prompt_lengths, width = inputs["attention_mask"].sum(dim=1).tolist(), inputs["input_ids"].shape[1]
             stops = [StopAtText(generation.stops, tokenizer, width)] if generation.stops else []
-            output = self._model.generate(
+            generate = partial(
+                self._model.generate,
                 **to_device(inputs, self._device, self._model.dtype),
                 **generation.arguments,
                 pad_token_id=tokenizer.pad_token_id,
                 stopping_criteria=StoppingCriteriaList(stops),
             )
+            output = finite(self._model, generate)
             tokens = output[:, width:].cpu()
         except Exception as error:
             raise _failure("generation", batch, error) from error
@@ -322,12 +337,14 @@ class _QVLM(lmms):
             inputs, mask = encode(self._processor, conversations, [item.continuation for item in batch])
             positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
             kept = int(mask.sum(dim=1).max())  # padding is on the left, so every continuation ends the row
-            logits = self._model(
+            forward = partial(
+                self._model,
                 **to_device(inputs, self._device, self._model.dtype),
                 position_ids=positions.to(self._device),
                 logits_to_keep=kept + 1,
                 use_cache=False,
-            ).logits[:, :-1]
+            )
+            logits = finite(self._model, forward).logits[:, :-1]
         except Exception as error:
             raise _failure("scoring", batch, error) from error
         mask, targets = mask[:, -kept:].to(logits.device), inputs["input_ids"][:, -kept:].to(logits.device)
@@ -347,21 +364,16 @@ class _QVLM(lmms):
         ]
         return replace(calibration, samples=tuple(samples))
 
-    def _load(self, arguments: ModelArguments, quantize: QuantizeOnLoad | None) -> LoadedModel:
+    def _open(self, arguments: ModelArguments) -> Checkpoint:
         with processes.first_process_first():  # which may have to build the embedded model
             pretrained = resolve_demo(arguments.pretrained)
-        return load(
+        return open_checkpoint(
             pretrained,
             revision=arguments.revision,
-            dtype=arguments.dtype,
-            device=self._device,
-            device_map=arguments.device_map,
-            attn_implementation=arguments.attn_implementation,
             trust_remote_code=arguments.trust_remote_code,
             conv=arguments.conv,
             router_noise_seed=arguments.router_noise_seed,
             check_config=partial(_check_config, arguments),
-            quantize=quantize,
         )
 
     def _facts(self, arguments: ModelArguments, loaded: LoadedModel, execution: Execution) -> dict[str, Any]:
@@ -408,12 +420,7 @@ def _check_config(arguments: ModelArguments, config: PretrainedConfig) -> None:
 
 def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:
     """This process's device."""
-    try:
-        wanted = torch.device(arguments.device) if arguments.device else accelerator.device
-    except RuntimeError as error:
-        raise QVLMError(f"device={arguments.device!r} is not a device; write cpu, cuda or cuda:N") from error
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise QVLMError(f"device={arguments.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    wanted = check_placement(arguments.dtype, arguments.device or accelerator.device)
     if processes.count() == 1:
         return wanted
     if arguments.device_map is not None:

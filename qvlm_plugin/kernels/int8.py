@@ -126,6 +126,9 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     output = int8_linear(
         codes, _segments(tensors), tensors["scale"], tensors.get("bias"), x.dtype, step, offset, tensors.get("row_sum")
     )
+    if activation_format.kind == "static_channel":
+        # NaN has a code like every number, and an overflow above would end here unseen.
+        output.add_(tokens.sum(dim=-1, keepdim=True, dtype=torch.float32), alpha=0)
     return like_input(output, x)
 
 

@@ -28,9 +28,12 @@ from transformers import (
 )
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.models.dtypes import AUTO, DTYPES
+from qvlm_plugin.memory import trim_heap
+from qvlm_plugin.models.dry_run import answer, check_prompts
+from qvlm_plugin.models.dtypes import AUTO
 from qvlm_plugin.models.hub import local_folder, small_files, with_weights
 from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoint, is_original, read_original
+from qvlm_plugin.models.placement import check_placement, empty_model
 from qvlm_plugin.models.prompts import IMAGE, IMAGE_BETWEEN, PROMPT_FORMATS, chat_template, name_of, prompt_format
 from qvlm_plugin.models.weights import SAFETENSORS, SAFETENSORS_OR_BIN, weight_files
 from qvlm_plugin.reading import one_line, parsed_elsewhere, read_json
@@ -73,60 +76,58 @@ class LoadedModel:
         return (stop,) if stop else ()
 
 
-def read_config(pretrained: str, revision: str | None = None) -> PretrainedConfig:
-    """The configuration of a checkpoint in either layout, of which only the small files are fetched and read.
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A checkpoint whose small files were read and checked: all but the weights.
 
-    Raises:
-        QVLMError: there is no such checkpoint, or its configuration cannot be used.
+    Attributes:
+        pretrained, revision: what was named.
+        folder: the local copy, in which weights may be missing yet.
+        config: of the model.
+        processor: ready to form prompts.
+        original: what is in LLaVA's own layout; None in the Hugging Face layout.
+        trust_remote_code: whether code that comes with it may run.
+        router_noise_seed: see `open_checkpoint`.
     """
-    source = f"pretrained={pretrained!r}"
-    return _read_layout(local_folder(pretrained, source, revision), source, False)[1]
+
+    pretrained: str
+    revision: str | None
+    folder: Path
+    config: PretrainedConfig
+    processor: ProcessorMixin
+    original: OriginalCheckpoint | None
+    trust_remote_code: bool
+    router_noise_seed: int | None
+
+    @property
+    def source(self) -> str:
+        """How messages call it."""
+        return f"pretrained={self.pretrained!r}"
 
 
-def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model without weights: its parameters are on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
-
-
-def load(
+def open_checkpoint(
     pretrained: str,
     *,
     revision: str | None = None,
-    dtype: str = "auto",
-    device: str | torch.device = "cpu",
-    device_map: str | dict[str, Any] | None = None,
-    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     conv: str | None = None,
     router_noise_seed: int | None = None,
     check_config: Callable[[PretrainedConfig], object] | None = None,
-    quantize: "QuantizeOnLoad | None" = None,
-) -> LoadedModel:
-    """Load a checkpoint folder or hub model.
+) -> Checkpoint:
+    """Read the small files of a checkpoint, and check that prompts with images can be formed and fit the model.
 
     Args:
         pretrained: a folder in the Hugging Face layout or in that of LLaVA's own code, or a hub id such as
             ``llava-hf/llava-1.5-7b-hf`` or ``liuhaotian/llava-v1.5-7b``.
         revision: branch, tag or commit of a hub model.
-        dtype: one of `DTYPES`.
-        device: where the model runs when no ``device_map`` says otherwise.
-        device_map: ``offload`` keeps all weights on the CPU and brings each module's to ``device`` while it runs, which
-            leaves room there to search a model that does not fit. All else is accelerate's placement and takes the
-            place of ``device``: ``auto`` fills the devices, leaving little room, before it offloads the rest.
-        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``; None leaves transformers' choice.
         trust_remote_code: run code that comes with the checkpoint.
         conv: a prompt format (see `qvlm_plugin.models.prompts`) instead of the one that the checkpoint has.
         router_noise_seed: of the noise in the choice of experts, for models that have it; None routes without noise.
-        check_config: called with the configuration before the weights are loaded, to raise where it does not suit.
-        quantize: quantize each Linear when its weight is read, not to have all in full precision at once.
+        check_config: called with the configuration, to raise where it does not suit.
 
     Raises:
-        QVLMError: the folder or hub model is not there or not complete, or its keys do not match the model's.
+        QVLMError: there is no such checkpoint, or its parts do not fit together.
     """
-    if dtype not in DTYPES:
-        raise QVLMError(f"dtype={dtype!r} is not known; allowed are {', '.join(DTYPES)}")
-    compute_type = dtype if dtype == AUTO else getattr(torch, dtype)
     prompt = None if conv is None else prompt_format(conv)
     source = f"pretrained={pretrained!r}"
     folder = local_folder(pretrained, source, revision)
@@ -134,22 +135,83 @@ def load(
     _set_router_noise(config, router_noise_seed, source)
     if check_config is not None:
         check_config(config)
-    if getattr(config, "quantization_config", None) is not None:
-        if device_map == OFFLOAD:
-            raise QVLMError(f"device_map='offload' is for searching, and {source} is quantized already")
-        # Packed weights are laid out for the device that they are loaded to.
-        device_map = {"": device} if device_map is None else device_map
-    formats = SAFETENSORS_OR_BIN if original else SAFETENSORS
-    folder = with_weights(pretrained, source, formats, revision)
-    files = original.files() if original else weight_files(folder, formats, source)
     with parsed_elsewhere(f"{source}: the processor does not load"):
         processor = original.processor() if original else _read_processor(folder, trust_remote_code)
     if prompt is not None:
         between = IMAGE_BETWEEN in (getattr(processor, "chat_template", None) or "")
         processor.chat_template = chat_template(prompt, IMAGE_BETWEEN if between else IMAGE)
     _prepare(processor, source, conv)
+    if original:
+        config.image_token_index = processor.tokenizer.convert_tokens_to_ids(IMAGE)
+    check_prompts(processor, config, source, trust_remote_code)
+    return Checkpoint(pretrained, revision, folder, config, processor, original, trust_remote_code, router_noise_seed)
+
+
+def load(
+    pretrained: str,
+    *,
+    revision: str | None = None,
+    dtype: str = AUTO,
+    device: str | torch.device = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    conv: str | None = None,
+    router_noise_seed: int | None = None,
+    check_config: Callable[[PretrainedConfig], object] | None = None,
+    quantize: "QuantizeOnLoad | None" = None,
+) -> LoadedModel:
+    """Open a checkpoint and load its weights: see `open_checkpoint` and `load_weights`."""
+    check_placement(dtype, device)
+    checkpoint = open_checkpoint(
+        pretrained,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        conv=conv,
+        router_noise_seed=router_noise_seed,
+        check_config=check_config,
+    )
+    return load_weights(checkpoint, dtype=dtype, device=device, device_map=device_map, quantize=quantize)
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = AUTO,
+    device: str | torch.device = "cpu",
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    quantize: "QuantizeOnLoad | None" = None,
+) -> LoadedModel:
+    """Load the model of a checkpoint, and let it answer one prompt.
+
+    Args:
+        checkpoint: whose weights are fetched and read.
+        dtype: one of `DTYPES`.
+        device: where the model runs when no ``device_map`` says otherwise.
+        device_map: ``offload`` keeps all weights on the CPU and brings each module's to ``device`` while it runs, which
+            leaves room there to search a model that does not fit. All else is accelerate's placement and takes the
+            place of ``device``: ``auto`` fills the devices, leaving little room, before it offloads the rest; on
+            ``meta`` there are no weights, and the model answers nothing.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``; None leaves transformers' choice.
+        quantize: quantize each Linear when its weight is read, not to have all in full precision at once.
+
+    Raises:
+        QVLMError: weights are missing, their keys do not match the model's, or the model cannot answer.
+    """
+    check_placement(dtype, device)
+    compute_type = dtype if dtype == AUTO else getattr(torch, dtype)
+    original, config, processor = checkpoint.original, checkpoint.config, checkpoint.processor
+    source, trust_remote_code = checkpoint.source, checkpoint.trust_remote_code
+    if getattr(config, "quantization_config", None) is not None:
+        if device_map == OFFLOAD:
+            raise QVLMError(f"device_map='offload' is for searching, and {source} is quantized already")
+        # Packed weights are laid out for the device that they are loaded to.
+        device_map = {"": device} if device_map is None else device_map
+    formats = SAFETENSORS_OR_BIN if original else SAFETENSORS
+    folder = with_weights(checkpoint.pretrained, source, formats, checkpoint.revision)
+    files = original.files() if original else weight_files(folder, formats, source)
     folders = [folder, original.tower.folder] if original else [folder]
-    fingerprint = _fingerprint([one for one in folders if one], files, router_noise_seed)
+    fingerprint = _fingerprint([one for one in folders if one], files, checkpoint.router_noise_seed)
     placement = {
         "device_map": None if device_map == OFFLOAD else device_map,
         "attn_implementation": attn_implementation,
@@ -178,7 +240,11 @@ def load(
         model.to(device)
     elif device_map == OFFLOAD:
         cpu_offload(model, torch.device(device))
-    return LoadedModel(model.eval(), processor, pretrained, fingerprint, name_of(processor.chat_template))
+    model.eval()
+    if device_map != "meta":
+        answer(model, processor, source)
+        trim_heap()
+    return LoadedModel(model, processor, checkpoint.pretrained, fingerprint, name_of(processor.chat_template))
 
 
 def _read_layout(
@@ -253,11 +319,10 @@ def _prepare(processor: ProcessorMixin, source: str, conv: str | None) -> None:
 def _load_original(
     original: OriginalCheckpoint, processor: ProcessorMixin, dtype: torch.dtype | str, placement: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    image_token = processor.tokenizer.convert_tokens_to_ids(IMAGE)
-    weights = original.state_dict(image_token)
-    embeddings = weights[EMBEDDINGS]
     config = original.config
-    config.image_token_index, config.text_config.vocab_size = image_token, len(embeddings)
+    weights = original.state_dict(config.image_token_index)
+    embeddings = weights[EMBEDDINGS]
+    config.text_config.vocab_size = len(embeddings)
     model, info = LlavaForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, dtype=embeddings.dtype if dtype == "auto" else dtype, **placement
     )
@@ -277,8 +342,7 @@ def _load_by_tensor(
 
     transformers maps weight files into memory, where what was read once counts until the last weight is gone.
     """
-    with torch.device("meta"):
-        kind = type(AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code))
+    kind = type(empty_model(config, trust_remote_code))
     handles = [safe_open(file, framework="pt", backend="pread") for file in files]
     weights = {key: handle.get_slice(key) for handle in handles for key in handle.keys()}  # noqa: SIM118
     model, info = kind.from_pretrained(None, config=config, state_dict=weights, dtype=dtype, **placement)

@@ -1,4 +1,4 @@
-"""Where a model's weights are: on one device, spread over several, or offloaded by accelerate between uses.
+"""Where a model's weights are: on one device, spread over several, offloaded by accelerate between uses, or nowhere.
 
 Offloaded weights are meta tensors, except while the module that owns them runs: its hook brings them in.
 """
@@ -10,6 +10,36 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils.modeling import has_offloaded_params
 from torch import nn
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.models.dtypes import DTYPES
+
+
+def check_placement(dtype: str, device: str | torch.device) -> torch.device:
+    """Check that a model can be loaded in a compute type to a device, before anything is read.
+
+    Returns:
+        The device.
+
+    Raises:
+        QVLMError: one is not known, or there is no such device here.
+    """
+    if dtype not in DTYPES:
+        raise QVLMError(f"dtype={dtype!r} is not known; allowed are {', '.join(DTYPES)}")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise QVLMError(f"device={device!r} is not a device; write cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise QVLMError(f"device={str(device)!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without weights: its parameters are on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def is_offloaded(module: nn.Module) -> bool:

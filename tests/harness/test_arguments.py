@@ -71,7 +71,9 @@ def test_bad_arguments_are_one_line(text, message):
     ],
 )
 def test_bad_requests_fail_before_weights_are_loaded(monkeypatch, arguments, message):
-    monkeypatch.setattr("qvlm_plugin.harness.wrapper.load", lambda *_, **__: pytest.fail("loaded before checking"))
+    monkeypatch.setattr(
+        "qvlm_plugin.harness.wrapper.open_checkpoint", lambda *_, **__: pytest.fail("read before checking")
+    )
     with pytest.raises(QVLMError, match=message) as caught:
         QVLMChat(pretrained="x", **arguments)
     assert "\n" not in str(caught.value)

@@ -469,3 +469,22 @@ def test_encode_is_shared_with_calibration(chat):
     expected, _ = encode(chat._processor, [from_visuals(doc["text"], doc["images"])])
     prompt, _ = plain_generate(chat, doc, max_new_tokens=1)
     assert torch.equal(expected["input_ids"][0], prompt)
+
+
+@pytest.mark.parametrize("way", ["generate", "score"])
+def test_answers_of_a_model_that_overflows_are_an_error_that_names_document_and_layer(make, way):
+    model, docs = make(QVLMSimple, batch_size=2, dtype="float16"), documents(3)
+    name = "model.language_model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        model._model.get_submodule(name).weight.fill_(6e4)
+    with pytest.raises(RuntimeError, match=rf"document \d of task toy.*the output of {name} is not finite in float16"):
+        model.generate_until(ask(model, docs)) if way == "generate" else score(model, docs, ["yes", "no", "maybe"])
+
+
+def test_a_checkpoint_that_cannot_run_is_found_before_calibration(tiny_llava, tmp_path, make, monkeypatch):
+    folder = shutil.copytree(tiny_llava, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "image_token_index": 9}))
+    monkeypatch.setattr("qvlm_plugin.harness.wrapper.read_calibration", lambda *_: pytest.fail("read samples"))
+    with pytest.raises(QVLMError, match="no image token"):
+        make(pretrained=str(folder), method="qlora", calibration="scienceqa:train:4")

@@ -1,10 +1,11 @@
 import pytest
 import torch
-from kernel_problems import A16, STATIC8, TOKEN8, Problem, int_format
+from kernel_problems import A16, CPU, STATIC, STATIC8, TOKEN8, Problem, int_format
 
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels.base import corrected_bias
 from qvlm_plugin.kernels.int4 import INT4
+from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.int8 import INT8
 from qvlm_plugin.kernels.nf4 import NF4
 from qvlm_plugin.kernels.reference import REFERENCE
@@ -30,6 +31,33 @@ def test_corrected_biases_keep_the_mean_output(kernel, weight, activation, bias)
         return float((problem.outputs(kernel, weight, activation, **parameters).mean(dim=0) - expected).norm())
 
     assert distance(mean) < 0.2 * distance(torch.zeros_like(mean))
+
+
+@pytest.mark.parametrize("activation", [A16, TOKEN8, STATIC, STATIC8], ids=str)
+@pytest.mark.parametrize(
+    "kernel, weight",
+    [
+        (REFERENCE, NF),
+        (REFERENCE, INT4_WEIGHT),
+        (INT4, INT4_WEIGHT),
+        (INT8, INT6_WEIGHT),
+        (NF4, NF),
+        (INT4_FOLDED, INT4_WEIGHT),
+    ],
+    ids=lambda value: getattr(value, "name", None) or str(value),
+)
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_what_is_not_a_number_stays_none(kernel, weight, activation, tokens):
+    """Codes are numbers whatever they were rounded from: an overflow would end in them unseen."""
+    problem = Problem.draw(tokens=tokens)
+    if not kernel.supports(weight, activation, (64, 256), CPU):
+        pytest.skip("not one of the kernel's formats")
+    mean = {"mean": problem.x.mean(dim=0)}
+    right = problem.outputs(kernel, weight, activation, **mean)
+    x = problem.x.clone()
+    x[1, 7] = torch.nan
+    outputs = problem.outputs(kernel, weight, activation, x=x, **mean)
+    assert outputs[1].isnan().all() and torch.equal(outputs[[0, 2]], right[[0, 2]])
 
 
 def test_the_correction_is_what_rounding_took():

@@ -1,0 +1,88 @@
+"""One dry run of a model that is being loaded: whether it can answer a prompt with an image at all.
+
+Checkpoints are put together from parts: a processor without a patch size, a tower of another image size, a template
+that leaves images out. `check_prompts` finds this by the small files alone, `answer` with the weights.
+"""
+
+from inspect import signature
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, PretrainedConfig, PreTrainedModel, ProcessorMixin
+
+from qvlm_plugin.conversation import Conversation, encode, to_device
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.models.finite import finite
+from qvlm_plugin.models.placement import empty_model, execution_device
+from qvlm_plugin.reading import parsed_elsewhere
+
+
+def check_prompts(
+    processor: ProcessorMixin, config: PretrainedConfig, source: str, trust_remote_code: bool = False
+) -> None:
+    """Encode a batch of prompts with and without an image, and compare its image tokens with the tower's features.
+
+    No weight is needed: the features are counted by a model on the meta device. Families that look at values on the way
+    cannot be run there, and are left to `answer`.
+
+    Args:
+        processor, config: of one checkpoint.
+        source: what named it, for messages.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        QVLMError: prompts cannot be encoded, or do not fit the model.
+    """
+    inputs = _encode(processor, source)
+    token = getattr(config, "image_token_id", None)
+    count = int((inputs["input_ids"] == token).sum())
+    if not count:
+        raise QVLMError(
+            f"{source}: a prompt with an image has no image token: the chat template writes none, or config.json's "
+            f"image_token_index={token} is not the tokenizer's"
+        )
+    features = _count_features(inputs, config, source, trust_remote_code)
+    if features not in (None, count):
+        raise QVLMError(
+            f"{source}: the processor writes {count} image tokens where the vision tower gives {features} features; "
+            "its patch_size, image size or vision_feature_select_strategy is of another model"
+        )
+
+
+@torch.inference_mode()
+def answer(model: PreTrainedModel, processor: ProcessorMixin, source: str) -> None:
+    """Generate one token for a prompt with an image and for one without.
+
+    Raises:
+        QVLMError: it fails, or what the model computes is not finite.
+    """
+    inputs = to_device(_encode(processor, source), execution_device(model), model.dtype)
+    how = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "pad_token_id": processor.tokenizer.pad_token_id}
+    with parsed_elsewhere(f"{source}: a prompt with an image cannot be answered"):
+        finite(model, lambda: model.generate(**inputs, **how))
+
+
+def _encode(processor: ProcessorMixin, source: str) -> BatchFeature:
+    image = Image.linear_gradient("L").convert("RGB").resize((96, 64))
+    prompts = [Conversation.from_prompt("What is shown?", [image]), Conversation.from_prompt("What?")]
+    with parsed_elsewhere(f"{source}: a prompt with an image cannot be encoded"):
+        return encode(processor, prompts)[0]
+
+
+def _count_features(inputs: BatchFeature, config: PretrainedConfig, source: str, trust_remote_code: bool) -> int | None:
+    """How many features the tower gives for the images of a batch; None if that takes its weights."""
+    model = empty_model(config, trust_remote_code)
+    taken = signature(model.get_image_features).parameters
+    values = {
+        name: tensor.to("meta", model.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+        if name in taken
+    }
+    with parsed_elsewhere(f"{source}: the vision tower does not take the processor's images"):
+        try:
+            output = model.get_image_features(**values)
+        except (RuntimeError, NotImplementedError):
+            return None
+    features = output.pooler_output
+    each = features if isinstance(features, list | tuple) else [features]
+    return sum(tensor.numel() // tensor.shape[-1] for tensor in each)

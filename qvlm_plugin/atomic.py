@@ -51,12 +51,27 @@ def make_folder(directory: Path) -> None:
         raise QVLMError(f"{str(directory)!r} cannot be written: {one_line(error)}") from error
 
 
-def require_vacant(directory: Path) -> None:
-    """Check that a folder can be written.
+def require_writable(target: Path) -> None:
+    """Check that a file or folder can be written, before the work of which it is the outcome.
 
     Raises:
-        QVLMError: there is something already.
+        QVLMError: it cannot; the message names the reason.
     """
+    make_folder(target.parent)
+    try:
+        with tempfile.TemporaryDirectory(_SUFFIX, f".{target.name}.", target.parent):
+            pass
+    except OSError as error:
+        raise QVLMError(f"{str(target)!r} cannot be written: {one_line(error)}") from error
+
+
+def require_vacant(directory: Path) -> None:
+    """Check that a new folder can be written.
+
+    Raises:
+        QVLMError: there is something already, or it cannot.
+    """
+    require_writable(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise QVLMError(f"{str(directory)!r} exists and is not an empty folder; name a new one")
 

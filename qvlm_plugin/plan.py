@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from qvlm_plugin import __version__
-from qvlm_plugin.atomic import staged
+from qvlm_plugin.atomic import require_writable, staged
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Choice, Execution, choose
@@ -96,8 +96,7 @@ class RoundingPlan(PlanFacts):
             replaced=self.replaced,
             record=dict(self.record),
         )
-        if directory.is_dir() and any(file.name not in (HEADER, TENSORS) for file in directory.iterdir()):
-            raise QVLMError(f"{str(directory)!r} holds other files than a plan; choose another folder")
+        require_place(directory)
         with staged(directory, replaces=True) as folder:
             (folder / TENSORS).write_bytes(blob)
             (folder / HEADER).write_text(header.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -117,6 +116,18 @@ class RoundingPlan(PlanFacts):
             raise QVLMError(f"plan={str(directory)!r}: {TENSORS} does not load: {error}") from error
         values = {name: getattr(header, name) for name in cls.__dataclass_fields__ if name != "tensors"}
         return cls(**values, tensors=tensors)
+
+
+def require_place(directory: Path) -> None:
+    """Check that a plan can be saved in a folder, before it is searched.
+
+    Raises:
+        QVLMError: it holds something other than a plan, or cannot be written.
+    """
+    names = {file.name for file in directory.iterdir()} if directory.is_dir() else set()
+    if names - {HEADER, TENSORS} or directory.is_file():
+        raise QVLMError(f"{str(directory)!r} holds other files than a plan; choose another folder")
+    require_writable(directory)
 
 
 def check_plan(

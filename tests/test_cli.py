@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import pytest
@@ -48,7 +49,12 @@ def test_search_writes_a_plan_that_inspect_prints(tiny_llava, rows, tmp_path):
     [
         (("search", "out", "--pretrained", "/absent", "--scheme", "w9a9"), "9 bits; allowed are"),
         (("search", "out", "--pretrained", "/absent", "--option", "foo=1"), "unknown argument 'foo'"),
-        (("search", "out", "--pretrained", "/absent", "--calibration", "x"), "neither task:split:n"),
+        (("search", "out", "--pretrained", "/absent", "--device", "gpu"), "device='gpu' is not a device; write cpu"),
+        (("search", "out", "--pretrained", "/absent", "--device", "cuda:97"), "this machine has .* CUDA devices"),
+        (("export", "out", "--pretrained", "/absent", "--method", "rtn", "--device", "hip:x"), "is not a device"),
+        (("search", "/dev/null/plan", "--pretrained", "/absent"), "'/dev/null' cannot be written"),
+        (("export", "/proc/out", "--pretrained", "/absent", "--method", "rtn"), "'/proc/out' cannot be written"),
+        (("search", "tests", "--pretrained", "/absent"), "'tests' holds other files than a plan"),
         (("search", "out", "--pretrained", "/absent", "--scheme", "w4a16"), "no such folder"),
         (("inspect", "/absent"), "plan.json is missing"),
         (("results", "/absent"), "is not a results file"),
@@ -57,8 +63,32 @@ def test_search_writes_a_plan_that_inspect_prints(tiny_llava, rows, tmp_path):
 )
 def test_mistakes_are_one_line_on_stderr_and_exit_with_2(arguments, message):
     result = run(*arguments)
-    assert result.exit_code == 2 and message in result.stderr
+    assert result.exit_code == 2 and re.search(message, result.stderr)
     assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    "command", [("search",), ("export", "--method", "qlora"), ("ablate", "fig2"), ("ablate", "sources")], ids=str
+)
+def test_a_checkpoint_that_there_is_not_is_found_before_data_is_looked_for(command, tmp_path, monkeypatch):
+    for module in ("shared", "ablate"):
+        monkeypatch.setattr(f"qvlm_plugin.commands.{module}.draw_from_task", lambda *_: pytest.fail("read a task"))
+    result = run(*command, tmp_path / "out", "--pretrained", "a/b/c")
+    assert result.exit_code == 2 and "pretrained='a/b/c': there is no such folder" in result.stderr
+
+
+def test_what_cannot_be_written_is_found_before_the_search(tiny_llava, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("qvlm_plugin.planning.obtain_plan", lambda *_: pytest.fail("searched"))
+    (tmp_path / "taken").write_text("a file")
+    for command in ("search", "export"):
+        result = run(command, tmp_path / "taken", "--pretrained", tiny_llava, "--method", "rtn", "--calibration", rows)
+        assert result.exit_code == 2 and "taken" in result.stderr
+
+
+def test_sources_that_do_not_parse_are_found_before_the_weights(tiny_llava, tmp_path, monkeypatch):
+    monkeypatch.setattr("qvlm_plugin.models.loading.load_weights", lambda *_, **__: pytest.fail("loaded"))
+    result = run("search", tmp_path / "plan", "--pretrained", tiny_llava, "--calibration", "x")
+    assert result.exit_code == 2 and "neither task:split:n" in result.stderr
 
 
 def test_methods_lists_what_can_be_chosen():

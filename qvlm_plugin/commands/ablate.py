@@ -19,6 +19,7 @@ from qvlm_plugin.commands.shared import (
     draw_from_task,
     needs_report_packages,
     obtain_plans,
+    opened,
     pairs,
     reports_errors,
     working_in,
@@ -178,15 +179,17 @@ def fig2(
     """
     with needs_report_packages():
         from qvlm_plugin.report.ablations.figure2 import figure2
+    from qvlm_plugin.atomic import require_writable
     from qvlm_plugin.calibration import read_calibration
-    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.models.loading import load_weights
     from qvlm_plugin.planning import check_request
-    from qvlm_plugin.plugins import topology
 
     request = check_request("qvlm", scheme, pairs(option))
+    require_writable(output / "report")
     with working_in(data):
+        checkpoint = opened(pretrained, dtype, device)
         samples = read_calibration(calibration, None, seed, draw_from_task)
-        loaded = load(resolve_demo(pretrained), dtype=dtype, device=device, check_config=topology)
+        loaded = load_weights(checkpoint, dtype=dtype, device=device)
         report = figure2(loaded, request, samples, layer, command_line())
     _finish(output, report)
 
@@ -215,15 +218,18 @@ def fig3c(
     """
     with needs_report_packages():
         from qvlm_plugin.report.ablations.figure3c import figure3c
+    from qvlm_plugin.atomic import require_writable
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.planning import check_request
 
     options = pairs(option)
     by_depth = [check_request("qvlm", scheme, options | {"max_depth": depth}) for depth in depths.split(",")]
     requests = {request.options.max_depth: request for request in by_depth}
+    require_writable(output / "report")
     with working_in(data):
+        checkpoint = opened(pretrained, dtype, device)
         others = read_calibration(held_out or calibration, None, seed + 1, draw_from_task)
-        loaded, plans = obtain_plans(requests, calibration, None, seed, pretrained, dtype=dtype, device=device)
+        loaded, plans = obtain_plans(requests, calibration, None, seed, checkpoint, dtype=dtype, device=device)
         report = figure3c(loaded, plans, others, batch_size, command_line())
     _finish(output, report)
 
@@ -253,13 +259,16 @@ def sources(
     """
     with needs_report_packages():
         from qvlm_plugin.report.ablations.sources import sources_report
+    from qvlm_plugin.atomic import require_writable
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.planning import check_request
 
     requests = {method: check_request(method, scheme, {}) for method in methods.split(",")}
+    require_writable(output / "report")
     with working_in(data):
+        checkpoint = opened(pretrained, dtype, device)
         others = read_calibration(held_out or calibration, None, seed + 1, draw_from_task)
-        loaded, plans = obtain_plans(requests, calibration, None, seed, pretrained, dtype=dtype, device=device)
+        loaded, plans = obtain_plans(requests, calibration, None, seed, checkpoint, dtype=dtype, device=device)
         report = sources_report(loaded, plans, others, batch_size, command_line())
     _finish(output, report)
 

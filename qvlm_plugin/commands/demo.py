@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from qvlm_plugin.commands.shared import Seed, needs_report_packages, obtain_plans, reports_errors, working_in
+from qvlm_plugin.commands.shared import Seed, needs_report_packages, obtain_plans, opened, reports_errors, working_in
 from qvlm_plugin.demo import CALIBRATION, TASKS
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.progress import duration
@@ -100,7 +100,8 @@ def run(
     for one in todo:
         if one.request.needs_calibration:
             with steps.take(f"{one.name}: search a plan on {samples} calibration samples"), working_in(folder):
-                _, plans = obtain_plans({one.name: one.request}, calibration, None, seed, "demo", dtype=dtype)
+                checkpoint = opened("demo", dtype)
+                _, plans = obtain_plans({one.name: one.request}, calibration, None, seed, checkpoint, dtype=dtype)
             plans[one.name].save(setting.output / one.name / "plan")
         with steps.take(f"{one.name}: evaluate {limit} documents of each of {', '.join(TASKS)}"):
             (outcome,) = run_cells([Cell(one.name, one.model_args, TASKS, limit)], setting, METRIC)

@@ -18,10 +18,10 @@ from qvlm_plugin.commands.shared import (
     Seed,
     Source,
     obtain_plans,
+    opened,
     pairs,
     reports_errors,
 )
-from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
 
 
@@ -64,30 +64,26 @@ def export(
 
     Example: qvlm export llava-w4a16 --pretrained llava-hf/llava-1.5-7b-hf --method rtn --scheme w4a16
     """
-    from qvlm_plugin import backends, planning, plugins
+    from qvlm_plugin import backends, planning
     from qvlm_plugin.atomic import require_vacant
     from qvlm_plugin.compressed_tensors import INTEGER, export_compressed_tensors
     from qvlm_plugin.export import export as write
-    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.models.loading import load_weights
     from qvlm_plugin.plan import RoundingPlan
 
     if (plan is None) == (method is None):
         raise QVLMError("name one of --plan DIR (a saved plan) and --method NAME (searched now)")
     require_vacant(output)
     backends.kernels(backend)
-    how = {
-        "revision": revision,
-        "dtype": dtype,
-        "device": device,
-        "conv": conv,
-        "router_noise_seed": router_noise_seed,
-    }
-    if plan is not None:
-        found = RoundingPlan.load(plan)
-        loaded = load(resolve_demo(pretrained), check_config=plugins.topology, **how)
+    found = None if plan is None else RoundingPlan.load(plan)
+    request = planning.check_request(method, scheme, pairs(option)) if found is None else None
+    checkpoint = opened(pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed)
+    if found is not None:
+        loaded = load_weights(checkpoint, dtype=dtype, device=device)
     else:
-        request = planning.check_request(method, scheme, pairs(option))
-        loaded, plans = obtain_plans({method: request}, calibration, images, seed, pretrained, **how)
+        loaded, plans = obtain_plans(
+            {method: request}, calibration, images, seed, checkpoint, dtype=dtype, device=device
+        )
         found = plans[method]
     if warning := planning.prompt_warning(found.calibration and found.calibration.conv, loaded):
         typer.echo(warning, err=True)

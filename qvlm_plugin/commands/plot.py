@@ -10,10 +10,10 @@ from qvlm_plugin.commands.shared import (
     Dtype,
     draw_from_task,
     needs_report_packages,
+    opened,
     reports_errors,
     working_in,
 )
-from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:
@@ -45,15 +45,16 @@ def plot(
     """
     with needs_report_packages():
         from qvlm_plugin.report.plan_figures import search_figures
-    from qvlm_plugin.atomic import write_file
+    from qvlm_plugin.atomic import require_writable, write_file
     from qvlm_plugin.plan import RoundingPlan
 
     loaded = RoundingPlan.load(plan)
     figures = search_figures(loaded)
+    folder = output or plan
+    require_writable(folder / "errors.png")
     if pretrained is not None:
         with working_in(data):
             figures["errors"] = _errors(loaded, pretrained, held_out, batch_size, dtype, device)
-    folder = output or plan
     for name, files in figures.items():
         for suffix, blob in files.items():
             write_file(folder / f"{name}.{suffix}", blob)
@@ -65,9 +66,8 @@ def _errors(
 ) -> dict[str, bytes]:
     from qvlm_plugin.cache import cache_root
     from qvlm_plugin.calibration import read_calibration
-    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.models.loading import load_weights
     from qvlm_plugin.planning import check_request, obtain_plan
-    from qvlm_plugin.plugins import topology
     from qvlm_plugin.report.ablations.layer_errors import held_apart, layer_errors
     from qvlm_plugin.report.plan_figures import error_figure
 
@@ -76,9 +76,10 @@ def _errors(
     depth = plan.options["max_depth"]
     request = check_request(plan.method, plan.scheme, dict(plan.options) | {"max_depth": 1})
     source, seed = plan.calibration.source, plan.calibration.seed
+    checkpoint = opened(pretrained, dtype, device)
     samples = read_calibration(source, None, seed, draw_from_task)
     others = read_calibration(held_out or source, None, seed + 1, draw_from_task)
-    model = load(resolve_demo(pretrained), dtype=dtype, device=device, check_config=topology)
+    model = load_weights(checkpoint, dtype=dtype, device=device)
     if model.fingerprint != plan.model:
         raise QVLMError(f"--pretrained {pretrained} is another checkpoint than the plan's; name that one")
     layer_wise = obtain_plan(model, request, samples, cache_root() / "plans")

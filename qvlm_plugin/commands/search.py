@@ -18,6 +18,7 @@ from qvlm_plugin.commands.shared import (
     Seed,
     Source,
     obtain_plans,
+    opened,
     pairs,
     reports_errors,
 )
@@ -52,19 +53,12 @@ def search(
     Example: qvlm search plans/qlora-w4a4 --pretrained llava-hf/llava-1.5-7b-hf --method qlora --scheme w4a4
     --calibration llava_mix.json:64 --images images/ --device cuda
     """
+    from qvlm_plugin.plan import require_place
     from qvlm_plugin.planning import check_request
 
-    _, plans = obtain_plans(
-        {method: check_request(method, scheme, pairs(option))},
-        calibration,
-        images,
-        seed,
-        pretrained,
-        revision=revision,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        conv=conv,
-        router_noise_seed=router_noise_seed,
-    )
+    request = check_request(method, scheme, pairs(option))
+    require_place(output)
+    checkpoint = opened(pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed)
+    placement = {"dtype": dtype, "device": device, "device_map": device_map}
+    _, plans = obtain_plans({method: request}, calibration, images, seed, checkpoint, **placement)
     typer.echo(plans[method].save(output))

@@ -15,7 +15,7 @@ from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:
     from qvlm_plugin.calibration import Sample
-    from qvlm_plugin.models.loading import LoadedModel
+    from qvlm_plugin.models.loading import Checkpoint, LoadedModel
     from qvlm_plugin.plan import RoundingPlan
     from qvlm_plugin.planning import PlanRequest
 
@@ -93,12 +93,27 @@ def draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample
     return draw_samples(task, split, count, seed)
 
 
+def opened(pretrained: str, dtype: str = "auto", device: str = "cpu", **opening: Any) -> "Checkpoint":
+    """The checkpoint to search on, by its small files: what is wrong with it shows before anything else is read.
+
+    Args:
+        pretrained, opening: see `open_checkpoint`.
+        dtype, device: that it is going to be loaded to.
+    """
+    from qvlm_plugin.models.loading import open_checkpoint
+    from qvlm_plugin.models.placement import check_placement
+    from qvlm_plugin.plugins import topology
+
+    check_placement(dtype, device)
+    return open_checkpoint(resolve_demo(pretrained), check_config=topology, **opening)
+
+
 def obtain_plans(
     requests: "Mapping[Key, PlanRequest]",
     calibration: str,
     images: Path | None,
     seed: int,
-    pretrained: str,
+    checkpoint: "Checkpoint",
     **placement: Any,
 ) -> "tuple[LoadedModel, dict[Key, RoundingPlan]]":
     """The model in full precision, and the plan of each request: searched, or from the cache.
@@ -106,18 +121,18 @@ def obtain_plans(
     Args:
         requests: checked ones.
         calibration, images, seed: see `read_calibration`; nothing is read where no request needs samples.
-        pretrained, placement: see `load`.
+        checkpoint: see `opened`.
+        placement: see `load_weights`.
     """
     from qvlm_plugin.cache import cache_root
     from qvlm_plugin.calibration import read_calibration
-    from qvlm_plugin.models.loading import load
+    from qvlm_plugin.models.loading import load_weights
     from qvlm_plugin.planning import check_calibration, obtain_plan
-    from qvlm_plugin.plugins import topology
 
     needed = any(request.needs_calibration for request in requests.values())
     samples = read_calibration(calibration, images, seed, draw_from_task) if needed else None
     for request in requests.values():
         check_calibration(request, samples)
-    loaded = load(resolve_demo(pretrained), check_config=topology, **placement)
+    loaded = load_weights(checkpoint, **placement)
     cache = cache_root() / "plans"
     return loaded, {key: obtain_plan(loaded, request, samples, cache) for key, request in requests.items()}

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
 
+from qvlm_plugin.atomic import require_writable
 from qvlm_plugin.cache import cache_root
 from qvlm_plugin.demo import parts
 from qvlm_plugin.demo.model import IMAGE_TOKEN, IMAGE_TOKENS, LOW_RANK_SCALE, assemble
@@ -100,7 +101,7 @@ def train(output: Path, recipe: Recipe | None = None) -> Path:
     recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
     output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(output)
     model, processor = assemble(None)
     features = _features(model, processor)
     questions = official("train")

@@ -57,6 +57,8 @@ class Comparison:
         run: the run compared.
         task: the task's name, or `AVERAGE`.
         documents, clusters: how many there are; fewer clusters than documents means that some share an image.
+        unknown: of how many documents no run tells the image: each is taken for a cluster of its own, so that errors
+            and p are too small where some share an image after all.
         baseline, score: both runs' means, 0 to 1.
         difference: score minus baseline.
         p: of the null hypothesis that the two runs' answers are interchangeable; see `sign_flip_p`.
@@ -67,6 +69,7 @@ class Comparison:
     task: str
     documents: int
     clusters: int
+    unknown: int
     baseline: Estimate
     score: Estimate
     difference: Estimate
@@ -82,12 +85,14 @@ class PairedTask:
         baseline, score: their scores in either run of each pair, float64[pairs, n].
         clusters: of which cluster each is, int[n]; the same number is the same cluster in any task.
         changed: documents with another answer, summed over the pairs.
+        unknown: documents whose image no run tells.
     """
 
     baseline: np.ndarray
     score: np.ndarray
     clusters: np.ndarray
     changed: int
+    unknown: int
 
     @property
     def differences(self) -> np.ndarray:
@@ -98,8 +103,8 @@ class PairedTask:
 def compare(baseline: RunSamples, other: RunSamples, metric: str) -> list[Comparison]:
     """Compare a run with the baseline on each task that has the metric and, if there are several, on their average.
 
-    Documents with the same image form one cluster, across tasks too; a document whose image the samples do not name is
-    a cluster of its own.
+    Documents with the same image form one cluster, across tasks too; one without an image is a cluster of its own, and
+    so is one whose image no run tells (`Comparison.unknown`).
 
     Raises:
         QVLMError: the runs do not cover the same documents, or the metric is missing.
@@ -143,14 +148,15 @@ def _with_metric(runs: Sequence[RunSamples], task: str, metric: str) -> list[tup
 
 
 def _image(row: Sequence[Document]) -> str | None:
-    """A document's image, as the first run that names it does."""
-    return next((document.image for document in row if document.image), None)
+    """A document's image, as the first run that tells it does: empty where it has none, None where no run tells."""
+    return next((document.image for document in row if document.image is not None), None)
 
 
 def _paired_task(rows: Sequence[tuple[Document, ...]], metric: str, clusters: np.ndarray) -> PairedTask:
     scores = np.array([[document.metrics[metric] for document in row] for row in rows]).T
     answers = np.array([[document.answer for document in row] for row in rows], dtype=object).T
-    return PairedTask(scores[0::2], scores[1::2], clusters, int((answers[0::2] != answers[1::2]).sum()))
+    changed, unknown = int((answers[0::2] != answers[1::2]).sum()), sum(_image(row) is None for row in rows)
+    return PairedTask(scores[0::2], scores[1::2], clusters, changed, unknown)
 
 
 def count_flips(tasks: Sequence[PairedTask]) -> Flips:
@@ -171,6 +177,7 @@ def _comparison(run: RunSamples, name: str, tasks: Sequence[PairedTask]) -> Comp
         task=name,
         documents=sum(map(len, clusters)),
         clusters=len(np.unique(np.concatenate(clusters))),
+        unknown=sum(task.unknown for task in tasks),
         baseline=clustered_mean([task.baseline[0] for task in tasks], clusters),
         score=clustered_mean([task.score[0] for task in tasks], clusters),
         difference=clustered_mean(differences, clusters),
@@ -274,8 +281,8 @@ def paired_grid(comparisons: Sequence[Comparison]) -> Grid:
             score_text(row.baseline),
             score_text(row.score),
             difference_text(row.difference),
-            p_text(row.p),
-            p_text(adjusted),
+            p_text(row.p, row.unknown),
+            p_text(adjusted, row.unknown),
             flips_text(row.flips),
         )
         for row, adjusted in zip(comparisons, holm([row.p for row in comparisons]), strict=True)
@@ -303,9 +310,19 @@ def paired_notes(baseline: RunSamples, comparisons: Sequence[Comparison], metric
 
 
 def _clusters(row: Comparison) -> str:
+    if row.unknown:
+        return unknown_note(row.unknown, row.documents)
     if row.clusters == row.documents:
-        return f"{row.documents} documents, taken as independent (no two are known to share an image)"
+        return f"{row.documents} documents, taken as independent: no two share an image"
     return f"{row.documents} documents in {row.clusters} clusters of the same image"
+
+
+def unknown_note(unknown: int, documents: int) -> str:
+    """What it means that some documents' images are not known."""
+    return (
+        f"{documents} documents, of {unknown} of which no run tells the image: whether they are independent is "
+        "unknown, and where some share an image, errors, intervals and p (marked ?) are too small"
+    )
 
 
 def score_text(estimate: Estimate) -> str:
@@ -326,6 +343,6 @@ def flips_text(flips: Flips) -> str:
     return f"{flips.fell} / {flips.rose} / {flips.changed}"
 
 
-def p_text(p: float) -> str:
-    """A p value for a table."""
-    return f"{p:.3f}" if p >= 0.001 else f"{p:.1e}"
+def p_text(p: float, unknown: int = 0) -> str:
+    """A p value for a table; with a question mark where the images of ``unknown`` documents are not known."""
+    return (f"{p:.3f}" if p >= 0.001 else f"{p:.1e}") + ("?" if unknown else "")

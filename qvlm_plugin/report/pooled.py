@@ -30,6 +30,7 @@ class Pooled:
     Attributes:
         task: the task's name, or `AVERAGE`.
         documents, clusters: how many there are, each counted once; documents of the same image are one cluster.
+        unknown: of how many documents no run tells the image, as in `Comparison`.
         scores, differences: of each seed, in the order given; scores are means from 0 to 1, differences are score minus
             baseline.
         baseline, score, difference: means over seeds, with errors and 95 % intervals as of `two_way_mean`.
@@ -44,6 +45,7 @@ class Pooled:
     task: str
     documents: int
     clusters: int
+    unknown: int
     scores: tuple[float, ...]
     differences: tuple[float, ...]
     baseline: Estimate
@@ -109,6 +111,7 @@ def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
         task=name,
         documents=sum(map(len, clusters)),
         clusters=len(np.unique(np.concatenate(clusters))),
+        unknown=sum(task.unknown for task in tasks),
         scores=tuple(_means(scores).tolist()),
         differences=tuple(_means(differences).tolist()),
         baseline=two_way_mean([task.baseline for task in tasks], clusters)[0],
@@ -182,7 +185,7 @@ def verdict(row: Pooled, name: str, baseline: str) -> str:
         name, baseline: of the two methods.
     """
     points, interval = 100 * row.difference.value, _interval(row.difference)
-    count = f"{row.documents:,} documents"
+    count = f"{row.documents:,} documents" + (" of unknown independence" if row.unknown else "")
     if row.seeds > 1:
         over = f"over {row.seeds} seeds and {count}"
         over += f" ({'all' if row.agreeing == row.seeds else f'only {row.agreeing} of'} {row.seeds} seeds agree)"

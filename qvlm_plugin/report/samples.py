@@ -6,7 +6,7 @@ import json
 import math
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ class Document:
         id: its index in the task's split.
         target, input: the reference answer and the prompt's text, as logged.
         answer: the generated text without surrounding blanks; of a multiple choice, the index of the likeliest choice.
-        image: digest of the images that the samples name (``input_media``), None where they name none. Runs of this
-            package name them all; the harness by itself only those that a data set holds as paths, addresses or bytes,
-            not those that ``datasets`` decodes, as for scienceqa, vizwiz_vqa_val and vqav2_val.
+        image: digest of the images that the samples name (``input_media``), empty where they say that there is none;
+            None where they do not tell. Runs of this package tell it of all documents; the harness by itself only names
+            those that a data set holds as paths, addresses or bytes, not those that ``datasets`` decodes, as for
+            scienceqa, vizwiz_vqa_val and vqav2_val.
         metrics: its numeric scores. A task may give a metric to some of its documents only.
     """
 
@@ -69,7 +70,7 @@ def read_samples(path: Path) -> list[RunSamples]:
     runs = {score.file: score.run for score in read_results([path])}
     if not runs:
         raise QVLMError(f"{path} holds no scores to compare")
-    return [RunSamples(file, run, _read_tasks(file)) for file, run in runs.items()]
+    return [RunSamples(file, run, _read_tasks(file, run or {})) for file, run in runs.items()]
 
 
 def check_same_documents(first: RunSamples, second: RunSamples) -> None:
@@ -99,12 +100,28 @@ def check_same_documents(first: RunSamples, second: RunSamples) -> None:
                     )
 
 
-def _read_tasks(results: Path) -> dict[str, tuple[Document, ...]]:
+def saw_all_images(answers: Mapping[str, Any] | None, documents: int) -> bool:
+    """Whether a run that names some images has named all, so that documents of which it names none have none.
+
+    Early versions wrote nothing of documents without an image, and knew nothing of answers that were found in a cache.
+
+    Args:
+        answers: the task's entry in ``qvlm.answers``.
+        documents: how many the task has.
+    """
+    return sum((answers or {}).get(name, 0) for name in ("generated", "found_in_cache")) >= documents
+
+
+def _read_tasks(results: Path, run: Mapping[str, Any]) -> dict[str, tuple[Document, ...]]:
     prefix = f"{results.name.removesuffix('_results.json')}_samples_"
     files = sorted(results.parent.glob(f"{glob.escape(prefix)}*.jsonl"))
     if not files:
         raise QVLMError(f"{results} has no {prefix}*.jsonl beside it: run lmms-eval with --log_samples")
-    return {file.stem.removeprefix(prefix): tuple(_read_task(file)) for file in files}
+    tasks = {file.stem.removeprefix(prefix): tuple(_read_task(file)) for file in files}
+    for task, documents in tasks.items():
+        if saw_all_images((run.get("answers") or {}).get(task), len(documents)):
+            tasks[task] = tuple(replace(one, image=one.image or "") for one in documents)
+    return tasks
 
 
 def _read_task(file: Path) -> list[Document]:
@@ -142,7 +159,9 @@ def _document(sample: dict[str, Any]) -> Document:
 
 
 def _digest(media: list[str] | None) -> str | None:
-    return hashlib.sha256(json.dumps(media).encode()).hexdigest() if media else None
+    if not media:
+        return None if media is None else ""
+    return hashlib.sha256(json.dumps(media).encode()).hexdigest()
 
 
 def _answer(responses: Any) -> str:

@@ -15,6 +15,7 @@ def sample(index, score, answer="red", *, target="red", question=None, metric="e
         "filtered_resps": [answer],
         "token_counts": [{"input_tokens": 3, "output_tokens": 2}],
         "doc_hash": "0" * 64,
+        "input_media": [],
         metric: score,
         **fields,
     }

@@ -12,6 +12,7 @@ from statsmodels.stats.multitest import multipletests
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report import paired
 from qvlm_plugin.report.paired import AVERAGE, clustered_mean, compare, holm, paired_grid, paired_notes, sign_flip_p
+from qvlm_plugin.report.pooled import pool, verdict
 from qvlm_plugin.report.samples import read_samples
 
 SOFT = [0, 0.3, 0.6, 0.9, 1]
@@ -188,6 +189,31 @@ def test_images_make_clusters_within_and_across_tasks(tmp_path):
     assert average.difference.error == pytest.approx(quiz.difference.error)
     apart = clustered_mean([np.array([-1, -1, 1, 0, -1, -1, 0, 0])], [np.arange(8)])
     assert quiz.difference.error > apart.error
+
+
+def without_images(row):
+    return {name: value for name, value in row.items() if name != "input_media"}
+
+
+def test_unknown_images_are_never_taken_for_independent(tmp_path):
+    def runs(folder, change):
+        scored = [[1, 1, 0, 0], [0, 0, 0, 0]]
+        return write_runs(folder, *({"quiz": [change(sample(i, s)) for i, s in enumerate(one)]} for one in scored))
+
+    known = runs(tmp_path / "known", lambda row: row)
+    (row,) = compare(*known, "exact_match")
+    assert row.unknown == 0 and "taken as independent" in "\n".join(paired_notes(known[0], [row], "exact_match"))
+    assert "?" not in "".join(paired_grid([row]).rows[0])
+    # of the first two documents, which share an image after all, a resumed run told nothing
+    resumed = runs(tmp_path / "resumed", lambda row: without_images(row) if row["doc_id"] < 2 else row)
+    (row,) = compare(*resumed, "exact_match")
+    notes = "\n".join(paired_notes(resumed[0], [row], "exact_match"))
+    assert row.unknown == 2 and "taken as independent" not in notes
+    assert "4 documents, of 2 of which no run tells the image: whether they are independent is unknown" in notes
+    assert paired_grid([row]).rows[0][5:7] == (f"{row.p:.3f}?", f"{row.p:.3f}?")
+    assert compare(known[0], resumed[1], "exact_match")[0].unknown == 0  # the other run tells
+    pooled = pool([resumed, resumed], "exact_match")[0]
+    assert pooled.unknown == 2 and "of unknown independence" in verdict(pooled, "a", "b")
 
 
 def test_a_metric_may_belong_to_some_documents_but_to_the_same_ones(tmp_path):

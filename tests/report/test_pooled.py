@@ -16,7 +16,7 @@ def run(images=None, calibration=None, **tasks):
     """Scores by task; ``images`` name those of all tasks' documents by their ids."""
     read = {
         task: tuple(
-            Document(i, "red", f"question {i}", str(score), images and images[i], {"exact_match": float(score)})
+            Document(i, "red", f"question {i}", str(score), images[i] if images else "", {"exact_match": float(score)})
             for i, score in enumerate(scores)
         )
         for task, scores in tasks.items()
@@ -122,7 +122,7 @@ def test_equal_seeds_add_no_certainty():
 
 def test_a_document_that_names_its_image_in_one_run_only_is_still_of_its_cluster():
     scores, images = [1, 1, 0, 0, 1, 0], ["a", "a", "b", "b", "c", "c"]
-    named, bare, other = run(images, quiz=scores), run(quiz=scores), run(images, quiz=scores[::-1])
+    named, bare, other = run(images, quiz=scores), run([None] * 6, quiz=scores), run(images, quiz=scores[::-1])
     expected = [figures(row) for row in pool([(named, other), (named, other)], "exact_match")]
     for pairs in ([(bare, other), (named, other)], [(named, other), (bare, other)]):
         assert [figures(row) for row in pool(pairs, "exact_match")] == expected

@@ -25,7 +25,7 @@ def test_documents_are_read_as_logged(tmp_path):
     run = read(tmp_path)
     assert (run.file, run.name) == (file, "rtn w4a4") and run == read(file)
     first, second = run.tasks["quiz_2"]
-    assert (first.id, first.target, first.input, first.answer, first.image) == (0, "red", "question 0", "red", None)
+    assert (first.id, first.target, first.input, first.answer, first.image) == (0, "red", "question 0", "red", "")
     assert (second.id, second.target, second.input, second.answer) == (2, "7", "what?", "blue\u2028green")
     assert first.metrics == {"exact_match": 1.0} and second.metrics == {"exact_match": 0.3, "acc_NAT": 1.0}
 
@@ -90,12 +90,26 @@ def test_the_order_of_the_lines_does_not_matter(tmp_path):
     assert one.tasks == other.tasks
 
 
+def test_what_is_not_told_of_images_is_unknown_unless_all_were_seen(tmp_path):
+    rows = [sample(0, 1, input_media=["a.png"]), {k: v for k, v in sample(1, 1).items() if k != "input_media"}]
+    answers = [{}, {"generated": 1}, {"generated": 2}, {"generated": 1, "found_in_cache": 1}]
+    told = []
+    for index, counts in enumerate(answers):
+        facts = {"method": "rtn", "scheme": "w4a4", "answers": {"quiz": counts} if counts else {}}
+        write_run(tmp_path / str(index), {"quiz": [dict(row) for row in rows]}, qvlm=facts)
+        told.append(read(tmp_path / str(index)).tasks["quiz"][1].image)
+    assert told == [None, None, "", ""]
+
+
 @pytest.mark.parametrize(
     "tasks, message",
     [
         ({"quiz": scored([1, 0]), "more": scored([1])}, "only one of them has samples of more"),
         ({"quiz": scored([1, 0, 1])}, "documents of task quiz: 1 are in one of them only, for example document 2"),
-        ({"quiz": [sample(0, 1), sample(1, 1, target="blue")]}, "document 1 of task quiz has another target"),
+        (
+            {"quiz": [sample(0, 1, input_media=["a.png"]), sample(1, 1, target="blue")]},
+            "document 1 of task quiz has another target",
+        ),
         ({"quiz": [sample(0, 1, question="why?"), sample(1, 1)]}, "document 0 of task quiz has another input"),
         ({"quiz": [sample(0, 1, input_media=["b.png"]), sample(1, 1)]}, "document 0 of task quiz has another image"),
     ],
@@ -146,7 +160,7 @@ def test_a_run_of_the_harness_is_read(tmp_path, programs):
         values = [row.metrics[metric] for row in run.tasks[task]]
         assert sum(values) / len(values) == pytest.approx(metrics[f"{metric},none"])
         assert all(row.input and row.answer for row in run.tasks[task])
-    assert [row.image is None for row in run.tasks["scienceqa"]] == [index % 3 == 0 for index in range(9)]
+    assert [row.image == "" for row in run.tasks["scienceqa"]] == [index % 3 == 0 for index in range(9)]
     pictures = [[row.image for row in run.tasks[task]] for task in ("choices", "vqav2_val")]
     assert pictures[0] == pictures[1] and len(set(pictures[0]) - {None}) == 6
     right = [row.answer == row.target for row in run.tasks["choices"]]

@@ -68,6 +68,7 @@ class Compared:
             "p_holm": self.adjusted,
             "documents": compared.documents if compared else None,
             "clusters": compared.clusters if compared else None,
+            "images_unknown": compared.unknown if compared else None,
             "right_to_wrong": compared.flips.fell if compared else None,
             "wrong_to_right": compared.flips.rose if compared else None,
             "changed": compared.flips.changed if compared else None,
@@ -106,6 +107,7 @@ class OverSeeds:
         found = {"model": self.model, "method": self.method, "scheme": self.scheme, "task": self.task}
         found |= {"seeds": pooled.seeds, **_numbers("score", pooled.score), "scores": [*pooled.scores]}
         found |= {"spread": pooled.spread, "documents": pooled.documents, "clusters": pooled.clusters}
+        found |= {"images_unknown": pooled.unknown}
         if self.baseline is None:
             return found | {"baseline": None}
         return found | {

@@ -6,7 +6,7 @@ from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seed
 from qvlm_plugin.report.compare.grid import FULL_PRECISION, CompareGrid
 from qvlm_plugin.report.figures import Bars, bars_figure
 from qvlm_plugin.report.leaderboard.tables import size
-from qvlm_plugin.report.paired import Estimate, difference_text, flips_text, p_text, score_text
+from qvlm_plugin.report.paired import Estimate, difference_text, flips_text, p_text, score_text, unknown_note
 from qvlm_plugin.report.pooled import spread_text, verdict
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.writing import STAND_IN, Report
@@ -64,6 +64,8 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
         f"{', '.join(backends)}"
         + (" (simulated: its speed and memory are not those of low bits)." if "reference" in backends else "."),
     ]
+    unknown = {one.of.task: one.comparison for one in compared if one.comparison and one.comparison.unknown}
+    notes += [f"{task}: {unknown_note(row.unknown, row.documents)}." for task, row in unknown.items()]
     if len(grid.seeds) > 1:
         notes += [
             "The second table is over the seeds of the calibration draw. Spread: standard deviation of the seeds' "
@@ -86,8 +88,8 @@ def _cells(one: Compared) -> tuple[str, ...]:
         one.of.task,
         score_text(one.score),
         difference_text(row.difference) if row else "",
-        "" if one.p is None else p_text(one.p),
-        "" if one.adjusted is None else p_text(one.adjusted),
+        "" if one.p is None else p_text(one.p, row.unknown),
+        "" if one.adjusted is None else p_text(one.adjusted, row.unknown),
         one.test,
         flips_text(row.flips) if row else "",
         f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else "",
@@ -103,8 +105,9 @@ def _seeds_cells(one: OverSeeds) -> tuple[str, ...]:
     head = (one.model, one.method, one.scheme, one.task, str(row.seeds), score_text(row.score), spread_text(row))
     if one.baseline is None:
         return (*head, *("" for _ in SEEDS_HEADER[len(head) :]))
-    adjusted = "" if one.adjusted is None else p_text(one.adjusted)
-    tests = (difference_text(row.difference), p_text(row.t_p), adjusted, p_text(row.sign_flip_p))
+    adjusted = "" if one.adjusted is None else p_text(one.adjusted, row.unknown)
+    tests = (p_text(row.t_p, row.unknown), adjusted, p_text(row.sign_flip_p, row.unknown))
+    tests = (difference_text(row.difference), *tests)
     return (*head, *tests, f"{row.agreeing} of {row.seeds}", flips_text(row.flips))
 
 

@@ -12,12 +12,14 @@ from qvlm_plugin.report.leaderboard.reading import (
     INCOMPLETE,
     LIMITED,
     SUFFIX,
+    UNCOMPARED,
     Run,
     read_board,
     read_run,
     samples_file,
 )
 from qvlm_plugin.report.leaderboard.row import Row
+from qvlm_plugin.report.samples import saw_all_images
 
 NEEDED = ("plan_hash", "table_hash", "model_fingerprint", "seal")
 SAME = ("model_fingerprint", "plan_hash", "backend", "dtype", "device", "evaluation", "task", "metric")
@@ -38,7 +40,7 @@ def add_run(file: Path, folder: Path) -> Path:
     added = read_board([file], folder)
     if added.problems:
         raise QVLMError(f"{file}: {added.problems[0].message}")
-    for note in (EDITED, INCOMPLETE, CALIBRATED, LIMITED):
+    for note in (EDITED, INCOMPLETE, CALIBRATED, UNCOMPARED, LIMITED):
         if found := next((row for row in added.rows if note in row.notes), None):
             raise QVLMError(f"{file}: {found.task}: {note}; only whole and clean runs may be added")
     if there := _same_run(run, file, folder):
@@ -68,6 +70,12 @@ def _check_tasks(run: Run) -> None:
             raise QVLMError(f"{run.file}: {task}: {counts.effective} of {counts.original} documents were evaluated")
         if run.parsed.qvlm and task not in run.parsed.qvlm.data:
             raise QVLMError(f"{run.file}: {task}: qvlm.data does not tell where its documents came from")
+        untold = run.coverage[task].untold
+        if run.parsed.qvlm and untold and not saw_all_images(run.parsed.qvlm.answers.get(task), counts.effective):
+            raise QVLMError(
+                f"{run.file}: {task}: of {untold} documents the samples do not tell the images, so that nobody knows "
+                "which are independent: an older version resumed the run; run it again"
+            )
 
 
 def _same_run(run: Run, file: Path, folder: Path) -> Path | None:

@@ -18,11 +18,13 @@ class Coverage:
         count: how many documents it has.
         digest: SHA-256 over their ids, targets and prompts, whatever their order.
         means: of each numeric metric, over the documents that have it.
+        untold: of how many documents it does not tell the images, nor that there are none.
     """
 
     count: int
     digest: str
     means: dict[str, float]
+    untold: int = 0
 
 
 def read_coverage(file: Path) -> Coverage:
@@ -32,7 +34,7 @@ def read_coverage(file: Path) -> Coverage:
         QVLMError: it is not a whole samples file, or has a document twice, or a score that is no number.
     """
     seen: set[int] = set()
-    total, number = 0, 0
+    total, number, untold = 0, 0, 0
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     try:
@@ -46,6 +48,7 @@ def read_coverage(file: Path) -> Coverage:
                 text = f"{index}\0{sample['target']}\0{sample['input']}"
                 # A sum does not depend on the order, in which several processes may write.
                 total += int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=32).digest())
+                untold += "input_media" not in sample
                 for name, value in sample.items():
                     if isinstance(value, int | float) and name != "doc_id":
                         sums[name] += value
@@ -56,4 +59,4 @@ def read_coverage(file: Path) -> Coverage:
         raise QVLMError(f"{file} has a score that is no number: {wrong[0]}")
     content = f"{len(seen)} {total % 2**256:064x}"
     means = {name: value / counts[name] for name, value in sums.items()}
-    return Coverage(len(seen), hashlib.sha256(content.encode()).hexdigest(), means)
+    return Coverage(len(seen), hashlib.sha256(content.encode()).hexdigest(), means, untold)

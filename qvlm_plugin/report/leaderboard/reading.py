@@ -22,9 +22,10 @@ SUFFIX = "_results.json"
 STAND_IN = "stand-in data"
 LIMITED = "a part of the documents"
 CALIBRATED = "calibrated on evaluated documents"
+UNCOMPARED = "not all documents compared with those calibrated on"
 INCOMPLETE = "samples do not fit"
 EDITED = "edited after the run"
-UNRANKED = {CALIBRATED, INCOMPLETE, EDITED}
+UNRANKED = {CALIBRATED, UNCOMPARED, INCOMPLETE, EDITED}
 """Notes that cost a row its rank."""
 
 
@@ -231,6 +232,8 @@ def _task_facts(run: Run, task: str, base: Path, name: str, problems: list[Probl
         notes.append(LIMITED)
     if parsed.qvlm and parsed.qvlm.calibration and parsed.qvlm.calibration.documents_also_evaluated:
         notes.append(CALIBRATED)
+    if _left_out_of_comparison(parsed):
+        notes.append(UNCOMPARED)
     if coverage and (message := misfit(task, counts.effective, parsed, coverage)):
         problems.append(Problem(name, message))
         notes.append(INCOMPLETE)
@@ -250,6 +253,17 @@ def _task_facts(run: Run, task: str, base: Path, name: str, problems: list[Probl
         "samples_digest": coverage.digest if usable else None,
         "samples": os.path.relpath(samples_file(run.file, task), base) if coverage is not None else None,
     }
+
+
+def _left_out_of_comparison(parsed: ResultsFile) -> bool:
+    """Whether fewer documents were compared with those calibrated on than were evaluated.
+
+    So it was where an early version resumed a run: it looked only at documents that it answered itself.
+    """
+    calibration = parsed.qvlm and parsed.qvlm.calibration
+    if not calibration or parsed.qvlm.method == "none" or calibration.documents_compared is None:
+        return False
+    return calibration.documents_compared < sum(counts.effective for counts in parsed.counts.values())
 
 
 def misfit(task: str, evaluated: int, parsed: ResultsFile, coverage: Coverage) -> str | None:

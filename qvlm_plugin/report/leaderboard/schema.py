@@ -68,6 +68,7 @@ class Provenance(_Part):
     versions: dict[str, str] = Field(default_factory=dict)
     data: dict[str, DataOrigin] = Field(default_factory=dict)
     stand_in: bool = False
+    answers: dict[str, dict[str, int]] = Field(default_factory=dict)
     weight_bytes: int | None = None
     peak_memory_bytes: int | None = None
     seal: str | None = None

@@ -48,6 +48,25 @@ def overlap():
     return {"source": "x:test:4", "seed": 0, "documents_compared": 4, "documents_also_evaluated": 1}
 
 
+def compared(count):
+    return {"source": "x:train:4", "seed": 0, "documents_compared": count, "documents_also_evaluated": 0}
+
+
+def resumed(generated, found):
+    return facts(answers={"quiz": {"generated": generated, "found_in_cache": found, "parse_failures": 0}})
+
+
+def write_untold(folder, qvlm):
+    rows = [{name: value for name, value in row.items() if name != "input_media"} for row in samples([1, 0])]
+    return write(folder, content([1, 0], qvlm), rows)
+
+
+def test_a_run_that_saw_all_images_or_answers_is_added(tmp_path):
+    add_run(write_untold(tmp_path / "whole", resumed(2, 0)), tmp_path / "shared")
+    later = write_run(tmp_path / "cached", [1, 0], resumed(0, 2) | {"plan_hash": "7" * 64})
+    add_run(later, tmp_path / "shared")
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -58,6 +77,9 @@ def overlap():
         (lambda folder: write(folder, content([1, 0], facts())), "has no samples beside it"),
         (lambda folder: write(folder, content([1, 0], facts()), samples([1])), "2 documents were evaluated, but"),
         (lambda folder: write(folder, content([1, 0], facts()), samples([1, 1])), "the samples' mean is 1"),
+        (lambda folder: write_run(folder, [1, 0], facts(calibration=compared(1))), "not all documents compared"),
+        (lambda folder: write_untold(folder, facts()), "of 2 documents the samples do not tell the images"),
+        (lambda folder: write_untold(folder, resumed(0, 1)), "of 2 documents the samples do not tell the images"),
         (lambda folder: write_run(folder, [1, 0], facts(data={})), "does not tell where its documents came from"),
         (lambda folder: write_run(folder, [1, 0], facts(calibration={"source": "x"})), "does not tell whether"),
     ],

@@ -36,6 +36,7 @@ def samples(scores, metric="exact_match", **more):
             "target": "red",
             "filtered_resps": "red" if score else "blue",
             "doc_hash": "0" * 64,
+            "input_media": [],
             metric: float(score),
             "input": f"question {index}",
             **more,

@@ -86,7 +86,7 @@ class Bars:
     Attributes:
         title: of the two.
         rows: names, top to bottom.
-        accuracies: by task, (value, standard error) of each row in percent; None where there is none.
+        accuracies: by task, (value, standard error) of each row, shares in percent; None where there is none.
         lines: by task, a value to compare with, drawn as a line across.
         costs: seconds of each row.
     """
@@ -126,7 +126,7 @@ def bars_figure(groups: Sequence[Bars]) -> dict[str, bytes]:
         for (accuracy, cost), group in zip(grid, groups, strict=True):
             _draw_accuracies(accuracy, group)
             _draw_costs(cost, group)
-        grid[-1][0].set_xlabel("accuracy (%), ± standard error")
+        grid[-1][0].set_xlabel("score (shares in %), ± standard error")
         grid[-1][1].set_xlabel("search cost (s)")
         _add_legend(figure, [axes for axes, _ in grid])
         return _files(figure)

@@ -10,6 +10,8 @@ from scipy import special
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.samples import Document, RunSamples, check_same_documents
+from qvlm_plugin.report.shares import number_text, scale, unit_text
+from qvlm_plugin.report.shares import score_text as one_score_text
 
 AVERAGE = "average"
 
@@ -59,7 +61,8 @@ class Comparison:
         documents, clusters: how many there are; fewer clusters than documents means that some share an image.
         unknown: of how many documents no run tells the image: each is taken for a cluster of its own, so that errors
             and p are too small where some share an image after all.
-        baseline, score: both runs' means, 0 to 1.
+        scale: by which tables show scores and differences: `shares.scale`.
+        baseline, score: both runs' means.
         difference: score minus baseline.
         p: of the null hypothesis that the two runs' answers are interchangeable; see `sign_flip_p`.
         flips: counts of changed documents.
@@ -70,6 +73,7 @@ class Comparison:
     documents: int
     clusters: int
     unknown: int
+    scale: int
     baseline: Estimate
     score: Estimate
     difference: Estimate
@@ -86,6 +90,7 @@ class PairedTask:
         clusters: of which cluster each is, int[n]; the same number is the same cluster in any task.
         changed: documents with another answer, summed over the pairs.
         unknown: documents whose image no run tells.
+        scale: by which tables show the scores: `shares.scale`.
     """
 
     baseline: np.ndarray
@@ -93,6 +98,7 @@ class PairedTask:
     clusters: np.ndarray
     changed: int
     unknown: int
+    scale: int
 
     @property
     def differences(self) -> np.ndarray:
@@ -156,7 +162,8 @@ def _paired_task(rows: Sequence[tuple[Document, ...]], metric: str, clusters: np
     scores = np.array([[document.metrics[metric] for document in row] for row in rows]).T
     answers = np.array([[document.answer for document in row] for row in rows], dtype=object).T
     changed, unknown = int((answers[0::2] != answers[1::2]).sum()), sum(_image(row) is None for row in rows)
-    return PairedTask(scores[0::2], scores[1::2], clusters, changed, unknown)
+    shown = scale(metric, scores.min(), scores.max())
+    return PairedTask(scores[0::2], scores[1::2], clusters, changed, unknown, shown)
 
 
 def count_flips(tasks: Sequence[PairedTask]) -> Flips:
@@ -178,6 +185,7 @@ def _comparison(run: RunSamples, name: str, tasks: Sequence[PairedTask]) -> Comp
         documents=sum(map(len, clusters)),
         clusters=len(np.unique(np.concatenate(clusters))),
         unknown=sum(task.unknown for task in tasks),
+        scale=min(task.scale for task in tasks),
         baseline=clustered_mean([task.baseline[0] for task in tasks], clusters),
         score=clustered_mean([task.score[0] for task in tasks], clusters),
         difference=clustered_mean(differences, clusters),
@@ -272,31 +280,33 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def paired_grid(comparisons: Sequence[Comparison]) -> Grid:
-    """The comparisons as a table, scores and differences in percent; Holm's adjustment is over all its rows."""
+    """The comparisons as a table, shares in percent; Holm's adjustment is over all its rows."""
     names = Counter(name for name, _ in {(row.run.name, row.run.file) for row in comparisons})
     rows = [
         (
             row.run.name if names[row.run.name] == 1 else f"{row.run.name} ({row.run.file})",
             row.task,
-            score_text(row.baseline),
-            score_text(row.score),
-            difference_text(row.difference),
+            score_text(row.baseline, row.scale),
+            score_text(row.score, row.scale),
+            difference_text(row.difference, row.scale),
             p_text(row.p, row.unknown),
             p_text(adjusted, row.unknown),
             flips_text(row.flips),
         )
         for row, adjusted in zip(comparisons, holm([row.p for row in comparisons]), strict=True)
     ]
-    header = ("run", "task", "baseline", "score", "difference (points)", "p", "p (Holm)", "fell / rose / changed")
+    header = ("run", "task", "baseline", "score", "difference", "p", "p (Holm)", "fell / rose / changed")
     return Grid(header, tuple(rows))
 
 
 def paired_notes(baseline: RunSamples, comparisons: Sequence[Comparison], metric: str) -> list[str]:
     """What the table's figures are, line by line."""
     compared = {row.task: row for row in comparisons if row.task != AVERAGE}
+    unit = unit_text(min(row.scale for row in comparisons))
     lines = [
-        f"baseline: {baseline.name} ({baseline.file}); {metric} in percent ± standard error",
-        "difference: run minus baseline, with its 95 % interval; average: every task weighs the same",
+        f"baseline: {baseline.name} ({baseline.file}); {metric} {unit} ± standard error",
+        "difference: run minus baseline, of shares in points, with its 95 % interval; average: every task weighs the "
+        "same",
         f"p: sign-flip test (for 0/1 scores of independent documents McNemar's), exact or from {_DRAWS:,} draws (then "
         f"at least {1 / (_DRAWS + 1):.0e}); Holm over all {len(comparisons)} rows",
         "fell, rose: documents that score lower, higher (right→wrong, wrong→right); changed: those with another answer",
@@ -325,17 +335,17 @@ def unknown_note(unknown: int, documents: int) -> str:
     )
 
 
-def score_text(estimate: Estimate) -> str:
-    """A score for a table, in percent, with its standard error where there is one."""
-    return f"{100 * estimate.value:.1f}" + ("" if np.isnan(estimate.error) else f" ± {100 * estimate.error:.1f}")
+def score_text(estimate: Estimate, scale: int) -> str:
+    """A score for a table, with its standard error where there is one."""
+    return one_score_text(estimate.value, estimate.error, scale)
 
 
-def difference_text(estimate: Estimate, decimals: int = 2) -> str:
-    """A difference for a table, in points, with its interval where there is one."""
-    text = f"{100 * estimate.value:+.{decimals}f}"
-    if np.isnan(estimate.error):
-        return text
-    return f"{text} [{100 * estimate.low:+.{decimals}f}, {100 * estimate.high:+.{decimals}f}]"
+def difference_text(estimate: Estimate, scale: int, decimals: int = 2) -> str:
+    """A difference for a table, of shares in points, with its interval where there is one."""
+    value, low, high = (
+        number_text(one, scale, decimals, signed=True) for one in (estimate.value, estimate.low, estimate.high)
+    )
+    return value if np.isnan(estimate.error) else f"{value} [{low}, {high}]"
 
 
 def flips_text(flips: Flips) -> str:

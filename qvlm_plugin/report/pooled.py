@@ -19,6 +19,7 @@ from qvlm_plugin.report.paired import (
     sign_flip_p,
 )
 from qvlm_plugin.report.samples import RunSamples
+from qvlm_plugin.report.shares import PERCENT, number_text
 
 LEVEL = 0.05
 
@@ -31,8 +32,8 @@ class Pooled:
         task: the task's name, or `AVERAGE`.
         documents, clusters: how many there are, each counted once; documents of the same image are one cluster.
         unknown: of how many documents no run tells the image, as in `Comparison`.
-        scores, differences: of each seed, in the order given; scores are means from 0 to 1, differences are score minus
-            baseline.
+        scale: by which tables show scores and differences: `shares.scale`.
+        scores, differences: of each seed, in the order given; differences are score minus baseline.
         baseline, score, difference: means over seeds, with errors and 95 % intervals as of `two_way_mean`.
         t_p: two-sided p of no difference by the t of `difference`, for documents and seeds at random. It is
             ``sign_flip_p`` where there is no error above 0 to divide by.
@@ -46,6 +47,7 @@ class Pooled:
     documents: int
     clusters: int
     unknown: int
+    scale: int
     scores: tuple[float, ...]
     differences: tuple[float, ...]
     baseline: Estimate
@@ -112,6 +114,7 @@ def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
         documents=sum(map(len, clusters)),
         clusters=len(np.unique(np.concatenate(clusters))),
         unknown=sum(task.unknown for task in tasks),
+        scale=min(task.scale for task in tasks),
         scores=tuple(_means(scores).tolist()),
         differences=tuple(_means(differences).tolist()),
         baseline=two_way_mean([task.baseline for task in tasks], clusters)[0],
@@ -174,7 +177,8 @@ def spread_text(row: Pooled) -> str:
     """Standard deviation, and the lowest and highest, of the seeds' scores for a table; nothing for one seed."""
     if row.spread is None:
         return ""
-    return f"{100 * row.spread:.1f} ({100 * min(row.scores):.1f} to {100 * max(row.scores):.1f})"
+    spread, low, high = (number_text(one, row.scale) for one in (row.spread, min(row.scores), max(row.scores)))
+    return f"{spread} ({low} to {high})"
 
 
 def verdict(row: Pooled, name: str, baseline: str) -> str:
@@ -184,7 +188,8 @@ def verdict(row: Pooled, name: str, baseline: str) -> str:
         row: of one task or of the average.
         name, baseline: of the two methods.
     """
-    points, interval = 100 * row.difference.value, _interval(row.difference)
+    difference, interval = row.difference.value, _interval(row)
+    unit = " points" if row.scale == PERCENT else ""
     count = f"{row.documents:,} documents" + (" of unknown independence" if row.unknown else "")
     if row.seeds > 1:
         over = f"over {row.seeds} seeds and {count}"
@@ -192,9 +197,12 @@ def verdict(row: Pooled, name: str, baseline: str) -> str:
     else:
         over = f"over {count}" + (" (one draw of calibration samples; another can change it)" if row.drawn else "")
     if row.holds:
-        return f"{name} is {abs(points):.1f} points {'above' if points > 0 else 'below'} {baseline}{interval} {over}."
-    return f"{name} cannot be told apart from {baseline}: {points:+.1f} points{interval} {over}."
+        size, side = number_text(abs(difference), row.scale), "above" if difference > 0 else "below"
+        return f"{name} is {size}{unit} {side} {baseline}{interval} {over}."
+    size = number_text(difference, row.scale, signed=True)
+    return f"{name} cannot be told apart from {baseline}: {size}{unit}{interval} {over}."
 
 
-def _interval(estimate: Estimate) -> str:
-    return "" if np.isnan(estimate.error) else f" [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
+def _interval(row: Pooled) -> str:
+    low, high = (number_text(one, row.scale, signed=True) for one in (row.difference.low, row.difference.high))
+    return "" if np.isnan(row.difference.error) else f" [{low}, {high}]"

@@ -89,8 +89,8 @@ def _eval_result(row: Row, source_url: str | None) -> EvalResult:
         dataset_split=row.split,
         dataset_revision=_revision(row),
         metric_type="accuracy" if row.metric == "exact_match" else row.metric,
-        metric_name=f"{row.task} {row.metric} (%), {_setup(row)}",
-        metric_value=round(100 * row.value, 2),
+        metric_name=f"{row.task} {row.metric}{' (%)' if row.percent else ''}, {_setup(row)}",
+        metric_value=_value(row),
         source_name="lmms-eval" if source_url else None,
         source_url=source_url,
     )
@@ -100,13 +100,19 @@ def _entry(row: Row, source_url: str | None) -> EvalResultEntry:
     return EvalResultEntry(
         dataset_id=row.dataset or row.task,
         task_id=row.task,
-        value=round(100 * row.value, 2),
+        value=_value(row),
         dataset_revision=_revision(row),
         date=_iso(row.date),
         source_url=source_url,
         source_name="lmms-eval" if source_url else None,
-        notes=f"{row.metric} in percent by lmms-eval; {_setup(row)}; {row.split} split, {row.documents} documents",
+        notes=f"{row.metric}{' in percent' if row.percent else ''} by lmms-eval; {_setup(row)}; {row.split} split, "
+        f"{row.documents} documents",
     )
+
+
+def _value(row: Row) -> float:
+    """The score as the hub shows it: shares in percent."""
+    return round(100 * row.value if row.percent else row.value, 2)
 
 
 def _setup(row: Row) -> str:

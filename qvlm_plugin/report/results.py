@@ -1,5 +1,6 @@
 """Read the results files that lmms-eval writes, and show them as one table."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,10 @@ from rich.table import Table
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import one_line, read_json
+from qvlm_plugin.report.shares import PERCENT, scale, score_text
+
+BYPASS = "bypass"
+"""What lmms-eval writes, with a value of 999, where ``--predict_only`` left scoring out."""
 
 
 class _Counts(BaseModel):
@@ -32,11 +37,16 @@ class _Run(BaseModel):
     search_seconds: float | None = None
 
 
+class _Command(BaseModel):
+    offset: int | None = None
+
+
 class _File(BaseModel):
     """What is read of a results file."""
 
     results: dict[str, dict[str, Any]]
     counts: dict[str, _Counts] = Field(alias="n-samples")
+    config: _Command = Field(default_factory=_Command)
     qvlm: _Run | None = None
 
 
@@ -46,22 +56,27 @@ class Score:
 
     Attributes:
         task, metric: as lmms-eval names them.
-        value: the mean over documents, 0 to 1.
+        value: over all documents; None where answers were only collected (``--predict_only``).
         stderr: its standard error; None where the harness gives none.
-        documents: how many documents were evaluated.
-        limited: whether ``--limit`` left documents out.
+        documents: how many documents were evaluated; None for a group of tasks.
+        limited: whether ``--limit`` or ``--offset`` left documents out.
         run: the run's ``qvlm`` provenance; None for models of other packages.
         file: the results file.
     """
 
     task: str
     metric: str
-    value: float
+    value: float | None
     stderr: float | None
-    documents: int
+    documents: int | None
     limited: bool
     run: dict[str, Any] | None
     file: Path
+
+    @property
+    def scale(self) -> int:
+        """By which tables show it, see `shares.scale`."""
+        return scale(self.metric, self.value)
 
 
 def read_results(paths: Sequence[Path]) -> list[Score]:
@@ -95,14 +110,14 @@ def _read_file(file: Path) -> Iterator[Score]:
             if not kind or "_stderr" in metric or not isinstance(value, int | float):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{kind}")
-            counts = read.counts.get(task, _Counts(effective=0, original=0))
+            counts = read.counts.get(task)  # none of a group
             yield Score(
                 task=task,
                 metric=metric,
-                value=value,
-                stderr=stderr if isinstance(stderr, int | float) else None,
-                documents=counts.effective,
-                limited=counts.effective != counts.original,
+                value=None if metric == BYPASS else value,
+                stderr=stderr if isinstance(stderr, int | float) and metric != BYPASS else None,
+                documents=counts.effective if counts else None,
+                limited=bool(read.config.offset or (counts and counts.effective != counts.original)),
                 run=content.get("qvlm"),
                 file=file,
             )
@@ -129,25 +144,28 @@ class Grid:
 
 
 def results_grid(scores: Sequence[Score]) -> Grid:
-    """The scores in percent with standard errors, the runs in the order given.
+    """The scores with standard errors, the runs in the order given; columns of shares are in percent.
 
     Rows are marked where the data stands in for a real data set, and where a limit left documents out.
     """
-    columns = sorted({(score.task, score.metric) for score in scores})
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for score in scores:
+        if score.value is not None:
+            values[score.task, score.metric].append(score.value)
+    columns = {(task, metric): scale(metric, *values[task, metric]) for task, metric in sorted(values)}
     rows = []
     for file in dict.fromkeys(score.file for score in scores):
         own = [score for score in scores if score.file == file]
-        cells = {(score.task, score.metric): _cell(score) for score in own}
+        cells = {
+            (one.task, one.metric): score_text(one.value, one.stderr, columns[one.task, one.metric])
+            for one in own
+            if one.value is not None
+        }
         run = own[0].run or {}
         head = (run.get("method", "?"), run.get("scheme", "?"), _bits(run))
         rows.append((*head, *(cells.get(column, "") for column in columns), _notes(own, run)))
-    names = (f"{task} {metric}" for task, metric in columns)
+    names = (f"{task} {metric}{' (%)' * (scale == PERCENT)}" for (task, metric), scale in columns.items())
     return Grid(("method", "scheme", "weight / activation bits", *names, "notes"), tuple(rows))
-
-
-def _cell(score: Score) -> str:
-    error = "" if score.stderr is None else f" ± {100 * score.stderr:.1f}"
-    return f"{100 * score.value:.1f}{error}"
 
 
 def _bits(run: dict[str, Any]) -> str:
@@ -156,7 +174,13 @@ def _bits(run: dict[str, Any]) -> str:
 
 
 def _notes(row: Sequence[Score], run: dict[str, Any]) -> str:
-    notes = [f"{min(score.documents for score in row)} documents per task"]
+    counts = {score.task: score.documents for score in row if score.documents is not None}
+    if len(set(counts.values())) == 1:
+        notes = [f"{next(iter(counts.values()))} documents per task"]
+    else:
+        notes = ["documents: " + ", ".join(f"{task} {count}" for task, count in counts.items())] if counts else []
+    if any(score.value is None for score in row):
+        notes.append("answers only, not scored")
     if run.get("stand_in"):
         notes.append("stand-in data")
     if any(score.limited for score in row):

@@ -15,6 +15,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.progress import LINE_EVERY, duration
 from qvlm_plugin.report.results import read_results
 from qvlm_plugin.report.runs import POLL, RUNNING, Cell, Outcome, Setting, finished_cells, log_end, steps
+from qvlm_plugin.report.shares import number_text
 
 FRESH, DONE, FOUND, FAILED = "waiting", "done", "finished before", "failed"
 
@@ -98,13 +99,11 @@ class _Standing:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _score(self, outcome: Outcome) -> str:
-        """Of each task in percent; the task is named where there are several."""
+        """Of each task; the task is named where there are several."""
         if outcome.results is None:
             return ""
-        found = {one.task: one.value for one in read_results([outcome.results]) if one.metric == self.metric}
-        texts = [
-            f"{task} {100 * value:.1f}" if len(found) > 1 else f"{100 * value:.1f}" for task, value in found.items()
-        ]
+        found = [one for one in read_results([outcome.results]) if one.metric == self.metric]
+        texts = [f"{one.task} " * (len(found) > 1) + number_text(one.value, one.scale) for one in found]
         return ", ".join(texts) or "–"
 
     def __rich__(self) -> Table:

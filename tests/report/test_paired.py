@@ -12,7 +12,7 @@ from statsmodels.stats.multitest import multipletests
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report import paired
 from qvlm_plugin.report.paired import AVERAGE, clustered_mean, compare, holm, paired_grid, paired_notes, sign_flip_p
-from qvlm_plugin.report.pooled import pool, verdict
+from qvlm_plugin.report.pooled import pool, spread_text, verdict
 from qvlm_plugin.report.samples import read_samples
 
 SOFT = [0, 0.3, 0.6, 0.9, 1]
@@ -249,6 +249,20 @@ def test_the_table_and_its_notes(tmp_path):
         "stand-in",
     ):
         assert text in notes
+
+
+def test_scores_of_another_unit_are_not_called_percent(tmp_path):
+    def run(scores):
+        return {"quiz": [sample(index, score, metric="rating") for index, score in enumerate(scores)]}
+
+    baseline, other = write_runs(tmp_path, run([1200.5, 900.0]), run([1300.5, 1000.0]))
+    (row,) = compare(baseline, other, "rating")
+    cells = paired_grid([row]).rows[0]
+    assert cells[2].startswith("1050.2 ± ") and cells[3].startswith("1150.2 ± ") and cells[4].startswith("+100 [")
+    assert "rating as lmms-eval gives it ±" in paired_notes(baseline, [row], "rating")[0]
+    pooled = pool([(baseline, other)] * 2, "rating")[0]
+    assert "+100" in verdict(pooled, "a", "b") or "is 100 above b" in verdict(pooled, "a", "b")
+    assert "points" not in verdict(pooled, "a", "b") and spread_text(pooled) == "0 (1150.2 to 1150.2)"
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
@@ -5,6 +7,7 @@ from report.leaderboard.written import DATA, provenance, write_run
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.publishing import publish_results, publishable
+from qvlm_plugin.report.seal import seal
 
 
 @pytest.fixture
@@ -53,6 +56,35 @@ def test_publishing_again_replaces_and_adds(results, checkpoint, tmp_path):
     publish_results(publishable([tmp_path / "more"]), checkpoint)
     found = ModelCard.load(checkpoint / "README.md").data.eval_results
     assert {one.metric_name.split()[0] for one in found} == {"quiz", "exam"}
+
+
+@pytest.mark.parametrize(
+    "metric, value, told",
+    [("mme_perception_score", 1480.25, 1480.25), ("coco_CIDEr", 0.873, 0.87), ("NAT", 0.5, 50.0)],
+)
+def test_only_shares_are_published_in_percent(tmp_path, checkpoint, metric, value, told):
+    write_run(tmp_path / "run", [1, 0], provenance(), metrics={metric: value})
+    files = publish_results(publishable([tmp_path / "run"]), checkpoint)
+    found = {one.metric_type: one for one in ModelCard.load(checkpoint / "README.md").data.eval_results}
+    assert found[metric].metric_value == told and found["accuracy"].metric_value == 50.0
+    assert ("(%)" in found[metric].metric_name) == (metric == "NAT")
+    assert "exact_match in percent" in files[1].read_text()
+
+
+def test_a_score_of_its_own_unit_is_told_as_it_is(tmp_path, checkpoint):
+    run = write_run(tmp_path / "run", [1, 0], provenance())
+    whole = json.loads(run.read_text())
+    text = (
+        json.dumps(whole)
+        .replace("exact_match", "mme_perception_score")
+        .replace('score,none": 0.5', 'score,none": 1480.25')
+    )
+    whole = json.loads(text.replace('"aggregation": "mean"', '"aggregation": "mme_aggregate_results"'))
+    whole["qvlm"]["seal"] = seal(whole)
+    run.write_text(json.dumps(whole))
+    files = publish_results(publishable([run]), checkpoint)
+    (entry,) = yaml.safe_load(files[1].read_text())
+    assert entry["value"] == 1480.25 and "percent" not in entry["notes"]
 
 
 @pytest.mark.parametrize(

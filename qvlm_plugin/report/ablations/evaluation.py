@@ -11,6 +11,7 @@ from qvlm_plugin.planning import PlanRequest, check_request
 from qvlm_plugin.report.results import Score, read_results
 from qvlm_plugin.report.running import run_cells
 from qvlm_plugin.report.runs import Cell, Outcome, Setting
+from qvlm_plugin.report.shares import score_text
 from qvlm_plugin.report.writing import STAND_IN
 
 
@@ -139,14 +140,11 @@ def notes_on(evaluated: Collection[Evaluated]) -> list[str]:
 
 
 def accuracy(score: Score | None) -> tuple[float, float | None] | None:
-    """Value and standard error in percent."""
+    """Value and standard error for a figure, of shares in percent."""
     if score is None:
         return None
-    return 100 * score.value, None if score.stderr is None else 100 * score.stderr
+    return score.scale * score.value, None if score.stderr is None else score.scale * score.stderr
 
 
 def _accuracy_text(score: Score | None) -> str:
-    if score is None:
-        return ""
-    value, error = accuracy(score)
-    return f"{value:.1f}" if error is None else f"{value:.1f} ± {error:.1f}"
+    return "" if score is None else score_text(score.value, score.stderr, score.scale)

@@ -86,7 +86,7 @@ def _report(
         rows=[{"option": key[0], "value": float(key[1]), "scheme": scheme, **one.row()} for key, one in found.items()],
         notes=[
             *notes_on(found.values()),
-            f"`method=qvlm`, `scheme={scheme}`. Accuracy in percent ± standard error.",
+            f"`method=qvlm`, `scheme={scheme}`. Scores ± standard error, shares in percent.",
         ],
         figure=panels_figure([[*accuracies, *costs]] if len(sweeps) == 1 else [accuracies, costs]),
     )

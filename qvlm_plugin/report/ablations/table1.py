@@ -53,7 +53,7 @@ def table1(
         memory = planned_weight_bytes(shapes, subject.request(scheme))
         lines.append((scheme, name, _bytes_text(memory), *one.texts(columns)))
         rows.append({"scheme": scheme, "method": name, "weight_bytes": memory, **one.row()})
-    lines_across = {c: 100 * score.value for c, score in found[FULL_PRECISION].scores.items()}
+    lines_across = {c: score.scale * score.value for c, score in found[FULL_PRECISION].scores.items()}
     groups = [
         Bars(
             title=scheme,
@@ -72,7 +72,7 @@ def table1(
         rows=rows,
         notes=[
             *notes_on(found.values()),
-            "Accuracy in percent ± standard error. In the figure, lines across are full precision.",
+            "Scores ± standard error, shares in percent. In the figure, lines across are full precision.",
             "Weight memory is that of the weights packed as their formats say, scales included, and of everything else "
             "in the compute type; `backend=reference` holds more than that while it runs.",
         ],

@@ -31,6 +31,7 @@ class Compared:
         file: its results.
         parsed, samples: what is in them.
         score: the metric's mean.
+        scale: by which tables show it: `shares.scale`.
         comparison: with the baseline of the same seed; None for full precision and for the baseline itself.
         test: name of the test that ``p`` is from.
         p, adjusted: of no difference, and with Holm's adjustment over the grid; None where there is no comparison.
@@ -41,6 +42,7 @@ class Compared:
     parsed: ResultsFile
     samples: RunSamples
     score: Estimate
+    scale: int
     comparison: Comparison | None = None
     test: str = ""
     p: float | None = None
@@ -167,7 +169,7 @@ def _key(of: GridCell) -> Key:
 def _read(of: GridCell, file: Path, metric: str) -> Compared:
     (samples,) = read_samples(file)
     *_, row = compare(samples, samples, metric)
-    return Compared(of, file, parse_results(read_json(file), file), samples, row.score)
+    return Compared(of, file, parse_results(read_json(file), file), samples, row.score, row.scale)
 
 
 def _with_baseline(grid: CompareGrid, one: Compared, read: Mapping[Key, Compared]) -> Compared:

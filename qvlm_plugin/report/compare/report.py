@@ -6,9 +6,10 @@ from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seed
 from qvlm_plugin.report.compare.grid import FULL_PRECISION, CompareGrid
 from qvlm_plugin.report.figures import Bars, bars_figure
 from qvlm_plugin.report.leaderboard.tables import size
-from qvlm_plugin.report.paired import Estimate, difference_text, flips_text, p_text, score_text, unknown_note
-from qvlm_plugin.report.pooled import spread_text, verdict
+from qvlm_plugin.report.paired import difference_text, flips_text, p_text, score_text, unknown_note
+from qvlm_plugin.report.pooled import Pooled, spread_text, verdict
 from qvlm_plugin.report.results import Grid
+from qvlm_plugin.report.shares import PERCENT, unit_text
 from qvlm_plugin.report.writing import STAND_IN, Report
 
 HEADER = (
@@ -51,11 +52,12 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
     stand_in = any(one.parsed.qvlm and one.parsed.qvlm.stand_in for one in compared)
     limit = "all documents" if grid.limit is None else f"the first {grid.limit} documents"
     backends = sorted({one.parsed.qvlm.backend or "?" for one in compared if one.parsed.qvlm})
+    unit = unit_text(min((one.scale for one in compared), default=PERCENT))
     same = "" if grid.baseline == "none" else " with the same scheme and seed"
     notes = [
         *([STAND_IN] if stand_in else []),
-        f"{grid.metric} in percent ± standard error on {limit} of each task. Difference: points from {baseline}{same} "
-        "on the same documents, with its 95 % interval. Standard errors and intervals are clustered by image where "
+        f"{grid.metric} {unit} ± standard error on {limit} of each task. Difference: from {baseline}{same} on the "
+        "same documents, with its 95 % interval. Standard errors and intervals are clustered by image where "
         "several questions are about one.",
         "Tests: McNemar's exact test for scores of 0 and 1 (where documents share images, its extension to clusters by "
         f"sign flips), Student's paired t for soft scores. Holm's adjustment is over all {tested} rows with a test.",
@@ -86,8 +88,8 @@ def _cells(one: Compared) -> tuple[str, ...]:
         one.of.scheme,
         "" if one.of.seed is None else str(one.of.seed),
         one.of.task,
-        score_text(one.score),
-        difference_text(row.difference) if row else "",
+        score_text(one.score, one.scale),
+        difference_text(row.difference, row.scale) if row else "",
         "" if one.p is None else p_text(one.p, row.unknown),
         "" if one.adjusted is None else p_text(one.adjusted, row.unknown),
         one.test,
@@ -102,12 +104,13 @@ def _cells(one: Compared) -> tuple[str, ...]:
 
 def _seeds_cells(one: OverSeeds) -> tuple[str, ...]:
     row = one.pooled
-    head = (one.model, one.method, one.scheme, one.task, str(row.seeds), score_text(row.score), spread_text(row))
+    head = (one.model, one.method, one.scheme, one.task, str(row.seeds), score_text(row.score, row.scale))
+    head = (*head, spread_text(row))
     if one.baseline is None:
         return (*head, *("" for _ in SEEDS_HEADER[len(head) :]))
     adjusted = "" if one.adjusted is None else p_text(one.adjusted, row.unknown)
     tests = (p_text(row.t_p, row.unknown), adjusted, p_text(row.sign_flip_p, row.unknown))
-    tests = (difference_text(row.difference), *tests)
+    tests = (difference_text(row.difference, row.scale), *tests)
     return (*head, *tests, f"{row.agreeing} of {row.seeds}", flips_text(row.flips))
 
 
@@ -126,8 +129,8 @@ def _bars(grid: CompareGrid, compared: Sequence[Compared], pooled: Sequence[Over
     """Of each model its methods, averaged over seeds; full precision as a line across."""
     groups = []
     for model in dict.fromkeys(one.model for one in pooled):
-        own = {(one.method, one.scheme, one.task): one.pooled.score for one in pooled if one.model == model}
-        plain = {task: own[*FULL_PRECISION, task].value for task in grid.tasks if (*FULL_PRECISION, task) in own}
+        own = {(one.method, one.scheme, one.task): one.pooled for one in pooled if one.model == model}
+        plain = {task: _point(own[*FULL_PRECISION, task]) for task in grid.tasks if (*FULL_PRECISION, task) in own}
         runs = list(dict.fromkeys((method, scheme) for method, scheme, _ in own))
         runs = [run for run in runs if run != FULL_PRECISION] or runs
         groups.append(
@@ -135,17 +138,18 @@ def _bars(grid: CompareGrid, compared: Sequence[Compared], pooled: Sequence[Over
                 title=model,
                 rows=tuple(" ".join(run) for run in runs),
                 accuracies={task: [_point(own.get((*run, task))) for run in runs] for task in grid.tasks},
-                lines={task: 100 * value for task, value in plain.items()},
+                lines={task: value for task, (value, _) in plain.items()},
                 costs=[_cost(compared, (model, *run)) for run in runs],
             )
         )
     return groups
 
 
-def _point(score: Estimate | None) -> tuple[float, float | None] | None:
-    if score is None:
+def _point(row: Pooled | None) -> tuple[float, float | None] | None:
+    if row is None:
         return None
-    return 100 * score.value, 100 * score.error if score.error >= 0 else None
+    score = row.score
+    return row.scale * score.value, row.scale * score.error if score.error >= 0 else None
 
 
 def _cost(compared: Sequence[Compared], run: tuple[str, str, str]) -> float | None:

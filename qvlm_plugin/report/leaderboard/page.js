@@ -17,7 +17,9 @@ function element(name, text, attributes = {}) {
 const fixed = (value, digits) => value.toFixed(digits).replace("-", "−");
 const bytes = (count) => count >= 1e9 ? `${fixed(count / 1e9, 2)} GB` : `${fixed(count / 1e6, 1)} MB`;
 const score = (run) => run.scores[state.metric];
-const percent = (one) => fixed(100 * one.value, 1) + (one.stderr === null ? "" : ` ± ${fixed(100 * one.stderr, 1)}`);
+const scaled = (one, value) => one.percent ? 100 * value : value;
+const number = (one, value) => one.percent ? fixed(100 * value, 1) : String(Number(value.toPrecision(5))).replace("-", "−");
+const withError = (one) => number(one, one.value) + (one.stderr === null ? "" : ` ± ${number(one, one.stderr)}`);
 
 // key: what is sorted by (null goes last); show: the text; text: aligned left; high: whether much is good
 const COLUMNS = [
@@ -26,8 +28,8 @@ const COLUMNS = [
   {name: "method", key: (run) => run.method, show: (method) => method, text: true},
   {name: "scheme", key: (run) => run.scheme, show: (scheme) => scheme, text: true},
   {name: "bits w / a", key: (run) => run.weight_bits, show: (bits, run) => `${fixed(bits, 2)} / ${fixed(run.activation_bits ?? 16, 0)}`},
-  {name: "score", key: (run) => score(run)?.value ?? null, show: (_, run) => percent(score(run)), high: true},
-  {name: "drop", key: (run) => score(run)?.drop ?? null, show: (drop) => (drop >= 0 ? "+" : "") + fixed(100 * drop, 1), high: true},
+  {name: "score", key: (run) => score(run)?.value ?? null, show: (_, run) => withError(score(run)), high: true},
+  {name: "drop", key: (run) => score(run)?.drop ?? null, show: (drop, run) => (drop >= 0 ? "+" : "") + number(score(run), drop), high: true},
   {name: "weights", key: (run) => run.weight_bytes, show: bytes},
   {name: "peak memory", key: (run) => run.peak_memory_bytes, show: bytes},
   {name: "tokens/s", key: (run) => run.tokens_per_second, show: (speed) => fixed(speed, 1), high: true},
@@ -134,7 +136,7 @@ function drawBreakdown(runs) {
   const rows = sorted(runs).map((run) => {
     const row = element("tr");
     row.append(...[run.model, run.method, run.scheme].map((text) => element("td", text ?? "–", {class: "text"})));
-    row.append(...names.map((name) => element("td", run.scores[name] ? fixed(100 * run.scores[name].value, 1) : "")));
+    row.append(...names.map((name) => element("td", run.scores[name] ? number(run.scores[name], run.scores[name].value) : "")));
     return row;
   });
   document.querySelector("#breakdown tbody").replaceChildren(...rows);
@@ -164,11 +166,11 @@ function span(values) {
 
 // One point a run: score against a cost; runs without that cost are left out.
 function drawPlot(figure, title, unit, cost, runs) {
-  const points = runs.map((run) => ({run, x: cost(run), y: 100 * score(run).value, error: 100 * (score(run).stderr ?? 0)}))
+  const points = runs.map((run) => ({run, x: cost(run), y: scaled(score(run), score(run).value), error: scaled(score(run), score(run).stderr ?? 0)}))
     .filter((point) => point.x !== null);
   figure.hidden = !points.length;
   figure.querySelector("svg")?.remove();
-  figure.querySelector("figcaption").textContent = `${state.metric} (%) against ${title}`;
+  figure.querySelector("figcaption").textContent = `${state.metric}${points.some((point) => score(point.run).percent) ? " (%)" : ""} against ${title}`;
   if (!points.length) return;
   const [width, height, left, bottom, top, right] = [480, 320, 52, 44, 12, 12];
   const names = [...new Set(evaluation().runs.map((run) => run.method ?? "–"))].sort();
@@ -194,7 +196,7 @@ function drawPlot(figure, title, unit, cost, runs) {
     const colour = COLOURS[names.indexOf(point.run.method ?? "–") % COLOURS.length];
     if (point.error) drawing.append(svg("line", {stroke: colour, x1: x(point.x), x2: x(point.x), y1: y(point.y - point.error), y2: y(point.y + point.error)}));
     const circle = svg("circle", {class: "point", cx: x(point.x), cy: y(point.y), r: 5, fill: colour});
-    circle.append(svg("title", {}, `${point.run.model} ${point.run.method ?? ""} ${point.run.scheme ?? ""}: ${percent(score(point.run))}`));
+    circle.append(svg("title", {}, `${point.run.model} ${point.run.method ?? ""} ${point.run.scheme ?? ""}: ${withError(score(point.run))}`));
     drawing.append(circle);
   }
   used.forEach((name, index) => {

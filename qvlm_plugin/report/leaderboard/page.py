@@ -66,7 +66,7 @@ def _run(entry: Entry) -> dict:
     return {
         **{name: getattr(row, name) for name in SHOWN},
         "scores": {
-            name: {"value": one.value, "stderr": one.stderr, "rank": one.rank, "drop": one.drop}
+            name: {field: getattr(one, field) for field in ("value", "percent", "stderr", "rank", "drop")}
             for name, one in entry.scores.items()
         },
         "file": quote(row.file, errors="replace"),

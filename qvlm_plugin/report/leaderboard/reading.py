@@ -15,7 +15,9 @@ from qvlm_plugin.reading import parse_json
 from qvlm_plugin.report.leaderboard.documents import Coverage, read_coverage
 from qvlm_plugin.report.leaderboard.row import Row
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
+from qvlm_plugin.report.results import BYPASS
 from qvlm_plugin.report.seal import seal
+from qvlm_plugin.report.shares import PERCENT, scale
 
 SUFFIX = "_results.json"
 
@@ -161,6 +163,7 @@ def _rows(run: Run, base: Path, problems: list[Problem]) -> Iterator[Row]:
                 metric=metric,
                 main=metric == main,
                 value=value,
+                percent=scale(metric, value) == PERCENT,
                 stderr=stderr,
                 higher_is_better=directions.get(metric) is not False,
             )
@@ -172,6 +175,9 @@ def _scores(
     for key, value in metrics.items():
         metric, _, kind = key.partition(",")
         if not kind or "_stderr" in metric or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if metric == BYPASS:
+            problems.append(Problem(name, f"{task} was not scored (--predict_only)"))
             continue
         if not math.isfinite(value):
             problems.append(Problem(name, f"{task} {metric} is {value}; left out"))

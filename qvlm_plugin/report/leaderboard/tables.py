@@ -11,11 +11,13 @@ from qvlm_plugin.report.leaderboard.reading import Board
 from qvlm_plugin.report.leaderboard.row import Row
 from qvlm_plugin.report.leaderboard.view import Entry, Group, groups
 from qvlm_plugin.report.results import Grid
+from qvlm_plugin.report.shares import PERCENT, number_text, score_text
 
 READING = (
-    "Ranks hold within a table: its rows share data, split, prompt and documents. ±: lmms-eval's standard error, which "
-    "takes documents as independent; `qvlm compare` and `qvlm paired` test differences. Drop: points below (−) or "
-    "above the same model in full precision. Memory: weights / peak of the run."
+    "Ranks hold within a table: its rows share data, split, prompt and documents. Shares are in percent, other scores "
+    "as lmms-eval gives them. ±: lmms-eval's standard error, which takes documents as independent; `qvlm compare` and "
+    "`qvlm paired` test differences. Drop: below (−) or above the same model in full precision. Memory: weights / peak "
+    "of the run."
 )
 APART = "Stand-in data, or a part of the documents"
 APART_NOTE = "These rows say nothing about the real benchmarks and cannot be compared with the ones above."
@@ -88,9 +90,9 @@ def _cells(entry: Entry, main: str, others: Sequence[str]) -> tuple[str, ...]:
         row.method or "–",
         row.scheme or "–",
         bits(row),
-        percent(score),
-        "" if score is None or score.drop is None else f"{100 * score.drop:+.1f}".replace("-", "−"),
-        *(percent(entry.scores.get(metric)) for metric in others),
+        cell(score),
+        "" if score is None or score.drop is None else _drop(score),
+        *(cell(entry.scores.get(metric)) for metric in others),
         " / ".join(size(value) for value in (row.weight_bytes, row.peak_memory_bytes)) if row.weight_bytes else "",
         "" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f}",
         "" if not row.calibration or row.search_seconds is None else f"{row.search_seconds:.0f} s",
@@ -98,11 +100,13 @@ def _cells(entry: Entry, main: str, others: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def percent(row: Row | None) -> str:
-    """A score in percent with its standard error."""
-    if row is None:
-        return ""
-    return f"{100 * row.value:.1f}" + ("" if row.stderr is None else f" ± {100 * row.stderr:.1f}")
+def cell(row: Row | None) -> str:
+    """A score with its standard error, shares in percent."""
+    return "" if row is None else score_text(row.value, row.stderr, PERCENT if row.percent else 1)
+
+
+def _drop(row: Row) -> str:
+    return number_text(row.drop, PERCENT if row.percent else 1, signed=True).replace("-", "−")
 
 
 def bits(row: Row) -> str:

@@ -38,7 +38,9 @@ def board(tmp_path_factory):
     write_run(folder / "hostile", [1] * 65 + [0] * 35, None, task="qvlm_scienceqa", model_name=HOSTILE)
     write_run(folder / "broken", [1]).write_text("{")
     stand_in = {"quiz": DATA | {"stand_in": True}}
-    write_run(folder / "small", [1, 0, 1], provenance("rtn", "w4a4", data=stand_in, stand_in=True))
+    for name, method, rating in (("small", "rtn", 1280.25), ("plain", "none", 1480.5)):
+        facts = provenance(method, "w4a4", data=stand_in, stand_in=True)
+        write_run(folder / name, [1, 0, 1], facts, metrics={"mme_perception_score": rating})
     write_leaderboard([folder], folder, with_reported=True)
     return folder
 
@@ -114,8 +116,19 @@ def test_stand_ins_are_another_table_and_say_so(desk):
     assert labels == [["Whole benchmarks", 1], ["Stand-in data or a part", 1]]
     assert desk.run("document.getElementById('apart').hidden")
     desk.choose("evaluation", desk.run("document.querySelector('optgroup:last-child option').value"))
-    assert len(desk.table()) == 1 and not desk.run("document.getElementById('apart').hidden")
+    assert len(desk.table()) == 2 and not desk.run("document.getElementById('apart').hidden")
     desk.choose("evaluation", desk.run("document.querySelector('optgroup option').value"))
+
+
+def test_scores_that_are_no_shares_are_shown_as_they_are(desk, board):
+    desk.choose("evaluation", desk.run("document.querySelector('optgroup:last-child option').value"))
+    assert column(desk, "score")[0].startswith("66.7 ± ")
+    desk.choose("metric", "mme_perception_score")
+    assert column(desk, "score") == ["1480.5 ± 0.02", "1280.3 ± 0.02"] and column(desk, "drop")[1] == "−200.25"
+    assert "(%)" not in desk.run("document.querySelector('#memory figcaption').textContent")
+    desk.choose("evaluation", desk.run("document.querySelector('optgroup option').value"))
+    markdown = (board / "leaderboard.md").read_text()
+    assert "| 1480.5 ± 0.02 |" in markdown and "| 66.7 ± 2.0 |" in markdown
 
 
 def test_the_papers_tables_are_apart_from_measured_rows(desk):

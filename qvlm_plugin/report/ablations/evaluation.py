@@ -131,7 +131,7 @@ def notes_on(evaluated: Collection[Evaluated]) -> list[str]:
     if any(one.run.get("stand_in") for one in evaluated):
         notes.append(STAND_IN)
     scores = [score for one in evaluated for score in one.scores.values()]
-    counts = {score.task: score.documents for score in scores}
+    counts = {score.task: score.documents for score in scores if score.documents is not None}
     limited = ", limited" if any(score.limited for score in scores) else ""
     notes.append("Documents: " + ", ".join(f"{task} {count}" for task, count in sorted(counts.items())) + limited + ".")
     if failed := failures(evaluated):

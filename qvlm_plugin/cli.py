@@ -10,6 +10,7 @@ from qvlm_plugin.commands.arguments import arguments
 from qvlm_plugin.commands.compare import compare
 from qvlm_plugin.commands.convert import convert
 from qvlm_plugin.commands.doctor import doctor
+from qvlm_plugin.commands.errors import OneLineErrors
 from qvlm_plugin.commands.export import export
 from qvlm_plugin.commands.inspect import inspect
 from qvlm_plugin.commands.methods import methods
@@ -19,6 +20,7 @@ from qvlm_plugin.commands.results import paired, results
 from qvlm_plugin.commands.search import search
 
 app = typer.Typer(
+    cls=OneLineErrors,
     help="Q-VLM post-training quantization of vision-language models for lmms-eval.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

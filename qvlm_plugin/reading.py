@@ -55,6 +55,18 @@ def parsed_elsewhere(what: str) -> Iterator[None]:
         raise QVLMError(f"{what}: {one_line(error)}") from error
 
 
+@contextmanager
+def concerning(what: str) -> Iterator[None]:
+    """Around work on one file or row: an exception that nobody expected has a note that says ``what``."""
+    try:
+        yield
+    except QVLMError:
+        raise
+    except Exception as error:
+        error.add_note(what)
+        raise
+
+
 def one_line(error: Exception) -> str:
     """What an error says, short and in one line, for the message of another."""
     return " ".join(str(error).split())[:300] or type(error).__name__

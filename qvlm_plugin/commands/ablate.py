@@ -21,7 +21,6 @@ from qvlm_plugin.commands.shared import (
     obtain_plans,
     opened,
     pairs,
-    reports_errors,
     working_in,
 )
 from qvlm_plugin.demo import resolve_demo
@@ -53,7 +52,6 @@ TASKS = "scienceqa,vizwiz_vqa_val,vqav2_val"
 
 
 @app.command("table1")
-@reports_errors
 def table1(
     output: Output,
     pretrained: Pretrained = "demo",
@@ -89,7 +87,6 @@ def table1(
 
 
 @app.command("fig3a")
-@reports_errors
 def fig3a(
     output: Output,
     pretrained: Pretrained = "demo",
@@ -122,7 +119,6 @@ def fig3a(
 
 
 @app.command("fig3b")
-@reports_errors
 def fig3b(
     output: Output,
     pretrained: Pretrained = "demo",
@@ -158,7 +154,6 @@ def fig3b(
 
 
 @app.command("fig2")
-@reports_errors
 def fig2(
     output: Output,
     pretrained: Pretrained = "demo",
@@ -195,7 +190,6 @@ def fig2(
 
 
 @app.command("fig3c")
-@reports_errors
 def fig3c(
     output: Output,
     pretrained: Pretrained = "demo",
@@ -235,7 +229,6 @@ def fig3c(
 
 
 @app.command("sources")
-@reports_errors
 def sources(
     output: Output,
     pretrained: Pretrained = "demo",

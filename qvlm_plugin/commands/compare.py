@@ -5,11 +5,10 @@ from typing import Annotated
 
 import typer
 
-from qvlm_plugin.commands.shared import KeepGoing, command_line, needs_report_packages, pairs, reports_errors
+from qvlm_plugin.commands.shared import KeepGoing, command_line, needs_report_packages, pairs
 from qvlm_plugin.errors import QVLMError
 
 
-@reports_errors
 def compare(
     output: Annotated[Path, typer.Argument(help="Folder of the runs and of the comparison.")],
     grid: Annotated[

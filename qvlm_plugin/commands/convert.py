@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
-from qvlm_plugin.commands.shared import Conv, Dtype, Revision, reports_errors
+from qvlm_plugin.commands.shared import Conv, Dtype, Revision
 
 
-@reports_errors
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, in LLaVA's own layout.")],
     output: Annotated[Path, typer.Argument(help="New or empty folder to write to.")],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from qvlm_plugin.commands.shared import Seed, needs_report_packages, obtain_plans, opened, reports_errors, working_in
+from qvlm_plugin.commands.shared import Seed, needs_report_packages, obtain_plans, opened, working_in
 from qvlm_plugin.demo import CALIBRATION, TASKS
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.progress import duration
@@ -27,7 +27,6 @@ app = typer.Typer(help="The embedded small LLaVA, its stand-in data, and runs on
 
 
 @app.command()
-@reports_errors
 def build(
     directory: Annotated[Path | None, typer.Argument(help="Folder to build in; default: the cache.")] = None,
 ) -> None:
@@ -41,7 +40,6 @@ def build(
 
 
 @app.command()
-@reports_errors
 def data(directory: Annotated[Path, typer.Argument(help="Folder to write the mirrors into.")]) -> None:
     """Write stand-in data in the schemas of ScienceQA, VizWiz-VQA and VQAv2; prints the folder last.
 
@@ -55,7 +53,6 @@ def data(directory: Annotated[Path, typer.Argument(help="Folder to write the mir
 
 
 @app.command()
-@reports_errors
 def run(
     output: Annotated[Path, typer.Argument(help="Folder of the runs.")] = Path("demo-results"),
     runs: Annotated[
@@ -167,7 +164,6 @@ def _verdicts(results: list[Path]) -> list[str]:
 
 
 @app.command()
-@reports_errors
 def train(
     output: Annotated[Path, typer.Argument(help="File to write the trained weights to.")] = Path("bridge.safetensors"),
 ) -> None:

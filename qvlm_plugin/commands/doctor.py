@@ -10,10 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qvlm_plugin.commands.shared import OneScheme, Revision, reports_errors, working_in
+from qvlm_plugin.commands.shared import OneScheme, Revision, working_in
 
 
-@reports_errors
 def doctor(
     pretrained: Annotated[
         str | None,

@@ -20,7 +20,6 @@ from qvlm_plugin.commands.shared import (
     obtain_plans,
     opened,
     pairs,
-    reports_errors,
 )
 from qvlm_plugin.errors import QVLMError
 
@@ -32,7 +31,6 @@ class Format(StrEnum):
     COMPRESSED_TENSORS = "compressed-tensors"
 
 
-@reports_errors
 def export(
     output: Annotated[Path, typer.Argument(help="Folder to write; a new one.")],
     pretrained: Pretrained,

@@ -7,10 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from qvlm_plugin.commands.shared import reports_errors
 
-
-@reports_errors
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A plan's folder.")],
     modules: Annotated[bool, typer.Option(help="List every Linear.")] = False,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from qvlm_plugin.commands.shared import needs_report_packages, reports_errors
+from qvlm_plugin.commands.shared import needs_report_packages
 
 WRITE = "write"
 
@@ -28,7 +28,6 @@ app = typer.Typer(
 
 
 @app.command(WRITE)
-@reports_errors
 def write(
     paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that hold some.")],
     out: Annotated[Path, typer.Option(help="Folder for leaderboard.md, .csv, .json and .html.")],
@@ -51,7 +50,6 @@ def write(
 
 
 @app.command("add")
-@reports_errors
 def add(
     file: Annotated[Path, typer.Argument(help="Results file of a run with --log_samples.")],
     to: Annotated[Path, typer.Option(help="Folder that collects runs, for example in a git checkout.")],

@@ -3,10 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from qvlm_plugin.commands.shared import reports_errors
 
-
-@reports_errors
 def methods() -> None:
     """List the quantization methods and their options.
 

@@ -11,7 +11,6 @@ from qvlm_plugin.commands.shared import (
     draw_from_task,
     needs_report_packages,
     opened,
-    reports_errors,
     working_in,
 )
 from qvlm_plugin.errors import QVLMError
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from qvlm_plugin.plan import RoundingPlan
 
 
-@reports_errors
 def plot(
     plan: Annotated[Path, typer.Argument(help="A plan's folder.")],
     output: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: the plan's.")] = None,

@@ -5,10 +5,9 @@ from typing import Annotated
 
 import typer
 
-from qvlm_plugin.commands.shared import needs_report_packages, reports_errors
+from qvlm_plugin.commands.shared import needs_report_packages
 
 
-@reports_errors
 def publish(
     results: Annotated[list[Path], typer.Argument(help="Results files of one quantized checkpoint, or their folders.")],
     to: Annotated[Path, typer.Option(help="The checkpoint's folder.")],
@@ -27,7 +26,6 @@ def publish(
         typer.echo(file)
 
 
-@reports_errors
 def check_submission(
     file: Annotated[Path, typer.Argument(help="A submission file of vizwiz_vqa_test or vqav2_test.")],
 ) -> None:

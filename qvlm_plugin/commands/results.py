@@ -6,11 +6,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qvlm_plugin.commands.shared import needs_report_packages, reports_errors
+from qvlm_plugin.commands.shared import needs_report_packages
 from qvlm_plugin.errors import QVLMError
 
 
-@reports_errors
 def results(
     paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that hold some.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
@@ -28,7 +27,6 @@ def results(
         Console(width=180).print(grid.rich())
 
 
-@reports_errors
 def paired(
     baseline: Annotated[Path, typer.Argument(help="Results file of one run, or the folder that holds it.")],
     others: Annotated[list[Path], typer.Argument(help="Results files to compare with it, or folders that hold some.")],

@@ -20,11 +20,9 @@ from qvlm_plugin.commands.shared import (
     obtain_plans,
     opened,
     pairs,
-    reports_errors,
 )
 
 
-@reports_errors
 def search(
     output: Annotated[Path, typer.Argument(help="Folder to write the plan to.")],
     pretrained: Pretrained,

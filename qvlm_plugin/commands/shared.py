@@ -2,9 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -40,20 +39,6 @@ Device = Annotated[str, typer.Option(help="Torch device.")]
 KeepGoing = Annotated[
     bool, typer.Option("--keep-going", help="Run the others after a run that ended without results, and report them.")
 ]
-
-
-def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Show a `QVLMError` as the one line that it is, and exit with status 2."""
-
-    @wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except QVLMError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from error
-
-    return wrapper
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from rich.table import Table
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.reading import one_line, read_json
+from qvlm_plugin.reading import concerning, one_line, read_json
 from qvlm_plugin.report.shares import PERCENT, scale, score_text
 
 BYPASS = "bypass"
@@ -86,7 +86,11 @@ def read_results(paths: Sequence[Path]) -> list[Score]:
         QVLMError: a folder has no results file (lmms-eval exits with 0 even when an evaluation failed), or a file is
             not readable.
     """
-    return [score for path in paths for file in _results_files(path) for score in _read_file(file)]
+    scores = []
+    for file in (file for path in paths for file in _results_files(path)):
+        with concerning(str(file)):
+            scores += _read_file(file)
+    return scores
 
 
 def _results_files(path: Path) -> list[Path]:
@@ -155,15 +159,16 @@ def results_grid(scores: Sequence[Score]) -> Grid:
     columns = {(task, metric): scale(metric, *values[task, metric]) for task, metric in sorted(values)}
     rows = []
     for file in dict.fromkeys(score.file for score in scores):
-        own = [score for score in scores if score.file == file]
-        cells = {
-            (one.task, one.metric): score_text(one.value, one.stderr, columns[one.task, one.metric])
-            for one in own
-            if one.value is not None
-        }
-        run = own[0].run or {}
-        head = (run.get("method", "?"), run.get("scheme", "?"), _bits(run))
-        rows.append((*head, *(cells.get(column, "") for column in columns), _notes(own, run)))
+        with concerning(str(file)):
+            own = [score for score in scores if score.file == file]
+            cells = {
+                (one.task, one.metric): score_text(one.value, one.stderr, columns[one.task, one.metric])
+                for one in own
+                if one.value is not None
+            }
+            run = own[0].run or {}
+            head = (run.get("method", "?"), run.get("scheme", "?"), _bits(run))
+            rows.append((*head, *(cells.get(column, "") for column in columns), _notes(own, run)))
     names = (f"{task} {metric}{' (%)' * (scale == PERCENT)}" for (task, metric), scale in columns.items())
     return Grid(("method", "scheme", "weight / activation bits", *names, "notes"), tuple(rows))
 

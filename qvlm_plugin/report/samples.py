@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.reading import parse_json
+from qvlm_plugin.reading import concerning, parse_json
 from qvlm_plugin.report.results import read_results
 
 FIELDS = {"doc_id", "doc_hash", "target", "input", "input_media", "filtered_resps", "resps", "token_counts"}
@@ -70,7 +70,11 @@ def read_samples(path: Path) -> list[RunSamples]:
     runs = {score.file: score.run for score in read_results([path])}
     if not runs:
         raise QVLMError(f"{path} holds no scores to compare")
-    return [RunSamples(file, run, _read_tasks(file, run or {})) for file, run in runs.items()]
+    found = []
+    for file, run in runs.items():
+        with concerning(f"samples of {file}"):
+            found.append(RunSamples(file, run, _read_tasks(file, run or {})))
+    return found
 
 
 def check_same_documents(first: RunSamples, second: RunSamples) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.reading import parse_json
+from qvlm_plugin.reading import concerning, parse_json
 from qvlm_plugin.report.leaderboard.documents import Coverage, read_coverage
 from qvlm_plugin.report.leaderboard.row import Row
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
@@ -126,12 +126,14 @@ def read_board(files: Sequence[Path], base: Path) -> Board:
     for file in files:
         name = os.path.relpath(file, base)
         try:
-            run = read_run(file)
+            with concerning(name):
+                run = read_run(file)
             if run.hash in seen:
                 board.problems.append(Problem(name, f"is a copy of {seen[run.hash]}"))
                 continue
             seen[run.hash] = name
-            rows = [*_rows(run, base, board.problems)]
+            with concerning(name):
+                rows = [*_rows(run, base, board.problems)]
             if not rows:
                 board.problems.append(Problem(name, "holds no score"))
             board.rows += rows

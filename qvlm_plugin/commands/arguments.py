@@ -73,6 +73,7 @@ def _options_table(options: "type[BaseModel]") -> str:
     rows = [
         (f"`{name}`", _values(field), _default(field), field.description or described.get(name, ""))
         for name, field in options.model_fields.items()
+        if not field.exclude
     ]
     return _table(("name", "values", "default", "meaning"), rows)
 

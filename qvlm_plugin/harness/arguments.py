@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from qvlm_plugin import plugins
 from qvlm_plugin.cache import cache_root
@@ -21,7 +22,10 @@ _OF_THE_SEARCH = ("method", "scheme", "calibration", "images", "seed", "cache")
 
 
 class ModelArguments(BaseModel):
-    """The arguments of ``--model qvlm_llava``."""
+    """The arguments of ``--model qvlm_llava``.
+
+    Excluded ones are not written in ``--model_args``: they are lmms-eval's own options, which it hands over.
+    """
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -51,7 +55,7 @@ class ModelArguments(BaseModel):
     )
     strict: bool = Field(False, description="falling back to the reference arithmetic is an error")
     allow_overlap: bool = Field(False, description="evaluate even documents that were calibrated on")
-    batch_size: int = Field(1, ge=1, description="documents per forward pass")
+    batch_size: int = Field(1, ge=1, exclude=True, description="documents per forward pass")
     max_new_tokens: int = Field(32, ge=1, description="answer length for tasks that set none")
     system_prompt: str | None = Field(None, description="text, or a file with the text, of a system message")
 
@@ -69,6 +73,26 @@ class ModelArguments(BaseModel):
         return dict(self.model_extra or {})
 
 
+def merge_arguments(text: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's arguments from ``--model_args`` and those that lmms-eval has options for.
+
+    Args:
+        text: of ``--model_args``.
+        options: ``batch_size``, ``max_batch_size`` and ``device``; None where the option was not given.
+
+    Raises:
+        QVLMError: one is given in both ways, or in the one that it does not go.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if "max_batch_size" in given:
+        raise QVLMError("--max_batch_size is for a batch size that is found automatically; write --batch_size 8")
+    if "batch_size" in text:
+        raise QVLMError(f"batch_size is an option of lmms-eval: write --batch_size {text['batch_size']}")
+    if "device" in text and "device" in given:
+        raise QVLMError(f"device is given twice: --device {given['device']} and device={text['device']}; leave one out")
+    return {**text, **given}
+
+
 def parse_arguments(values: Mapping[str, Any]) -> ModelArguments:
     """Validate the model arguments.
 
@@ -82,7 +106,7 @@ def parse_arguments(values: Mapping[str, Any]) -> ModelArguments:
     known = plugins.method(arguments.method).options.model_fields
     if unknown := sorted(arguments.options.keys() - known):
         raise QVLMError(
-            f"unknown model argument {unknown[0]!r}; allowed are {', '.join(ModelArguments.model_fields)}; "
+            f"unknown model argument {unknown[0]!r}; allowed are {', '.join(written_arguments())}; "
             f"and for method={arguments.method}: {', '.join(known) or 'nothing else'}"
         )
     if arguments.conv is not None:
@@ -97,6 +121,11 @@ def parse_arguments(values: Mapping[str, Any]) -> ModelArguments:
         if named:
             raise QVLMError(f"plan=DIR is a finished plan; it cannot be combined with {', '.join(named)}")
     return arguments
+
+
+def written_arguments() -> dict[str, FieldInfo]:
+    """What ``--model_args`` may name, options of methods apart."""
+    return {name: field for name, field in ModelArguments.model_fields.items() if not field.exclude}
 
 
 def check_stored(arguments: ModelArguments, backend: str) -> None:

@@ -8,21 +8,69 @@ text.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from qvlm_plugin.errors import QVLMError
 
 _ALIASES = {"max_gen_toks": "max_new_tokens", "max_tokens": "max_new_tokens"}
-_STOP_KEYS = ("until", "stop_sequences")
+_STOP_KEYS = ("until", "stop_sequences", "stop_strings")
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _NOT_FOR_US = ("image_aspect_ratio",)
 """What task definitions set for other models' image processing."""
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _CHANGES_NO_ANSWER = (*_TOKENS, "use_cache", "transformers_version")
-_KNOWN = frozenset(GenerationConfig().to_dict())
+
+Texts = str | list[str]
+Tokens = list[int]
+
+
+class _Allowed(BaseModel):
+    """What a task may ask for: stop strings under three names, a seed, and fields of transformers' GenerationConfig.
+
+    Those that say how ``generate`` returns answers, pads, or gets more than one token a step are not among them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    until: Texts = []
+    stop_sequences: Texts = []
+    stop_strings: Texts = []
+    seed: int | None = Field(None, ge=0)
+    skip_special_tokens: bool = True
+    max_new_tokens: int | None = Field(None, ge=1)
+    min_new_tokens: int | None = Field(None, ge=0)
+    max_length: int | None = Field(None, ge=1)
+    min_length: int | None = Field(None, ge=0)
+    max_time: float | None = Field(None, gt=0)
+    do_sample: bool = False
+    temperature: float | None = Field(None, ge=0)
+    top_k: int | None = Field(None, ge=0)
+    top_p: float | None = Field(None, ge=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1)
+    epsilon_cutoff: float | None = Field(None, ge=0, lt=1)
+    eta_cutoff: float | None = Field(None, ge=0, lt=1)
+    num_beams: int | None = Field(None, ge=1)
+    num_return_sequences: int | None = Field(None, ge=1, le=1)
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    repetition_penalty: float | None = Field(None, gt=0)
+    encoder_repetition_penalty: float | None = Field(None, gt=0)
+    no_repeat_ngram_size: int | None = Field(None, ge=0)
+    encoder_no_repeat_ngram_size: int | None = Field(None, ge=0)
+    bad_words_ids: list[Tokens] | None = None
+    suppress_tokens: Tokens | None = None
+    begin_suppress_tokens: Tokens | None = None
+    forced_eos_token_id: int | Tokens | None = None
+    eos_token_id: int | Tokens | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    renormalize_logits: bool | None = None
+    remove_invalid_values: bool | None = None
+    use_cache: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -58,24 +106,19 @@ def read_generation(
     """Translate the generation arguments of ``task``; answers end at ``stops_of_model`` too.
 
     Raises:
-        QVLMError: an argument is not known, or asks for more than one answer.
+        QVLMError: an argument is not known, has a value of another kind, or asks for more than one answer.
     """
-    arguments = {_ALIASES.get(name, name): value for name, value in given.items() if name not in _NOT_FOR_US}
-    arguments = {name: value for name, value in arguments.items() if value is not None and value != "None"}
+    given = {_ALIASES.get(name, name): value for name, value in given.items() if name not in _NOT_FOR_US}
+    given = {name: value for name, value in given.items() if value is not None and value != "None"}
+    try:
+        arguments = _Allowed.model_validate(given).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise QVLMError(f"task {task}: {_explain(error)}") from error
     stops = list(stops_of_model)
     for key in _STOP_KEYS:
         value = arguments.pop(key, ())
-        stops += [value] if isinstance(value, str) else list(value)
-    skip_special_tokens = bool(arguments.pop("skip_special_tokens", True))
-    seed = arguments.pop("seed", None)
-    unknown = sorted(arguments.keys() - _KNOWN)
-    if unknown:
-        raise QVLMError(
-            f"task {task}: unknown generation argument {', '.join(unknown)}; allowed are until, seed, "
-            "skip_special_tokens and the fields of transformers' GenerationConfig"
-        )
-    if arguments.get("num_return_sequences", 1) != 1:
-        raise QVLMError(f"task {task}: num_return_sequences must be 1; --repeats asks a question several times")
+        stops += [value] if isinstance(value, str) else value
+    skip_special_tokens, seed = arguments.pop("skip_special_tokens", True), arguments.pop("seed", None)
     temperature = arguments.get("temperature")
     samples = arguments.get("do_sample", bool(temperature)) and temperature != 0
     if not samples:
@@ -99,6 +142,18 @@ def steering(config: GenerationConfig) -> dict[str, Any]:
         for name, value in config.to_dict().items()
         if value not in (None, False) and not name.startswith("_") and name not in _CHANGES_NO_ANSWER
     }
+
+
+def _explain(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    name, value = problem["loc"][0], problem["input"]
+    if problem["type"] == "extra_forbidden":
+        return f"unknown generation argument {name}; allowed are {', '.join(_Allowed.model_fields)}"
+    if name in _STOP_KEYS:
+        return f"generation argument {name}={value!r} is neither a text nor a list of texts"
+    if name == "num_return_sequences":
+        return "num_return_sequences must be 1; --repeats asks a question several times"
+    return f"generation argument {name}={value!r} is not allowed: {problem['msg'].lower()}"
 
 
 class StopAtText(StoppingCriteria):

@@ -6,15 +6,16 @@
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
+from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
 from transformers import PretrainedConfig, StoppingCriteriaList
 
@@ -25,8 +26,8 @@ from qvlm_plugin.checkpoint import CheckpointRecord
 from qvlm_plugin.conversation import Conversation, encode, to_device
 from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.harness import likelihood, processes, provenance, response_cache
-from qvlm_plugin.harness.arguments import ModelArguments, check_stored, parse_arguments
+from qvlm_plugin.harness import likelihood, processes, provenance, response_cache, system_instruction
+from qvlm_plugin.harness.arguments import ModelArguments, check_stored, merge_arguments, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, plain_config, read_generation, steering
 from qvlm_plugin.harness.host import require_whole_images
 from qvlm_plugin.harness.likelihood import Likelihood
@@ -143,6 +144,12 @@ class _QVLM(lmms):
         provenance.install()
         likelihood.install()
         response_cache.install()
+        system_instruction.install()
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> Self:
+        """Make the model as lmms-eval asks for it: the text of ``--model_args``, and the options that it passes on."""
+        return cls(**merge_arguments(simple_parse_args_string(arg_string), additional_config or {}))
 
     @property
     def device(self) -> torch.device:

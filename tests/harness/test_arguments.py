@@ -1,7 +1,9 @@
 import pytest
+from lmms_eval import evaluator
 from lmms_eval.utils import simple_parse_args_string
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness import system_instruction
 from qvlm_plugin.harness.arguments import parse_arguments
 from qvlm_plugin.harness.wrapper import QVLMChat
 
@@ -13,10 +15,10 @@ def parse(text):
 
 def test_values_as_the_harness_guesses_them():
     arguments = parse(
-        "pretrained=a/b,batch_size=8,trust_remote_code=False,allow_overlap=true,seed=007,revision=None,device_map=auto,"
+        "pretrained=a/b,trust_remote_code=False,allow_overlap=true,seed=007,revision=None,device_map=auto,"
         "method=rtn,scheme=w4a4+vision:w8a8,calibration=scienceqa:train:8+x.json:4,group_size=64,symmetric=true"
     )
-    assert (arguments.batch_size, arguments.seed, arguments.device_map) == (8, 7, "auto")
+    assert (arguments.batch_size, arguments.seed, arguments.device_map) == (1, 7, "auto")
     assert (arguments.trust_remote_code, arguments.allow_overlap, arguments.revision) == (False, True, None)
     assert arguments.scheme == "w4a4+vision:w8a8"
     assert arguments.options == {"group_size": 64, "symmetric": True}
@@ -42,8 +44,6 @@ def test_defaults_and_none():
         ("pretrained=x,method=rtn,grupsize=4", "unknown model argument 'grupsize'.*for method=rtn: .*group_size"),
         ("pretrained=007", "pretrained=7: lmms-eval reads this value as a number.*write a folder as ./NAME"),
         ("pretrained=x,revision=1.10", "revision=1.1: .*full commit hash"),
-        ("pretrained=x,batch_size=0", "batch_size=0: .*greater than or equal to 1"),
-        ("pretrained=x,batch_size=auto", "batch_size='auto': .*integer"),
         ("pretrained=x,seed=-1", "seed=-1"),
         ("pretrained=x,allow_overlap=maybe", "allow_overlap='maybe': .*boolean"),
         ("pretrained=x,device_map=offload", "is for searching.*evaluate it with plan=DIR"),
@@ -54,6 +54,44 @@ def test_bad_arguments_are_one_line(text, message):
     with pytest.raises(QVLMError, match=message) as caught:
         parse(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("pretrained=x,batch_size=8", {"batch_size": 1}, "batch_size is an option of lmms-eval: write --batch_size 8"),
+        ("pretrained=x,device=cpu", {"batch_size": 1, "device": "cuda:0"}, "device is given twice: --device cuda:0"),
+        ("pretrained=x", {"batch_size": "0"}, "batch_size='0': .*greater than or equal to 1"),
+        ("pretrained=x", {"batch_size": "auto"}, "batch_size='auto': .*integer"),
+        ("pretrained=x", {"batch_size": 1, "max_batch_size": 8}, "--max_batch_size .* write --batch_size 8"),
+    ],
+)
+def test_options_of_the_harness_are_given_once_and_there(text, options, message):
+    """As lmms-eval makes the model: of its text, and of options that it passes on."""
+    with pytest.raises(QVLMError, match=message) as caught:
+        QVLMChat.create_from_arg_string(text, {"max_batch_size": None, "device": None, **options})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_harness_makes_the_model(tiny_llava):
+    model = QVLMChat.create_from_arg_string(
+        f"pretrained={tiny_llava},dtype=float32,device=cpu", {"batch_size": "3", "max_batch_size": None, "device": None}
+    )
+    assert (model.batch_size, model.device.type) == (3, "cpu")
+
+
+def test_a_system_instruction_is_refused_before_a_model_is_made():
+    system_instruction.install()
+    for model, wanted in (("qvlm_llava", QVLMError), ("no_such_model", Exception)):
+        with pytest.raises(wanted) as caught:
+            evaluator.simple_evaluate(model=model, tasks=[], system_instruction="Be brief.")
+        assert ("system_prompt=TEXT" in str(caught.value)) == (model == "qvlm_llava")
+
+
+def test_a_system_instruction_is_refused_for_a_model_that_is_made_already(tiny_llava):
+    model = QVLMChat(pretrained=str(tiny_llava), dtype="float32", device="cpu")
+    with pytest.raises(QVLMError, match="system_prompt=TEXT"):
+        evaluator.evaluate(lm=model, task_dict={}, system_instruction="Be brief.")
 
 
 @pytest.mark.parametrize(

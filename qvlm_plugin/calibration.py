@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from qvlm_plugin.conversation import Conversation, encode, render_answer
+from qvlm_plugin.conversation import IMAGE_PLACEHOLDER, Conversation, encode, render_answer
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.images import open_image
-from qvlm_plugin.reading import inside, parse_json
+from qvlm_plugin.reading import concerning, inside, parse_json_lines, read_json
+
+IMAGE_KEY = "image"
+"""Of a row in LLaVA's conversation format: the name of its image, or a list of names."""
 
 DEFAULT_COUNT = 64
 """Samples drawn when a source does not say how many (paper, section 4.1)."""
@@ -162,7 +165,8 @@ def read_conversations(path: Path, image_folder: Path | None, count: int, seed: 
 
     The file is a JSON list, or JSON lines, of objects ``{"image": "file.png", "conversations": [{"from": "human",
     "value": "<image>\\nWhat is shown?"}, {"from": "gpt", "value": "A cat"}, …]}``. Only rows with an image are drawn,
-    and of each its first question and answer.
+    and of each the first question that places an image with ``<image>``, with the images that it places; where none
+    does, the first question with all images.
 
     Args:
         path: the file.
@@ -174,9 +178,14 @@ def read_conversations(path: Path, image_folder: Path | None, count: int, seed: 
         QVLMError: the file or an image is missing or unreadable, or it holds too few rows with images.
     """
     _require_file(path)
-    rows = [row for row in _read_rows(path) if row.get("image")]
+    every = _read_rows(path)
+    rows = [row for row in every if row.get(IMAGE_KEY)]
     if len(rows) < count:
-        raise QVLMError(f"calibration={str(path)!r} has {len(rows)} rows with an image; {count} were asked for")
+        keys = ", ".join(sorted({str(key) for row in every for key in row}))[:200] or "none"
+        raise QVLMError(
+            f"calibration={str(path)!r} has {len(rows)} rows with an image under the key {IMAGE_KEY!r}; {count} were "
+            f"asked for, and the keys of its {len(every)} rows are {keys}"
+        )
     folder = image_folder or path.parent
     return [_sample(row, folder, path) for row in draw(rows, count, seed)]
 
@@ -188,8 +197,7 @@ def draw(items: Sequence[Any], count: int, seed: int) -> list[Any]:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
-        rows = parse_json(text) if path.suffix == ".json" else [parse_json(line) for line in text.splitlines() if line]
+        rows = read_json(path) if path.suffix == ".json" else parse_json_lines(path.read_bytes())
     except (OSError, ValueError) as error:
         raise QVLMError(f"calibration={str(path)!r} is not readable JSON: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -199,15 +207,27 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _sample(row: dict[str, Any], folder: Path, path: Path) -> Sample:
     source = f"calibration={str(path)!r}: row {row.get('id')!r:.100}"
-    try:
-        question, answer = (turn["value"] for turn in row["conversations"][:2])
-        speakers = [turn["from"] for turn in row["conversations"][:2]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise QVLMError(f"{source} has no question and answer") from error
-    if speakers != ["human", "gpt"]:
-        raise QVLMError(f"{source} does not begin with human, then gpt")
-    if not isinstance(question, str) or not isinstance(answer, str):
-        raise QVLMError(f"{source} has a question or an answer that is not text")
-    names = row["image"] if isinstance(row["image"], list) else [row["image"]]
-    images = [open_image(inside(folder, name, source)) for name in names]
-    return Sample(Conversation.from_prompt(question, images), answer)
+    with concerning(source):
+        turns = row["conversations"] if isinstance(row.get("conversations"), list) else []
+        placed = [_placeholders(turn) for turn in turns]
+        asked = next((index for index, count in enumerate(placed) if count), 0)
+        try:
+            question, answer = (turn["value"] for turn in turns[asked : asked + 2])
+            speakers = [turn["from"] for turn in turns[asked : asked + 2]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise QVLMError(f"{source} has no question and answer") from error
+        if speakers != ["human", "gpt"]:
+            raise QVLMError(f"{source} does not begin with human, then gpt")
+        if not isinstance(question, str) or not isinstance(answer, str):
+            raise QVLMError(f"{source} has a question or an answer that is not text")
+        names = row[IMAGE_KEY] if isinstance(row[IMAGE_KEY], list) else [row[IMAGE_KEY]]
+        if sum(placed) == len(names):  # the later ones belong to later questions
+            names = names[: placed[asked]]
+        images = [open_image(inside(folder, name, source)) for name in names]
+        return Sample(Conversation.from_prompt(question, images), answer)
+
+
+def _placeholders(turn: Any) -> int:
+    """How many images a turn of a conversation places."""
+    text = turn.get("value") if isinstance(turn, dict) else None
+    return text.count(IMAGE_PLACEHOLDER) if isinstance(text, str) else 0

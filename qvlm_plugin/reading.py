@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -26,6 +27,23 @@ def parse_json(text: str | bytes) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value
+
+
+def parse_json_lines(blob: bytes) -> list[Any]:
+    """The values of a JSON Lines file; blank lines are left out.
+
+    Only line feeds end a line: a text may hold other separators, as U+2028.
+
+    Raises:
+        ValueError: a line is no JSON text, and the message says which; see `parse_json`.
+    """
+    values = []
+    for number, line in enumerate(blob.decode("utf-8-sig").split("\n"), 1):
+        try:
+            values += [parse_json(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return values
 
 
 def read_json(file: Path) -> Any:
@@ -83,7 +101,8 @@ def inside(folder: Path, name: Any, source: str) -> Path:
     Raises:
         QVLMError: the name is not text, or leads out of the folder.
     """
-    if isinstance(name, str) and name and name.isprintable():
+    # Control characters and halves of surrogate pairs are in no name; spaces of all kinds are, as macOS writes them.
+    if isinstance(name, str) and name and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
         path = PurePath(name)
         if not path.is_absolute() and ".." not in path.parts:
             return folder / path

@@ -89,7 +89,7 @@ def test_empty_and_imageless_sets_are_errors():
 def test_unusable_files_are_named(folder):
     with pytest.raises(QVLMError, match="no such file"):
         read_conversations(folder / "absent.json", None, 1, 0)
-    with pytest.raises(QVLMError, match="has 6 rows with an image; 7 were asked for"):
+    with pytest.raises(QVLMError, match="has 6 rows with an image under the key 'image'; 7 were asked for"):
         read_conversations(folder / "rows.json", None, 7, 0)
     (folder / "broken.json").write_text("[{")
     with pytest.raises(QVLMError, match="not readable JSON"):
@@ -113,3 +113,70 @@ def test_unusable_rows_are_named(folder, changes, message):
     (folder / "bad.json").write_text(json.dumps([row(0, **changes)]))
     with pytest.raises(QVLMError, match=message):
         read_conversations(folder / "bad.json", None, 1, 0)
+
+
+def test_names_are_as_cameras_and_screenshots_write_them(folder):
+    names = [
+        "Screenshot 2026-01-02 at 3.04.05\u202fPM.png", "Bild\u00a0eins.png", "\u5199\u771f\u30001.png",
+        "\U0001f468\u200d\U0001f469.png", "e\u0301te\u0301.png",
+    ]  # fmt: skip
+    for name in names:
+        random_image(0).save(folder / name)
+    (folder / "odd.json").write_text(json.dumps([row(0, image=name) for name in names]))
+    assert len(read_conversations(folder / "odd.json", None, len(names), 0)) == len(names)
+    for name in ("a\nb.png", "a\0.png", "\x7f.png", ""):
+        (folder / "bad.json").write_text(json.dumps([row(0, image=[name])]))
+        with pytest.raises(QVLMError, match="is not the name of a file"):
+            read_conversations(folder / "bad.json", None, 1, 0)
+
+
+def test_files_are_as_editors_write_them(folder):
+    texts = ["a\u2028b", "c\u2029d", "e\x85f\u000bg", "h"]
+    rows = [json.dumps(row(i, conversations=turns(text)), ensure_ascii=False) for i, text in enumerate(texts)]
+    written = {
+        "plain.jsonl": "\n".join(rows),
+        "bom.jsonl": "\ufeff" + "\n".join(rows) + "\n",
+        "blank.jsonl": "\n\n" + "\n \t\n".join(rows) + "\n\n  \n",
+        "windows.jsonl": "\r\n".join(rows) + "\r\n\r\n",
+        "bom.json": "\ufeff[" + ",\n".join(rows) + "]",
+    }
+    for name, text in written.items():
+        (folder / name).write_bytes(text.encode())
+        samples = read_conversations(folder / name, None, 4, 0)
+        assert [sample.answer for sample in samples] == texts, name
+    (folder / "bad.jsonl").write_text("\n".join([rows[0], "", "{", rows[1]]))
+    with pytest.raises(QVLMError, match=r"bad\.jsonl' is not readable JSON: line 3: "):
+        read_conversations(folder / "bad.jsonl", None, 1, 0)
+
+
+def test_rows_without_an_image_are_told_with_the_key_and_the_keys_that_there_are(folder):
+    for key in ("images", "img"):
+        (folder / "other.json").write_text(json.dumps([{"id": "0", key: "0.png", "conversations": []}] * 2))
+        with pytest.raises(
+            QVLMError, match=f"has 0 rows with an image under the key 'image'; .*conversations, id, {key}"
+        ):
+            read_conversations(folder / "other.json", None, 1, 0)
+
+
+def turns(*answers, question="<image>\nWhat?"):
+    return [
+        turn for answer in answers for turn in ({"from": "human", "value": question}, {"from": "gpt", "value": answer})
+    ]
+
+
+def shown(folder, **changes):
+    """What the only row of a file shows: how many images of which number, and the answer."""
+    (folder / "one.json").write_text(json.dumps([row(0, **changes)]))
+    (sample,) = read_conversations(folder / "one.json", None, 1, 0)
+    pixels = [random_image(index).tobytes() for index in range(6)]
+    return [pixels.index(image.tobytes()) for image in sample.conversation.images], sample.answer
+
+
+def test_an_image_is_shown_with_the_question_that_places_it(folder):
+    hello = turns("hello", question="Hi!")
+    assert shown(folder, image="3.png", conversations=[*hello, *turns("that")]) == ([3], "that")
+    assert shown(folder, image=["1.png", "2.png"], conversations=turns("one", "two")) == ([1], "one")
+    both = turns("both", question="<image>\n<image>\nCompare.")
+    three = {"image": ["4.png", "5.png", "0.png"], "conversations": [*hello, *both, *turns("last")]}
+    assert shown(folder, **three) == ([4, 5], "both")
+    assert shown(folder, image="3.png", conversations=hello) == ([3], "hello")

@@ -5,18 +5,22 @@ what is calibrated is tokenized exactly as what is evaluated.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from tokenizers import normalizers
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.images import as_rgb
 
 IMAGE_PLACEHOLDER = "<image>"
+_MARK = "\ufdd0"
+"""A code point that Unicode will never make a character, for programs' own use."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +28,8 @@ class Conversation:
     """Chat messages and the images they show.
 
     Attributes:
-        messages: ``{"role": …, "content": [{"type": "text", "text": …} | {"type": "image"}, …]}`` in order.
+        messages: ``{"role": …, "content": [{"type": "text", "text": …} | {"type": "image"}, …]}`` in order; `place`
+            makes such contents.
         images: one image per ``{"type": "image"}`` part, in order of appearance; kept as `as_rgb` makes them.
 
     Raises:
@@ -39,25 +44,8 @@ class Conversation:
 
     @classmethod
     def from_prompt(cls, text: str, images: Sequence[Image.Image] = ()) -> "Conversation":
-        """A single user turn.
-
-        Images come first, unless the text places every one of them with ``<image>``.
-
-        Raises:
-            QVLMError: the text holds placeholders, but not one for each image.
-        """
-        pieces = text.split(IMAGE_PLACEHOLDER)
-        if len(pieces) == 1:
-            content: list[dict[str, str]] = [{"type": "image"} for _ in images]
-            content.append({"type": "text", "text": text})
-        elif len(pieces) - 1 == len(images):
-            content = []
-            for index, piece in enumerate(pieces):
-                content += [{"type": "image"}] if index else []
-                content += [{"type": "text", "text": piece.strip("\n")}] if piece.strip("\n") else []
-        else:
-            raise QVLMError(f"prompt has {len(pieces) - 1} {IMAGE_PLACEHOLDER} placeholders for {len(images)} images")
-        return cls(({"role": "user", "content": content},), tuple(images))
+        """A single user turn; where its images stand is what `place` says."""
+        return cls(({"role": "user", "content": place(text, len(images))},), tuple(images))
 
     def digest(self) -> str:
         """SHA-256 over the words and pixels: equal for the same document, whichever way it was rendered."""
@@ -78,6 +66,43 @@ class Conversation:
         return sha.hexdigest()
 
 
+def place(text: str, count: int) -> list[dict[str, Any]]:
+    """The content of a message with ``count`` images.
+
+    A text that holds ``<image>`` so many times places them; in any other number it mentions it, and means what it says.
+    Images that are not placed come first, and so do those that the text places first, each with a line break. There
+    they are parts ``{"type": "image"}``, which templates write in their own way, LLaVA's ``<image>`` and a line break.
+    Everywhere else the text stays as it is, and the part is ``{"type": "image", "inline": True}``: the templates of
+    `qvlm_plugin.models.prompts` write no line break then.
+    """
+    front, inline = {"type": "image"}, {"type": "image", "inline": True}
+    if text.count(IMAGE_PLACEHOLDER) != count:
+        return [front] * count + [{"type": "text", "text": text}]
+    content: list[dict[str, Any]] = []
+    while text.startswith(f"{IMAGE_PLACEHOLDER}\n"):
+        content.append(front)
+        text = text.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
+    for index, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        content += [inline] if index else []
+        content += [{"type": "text", "text": piece}] if piece else []
+    return content
+
+
+def as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """``text`` with a mark in each special token that it names, so that it stays text.
+
+    What a document says is never a special token: only templates write those. `encode` takes the marks out where they
+    cannot change that any more. A slow tokenizer has no such place, and its texts are left as they are.
+    """
+    if not tokenizer.is_fast:
+        return text
+    text = text.replace(_MARK, "")
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content in text:
+            text = text.replace(token.content, f"{token.content[0]}{_MARK}{token.content[1:]}")
+    return text
+
+
 def _update_with_images(sha: "hashlib._Hash", images: Sequence[Image.Image]) -> None:
     for image in images:
         sha.update(repr(image.size).encode())
@@ -85,8 +110,11 @@ def _update_with_images(sha: "hashlib._Hash", images: Sequence[Image.Image]) -> 
 
 
 def render(processor: ProcessorMixin, conversation: Conversation) -> str:
-    """The conversation as the model's chat template writes it, up to where the assistant's answer begins."""
-    return processor.apply_chat_template(list(conversation.messages), add_generation_prompt=True, tokenize=False)
+    """The conversation as the model's chat template writes it, up to where the assistant's answer begins.
+
+    Special tokens that its texts name are marked, see `as_text`.
+    """
+    return _written(processor, conversation.messages, add_generation_prompt=True)
 
 
 def render_answer(processor: ProcessorMixin, conversation: Conversation, answer: str) -> str:
@@ -97,12 +125,26 @@ def render_answer(processor: ProcessorMixin, conversation: Conversation, answer:
     """
     turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     prompt = render(processor, conversation)
-    full = processor.apply_chat_template([*conversation.messages, turn], tokenize=False)
+    full = _written(processor, (*conversation.messages, turn))
     # Templates that open the assistant's turn differently when prompting still continue with the bare answer.
     if not full.startswith(prompt):
-        return answer
+        return as_text(processor.tokenizer, answer)
     turn_text, end = full[len(prompt) :], processor.tokenizer.eos_token
     return turn_text[: turn_text.index(end) + len(end)] if end and end in turn_text else turn_text
+
+
+def _written(processor: ProcessorMixin, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    marked = [
+        {
+            **message,
+            "content": [
+                {**part, "text": as_text(processor.tokenizer, part["text"])} if part["type"] == "text" else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+    return processor.apply_chat_template(marked, tokenize=False, **options)
 
 
 def encode(
@@ -115,7 +157,7 @@ def encode(
     Args:
         processor: the model's processor; it must have a chat template.
         conversations: B conversations.
-        continuations: B texts to append after the prompts (answers, or continuations to score).
+        continuations: B texts to append after the prompts: from `render_answer`, or `as_text`.
 
     Returns:
         The model inputs (``input_ids`` and ``attention_mask`` [B, T]; ``pixel_values`` when there is an image), and
@@ -131,18 +173,38 @@ def encode(
     images = [list(each.images) for each in conversations if each.images]
     # A template that writes the beginning-of-sequence token itself must not get a second one from the tokenizer.
     special = {"add_special_tokens": not (tokenizer.bos_token and prompts[0].startswith(tokenizer.bos_token))}
-    inputs = processor(
-        images=images or None, text=texts, padding=True, padding_side="left", return_tensors="pt", **special
-    )
-    mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    if continuations is not None:
-        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            # Image placeholders expand alike in both, so the difference counts the continuation's tokens.
-            added = len(tokenizer(text, **special).input_ids) - len(tokenizer(prompt, **special).input_ids)
-            if added < 1:
-                raise QVLMError(f"continuation {text[len(prompt) :]!r} adds no token to its prompt")
-            mask[row, -added:] = True
+    with _marks_removed(processor.tokenizer, texts):
+        inputs = processor(
+            images=images or None, text=texts, padding=True, padding_side="left", return_tensors="pt", **special
+        )
+        mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        if continuations is not None:
+            for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+                # Image placeholders expand alike in both, so the difference counts the continuation's tokens.
+                added = len(tokenizer(text, **special).input_ids) - len(tokenizer(prompt, **special).input_ids)
+                if added < 1:
+                    raise QVLMError(f"continuation {text[len(prompt) :]!r} adds no token to its prompt")
+                mask[row, -added:] = True
     return inputs, mask
+
+
+@contextmanager
+def _marks_removed(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[None]:
+    """Let the tokenizer remove the marks of `as_text`.
+
+    A fast tokenizer looks for special tokens before it normalizes what lies between them, and there the marks go.
+    """
+    if not any(_MARK in text for text in texts):
+        yield
+        return
+    backend = tokenizer.backend_tokenizer
+    own = backend.normalizer
+    remove = normalizers.Replace(_MARK, "")
+    backend.normalizer = remove if own is None else normalizers.Sequence([remove, own])
+    try:
+        yield
+    finally:
+        backend.normalizer = own
 
 
 def to_device(inputs: BatchFeature, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -21,15 +21,16 @@ VISION = {
 }  # fmt: skip
 
 
-def write_sentencepiece(file):
-    """A BPE model: <unk>, <s>, </s>, 256 bytes, the blank, printable ASCII, the pieces that make up `WORDS`."""
+def write_sentencepiece(file, more=()):
+    """A BPE model: <unk>, <s>, </s>, 256 bytes, the blank, printable ASCII, the pieces that make up `WORDS`, more."""
     model = sentencepiece_format.ModelProto()
     kinds = model.SentencePiece
     pieces = [("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)]
     pieces += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
     letters = ["▁", *(chr(code) for code in range(33, 127))]
     grown = [f"▁{word[:length]}" for word in WORDS for length in range(1, len(word) + 1)]
-    pieces += [(piece, kinds.NORMAL) for piece in dict.fromkeys(letters + sorted(set(grown), key=len))]
+    words = sorted(dict.fromkeys(grown), key=len)
+    pieces += [(piece, kinds.NORMAL) for piece in dict.fromkeys((*letters, *words, *more))]
     for index, (piece, kind) in enumerate(pieces):
         score = float(-index) if kind == kinds.NORMAL else 0.0
         model.pieces.add(piece=piece, score=score, type=kind)
@@ -89,15 +90,17 @@ def tower_weights(image_size, seed):
 
 def write_original_llava(
     directory, *, projector=None, between=False, pads=False, image_size=28, tower_inside=False, shards=1,
-    safetensors=False, seed=0, added_tokens=(), layers=2,
+    safetensors=False, seed=0, added_tokens=(), layers=2, legacy=True,
+    more_pieces=(),
 ):  # fmt: skip
     """Write a checkpoint as LLaVA's code does.
 
     ``projector`` None is a linear one, as configurations before v1.5 leave it out; ``tower_inside`` puts the tower's
-    weights into the folder, else they are in the folder that ``mm_vision_tower`` names.
+    weights into the folder, else they are in the folder that ``mm_vision_tower`` names. ``legacy`` and
+    ``more_pieces`` are the tokenizer's.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    vocab = write_sentencepiece(directory / "tokenizer.model") + len(added_tokens)
+    vocab = write_sentencepiece(directory / "tokenizer.model", more_pieces) + len(added_tokens)
     hidden, inner = 32, 64
     tower = directory / "tower"
     tower.mkdir(exist_ok=True)
@@ -132,12 +135,12 @@ def write_original_llava(
             outside | {"text_model.embeddings.token_embedding.weight": torch.ones(2, 2)}, tower / "pytorch_model.bin"
         )
     (directory / "config.json").write_text(json.dumps(config))
-    write_tokenizer_files(directory, vocab, added_tokens)
+    write_tokenizer_files(directory, vocab, added_tokens, legacy)
     write_weights(directory, weights, shards, safetensors)
     return directory
 
 
-def write_tokenizer_files(directory, vocab, added_tokens=()):
+def write_tokenizer_files(directory, vocab, added_tokens=(), legacy=True):
     (directory / "tokenizer_config.json").write_text(
         json.dumps(
             {
@@ -145,7 +148,7 @@ def write_tokenizer_files(directory, vocab, added_tokens=()):
                 "add_eos_token": False,
                 "bos_token": "<s>",
                 "eos_token": "</s>",
-                "legacy": False,
+                "legacy": legacy,
                 "model_max_length": 2048,
                 "pad_token": None,
                 "padding_side": "right",

@@ -1,18 +1,67 @@
 import pytest
 import torch
+from moe_llava import write_moe_llava
+from original_llava import write_original_llava
+from tiny_families import write_tiny_llava_onevision
 from tiny_llava import random_image
 
-from qvlm_plugin.conversation import Conversation, encode, render, render_answer
+from qvlm_plugin.conversation import Conversation, as_text, encode, render, render_answer
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.models.loading import load
+
+FRONT, INLINE = {"type": "image"}, {"type": "image", "inline": True}
 
 
-def test_images_come_first_unless_the_text_places_them():
-    plain = Conversation.from_prompt("what?", [random_image(0)])
-    assert [part["type"] for part in plain.messages[0]["content"]] == ["image", "text"]
-    placed = Conversation.from_prompt("left <image> right <image>?", [random_image(0), random_image(1)])
-    assert [part["type"] for part in placed.messages[0]["content"]] == ["text", "image", "text", "image", "text"]
-    with pytest.raises(QVLMError, match="2 <image> placeholders for 1 images"):
-        Conversation.from_prompt("<image><image>", [random_image(0)])
+def text(content):
+    return {"type": "text", "text": content}
+
+
+@pytest.mark.parametrize(
+    "prompt, count, content",
+    [
+        ("what?", 0, [text("what?")]),
+        ("what?", 2, [FRONT, FRONT, text("what?")]),
+        ("<image>\nwhat?", 1, [FRONT, text("what?")]),
+        ("<image>\n<image>\n\nwhat?", 2, [FRONT, FRONT, text("\nwhat?")]),
+        ("<image> what?", 1, [INLINE, text(" what?")]),
+        ("what?\n<image>", 1, [text("what?\n"), INLINE]),
+        ("<image>\nor <image>\n<image>?", 3, [FRONT, text("or "), INLINE, text("\n"), INLINE, text("?")]),
+        ("<image><image>", 1, [FRONT, text("<image><image>")]),
+        ("what is <image>?", 0, [text("what is <image>?")]),
+    ],
+)
+def test_images_come_first_unless_the_text_places_every_one(prompt, count, content):
+    images = [random_image(index) for index in range(count)]
+    assert Conversation.from_prompt(prompt, images).messages[0]["content"] == content
+
+
+@pytest.fixture(params=["llava", "onevision", "original", "original without legacy", "moe"])
+def processor(request, loaded, tmp_path):
+    match request.param:
+        case "llava":
+            return loaded.processor
+        case "onevision":
+            folder = write_tiny_llava_onevision(tmp_path / "m")
+        case "moe":
+            folder = write_moe_llava(tmp_path / "m")
+        case _:
+            folder = write_original_llava(tmp_path / "m", legacy="without" not in request.param)
+    return load(str(folder), dtype="float32").processor
+
+
+def test_no_text_becomes_a_special_token(processor):
+    tokenizer = processor.tokenizer
+    specials = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    assert {"<image>", tokenizer.eos_token} <= specials.keys()
+    named = f"a {' '.join(specials)}{''.join(specials)}"
+    images = [random_image(0)]
+    plain, _ = encode(processor, [Conversation.from_prompt("q", images)])
+    odd, mask = encode(processor, [Conversation.from_prompt(named, images)], [as_text(tokenizer, named)])
+    for index in specials.values():
+        assert (odd["input_ids"] == index).sum() == (plain["input_ids"] == index).sum()
+    assert tokenizer.decode(odd["input_ids"][mask]).strip() == named
+    again, _ = encode(processor, [Conversation.from_prompt("q", images)])
+    assert torch.equal(again["input_ids"], plain["input_ids"])  # the tokenizer is as it was
 
 
 def test_digest_identifies_words_and_pixels():

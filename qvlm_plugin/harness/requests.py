@@ -13,7 +13,7 @@ from typing import Any
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from qvlm_plugin.conversation import Conversation
+from qvlm_plugin.conversation import IMAGE_PLACEHOLDER, Conversation, place
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.images import as_rgb, is_deep, open_image
 
@@ -159,7 +159,11 @@ def from_visuals(text: str, visuals: Iterable[object] | None) -> Conversation:
 
 
 def from_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
-    """A conversation out of the harness's messages, whose images lie within their content."""
+    """A conversation out of the harness's messages, whose images lie within their content.
+
+    A message of one text that holds ``<image>`` once for each image places them, as it does in the simple format: the
+    harness puts the images in front there only because it has no better place for them.
+    """
     turns, images = [], []
     for message in messages:
         content = message["content"]
@@ -172,6 +176,9 @@ def from_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
                 images.append(_image(part["url"]))
             else:
                 raise QVLMError(f"it shows {part['type']}; this model reads text and images")
+        match [part["text"] for part in parts if part["type"] == "text"]:
+            case [text] if text.count(IMAGE_PLACEHOLDER) == len(parts) - 1:
+                parts = place(text, len(parts) - 1)
         turns.append({"role": message["role"], "content": parts})
     return Conversation(tuple(turns), tuple(images))
 

@@ -23,7 +23,7 @@ from qvlm_plugin import backends, planning, plugins
 from qvlm_plugin.cache import sources_digest
 from qvlm_plugin.calibration import CalibrationSet, check_sources, read_calibration
 from qvlm_plugin.checkpoint import CheckpointRecord
-from qvlm_plugin.conversation import Conversation, encode, to_device
+from qvlm_plugin.conversation import Conversation, as_text, encode, to_device
 from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import likelihood, processes, provenance, response_cache, system_instruction
@@ -341,7 +341,8 @@ class _QVLM(lmms):
     def _score(self, batch: Sequence[Request]) -> list[Likelihood]:
         conversations = self._conversations(batch)
         try:
-            inputs, mask = encode(self._processor, conversations, [item.continuation for item in batch])
+            continuations = [as_text(self._processor.tokenizer, item.continuation) for item in batch]
+            inputs, mask = encode(self._processor, conversations, continuations)
             positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
             kept = int(mask.sum(dim=1).max())  # padding is on the left, so every continuation ends the row
             forward = partial(

@@ -1,16 +1,19 @@
 """Llama's sentencepiece tokenizer as LLaVA uses it, as a fast tokenizer.
 
-LLaVA tokenizes the text on each side of an image by itself, and sentencepiece puts a blank before every text that it is
-given. A fast tokenizer does the same when its normalizer prepends the blank to each piece between special tokens.
+LLaVA tokenizes the text on each side of an image by itself. With ``legacy``, which ``tokenizer_config.json`` names and
+which is true by default, sentencepiece puts a blank before each piece between special tokens; without, the tokenizer of
+transformers puts one only before each text that it is given. A fast tokenizer does the former when its normalizer
+prepends the blank. It cannot do the latter, as to it an image is a special token as others are: there it puts the blank
+before the whole text only, and the chat template writes the others (`qvlm_plugin.models.prompts.PromptStyle`).
 
 The model file is read by sentencepiece's own library: its Python description of the format needs one certain protobuf.
 """
 
 from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
@@ -20,7 +23,42 @@ from qvlm_plugin.reading import one_line, read_json
 SENTENCEPIECE_FILE = "tokenizer.model"
 
 
-def llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+class LlamaSettings(BaseModel):
+    """What ``tokenizer_config.json`` says of how text becomes tokens; the defaults are those of transformers.
+
+    Attributes:
+        legacy: whether a blank is put behind special tokens too.
+        add_bos_token: whether a text begins with the beginning-of-sequence token.
+        add_eos_token: whether each text ends with the end token; with LLaVA, that on either side of an image.
+    """
+
+    legacy: bool | None = None
+    add_bos_token: bool = True
+    add_eos_token: bool = False
+
+    @property
+    def is_legacy(self) -> bool:
+        """Of None, which is the default too, transformers makes true."""
+        return self.legacy is not False
+
+
+def read_settings(folder: Path) -> LlamaSettings:
+    """The settings of a folder's tokenizer; the defaults where it has none.
+
+    Raises:
+        QVLMError: they cannot be read, or ask for what is not supported.
+    """
+    file = folder / "tokenizer_config.json"
+    try:
+        settings = LlamaSettings.model_validate(read_json(file) if file.is_file() else {})
+    except (OSError, ValueError) as error:
+        raise QVLMError(f"{file} does not load: {one_line(error)}") from error
+    if settings.add_eos_token:
+        raise QVLMError(f"{file}: add_eos_token=true would end every text before its answer; it must be false")
+    return settings
+
+
+def llama_tokenizer(folder: Path, settings: LlamaSettings) -> PreTrainedTokenizerFast:
     """The tokenizer of a folder with a sentencepiece model and, perhaps, a list of added tokens; padding on the left.
 
     Raises:
@@ -39,13 +77,17 @@ def llama_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     unknown, begin, end = (pieces.id_to_piece(index) for index in (pieces.unk_id(), pieces.bos_id(), pieces.eos_id()))
     merges = generate_merges(vocabulary, scores)
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if settings.is_legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
     )
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, pieces.bos_id())]
-    )
+    if settings.add_bos_token:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, pieces.bos_id())]
+        )
     added = _added_tokens(folder, size)
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in (unknown, begin, end, *added)]

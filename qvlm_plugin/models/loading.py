@@ -34,7 +34,7 @@ from qvlm_plugin.models.dtypes import AUTO
 from qvlm_plugin.models.hub import local_folder, small_files, with_weights
 from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoint, is_original, read_original
 from qvlm_plugin.models.placement import check_placement, empty_model
-from qvlm_plugin.models.prompts import IMAGE, IMAGE_BETWEEN, PROMPT_FORMATS, chat_template, name_of, prompt_format
+from qvlm_plugin.models.prompts import IMAGE, PROMPT_FORMATS, chat_template, name_of, origin_of, prompt_format
 from qvlm_plugin.models.weights import SAFETENSORS, SAFETENSORS_OR_BIN, weight_files
 from qvlm_plugin.reading import one_line, parsed_elsewhere, read_json
 
@@ -138,8 +138,8 @@ def open_checkpoint(
     with parsed_elsewhere(f"{source}: the processor does not load"):
         processor = original.processor() if original else _read_processor(folder, trust_remote_code)
     if prompt is not None:
-        between = IMAGE_BETWEEN in (getattr(processor, "chat_template", None) or "")
-        processor.chat_template = chat_template(prompt, IMAGE_BETWEEN if between else IMAGE)
+        origin = origin_of(getattr(processor, "chat_template", None) or "")
+        processor.chat_template = chat_template(prompt, origin and origin[1])
     _prepare(processor, source, conv)
     if original:
         config.image_token_index = processor.tokenizer.convert_tokens_to_ids(IMAGE)

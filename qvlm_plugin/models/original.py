@@ -27,9 +27,9 @@ from transformers import (
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.arcade100k import ARCADE100K_FILE, arcade100k_tokenizer
-from qvlm_plugin.models.llama_tokenizer import llama_tokenizer
+from qvlm_plugin.models.llama_tokenizer import LlamaSettings, llama_tokenizer, read_settings
 from qvlm_plugin.models.moe_stablelm_config import MoEStableLmConfig
-from qvlm_plugin.models.prompts import IMAGE, IMAGE_BETWEEN, chat_template, prompt_format
+from qvlm_plugin.models.prompts import IMAGE, IMAGE_END, IMAGE_START, PromptStyle, chat_template, prompt_format
 from qvlm_plugin.models.towers import Tower, find_tower
 from qvlm_plugin.models.weights import SAFETENSORS_OR_BIN, read_tensors, weight_files
 
@@ -86,15 +86,18 @@ class OriginalCheckpoint:
 
     def processor(self) -> LlavaProcessor:
         """The processor, with an image token that the model has an embedding for or gets one (see `state_dict`)."""
-        between = self.values.get("mm_use_im_start_end", False)
-        template = chat_template(prompt_format(self.prompt), IMAGE_BETWEEN if between else IMAGE)
+        settings = None if (self.folder / ARCADE100K_FILE).is_file() else read_settings(self.folder)
+        style = PromptStyle(
+            between=bool(self.values.get("mm_use_im_start_end", False)),
+            blanks=settings is not None and not settings.is_legacy,
+        )
         return LlavaProcessor(
             image_processor=self._image_processor(),
-            tokenizer=self._tokenizer(),
+            tokenizer=self._tokenizer(settings),
             patch_size=self.config.vision_config.patch_size,
             vision_feature_select_strategy=self.config.vision_feature_select_strategy,
             num_additional_image_tokens=1,  # CLIP's class embedding
-            chat_template=template,
+            chat_template=chat_template(prompt_format(self.prompt), style),
         )
 
     def state_dict(self, image_token: int) -> dict[str, Tensor]:
@@ -139,16 +142,18 @@ class OriginalCheckpoint:
             pad_token_id=tokenizer.pad_token_id,
         )
 
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        arcade = self.folder / ARCADE100K_FILE
-        tokenizer = arcade100k_tokenizer(arcade) if arcade.is_file() else llama_tokenizer(self.folder)
+    def _tokenizer(self, settings: LlamaSettings | None) -> PreTrainedTokenizerBase:
+        if settings is None:
+            tokenizer = arcade100k_tokenizer(self.folder / ARCADE100K_FILE)
+        else:
+            tokenizer = llama_tokenizer(self.folder, settings)
         rows = self.values["vocab_size"]
         # LLaVA's loader adds these where the folder's tokenizer lacks them; the patch token is in no prompt.
         if self.values.get("mm_use_im_patch_token", True) and len(tokenizer) < rows:
             _add(tokenizer, "<im_patch>")
         if self.values.get("mm_use_im_start_end", False):
-            _add(tokenizer, "<im_start>")
-            _add(tokenizer, "<im_end>")
+            _add(tokenizer, IMAGE_START)
+            _add(tokenizer, IMAGE_END)
         if len(tokenizer) > rows:
             raise QVLMError(
                 f"{self.source}: the tokenizer has {len(tokenizer)} tokens, more than config.json's vocab_size={rows}"

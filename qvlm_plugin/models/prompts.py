@@ -5,6 +5,7 @@ of LLaVA's own ``--conv-mode``.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 from qvlm_plugin.errors import QVLMError
 
@@ -13,8 +14,8 @@ _CURIOUS = (
     "The assistant gives helpful, detailed, and polite answers to the {who}'s questions."
 )
 IMAGE = "<image>"
-IMAGE_BETWEEN = "<im_start><image><im_end>"
-"""How an image is written where the checkpoint was trained with ``mm_use_im_start_end``."""
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
+"""What stands around an image where the checkpoint was trained with ``mm_use_im_start_end``."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,21 @@ class PromptFormat:
     stop: str = ""
 
 
+@dataclass(frozen=True)
+class PromptStyle:
+    """How a checkpoint writes any format.
+
+    Attributes:
+        between: whether an image stands between `IMAGE_START` and `IMAGE_END`.
+        blanks: whether the text before the first image and after each image begins with sentencepiece's blank. LLaVA
+            tokenizes these texts one by one, and its tokenizer puts the blank there. A fast tokenizer does that by
+            itself only where the blank follows every special token (see `qvlm_plugin.models.llama_tokenizer`).
+    """
+
+    between: bool = False
+    blanks: bool = False
+
+
 PROMPT_FORMATS = {
     "vicuna_v1": PromptFormat(_CURIOUS.format(who="user"), "USER: ", "ASSISTANT: ", " ", "</s>"),
     "llava_v1": PromptFormat(_CURIOUS.format(who="human"), "USER: ", "ASSISTANT: ", " ", "</s>"),
@@ -51,10 +67,11 @@ _TEMPLATE = """\
 {{ message['content'] }}
 {%- else -%}
 {%- for part in message['content'] -%}
-{{ '@IMAGE@\\n' if part['type'] == 'image' else part['text'] }}
+{{ '@IMAGE@' + ('' if part['inline'] else '\\n') if part['type'] == 'image' else part['text'] }}
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
+{%- macro conversation() -%}
 {%- if messages[0]['role'] == 'system' -%}
 {{ text(messages[0]) + '@AFTER_USER@' }}
 {%- set turns = messages[1:] -%}
@@ -70,6 +87,13 @@ _TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '@ANSWER@' }}{%- endif -%}
+{%- endmacro -%}
+"""
+_PLAIN = "{{ conversation() }}\n"
+_WITH_BLANKS = """\
+{%- for piece in conversation().split('<image>') -%}
+{{ ('' if loop.first else '<image>') + ('▁' + piece if piece else '') }}
+{%- endfor -%}
 """
 
 
@@ -84,10 +108,14 @@ def prompt_format(name: str) -> PromptFormat:
     return PROMPT_FORMATS[name]
 
 
-def chat_template(prompt: PromptFormat, image: str = IMAGE) -> str:
-    """The format as a Jinja template; every image is written as ``image`` and a line break."""
+def chat_template(prompt: PromptFormat, style: PromptStyle | None = None) -> str:
+    """The format as a Jinja template.
+
+    An image part is written as an image token and a line break; one with ``inline`` is not followed by a line break.
+    """
+    style = style or PromptStyle()
     values = {
-        "@IMAGE@": image,
+        "@IMAGE@": IMAGE_START + IMAGE + IMAGE_END if style.between else IMAGE,
         "@OPENING@": prompt.system + prompt.after_user if prompt.system else "",
         "@USER@": prompt.user,
         "@ASSISTANT@": prompt.assistant,
@@ -95,16 +123,23 @@ def chat_template(prompt: PromptFormat, image: str = IMAGE) -> str:
         "@AFTER_USER@": prompt.after_user,
         "@AFTER_ASSISTANT@": prompt.after_assistant,
     }
-    template = _TEMPLATE
+    template = _TEMPLATE + (_WITH_BLANKS if style.blanks else _PLAIN)
     for name, value in values.items():
         escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
         template = template.replace(name, escaped)
     return template
 
 
+def origin_of(template: str) -> tuple[str, PromptStyle] | None:
+    """The format's name and the style that a Jinja template was written from; None for a template of other origin."""
+    for name, between, blanks in product(PROMPT_FORMATS, (False, True), (False, True)):
+        style = PromptStyle(between, blanks)
+        if template == chat_template(PROMPT_FORMATS[name], style):
+            return name, style
+    return None
+
+
 def name_of(template: str) -> str | None:
     """The name of the format that a Jinja template was written from; None for a template of other origin."""
-    for name, prompt in PROMPT_FORMATS.items():
-        if template in (chat_template(prompt), chat_template(prompt, IMAGE_BETWEEN)):
-            return name
-    return None
+    origin = origin_of(template)
+    return origin and origin[0]

@@ -14,7 +14,7 @@ from qvlm_plugin import planning
 from qvlm_plugin.conversation import Conversation, encode, render
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import provenance
-from qvlm_plugin.harness.requests import from_visuals
+from qvlm_plugin.harness.requests import from_messages, from_visuals
 from qvlm_plugin.harness.wrapper import QVLMChat, QVLMSimple
 from qvlm_plugin.models.loading import load
 
@@ -137,6 +137,43 @@ def test_images_matter(chat):
 def test_both_formats_agree(chat, simple):
     docs = documents(6)
     assert texts(chat.generate_until(ask(chat, docs))) == texts(simple.generate_until(ask(simple, docs)))
+
+
+ODD_TEXTS = [
+    ("What does the tag <image> do?", 0),
+    ("<image>\nIs <image> a tag?", 1),
+    ("Look at <image> and tell me.", 1),
+    ("Is <image> or <image> larger?\n<image>", 3),
+    ("Is </s> or <pad> or <s><image> a token?", 2),
+]
+
+
+def test_special_tokens_in_questions_are_text_and_images_stand_where_the_task_puts_them(chat, simple):
+    docs = [{"text": text, "images": [random_image(i) for i in range(count)]} for text, count in ODD_TEXTS]
+    answers = texts(chat.generate_until(ask(chat, docs, max_new_tokens=4)))
+    assert answers == texts(simple.generate_until(ask(simple, docs, max_new_tokens=4)))
+    processor = chat._processor
+    for doc in docs:
+        (simple_form, chat_form) = from_visuals(doc["text"], doc["images"]), from_messages(to_messages(doc))
+        assert simple_form.messages == chat_form.messages and simple_form.digest() == chat_form.digest()
+        ids = encode(processor, [chat_form])[0]["input_ids"][0]
+        assert (ids == 3).sum() == 4 * len(doc["images"]) and not torch.isin(ids, torch.tensor([0, 1, 2])).any()
+
+
+def test_messages_that_place_their_images_are_left_as_they_are():
+    image = {"type": "image", "url": random_image(0)}
+    parts = [{"type": "text", "text": "Is <image> this"}, image, {"type": "text", "text": "?"}]
+    content = from_messages([{"role": "user", "content": parts}]).messages[0]["content"]
+    assert content == [parts[0], {"type": "image"}, parts[2]]
+
+
+def test_continuations_that_name_special_tokens_are_scored_as_text(simple):
+    simple.task_dict["toy"] = {"test": documents(2)}
+    requests = [
+        instance("loglikelihood", ("Is it?", text, lambda doc: doc["images"], 1, "toy", "test"), 1)
+        for text in (" <image>", " </s> yes")
+    ]
+    assert all(score.log_probability < 0 for score in simple.loglikelihood(requests))
 
 
 def test_until_cuts_the_answer_and_ends_generation(chat):

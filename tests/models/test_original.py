@@ -28,6 +28,11 @@ KINDS = {
     "v1.3": {},
     "v1.3-tower-inside": {"tower_inside": True, "safetensors": True, "shards": 3},
     "v1-between": {"between": True, "added_tokens": ("<im_patch>", "<im_start>", "<im_end>")},
+    "v1-between-not-legacy": {
+        "between": True,
+        "added_tokens": ("<im_patch>", "<im_start>", "<im_end>"),
+        "legacy": False,
+    },
     "v1.5": {"projector": "mlp2x_gelu", "pads": True, "image_size": 42, "shards": 2},
 }
 
@@ -95,6 +100,7 @@ def published_forward(folder, ids, images):
 
 def published_ids(folder, text):
     """LLaVA's tokenizer_image_token: the pieces around the images by themselves, <s> once; -200 for an image."""
+    legacy = json.loads((folder / "tokenizer_config.json").read_text())["legacy"]
     pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     added = json.loads((folder / "added_tokens.json").read_text()) if (folder / "added_tokens.json").exists() else {}
     ids = [1]
@@ -103,7 +109,10 @@ def published_ids(folder, text):
         for token in ("<im_start>", "<im_end>"):
             chunk = chunk.replace(token, f"\0{token}\0")
         for part in filter(None, chunk.split("\0")):
-            ids += [added[part]] if part in added else pieces.encode(part)
+            if part in added:
+                ids.append(added[part])
+            else:  # not legacy: the template has written the blanks, and sentencepiece's own stands before the bar
+                ids += pieces.encode(part) if legacy else pieces.encode(f"|{part}")[2:]
     return ids
 
 
@@ -183,6 +192,27 @@ def test_the_command_converts_or_says_in_one_line_why_not(folder, tmp_path):
     assert load(str(tmp_path / "hf")).stops == ("###",)
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2 and "is not an empty folder" in again.output
+
+
+def test_settings_of_the_tokenizer_are_followed_or_refused(folder):
+    file = folder / "tokenizer_config.json"
+    values = json.loads(file.read_text())
+    plain = load(str(folder)).processor.tokenizer("is</s>it").input_ids
+    for legacy in (None, "absent"):  # transformers' default is true
+        changed = {key: value for key, value in values.items() if key != "legacy"}
+        file.write_text(json.dumps(changed if legacy else {**changed, "legacy": None}))
+        assert load(str(folder)).processor.tokenizer("is</s>it").input_ids == plain
+    file.write_text(json.dumps({**values, "legacy": False}))
+    other = load(str(folder)).processor.tokenizer("is</s>it")
+    assert other.tokens() == ["<s>", "▁is", "</s>", "i", "t"] and other.input_ids != plain
+    file.write_text(json.dumps({**values, "add_bos_token": False}))
+    assert load(str(folder)).processor.tokenizer("is</s>it").input_ids == plain[1:]
+    for odd in ({"add_eos_token": True}, {"legacy": "perhaps"}):
+        file.write_text(json.dumps({**values, **odd}))
+        with pytest.raises(QVLMError, match=f"tokenizer_config.json.*{next(iter(odd))}"):
+            load(str(folder))
+    file.unlink()
+    assert load(str(folder)).processor.tokenizer("is</s>it").input_ids == plain
 
 
 def test_the_prompt_format_follows_the_projector_and_can_be_chosen(folder, tmp_path):

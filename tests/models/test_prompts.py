@@ -12,7 +12,7 @@ from tiny_llava import random_image
 
 from qvlm_plugin.conversation import Conversation, encode, render_answer
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.models.prompts import IMAGE_BETWEEN, PROMPT_FORMATS, chat_template, name_of, prompt_format
+from qvlm_plugin.models.prompts import PROMPT_FORMATS, PromptStyle, chat_template, name_of, origin_of, prompt_format
 
 TURNS = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "it's?"}]},
@@ -43,16 +43,35 @@ def test_formats_are_written_as_llava_writes_them(name):
     prompt = prompt_format(name)
     assert rendered(chat_template(prompt), TURNS) == TEXTS[name]
     between = TEXTS[name].replace("<image>", "<im_start><image><im_end>")
-    assert rendered(chat_template(prompt, IMAGE_BETWEEN), TURNS) == between
+    assert rendered(chat_template(prompt, PromptStyle(between=True)), TURNS) == between
     own = prompt.system + prompt.after_user if prompt.system else ""
     briefly = "Be brief." + prompt.after_user + TEXTS[name].removeprefix(own)
     assert rendered(chat_template(prompt), [SYSTEM, *TURNS]) == briefly
 
 
-def test_a_template_tells_its_format():
+def test_images_in_the_text_are_written_without_a_line_break():
+    content = [{"type": "text", "text": "is "}, {"type": "image", "inline": True}, {"type": "text", "text": " it?"}]
+    written = rendered(chat_template(prompt_format("plain")), [{"role": "user", "content": content}])
+    assert written == "is <image> it?\n"
+
+
+def test_blanks_stand_before_each_text_beside_images():
+    """As LLaVA tokenizes it: each text by itself, with the blank in front; and no text is none."""
+    style, two = PromptStyle(blanks=True), [{"type": "image", "inline": True}] * 2
+    messages = [*TURNS[:2], {"role": "user", "content": [*two, {"type": "text", "text": " it?"}]}]
+    written = rendered(chat_template(prompt_format("vicuna_v1"), style), messages)
+    assert written == f"▁{USER} USER: <image>▁\nit's? ASSISTANT: red</s>USER: <image><image>▁ it? ASSISTANT:"
+    plain = chat_template(prompt_format("plain"), PromptStyle(between=True, blanks=True))
+    assert rendered(plain, TURNS[:1]) == "▁<im_start><image>▁<im_end>\nit's?\n"
+    assert rendered(chat_template(prompt_format("plain"), style), TURNS[:1]) == "<image>▁\nit's?\n"
+
+
+def test_a_template_tells_its_format_and_style():
     for name, prompt in PROMPT_FORMATS.items():
-        assert name_of(chat_template(prompt)) == name_of(chat_template(prompt, IMAGE_BETWEEN)) == name
-    assert name_of("{{ messages }}") is None
+        for style in (PromptStyle(), PromptStyle(between=True), PromptStyle(blanks=True), PromptStyle(True, True)):
+            assert origin_of(chat_template(prompt, style)) == (name, style)
+            assert name_of(chat_template(prompt, style)) == name
+    assert origin_of("{{ messages }}") is None and name_of("{{ messages }}") is None
 
 
 # Ids: 0 <unk>, 1 <s>, 2 </s>, 3 to 258 the bytes (a line break is byte 10: 13), 259 ▁, 260 on the letters from "!".

@@ -224,7 +224,21 @@ def _sample(row: dict[str, Any], folder: Path, path: Path) -> Sample:
         if sum(placed) == len(names):  # the later ones belong to later questions
             names = names[: placed[asked]]
         images = [open_image(inside(folder, name, source)) for name in names]
-        return Sample(Conversation.from_prompt(question, images), answer)
+        return Sample(Conversation.from_prompt(_placed(question, len(images), source), images), answer)
+
+
+def _placed(question: str, count: int, source: str) -> str:
+    """The question as it is asked: with one image in front, wherever the row has the placeholder.
+
+    So does LLaVA when it trains (``preprocess_multimodal`` in llava/train/train.py) and when it evaluates ScienceQA
+    (llava/eval/model_vqa_science.py), and so do Q-VLM's authors when they calibrate: ScienceQA's rows end in the image.
+    Several images stay where the question has them.
+    """
+    if count == 1:
+        return f"{IMAGE_PLACEHOLDER}\n{question.replace(IMAGE_PLACEHOLDER, '').strip()}"
+    if (placed := question.count(IMAGE_PLACEHOLDER)) not in (0, count):
+        raise QVLMError(f"{source} places {placed} of its {count} images with {IMAGE_PLACEHOLDER}; place all, or none")
+    return question
 
 
 def _placeholders(turn: Any) -> int:

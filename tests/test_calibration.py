@@ -12,8 +12,9 @@ from qvlm_plugin.calibration import (
     read_calibration,
     read_conversations,
 )
-from qvlm_plugin.conversation import Conversation
+from qvlm_plugin.conversation import Conversation, render
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.models.prompts import PROMPT_FORMATS, chat_template
 
 
 def row(index, **changes):
@@ -42,6 +43,44 @@ def test_sources_are_tasks_with_splits_and_files():
 def test_sources_that_do_not_parse_are_errors_with_an_example(text):
     with pytest.raises(QVLMError, match="scienceqa:train:64"):
         parse_sources(text)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "What is it?",
+        "<image>\nWhat is it?",
+        "What is it?\n<image>",
+        "What is <image> it?",
+        "<image>\nWhat is it?<image>",
+    ],
+)
+def test_one_image_is_in_front_wherever_the_row_has_it(folder, loaded, question):
+    loaded.processor.chat_template = chat_template(PROMPT_FORMATS["llava_v1"])
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "a"}]
+    (folder / "one.json").write_text(json.dumps([row(0, conversations=turns)]))
+    (sample,) = read_conversations(folder / "one.json", None, 1, 0)
+    asked = Conversation.from_prompt("What is  it?" if "is <image>" in question else "What is it?", [random_image(0)])
+    assert render(loaded.processor, sample.conversation) == render(loaded.processor, asked)
+    assert "USER: <image>\nWhat is" in render(loaded.processor, asked)
+    assert sample.conversation.digest() == asked.digest()  # or the overlap with evaluated documents would be missed
+
+
+def test_several_images_stay_where_the_row_has_them(folder, loaded):
+    loaded.processor.chat_template = chat_template(PROMPT_FORMATS["llava_v1"])
+    turns = [{"from": "human", "value": "Is <image> or\n<image> it?"}, {"from": "gpt", "value": "a"}]
+    (folder / "two.json").write_text(json.dumps([row(0, image=["0.png", "1.png"], conversations=turns)]))
+    (sample,) = read_conversations(folder / "two.json", None, 1, 0)
+    assert "USER: Is <image> or\n<image> it? ASSISTANT" in render(loaded.processor, sample.conversation)
+
+
+def test_special_tokens_in_questions_and_answers_are_text(folder, loaded):
+    turns = [{"from": "human", "value": "<image>\nIs <s> or </s> it?"}, {"from": "gpt", "value": "<image> and </s> it"}]
+    (folder / "odd.json").write_text(json.dumps([row(0, conversations=turns)]))
+    batch, mask = next(read_calibration(f"{folder / 'odd.json'}:1", None, 0, None).batches(loaded.processor, 1))
+    ids = batch["input_ids"]
+    assert (ids == 3).sum() == 4 and not (ids == 1).any() and (ids == 2).sum() == 1  # four patches, one end
+    assert loaded.processor.tokenizer.decode(ids[mask]) == "<image> and </s> it</s>"
 
 
 def test_both_file_formats_give_the_same_samples(folder):
@@ -106,7 +145,7 @@ def test_unusable_files_are_named(folder):
         ({"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]}, "begin with human"),
         ({"image": "absent.png"}, "cannot be read"),
         ({"image": "rows.json"}, "cannot be read"),
-        ({"image": ["0.png", "1.png"]}, "placeholders"),
+        ({"image": ["0.png", "1.png"]}, "row '0' places 1 of its 2 images with <image>; place all, or none"),
     ],
 )
 def test_unusable_rows_are_named(folder, changes, message):

@@ -3,7 +3,7 @@
 import base64
 import json
 
-from original_llava import VISION, random_weights, tower_weights, write_weights
+from original_llava import VISION, random_weights, tower_weights, write_tower, write_weights
 
 HIDDEN, INNER, HEADS, LAYERS, EXPERTS = 32, 48, 4, 3, 4
 MERGED = (" is", " this", " the", "the", "What", " USER", " ASSISTANT", "ser", " and", " red")
@@ -19,7 +19,10 @@ def write_arcade100k(file):
 
 
 def write_moe_llava(directory, *, seed=0, spare=10):
-    """Write MoE-LLaVA-StableLM: experts in every second layer, the tower's weights in the folder, spare vocabulary."""
+    """Write MoE-LLaVA-StableLM: experts in every second layer, spare vocabulary.
+
+    The folder holds a tower, as the released one does, and the named one is used; they differ here.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     vocab = write_arcade100k(directory / "arcade100k.tiktoken") + 33 + spare
     tower = directory / "tower"
@@ -44,7 +47,8 @@ def write_moe_llava(directory, *, seed=0, spare=10):
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Arcade100kTokenizer"}))
     weights = random_weights(stablelm_shapes(vocab, sparse), seed)
-    weights |= {f"model.image_tower.image_tower.{name}": one for name, one in tower_weights(42, seed + 1).items()}
+    weights |= {f"model.image_tower.image_tower.{name}": one for name, one in tower_weights(42, seed + 2).items()}
+    write_tower(tower, 42, seed + 1)
     write_weights(directory, weights, 2, False)
     return directory
 

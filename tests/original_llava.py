@@ -88,6 +88,13 @@ def tower_weights(image_size, seed):
     }
 
 
+def write_tower(directory, image_size, seed):
+    """Write the weights of a random CLIP model, of which LLaVA takes the vision tower."""
+    weights = tower_weights(image_size, seed)
+    weights["text_model.embeddings.token_embedding.weight"] = torch.ones(2, 2)
+    torch.save(weights, directory / "pytorch_model.bin")
+
+
 def write_original_llava(
     directory, *, projector=None, between=False, pads=False, image_size=28, tower_inside=False, shards=1,
     safetensors=False, seed=0, added_tokens=(), layers=2, legacy=True,
@@ -95,8 +102,8 @@ def write_original_llava(
 ):  # fmt: skip
     """Write a checkpoint as LLaVA's code does.
 
-    ``projector`` None is a linear one, as configurations before v1.5 leave it out; ``tower_inside`` puts the tower's
-    weights into the folder, else they are in the folder that ``mm_vision_tower`` names. ``legacy`` and
+    ``projector`` None is a linear one, as configurations before v1.5 leave it out; ``tower_inside`` puts the weights of
+    a tower that was trained into the folder, else they are in the folder that ``mm_vision_tower`` names. ``legacy`` and
     ``more_pieces`` are the tokenizer's.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -127,13 +134,12 @@ def write_original_llava(
     weights = random_weights(shapes, seed)
     # Older versions of transformers stored this buffer.
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    outside = tower_weights(image_size, seed + 1)
     if tower_inside:
-        weights |= {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in outside.items()}
+        inner = tower_weights(image_size, seed + 1)
+        weights |= {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in inner.items()}
+        config["unfreeze_mm_vision_tower"] = True
     else:
-        torch.save(
-            outside | {"text_model.embeddings.token_embedding.weight": torch.ones(2, 2)}, tower / "pytorch_model.bin"
-        )
+        write_tower(tower, image_size, seed + 1)
     (directory / "config.json").write_text(json.dumps(config))
     write_tokenizer_files(directory, vocab, added_tokens, legacy)
     write_weights(directory, weights, shards, safetensors)

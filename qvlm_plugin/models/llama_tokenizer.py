@@ -11,7 +11,7 @@ The model file is read by sentencepiece's own library: its Python description of
 
 from pathlib import Path
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -23,6 +23,10 @@ from qvlm_plugin.reading import one_line, read_json
 SENTENCEPIECE_FILE = "tokenizer.model"
 
 
+class _AddedToken(BaseModel):
+    content: str
+
+
 class LlamaSettings(BaseModel):
     """What ``tokenizer_config.json`` says of how text becomes tokens; the defaults are those of transformers.
 
@@ -30,11 +34,13 @@ class LlamaSettings(BaseModel):
         legacy: whether a blank is put behind special tokens too.
         add_bos_token: whether a text begins with the beginning-of-sequence token.
         add_eos_token: whether each text ends with the end token; with LLaVA, that on either side of an image.
+        added_tokens_decoder: tokens by their ids, those of the vocabulary among them.
     """
 
     legacy: bool | None = None
     add_bos_token: bool = True
     add_eos_token: bool = False
+    added_tokens_decoder: dict[int, _AddedToken] = Field(default_factory=dict)
 
     @property
     def is_legacy(self) -> bool:
@@ -88,7 +94,7 @@ def llama_tokenizer(folder: Path, settings: LlamaSettings) -> PreTrainedTokenize
         backend.post_processor = processors.TemplateProcessing(
             single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, pieces.bos_id())]
         )
-    added = _added_tokens(folder, size)
+    added = _added_tokens(folder, settings, size)
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in (unknown, begin, end, *added)]
     )
@@ -103,7 +109,7 @@ def llama_tokenizer(folder: Path, settings: LlamaSettings) -> PreTrainedTokenize
     )
 
 
-def _added_tokens(folder: Path, size: int) -> list[str]:
+def _added_tokens(folder: Path, settings: LlamaSettings, size: int) -> list[str]:
     """The tokens that were added to a vocabulary of ``size``, in the order of their ids."""
     file = folder / "added_tokens.json"
     try:
@@ -111,6 +117,7 @@ def _added_tokens(folder: Path, size: int) -> list[str]:
         added = TypeAdapter(dict[str, int]).validate_python(added)
     except (OSError, ValueError) as error:
         raise QVLMError(f"{file} does not load: {one_line(error)}") from error
+    added |= {token.content: index for index, token in settings.added_tokens_decoder.items()}
     added = dict(sorted(((token, index) for token, index in added.items() if index >= size), key=lambda item: item[1]))
     if list(added.values()) != list(range(size, size + len(added))):
         raise QVLMError(f"{file}: its tokens do not continue the vocabulary of {SENTENCEPIECE_FILE}, which has {size}")

@@ -2,8 +2,8 @@
 
 transformers' own StableLM, in whose layers named by ``moe_layers`` the MLP is replaced by experts of which two serve
 each token (Lin et al., 2024, "MoE-LLaVA", after DeepSpeed's gating): the likeliest expert and the second likeliest,
-with their probabilities divided by their sum. At the evaluation capacity of the released checkpoints no token is
-dropped, so there is no capacity here.
+with their probabilities divided by their sum. An expert serves all tokens that choose it: at the evaluation capacity of
+the released checkpoints no token is dropped, and checkpoints with a smaller one are refused.
 """
 
 import torch

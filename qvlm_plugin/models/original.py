@@ -51,6 +51,9 @@ the projector's. What is left under ``model.`` is the language model's."""
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 """The embeddings' name in the model."""
 
+_SUPPORTED = {"s2": (False,), "mm_patch_merge_type": ("flat",), "mm_resampler_type": ()}
+"""Keys of the configuration that change what is computed, and the values that change nothing."""
+
 _BUFFERS = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)")
 """Constants that older versions of transformers stored; the model computes them itself."""
 
@@ -82,7 +85,17 @@ class OriginalCheckpoint:
             QVLMError: some are missing.
         """
         files = weight_files(self.folder, SAFETENSORS_OR_BIN, self.source)
-        return files if _has_tower(read_tensors(files)) else [*files, *self.tower.weight_files()]
+        return files if self._holds_tower(files) else [*files, *self._tower_files()]
+
+    def _holds_tower(self, files: list[Path]) -> bool:
+        """Whether the tower is the one within the folder: LLaVA uses that only where it was trained too."""
+        return bool(self.values.get("unfreeze_mm_vision_tower")) and any(map(_is_towers, read_tensors(files)))
+
+    def _tower_files(self) -> list[Path]:
+        try:
+            return self.tower.weight_files()
+        except QVLMError as error:
+            raise QVLMError(f"{error}; a tower in the folder is used with unfreeze_mm_vision_tower only") from error
 
     def processor(self) -> LlavaProcessor:
         """The processor, with an image token that the model has an embedding for or gets one (see `state_dict`)."""
@@ -104,14 +117,19 @@ class OriginalCheckpoint:
         """All weights under the names of `LlavaForConditionalGeneration`, in the checkpoint's type.
 
         Args:
-            image_token: its id; where it is the first one that the vocabulary lacks, embeddings and head get a row for
-                it, a copy of row 0: the unknown token, which neither text nor the model produces.
+            image_token: its id. Embeddings and head get rows up to it where they lack some, copies of row 0: the
+                unknown token, which neither text nor the model produces.
 
         Raises:
             QVLMError: the weights do not load, or have another vocabulary than the configuration.
         """
         weights = {}
-        for name, tensor in read_tensors(self.files()).items():
+        files = weight_files(self.folder, SAFETENSORS_OR_BIN, self.source)
+        tensors = read_tensors(files)
+        if not self._holds_tower(files):
+            own = {name: tensor for name, tensor in tensors.items() if not _is_towers(name)}
+            tensors = own | read_tensors(self._tower_files())
+        for name, tensor in tensors.items():
             if not _BUFFERS.fullmatch(name) and (renamed := _rename(name)) is not None:
                 weights[renamed] = tensor
         if EMBEDDINGS not in weights:
@@ -129,8 +147,8 @@ class OriginalCheckpoint:
         for name in {EMBEDDINGS, "lm_head.weight"} & weights.keys():
             if (rows := len(weights[name])) != vocab:
                 raise QVLMError(f"{self.source}: {name} has {rows} rows where config.json has vocab_size={vocab}")
-            if image_token == vocab:
-                weights[name] = torch.cat([weights[name], weights[name][:1]])
+            if (lacking := image_token + 1 - vocab) > 0:
+                weights[name] = torch.cat([weights[name], weights[name][:1].expand(lacking, -1)])
         return weights
 
     def generation_config(self, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
@@ -154,21 +172,19 @@ class OriginalCheckpoint:
         if self.values.get("mm_use_im_start_end", False):
             _add(tokenizer, IMAGE_START)
             _add(tokenizer, IMAGE_END)
-        if len(tokenizer) > rows:
+        # LLaVA's loader makes embeddings for added tokens that have none, such as <pad>; but not for those of prompts.
+        in_prompts = {tokenizer.bos_token, tokenizer.eos_token, IMAGE_START, IMAGE_END} & tokenizer.get_vocab().keys()
+        last = max(tokenizer.vocab_size - 1, *map(tokenizer.convert_tokens_to_ids, in_prompts))
+        if last >= rows:
             raise QVLMError(
-                f"{self.source}: the tokenizer has {len(tokenizer)} tokens, more than config.json's vocab_size={rows}"
+                f"{self.source}: prompts and answers have {last + 1} tokens, more than config.json's vocab_size={rows}"
             )
         _add(tokenizer, IMAGE)
         return tokenizer
 
     def _image_processor(self) -> CLIPImageProcessorPil | LlavaImageProcessorPil:
         pads = self.values.get("image_aspect_ratio") == "pad"
-        settings = {
-            "size": {"shortest_edge": self.tower.config.image_size},
-            "crop_size": dict.fromkeys(("height", "width"), self.tower.config.image_size),
-            "image_mean": list(self.tower.image_mean),
-            "image_std": list(self.tower.image_std),
-        }
+        settings = self.tower.pixels
         return LlavaImageProcessorPil(do_pad=True, **settings) if pads else CLIPImageProcessorPil(**settings)
 
 
@@ -196,6 +212,12 @@ def read_original(folder: Path, values: Mapping[str, Any], source: str) -> Origi
             f"{source}: image_aspect_ratio={aspect!r} is not supported in the original layout; supported are pad and "
             "square; take the checkpoint in the Hugging Face layout (llava_next, llava_onevision)"
         )
+    for key, allowed in _SUPPORTED.items():
+        if (value := values.get(key)) not in (None, *allowed):
+            raise QVLMError(
+                f"{source}: {key}={value!r} is not supported in the original layout; supported is leaving it out"
+                + "".join(f" or {one!r}" for one in allowed)
+            )
     text, prompt = _text_config(values, source)
     name = next(values[key] for key in TOWER_KEYS if values.get(key))
     tower = find_tower(name, folder, source)
@@ -261,6 +283,13 @@ def _moe_stablelm_config(values: Mapping[str, Any], source: str) -> MoEStableLmC
             f"{source}: moe={dict(moe)} is not supported; supported are layers of equally many experts, at least 2, of "
             "which 2 serve a token, without use_residual"
         )
+    count, capacity = experts.pop(), moe.get("eval_capacity_factor", 1.0)  # DeepSpeed's default
+    # An expert has room for 2 * capacity / count of the tokens (deepspeed/moe/sharded_moe.py, top2gating).
+    if not isinstance(capacity, int | float) or 2 * capacity < count:
+        raise QVLMError(
+            f"{source}: eval_capacity_factor={capacity} of moe drops tokens where an expert is chosen often, which is "
+            f"not supported; with {count} experts nothing is dropped from {count / 2:g} on"
+        )
     return MoEStableLmConfig(
         vocab_size=values["vocab_size"],
         hidden_size=values["hidden_size"],
@@ -277,15 +306,15 @@ def _moe_stablelm_config(values: Mapping[str, Any], source: str) -> MoEStableLmC
         },
         use_qkv_bias=values.get("use_qkv_bias", True),
         tie_word_embeddings=values.get("tie_word_embeddings", False),
-        num_experts=experts.pop(),
+        num_experts=count,
         moe_layers=layers,
         bos_token_id=values.get("bos_token_id"),
         eos_token_id=values.get("eos_token_id"),
     )
 
 
-def _has_tower(tensors: Mapping[str, Tensor]) -> bool:
-    return any((_rename(name) or "").startswith("model.vision_tower.") for name in tensors)
+def _is_towers(name: str) -> bool:
+    return (_rename(name) or "").startswith("model.vision_tower.")
 
 
 def _rename(name: str) -> str | None:

@@ -1,8 +1,10 @@
 """Vision towers that checkpoints in LLaVA's own layout name instead of holding."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 from transformers import AutoConfig, CLIPVisionConfig
@@ -21,7 +23,7 @@ KNOWN_TOWERS = {
     "clip-vit-large-patch14": CLIPVisionConfig(**_CLIP_L, image_size=224),
     "clip-vit-large-patch14-336": CLIPVisionConfig(**_CLIP_L, image_size=336),
 }
-"""Towers of released checkpoints by the last part of their name: a folder that holds their weights needs no more."""
+"""Towers of released checkpoints by the last part of their name, of which the weights alone are fetched."""
 
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -35,15 +37,14 @@ class Tower:
         name: folder or hub id.
         source: what named it, for messages.
         config: its configuration; ``image_size`` is that of its input.
-        image_mean, image_std: of the pixels' normalization.
+        pixels: arguments of CLIP's image processor.
         folder: whose files say so; None for one of `KNOWN_TOWERS`.
     """
 
     name: str
     source: str
     config: CLIPVisionConfig
-    image_mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
-    image_std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    pixels: Mapping[str, Any]
     folder: Path | None = None
 
     def weight_files(self) -> list[Path]:
@@ -56,10 +57,28 @@ class Tower:
 
 
 class _Pixels(BaseModel):
-    """What a ``preprocessor_config.json`` says of the pixels' normalization."""
+    """What a ``preprocessor_config.json`` says of how an image becomes pixels; what it leaves out is CLIP's default."""
 
+    do_resize: bool | None = None
+    size: int | dict[str, int] | None = None
+    resample: int | None = None
+    do_center_crop: bool | None = None
+    crop_size: int | dict[str, int] | None = None
+    do_rescale: bool | None = None
+    rescale_factor: float | None = None
+    do_normalize: bool | None = None
     image_mean: tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
     image_std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+
+    def settings(self, image_size: int) -> dict[str, Any]:
+        """The arguments of CLIP's image processor for a tower of that input size."""
+        given = self.model_dump(exclude_none=True)
+        size, crop = given.get("size", image_size), given.get("crop_size", image_size)
+        return {
+            **given,
+            "size": {"shortest_edge": size} if isinstance(size, int) else size,
+            "crop_size": {"height": crop, "width": crop} if isinstance(crop, int) else crop,
+        }
 
 
 def find_tower(name: str, folder: Path, source: str) -> Tower:
@@ -80,7 +99,8 @@ def find_tower(name: str, folder: Path, source: str) -> Tower:
     inner = [inside(folder, part, source) for part in ((name, last) if is_hub_id else (last,))]
     beside = [path for path in inner if (path / "config.json").is_file()]
     if not beside and last in KNOWN_TOWERS:
-        return Tower(name if is_hub_id else f"openai/{last}", source, KNOWN_TOWERS[last])
+        known = KNOWN_TOWERS[last]
+        return Tower(name if is_hub_id else f"openai/{last}", source, known, _Pixels().settings(known.image_size))
     if not beside and not is_hub_id:
         raise QVLMError(f"{source} is neither a hub id nor in the checkpoint's folder; put it there, or a link to it")
     place = beside[0] if beside else local_folder(name, source)
@@ -96,4 +116,4 @@ def find_tower(name: str, folder: Path, source: str) -> Tower:
             pixels = _Pixels.model_validate(read_json(file))
         except (OSError, ValueError) as error:
             raise QVLMError(f"{source}: {file.name} does not load: {one_line(error)}") from error
-    return Tower(str(place) if beside else name, source, config, pixels.image_mean, pixels.image_std, place)
+    return Tower(str(place) if beside else name, source, config, pixels.settings(config.image_size), place)

@@ -61,8 +61,9 @@ def test_logits_are_those_of_the_definition(folder):
     inputs, _ = encode(loaded.processor, [Conversation.from_prompt("What is this?", [image])])
 
     tower = CLIPVisionModel(CLIPVisionConfig(**json.loads((folder / "tower" / "config.json").read_text()))).eval()
-    prefix = "model.image_tower.image_tower.vision_model."
-    tower.load_state_dict({name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)})
+    named = read_tensors([folder / "tower" / "pytorch_model.bin"])  # MoE-LLaVA loads it over the folder's own
+    prefix = "vision_model."
+    tower.load_state_dict({name.removeprefix(prefix): t for name, t in named.items() if name.startswith(prefix)})
     seen = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][0, 1:]
     w = weights.__getitem__
     for index in (0, 2):
@@ -230,6 +231,21 @@ def test_other_mixtures_are_refused(tmp_path, change):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "moe": config["moe"] | change}))
     with pytest.raises(QVLMError, match=r"moe=.* is not supported; supported are layers of equally many experts"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("change", [{"eval_capacity_factor": 1.0}, {"num_experts": [6, 6]}, {}])
+def test_mixtures_that_drop_tokens_are_refused(tmp_path, change):
+    folder = write_moe_llava(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    moe = config["moe"] | change
+    if not change:
+        del moe["eval_capacity_factor"]  # DeepSpeed's default is 1
+    (folder / "config.json").write_text(json.dumps({**config, "moe": moe}))
+    least = moe["num_experts"][0] / 2
+    with pytest.raises(
+        QVLMError, match=rf"eval_capacity_factor=[12]\.0 of moe drops tokens .* dropped from {least:g} on"
+    ):
         load(str(folder))
 
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from original_llava import VISION, write_original_llava
+from original_llava import VISION, write_original_llava, write_tower
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from tiny_llava import random_image
@@ -162,6 +162,57 @@ def test_a_vocabulary_with_spare_rows_is_not_resized(tmp_path):
     assert len(loaded.model.lm_head.weight) == rows and loaded.model.config.image_token_id == rows - 3
 
 
+def test_a_tower_in_the_folder_is_used_only_where_it_was_trained(tmp_path):
+    """LLaVA loads the tower that is named, over the folder's own, unless unfreeze_mm_vision_tower is set."""
+    folder = write_original_llava(tmp_path / "m", tower_inside=True)
+    write_tower(folder / "tower", 28, seed=9)
+    name = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    within = read_tensors([folder / "pytorch_model.bin"])[f"model.vision_tower.vision_tower.{name}"]
+    named = read_tensors([folder / "tower" / "pytorch_model.bin"])[name]
+    config = json.loads((folder / "config.json").read_text())
+    fingerprints = set()
+    for unfreeze, expected in ((True, within), (False, named), (None, named)):
+        (folder / "config.json").write_text(json.dumps(config | {"unfreeze_mm_vision_tower": unfreeze}))
+        loaded = load(str(folder), dtype="float32")
+        fingerprints.add(loaded.fingerprint)
+        assert torch.equal(loaded.model.model.vision_tower.encoder.layers[0].mlp.fc1.weight, expected)
+    assert len(fingerprints) == 3
+    (folder / "tower" / "pytorch_model.bin").unlink()
+    with pytest.raises(QVLMError, match=r"'tower': missing.*in the folder is used with unfreeze_mm_vision_tower only"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer_config.json"])
+def test_added_tokens_without_embeddings_are_allowed_where_no_prompt_has_them(folder, place):
+    """Vicuna's <pad>: LLaVA's loader makes the embeddings longer."""
+    plain, values = load(str(folder)), json.loads((folder / "tokenizer_config.json").read_text())
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    if place == "added_tokens.json":
+        (folder / place).write_text(json.dumps({"<pad>": rows}))
+    else:
+        (folder / place).write_text(json.dumps({**values, "added_tokens_decoder": {rows: {"content": "<pad>"}}}))
+    padded = load(str(folder))
+    assert padded.processor.tokenizer.convert_tokens_to_ids("<pad>") == rows
+    assert padded.model.config.image_token_id == rows + 1 and len(padded.model.lm_head.weight) == rows + 2
+    logits = []
+    for loaded in (plain, padded):
+        loaded.model.float()
+        inputs, _ = encode(loaded.processor, [Conversation.from_prompt("is <pad> it?", [random_image(0)])])
+        with torch.inference_mode():
+            logits.append(loaded.model(**inputs).logits[:, :, :rows])
+    assert torch.equal(*logits)
+
+
+def test_the_image_processing_is_the_towers(folder):
+    settings = {"size": 40, "crop_size": 28, "resample": 2, "image_mean": [0.1, 0.2, 0.3], "do_rescale": True}
+    (folder / "tower" / "preprocessor_config.json").write_text(json.dumps(settings))
+    image = random_image(0, 50)
+    inputs, _ = encode(load(str(folder)).processor, [Conversation.from_prompt("a", [image])])
+    own = {"size": {"shortest_edge": 40}, "crop_size": {"height": 28, "width": 28}, "resample": 2}
+    expected = CLIPImageProcessorPil(**own, image_mean=[0.1, 0.2, 0.3])(images=[image], return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+
+
 def test_the_default_type_is_the_checkpoints_and_offloading_works(folder):
     assert load(str(folder), dtype="bfloat16").model.dtype == torch.bfloat16
     plain, offloaded = load(str(folder), dtype="float32"), load(str(folder), dtype="float32", device_map="offload")
@@ -292,6 +343,10 @@ def spoil(folder, change):
         ("siglip", "is a 'siglip_vision_model'; supported .* CLIP"),
         ({"mm_projector_type": "resampler"}, "'resampler' is not known; known are linear and mlp2x_gelu"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres' is not supported .* pad and square"),
+        ({"s2": True}, "s2=True is not supported in the original layout; supported is leaving it out or False"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type='spatial_unpad' .* leaving it out or 'flat'"),
+        ({"mm_resampler_type": "perceiver"}, "mm_resampler_type='perceiver' is not supported .* leaving it out"),
+        ({"mm_use_im_start_end": True}, "tokens, more than config.json's vocab_size"),
         ({"mm_vision_select_feature": "all"}, "mm_vision_select_feature='all' is not known"),
         ({"model_type": "llava_mpt"}, "'llava_mpt' is not supported in the original layout; supported are llava, "),
         ({"vocab_size": 9999}, "rows where config.json has vocab_size=9999"),

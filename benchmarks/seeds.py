@@ -28,7 +28,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.reading import read_json
-from qvlm_plugin.report.paired import difference_text, p_text, score_text
+from qvlm_plugin.report.paired import difference_text, estimate_text, p_text
 from qvlm_plugin.report.pooled import Pooled, pool, spread_text, verdict
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.running import run_cells
@@ -164,10 +164,10 @@ HEADER = (
 
 
 def _row(method: str, samples: str, seeds: int, one: Pooled) -> tuple[str, ...]:
-    texts = (method, samples, str(seeds or ""), one.task, score_text(one.score), spread_text(one))
+    texts = (method, samples, str(seeds or ""), one.task, estimate_text(one.score, one.scale), spread_text(one))
     if one.differences == (0.0,) * one.seeds and not one.flips.changed:  # the baseline itself
         return (*texts, "", "", "")
-    return (*texts, difference_text(one.difference, decimals=1), p_text(one.t_p), p_text(one.sign_flip_p))
+    return (*texts, difference_text(one.difference, one.scale, decimals=1), p_text(one.t_p), p_text(one.sign_flip_p))
 
 
 def agreement(output: Path, name: str, data: Path, limit: int) -> None:

@@ -10,8 +10,7 @@ from scipy import special
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.samples import Document, RunSamples, check_same_documents
-from qvlm_plugin.report.shares import number_text, scale, unit_text
-from qvlm_plugin.report.shares import score_text as one_score_text
+from qvlm_plugin.report.shares import number_text, scale, score_text, unit_text
 
 AVERAGE = "average"
 
@@ -286,8 +285,8 @@ def paired_grid(comparisons: Sequence[Comparison]) -> Grid:
         (
             row.run.name if names[row.run.name] == 1 else f"{row.run.name} ({row.run.file})",
             row.task,
-            score_text(row.baseline, row.scale),
-            score_text(row.score, row.scale),
+            estimate_text(row.baseline, row.scale),
+            estimate_text(row.score, row.scale),
             difference_text(row.difference, row.scale),
             p_text(row.p, row.unknown),
             p_text(adjusted, row.unknown),
@@ -335,9 +334,9 @@ def unknown_note(unknown: int, documents: int) -> str:
     )
 
 
-def score_text(estimate: Estimate, scale: int) -> str:
+def estimate_text(estimate: Estimate, scale: int) -> str:
     """A score for a table, with its standard error where there is one."""
-    return one_score_text(estimate.value, estimate.error, scale)
+    return score_text(estimate.value, estimate.error, scale)
 
 
 def difference_text(estimate: Estimate, scale: int, decimals: int = 2) -> str:

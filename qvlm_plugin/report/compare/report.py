@@ -6,7 +6,7 @@ from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seed
 from qvlm_plugin.report.compare.grid import FULL_PRECISION, CompareGrid
 from qvlm_plugin.report.figures import Bars, bars_figure
 from qvlm_plugin.report.leaderboard.tables import size
-from qvlm_plugin.report.paired import difference_text, flips_text, p_text, score_text, unknown_note
+from qvlm_plugin.report.paired import difference_text, estimate_text, flips_text, p_text, unknown_note
 from qvlm_plugin.report.pooled import Pooled, spread_text, verdict
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.shares import PERCENT, unit_text
@@ -88,7 +88,7 @@ def _cells(one: Compared) -> tuple[str, ...]:
         one.of.scheme,
         "" if one.of.seed is None else str(one.of.seed),
         one.of.task,
-        score_text(one.score, one.scale),
+        estimate_text(one.score, one.scale),
         difference_text(row.difference, row.scale) if row else "",
         "" if one.p is None else p_text(one.p, row.unknown),
         "" if one.adjusted is None else p_text(one.adjusted, row.unknown),
@@ -104,7 +104,7 @@ def _cells(one: Compared) -> tuple[str, ...]:
 
 def _seeds_cells(one: OverSeeds) -> tuple[str, ...]:
     row = one.pooled
-    head = (one.model, one.method, one.scheme, one.task, str(row.seeds), score_text(row.score, row.scale))
+    head = (one.model, one.method, one.scheme, one.task, str(row.seeds), estimate_text(row.score, row.scale))
     head = (*head, spread_text(row))
     if one.baseline is None:
         return (*head, *("" for _ in SEEDS_HEADER[len(head) :]))

@@ -107,13 +107,13 @@ def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
 
 
 def _keep_documents(file: Path, questions: Sequence[Question]) -> None:
-    """Write what was asked, in order, once for all cells: id, digest of the image and reference answer.
+    """Write what was asked, in order, once for all cells: id, image (its digest; empty without one), reference answer.
 
     Raises:
         QVLMError: earlier cells were asked something else.
     """
     documents = {
-        task: [[one.id, one.image and one.image[:16], one.target] for one in questions if one.task == task]
+        task: [[one.id, (one.image or "")[:16], one.target] for one in questions if one.task == task]
         for task in TASKS
     }
     if not file.exists():

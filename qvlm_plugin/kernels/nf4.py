@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from qvlm_plugin.formats import NF_BLOCK, ActivationFormat, WeightFormat
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 BITS = 4
 
+_OLDEST = "0.50"
+"""Of bitsandbytes, as in setup.cfg."""
+
 FEW_TOKENS = 64
 """Up to so many tokens, those of a decoding step, bitsandbytes multiplies. Beyond, its product for CPUs with bfloat16
 instructions is the faster one for another 200 or so, but computes with scales and a codebook in bfloat16."""
@@ -54,8 +58,23 @@ def _obstacle(
         return f"no normal-float operator on {device.type}"
     if shape[1] % NF_BLOCK:
         return f"{shape[1]} input features are not a multiple of {NF_BLOCK}"
-    if find_spec("bitsandbytes") is None:
-        return "bitsandbytes is not installed; pip install 'qvlm_plugin[nf]'"
+    return _missing()
+
+
+@cache
+def _missing() -> str | None:
+    """What is amiss with the installed bitsandbytes.
+
+    Before 0.50 its CUDA kernel for one token reads the codebook as float32, whatever type it has; here it is in the
+    compute type.
+    """
+    install = "pip install 'qvlm_plugin[nf]'"
+    try:
+        found = version("bitsandbytes")
+    except PackageNotFoundError:
+        return f"bitsandbytes is not installed; {install}"
+    if Version(found) < Version(_OLDEST):
+        return f"bitsandbytes {found} is too old, {_OLDEST} is needed; {install}"
     return None
 
 

@@ -18,8 +18,8 @@ from qvlm_plugin.kernels.reference import REFERENCE
 
 SHAPE = (64, 256)
 """Of the weight."""
-_TOKENS = (3, 70)
-"""Few and many, since kernels tell these apart."""
+_TOKENS = (1, 3, 70)
+"""One, few and many, since kernels tell these apart."""
 
 _STEP = 0.25
 
@@ -28,7 +28,7 @@ _STEP = 0.25
 def self_test(
     kernel: Kernel, weight_format: WeightFormat, activation_format: ActivationFormat, device: torch.device
 ) -> str | None:
-    """Compare a kernel with the reference on a small problem, in float32 and bfloat16.
+    """Compare a kernel with the reference on a small problem, in every compute type.
 
     Returns:
         What went wrong, in a few words; None if the outputs agree. It is computed once in a process.
@@ -37,7 +37,7 @@ def self_test(
     weight, bias = torch.randn(SHAPE, generator=generator) / 16, torch.randn(SHAPE[0], generator=generator)
     inputs = torch.randn(max(_TOKENS), SHAPE[1], generator=generator)
     parameters = {name: value.to(device) for name, value in _parameters(weight_format, activation_format).items()}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         operands = [operand.to(device, dtype) for operand in (weight, bias)]
         try:
             outputs, expected = (
@@ -46,9 +46,10 @@ def self_test(
             )
         except Exception as error:  # a private operator may fail in any way
             return f"{type(error).__name__} in {dtype}: {' '.join(str(error).split())[:200]}"
-        distance = float((outputs - expected).norm() / expected.norm())
-        if not distance <= kernel.tolerance:
-            return f"outputs differ from the reference by {distance:.2g} in {dtype}"
+        for count, output, right in zip(_TOKENS, outputs.split(_TOKENS), expected.split(_TOKENS), strict=True):
+            distance = float((output - right).norm() / right.norm())
+            if not distance <= kernel.tolerance:
+                return f"outputs differ from the reference by {distance:.2g} in {dtype} for {count} tokens"
     return None
 
 

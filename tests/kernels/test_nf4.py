@@ -1,5 +1,6 @@
-import importlib.util
 import logging
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,13 +76,32 @@ def test_restoring_gives_what_the_reference_holds(weight, activation):
     assert restored.keys() == held.keys() and all(torch.equal(restored[name], held[name]) for name in held)
 
 
-def test_what_it_cannot_do_is_said(monkeypatch):
+def test_what_it_cannot_do_is_said():
     assert "4 bits" in NF4.obstacle(WeightFormat(kind="nf", bits=3), A16, (64, 256), CPU)
     assert "normal-float" in NF4.obstacle(int_format(4), A16, (64, 256), CPU)
     assert "48 input features" in NF4.obstacle(PLAIN, A16, (64, 48), CPU)
-    monkeypatch.setattr(nf4, "find_spec", lambda name: None)
-    assert "not installed" in NF4.obstacle(PLAIN, A16, (64, 256), CPU)
-    assert importlib.util.find_spec("bitsandbytes") is not None
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [(None, "is not installed"), ("0.45.5", "0.45.5 is too old"), ("0.49.9", "0.50 is")]
+)
+def test_versions_that_would_compute_something_else_are_refused(monkeypatch, found, said):
+    def version(name):
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(nf4, "version", version)
+    nf4._missing.cache_clear()
+    try:
+        obstacle = NF4.obstacle(PLAIN, A16, (64, 256), CPU)
+    finally:
+        nf4._missing.cache_clear()
+    assert said in obstacle and "pip install 'qvlm_plugin[nf]'" in obstacle
+
+
+def test_the_oldest_version_is_that_of_setup_cfg():
+    assert f"bitsandbytes>={nf4._OLDEST}" in (Path(__file__).parents[2] / "setup.cfg").read_text()
 
 
 def test_of_bitsandbytes_messages_one_is_kept_back(caplog):

@@ -58,3 +58,15 @@ def test_failures_are_told_and_leave_the_random_state_alone():
         assert guard(INT4).obstacle(*problem) is None
         assert "5 output" in guard(absent).obstacle(int_format(4), A16, (5, 256), CPU)
         assert guard(REFERENCE).supports(*problem)
+
+
+@pytest.mark.parametrize("count", [1, 3, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_fails_for_one_count_of_tokens_or_one_type_is_found(count, dtype):
+    def wrong(x, tensors, activation_format):
+        right = NF4.forward(x, tensors, activation_format)
+        return right.roll(1, dims=-1) if (len(x), x.dtype) == (count, dtype) else right
+
+    pytest.importorskip("bitsandbytes")
+    failure = self_test(replace(NF4, forward=wrong), NF, A16, CPU)
+    assert "outputs differ from the reference" in failure and str(dtype) in failure

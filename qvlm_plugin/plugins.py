@@ -110,11 +110,15 @@ def tell_quantized(loaded: "LoadedModel", plan: "RoundingPlan") -> None:
 def _ask(hook: str, newest_first: bool = False, **arguments: Any) -> Iterator[tuple[str, Any]]:
     """The name of each plugin that has the hook and what it answers, in the order of registration or the reverse.
 
-    One that raises is told and left out; a `QVLMError` about a model is for the user and passes.
+    One that raises is told and left out; a `QVLMError` about a model is for the user and passes. pluggy's wrappers
+    surround the answers of all plugins together, and each is asked by itself here: they are told and left out.
     """
     implementations = getattr(plugin_manager().hook, hook).get_hookimpls()
     for implementation in reversed(implementations) if newest_first else implementations:
         name = implementation.plugin_name
+        if implementation.wrapper or implementation.hookwrapper:
+            _tell(f"plugin {name} is left out: its {hook} is a wrapper of other plugins' hooks, which is not supported")
+            continue
         try:
             answer = implementation.function(*(arguments[key] for key in implementation.argnames))
         except Exception as error:  # whatever another package does

@@ -159,3 +159,38 @@ def qvlm_methods():
     install(monkeypatch, tmp_path, "installed_elsewhere", code)
     manager = plugins.create_manager(builtin, entry_points=True)
     assert "found" in [method.name for provided in manager.hook.qvlm_methods() for method in provided]
+
+
+class Wrapping(Coarse):
+    """Its hooks are pluggy's wrappers, of the new kind and the old; one is not."""
+
+    @hookimpl(wrapper=True)
+    def qvlm_methods(self):
+        answers = yield
+        return answers
+
+    @hookimpl(hookwrapper=True)
+    def qvlm_kernels(self):
+        yield
+
+    @hookimpl(wrapper=True)
+    def qvlm_topology(self, config):
+        return (yield)
+
+
+@pytest.mark.parametrize("hook", ["qvlm_methods", "qvlm_kernels", "qvlm_topology", "qvlm_quantized"])
+def test_hook_wrappers_are_told_and_left_out(monkeypatch, loaded, caplog, hook):
+    wrapping, quantized = Wrapping(), []
+    manager = plugins.create_manager(builtin, wrapping)
+    monkeypatch.setattr(plugins, "plugin_manager", lambda: manager)
+    plugins._tell.cache_clear()
+    asked = {
+        "qvlm_methods": lambda: "rtn" in plugins.methods(),
+        "qvlm_kernels": lambda: "reference" in backends.all_kernels(),
+        "qvlm_topology": lambda: plugins.topology(loaded.model.config) is not None,
+        "qvlm_quantized": lambda: plugins.tell_quantized(loaded, quantized) or len(wrapping.finished) == 1,
+    }
+    assert asked[hook]()
+    told = [record.message for record in caplog.records]
+    assert bool(told) == (hook != "qvlm_quantized")  # the one that is none
+    assert all("is left out: its" in message and hook in message for message in told)

@@ -35,8 +35,16 @@ def write_file(file: Path, blob: bytes) -> None:
 
     with _whole(file, make) as staging:
         staging.write_bytes(blob)
-        staging.chmod(0o644)
+        follow_umask(staging)
         staging.replace(file)
+
+
+def follow_umask(target: Path) -> None:
+    """Give a file, or a folder and all in it, the permissions of new ones; temporary ones are their owner's alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in (target, *target.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def make_folder(directory: Path) -> None:
@@ -89,7 +97,7 @@ def staged(directory: Path, replaces: bool = False) -> Iterator[Path]:
     """
     with _whole(directory, lambda prefix: tempfile.mkdtemp(_SUFFIX, prefix, directory.parent)) as staging:
         yield staging
-        staging.chmod(0o755)
+        follow_umask(staging)
         if not (replaces and directory.exists()):
             staging.replace(directory)  # takes the place of an empty folder
         else:

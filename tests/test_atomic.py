@@ -1,6 +1,8 @@
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qvlm_plugin import atomic
 from qvlm_plugin.atomic import make_folder, require_vacant, staged, write_file
@@ -16,7 +18,6 @@ def test_a_file_replaces_an_older_one_and_makes_its_folders(tmp_path):
     for content in (b"one", b"two"):
         write_file(file, content)
         assert file.read_bytes() == content and names(file.parent) == ["file"]
-    assert file.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_folder_is_there_at_the_end_only(tmp_path):
@@ -91,3 +92,20 @@ def test_what_cannot_be_made_is_one_line(tmp_path):
     with pytest.raises(QVLMError, match="is not an empty folder"):
         require_vacant(tmp_path / "file")
     require_vacant(tmp_path / "new")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_permissions_follow_the_umask(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        write_file(tmp_path / "file", b"1")
+        with staged(tmp_path / "folder") as folder:
+            (folder / "inner").mkdir(mode=0o700)
+            save_file({"x": torch.ones(1)}, folder / "inner" / "model.safetensors")
+            (folder / "inner" / "model.safetensors").chmod(0o600)  # as some versions of safetensors do
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.rglob("*")}
+    files, folders = 0o666 & ~mask, 0o777 & ~mask
+    assert modes == {"file": files, "folder": folders, "inner": folders, "model.safetensors": files}

@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset, Features, Image, List, Value
 from filelock import FileLock
 
+from qvlm_plugin.atomic import follow_umask
 from qvlm_plugin.demo import parts
 from qvlm_plugin.demo.questions import (
     SCIENCEQA,
@@ -208,6 +209,7 @@ def _put(target: Path, documents: Iterable[Document], write: Callable[[Path], No
         fresh.mkdir()
         write(fresh)
         (fresh / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        follow_umask(fresh)
         if target.exists():
             target.rename(Path(scratch) / "replaced")
         fresh.rename(target)

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qvlm_plugin.atomic import follow_umask
 from qvlm_plugin.cache import cache_root
 from qvlm_plugin.demo import parts
 from qvlm_plugin.errors import QVLMError
@@ -85,6 +86,7 @@ def build(directory: Path | None = None, bridge: Path | None = None) -> Path:
             model.to(torch.bfloat16).save_pretrained(fresh)
             processor.save_pretrained(fresh)
             (fresh / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+            follow_umask(fresh)
             if target.exists():
                 target.rename(Path(scratch) / "replaced")
             fresh.rename(target)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
 
-from qvlm_plugin.atomic import require_writable
+from qvlm_plugin.atomic import follow_umask, require_writable
 from qvlm_plugin.cache import cache_root
 from qvlm_plugin.demo import parts
 from qvlm_plugin.demo.model import IMAGE_TOKEN, IMAGE_TOKENS, LOW_RANK_SCALE, assemble
@@ -424,4 +424,5 @@ def _state(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW)
 def _write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
     save_file(dict(tensors), fresh, metadata=dict(metadata))
+    follow_umask(fresh)
     fresh.replace(file)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from qvlm_plugin.atomic import follow_umask
 from qvlm_plugin.doctor.fault import Fault, read_fault
 from qvlm_plugin.doctor.finding import Finding, Status
 from qvlm_plugin.doctor.tiny_llava import random_image, write_tiny_llava
@@ -99,6 +100,7 @@ def _failure(outcome: Outcome) -> Finding:
     log = outcome.log.read_bytes()
     with tempfile.NamedTemporaryFile(prefix="qvlm-doctor-", suffix=".log", delete=False) as kept:
         kept.write(log)
+    follow_umask(Path(kept.name))
     if outcome.results:
         fault = Fault("the results lack documents, or the record of what was quantized")
     else:

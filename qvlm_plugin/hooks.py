@@ -9,8 +9,8 @@ functions marked by `hookimpl`::
     def qvlm_methods():
         return [Method(name="mine", …)]
 
-A hook that raises is named in the log and left out, and so is a wrapper (``hookimpl(wrapper=True)``). docs/example-plugin
-is a package with hooks, explained in docs/add-a-method.md.
+A hook that raises is named in the log and left out, and so is a wrapper (``hookimpl(wrapper=True)``).
+docs/example-plugin is a package with hooks, explained in docs/add-a-method.md.
 """
 
 from typing import TYPE_CHECKING

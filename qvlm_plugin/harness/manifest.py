@@ -34,6 +34,6 @@ def _install_tasks() -> None:
         from qvlm_plugin.harness import system_instruction, tasks
 
         tasks.install()
-        system_instruction.install()
+        system_instruction.install_with_tasks()
     except Exception as error:  # with another lmms-eval; --include_path still finds them
         print(f"qvlm_plugin: its tasks need --include_path with this lmms-eval: {error!r}", file=sys.stderr)

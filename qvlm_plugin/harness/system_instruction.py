@@ -20,6 +20,21 @@ def install() -> None:
         wrap_once(evaluator, name, _refusing)
 
 
+def install_with_tasks() -> None:
+    """`install` once the task manager is made: before that, lmms-eval may still be in the middle of its imports."""
+    from lmms_eval.tasks import TaskManager
+
+    wrap_once(TaskManager, "__init__", _installing)
+
+
+def _installing(initialize: Callable) -> Callable:
+    def __init__(self: object, *args: Any, **kwargs: Any) -> None:
+        install()
+        initialize(self, *args, **kwargs)
+
+    return __init__
+
+
 def _refusing(evaluate: Callable) -> Callable:
     def refusing(*args: Any, **kwargs: Any) -> Any:
         model = next(iter(args), kwargs.get("model", kwargs.get("lm")))

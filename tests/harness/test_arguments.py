@@ -1,10 +1,11 @@
 import pytest
 from lmms_eval import evaluator
+from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import simple_parse_args_string
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.harness import system_instruction
 from qvlm_plugin.harness.arguments import parse_arguments
+from qvlm_plugin.harness.manifest import manifests
 from qvlm_plugin.harness.wrapper import QVLMChat
 
 
@@ -81,7 +82,8 @@ def test_the_harness_makes_the_model(tiny_llava):
 
 
 def test_a_system_instruction_is_refused_before_a_model_is_made():
-    system_instruction.install()
+    manifests()
+    TaskManager("ERROR")  # as lmms-eval makes one before it evaluates
     for model, wanted in (("qvlm_llava", QVLMError), ("no_such_model", Exception)):
         with pytest.raises(wanted) as caught:
             evaluator.simple_evaluate(model=model, tasks=[], system_instruction="Be brief.")

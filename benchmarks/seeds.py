@@ -113,8 +113,7 @@ def _keep_documents(file: Path, questions: Sequence[Question]) -> None:
         QVLMError: earlier cells were asked something else.
     """
     documents = {
-        task: [[one.id, (one.image or "")[:16], one.target] for one in questions if one.task == task]
-        for task in TASKS
+        task: [[one.id, (one.image or "")[:16], one.target] for one in questions if one.task == task] for task in TASKS
     }
     if not file.exists():
         write_file(file, json.dumps(documents).encode())

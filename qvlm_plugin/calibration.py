@@ -71,6 +71,14 @@ class CalibrationSet:
         pairs = zip(self.digests(), (sample.answer for sample in self.samples), strict=True)
         return hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()
 
+    def lengths(self, processor: ProcessorMixin) -> list[int]:
+        """How many tokens each sample has, images and answer included."""
+        return [
+            length
+            for inputs, _ in self.batches(processor, 1)
+            for length in inputs["attention_mask"].sum(dim=1).tolist()
+        ]
+
     def batches(self, processor: ProcessorMixin, batch_size: int) -> Iterator[tuple[BatchFeature, torch.Tensor]]:
         """Model inputs with answers, left-padded, and the bool mask [B, T] of the answers' tokens."""
         for start in range(0, len(self.samples), batch_size):

@@ -88,12 +88,14 @@ class CalibrationRecord(_Record):
         source, seed: where documents were drawn from, and how.
         digests: of the documents.
         conv: the prompt format (`LoadedModel.conv`); None in plans that are older than this field.
+        over_context: samples with more tokens than `LoadedModel.context`; None where that was not counted.
     """
 
     source: str
     seed: int
     digests: tuple[str, ...]
     conv: str | None = None
+    over_context: int | None = None
 
 
 class PlanFacts:
@@ -132,6 +134,7 @@ class PlanFacts:
                 "seed": self.calibration.seed,
                 "documents": len(self.calibration.digests),
                 "conv": self.calibration.conv,
+                "over_context": self.calibration.over_context,
             },
             "uncalibrated_expert_inputs": len(self.record.get("uncalibrated", ())),
             "search_seconds": self.search_seconds,

@@ -148,8 +148,10 @@ def _obtain(
 ) -> RoundingPlan:
     def search(workspace: Workspace) -> RoundingPlan:
         start = time.perf_counter()
+        over_context = calibration and _count_over_context(loaded, calibration)
         plan = request.method.fit(loaded, topology, request.scheme, calibration, request.options, workspace)
-        return replace(plan, search_seconds=time.perf_counter() - start)
+        record = plan.calibration and plan.calibration.model_copy(update={"over_context": over_context})
+        return replace(plan, calibration=record, search_seconds=time.perf_counter() - start)
 
     if cache is None:
         return search(Workspace())
@@ -166,6 +168,21 @@ def _obtain(
         plan.save(directory)
         workspace.discard()
         return plan
+
+
+def _count_over_context(loaded: LoadedModel, calibration: CalibrationSet) -> int:
+    """How many samples are longer than the model's context; says so where there are any."""
+    if loaded.context is None:
+        return 0
+    count = sum(length > loaded.context for length in calibration.lengths(loaded.processor))
+    if count:
+        Console(stderr=True).print(
+            f"calibration={calibration.source!r}: {count} of {len(calibration.samples)} samples have more tokens than "
+            f"the model's context of {loaded.context}",
+            markup=False,
+            soft_wrap=True,
+        )
+    return count
 
 
 def _cached(directory: Path) -> RoundingPlan | None:

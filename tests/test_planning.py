@@ -62,6 +62,19 @@ def test_the_second_run_loads_what_the_first_searched(loaded, calibration, tmp_p
     assert again.hash == first.hash and again.search_seconds == first.search_seconds > 0
 
 
+def test_samples_longer_than_the_context_are_counted(loaded, calibration, capsys):
+    request = planning.check_request("rtn", "w8a8", {"calibration_batch_size": 5})
+    assert planning.obtain_plan(loaded, request, calibration, None).calibration.over_context == 0
+    assert loaded.context == 512 and "context" not in capsys.readouterr().err
+    longest = max(calibration.lengths(loaded.processor))
+    text = planning.obtain_plan(replace(loaded, context=longest), request, calibration, None)
+    assert text.calibration.over_context == 0
+    plan = planning.obtain_plan(replace(loaded, context=longest - 1), request, calibration, None)
+    over = plan.calibration.over_context
+    assert over and plan.facts["calibration"]["over_context"] == over
+    assert f"{over} of 5 samples have more tokens than the model's context of {longest - 1}" in capsys.readouterr().err
+
+
 def test_a_damaged_cache_entry_is_searched_anew(loaded, calibration, tmp_path):
     request = planning.check_request("rtn", "w8a8", {"calibration_batch_size": 5})
     first = planning.obtain_plan(loaded, request, calibration, tmp_path)

@@ -22,6 +22,7 @@ import torch
 from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history, log_metrics
 from lmms_eval.utils import handle_non_serializable
+from loguru import logger
 from torch import nn
 
 from qvlm_plugin.conversation import Conversation
@@ -66,6 +67,7 @@ class Counts:
     Attributes:
         generated, found: per task, answers generated, and answers found in the response cache.
         unreadable: per task, how many of both its scorer cannot read.
+        over_context: per task, prompts encoded that have more tokens than the model's context.
         compared: what was compared with the calibration documents: task, document id and context.
         overlapping: names of those that are among them.
         tokens, seconds: generated tokens, and the time that generating them took.
@@ -76,6 +78,7 @@ class Counts:
     generated: Counter[str] = field(default_factory=Counter)
     found: Counter[str] = field(default_factory=Counter)
     unreadable: Counter[str] = field(default_factory=Counter)
+    over_context: Counter[str] = field(default_factory=Counter)
     compared: set[tuple[str, int, str]] = field(default_factory=set)
     overlapping: list[str] = field(default_factory=list)
     tokens: int = 0
@@ -94,6 +97,7 @@ class Counts:
             generated=sum((count.generated for count in counts), Counter()),
             found=sum((count.found for count in counts), Counter()),
             unreadable=sum((count.unreadable for count in counts), Counter()),
+            over_context=sum((count.over_context for count in counts), Counter()),
             compared=set().union(*(count.compared for count in counts)),
             overlapping=[name for count in counts for name in count.overlapping],
             tokens=sum(count.tokens for count in counts),
@@ -165,6 +169,12 @@ class RunRecord:
         if request.doc_id is not None and not request.is_padding and key not in self.counts.images:
             self.counts.images[key] = conversation.image_digest()
 
+    def measure(self, request: Request, length: int) -> None:
+        """Note how many tokens a prompt has."""
+        context = self.facts["context_length"]
+        if context is not None and length > context and not request.is_padding:
+            self.counts.over_context[request.task] += 1
+
     def count(self, request: Request, answer: str, tokens: int) -> None:
         """Note one generated answer."""
         self.counts.tokens += tokens
@@ -200,6 +210,11 @@ class RunRecord:
             "peak_memory_bytes": max(process["peak_memory_bytes"] for process in measured),
             "processes": len(measured),
         }
+        for task, count in self.counts.over_context.items() if processes.rank() == 0 else ():
+            logger.warning(
+                f"task {task}: {count} prompts have more tokens than the model's context of "
+                f"{self.facts['context_length']}; their answers mean little"
+            )
         seconds, tokens = self.counts.seconds, self.counts.tokens
         log_metrics(
             total_elapsed_time=seconds,
@@ -241,6 +256,7 @@ class RunRecord:
                 for task in counts.generated | counts.found
             },
             "generation": counts.generation,
+            "prompts_over_context": dict(counts.over_context),
             **self.measured,
         }
 

@@ -17,7 +17,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
-from transformers import PretrainedConfig, StoppingCriteriaList
+from transformers import BatchFeature, PretrainedConfig, StoppingCriteriaList
 
 from qvlm_plugin import backends, planning, plugins
 from qvlm_plugin.cache import sources_digest
@@ -303,6 +303,13 @@ class _QVLM(lmms):
             self.record.see(item, conversation)
         return conversations
 
+    def _measured(self, batch: Sequence[Request], inputs: BatchFeature) -> list[int]:
+        """How many tokens each prompt has; the record notes it."""
+        lengths = inputs["attention_mask"].sum(dim=1).tolist()
+        for item, length in zip(batch, lengths, strict=True):
+            self.record.measure(item, length)
+        return lengths
+
     @torch.inference_mode()
     def _answer(self, batch: Sequence[Request]) -> list[GenerationResult]:
         conversations, generation = self._conversations(batch), self._generation(batch[0])
@@ -312,7 +319,7 @@ class _QVLM(lmms):
         start = time.perf_counter()
         try:
             inputs, _ = encode(self._processor, conversations)
-            prompt_lengths, width = inputs["attention_mask"].sum(dim=1).tolist(), inputs["input_ids"].shape[1]
+            prompt_lengths, width = self._measured(batch, inputs), inputs["input_ids"].shape[1]
             stops = [StopAtText(generation.stops, tokenizer, width)] if generation.stops else []
             generate = partial(
                 self._model.generate,
@@ -343,6 +350,7 @@ class _QVLM(lmms):
         try:
             continuations = [as_text(self._processor.tokenizer, item.continuation) for item in batch]
             inputs, mask = encode(self._processor, conversations, continuations)
+            self._measured(batch, inputs)
             positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
             kept = int(mask.sum(dim=1).max())  # padding is on the left, so every continuation ends the row
             forward = partial(
@@ -397,6 +405,7 @@ class _QVLM(lmms):
             "image_processor": type(loaded.processor.image_processor).__name__,
             "prompt_format": "simple" if self.is_simple else "chat",
             "conv": loaded.conv,
+            "context_length": loaded.context,
             "router_noise_seed": arguments.router_noise_seed,
             "system_prompt": self._system_prompt,
             "eos_token_id": loaded.model.generation_config.eos_token_id,

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.memory import trim_heap
@@ -56,6 +57,8 @@ class LoadedModel:
         fingerprint: SHA-256 over all files that answers depend on: weights, configuration, tokenizer, processor, chat
             template and generation.
         prompt: name of the prompt format; None for a chat template of the checkpoint's own.
+        context: tokens that a prompt may have: the model's positions, or the fewer that its tokenizer is limited to;
+            None where neither is known.
     """
 
     model: PreTrainedModel
@@ -63,6 +66,7 @@ class LoadedModel:
     source: str
     fingerprint: str
     prompt: str | None = None
+    context: int | None = None
 
     @property
     def conv(self) -> str:
@@ -244,7 +248,13 @@ def load_weights(
     if device_map != "meta":
         answer(model, processor, source)
         trim_heap()
-    return LoadedModel(model, processor, checkpoint.pretrained, fingerprint, name_of(processor.chat_template))
+    prompt, context = name_of(processor.chat_template), _context(config, processor)
+    return LoadedModel(model, processor, checkpoint.pretrained, fingerprint, prompt, context)
+
+
+def _context(config: PretrainedConfig, processor: ProcessorMixin) -> int | None:
+    limits = (getattr(config.get_text_config(), "max_position_embeddings", None), processor.tokenizer.model_max_length)
+    return min((limit for limit in limits if isinstance(limit, int) and limit < VERY_LARGE_INTEGER), default=None)
 
 
 def _read_layout(

@@ -180,6 +180,9 @@ class OriginalCheckpoint:
                 f"{self.source}: prompts and answers have {last + 1} tokens, more than config.json's vocab_size={rows}"
             )
         _add(tokenizer, IMAGE)
+        # LLaVA's code cuts longer prompts off, images included; here they are counted (`LoadedModel.context`).
+        if (longest := self.values.get("tokenizer_model_max_length")) is not None:
+            tokenizer.model_max_length = longest
         return tokenizer
 
     def _image_processor(self) -> CLIPImageProcessorPil | LlavaImageProcessorPil:
@@ -221,6 +224,9 @@ def read_original(folder: Path, values: Mapping[str, Any], source: str) -> Origi
     text, prompt = _text_config(values, source)
     name = next(values[key] for key in TOWER_KEYS if values.get(key))
     tower = find_tower(name, folder, source)
+    longest = values.get("tokenizer_model_max_length")
+    if longest is not None and (not isinstance(longest, int) or longest < 1):
+        raise QVLMError(f"{source}: tokenizer_model_max_length={longest!r} is not a number of tokens")
     activation = _projector_activation(values, source)
     feature = values.get("mm_vision_select_feature", "patch")
     if feature not in ("patch", "cls_patch"):

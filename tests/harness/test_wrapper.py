@@ -176,6 +176,20 @@ def test_continuations_that_name_special_tokens_are_scored_as_text(simple):
     assert all(score.log_probability < 0 for score in simple.loglikelihood(requests))
 
 
+def test_prompts_longer_than_the_context_are_counted(make, tmp_path):
+    model = make(batch_size=2)
+    assert model.record.facts["context_length"] == 512
+    docs = [{"text": "why " * count, "images": [random_image(0)]} for count in (1, 130, 60, 140)]
+    model.generate_until(ask(model, docs, max_new_tokens=2))
+    assert model.record.counts.over_context == {"toy": 2}
+    messages = []
+    sink = logger.add(messages.append, level="WARNING", format="{message}")
+    model.record.finish(model._model)
+    logger.remove(sink)
+    assert any("task toy: 2 prompts have more tokens than the model's context of 512" in text for text in messages)
+    assert model.record.report({})["prompts_over_context"] == {"toy": 2}
+
+
 def test_until_cuts_the_answer_and_ends_generation(chat):
     docs, forty = documents(8), {"max_new_tokens": 40, "min_new_tokens": 40}
     free = chat.generate_until(ask(chat, docs, **forty))

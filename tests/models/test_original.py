@@ -203,6 +203,14 @@ def test_added_tokens_without_embeddings_are_allowed_where_no_prompt_has_them(fo
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("longest, context", [(None, 512), (300, 300), (2048, 512)])
+def test_the_context_is_the_shorter_of_positions_and_tokenizer_limit(folder, longest, context, tmp_path):
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "tokenizer_model_max_length": longest}))
+    assert load(str(folder)).context == context
+    assert load(str(convert(str(folder), tmp_path / "hf"))).context == context
+
+
 def test_the_image_processing_is_the_towers(folder):
     settings = {"size": 40, "crop_size": 28, "resample": 2, "image_mean": [0.1, 0.2, 0.3], "do_rescale": True}
     (folder / "tower" / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -345,6 +353,7 @@ def spoil(folder, change):
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres' is not supported .* pad and square"),
         ({"s2": True}, "s2=True is not supported in the original layout; supported is leaving it out or False"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type='spatial_unpad' .* leaving it out or 'flat'"),
+        ({"tokenizer_model_max_length": "long"}, "tokenizer_model_max_length='long' is not a number of tokens"),
         ({"mm_resampler_type": "perceiver"}, "mm_resampler_type='perceiver' is not supported .* leaving it out"),
         ({"mm_use_im_start_end": True}, "tokens, more than config.json's vocab_size"),
         ({"mm_vision_select_feature": "all"}, "mm_vision_select_feature='all' is not known"),

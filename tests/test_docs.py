@@ -170,3 +170,7 @@ def test_the_function_that_the_rows_call_gives_the_harness_its_arguments(tmp_pat
     words = done.stdout.split()
     assert words[words.index("--model_args") + 1] == "a=b,c=d" and words[words.index("--tasks") + 1] == "some_task"
     assert words[-1] == "results/table/row"
+    more = "evaluate a=b some_task row --gen_kwargs do_sample=true,temperature=0.2"
+    done = subprocess.run(["bash", "-c", script + "\n" + more], capture_output=True, text=True, check=True)
+    words = done.stdout.split()[len(words) :]
+    assert words[words.index("--gen_kwargs") + 1] == "do_sample=true,temperature=0.2" and words[-1] == "results/row"

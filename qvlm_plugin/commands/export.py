@@ -9,6 +9,7 @@ import typer
 from qvlm_plugin.commands.shared import (
     Conv,
     Dtype,
+    ImageAspectRatio,
     Images,
     MethodOptions,
     OneScheme,
@@ -50,6 +51,7 @@ def export(
     revision: Revision = None,
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
+    image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="Torch device, whose kernels are chosen from.")] = "cpu",
 ) -> None:
@@ -75,7 +77,8 @@ def export(
     backends.kernels(backend)
     found = None if plan is None else RoundingPlan.load(plan)
     request = planning.check_request(method, scheme, pairs(option)) if found is None else None
-    checkpoint = opened(pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed)
+    opening = {"revision": revision, "conv": conv, "router_noise_seed": router_noise_seed}
+    checkpoint = opened(pretrained, dtype, device, image_aspect_ratio=image_aspect_ratio, **opening)
     if found is not None:
         loaded = load_weights(checkpoint, dtype=dtype, device=device)
     else:

@@ -9,6 +9,7 @@ from qvlm_plugin.commands.shared import (
     Conv,
     Device,
     Dtype,
+    ImageAspectRatio,
     Images,
     MethodOptions,
     OneScheme,
@@ -35,6 +36,7 @@ def search(
     revision: Revision = None,
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
+    image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     device_map: Annotated[
@@ -56,7 +58,8 @@ def search(
 
     request = check_request(method, scheme, pairs(option))
     require_place(output)
-    checkpoint = opened(pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed)
+    opening = {"revision": revision, "conv": conv, "router_noise_seed": router_noise_seed}
+    checkpoint = opened(pretrained, dtype, device, image_aspect_ratio=image_aspect_ratio, **opening)
     placement = {"dtype": dtype, "device": device, "device_map": device_map}
     _, plans = obtain_plans({method: request}, calibration, images, seed, checkpoint, **placement)
     typer.echo(plans[method].save(output))

@@ -34,6 +34,9 @@ RouterNoiseSeed = Annotated[
     int | None,
     typer.Option(min=0, help="Seed of noise in the choice of experts (MoE-LLaVA); default: no noise."),
 ]
+ImageAspectRatio = Annotated[
+    str | None, typer.Option(help="square or pad instead of what a checkpoint in LLaVA's own layout says.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="Torch device.")]
 KeepGoing = Annotated[

@@ -40,6 +40,9 @@ class ModelArguments(BaseModel):
         None, description=f"prompt format instead of the checkpoint's: {', '.join(PROMPT_FORMATS)}"
     )
     router_noise_seed: int | None = Field(None, ge=0, description="seed of noise in the choice of experts; MoE-LLaVA")
+    image_aspect_ratio: str | None = Field(
+        None, description="square or pad instead of the checkpoint's; LLaVA's own layout"
+    )
     method: str = Field("none", description="quantization method")
     scheme: str = Field("w4a4", description="bit widths, for example w4a4+vision:w8a8")
     plan: Path | None = Field(None, description="folder of a saved rounding plan, instead of method and scheme")
@@ -61,7 +64,7 @@ class ModelArguments(BaseModel):
 
     @field_validator(
         "revision", "device", "device_map", "attn_implementation", "plan", "calibration", "images", "cache",
-        "system_prompt", "conv", "router_noise_seed", mode="before",
+        "system_prompt", "conv", "router_noise_seed", "image_aspect_ratio", mode="before",
     )  # fmt: skip
     @classmethod
     def _none_is_a_word(cls, value: object) -> object:

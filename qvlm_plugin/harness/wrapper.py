@@ -389,6 +389,7 @@ class _QVLM(lmms):
             trust_remote_code=arguments.trust_remote_code,
             conv=arguments.conv,
             router_noise_seed=arguments.router_noise_seed,
+            image_aspect_ratio=arguments.image_aspect_ratio,
             check_config=partial(_check_config, arguments),
         )
 
@@ -407,6 +408,7 @@ class _QVLM(lmms):
             "conv": loaded.conv,
             "context_length": loaded.context,
             "router_noise_seed": arguments.router_noise_seed,
+            "image_aspect_ratio": arguments.image_aspect_ratio,
             "system_prompt": self._system_prompt,
             "eos_token_id": loaded.model.generation_config.eos_token_id,
             "versions": provenance.versions(),

@@ -7,7 +7,7 @@ fingerprint identifies the model by content, wherever it lies.
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +91,7 @@ class Checkpoint:
         processor: ready to form prompts.
         original: what is in LLaVA's own layout; None in the Hugging Face layout.
         trust_remote_code: whether code that comes with it may run.
-        router_noise_seed: see `open_checkpoint`.
+        changes: what was asked for in place of what the files say, by names of `open_checkpoint`; None where nothing.
     """
 
     pretrained: str
@@ -101,7 +101,7 @@ class Checkpoint:
     processor: ProcessorMixin
     original: OriginalCheckpoint | None
     trust_remote_code: bool
-    router_noise_seed: int | None
+    changes: Mapping[str, Any]
 
     @property
     def source(self) -> str:
@@ -116,6 +116,7 @@ def open_checkpoint(
     trust_remote_code: bool = False,
     conv: str | None = None,
     router_noise_seed: int | None = None,
+    image_aspect_ratio: str | None = None,
     check_config: Callable[[PretrainedConfig], object] | None = None,
 ) -> Checkpoint:
     """Read the small files of a checkpoint, and check that prompts with images can be formed and fit the model.
@@ -127,6 +128,7 @@ def open_checkpoint(
         trust_remote_code: run code that comes with the checkpoint.
         conv: a prompt format (see `qvlm_plugin.models.prompts`) instead of the one that the checkpoint has.
         router_noise_seed: of the noise in the choice of experts, for models that have it; None routes without noise.
+        image_aspect_ratio: ``square`` or ``pad`` instead of what a checkpoint in LLaVA's own layout says.
         check_config: called with the configuration, to raise where it does not suit.
 
     Raises:
@@ -135,7 +137,7 @@ def open_checkpoint(
     prompt = None if conv is None else prompt_format(conv)
     source = f"pretrained={pretrained!r}"
     folder = local_folder(pretrained, source, revision)
-    original, config = _read_layout(folder, source, trust_remote_code)
+    original, config = _read_layout(folder, source, trust_remote_code, image_aspect_ratio)
     _set_router_noise(config, router_noise_seed, source)
     if check_config is not None:
         check_config(config)
@@ -148,32 +150,22 @@ def open_checkpoint(
     if original:
         config.image_token_index = processor.tokenizer.convert_tokens_to_ids(IMAGE)
     check_prompts(processor, config, source, trust_remote_code)
-    return Checkpoint(pretrained, revision, folder, config, processor, original, trust_remote_code, router_noise_seed)
+    changes = {"router_noise_seed": router_noise_seed, "image_aspect_ratio": image_aspect_ratio}
+    return Checkpoint(pretrained, revision, folder, config, processor, original, trust_remote_code, changes)
 
 
 def load(
     pretrained: str,
     *,
-    revision: str | None = None,
     dtype: str = AUTO,
     device: str | torch.device = "cpu",
     device_map: str | dict[str, Any] | None = None,
-    trust_remote_code: bool = False,
-    conv: str | None = None,
-    router_noise_seed: int | None = None,
-    check_config: Callable[[PretrainedConfig], object] | None = None,
     quantize: "QuantizeOnLoad | None" = None,
+    **opening: Any,
 ) -> LoadedModel:
-    """Open a checkpoint and load its weights: see `open_checkpoint` and `load_weights`."""
+    """Open a checkpoint and load its weights: see `open_checkpoint`, which takes ``opening``, and `load_weights`."""
     check_placement(dtype, device)
-    checkpoint = open_checkpoint(
-        pretrained,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        conv=conv,
-        router_noise_seed=router_noise_seed,
-        check_config=check_config,
-    )
+    checkpoint = open_checkpoint(pretrained, **opening)
     return load_weights(checkpoint, dtype=dtype, device=device, device_map=device_map, quantize=quantize)
 
 
@@ -215,7 +207,7 @@ def load_weights(
     folder = with_weights(checkpoint.pretrained, source, formats, checkpoint.revision)
     files = original.files() if original else weight_files(folder, formats, source)
     folders = [folder, original.tower.folder] if original else [folder]
-    fingerprint = _fingerprint([one for one in folders if one], files, checkpoint.router_noise_seed)
+    fingerprint = _fingerprint([one for one in folders if one], files, checkpoint.changes)
     placement = {
         "device_map": None if device_map == OFFLOAD else device_map,
         "attn_implementation": attn_implementation,
@@ -258,11 +250,15 @@ def _context(config: PretrainedConfig, processor: ProcessorMixin) -> int | None:
 
 
 def _read_layout(
-    folder: Path, source: str, trust_remote_code: bool
+    folder: Path, source: str, trust_remote_code: bool, image_aspect_ratio: str | None
 ) -> tuple[OriginalCheckpoint | None, PretrainedConfig]:
     """The configuration, and the checkpoint if it is in the original layout."""
     values = _read_config_file(folder, source)
     with parsed_elsewhere(f"{source}: config.json does not load"):
+        if image_aspect_ratio is not None:
+            if not is_original(values):
+                raise QVLMError(f"{source}: image_aspect_ratio is for checkpoints in LLaVA's own layout")
+            values["image_aspect_ratio"] = image_aspect_ratio
         if is_original(values):
             original = read_original(folder, values, source)
             return original, original.config
@@ -373,13 +369,14 @@ def _require_matching_keys(source: str, info: dict[str, Any]) -> None:
             raise QVLMError(f"{source}: {len(names)} weights are {what}, for example {', '.join(names[:3])}")
 
 
-def _fingerprint(folders: list[Path], weights: list[Path], router_noise_seed: int | None) -> str:
+def _fingerprint(folders: list[Path], weights: list[Path], changes: Mapping[str, Any]) -> str:
     sha = hashlib.sha256()
     for folder in folders:
         for file in small_files(folder):
             sha.update(f"{file.relative_to(folder).as_posix()}\0{_content_hash(file)}\n".encode())
-    if router_noise_seed is not None:  # another function of the same weights
-        sha.update(f"router_noise_seed={router_noise_seed}".encode())
+    for name, value in changes.items():
+        if value is not None:  # another function of the same weights
+            sha.update(f"{name}={value}".encode())
     for file in weights:
         sha.update(_content_hash(file).encode())
     return sha.hexdigest()

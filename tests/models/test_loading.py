@@ -75,10 +75,10 @@ def write(name, text):
     ],
 )
 def test_the_fingerprint_follows_all_that_answers_depend_on(tiny_llava, folder, edit):
-    before = _fingerprint([folder], [folder / "model.safetensors"], None)
+    before = _fingerprint([folder], [folder / "model.safetensors"], {})
     assert before == load(str(tiny_llava)).fingerprint
     edit(folder)
-    assert _fingerprint([folder], [folder / "model.safetensors"], None) != before
+    assert _fingerprint([folder], [folder / "model.safetensors"], {}) != before
 
 
 def test_the_fingerprint_leaves_out_what_no_answer_depends_on(tiny_llava, folder):

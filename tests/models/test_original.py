@@ -211,6 +211,27 @@ def test_the_context_is_the_shorter_of_positions_and_tokenizer_limit(folder, lon
     assert load(str(convert(str(folder), tmp_path / "hf"))).context == context
 
 
+def test_padding_can_be_chosen_and_makes_another_model(tmp_path, loaded):
+    folder = write_original_llava(tmp_path / "m", pads=True)
+    image = random_image(0, 40).resize((60, 30))
+    kinds = {
+        None: load(str(folder)),
+        **{kind: load(str(folder), image_aspect_ratio=kind) for kind in ("pad", "square")},
+    }
+    pixels = {
+        kind: encode(each.processor, [Conversation.from_prompt("a", [image])])[0]["pixel_values"]
+        for kind, each in kinds.items()
+    }
+    assert torch.equal(pixels[None], pixels["pad"]) and not torch.equal(pixels["pad"], pixels["square"])
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    assert torch.equal(pixels["square"], clip(images=[image], return_tensors="pt")["pixel_values"])
+    assert kinds["square"].fingerprint != kinds[None].fingerprint
+    with pytest.raises(QVLMError, match=r"image_aspect_ratio='wide' is not supported .* pad and square"):
+        load(str(folder), image_aspect_ratio="wide")
+    with pytest.raises(QVLMError, match="image_aspect_ratio is for checkpoints in LLaVA's own layout"):
+        load(loaded.source, image_aspect_ratio="pad")
+
+
 def test_the_image_processing_is_the_towers(folder):
     settings = {"size": 40, "crop_size": 28, "resample": 2, "image_mean": [0.1, 0.2, 0.3], "do_rescale": True}
     (folder / "tower" / "preprocessor_config.json").write_text(json.dumps(settings))

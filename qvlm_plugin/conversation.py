@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import normalizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.images import as_rgb
 
 IMAGE_PLACEHOLDER = "<image>"
-_MARK = "\ufdd0"
-"""A code point that Unicode will never make a character, for programs' own use."""
+_MARK, _LATE_MARK = "\ufdd0", "\ufdd1"
+"""Code points that Unicode will never make characters, for programs' own use."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +96,11 @@ def as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """
     if not tokenizer.is_fast:
         return text
-    text = text.replace(_MARK, "")
+    text = text.replace(_MARK, "").replace(_LATE_MARK, "")
     for token in tokenizer.added_tokens_decoder.values():
         if token.special and token.content in text:
-            text = text.replace(token.content, f"{token.content[0]}{_MARK}{token.content[1:]}")
+            mark = _LATE_MARK if token.normalized else _MARK
+            text = text.replace(token.content, f"{token.content[0]}{mark}{token.content[1:]}")
     return text
 
 
@@ -192,19 +193,21 @@ def encode(
 def _marks_removed(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[None]:
     """Let the tokenizer remove the marks of `as_text`.
 
-    A fast tokenizer looks for special tokens before it normalizes what lies between them, and there the marks go.
+    A fast tokenizer looks for special tokens before it normalizes what lies between them, and there the marks go. It
+    looks for some in normalized text, before it splits that: there the others go, and split the text where they were.
     """
-    if not any(_MARK in text for text in texts):
+    if not any(_MARK in text or _LATE_MARK in text for text in texts):
         yield
         return
     backend = tokenizer.backend_tokenizer
-    own = backend.normalizer
-    remove = normalizers.Replace(_MARK, "")
-    backend.normalizer = remove if own is None else normalizers.Sequence([remove, own])
+    normalizer, splitter = backend.normalizer, backend.pre_tokenizer
+    remove, split = normalizers.Replace(_MARK, ""), pre_tokenizers.Split(_LATE_MARK, "removed")
+    backend.normalizer = remove if normalizer is None else normalizers.Sequence([remove, normalizer])
+    backend.pre_tokenizer = split if splitter is None else pre_tokenizers.Sequence([split, splitter])
     try:
         yield
     finally:
-        backend.normalizer = own
+        backend.normalizer, backend.pre_tokenizer = normalizer, splitter
 
 
 def to_device(inputs: BatchFeature, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:

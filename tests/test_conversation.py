@@ -2,12 +2,24 @@ import pytest
 import torch
 from moe_llava import write_moe_llava
 from original_llava import write_original_llava
+from sentencepiece import SentencePieceProcessor
 from tiny_families import write_tiny_llava_onevision
 from tiny_llava import random_image
+from tokenizers import AddedToken
 
 from qvlm_plugin.conversation import Conversation, as_text, encode, render, render_answer
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import load
+
+
+def test_text_that_names_special_tokens_is_tokenized_as_any_text(tmp_path):
+    folder = write_original_llava(tmp_path / "m")
+    processor = load(str(folder), dtype="float32", conv="plain").processor
+    text = "is </s> or<image> <s>?"
+    inputs, _ = encode(processor, [Conversation.from_prompt(text)])
+    pieces = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))  # to which only text is text
+    assert inputs["input_ids"][0].tolist() == [1, *pieces.encode(f"{text}\n")]
+
 
 FRONT, INLINE = {"type": "image"}, {"type": "image", "inline": True}
 
@@ -51,8 +63,9 @@ def processor(request, loaded, tmp_path):
 
 def test_no_text_becomes_a_special_token(processor):
     tokenizer = processor.tokenizer
+    tokenizer.add_tokens([AddedToken("<odd>", special=True, normalized=True)], special_tokens=True)
     specials = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    assert {"<image>", tokenizer.eos_token} <= specials.keys()
+    assert {"<image>", "<odd>", tokenizer.eos_token} <= specials.keys()
     named = f"a {' '.join(specials)}{''.join(specials)}"
     images = [random_image(0)]
     plain, _ = encode(processor, [Conversation.from_prompt("q", images)])

@@ -102,6 +102,7 @@ def test_full_precision(full_precision):
     assert qvlm["stand_in"] is True
     assert qvlm["weight_bytes"] > 200_000 and qvlm["peak_memory_bytes"] > 10**8 and qvlm["processes"] == 1
     assert qvlm["image_processor"] == "CLIPImageProcessorPil"
+    assert (qvlm["context_length"], qvlm["prompts_over_context"]) == (512, {})
     assert {"torch", "transformers", "lmms_eval", "qvlm_plugin", "datasets"} <= qvlm["versions"].keys()
     throughput = full_precision["throughput"]
     assert throughput["total_gen_tokens"] > 0 and throughput["total_elapsed_time"] > 0
@@ -149,6 +150,7 @@ def test_several_runs_in_one_process(place, full_precision, printed):
         "seed": 3,
         "documents": 7,
         "conv": "the checkpoint's own",
+        "over_context": 0,
         "documents_compared": 20,
         "documents_also_evaluated": 0,
     }

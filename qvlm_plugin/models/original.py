@@ -291,7 +291,7 @@ def _moe_stablelm_config(values: Mapping[str, Any], source: str) -> MoEStableLmC
         )
     count, capacity = experts.pop(), moe.get("eval_capacity_factor", 1.0)  # DeepSpeed's default
     # An expert has room for 2 * capacity / count of the tokens (deepspeed/moe/sharded_moe.py, top2gating).
-    if not isinstance(capacity, int | float) or 2 * capacity < count:
+    if not (isinstance(capacity, int | float) and 2 * capacity >= count):  # not a number is refused too
         raise QVLMError(
             f"{source}: eval_capacity_factor={capacity} of moe drops tokens where an expert is chosen often, which is "
             f"not supported; with {count} experts nothing is dropped from {count / 2:g} on"

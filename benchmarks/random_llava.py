@@ -16,8 +16,13 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from qvlm_plugin.models.prompts import chat_template, prompt_format
+
 _PATCH = 14
 """Pixels a side."""
+
+_SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
+"""The tokenizer's first tokens."""
 
 _DECODERS = {
     "llava-1.5-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "layers": 32},
@@ -48,7 +53,7 @@ def config_of(layout: str, layers: int | None = None) -> LlavaConfig:
         text_config=LlamaConfig(
             vocab_size=32064, num_hidden_layers=layers or depth, max_position_embeddings=4096, **sizes
         ),
-        image_token_index=32000,
+        image_token_index=_SPECIAL.index("<image>"),
         image_seq_length=(tower["image_size"] // _PATCH) ** 2,
     )
 
@@ -83,12 +88,12 @@ def write_checkpoint(config: LlavaConfig, folder: Path) -> None:
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+        chat_template=chat_template(prompt_format("vicuna_v1")),
     ).save_pretrained(folder)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    alphabet = ["<pad>", "<s>", "</s>", "<image>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    alphabet = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(

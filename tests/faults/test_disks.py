@@ -10,7 +10,7 @@ import pytest
 from faults import work
 from faults.processes import finish, start, with_files_of_at_most, without_privileges
 from faults.test_kills import content
-from report.leaderboard.test_adding import facts
+from report.leaderboard.test_adding import compared, facts
 from report.leaderboard.written import write_run
 from tiny_llava import write_tiny_llava
 
@@ -21,7 +21,7 @@ def jobs(tmp_path_factory):
     place = tmp_path_factory.mktemp("disks")
     model = write_tiny_llava(place / "model", layers=1, vision_layers=2)
     assert finish(start(work.search, model, place)) == 0
-    results = write_run(place / "run", [1, 0, 1] * 200, facts())
+    results = write_run(place / "run", [1, 0, 1] * 200, facts(calibration=compared(600)))
     return {
         "search": lambda folder: (work.search, model, folder),
         "export": lambda folder: (work.write_checkpoint, model, place / "plan", folder),

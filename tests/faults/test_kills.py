@@ -16,7 +16,7 @@ import pytest
 from faults import work
 from faults.processes import dying_at, finish, start
 from hypothesis import settings
-from report.leaderboard.test_adding import facts
+from report.leaderboard.test_adding import compared, facts
 from report.leaderboard.written import write_run
 from report.stub_harness import write_stub
 from tiny_llava import write_tiny_llava
@@ -119,7 +119,7 @@ def test_exports(model, tmp_path):
 
 
 def test_additions_to_a_leaderboard(tmp_path):
-    results = write_run(tmp_path / "run", [1, 0, 1] * 200, facts())
+    results = write_run(tmp_path / "run", [1, 0, 1] * 200, facts(calibration=compared(600)))
 
     def check(folder):
         with suppress(QVLMError):  # none is there yet

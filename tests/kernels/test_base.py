@@ -33,25 +33,25 @@ def test_corrected_biases_keep_the_mean_output(kernel, weight, activation, bias)
     assert distance(mean) < 0.2 * distance(torch.zeros_like(mean))
 
 
-@pytest.mark.parametrize("activation", [A16, TOKEN8, STATIC, STATIC8], ids=str)
+KERNELS_WITH_WEIGHTS = [
+    (REFERENCE, NF), (REFERENCE, INT4_WEIGHT), (INT4, INT4_WEIGHT), (INT8, INT6_WEIGHT), (NF4, NF),
+    (INT4_FOLDED, INT4_WEIGHT),
+]  # fmt: skip
+SERVED = [
+    (kernel, weight, activation)
+    for kernel, weight in KERNELS_WITH_WEIGHTS
+    for activation in (A16, TOKEN8, STATIC, STATIC8)
+    if kernel.supports(weight, activation, (64, 256), CPU)
+]
+
+
 @pytest.mark.parametrize(
-    "kernel, weight",
-    [
-        (REFERENCE, NF),
-        (REFERENCE, INT4_WEIGHT),
-        (INT4, INT4_WEIGHT),
-        (INT8, INT6_WEIGHT),
-        (NF4, NF),
-        (INT4_FOLDED, INT4_WEIGHT),
-    ],
-    ids=lambda value: getattr(value, "name", None) or str(value),
+    "kernel, weight, activation", SERVED, ids=lambda value: getattr(value, "name", None) or str(value)
 )
 @pytest.mark.parametrize("tokens", [3, 70])
 def test_what_is_not_a_number_stays_none(kernel, weight, activation, tokens):
     """Codes are numbers whatever they were rounded from: an overflow would end in them unseen."""
     problem = Problem.draw(tokens=tokens)
-    if not kernel.supports(weight, activation, (64, 256), CPU):
-        pytest.skip("not one of the kernel's formats")
     mean = {"mean": problem.x.mean(dim=0)}
     right = problem.outputs(kernel, weight, activation, **mean)
     x = problem.x.clone()

@@ -31,9 +31,9 @@ def manifests() -> "list[ModelManifest]":
 
 def _install_tasks() -> None:
     try:
-        from qvlm_plugin.harness import system_instruction, tasks
+        from qvlm_plugin.harness import refused_options, tasks
 
         tasks.install()
-        system_instruction.install_with_tasks()
+        refused_options.install_with_tasks()
     except Exception as error:  # with another lmms-eval; --include_path still finds them
         print(f"qvlm_plugin: its tasks need --include_path with this lmms-eval: {error!r}", file=sys.stderr)

@@ -26,7 +26,7 @@ from qvlm_plugin.checkpoint import CheckpointRecord
 from qvlm_plugin.conversation import Conversation, as_text, encode, to_device
 from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.harness import likelihood, processes, provenance, response_cache, system_instruction
+from qvlm_plugin.harness import likelihood, processes, provenance, refused_options, response_cache
 from qvlm_plugin.harness.arguments import ModelArguments, check_stored, merge_arguments, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, plain_config, read_generation, steering
 from qvlm_plugin.harness.host import require_whole_images
@@ -144,7 +144,7 @@ class _QVLM(lmms):
         provenance.install()
         likelihood.install()
         response_cache.install()
-        system_instruction.install()
+        refused_options.install()
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> Self:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 from lmms_eval import evaluator
 from lmms_eval.tasks import TaskManager
@@ -6,7 +8,8 @@ from lmms_eval.utils import simple_parse_args_string
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness.arguments import parse_arguments
 from qvlm_plugin.harness.manifest import manifests
-from qvlm_plugin.harness.wrapper import QVLMChat
+from qvlm_plugin.harness.refused_options import _refusing
+from qvlm_plugin.harness.wrapper import QVLMChat, QVLMSimple
 
 
 def parse(text):
@@ -94,6 +97,19 @@ def test_a_system_instruction_is_refused_for_a_model_that_is_made_already(tiny_l
     model = QVLMChat(pretrained=str(tiny_llava), dtype="float32", device="cpu")
     with pytest.raises(QVLMError, match="system_prompt=TEXT"):
         evaluator.evaluate(lm=model, task_dict={}, system_instruction="Be brief.")
+
+
+@pytest.mark.parametrize("wrapper, refused", [(QVLMChat, True), (QVLMSimple, False)])
+def test_examples_that_the_chat_format_does_not_show_are_refused(tiny_llava, wrapper, refused):
+    model = wrapper(pretrained=str(tiny_llava), dtype="float32", device="cpu")
+    config = {"num_fewshot": 2}
+    task = SimpleNamespace(get_config=config.get, dump_config=lambda: config, VERSION=1)
+    evaluate = _refusing(lambda **_: "evaluated")
+    if refused:
+        with pytest.raises(QVLMError, match=r"task quiz asks for 2 examples.*--force_simple"):
+            evaluate(lm=model, task_dict={"group": {"quiz": task}})
+        config["num_fewshot"] = 0
+    assert evaluate(lm=model, task_dict={"group": {"quiz": task}}) == "evaluated"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""Options of lmms-eval that a prompt would not show are refused for this package's models.
+
+lmms-eval writes ``--system_instruction`` and the examples of ``--num_fewshot`` in front of a prompt's text, which only
+its "simple" format hands to a model: in the chat format samples show what the model never saw.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lmms_eval import evaluator
+from lmms_eval.evaluator_utils import get_task_list
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness.host import wrap_once
+from qvlm_plugin.harness.manifest import MODEL_ID
+
+
+def install() -> None:
+    """Refuse them before a model is made and, where that was too late to install, before it answers."""
+    for name in ("simple_evaluate", "evaluate"):
+        wrap_once(evaluator, name, _refusing)
+
+
+def install_with_tasks() -> None:
+    """`install` once the task manager is made: before that, lmms-eval may still be in the middle of its imports."""
+    from lmms_eval.tasks import TaskManager
+
+    wrap_once(TaskManager, "__init__", _installing)
+
+
+def _installing(initialize: Callable) -> Callable:
+    def __init__(self: object, *args: Any, **kwargs: Any) -> None:
+        install()
+        initialize(self, *args, **kwargs)
+
+    return __init__
+
+
+def _refusing(evaluate: Callable) -> Callable:
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        model = next(iter(args), kwargs.get("model", kwargs.get("lm")))
+        if model == MODEL_ID or type(model).__module__.startswith("qvlm_plugin."):
+            _check(model, kwargs)
+        return evaluate(*args, **kwargs)
+
+    return refusing
+
+
+def _check(model: Any, options: Mapping[str, Any]) -> None:
+    """Raise QVLMError where options of an evaluation would not be shown; ``model`` is a name or has been made."""
+    if options.get("system_instruction") is not None:
+        raise QVLMError("--system_instruction is not shown to the model; write model argument system_prompt=TEXT")
+    if getattr(model, "is_simple", True):  # not known yet, or examples are shown
+        return
+    for output in get_task_list(options.get("task_dict") or {}):
+        if output.task is not None and (count := output.task.get_config("num_fewshot")):
+            raise QVLMError(
+                f"task {output.task_name} asks for {count} examples (--num_fewshot), which lmms-eval shows in its "
+                "simple format only; add --force_simple"
+            )

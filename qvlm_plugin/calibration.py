@@ -250,6 +250,6 @@ def _placed(question: str, count: int, source: str) -> str:
 
 
 def _placeholders(turn: Any) -> int:
-    """How many images a turn of a conversation places."""
-    text = turn.get("value") if isinstance(turn, dict) else None
+    """How many images a turn of a conversation places; an answer places none, whatever it mentions."""
+    text = turn.get("value") if isinstance(turn, dict) and turn.get("from") == "human" else None
     return text.count(IMAGE_PLACEHOLDER) if isinstance(text, str) else 0

@@ -159,7 +159,8 @@ def check_plan(
     if plan.model != fingerprint:
         raise QVLMError(
             f"plan was made for another model: its fingerprint is {plan.model[:12]}…, that of the loaded model "
-            f"{fingerprint[:12]}…; weights, configuration, tokenizer, processor, chat template or generation differ"
+            f"{fingerprint[:12]}…; its files, image_aspect_ratio or router_noise_seed differ, or the plan is of an "
+            "earlier version of qvlm_plugin, which knew models by fewer files"
         )
     linears = linear_layers(model)
     _require_same_linears(plan, linears)

@@ -219,3 +219,11 @@ def test_an_image_is_shown_with_the_question_that_places_it(folder):
     three = {"image": ["4.png", "5.png", "0.png"], "conversations": [*hello, *both, *turns("last")]}
     assert shown(folder, **three) == ([4, 5], "both")
     assert shown(folder, image="3.png", conversations=hello) == ([3], "hello")
+
+
+def test_an_answer_places_no_image(folder):
+    assert shown(folder, image="3.png", conversations=turns("Write <image>.", question="How?"))[0] == [3]
+    tag = turns("the <image> tag", question="Hi") + turns("y", question="B?")
+    assert shown(folder, image="3.png", conversations=tag) == ([3], "the <image> tag")
+    two = turns("Tag <image>", "y")
+    assert shown(folder, image=["1.png", "2.png"], conversations=two) == ([1], "Tag <image>")

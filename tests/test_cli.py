@@ -51,6 +51,8 @@ def test_search_writes_a_plan_that_inspect_prints(tiny_llava, rows, tmp_path):
         (("search", "out", "--pretrained", "/absent", "--option", "foo=1"), "unknown argument 'foo'"),
         (("search", "out", "--pretrained", "/absent", "--device", "gpu"), "device='gpu' is not a device; write cpu"),
         (("search", "out", "--pretrained", "/absent", "--device", "cuda:97"), "this machine has .* CUDA devices"),
+        (("search", "out", "--pretrained", "/absent", "--device", "meta"), "has no memory for weights"),
+        (("search", "out", "--pretrained", "/absent", "--device", "hpu"), "device='hpu' cannot be used here"),
         (("export", "out", "--pretrained", "/absent", "--method", "rtn", "--device", "hip:x"), "is not a device"),
         (("search", "/dev/null/plan", "--pretrained", "/absent"), "'/dev/null' cannot be written"),
         (("export", "/proc/out", "--pretrained", "/absent", "--method", "rtn"), "'/proc/out' cannot be written"),

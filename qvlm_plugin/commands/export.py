@@ -77,8 +77,10 @@ def export(
     backends.kernels(backend)
     found = None if plan is None else RoundingPlan.load(plan)
     request = planning.check_request(method, scheme, pairs(option)) if found is None else None
-    opening = {"revision": revision, "conv": conv, "router_noise_seed": router_noise_seed}
-    checkpoint = opened(pretrained, dtype, device, image_aspect_ratio=image_aspect_ratio, **opening)
+    checkpoint = opened(
+        pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+        image_aspect_ratio=image_aspect_ratio,
+    )  # fmt: skip
     if found is not None:
         loaded = load_weights(checkpoint, dtype=dtype, device=device)
     else:

@@ -58,8 +58,10 @@ def search(
 
     request = check_request(method, scheme, pairs(option))
     require_place(output)
-    opening = {"revision": revision, "conv": conv, "router_noise_seed": router_noise_seed}
-    checkpoint = opened(pretrained, dtype, device, image_aspect_ratio=image_aspect_ratio, **opening)
+    checkpoint = opened(
+        pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+        image_aspect_ratio=image_aspect_ratio,
+    )  # fmt: skip
     placement = {"dtype": dtype, "device": device, "device_map": device_map}
     _, plans = obtain_plans({method: request}, calibration, images, seed, checkpoint, **placement)
     typer.echo(plans[method].save(output))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from qvlm_plugin.errors import QVLMError
 
@@ -21,8 +21,6 @@ _STOP_KEYS = ("until", "stop_sequences", "stop_strings")
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _NOT_FOR_US = ("image_aspect_ratio",)
 """What task definitions set for other models' image processing."""
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-_CHANGES_NO_ANSWER = (*_TOKENS, "use_cache", "transformers_version")
 
 Texts = str | list[str]
 Tokens = list[int]
@@ -128,20 +126,6 @@ def read_generation(
     return Generation(
         {**arguments, "do_sample": bool(samples)}, tuple(stop for stop in stops if stop), skip_special_tokens, seed
     )
-
-
-def plain_config(config: GenerationConfig) -> GenerationConfig:
-    """What is left of a checkpoint's configuration: its tokens."""
-    return GenerationConfig(**{name: getattr(config, name, None) for name in _TOKENS})
-
-
-def steering(config: GenerationConfig) -> dict[str, Any]:
-    """What a checkpoint's configuration asks for, as far as `plain_config` leaves it out."""
-    return {
-        name: value
-        for name, value in config.to_dict().items()
-        if value not in (None, False) and not name.startswith("_") and name not in _CHANGES_NO_ANSWER
-    }
 
 
 def _explain(error: ValidationError) -> str:

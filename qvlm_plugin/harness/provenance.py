@@ -256,7 +256,10 @@ class RunRecord:
                 for task in counts.generated | counts.found
             },
             "generation": counts.generation,
-            "prompts_over_context": dict(counts.over_context),
+            "prompts_over_context": {
+                task: None if counts.found[task] else counts.over_context[task]
+                for task in counts.generated | counts.found | counts.over_context
+            },
             **self.measured,
         }
 

@@ -22,6 +22,7 @@ from qvlm_plugin.harness import processes
 from qvlm_plugin.harness.host import set_response_key, wrap_once
 from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.manifest import MODEL_ID
+from qvlm_plugin.models.finite import OverflowingModelError
 from qvlm_plugin.progress import Progress
 
 _MERGED = ".merged"
@@ -80,6 +81,8 @@ def _by_batches(execute: Callable) -> Callable:
                     batch = execute(self, SimpleNamespace(**{reqtype: ask}), reqtype, [requests[row] for row in rows])
                 except Exception as error:  # one bad document; the others' answers shall be there when it is mended
                     failures.append(error)
+                    if isinstance(error.__cause__, OverflowingModelError):
+                        break
                     continue
                 for row, response in zip(rows, batch, strict=True):
                     responses[row] = _as_given(reqtype, response)

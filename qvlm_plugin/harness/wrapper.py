@@ -28,7 +28,7 @@ from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import likelihood, processes, provenance, refused_options, response_cache
 from qvlm_plugin.harness.arguments import ModelArguments, check_stored, merge_arguments, parse_arguments
-from qvlm_plugin.harness.generation import Generation, StopAtText, plain_config, read_generation, steering
+from qvlm_plugin.harness.generation import Generation, StopAtText, read_generation
 from qvlm_plugin.harness.host import require_whole_images
 from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.requests import (
@@ -42,6 +42,7 @@ from qvlm_plugin.harness.requests import (
 from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.hf_quantizer import QUANT_METHOD, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
+from qvlm_plugin.models.decoding import plain_config, steering
 from qvlm_plugin.models.finite import finite
 from qvlm_plugin.models.loading import Checkpoint, LoadedModel, load_weights, open_checkpoint
 from qvlm_plugin.models.placement import check_placement, device_name, execution_device

@@ -12,6 +12,7 @@ from transformers import BatchFeature, PretrainedConfig, PreTrainedModel, Proces
 
 from qvlm_plugin.conversation import Conversation, encode, to_device
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.models.decoding import plain_config
 from qvlm_plugin.models.finite import finite
 from qvlm_plugin.models.placement import empty_model, execution_device
 from qvlm_plugin.reading import parsed_elsewhere
@@ -57,9 +58,14 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, source: str) -> No
         QVLMError: it fails, or what the model computes is not finite.
     """
     inputs = to_device(_encode(processor, source), execution_device(model), model.dtype)
-    how = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "pad_token_id": processor.tokenizer.pad_token_id}
-    with parsed_elsewhere(f"{source}: a prompt with an image cannot be answered"):
-        finite(model, lambda: model.generate(**inputs, **how))
+    how = {"max_new_tokens": 1, "pad_token_id": processor.tokenizer.pad_token_id}
+    own = model.generation_config
+    model.generation_config = plain_config(own)
+    try:
+        with parsed_elsewhere(f"{source}: a prompt with an image cannot be answered"):
+            finite(model, lambda: model.generate(**inputs, **how))
+    finally:
+        model.generation_config = own
 
 
 def _encode(processor: ProcessorMixin, source: str) -> BatchFeature:

@@ -19,6 +19,10 @@ from qvlm_plugin.errors import QVLMError
 T = TypeVar("T")
 
 
+class OverflowingModelError(QVLMError):
+    """The model computes what is not finite: other documents need not be tried."""
+
+
 class _NotFiniteError(Exception):
     """The message names what is not finite."""
 
@@ -30,7 +34,7 @@ def finite(model: PreTrainedModel, run: Callable[[], T]) -> T:
     called a second time to find the first layer.
 
     Raises:
-        QVLMError: logits of a token that is not padding are not finite; the message names the first layer.
+        OverflowingModelError: logits of a token that is not padding are not finite; the message names the first layer.
     """
     try:
         with _removing([model.register_forward_hook(_check_logits, with_kwargs=True)]):
@@ -44,7 +48,7 @@ def finite(model: PreTrainedModel, run: Callable[[], T]) -> T:
         first = str(error)
     dtype = str(model.dtype).removeprefix("torch.")
     advice = "; use dtype=bfloat16 or float32" if model.dtype == torch.float16 else ""
-    raise QVLMError(f"{first} not finite in {dtype}{advice}")
+    raise OverflowingModelError(f"{first} not finite in {dtype}{advice}")
 
 
 def _check_logits(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:

@@ -293,8 +293,8 @@ def _moe_stablelm_config(values: Mapping[str, Any], source: str) -> MoEStableLmC
     # An expert has room for 2 * capacity / count of the tokens (deepspeed/moe/sharded_moe.py, top2gating).
     if not (isinstance(capacity, int | float) and 2 * capacity >= count):  # not a number is refused too
         raise QVLMError(
-            f"{source}: eval_capacity_factor={capacity} of moe drops tokens where an expert is chosen often, which is "
-            f"not supported; with {count} experts nothing is dropped from {count / 2:g} on"
+            f"{source}: eval_capacity_factor={capacity!r} of moe drops tokens where an expert is chosen often, which "
+            f"is not supported; with {count} experts it must be a number of at least {count / 2:g}"
         )
     return MoEStableLmConfig(
         vocab_size=values["vocab_size"],

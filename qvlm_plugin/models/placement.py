@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrain
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.dtypes import DTYPES
+from qvlm_plugin.reading import one_line
 
 
 def check_placement(dtype: str, device: str | torch.device) -> torch.device:
@@ -33,6 +34,12 @@ def check_placement(dtype: str, device: str | torch.device) -> torch.device:
         raise QVLMError(f"device={device!r} is not a device; write cpu, cuda or cuda:N") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise QVLMError(f"device={str(device)!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if found.type == "meta":
+        raise QVLMError("device='meta' has no memory for weights; write cpu, cuda or cuda:N")
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch was built without it, or finds none
+        raise QVLMError(f"device={str(device)!r} cannot be used here: {one_line(error)}") from error
     return found
 
 

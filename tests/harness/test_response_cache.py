@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from harness.test_wrapper import ask, documents, instance, score, texts
 from lmms_eval.api.instance import Instance
 from lmms_eval.caching.response_cache import ResponseCache
@@ -85,6 +86,17 @@ def test_a_failing_generation_does_not_lose_the_others(make, open_cache, monkeyp
     assert again.record.counts.generated == {"toy": 1} and again.record.counts.found == {"toy": 5}
 
 
+def test_a_model_that_overflows_ends_the_run(make, open_cache, monkeypatch):
+    model, tried = make(dtype="float16"), []
+    with torch.no_grad():
+        model._model.get_submodule("model.language_model.layers.1.mlp.down_proj").weight.fill_(6e4)
+    answer = model._answer
+    monkeypatch.setattr(model, "_answer", lambda batch: tried.append(batch) or answer(batch))
+    with pytest.raises(RuntimeError, match="is not finite in float16"):
+        run(open_cache(), model, documents(6))
+    assert len(tried) == 1
+
+
 def test_answers_of_a_killed_run_are_there(make, open_cache):
     docs, model = documents(4), make()
     open_cache().execute(model, "generate_until", ask(model, docs[:3]))  # and no end
@@ -114,6 +126,8 @@ def test_a_resumed_run_knows_what_a_whole_one_does(make, open_cache, monkeypatch
     assert counts.found["toy"] + counts.generated["toy"] == whole.record.counts.generated["toy"] == 8
     assert counts.found["toy"] >= 7  # lmms-eval does not keep empty answers
     images = resumed.record.counts.images
+    assert resumed.record.report({})["prompts_over_context"] == {"toy": None}
+    assert whole.record.report({})["prompts_over_context"] == {"toy": 0}
     assert images["toy", 1] == images["toy", 3] != images["toy", 2] and images["toy", 0] is None
 
     guarded = make(batch_size=4)

@@ -124,3 +124,10 @@ def test_the_dry_run_draws_no_random_numbers(folder):
     state = torch.get_rng_state()
     load(str(folder))
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("steered", [{"stop_strings": ["x"]}, {"num_return_sequences": 2, "do_sample": True}])
+def test_what_evaluation_does_not_follow_keeps_no_model_from_loading(folder, steered):
+    change(folder / "generation_config.json", lambda content: content.update(steered))
+    config = load(str(folder), dtype="float32").model.generation_config
+    assert {name: getattr(config, name) for name in steered} == steered

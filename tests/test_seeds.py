@@ -73,3 +73,12 @@ def test_the_table_pairs_each_seed_with_its_own_baseline(benchmarks, tmp_path, c
     (row,) = (line for line in printed.splitlines() if line.startswith("| awq"))
     assert "| 32 | 2 | one | 80.0 ±" in row and "(70.0 to 90.0) | +17.5 [" in row  # 6 and 8 of 40 more
     assert "| full precision |  |  | one | 100.0 ±" in printed
+
+
+def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, capsys):
+    seeds, _ = benchmarks
+    docs = FOLDER.parent / "docs"
+    seeds.show_table([*seeds.draws(list(seeds.METHODS), [32, 64], [0, 1, 2])], docs / "seeds", "qlora")
+    table, _ = capsys.readouterr().out.split("\n\n")
+    assert table.count("| average |") >= 5
+    assert table in (docs / "results-demo.md").read_text()

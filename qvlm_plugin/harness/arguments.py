@@ -162,6 +162,6 @@ def _explain(problem: Mapping[str, Any]) -> str:
     if problem["type"] in ("string_type", "path_type") and isinstance(value, int | float):
         return (
             f"{name}={value!r}: lmms-eval reads this value as a number; it must be text ({description}), "
-            "so write a folder as ./NAME and a revision as its full commit hash"
+            "so a folder is written as ./NAME and a revision as its full commit hash"
         )
     return f"{name}={value!r}: {problem['msg'].lower()} ({description})"

@@ -211,9 +211,10 @@ class RunRecord:
             "processes": len(measured),
         }
         for task, count in self.counts.over_context.items() if processes.rank() == 0 else ():
+            context = self.facts["context_length"]
             logger.warning(
-                f"task {task}: {count} prompts have more tokens than the model's context of "
-                f"{self.facts['context_length']}; their answers mean little"
+                f"task {task}: prompts with more tokens than the model's context of {context}: {count}; their answers "
+                "mean little"
             )
         seconds, tokens = self.counts.seconds, self.counts.tokens
         log_metrics(

@@ -38,7 +38,7 @@ def _installing(initialize: Callable) -> Callable:
 
 def _refusing(evaluate: Callable) -> Callable:
     def refusing(*args: Any, **kwargs: Any) -> Any:
-        model = next(iter(args), kwargs.get("model", kwargs.get("lm")))
+        model = args[0] if args else kwargs.get("model", kwargs.get("lm"))
         if model == MODEL_ID or type(model).__module__.startswith("qvlm_plugin."):
             _check(model, kwargs)
         return evaluate(*args, **kwargs)

@@ -36,7 +36,7 @@ def local_folder(name: str, source: str, revision: str | None = None, files: Seq
 
 
 def small_files(folder: Path) -> list[Path]:
-    """What a folder's model is beside its weights: `SMALL_FILES`, further chat templates, and code of its own."""
+    """A model's files beside its weights: `SMALL_FILES`, further chat templates, and code of its own."""
     patterns = (*SMALL_FILES, "additional_chat_templates/*.jinja", "*.py")
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 

@@ -218,8 +218,8 @@ def read_original(folder: Path, values: Mapping[str, Any], source: str) -> Origi
     for key, allowed in _SUPPORTED.items():
         if (value := values.get(key)) not in (None, *allowed):
             raise QVLMError(
-                f"{source}: {key}={value!r} is not supported in the original layout; supported is leaving it out"
-                + "".join(f" or {one!r}" for one in allowed)
+                f"{source}: {key}={value!r} is not supported in the original layout; leave it out"
+                + "".join(f" or set it to {one!r}" for one in allowed)
             )
     text, prompt = _text_config(values, source)
     name = next(values[key] for key in TOWER_KEYS if values.get(key))

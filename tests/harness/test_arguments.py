@@ -46,7 +46,7 @@ def test_defaults_and_none():
         ),
         ("pretrained=x,colour=red", "unknown model argument 'colour'; allowed are pretrained, revision"),
         ("pretrained=x,method=rtn,grupsize=4", "unknown model argument 'grupsize'.*for method=rtn: .*group_size"),
-        ("pretrained=007", "pretrained=7: lmms-eval reads this value as a number.*write a folder as ./NAME"),
+        ("pretrained=007", "pretrained=7: lmms-eval reads this value as a number.*a folder is written as ./NAME"),
         ("pretrained=x,revision=1.10", "revision=1.1: .*full commit hash"),
         ("pretrained=x,seed=-1", "seed=-1"),
         ("pretrained=x,allow_overlap=maybe", "allow_overlap='maybe': .*boolean"),

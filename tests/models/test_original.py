@@ -373,7 +373,7 @@ def spoil(folder, change):
         ({"mm_projector_type": "resampler"}, "'resampler' is not known; known are linear and mlp2x_gelu"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres' is not supported .* pad and square"),
         ({"s2": True}, "s2=True is not supported in the original layout; leave it out or set it to False"),
-        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type='spatial_unpad' .* leave it out or set it to 'flat'"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type='spatial_unpad' .* set it to 'flat'"),
         ({"tokenizer_model_max_length": "long"}, "tokenizer_model_max_length='long' is not a number of tokens"),
         ({"mm_resampler_type": "perceiver"}, "mm_resampler_type='perceiver' is not supported .* leave it out"),
         ({"mm_use_im_start_end": True}, "tokens, more than config.json's vocab_size"),

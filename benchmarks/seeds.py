@@ -35,8 +35,8 @@ from qvlm_plugin.report.running import run_cells
 from qvlm_plugin.report.runs import Cell, Setting
 from qvlm_plugin.report.samples import Document, RunSamples, read_samples
 
-_KEPT = {"veo_checkpointing": False}  # the same plans; the tower's training is a quarter faster and takes more memory
-METHODS = {"qlora": {}, "awq": {"weights": "nf"}, "qvlm": _KEPT, "qvlm_jacobian": _KEPT}
+_FASTER = {"veo_checkpointing": False}  # the same plans; the tower's training is a quarter faster and takes more memory
+METHODS = {"qlora": {}, "awq": {"weights": "nf"}, "qvlm": _FASTER, "qvlm_jacobian": _FASTER}
 """Methods with their options; the weights of all of them are normal-float."""
 
 SCHEME, METRIC = "w4a4", "exact_match"

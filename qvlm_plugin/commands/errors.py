@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import one_line
 
 SWITCH = "QVLM_TRACEBACK"
 """The environment variable that shows tracebacks."""
@@ -45,7 +46,7 @@ def _is_for_typer(error: Exception) -> bool:
 
 def _unexpected(error: Exception) -> str:
     """What it says, what it was about (its notes), where in this package it came from, and how to see more."""
-    said = " ".join(str(error).split())[:300]
+    kind, said = type(error).__name__, one_line(error)
     ours = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -53,5 +54,5 @@ def _unexpected(error: Exception) -> str:
     ]
     places = [" ".join(note.split()) for note in getattr(error, "__notes__", ())]
     places += [f"{Path(ours[-1].filename).relative_to(_PACKAGE.parent)}, line {ours[-1].lineno}"] if ours else []
-    what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    what = kind if said == kind else f"{kind}: {said}"
     return f"{what} ({'; '.join(places)}); {SWITCH}=1 in the environment shows the traceback"

@@ -7,6 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import one_line
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 """Configuration, tokenizer, processor and generation."""
@@ -31,7 +32,7 @@ def local_folder(name: str, source: str, revision: str | None = None, files: Seq
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise QVLMError(f"{source} is neither a folder nor a hub model that can be reached: {reason}") from error
 
 

@@ -86,7 +86,6 @@ class Checkpoint:
 
     Attributes:
         pretrained, revision: what was named.
-        folder: the local copy, in which weights may be missing yet.
         config: of the model.
         processor: ready to form prompts.
         original: what is in LLaVA's own layout; None in the Hugging Face layout.
@@ -96,7 +95,6 @@ class Checkpoint:
 
     pretrained: str
     revision: str | None
-    folder: Path
     config: PretrainedConfig
     processor: ProcessorMixin
     original: OriginalCheckpoint | None
@@ -151,7 +149,7 @@ def open_checkpoint(
         config.image_token_index = processor.tokenizer.convert_tokens_to_ids(IMAGE)
     check_prompts(processor, config, source, trust_remote_code)
     changes = {"router_noise_seed": router_noise_seed, "image_aspect_ratio": image_aspect_ratio}
-    return Checkpoint(pretrained, revision, folder, config, processor, original, trust_remote_code, changes)
+    return Checkpoint(pretrained, revision, config, processor, original, trust_remote_code, changes)
 
 
 def load(

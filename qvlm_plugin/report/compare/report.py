@@ -104,14 +104,20 @@ def _cells(one: Compared) -> tuple[str, ...]:
 
 def _seeds_cells(one: OverSeeds) -> tuple[str, ...]:
     row = one.pooled
-    head = (one.model, one.method, one.scheme, one.task, str(row.seeds), estimate_text(row.score, row.scale))
-    head = (*head, spread_text(row))
+    of = (one.model, one.method, one.scheme, one.task)
+    head = (*of, str(row.seeds), estimate_text(row.score, row.scale), spread_text(row))
     if one.baseline is None:
         return (*head, *("" for _ in SEEDS_HEADER[len(head) :]))
     adjusted = "" if one.adjusted is None else p_text(one.adjusted, row.unknown)
-    tests = (p_text(row.t_p, row.unknown), adjusted, p_text(row.sign_flip_p, row.unknown))
-    tests = (difference_text(row.difference, row.scale), *tests)
-    return (*head, *tests, f"{row.agreeing} of {row.seeds}", flips_text(row.flips))
+    return (
+        *head,
+        difference_text(row.difference, row.scale),
+        p_text(row.t_p, row.unknown),
+        adjusted,
+        p_text(row.sign_flip_p, row.unknown),
+        f"{row.agreeing} of {row.seeds}",
+        flips_text(row.flips),
+    )
 
 
 def _verdicts(grid: CompareGrid, pooled: Sequence[OverSeeds], baseline: str) -> list[str]:

@@ -29,6 +29,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.export import write_folder
 from qvlm_plugin.kernels.base import corrected_bias
 from qvlm_plugin.kernels.reference import REFERENCE, quantized_values
+from qvlm_plugin.models.dry_run import answer
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, begin_applying, parameters_of
 from qvlm_plugin.plan_header import ModulePlan
@@ -78,7 +79,8 @@ def export_compressed_tensors(
         How many modules have each format.
 
     Raises:
-        QVLMError: the format cannot express a module, the folder is not empty; or see `check_plan`.
+        QVLMError: the format cannot express a module, the folder is not empty, or the quantized model does not answer
+            a prompt with finite numbers; or see `check_plan`.
     """
     require_vacant(directory)
     model = loaded.model
@@ -99,9 +101,18 @@ def export_compressed_tensors(
                 "none there"
             )
     begin_applying(plan, model, loaded.fingerprint, (REFERENCE,))
-    for group, members in groups.items():
-        for module in members:
-            _compress(module, group, plan.tensors, model)
+    stored = {
+        module.name: _compress(module, group, plan.tensors, model)
+        for group, members in groups.items()
+        for module in members
+    }
+    try:
+        answer(model, loaded.processor, f"pretrained={loaded.source!r}")
+    except QVLMError as error:
+        raise QVLMError(f"the quantized model is not written, for it does not run: {error}") from error
+    for name, tensors in stored.items():
+        frozen = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in tensors.items()}
+        model.set_submodule(name, nn.ParameterDict(frozen))
     model.config.quantization_config = _configuration(plan, groups)
     write_folder(loaded, directory, shard_size)
     return {group.format: sum(len(groups[g]) for g in groups if g.format == group.format) for group in groups}
@@ -133,8 +144,8 @@ def _group(module: ModulePlan) -> _Group:
     raise QVLMError(f"--format compressed-tensors cannot express {module.name}: {reason}")
 
 
-def _compress(module: ModulePlan, group: _Group, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Put the stored tensors of one Linear in its place."""
+def _compress(module: ModulePlan, group: _Group, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The stored tensors of one Linear, which gets the weight and bias that they stand for."""
     linear = model.get_submodule(module.name)
     weight, dtype = linear.weight.detach(), linear.weight.dtype
     parameters = parameters_of(module, tensors, weight.device)
@@ -157,10 +168,11 @@ def _compress(module: ModulePlan, group: _Group, tensors: Mapping[str, Tensor], 
         rounded = codes * scale.float()
         stored = {"weight": codes.to(torch.int8), "weight_scale": scale}
     bias = corrected_bias(weight, rounded, linear.bias, parameters.get("mean"))
+    linear.weight = nn.Parameter(rounded.to(dtype), requires_grad=False)
     if bias is not None:
         stored["bias"] = bias.detach()
-    frozen = {name: nn.Parameter(tensor.contiguous(), requires_grad=False) for name, tensor in stored.items()}
-    model.set_submodule(module.name, nn.ParameterDict(frozen))
+        linear.bias = nn.Parameter(stored["bias"], requires_grad=False)
+    return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
 def _configuration(plan: RoundingPlan, groups: Mapping[_Group, list[ModulePlan]]) -> dict[str, Any]:

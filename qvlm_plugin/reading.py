@@ -1,6 +1,7 @@
 """Read files that others wrote: their content is not trusted, and neither are the file names in it."""
 
 import json
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -93,6 +94,8 @@ def one_line(error: Exception) -> str:
 def inside(folder: Path, name: Any, source: str) -> Path:
     """The path of a file in ``folder`` or below it.
 
+    A name of composed letters finds a file of decomposed ones, which macOS writes, and the other way round.
+
     Args:
         folder: that may be read.
         name: of the file, as another file gives it.
@@ -105,5 +108,6 @@ def inside(folder: Path, name: Any, source: str) -> Path:
     if isinstance(name, str) and name and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
         path = PurePath(name)
         if not path.is_absolute() and ".." not in path.parts:
-            return folder / path
+            paths = [folder / unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+            return next((found for found in (folder / path, *paths) if os.path.exists(found)), folder / path)
     raise QVLMError(f"{source}: {name!r:.200} is not the name of a file in {str(folder)!r} or below it")

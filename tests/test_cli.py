@@ -79,6 +79,18 @@ def test_a_checkpoint_that_there_is_not_is_found_before_data_is_looked_for(comma
     assert result.exit_code == 2 and "pretrained='a/b/c': there is no such folder" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("search",), ("export", "--method", "rtn"), ("convert",), ("ablate", "fig2"), ("ablate", "fig3c")],
+    ids=str,
+)
+def test_what_is_asked_for_in_place_of_the_files_is_heard_by_every_command(command, tiny_llava, tmp_path):
+    out = tmp_path / "out"
+    source = [tiny_llava, out] if command == ("convert",) else [out, "--pretrained", tiny_llava]
+    result = run(*command, *source, "--image-aspect-ratio", "pad")
+    assert result.exit_code == 2 and "image_aspect_ratio is for checkpoints in LLaVA's own layout" in result.stderr
+
+
 def test_what_cannot_be_written_is_found_before_the_search(tiny_llava, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("qvlm_plugin.planning.obtain_plan", lambda *_: pytest.fail("searched"))
     (tmp_path / "taken").write_text("a file")

@@ -1,6 +1,7 @@
 """Folders in the compressed-tensors format, read back by transformers with the package of that name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,6 +101,18 @@ def test_what_the_format_cannot_express_is_refused(source, tmp_path, calibration
         export_compressed_tensors(plan, loaded, tmp_path / "x")
     assert "\n" not in str(caught.value)
     assert list(loaded.model.modules()) == before and not list(tmp_path.iterdir())
+
+
+def test_what_does_not_run_is_not_written(source, tmp_path, calibration):
+    """A model that is finite in float16 as it is, and as the plan changes it is not."""
+    loaded = load(str(source), dtype="float16")
+    name = "model.language_model.norm"
+    value = torch.full_like(loaded.model.get_parameter(f"{name}.weight"), 6e4)
+    plan = plan_of(loaded, calibration, "w4a16", group_size=8)
+    plan = replace(plan, replaced=(f"{name}.weight",), tensors={**plan.tensors, f"{name}.weight/value": value})
+    with pytest.raises(QVLMError, match=rf"the quantized model is not written.*{name} is not finite in float16"):
+        export_compressed_tensors(plan, loaded, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_says_what_differs(source, tmp_path):

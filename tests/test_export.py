@@ -273,6 +273,8 @@ def test_the_command_writes_a_folder(source, tmp_path):
     lines = done.stdout.splitlines()
     assert lines[-1] == str(tmp_path / "x") and "by kernel: int4" in lines[-2]
     assert load(str(tmp_path / "x")).prompt == "vicuna_v1"
+    converted = CliRunner().invoke(app, ["convert", str(tmp_path / "x"), str(tmp_path / "y")])
+    assert converted.exit_code == 2 and "is quantized already; convert takes" in converted.output
     again = run(*common, "--method", "rtn", "--scheme", "w4a16")
     assert again.exit_code == 2 and "exists and is not an empty folder" in again.output
     neither = run(tmp_path / "y", "--pretrained", source)

@@ -1,7 +1,9 @@
+import unicodedata
+
 import pytest
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.reading import one_line, parse_json, parsed_elsewhere, read_json
+from qvlm_plugin.reading import inside, one_line, parse_json, parsed_elsewhere, read_json
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,19 @@ def test_errors_of_other_libraries_become_one_line():
         raise QVLMError("as it was")
     assert one_line(ValueError("a\n  b")) == "a b" and one_line(ValueError()) == "ValueError"
     assert len(one_line(ValueError("x" * 1_000))) == 300
+
+
+@pytest.mark.parametrize("written, named", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
+def test_a_name_finds_its_file_in_either_normal_form(tmp_path, written, named):
+    file = tmp_path / unicodedata.normalize(written, "Bü.ro") / unicodedata.normalize(written, "Größe é.png")
+    file.parent.mkdir()
+    file.touch()
+    name = unicodedata.normalize(named, "Bü.ro/Größe é.png")
+    assert inside(tmp_path, name, "rows.json") == file
+
+
+def test_a_file_that_there_is_not_keeps_its_name(tmp_path):
+    for name in ("é.png", "e\u0301.png", "x" * 5_000):
+        assert inside(tmp_path, name, "rows.json") == tmp_path / name
+    with pytest.raises(QVLMError, match=r"rows.json: '../x' is not the name of a file"):
+        inside(tmp_path, "../x", "rows.json")

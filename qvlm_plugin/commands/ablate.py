@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qvlm_plugin.commands.shared import (
+    Conv,
     Device,
     Dtype,
+    ImageAspectRatio,
     KeepGoing,
     MethodOptions,
     OneScheme,
     Pretrained,
+    Revision,
+    RouterNoiseSeed,
     Seed,
     Source,
     command_line,
@@ -164,6 +168,10 @@ def fig2(
     ] = None,
     option: MethodOptions = None,
     seed: Seed = 0,
+    revision: Revision = None,
+    conv: Conv = None,
+    router_noise_seed: RouterNoiseSeed = None,
+    image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     data: Data = None,
@@ -182,7 +190,10 @@ def fig2(
     request = check_request("qvlm", scheme, pairs(option))
     require_writable(output / "report")
     with working_in(data):
-        checkpoint = opened(pretrained, dtype, device)
+        checkpoint = opened(
+            pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+            image_aspect_ratio=image_aspect_ratio,
+        )  # fmt: skip
         samples = read_calibration(calibration, None, seed, draw_from_task)
         loaded = load_weights(checkpoint, dtype=dtype, device=device)
         report = figure2(loaded, request, samples, layer, command_line())
@@ -200,6 +211,10 @@ def fig3c(
     batch_size: BatchSize = 8,
     option: MethodOptions = None,
     seed: Seed = 0,
+    revision: Revision = None,
+    conv: Conv = None,
+    router_noise_seed: RouterNoiseSeed = None,
+    image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     data: Data = None,
@@ -221,7 +236,10 @@ def fig3c(
     requests = {request.options.max_depth: request for request in by_depth}
     require_writable(output / "report")
     with working_in(data):
-        checkpoint = opened(pretrained, dtype, device)
+        checkpoint = opened(
+            pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+            image_aspect_ratio=image_aspect_ratio,
+        )  # fmt: skip
         others = read_calibration(held_out or calibration, None, seed + 1, draw_from_task)
         loaded, plans = obtain_plans(requests, calibration, None, seed, checkpoint, dtype=dtype, device=device)
         report = figure3c(loaded, plans, others, batch_size, command_line())
@@ -240,6 +258,10 @@ def sources(
     scheme: OneScheme = "w4a4",
     batch_size: BatchSize = 8,
     seed: Seed = 0,
+    revision: Revision = None,
+    conv: Conv = None,
+    router_noise_seed: RouterNoiseSeed = None,
+    image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     data: Data = None,
@@ -259,7 +281,10 @@ def sources(
     requests = {method: check_request(method, scheme, {}) for method in methods.split(",")}
     require_writable(output / "report")
     with working_in(data):
-        checkpoint = opened(pretrained, dtype, device)
+        checkpoint = opened(
+            pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+            image_aspect_ratio=image_aspect_ratio,
+        )  # fmt: skip
         others = read_calibration(held_out or calibration, None, seed + 1, draw_from_task)
         loaded, plans = obtain_plans(requests, calibration, None, seed, checkpoint, dtype=dtype, device=device)
         report = sources_report(loaded, plans, others, batch_size, command_line())

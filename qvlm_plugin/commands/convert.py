@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qvlm_plugin.commands.shared import Conv, Dtype, Revision
+from qvlm_plugin.commands.shared import Conv, Dtype, ImageAspectRatio, Revision
 
 
 def convert(
@@ -13,6 +13,7 @@ def convert(
     output: Annotated[Path, typer.Argument(help="New or empty folder to write to.")],
     revision: Revision = None,
     conv: Conv = None,
+    image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Write a checkpoint in the Hugging Face layout, with its processor and prompt format; prints the folder.
@@ -23,4 +24,5 @@ def convert(
     """
     from qvlm_plugin.models.converting import convert as convert_checkpoint
 
-    typer.echo(convert_checkpoint(source, output, revision=revision, conv=conv, dtype=dtype))
+    opening = {"revision": revision, "conv": conv, "image_aspect_ratio": image_aspect_ratio}
+    typer.echo(convert_checkpoint(source, output, dtype, **opening))

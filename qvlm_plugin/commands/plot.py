@@ -6,8 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qvlm_plugin.commands.shared import (
+    Conv,
     Device,
     Dtype,
+    ImageAspectRatio,
+    Revision,
+    RouterNoiseSeed,
     draw_from_task,
     needs_report_packages,
     opened,
@@ -16,6 +20,7 @@ from qvlm_plugin.commands.shared import (
 from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:
+    from qvlm_plugin.models.loading import Checkpoint
     from qvlm_plugin.plan import RoundingPlan
 
 
@@ -29,6 +34,10 @@ def plot(
         str | None, typer.Option(help="Samples to measure errors on; default: the plan's sources, drawn again.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
+    revision: Revision = None,
+    conv: Conv = None,
+    router_noise_seed: RouterNoiseSeed = None,
+    image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     data: Annotated[
@@ -51,16 +60,26 @@ def plot(
     folder = output or plan
     require_writable(folder / "errors.png")
     if pretrained is not None:
+        _check_blocks(loaded)
         with working_in(data):
-            figures["errors"] = _errors(loaded, pretrained, held_out, batch_size, dtype, device)
+            checkpoint = opened(
+                pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+                image_aspect_ratio=image_aspect_ratio,
+            )  # fmt: skip
+            figures["errors"] = _errors(loaded, checkpoint, held_out, batch_size, {"dtype": dtype, "device": device})
     for name, files in figures.items():
         for suffix, blob in files.items():
             write_file(folder / f"{name}.{suffix}", blob)
         typer.echo(folder / f"{name}.png")
 
 
+def _check_blocks(plan: "RoundingPlan") -> None:
+    if "cdm" not in plan.record or plan.calibration is None:
+        raise QVLMError("--pretrained: blocks of layers were not searched for this plan (qvlm does, with cdm=true)")
+
+
 def _errors(
-    plan: "RoundingPlan", pretrained: str, held_out: str | None, batch_size: int, dtype: str, device: str
+    plan: "RoundingPlan", checkpoint: "Checkpoint", held_out: str | None, batch_size: int, placement: dict[str, str]
 ) -> dict[str, bytes]:
     from qvlm_plugin.cache import cache_root
     from qvlm_plugin.calibration import read_calibration
@@ -69,17 +88,16 @@ def _errors(
     from qvlm_plugin.report.ablations.layer_errors import held_apart, layer_errors
     from qvlm_plugin.report.plan_figures import error_figure
 
-    if "cdm" not in plan.record or plan.calibration is None:
-        raise QVLMError("--pretrained: blocks of layers were not searched for this plan (qvlm does, with cdm=true)")
     depth = plan.options["max_depth"]
     request = check_request(plan.method, plan.scheme, dict(plan.options) | {"max_depth": 1})
     source, seed = plan.calibration.source, plan.calibration.seed
-    checkpoint = opened(pretrained, dtype, device)
     samples = read_calibration(source, None, seed, draw_from_task)
     others = read_calibration(held_out or source, None, seed + 1, draw_from_task)
-    model = load_weights(checkpoint, dtype=dtype, device=device)
+    model = load_weights(checkpoint, **placement)
     if model.fingerprint != plan.model:
-        raise QVLMError(f"--pretrained {pretrained} is another checkpoint than the plan's; name that one")
+        raise QVLMError(
+            f"--{checkpoint.source}, with the options given, is another model than the plan's; name that one"
+        )
     layer_wise = obtain_plan(model, request, samples, cache_root() / "plans")
     apart = held_apart(held_apart(others, plan), layer_wise)
     plans = {"layer-wise (max_depth 1)": layer_wise, f"joint (max_depth {depth})": plan}

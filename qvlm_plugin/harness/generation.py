@@ -19,6 +19,7 @@ from qvlm_plugin.errors import QVLMError
 _ALIASES = {"max_gen_toks": "max_new_tokens", "max_tokens": "max_new_tokens"}
 _STOP_KEYS = ("until", "stop_sequences", "stop_strings")
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_WITH_PROMPT = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
 _NOT_FOR_US = ("image_aspect_ratio",)
 """What task definitions set for other models' image processing."""
 
@@ -29,7 +30,8 @@ Tokens = list[int]
 class _Allowed(BaseModel):
     """What a task may ask for: stop strings under three names, a seed, and fields of transformers' GenerationConfig.
 
-    Those that say how ``generate`` returns answers, pads, or gets more than one token a step are not among them.
+    Those that say how ``generate`` returns answers, pads, or gets more than one token a step are not among them; nor
+    are those that count the prompt with its padding, by which an answer would depend on the batch it is in.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,8 +43,6 @@ class _Allowed(BaseModel):
     skip_special_tokens: bool = True
     max_new_tokens: int | None = Field(None, ge=1)
     min_new_tokens: int | None = Field(None, ge=0)
-    max_length: int | None = Field(None, ge=1)
-    min_length: int | None = Field(None, ge=0)
     max_time: float | None = Field(None, gt=0)
     do_sample: bool = False
     temperature: float | None = Field(None, ge=0)
@@ -121,8 +121,7 @@ def read_generation(
     samples = arguments.get("do_sample", bool(temperature)) and temperature != 0
     if not samples:
         arguments = {name: value for name, value in arguments.items() if name not in _SAMPLING_KEYS}
-    if "max_length" not in arguments:
-        arguments.setdefault("max_new_tokens", default_max_new_tokens)
+    arguments.setdefault("max_new_tokens", default_max_new_tokens)
     return Generation(
         {**arguments, "do_sample": bool(samples)}, tuple(stop for stop in stops if stop), skip_special_tokens, seed
     )
@@ -131,6 +130,8 @@ def read_generation(
 def _explain(error: ValidationError) -> str:
     problem = error.errors()[0]
     name, value = problem["loc"][0], problem["input"]
+    if name in _WITH_PROMPT:
+        return f"{name} counts the prompt and its padding too, which differs between batches; use {_WITH_PROMPT[name]}"
     if problem["type"] == "extra_forbidden":
         return f"unknown generation argument {name}; allowed are {', '.join(_Allowed.model_fields)}"
     if name in _STOP_KEYS:

@@ -1,25 +1,33 @@
 """Write what was loaded in the Hugging Face layout."""
 
 from pathlib import Path
+from typing import Any
 
 from qvlm_plugin.atomic import require_vacant, staged
-from qvlm_plugin.models.loading import load
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.models.dtypes import AUTO
+from qvlm_plugin.models.loading import load_weights, open_checkpoint
+from qvlm_plugin.models.placement import check_placement
 
 
-def convert(
-    source: str, output: Path, *, revision: str | None = None, conv: str | None = None, dtype: str = "auto"
-) -> Path:
+def convert(source: str, output: Path, dtype: str = AUTO, **opening: Any) -> Path:
     """Write a checkpoint of either layout as safetensors with a processor, and return the folder.
 
     Args:
-        source, revision, conv, dtype: see `qvlm_plugin.models.loading.load`.
+        source: its folder or hub id.
         output: a new or empty folder; it is there whole or not at all.
+        dtype: to store weights in, one of `DTYPES`.
+        opening: see `open_checkpoint`.
 
     Raises:
-        QVLMError: ``output`` holds something, or the checkpoint does not load.
+        QVLMError: ``output`` holds something, the checkpoint is quantized, or it does not load.
     """
     require_vacant(output)
-    loaded = load(source, revision=revision, conv=conv, dtype=dtype)
+    check_placement(dtype, "cpu")
+    checkpoint = open_checkpoint(source, **opening)
+    if getattr(checkpoint.config, "quantization_config", None) is not None:
+        raise QVLMError(f"{checkpoint.source} is quantized already; convert takes a checkpoint in full precision")
+    loaded = load_weights(checkpoint, dtype=dtype)
     with staged(output) as folder:
         loaded.model.save_pretrained(folder)
         loaded.processor.save_pretrained(folder)

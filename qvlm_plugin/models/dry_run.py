@@ -34,6 +34,7 @@ def check_prompts(
     Raises:
         QVLMError: prompts cannot be encoded, or do not fit the model.
     """
+    _check_files(processor, config, source)
     inputs = _encode(processor, source)
     token = getattr(config, "image_token_id", None)
     count = int((inputs["input_ids"] == token).sum())
@@ -66,6 +67,21 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, source: str) -> No
             finite(model, lambda: model.generate(**inputs, **how))
     finally:
         model.generation_config = own
+
+
+def _check_files(processor: ProcessorMixin, config: PretrainedConfig, source: str) -> None:
+    """Find by name what would fail elsewhere without one."""
+    if processor.tokenizer.pad_token is None:
+        raise QVLMError(f"{source}: tokenizer_config.json names neither pad_token nor eos_token; batches need one")
+    if getattr(processor, "patch_size", 0) is None:
+        raise QVLMError(f"{source}: processor_config.json has no patch_size, which is the vision tower's")
+    layers = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
+    chosen = getattr(config, "vision_feature_layer", None)
+    for index in [] if layers is None or chosen is None else [chosen] if isinstance(chosen, int) else chosen:
+        if not -layers - 1 <= index <= layers:  # the embeddings stand before the layers
+            raise QVLMError(
+                f"{source}: config.json's vision_feature_layer={chosen} is outside of the tower's {layers} layers"
+            )
 
 
 def _encode(processor: ProcessorMixin, source: str) -> BatchFeature:

@@ -38,6 +38,8 @@ def test_a_plan_is_drawn_from_its_record_and_against_the_layer_wise_search(tiny_
         "--option", "calibration_batch_size=4", "--option", "max_depth=2", "--option", "percentile_step=0.01",
     )  # fmt: skip
     assert searched.exit_code == 0, searched.output
+    wrong = run("plot", tmp_path / "plan", "--pretrained", tiny_llava, "--router-noise-seed", "1")
+    assert wrong.exit_code == 2 and "router_noise_seed is for models with experts" in wrong.stderr
     drawn = run(
         "plot", tmp_path / "plan", "--output", tmp_path / "figures", "--pretrained", tiny_llava,
         "--held-out", rows(tmp_path, "b.json", range(10, 13)),

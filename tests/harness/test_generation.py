@@ -24,6 +24,8 @@ def read(**given):
         ({"max_gen_toks": 0}, "max_new_tokens=0 is not allowed: .*greater"),
         ({"temperature": "hot"}, "temperature='hot' is not allowed"),
         ({"seed": "a"}, "seed='a' is not allowed"),
+        ({"max_length": 4}, "max_length counts the prompt and its padding too.*; use max_new_tokens"),
+        ({"min_length": "4"}, "min_length counts the prompt.*; use min_new_tokens"),
         ({"suppress_tokens": 3}, "suppress_tokens=3 is not allowed: .*list"),
     ],
 )
@@ -43,7 +45,6 @@ def test_defaults_aliases_and_what_is_not_for_us():
     assert read().arguments == plain
     assert read(top_p=None, temperature=0, image_aspect_ratio="pad", num_beams="None").arguments == plain
     assert read(max_tokens="16").arguments["max_new_tokens"] == 16
-    assert "max_new_tokens" not in read(max_length=9).arguments
     assert read(num_beams=3, suppress_tokens=(4, 5)).arguments == {**plain, "num_beams": 3, "suppress_tokens": [4, 5]}
     assert read(temperature=0.5, top_p=0.9).arguments == {
         "max_new_tokens": 32, "do_sample": True, "temperature": 0.5, "top_p": 0.9,

@@ -43,18 +43,24 @@ def no_special_tokens(folder):
     change(folder / "tokenizer_config.json", remove)
 
 
+def feature_layer(folder, layer):
+    change(folder / "config.json", lambda content: content.update(vision_feature_layer=layer))
+
+
 def template(folder, text):
     (folder / "chat_template.jinja").write_text(text)
 
 
 WRONG = {
-    "no patch size": (lambda folder: processor(folder, patch_size=None), "cannot be encoded"),
+    "no patch size": (lambda folder: processor(folder, patch_size=None), "processor_config.json has no patch_size"),
     "another patch size": (lambda folder: processor(folder, patch_size=7), "writes 16 image tokens.* gives 4 features"),
     "the class token kept": (
         lambda folder: processor(folder, vision_feature_select_strategy="full"), "writes 5 image tokens.* gives 4",
     ),
     "another image size": (lambda folder: image_size(folder, 56), "does not take the processor's images: .*28"),
-    "no token to pad with": (no_special_tokens, "cannot be encoded: .*padding token"),
+    "no token to pad with": (no_special_tokens, "names neither pad_token nor eos_token"),
+    "a layer that the tower has not": (lambda folder: feature_layer(folder, 9), "vision_feature_layer=9 is outside"),
+    "one of several": (lambda folder: feature_layer(folder, [-1, -9]), r"vision_feature_layer=\[-1, -9\] is outside"),
     "a template for text": (
         lambda folder: template(folder, "{% for message in messages %}{{ 'USER: ' + message['content'] }}{% endfor %}"),
         "cannot be encoded",

@@ -265,6 +265,18 @@ def test_converting_gives_the_same_model_in_the_other_layout(original, tmp_path)
         convert(str(original), tmp_path / "hf")
 
 
+def test_converting_keeps_what_was_asked_for_in_place_of_the_configuration(folder, tmp_path):
+    conversations = [Conversation.from_prompt("What is this?", [random_image(0, 40).resize((50, 30))])]
+    pixels = {}
+    for kind in ("pad", "square"):
+        done = CliRunner().invoke(app, ["convert", str(folder), str(tmp_path / kind), "--image-aspect-ratio", kind])
+        assert done.exit_code == 0, done.output
+        loaded, converted = load(str(folder), image_aspect_ratio=kind), load(str(tmp_path / kind))
+        pixels[kind], other = (encode(each.processor, conversations)[0]["pixel_values"] for each in (loaded, converted))
+        assert torch.equal(pixels[kind], other)
+    assert not torch.equal(pixels["pad"], pixels["square"])
+
+
 def test_the_command_converts_or_says_in_one_line_why_not(folder, tmp_path):
     arguments = ["convert", str(folder), str(tmp_path / "hf"), "--conv", "llava_v0"]
     done = CliRunner().invoke(app, arguments)

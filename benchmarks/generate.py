@@ -28,8 +28,9 @@ from transformers import CompileConfig, LlavaForConditionalGeneration
 from transformers.utils import logging
 
 from qvlm_plugin import backends, plugins
-from qvlm_plugin.methods.base import MethodOptions
-from qvlm_plugin.methods.build import activation_sites, build_plan
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft, build_plan
+from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
@@ -84,13 +85,13 @@ def make_plan(model: LlavaForConditionalGeneration, fingerprint: str, variant: V
     """A plan with made-up ranges, for a model that may be on the meta device."""
     loaded = LoadedModel(model, None, "random weights", fingerprint)
     topology, scheme = plugins.topology(model.config), Scheme.parse(variant.scheme)
+    context = SearchContext(loaded, topology, scheme, MethodOptions(weights=variant.weights), method="rtn")
     tensors = {}
-    for site, fmt in activation_sites(topology, loaded, scheme):
+    for site, fmt in context.activation_sites.items():
         width = model.get_submodule(site.name).in_features
         values = {"lower": -4 * torch.ones(width), "upper": 4 * torch.ones(width), "clip_ratio": torch.ones(1)}
         tensors |= {f"{site.name}/{name}": values[name] for name in fmt.parameters}
-    options = MethodOptions(weights=variant.weights)
-    return build_plan("rtn", loaded, topology, scheme, options, tensors, None)
+    return build_plan(context, Draft(tensors))
 
 
 def serve(connection: Connection, setting: Setting, variant: Variant, fingerprint: str | None) -> None:

@@ -10,6 +10,7 @@ python benchmarks/search.py --device cuda --samples 64 --layers 3 --json search.
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,17 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from qvlm_plugin import plugins
-from qvlm_plugin.methods.blocks import decoder_inputs
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.hidden import decoder_inputs
+from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm.mining import mine
-from qvlm_plugin.methods.qvlm.options import MiningOptions
 from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.topology import decoder_layers, resolve
-from qvlm_plugin.workspace import Workspace
+from qvlm_plugin.scheme import Scheme
 
 SEARCHES = {
-    "layer-wise": MiningOptions(max_depth=1),
-    "joint, beam 2": MiningOptions(h0=0, beam=2),
-    "joint, exact": MiningOptions(h0=0),
+    "layer-wise": MethodOptions(calibration_batch_size=1, max_depth=1),
+    "joint, beam 2": MethodOptions(calibration_batch_size=1, h0=0, beam=2),
+    "joint, exact": MethodOptions(calibration_batch_size=1, h0=0),
 }
 
 
@@ -40,7 +41,7 @@ class RandomSamples:
 
     def __init__(self, loaded: LoadedModel, samples: int, tokens: int) -> None:
         """``samples`` questions of ``tokens`` tokens."""
-        self.requests = [request(loaded.model.config, tokens, seed) for seed in range(samples)]
+        self.samples = self.requests = [request(loaded.model.config, tokens, seed) for seed in range(samples)]
 
     def batches(self, processor: ProcessorMixin, batch_size: int) -> Iterator[tuple[BatchFeature, Tensor]]:
         """As `CalibrationSet.batches`; the last four tokens are the answer."""
@@ -58,15 +59,13 @@ def measure(
     loaded = LoadedModel(model, None, "random weights", "")
     topology = plugins.topology(model.config)
     plan = make_plan(model, "", Variant(scheme="w4a4"))
-    hidden, batches = decoder_inputs(loaded, topology, RandomSamples(loaded, samples, tokens), 1)
-    sites = [site for site in resolve(topology, model) if site.part == "decoder"]
-    modules = {module.name: module for module in plan.modules}
+    samples = RandomSamples(loaded, samples, tokens)
+    context = SearchContext(loaded, topology, Scheme.parse("w4a4"), MethodOptions(calibration_batch_size=1), samples)
+    hidden = decoder_inputs(context)
 
-    stack = decoder_layers(topology, model)
-
-    def search(options: MiningOptions) -> None:
+    def search(options: MethodOptions) -> None:
         options = options.model_copy(update={"max_depth": min(options.max_depth, layers)})
-        mine(stack, sites, modules, plan.tensors, hidden, hidden, batches, 4, options, Workspace())
+        mine(replace(context, options=options), plan, hidden, hidden)
 
     runs = {name: lambda options=options: search(options) for name, options in SEARCHES.items()}
     times = time_in_turns(runs, rounds, device)

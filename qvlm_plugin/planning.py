@@ -5,7 +5,6 @@ arithmetic that the model ran in (device, dtype, attention). Processes that want
 that searches it.
 """
 
-import gc
 import hashlib
 import json
 import time
@@ -15,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
@@ -28,6 +26,8 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.memory import trim_heap
 from qvlm_plugin.methods.base import Method
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.run import fit
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import device_name, execution_device
 from qvlm_plugin.plan import RoundingPlan, apply_plan
@@ -93,8 +93,7 @@ def obtain_plan(
 ) -> RoundingPlan:
     """The plan of a request: from the cache when it is there, else searched and stored.
 
-    A search that was interrupted goes on where it stopped, if it had a cache to keep its steps in. One that runs out of
-    a GPU's memory begins again with half the ``calibration_batch_size``, says so, and gives that request's plan.
+    A search that was interrupted goes on where it stopped, if it had a cache to keep its steps in.
 
     Args:
         loaded: the model in full precision.
@@ -103,8 +102,7 @@ def obtain_plan(
         cache: folder of cached plans; None neither reads nor writes any.
 
     Raises:
-        QVLMError: the model is quantized, the family is not supported, see `check_calibration`, or the search fails,
-            for lack of memory even with a batch of one.
+        QVLMError: the model is quantized, the family is not supported; see `check_calibration` and `fit`.
     """
     if getattr(loaded.model.config, "quantization_config", None) is not None:
         raise QVLMError(f"pretrained={loaded.source!r} is quantized already; search on the model in full precision")
@@ -112,31 +110,7 @@ def obtain_plan(
     check_calibration(request, calibration)
     if not request.needs_calibration:
         calibration = None
-    while True:
-        try:
-            return _obtain(loaded, topology, request, calibration, cache)
-        except torch.OutOfMemoryError as error:
-            reason = one_line(error)
-        # Only out of the handler, which refers to the search's tensors, is their memory free again.
-        request = _with_smaller_batch(request, reason)
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def _with_smaller_batch(request: PlanRequest, reason: str) -> PlanRequest:
-    size = getattr(request.options, "calibration_batch_size", 1)
-    if size == 1:
-        raise QVLMError(
-            f"method={request.method.name} ran out of memory with one sample at a time; search on a larger device, in "
-            f"dtype=float16, or by qvlm search with --device_map offload: {reason}"
-        )
-    Console(stderr=True).print(
-        f"out of memory: searching again with calibration_batch_size={size // 2} in place of {size}; the plan is that "
-        "of the smaller size",
-        markup=False,
-        soft_wrap=True,
-    )
-    return replace(request, options=request.options.model_copy(update={"calibration_batch_size": size // 2}))
+    return _obtain(loaded, topology, request, calibration, cache)
 
 
 def _obtain(
@@ -149,7 +123,10 @@ def _obtain(
     def search(workspace: Workspace) -> RoundingPlan:
         start = time.perf_counter()
         over_context = calibration and _count_over_context(loaded, calibration)
-        plan = request.method.fit(loaded, topology, request.scheme, calibration, request.options, workspace)
+        context = SearchContext(
+            loaded, topology, request.scheme, request.options, calibration, request.method.name, workspace
+        )
+        plan = fit(request.method, context)
         record = plan.calibration and plan.calibration.model_copy(update={"over_context": over_context})
         return replace(plan, calibration=record, search_seconds=time.perf_counter() - start)
 
@@ -207,9 +184,14 @@ def _locked(file: Path) -> Iterator[None]:
 
 def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: CalibrationSet | None) -> str:
     """Name of the cached plan: SHA-256 over all that decides it, the method's own code included."""
-    fit = getattr(request.method.fit, "func", request.method.fit)  # a partial's module is not its function's
+    modules = {
+        "qvlm_plugin",
+        request.method.options.__module__,
+        *(step.run.__module__ for step in request.method.steps),
+    }
+    packages = sorted({module.partition(".")[0] for module in modules})
     content = {
-        "sources": [sources_digest(package) for package in sorted({"qvlm_plugin", fit.__module__.partition(".")[0]})],
+        "sources": [sources_digest(package) for package in packages],
         "model": loaded.fingerprint,
         "dtype": str(loaded.model.dtype),
         "device": device_name(execution_device(loaded.model)),

@@ -2,15 +2,14 @@ import json
 import shutil
 import sys
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
 from qvlm_plugin import planning
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods import qlora
-from qvlm_plugin.methods.base import imported
+from qvlm_plugin.methods import lp
+from qvlm_plugin.methods.base import Step, imported
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
 
@@ -20,7 +19,11 @@ from qvlm_plugin.plan import RoundingPlan
     [
         ("gptq", "w4a4", {}, "method='gptq' is not known; allowed are awq, none, qlora, qvlm, qvlm_jacobian, rtn"),
         ("rtn", "w4", {}, "for example w4a4"),
-        ("rtn", "w4a4", {"norm": 2}, "unknown argument 'norm'; method=rtn takes these options: weights, group_size"),
+        ("rtn", "w4a4", {"nrm": 2}, "unknown argument 'nrm'; method=rtn takes these options: weights, group_size"),
+        ("rtn", "w4a4", {"norm": 1}, "method=rtn: norm=1.0 is read with observer=lp only"),
+        ("qlora", "w4a4", {"alpha_steps": 3}, "alpha_steps=3 is read with transform=awq only"),
+        ("rtn", "w4a4", {"importance": "jacobian"}, "observer=lp and activations=channel"),
+        ("qvlm_jacobian", "w4a4", {"transform": "smooth"}, "use veo_train=clip"),
         ("none", "w4a4", {"weights": "nf"}, "these options: none"),
         ("qlora", "w4a4", {"norm": -1}, "norm=-1 is not allowed for method=qlora"),
         ("qlora", "w4a4", {"weights": "fp8"}, "weights='fp8' is not allowed"),
@@ -57,7 +60,7 @@ def test_a_model_without_the_blocks_of_its_topology_is_refused_before_work(metho
 def test_the_second_run_loads_what_the_first_searched(loaded, calibration, tmp_path, monkeypatch):
     request = planning.check_request("qlora", "w4a4", {"calibration_batch_size": 2})
     first = planning.obtain_plan(loaded, request, calibration, tmp_path)
-    monkeypatch.setattr(qlora, "search_ranges", lambda *args: pytest.fail("searched again"))
+    monkeypatch.setattr(lp, "search_ranges", lambda *args: pytest.fail("searched again"))
     again = planning.obtain_plan(loaded, request, calibration, tmp_path)
     assert again.hash == first.hash and again.search_seconds == first.search_seconds > 0
 
@@ -122,55 +125,74 @@ def test_the_key_follows_the_folders_files(tiny_llava, loaded, tmp_path, changed
     assert keys[0] != keys[1]
 
 
-def test_the_key_follows_the_package_of_a_fit_that_is_named(loaded, monkeypatch, tmp_path):
+def test_the_key_follows_the_package_of_a_step_that_is_named(loaded, monkeypatch, tmp_path):
     package = tmp_path / "their_method"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "search.py").write_text("raise AssertionError('imported before it is called')")
     monkeypatch.syspath_prepend(tmp_path)
-    fit = imported("their_method.search:fit")
-    request = planning.check_request("none", "w4a4", {})
-    requests = [replace(request, method=replace(request.method, fit=one)) for one in (fit, partial(fit, "a name"))]
-    first = [planning.cache_key(loaded, one, None) for one in requests]
-    (package / "search.py").write_text("def fit(*arguments): return arguments")
-    for one, key in zip(requests, first, strict=True):
-        assert planning.cache_key(loaded, one, None) not in (key, planning.cache_key(loaded, request, None))
-    assert [one.method.fit("model")[-1] for one in requests] == ["model", "model"]
+    step = Step("theirs", imported("their_method.search:step"), lambda scheme, options: True)
+    request = planning.check_request("rtn", "w4a4", {})
+    theirs = replace(request, method=replace(request.method, steps=(*request.method.steps, step)))
+    first = planning.cache_key(loaded, theirs, None)
+    (package / "search.py").write_text("def step(context, draft): return context, draft")
+    assert planning.cache_key(loaded, theirs, None) not in (first, planning.cache_key(loaded, request, None))
+    assert step.run("model", "draft") == ("model", "draft")
     del sys.modules["their_method"], sys.modules["their_method.search"]
 
 
-@pytest.mark.parametrize("where", ["anywhere", "while training"])
-def test_a_search_that_runs_out_of_memory_goes_on_with_smaller_batches(
-    where, loaded, calibration, tmp_path, monkeypatch, capsys
+FULL = {"veo_epochs": 1, "veo_train": "clip+norm", "min_percentile": 0.99, "min_ratio": 0.8, "max_depth": 1}
+"""Of qvlm with every step but transforms."""
+
+
+@pytest.mark.parametrize("importance", ["uniform", "jacobian"])
+def test_a_search_that_runs_out_of_memory_anywhere_gives_the_plan_of_an_undisturbed_one(
+    importance, loaded, calibration, tmp_path, monkeypatch, capsys
 ):
-    options = {"veo_epochs": 1, "min_percentile": 0.99, "min_ratio": 0.8, "max_depth": 1}
-    small = planning.check_request("qvlm", "w4a4", options | {"calibration_batch_size": 2})
-    expected = planning.obtain_plan(loaded, small, calibration, None)
+    options = {**FULL, "importance": importance, "bias_correction": True, "calibration_batch_size": 5}
+    request = planning.check_request("qvlm", "w4a4", options)
+    expected = planning.obtain_plan(loaded, request, calibration, None)
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    forward = loaded.model.forward
+    ran = []
 
-    def short_of_memory(*args, **kwargs):
-        if len(kwargs["input_ids"]) > 2 and (where == "anywhere" or torch.is_grad_enabled()):
-            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
-        return forward(*args, **kwargs)
+    def short_of_memory(step):
+        """Fails in the middle of its work as often as less memory can be taken."""
+        layer, failures = loaded.model.model.language_model.layers[1], []
 
-    monkeypatch.setattr(loaded.model, "forward", short_of_memory)
-    request = planning.check_request("qvlm", "w4a4", options | {"calibration_batch_size": 5})
-    plan = planning.obtain_plan(loaded, request, calibration, tmp_path)
-    assert plan.hash == expected.hash and plan.options["calibration_batch_size"] == 2
-    said = "out of memory: searching again with calibration_batch_size=2 in place of 5"
-    assert said in capsys.readouterr().err
-    monkeypatch.undo()
+        def fail(module, args):
+            if len(failures) < (3 if step.splits else 1):  # caches on the CPU, two samples at a time, one
+                failures.append(1)
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+        def run(context, draft):
+            ran.append((step.name, str(context.footprint)))
+            handle = layer.register_forward_pre_hook(fail)
+            try:
+                return step.run(context, draft)
+            finally:
+                handle.remove()
+
+        return replace(step, run=run)
+
+    steps = tuple(short_of_memory(step) for step in request.method.steps)
+    short = replace(request, method=replace(request.method, steps=steps))
+    plan = planning.obtain_plan(loaded, short, calibration, tmp_path)
+    assert plan.hash == expected.hash and plan.record == expected.record and plan.options == expected.options
+    names = [step.name for step in request.method.chosen(request.scheme, request.options)]
+    assert [name for name, _ in ran] == [name for name in names for _ in range(4 if name == "blocks" else 2)]
+    assert ran[-1] == ("blocks", "caches on the CPU, 1 samples at a time")
     assert all(tensor.equal(before[name]) for name, tensor in loaded.model.state_dict().items())
-    assert planning.obtain_plan(loaded, small, calibration, tmp_path).search_seconds == plan.search_seconds
+    assert "out of memory in step blocks: going on with caches on the CPU, 2 samples" in capsys.readouterr().err
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".lock"]
 
 
-def test_a_search_that_lacks_memory_for_one_sample_is_an_error(loaded, calibration, monkeypatch):
+def test_a_search_that_lacks_memory_in_the_smallest_footprint_is_an_error(loaded, calibration, monkeypatch):
     def forward(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
 
     monkeypatch.setattr(loaded.model, "forward", forward)
     request = planning.check_request("rtn", "w4a4", {"calibration_batch_size": 4})
-    with pytest.raises(QVLMError, match=r"with one sample at a time; search .* --device_map offload: CUDA") as caught:
+    message = r"ran out of memory .*caches on the CPU; .* --device_map offload.*calibration_batch_size: CUDA"
+    with pytest.raises(QVLMError, match=message) as caught:
         planning.obtain_plan(loaded, request, calibration, None)
     assert "\n" not in str(caught.value)

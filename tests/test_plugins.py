@@ -7,10 +7,19 @@ import torch.nn.functional as F
 from qvlm_plugin import backends, builtin, planning, plugins
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.families.llava import llava_topology
+from qvlm_plugin.formats import ActivationFormat
 from qvlm_plugin.hooks import hookimpl
 from qvlm_plugin.kernels.base import Kernel, as_stored
-from qvlm_plugin.methods.base import Method, MethodOptions
-from qvlm_plugin.methods.build import build_plan
+from qvlm_plugin.methods.base import Method, Step
+from qvlm_plugin.methods.options import MethodOptions
+
+
+class TwoBits(MethodOptions):
+    def weight_format(self, bits):
+        return super().weight_format(2)
+
+    def activation_format(self, part, bits):
+        return ActivationFormat()
 
 
 class Coarse:
@@ -21,11 +30,8 @@ class Coarse:
 
     @hookimpl
     def qvlm_methods(self):
-        def fit(loaded, topology, scheme, calibration, options, workspace):
-            plan_scheme = planning.Scheme.parse("w2a16")
-            return build_plan("coarse", loaded, topology, plan_scheme, options, {}, calibration)
-
-        return [Method("coarse", "two bits", MethodOptions, lambda scheme, options: False, fit)]
+        nothing = Step("nothing", lambda context, draft: draft, lambda scheme, options: True, needs_calibration=False)
+        return [Method("coarse", "two bits", TwoBits, (nothing,))]
 
     @hookimpl
     def qvlm_topology(self, config):
@@ -150,11 +156,12 @@ def test_a_package_that_cannot_be_imported_or_has_a_wrong_hook_is_named(monkeypa
 def test_installed_packages_are_found_by_entry_point(monkeypatch, tmp_path):
     code = """
 from qvlm_plugin.hooks import hookimpl
-from qvlm_plugin.methods.base import Method, MethodOptions
+from qvlm_plugin.methods.base import Method
+from qvlm_plugin.methods.options import MethodOptions
 
 @hookimpl
 def qvlm_methods():
-    return [Method("found", "", MethodOptions, lambda scheme, options: False, None)]
+    return [Method("found", "", MethodOptions, ())]
 """
     install(monkeypatch, tmp_path, "installed_elsewhere", code)
     manager = plugins.create_manager(builtin, entry_points=True)

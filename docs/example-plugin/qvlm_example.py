@@ -7,9 +7,10 @@ from pydantic import Field
 from qvlm_plugin.hooks import hookimpl
 from qvlm_plugin.kernels.base import Kernel, as_stored, with_parameters
 from qvlm_plugin.kernels.reference import round_activation, round_weight
-from qvlm_plugin.methods.base import Method, MethodOptions, quantizes_activations
-from qvlm_plugin.methods.build import activation_sites, build_plan
-from qvlm_plugin.methods.rtn import observe_ranges
+from qvlm_plugin.methods.base import Method, Step, quantizes_activations
+from qvlm_plugin.methods.minmax import observe
+from qvlm_plugin.methods.options import MethodOptions
+from qvlm_plugin.methods.steps import AWQ, MEANS
 from qvlm_plugin.topology import Group, Stack, Topology
 
 
@@ -19,19 +20,20 @@ class ShrunkOptions(MethodOptions):
     ratio: float = Field(0.9, gt=0, le=1, description="share of the calibrated range that activations keep")
 
 
-def fit_shrunk(loaded, topology, scheme, calibration, options, workspace):
+def shrink(context, draft):
     """Ranges of `rtn`, all of them smaller by one ratio."""
-    formats, tensors = activation_sites(topology, loaded, scheme), {}
-    static = [site for site, fmt in formats if fmt.kind == "static_channel"]
-    for name, seen in observe_ranges(loaded, static, calibration, options.calibration_batch_size).items():
-        tensors[f"{name}/lower"], tensors[f"{name}/upper"] = seen.range(options.ratio)
-    for site, fmt in formats:
+    formats, ratio, tensors = context.activation_sites, context.options.ratio, {}
+    static = [site for site, fmt in formats.items() if fmt.kind == "static_channel"]
+    for name, seen in observe(context, static, draft).items():
+        tensors[f"{name}/lower"], tensors[f"{name}/upper"] = seen.range(ratio)
+    for site, fmt in formats.items():
         if fmt.kind == "dynamic_token":
-            tensors[f"{site.name}/clip_ratio"] = torch.tensor([options.ratio])
-    return build_plan("shrunk", loaded, topology, scheme, options, tensors, calibration)
+            tensors[f"{site.name}/clip_ratio"] = torch.tensor([ratio])
+    return draft.adding(tensors)
 
 
-SHRUNK = Method("shrunk", "rtn with ranges made smaller by a ratio", ShrunkOptions, quantizes_activations, fit_shrunk)
+SHRINK = Step("shrink", shrink, lambda scheme, options: quantizes_activations(scheme))
+SHRUNK = Method("shrunk", "rtn with ranges made smaller by a ratio", ShrunkOptions, (AWQ, SHRINK, MEANS))
 
 
 def prepare(weight, bias, weight_format, activation_format, parameters):

@@ -9,7 +9,7 @@ from qvlm_plugin.doctor.finding import Finding, Status
 from qvlm_plugin.formats import ActivationFormat
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selftest import SHAPE, self_test
-from qvlm_plugin.methods.base import MethodOptions
+from qvlm_plugin.methods.options import MethodOptions
 
 _INPUTS = tuple(
     ActivationFormat(kind=kind, bits=bits)

@@ -13,7 +13,7 @@ from qvlm_plugin.cache import cache_root
 from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.doctor.finding import Finding, Status
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.base import MethodOptions
+from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.models.loading import open_checkpoint
 from qvlm_plugin.models.placement import empty_model
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme

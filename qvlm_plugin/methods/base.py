@@ -1,59 +1,39 @@
-"""What a quantization method is, and the options that methods share. It takes no torch to describe a method."""
+"""What a quantization method is: a preset of options, and steps that the options switch on. It takes no torch."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, create_model
 
-from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.scheme import PARTS, UNQUANTIZED, Scheme
 
 if TYPE_CHECKING:
-    from qvlm_plugin.calibration import CalibrationSet
-    from qvlm_plugin.models.loading import LoadedModel
-    from qvlm_plugin.plan import RoundingPlan
-    from qvlm_plugin.topology import Topology
-    from qvlm_plugin.workspace import Workspace
-
-WeightKind = Literal["int", "nf"]
-"""Number formats of quantized weights: uniform integers, or a normal-float codebook."""
+    from qvlm_plugin.methods.context import SearchContext
+    from qvlm_plugin.methods.draft import Draft
 
 
-class MethodOptions(BaseModel):
-    """Options every quantizing method has.
+@dataclass(frozen=True)
+class Step:
+    """One independent choice of a method, carried out: scales, ranges, a joint search.
 
     Attributes:
-        weights: number format of the weights, ``int`` or ``nf``.
-        group_size: for ``int`` weights: input channels that share a scale; -1 shares it along an output channel.
-        symmetric: for ``int`` weights: no fitted zero point.
-        double_quantization: for ``nf`` weights: quantize the block scales too.
-        calibration_batch_size: samples per forward pass (paper, section 4.1: 8).
+        name: for people, and for what an interrupted search keeps.
+        run: (context, the plan so far) → the plan so far. It must leave the model unchanged.
+        wanted: whether the scheme and the options ask for it.
+        check: what it needs of the context (answers, for example), to raise a `QVLMError` before any step runs.
+        needs_calibration: whether it looks at calibration data.
+        splits: whether fewer samples at a time need less memory (`Footprint.rows`).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    weights: WeightKind = "int"
-    group_size: int = Field(128, ge=-1)
-    symmetric: bool = False
-    double_quantization: bool = True
-    calibration_batch_size: int = Field(8, ge=1)
-
-    def weight_format(self, bits: int) -> WeightFormat:
-        """The format of a weight of ``bits`` bits."""
-        if bits == UNQUANTIZED:
-            return WeightFormat()
-        if self.weights == "nf":
-            return WeightFormat(kind="nf", bits=bits, double_quantization=self.double_quantization)
-        group_size = self.group_size if self.group_size > 0 else None
-        return WeightFormat(kind="int", bits=bits, group_size=group_size, symmetric=self.symmetric)
-
-
-def grid_from_one(minimum: float, step: float) -> tuple[float, ...]:
-    """Candidates from 1 down to ``minimum`` at most, ``step`` apart."""
-    count = int((1 - minimum) / step + 1e-9) + 1
-    return tuple(round(1 - index * step, 6) for index in range(count))
+    name: str
+    run: "Callable[[SearchContext, Draft], Draft]"
+    wanted: Callable[[Scheme, Any], bool]
+    check: "Callable[[SearchContext], None] | None" = None
+    needs_calibration: bool = True
+    splits: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,22 +43,38 @@ class Method:
     Attributes:
         name: as ``method=`` names it.
         summary: one line for help texts.
-        options: pydantic model of its options; unknown ones are errors.
-        needs_calibration: whether the scheme and the options make it look at calibration data.
-        fit: (model, topology, scheme, calibration or None, options, workspace) → plan. It must leave the model
-            unchanged. A long search keeps its steps in the workspace, so that an interrupted one resumes there.
+        options: pydantic model of its options, whose defaults are the preset; unknown ones are errors.
+        steps: in order; a method without steps leaves the model in full precision. Those that the options do not want
+            are left out.
     """
 
     name: str
     summary: str
     options: type[BaseModel]
-    needs_calibration: Callable[[Scheme, BaseModel], bool]
-    fit: "Callable[[LoadedModel, Topology, Scheme, CalibrationSet | None, BaseModel, Workspace], RoundingPlan]"
+    steps: tuple[Step, ...]
+
+    def chosen(self, scheme: Scheme, options: BaseModel) -> tuple[Step, ...]:
+        """The steps that the scheme and the options want."""
+        return tuple(step for step in self.steps if step.wanted(scheme, options))
+
+    def needs_calibration(self, scheme: Scheme, options: BaseModel) -> bool:
+        """Whether any of these looks at calibration data."""
+        return any(step.needs_calibration for step in self.chosen(scheme, options))
+
+
+def preset(options: type[BaseModel], **defaults: Any) -> type[BaseModel]:
+    """The same options with other defaults."""
+    fields = {}
+    for name, value in defaults.items():
+        field = copy(options.model_fields[name])
+        field.default = value
+        fields[name] = (field.annotation, field)
+    return create_model(options.__name__, __base__=options, __doc__=options.__doc__, __module__=__name__, **fields)
 
 
 def imported(name: str) -> Callable[..., Any]:
-    """The function that ``module:function`` names, imported when it is called; for the `Method.fit` of methods that are
-    to be listed without importing what they compute with.
+    """The function that ``module:function`` names, imported when it is called; for steps that are to be listed without
+    importing what they compute with.
     """
 
     def call(*arguments: Any) -> Any:
@@ -88,11 +84,11 @@ def imported(name: str) -> Callable[..., Any]:
     return call
 
 
-def quantizes_activations(scheme: Scheme, options: BaseModel) -> bool:
-    """Whether any part's activations are rounded, whatever the options."""
+def quantizes_weights(scheme: Scheme) -> bool:
+    """Whether any part's weights are rounded."""
+    return any(getattr(scheme, part).weight != UNQUANTIZED for part in PARTS)
+
+
+def quantizes_activations(scheme: Scheme) -> bool:
+    """Whether any part's activations are rounded."""
     return any(getattr(scheme, part).activation != UNQUANTIZED for part in PARTS)
-
-
-def quantizes_anything(scheme: Scheme, options: BaseModel) -> bool:
-    """Whether any part's weights or activations are rounded, whatever the options."""
-    return any(not getattr(scheme, part).is_identity for part in PARTS)

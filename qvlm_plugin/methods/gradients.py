@@ -1,9 +1,9 @@
 """What taking gradients through a quantized or full-precision model needs besides autograd."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,34 @@ from qvlm_plugin.errors import QVLMError
 
 LOSS_SCALE = 2.0**12
 """Factor of losses while going backwards, so that float16 does not lose small gradients; exact in the other types."""
+
+_SMALLEST_SCALE = 2.0**-8
+
+Outcome = TypeVar("Outcome")
+
+
+class OverflowedError(QVLMError):
+    """A gradient is not finite: it exceeded its type, or the model itself computes what is not finite."""
+
+
+def scaled(run: Callable[[float], Outcome]) -> Outcome:
+    """What ``run`` makes with the largest loss scale at which it does not raise `OverflowedError`.
+
+    Args:
+        run: goes backwards from a loss times the scale, and divides gradients by it. Scales are powers of two: where
+            nothing over- or underflows, its outcome does not depend on them.
+
+    Raises:
+        OverflowedError: it overflows at every scale.
+    """
+    scale = LOSS_SCALE
+    while True:
+        try:
+            return run(scale)
+        except OverflowedError:
+            if scale <= _SMALLEST_SCALE:
+                raise
+        scale /= 4
 
 
 @contextmanager

@@ -1,13 +1,10 @@
 """Mean inputs of Linears, by which their biases make up for rounded weights."""
 
-from collections.abc import Mapping, Sequence
-
 from torch import Tensor
 
-from qvlm_plugin.calibration import CalibrationSet
-from qvlm_plugin.methods.rtn import observe_ranges
-from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.topology import Site
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft
+from qvlm_plugin.methods.minmax import observe
 
 MASSIVE = 20.0
 """Tokens of more than this times the median norm are left out of the means."""
@@ -24,19 +21,11 @@ def ordinary(tokens: Tensor) -> Tensor:
     return tokens[norms <= MASSIVE * norms.median()]
 
 
-def mean_inputs(
-    loaded: LoadedModel,
-    sites: Sequence[Site],
-    calibration: CalibrationSet,
-    batch_size: int,
-    scales: Mapping[str, Tensor] | None = None,
-) -> dict[str, Tensor]:
-    """The plan tensor ``<site>/mean`` [C] of each site: over the calibration set's `ordinary` tokens.
-
-    Inputs of the sites named in ``scales`` are divided by these [C] first, as in the model with the scales folded.
+def observe_means(context: SearchContext, draft: Draft) -> Draft:
+    """The plan tensor ``<site>/mean`` [C] of each site with rounded weights: over the `ordinary` calibration tokens.
 
     Raises:
         QVLMError: an input is not finite.
     """
-    statistics = observe_ranges(loaded, list(sites), calibration, batch_size, scales, ordinary)
-    return {f"{name}/mean": seen.mean for name, seen in statistics.items()}
+    statistics = observe(context, context.weight_sites, draft, ordinary)
+    return draft.adding({f"{name}/mean": seen.mean for name, seen in statistics.items()})

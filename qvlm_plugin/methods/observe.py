@@ -1,60 +1,51 @@
 """Run calibration data through a model and look at what its Linears read."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.models.placement import execution_device
-from qvlm_plugin.progress import track
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft, transformed
 from qvlm_plugin.topology import Site
 
 
 @torch.inference_mode()
 def visit_site_inputs(
-    loaded: LoadedModel,
+    context: SearchContext,
     sites: Sequence[Site],
-    calibration: CalibrationSet,
-    batch_size: int,
     visit: Callable[[Site, Tensor], None],
     description: str,
-    scales: Mapping[str, Tensor] | None = None,
+    draft: Draft | None = None,
 ) -> None:
     """Call ``visit(site, tokens)`` for every batch, with the input of each site as tokens [N, C] without padding.
 
     Args:
-        loaded: the model in full precision.
+        context: its model runs in full precision, on prompts with their answers, so that the positions of decoding are
+            seen too.
         sites: whose inputs to look at.
-        calibration: prompts with their answers, so that the positions of decoding are seen too.
-        batch_size: samples per forward pass.
         visit: called in the order of the computation; not for an expert that serves no token of the batch.
         description: for the progress bar.
-        scales: by site name, what to divide its channels by [C], as folding these scales would.
+        draft: whose transforms the inputs have gone through; None: none.
 
     Raises:
         QVLMError: an input is not finite; the message names the site.
     """
-    model, device, scales = loaded.model, execution_device(loaded.model), scales or {}
+    model, draft = context.model, draft or Draft()
 
     def look(site: Site, x: Tensor, mask: Tensor) -> None:
         tokens = x[mask]
         if not tokens.isfinite().all():
             raise QVLMError(f"the input of {site.name} is not finite on calibration data; try dtype=float32")
-        visit(site, tokens / scales[site.name].to(tokens) if site.name in scales else tokens)
+        visit(site, transformed(draft, site, tokens))
 
-    for inputs, _ in track(
-        calibration.batches(loaded.processor, batch_size),
-        description,
-        -(-len(calibration.samples) // batch_size),
-    ):
+    for inputs, _ in context.batches(description):
         with watching(model, sites, inputs["attention_mask"].bool(), look):
-            model(**to_device(inputs, device, model.dtype), use_cache=False, logits_to_keep=1)
+            model(**to_device(inputs, context.device, model.dtype), use_cache=False, logits_to_keep=1)
 
 
 @contextmanager

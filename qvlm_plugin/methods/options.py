@@ -1,44 +1,129 @@
-"""What the methods take as options; Q-VLM's are in `qvlm_plugin.methods.qvlm.options`."""
+"""What there is to choose: one group of options for each choice, and `MethodOptions`, which has them all.
+
+A method is a preset: these options with defaults of its own (`qvlm_plugin.builtin`). Any of them may be given to any
+method, so that two rows of a comparison can differ in a single choice.
+"""
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qvlm_plugin.methods.base import (
-    MethodOptions,
-    WeightKind,
-    grid_from_one,
-    quantizes_activations,
-    quantizes_anything,
-)
-from qvlm_plugin.scheme import Scheme
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.scheme import UNQUANTIZED
 
 CLIP_STEP = 0.05
 """Distance between clipping factors, from 1 downwards."""
 
 
-class NoOptions(BaseModel):
-    """There is nothing to choose."""
+def grid_from_one(minimum: float, step: float) -> tuple[float, ...]:
+    """Candidates from 1 down to ``minimum`` at most, ``step`` apart."""
+    count = int((1 - minimum) / step + 1e-9) + 1
+    return tuple(round(1 - index * step, 6) for index in range(count))
 
+
+class _Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class RangeSearchOptions(MethodOptions):
-    """Options of the layer-wise search of activation ranges.
+class NoOptions(_Options):
+    """There is nothing to choose: the model stays in full precision."""
+
+    def weight_format(self, bits: int) -> WeightFormat:
+        """Unquantized."""
+        return WeightFormat()
+
+    def activation_format(self, part: str, bits: int) -> ActivationFormat:
+        """Unquantized."""
+        return ActivationFormat()
+
+
+class FormatOptions(_Options):
+    """Formats of weights and activations.
 
     Attributes:
-        ranges: what has a ratio of its own: a ``site``, or each ``channel`` of a static site. Within a site that a few
-            massive channels dominate, one ratio serves these alone.
-        norm: exponent p of the l_p distance.
-        min_ratio: the narrowest candidate range, as a share of the observed one.
-        ratio_step: distance between candidates, from 1 downwards.
+        weights: number format of the weights: uniform integers (``int``), or a normal-float codebook (``nf``).
+        group_size: for ``int`` weights: input channels that share a scale; -1 shares it along an output channel.
+        symmetric: for ``int`` weights: no fitted zero point.
+        double_quantization: for ``nf`` weights: quantize the block scales too.
+        activations: how the language model's activations are rounded: each ``channel`` within bounds fixed in
+            calibration (paper, section 4.3), or each ``token`` within its own extremes, as in the visual part.
+    """
+
+    weights: Literal["int", "nf"] = "int"
+    group_size: int = Field(128, ge=-1)
+    symmetric: bool = False
+    double_quantization: bool = True
+    activations: Literal["channel", "token"] = "channel"
+
+    def weight_format(self, bits: int) -> WeightFormat:
+        """The format of a weight of ``bits`` bits."""
+        if bits == UNQUANTIZED:
+            return WeightFormat()
+        if self.weights == "nf":
+            return WeightFormat(kind="nf", bits=bits, double_quantization=self.double_quantization)
+        group_size = self.group_size if self.group_size > 0 else None
+        return WeightFormat(kind="int", bits=bits, group_size=group_size, symmetric=self.symmetric)
+
+    def activation_format(self, part: str, bits: int) -> ActivationFormat:
+        """The format of a part's activations of ``bits`` bits.
+
+        Where activations vary most decides their quantizer (paper, section 4.3): across channels in the language model,
+        across tokens in the visual part, to which the projector's inputs belong.
+        """
+        if bits == UNQUANTIZED:
+            return ActivationFormat()
+        static = part == "decoder" and self.activations == "channel"
+        return ActivationFormat(kind="static_channel" if static else "dynamic_token", bits=bits)
+
+
+class TransformOptions(_Options):
+    """What transforms the inputs of Linears, without changing the model in full precision.
+
+    Attributes:
+        transform: ``awq`` scales channels for the sake of the weights and clips these (Lin et al., 2023); ``smooth``
+            moves the magnitude of channels into the weights (Xiao et al., 2023, "SmoothQuant").
+        alpha_steps: for ``awq``: exponents tried for a site's scale, evenly from 0 up to but without 1; 1 switches
+            scaling off.
+        min_clip: for ``awq``: the narrowest weight range tried, as a share of the whole one; 1 switches clipping off.
+        search_tokens: for ``awq``: calibration tokens of each site that errors are measured on.
+        smooth_alpha: for ``smooth``: the share of a channel's magnitude that moves, in powers (SmoothQuant, Eq. 4).
+    """
+
+    transform: Literal["none", "awq", "smooth"] = "none"
+    alpha_steps: int = Field(20, ge=1)
+    min_clip: float = Field(0.5, gt=0, le=1)
+    search_tokens: int = Field(512, ge=1)
+    smooth_alpha: float = Field(0.5, ge=0, le=1)
+
+    @property
+    def clips(self) -> tuple[float, ...]:
+        """The clipping factors, widest first."""
+        return grid_from_one(self.min_clip, CLIP_STEP)
+
+
+class RangeOptions(_Options):
+    """Where activation ranges come from.
+
+    Attributes:
+        observer: ``minmax`` takes the extremes seen in calibration, ``lp`` searches the ratio of these that rounds with
+            the least l_p distance (paper, Eq. 2 and section 4.1).
+        ranges: for ``lp``: what has a ratio of its own: a ``site``, or each ``channel`` of a static site. Within a site
+            that a few massive channels dominate, one ratio serves these alone.
+        norm: for ``lp``: exponent p of the l_p distance.
+        min_ratio: for ``lp``: the narrowest candidate range, as a share of the observed one.
+        ratio_step: for ``lp``: distance between candidates, from 1 downwards.
+        importance: ``jacobian`` weighs errors, of ranges and of blocks, by how much the answers depend on the element
+            or token, and gives each static channel a ratio of its own (`qvlm_plugin.methods.importance`); ``uniform``
+            is the paper's.
         bias_correction: biases make up for what rounding the weights adds to the mean outputs. Not the paper's.
     """
 
+    observer: Literal["minmax", "lp"] = "minmax"
     ranges: Literal["site", "channel"] = "site"
     norm: float = Field(2.0, gt=0)
     min_ratio: float = Field(0.5, gt=0, le=1)
     ratio_step: float = Field(0.05, gt=0, lt=1)
+    importance: Literal["uniform", "jacobian"] = "uniform"
     bias_correction: bool = False
 
     @property
@@ -47,31 +132,101 @@ class RangeSearchOptions(MethodOptions):
         return grid_from_one(self.min_ratio, self.ratio_step)
 
 
-class QLoRAOptions(RangeSearchOptions):
-    """Options of ``qlora``: the weights are normal-float unless told otherwise."""
-
-    weights: WeightKind = "nf"
-
-
-def looks_at_data(scheme: Scheme, options: RangeSearchOptions) -> bool:
-    """Whether ranges are searched or means observed."""
-    return quantizes_activations(scheme, options) or (options.bias_correction and quantizes_anything(scheme, options))
-
-
-class AWQOptions(RangeSearchOptions):
-    """Options of ``awq``; the weights are ``int`` unless told otherwise.
+class MiningOptions(_Options):
+    """Cross-layer dependency mining (CDM): the joint search of blocks.
 
     Attributes:
-        alpha_steps: exponents tried for a site's scale, evenly from 0 up to but without 1; 1 switches scaling off.
-        min_clip: the narrowest weight range tried, as a share of the whole one; 1 switches clipping off.
-        search_tokens: calibration tokens of each site that errors are measured on.
+        cdm: mine cross-layer dependency and search blocks jointly.
+        min_percentile: the grid's end (paper, section 4.1: 0.98); it begins at 1.
+        percentile_step: distance between candidates (paper: 0.005).
+        reading: what a percentile p bounds: ``fraction`` scales a channel's range by p, ``quantile`` takes the
+            channel's quantiles 1 - p and p over the calibration tokens. A token's range is scaled in either.
+        unit: what has a percentile of its own: each decoder ``layer``, or each ``site`` of it (needs ``beam``).
+        max_depth: layers in a block (paper, section 4.1: 3).
+        h0: dependency threshold of the partition; None takes the mean.
+        beam: prefixes kept after each step of a block's search; 0 tries all combinations.
+        tokens: which tokens the error counts: ``all`` (as printed), ``text`` or ``answer``.
+        relative_error: divide each token's error by its squared norm.
     """
 
-    alpha_steps: int = Field(20, ge=1)
-    min_clip: float = Field(0.5, gt=0, le=1)
-    search_tokens: int = Field(512, ge=1)
+    cdm: bool = False
+    min_percentile: float = Field(0.98, gt=0, le=1)
+    percentile_step: float = Field(0.005, gt=0, lt=1)
+    reading: Literal["fraction", "quantile"] = "fraction"
+    unit: Literal["layer", "site"] = "layer"
+    max_depth: int = Field(3, ge=1)
+    h0: float | None = Field(None, ge=0)
+    beam: int = Field(0, ge=0)
+    tokens: Literal["all", "text", "answer"] = "all"
+    relative_error: bool = False
 
     @property
-    def clips(self) -> tuple[float, ...]:
-        """The clipping factors, widest first."""
-        return grid_from_one(self.min_clip, CLIP_STEP)
+    def percentiles(self) -> tuple[float, ...]:
+        """The grid, from 1 down."""
+        return grid_from_one(self.min_percentile, self.percentile_step)
+
+
+class VisionOptions(_Options):
+    """Visual encoder optimization (VEO): the training of the tower's quantization parameters.
+
+    Attributes:
+        veo: optimize the visual encoder.
+        eta: η, weight of the final hidden state's error against that of the vision features (Eq. 9).
+        lambda1, lambda2: weights of the entropy and of the errors (Eq. 10).
+        veo_epochs: passes over the calibration set (paper, section 4.1: 10).
+        veo_train: ``clip`` trains clip ratios, ``clip+norm`` the affine terms of the tower's layer norms too.
+        veo_clip_rate: learning rate of the clip ratios: about how far the first step moves them; it falls to 0 along a
+            half cosine.
+        veo_norm_rate: learning rate of the norms, likewise.
+        veo_decoder: the language model that the tower is trained under: ``quantized`` as it will be (the paper's errors
+            are those of the quantized model), or ``full`` precision.
+        veo_checkpointing: run each block again in the backward pass instead of keeping its activations.
+    """
+
+    veo: bool = False
+    eta: float = Field(1.0, ge=0)
+    lambda1: float = Field(1.0, ge=0)
+    lambda2: float = Field(1.0, ge=0)
+    veo_epochs: int = Field(10, ge=0)
+    veo_train: Literal["clip", "clip+norm"] = "clip"
+    veo_clip_rate: float = Field(5e-3, gt=0)
+    veo_norm_rate: float = Field(2e-3, gt=0)
+    veo_decoder: Literal["quantized", "full"] = "quantized"
+    veo_checkpointing: bool = True
+
+
+_READ_WITH = {
+    ("transform", "awq"): ("alpha_steps", "min_clip", "search_tokens"),
+    ("transform", "smooth"): ("smooth_alpha",),
+    ("observer", "lp"): ("ranges", "norm", "min_ratio", "ratio_step"),
+}
+"""Options that only one value of a choice reads. Those of ``cdm`` and ``veo`` may stay when these are switched off, as
+ablations do."""
+
+
+class MethodOptions(VisionOptions, MiningOptions, RangeOptions, TransformOptions, FormatOptions):
+    """All choices; the defaults round to nearest within observed extremes.
+
+    Attributes:
+        calibration_batch_size: samples per forward pass (paper, section 4.1: 8).
+    """
+
+    calibration_batch_size: int = Field(8, ge=1)
+
+    @model_validator(mode="after")
+    def _choices_go_together(self) -> "MethodOptions":
+        for (choice, wanted), names in _READ_WITH.items():
+            for name in names:
+                given = getattr(self, name)
+                if getattr(self, choice) != wanted and given != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}={given} is read with {choice}={wanted} only")
+        if self.unit == "site" and not self.beam:
+            raise ValueError("unit=site has too many combinations to try them all; set beam, for example beam=4")
+        if self.importance == "jacobian" and (self.observer, self.activations) != ("lp", "channel"):
+            raise ValueError("importance=jacobian weighs a search of channels: observer=lp and activations=channel")
+        if self.transform != "none" and self.veo and self.veo_train == "clip+norm":
+            raise ValueError(
+                f"veo_train=clip+norm trains norms that transform={self.transform} folds scales into; "
+                "use veo_train=clip"
+            )
+        return self

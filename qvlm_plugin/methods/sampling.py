@@ -5,31 +5,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qvlm_plugin.calibration import CalibrationSet
+from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.observe import visit_site_inputs
-from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.topology import Site
 
 
-def sample_tokens(
-    loaded: LoadedModel, sites: Sequence[Site], calibration: CalibrationSet, batch_size: int, count: int
-) -> dict[str, Tensor]:
+def sample_tokens(context: SearchContext, sites: Sequence[Site], count: int) -> dict[str, Tensor]:
     """Input tokens of each site, drawn evenly from the whole calibration set, answers included and padding left out.
 
     Every token gets a random key, and the tokens with the smallest keys stay: one pass, and the same draw for every
-    batch size.
+    batch size. The seed is that of the calibration set.
 
     Args:
-        loaded: the model in full precision.
+        context: the search.
         sites: whose inputs to sample.
-        calibration: its seed is that of the draw.
-        batch_size: samples per forward pass.
         count: tokens to keep of each site; all of them where there are fewer.
 
     Returns:
         For each site's name [min(count, N), C] in the compute type, on the CPU.
     """
-    generators = {site.name: torch.Generator().manual_seed(calibration.seed) for site in sites}
+    generators = {site.name: torch.Generator().manual_seed(context.calibration.seed) for site in sites}
     kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def visit(site: Site, tokens: Tensor) -> None:
@@ -40,7 +35,7 @@ def sample_tokens(
             keys, chosen = _smallest(torch.cat([old_keys, keys]), torch.cat([old, chosen]), count)
         kept[site.name] = keys, chosen
 
-    visit_site_inputs(loaded, sites, calibration, batch_size, visit, "token sample")
+    visit_site_inputs(context, sites, visit, "token sample")
     return {name: tokens for name, (_, tokens) in kept.items()}
 
 

@@ -2,21 +2,21 @@ import copy
 import dataclasses
 
 import pytest
+import searching
 import torch
+from searching import context_of
 from tiny_llava import logits_of
 
 from qvlm_plugin import planning, plugins
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.formats import WeightFormat
-from qvlm_plugin.methods.build import activation_sites
 from qvlm_plugin.methods.clipping import search_clip
-from qvlm_plugin.methods.observe import visit_site_inputs
-from qvlm_plugin.methods.options import AWQOptions
-from qvlm_plugin.methods.qlora import search_ranges
+from qvlm_plugin.methods.draft import Draft
+from qvlm_plugin.methods.lp import search_ranges
+from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan, apply_fold
 from qvlm_plugin.quantizers import quantize_int
-from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import linear_layers, resolve
 
 
@@ -30,12 +30,8 @@ def sites_of(loaded):
 
 
 def inputs_of(loaded, calibration):
-    seen = {}
-    visit_site_inputs(
-        loaded, sites_of(loaded), calibration, 2,
-        lambda site, tokens: seen.setdefault(site.name, []).append(tokens.clone()), "look",
-    )  # fmt: skip
-    return {name: torch.cat(tokens) for name, tokens in seen.items()}
+    seen = searching.inputs_of(context_of(loaded, calibration), sites_of(loaded))
+    return {site.name: torch.cat(tokens) for site, tokens in seen.items()}
 
 
 def apply_folds(plan, model):
@@ -123,7 +119,7 @@ def test_clips_are_searched_on_the_folded_weights_and_their_inputs(loaded, calib
         for name in site.linears:
             if f"{name}/clip" in plan.tensors:
                 weight = folded.model.get_submodule(name).weight.detach()
-                expected = search_clip(weight, fmt, inputs[site.name], AWQOptions().clips)
+                expected = search_clip(weight, fmt, inputs[site.name], MethodOptions().clips)
                 same = plan.tensors[f"{name}/clip"] == expected
                 assert same.float().mean() > 0.97, name  # but for near ties
 
@@ -131,9 +127,8 @@ def test_clips_are_searched_on_the_folded_weights_and_their_inputs(loaded, calib
 def test_ranges_are_those_of_the_folded_model(loaded, calibration):
     plan = plan_of(loaded, calibration, "w3a3")
     apply_folds(plan, loaded.model)
-    topology = plugins.topology(loaded.model.config)
-    formats = activation_sites(topology, loaded, Scheme.parse("w3a3"))
-    expected = search_ranges(loaded, formats, calibration, AWQOptions())
+    context = context_of(loaded, calibration, "w3a3", observer="lp", calibration_batch_size=8)
+    expected = search_ranges(context, Draft()).tensors
     assert len(expected) == 2 * 8 + 10
     for name, tensor in expected.items():
         assert torch.allclose(plan.tensors[name], tensor, rtol=1e-3, atol=1e-4), name

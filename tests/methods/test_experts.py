@@ -1,17 +1,16 @@
 """Sparse experts: each is calibrated on the tokens that it serves, and one that serves none needs no data."""
 
 import pytest
+import searching
 import torch
 from moe_llava import write_moe_llava
+from searching import context_of
 from tiny_llava import logits_of
 from typer.testing import CliRunner
 
-from qvlm_plugin import planning, plugins
+from qvlm_plugin import planning
 from qvlm_plugin.cli import app
-from qvlm_plugin.methods.build import activation_sites
-from qvlm_plugin.methods.observe import visit_site_inputs
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.scheme import Scheme
 
 IDLE = "model.language_model.layers.2.mlp.experts.3"
 METHODS = {
@@ -52,12 +51,8 @@ def plan_of(loaded, calibration, method, scheme="w4a4", **options):
 
 
 def inputs_of(loaded, calibration, batch_size):
-    formats = activation_sites(plugins.topology(loaded.model.config), loaded, Scheme.parse("w4a4"))
-    seen = {}
-    visit_site_inputs(
-        loaded, [site for site, _ in formats], calibration, batch_size,
-        lambda site, tokens: seen.setdefault(site, []).append(tokens.clone()), "look",
-    )  # fmt: skip
+    context = context_of(loaded, calibration, calibration_batch_size=batch_size)
+    seen = searching.inputs_of(context, list(context.activation_sites))
     return {site: torch.cat(tokens) for site, tokens in seen.items()}
 
 

@@ -1,14 +1,16 @@
 import pytest
 import torch
 from methods.test_awq import inputs_of, plan_of, sites_of
+from searching import context_of
 
 from qvlm_plugin import planning
-from qvlm_plugin.methods.means import MASSIVE, mean_inputs, ordinary
+from qvlm_plugin.methods.draft import Draft
+from qvlm_plugin.methods.means import MASSIVE, observe_means, ordinary
 
 
 def test_means_are_those_of_the_inputs(loaded, calibration):
     inputs = inputs_of(loaded, calibration)
-    means = mean_inputs(loaded, sites_of(loaded), calibration, 2)
+    means = observe_means(context_of(loaded, calibration), Draft()).tensors
     assert set(means) == {f"{name}/mean" for name in inputs}
     for name, tokens in inputs.items():
         torch.testing.assert_close(means[f"{name}/mean"], tokens.mean(dim=0), atol=1e-5, rtol=1e-4)

@@ -1,15 +1,14 @@
 import pytest
+import searching
 import torch
+from searching import context_of
 from tiny_llava import logits_of
 
-from qvlm_plugin import planning, plugins
+from qvlm_plugin import planning
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.build import activation_sites
-from qvlm_plugin.methods.observe import visit_site_inputs
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.quantizers import fake_quantize, token_range
-from qvlm_plugin.scheme import Scheme
 
 
 def plan_of(loaded, calibration, method="qlora", scheme="w4a4", **options):
@@ -19,12 +18,8 @@ def plan_of(loaded, calibration, method="qlora", scheme="w4a4", **options):
 
 def inputs_of(loaded, calibration, batch_size=2, scheme="w4a4"):
     """Every site's input tokens [N, C] over the calibration set, by visiting it."""
-    formats = activation_sites(plugins.topology(loaded.model.config), loaded, Scheme.parse(scheme))
-    seen = {}
-    visit_site_inputs(
-        loaded, [site for site, _ in formats], calibration, batch_size,
-        lambda site, tokens: seen.setdefault(site, []).append(tokens.clone()), "look",
-    )  # fmt: skip
+    context = context_of(loaded, calibration, scheme, calibration_batch_size=batch_size)
+    seen = searching.inputs_of(context, list(context.activation_sites))
     return {site: torch.cat(tokens) for site, tokens in seen.items()}
 
 

@@ -1,24 +1,19 @@
 import dataclasses
 
 import torch
+from searching import context_of, inputs_of
 
-from qvlm_plugin import plugins
-from qvlm_plugin.methods.observe import visit_site_inputs
 from qvlm_plugin.methods.sampling import sample_tokens
-from qvlm_plugin.topology import resolve
 
 
 def drawn(loaded, calibration, count, batch_size=2):
-    sites = resolve(plugins.topology(loaded.model.config), loaded.model)
-    return sites, sample_tokens(loaded, sites, calibration, batch_size, count)
+    context = context_of(loaded, calibration, calibration_batch_size=batch_size)
+    return context.sites, sample_tokens(context, context.sites, count)
 
 
 def test_the_sample_is_drawn_from_what_the_sites_read(loaded, calibration):
     sites, sample = drawn(loaded, calibration, 12)
-    seen = {}
-    visit_site_inputs(
-        loaded, sites, calibration, 2, lambda site, tokens: seen.setdefault(site.name, []).append(tokens.clone()), ""
-    )
+    seen = {site.name: tokens for site, tokens in inputs_of(context_of(loaded, calibration), sites).items()}
     assert sample.keys() == seen.keys()
     for name, tokens in sample.items():
         distances = torch.cdist(tokens, torch.cat(seen[name]), compute_mode="donot_use_mm_for_euclid_dist")

@@ -6,15 +6,15 @@ import pytest
 import torch
 from harness.mirrors import write_mirrors
 from report.stub_harness import calls, write_stub
+from searching import context_of
 from tiny_llava import random_image, write_tiny_llava
 from typer.testing import CliRunner
 
-from qvlm_plugin import plugins
 from qvlm_plugin.calibration import CalibrationSet, Sample
 from qvlm_plugin.cli import app
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.blocks import decoder_inputs, run_layer
+from qvlm_plugin.methods.hidden import decoder_inputs
 from qvlm_plugin.methods.qvlm.dependency import soft_assignment
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.planning import apply, check_request, obtain_plan
@@ -25,7 +25,6 @@ from qvlm_plugin.report.ablations.layer_errors import held_apart, layer_errors, 
 from qvlm_plugin.report.ablations.table1 import planned_weight_bytes
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.writing import Report
-from qvlm_plugin.topology import decoder_layers
 
 DECODER_ONLY = "w4a4+vision:w16a16+projector:w16a16"
 SMALL = {"calibration_batch_size": 1, "veo": False, "h0": 0.0}
@@ -61,11 +60,12 @@ def test_difference_and_dependency_are_those_of_the_method_on_the_sample(loaded,
     assert [len(record["blocks"]) for record in records] == [2, 1]
     assert point.dependency == pytest.approx(records[0]["dependencies"][0], rel=1e-6)
     assert point.joint / point.sequential == pytest.approx(joint / sequential, rel=1e-6)
-    topology = plugins.topology(loaded.model.config)
-    states, batches = decoder_inputs(loaded, topology, alone, 1)
-    for named in decoder_layers(topology, loaded.model):
-        states = run_layer(*named, states, batches)
-    norm = states[0].shape[1] if relative else float(states[0].square().sum())
+    context = context_of(loaded, alone, calibration_batch_size=1)
+    hidden = decoder_inputs(context)
+    for named in context.layers:
+        hidden = hidden.through(*named)
+    (states,) = hidden.states
+    norm = states.shape[1] if relative else float(states.square().sum())
     assert point.joint == pytest.approx(joint / norm, rel=1e-5)
 
 
@@ -74,9 +74,8 @@ def test_points_of_several_samples(loaded, samples):
     points = sample_points(loaded, asked.scheme, samples, asked.options, layer=0)
     assert len(points) == 4 and all(point.difference >= 0 for point in points)
     assert any(point.difference > 0 for point in points)
-    topology = plugins.topology(loaded.model.config)
-    hidden, batches = decoder_inputs(loaded, topology, samples, 1)
-    outputs = run_layer(*decoder_layers(topology, loaded.model)[0], hidden, batches)
+    context = context_of(loaded, samples, calibration_batch_size=1)
+    outputs = decoder_inputs(context).through(*context.layers[0]).states
     lower, upper = torch.cat([states[0] for states in outputs]).aminmax(dim=0)
     for point, states in zip(points, outputs, strict=True):  # bounds are common, so that entropies compare
         marginal = soft_assignment(states, lower, upper, 4).double().flatten(0, -2).mean(dim=0)

@@ -2,14 +2,14 @@ import dataclasses
 
 import pytest
 import torch
+from searching import context_of
 
-from qvlm_plugin import planning, plugins
+from qvlm_plugin import planning
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.qvlm.importance import visit_jacobians
+from qvlm_plugin.methods.importance import visit_jacobians
 from qvlm_plugin.quantizers import fake_quantize
 from qvlm_plugin.report.ablations.sources import TOKENS, error_sources, sources_report, token_kinds
-from qvlm_plugin.topology import resolve
 
 OPTIONS = {"calibration_batch_size": 2}
 
@@ -37,18 +37,17 @@ def test_sources_are_weighed_errors_and_add_up_over_kinds_and_batches(loaded, ca
     fitted, apart = halves(calibration)
     plan = plan_of(loaded, fitted)
     sources = error_sources(loaded, plan, apart, 1)
-    topology = plugins.topology(loaded.model.config)
-    sites = [site for site in resolve(topology, loaded.model) if site.part == "decoder"]
-    expected = dict.fromkeys(sites, 0.0)
+    context = context_of(loaded, apart)
+    sites = [site for site in context.sites if site.part == "decoder"]
 
-    def visit(site, x, jacobian):
+    def visit(site, x, jacobian, batch):
         bounds = (plan.tensors[f"{site.name}/{bound}"] for bound in ("lower", "upper"))
-        expected[site] += float(((fake_quantize(x, *bounds, 3) - x) * jacobian).square().sum()) / 2
+        return ((fake_quantize(x, *bounds, 3) - x) * jacobian).square().sum() / 2
 
-    visit_jacobians(loaded, topology, sites, apart, 2, visit)
+    expected, _ = visit_jacobians(context, sites, visit)
     assert list(sources) == sites
     for site in sites:
-        assert float(sources[site].sum()) == pytest.approx(expected[site], rel=1e-3)
+        assert float(sources[site].sum()) == pytest.approx(float(expected[site]), rel=1e-3)
     assert all(float(sum(sources.values())[TOKENS.index(kind)]) > 0 for kind in TOKENS)
 
 

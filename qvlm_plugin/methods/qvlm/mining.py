@@ -14,51 +14,59 @@ from torch import Tensor, nn
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.reference import REFERENCE
-from qvlm_plugin.linear import QuantLinear
-from qvlm_plugin.methods.blocks import Batch, Hidden, TokenWeights, output_error, replaced, run_layer
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft, TokenWeights, build_plan, transformed
+from qvlm_plugin.methods.hidden import HiddenCache, decoder_inputs
 from qvlm_plugin.methods.observe import watching
+from qvlm_plugin.methods.options import MiningOptions
 from qvlm_plugin.methods.qvlm.dependency import layer_dependency
-from qvlm_plugin.methods.qvlm.options import MiningOptions
 from qvlm_plugin.methods.qvlm.partition import partition
 from qvlm_plugin.methods.qvlm.search import search_exhaustively, search_with_beam
+from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
 from qvlm_plugin.models.placement import execution_device, materialized
-from qvlm_plugin.plan import quantized_linear
-from qvlm_plugin.plan_header import ModulePlan
+from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantizers import shrink_range
 from qvlm_plugin.topology import Site
-from qvlm_plugin.workspace import Workspace
 
 
 @dataclass(frozen=True, eq=False)
 class CandidateLayer:
-    """One decoder layer with quantized weights, whose activation bounds are given anew at every run.
+    """One decoder layer with quantized weights, whose activation parameters are given anew at every run.
 
     Attributes:
         name: full name.
         layer: in full precision.
-        linears: what stands in for its Linears, by their names in it; on the device as long as the candidate lives.
+        others: what stands in for its modules, by their names in it; on the device as long as the candidate lives.
         sites: its activation quantizers, less those of experts that no calibration token reached.
-        bounds: (lower, upper) [C] for each site and each percentile of the grid.
+        candidates: for each site and each percentile of the grid, the parameters of rounding by their names.
     """
 
     name: str
     layer: nn.Module
-    linears: Mapping[str, QuantLinear]
+    others: StandIns
     sites: tuple[Site, ...]
-    bounds: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+    candidates: Mapping[str, Sequence[Mapping[str, Tensor]]]
 
     @torch.no_grad()
-    def run(self, choices: Mapping[str, int], hidden: Hidden, batches: Sequence[Batch]) -> Hidden:
+    def run(self, choices: Mapping[str, int], hidden: HiddenCache) -> HiddenCache:
         """Outputs with the chosen percentile (index into the grid, by site name) at each site."""
-        parameters = {}
-        for site in self.sites:
-            lower, upper = self.bounds[site.name][choices[site.name]]
-            for linear in site.linears:
-                relative = linear.removeprefix(f"{self.name}.")
-                parameters |= {f"{relative}.lower": lower, f"{relative}.upper": upper}
-        with replaced(self.layer, self.linears, {}):
-            return run_layer(self.name, self.layer, hidden, batches, parameters)
+        parameters = {
+            f"{linear.removeprefix(f'{self.name}.')}.{key}": value
+            for site in self.sites
+            for linear in site.linears
+            for key, value in self.candidates[site.name][choices[site.name]].items()
+        }
+        with replaced(self.layer, self.others):
+            return hidden.through(self.name, self.layer, parameters)
+
+    def found(self, choices: Mapping[str, int]) -> dict[str, Tensor]:
+        """The plan tensors of the chosen percentiles."""
+        return {
+            f"{site}/{key}": value
+            for site, choice in choices.items()
+            for key, value in self.candidates[site][choice].items()
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +74,7 @@ class Mined:
     """What the search decided.
 
     Attributes:
-        tensors: bounds of every decoder site, as plan tensors.
+        tensors: activation parameters of every decoder site, as plan tensors.
         record: dependencies, blocks, percentiles and errors, as JSON data.
     """
 
@@ -74,16 +82,24 @@ class Mined:
     record: dict[str, Any]
 
 
-def dependencies(
-    layers: Sequence[tuple[str, nn.Module]], hidden: Hidden, batches: Sequence[Batch], bits: int
-) -> list[float]:
+def search_blocks(context: SearchContext, draft: Draft) -> Draft:
+    """The percentiles of all decoder layers, above the vision tower and projector as they will be."""
+    plan = build_plan(context, draft)
+    topology = context.topology
+    reference = decoder_inputs(context)
+    below = stand_ins(plan, context.model, REFERENCE, (topology.vision_path, topology.projector_path))
+    with replaced(context.model, below):
+        quantized = decoder_inputs(context)
+    mined = mine(context, plan, reference, quantized, draft.token_weights)
+    return draft.adding(mined.tensors, {"cdm": mined.record})
+
+
+def dependencies(layers: Sequence[tuple[str, nn.Module]], hidden: HiddenCache, bits: int) -> list[float]:
     """D(k, k+1) between the outputs of consecutive full-precision layers, given with their names (Eq. 4)."""
     values, previous = [], None
     for name, layer in layers:
-        hidden = run_layer(name, layer, hidden, batches)
-        tokens = torch.cat(
-            [states[batch.attended.to(states.device)] for states, batch in zip(hidden, batches, strict=True)]
-        )
+        hidden = hidden.through(name, layer)
+        tokens = hidden.tokens()
         if previous is not None:
             values.append(layer_dependency(previous, tokens, bits))
         previous = tokens
@@ -91,35 +107,24 @@ def dependencies(
 
 
 def mine(
-    layers: Sequence[tuple[str, nn.Module]],
-    sites: Sequence[Site],
-    modules: Mapping[str, ModulePlan],
-    tensors: Mapping[str, Tensor],
-    reference: Hidden,
-    quantized: Hidden,
-    batches: Sequence[Batch],
-    bits: int,
-    options: MiningOptions,
-    workspace: Workspace,
+    context: SearchContext,
+    plan: RoundingPlan,
+    reference: HiddenCache,
+    quantized: HiddenCache,
     token_weights: TokenWeights | None = None,
 ) -> Mined:
-    """Search the percentiles of all decoder layers.
+    """Search the percentiles of all decoder layers. Choices of finished blocks are kept in the context's workspace.
 
     Args:
-        layers: full-precision decoder layers with their names, bottom to top.
-        sites: the decoder's activation quantizers.
-        modules: what becomes of each Linear, by name.
-        tensors: plan tensors with the initial bounds of every site, which percentile 1 keeps.
+        context: the search.
+        plan: with the initial parameters of every site, which percentile 1 keeps.
         reference: input of the first layer in the full-precision model.
         quantized: the same where everything below is already quantized.
-        batches: what goes with them.
-        bits: activation width.
-        options: of the search.
-        workspace: where the choices of finished blocks are kept.
-        token_weights: how much each token's error counts beside that; None counts all alike.
+        token_weights: how much each token's error counts beside the options; None counts all alike.
     """
+    options, workspace = context.options, context.workspace
     with Progress("dependencies") as progress:
-        mutual = dependencies(layers, reference, batches, bits)
+        mutual = dependencies(context.layers, reference, context.scheme.decoder.activation)
         blocks = partition(mutual, options.h0, options.max_depth)
         progress.describe("search of blocks", len(blocks))
         found: dict[str, Tensor] = {}
@@ -127,23 +132,19 @@ def mine(
         for block in blocks:
             members, targets = [], []
             for index in block:
-                member, reference = candidate_layer(
-                    *layers[index], sites, modules, tensors, reference, batches, options
-                )
+                member, reference = candidate_layer(context, plan, index, reference)
                 members.append(member)
                 targets.append(reference)
             step = f"layers-{block.start}-{block.stop - 1}"
             if (kept := workspace.recall(step)) is None:
                 weights = token_weights and [token_weights[index] for index in block]
-                choices, error = search_block(members, quantized, targets, batches, options, weights)
+                choices, error = search_block(members, quantized, targets, options, weights)
                 kept = {"choices": choices, "error": error}, {}
                 workspace.keep(step, *kept)
             choices, error = kept[0]["choices"], kept[0]["error"]
             for member, chosen in zip(members, choices, strict=True):
-                quantized = member.run(chosen, quantized, batches)
-                for site in member.sites:
-                    lower, upper = member.bounds[site.name][chosen[site.name]]
-                    found |= {f"{site.name}/lower": lower, f"{site.name}/upper": upper}
+                quantized = member.run(chosen, quantized)
+                found |= member.found(chosen)
             percentiles = [{site: options.percentiles[c] for site, c in chosen.items()} for chosen in choices]
             rows.append({"layers": list(block), "percentiles": percentiles, "error": error})
             progress.advance()
@@ -152,9 +153,8 @@ def mine(
 
 def search_block(
     members: Sequence[CandidateLayer],
-    start: Hidden,
-    targets: Sequence[Hidden],
-    batches: Sequence[Batch],
+    start: HiddenCache,
+    targets: Sequence[HiddenCache],
     options: MiningOptions,
     token_weights: TokenWeights | None = None,
 ) -> tuple[list[dict[str, int]], float]:
@@ -164,7 +164,7 @@ def search_block(
         members: the block's layers.
         start: the block's input in the quantized model.
         targets: each layer's output in full precision.
-        batches, options: as for `mine`.
+        options: of the search.
         token_weights: of the block's layers.
 
     Returns:
@@ -186,12 +186,11 @@ def search_block(
             before, choices = output, {}
         choices = choices | dict.fromkeys(names, candidate)
         complete = {site.name: choices.get(site.name, 0) for site in members[index].sites}
-        return before, choices, members[index].run(complete, before, batches)
+        return before, choices, members[index].run(complete, before)
 
     def error(step: int, state: tuple) -> float:
         index = units[step][0]
-        weights = token_weights and token_weights[index]
-        return output_error(state[2], targets[index], batches, options.tokens, options.relative_error, weights)
+        return state[2].error(targets[index], options, token_weights and token_weights[index])
 
     arguments = (len(units), len(options.percentiles), (start, {}, start), run, error)
     found = search_with_beam(*arguments, options.beam) if options.beam else search_exhaustively(*arguments)
@@ -204,40 +203,46 @@ def search_block(
 
 
 def candidate_layer(
-    name: str,
-    layer: nn.Module,
-    sites: Sequence[Site],
-    modules: Mapping[str, ModulePlan],
-    tensors: Mapping[str, Tensor],
-    reference: Hidden,
-    batches: Sequence[Batch],
-    options: MiningOptions,
-) -> tuple[CandidateLayer, Hidden]:
-    """A layer ready to be searched, and its full-precision output."""
-    # An expert that no calibration token reached has no bounds to search.
-    own = tuple(site for site in sites if site.name.startswith(f"{name}.") and f"{site.name}/lower" in tensors)
+    context: SearchContext, plan: RoundingPlan, index: int, reference: HiddenCache
+) -> tuple[CandidateLayer, HiddenCache]:
+    """Decoder layer ``index`` ready to be searched, and its full-precision output.
+
+    Args:
+        context: the search.
+        plan: with the initial parameters of the layer's sites.
+        index: of the layer, from 0.
+        reference: its full-precision input.
+    """
+    name, layer = context.layers[index]
+    options, device = context.options, execution_device(layer)
+    formats = {site: fmt for site, fmt in context.activation_sites.items() if site.name.startswith(f"{name}.")}
+    # An expert that no calibration token reached has no parameters to search.
+    own = [site for site, fmt in formats.items() if f"{site.name}/{fmt.parameters[0]}" in plan.tensors]
+    own = [site for site in own if site.name not in plan.record.get("uncalibrated", ())]
+    static = [site for site in own if formats[site].kind == "static_channel"]
     # Inputs of all sites at once are several times the hidden states: they are kept where these are.
-    kept_on, device = reference[0].device, execution_device(layer)
-    inputs: dict[str, list[Tensor]] = {site.name: [] for site in own}
+    kept_on = reference.states[0].device
+    inputs: dict[str, list[Tensor]] = {site.name: [] for site in static}
 
     def keep(site: Site, x: Tensor, mask: Tensor) -> None:
-        inputs[site.name].append(x[mask].to(kept_on))
+        inputs[site.name].append(transformed(plan, site, x[mask]).to(kept_on))
 
-    linears, output = {}, []
+    outputs = []
     with materialized(layer):
-        for states, batch in zip(reference, batches, strict=True):
-            with watching(layer, own, batch.attended, keep, prefix=f"{name}."):
-                output += run_layer(name, layer, [states], [batch])
-        for linear_name, module in modules.items():
-            if linear_name.startswith(f"{name}.") and not module.is_identity:
-                relative = linear_name.removeprefix(f"{name}.")
-                linears[relative] = quantized_linear(module, layer.get_submodule(relative), tensors, REFERENCE)
-    bounds = {}
+        for piece in reference.pieces():
+            with watching(layer, static, piece.batches[0].attended, keep, prefix=f"{name}."):
+                outputs.append(piece.through(name, layer))
+        others = stand_ins(plan, context.model, REFERENCE, (name,)).within(name)
+    candidates = {}
     for site in own:
-        tokens = torch.cat(inputs.pop(site.name)).to(device)
-        initial = tuple(tensors[f"{site.name}/{bound}"].to(device) for bound in ("lower", "upper"))
-        bounds[site.name] = [percentile_bounds(tokens, *initial, p, options.reading) for p in options.percentiles]
-    return CandidateLayer(name, layer, linears, own, bounds), output
+        initial = {key: plan.tensors[f"{site.name}/{key}"].to(device) for key in formats[site].parameters}
+        if site in static:
+            tokens = torch.cat(inputs.pop(site.name)).to(device)
+            bounds = [percentile_bounds(tokens, *initial.values(), p, options.reading) for p in options.percentiles]
+            candidates[site.name] = [dict(zip(initial, pair, strict=True)) for pair in bounds]
+        else:
+            candidates[site.name] = [{"clip_ratio": initial["clip_ratio"] * p} for p in options.percentiles]
+    return CandidateLayer(name, layer, others, tuple(own), candidates), reference.joined(outputs)
 
 
 def percentile_bounds(

@@ -66,18 +66,19 @@ def search_with_beam(
 ) -> Found:
     """Keep the ``width`` best prefixes after each step; with a width of c^(d-1) or more it is exhaustive.
 
-    Costs at most c + (d - 1) · width · c step runs. Arguments as for `search_exhaustively`; ``error`` is called after
-    every step, on prefixes.
+    Costs at most c + (d - 1) · width · c step runs and holds 2 · width + 1 states. Arguments as for
+    `search_exhaustively`; ``error`` is called after every step, on prefixes.
     """
     beam: list[tuple[float, tuple[int, ...], State]] = [(0.0, (), start)]
     for step in range(steps):
-        grown = [
-            (error(step, after), (*choices, candidate), after)
-            for _, choices, state in beam
-            for candidate in range(candidates)
-            for after in [run(step, candidate, state)]
-        ]
-        # Only the survivors' states outlive the step; sorting by error and choices never compares states.
-        beam = sorted(grown, key=lambda entry: entry[:2])[:width]
+        grown: list[tuple[float, tuple[int, ...], State]] = []
+        for _, choices, state in beam:
+            for candidate in range(candidates):
+                after = run(step, candidate, state)
+                # Only states that may survive are kept; sorting by error and choices never compares states.
+                grown = sorted(
+                    [*grown, (error(step, after), (*choices, candidate), after)], key=lambda entry: entry[:2]
+                )[:width]
+        beam = grown
     value, choices, _ = beam[0]
     return Found(choices, value)

@@ -1,6 +1,6 @@
 """Discretization error difference: what searching two layers jointly gains over searching them one after the other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -8,16 +8,16 @@ from torch import Tensor
 from qvlm_plugin import plugins
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.blocks import Batch, Hidden, decoder_inputs, output_error, run_layer
-from qvlm_plugin.methods.build import activation_sites, build_plan
-from qvlm_plugin.methods.qlora import search_ranges
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft, build_plan
+from qvlm_plugin.methods.hidden import HiddenCache, decoder_inputs
+from qvlm_plugin.methods.lp import least_distance
+from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm.dependency import MAX_ELEMENTS, conditional_entropy, joint_counts, sample_elements
 from qvlm_plugin.methods.qvlm.mining import CandidateLayer, candidate_layer, search_block
-from qvlm_plugin.methods.qvlm.options import QVLMOptions
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.progress import track
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
-from qvlm_plugin.topology import decoder_layers, resolve
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SamplePoint:
 
 
 def sample_points(
-    loaded: LoadedModel, scheme: Scheme, calibration: CalibrationSet, options: QVLMOptions, layer: int
+    loaded: LoadedModel, scheme: Scheme, calibration: CalibrationSet, options: MethodOptions, layer: int
 ) -> list[SamplePoint]:
     """Entropy and discretization error difference (DED) of every calibration sample at a pair of layers (Figure 2).
 
@@ -72,63 +72,59 @@ def sample_points(
     Raises:
         QVLMError: there is no layer after it, or the scheme does not round the decoder's activations.
     """
-    model, bits = loaded.model, scheme.decoder.activation
-    topology = plugins.topology(model.config)
-    layers = decoder_layers(topology, model)
-    if not 0 <= layer < len(layers) - 1:
-        raise QVLMError(f"layer={layer}: the decoder's layers with a following one are 0 to {len(layers) - 2}")
+    bits = scheme.decoder.activation
+    context = SearchContext(loaded, plugins.topology(loaded.model.config), scheme, options, calibration, "qvlm")
+    if not 0 <= layer < len(context.layers) - 1:
+        raise QVLMError(f"layer={layer}: the decoder's layers with a following one are 0 to {len(context.layers) - 2}")
     if bits == UNQUANTIZED:
         raise QVLMError(f"scheme={scheme}: it must round the decoder's activations, for example w4a4")
-    sites = [site for site in resolve(topology, model) if site.part == "decoder" and site.block in (layer, layer + 1)]
-    formats = [(site, fmt) for site, fmt in activation_sites(topology, loaded, scheme) if site in sites]
-    tensors = search_ranges(loaded, formats, calibration, options)
-    modules = {
-        module.name: module for module in build_plan("qvlm", loaded, topology, scheme, options, {}, None).modules
+    formats = {
+        site: fmt
+        for site, fmt in context.activation_sites.items()
+        if site.part == "decoder" and site.block in (layer, layer + 1)
     }
-    start, batches = decoder_inputs(loaded, topology, calibration, batch_size=1)
-    for named in layers[:layer]:
-        start = run_layer(*named, start, batches)
+    plan = build_plan(context, Draft(least_distance(context, Draft(), formats)))
+    start = decoder_inputs(replace(context, options=options.model_copy(update={"calibration_batch_size": 1})))
+    for named in context.layers[:layer]:
+        start = start.through(*named)
     members, targets, reference = [], [], start
-    for named in layers[layer : layer + 2]:
-        member, reference = candidate_layer(*named, sites, modules, tensors, reference, batches, options)
+    for index in (layer, layer + 1):
+        member, reference = candidate_layer(context, plan, index, reference)
         members.append(member)
         targets.append(reference)
-    counts = _joint_counts(*targets, batches, bits)
+    counts = _joint_counts(*targets, bits)
     points = []
-    for index, batch in enumerate(track(batches, "searching pairs")):
-        here, above = (target[index : index + 1] for target in targets)
-        sequential, joint = _search_pair(members, start[index : index + 1], here, above, batch, options)
-        marginal = counts[index].sum(dim=1) / counts[index].sum()
+    for index, joint in enumerate(track(counts, "searching pairs")):
+        alone = [states.batch(index) for states in (start, *targets)]
+        sequential, jointly = _search_pair(members, *alone, options)
         points.append(
             SamplePoint(
-                entropy=float(torch.special.entr(marginal).sum()),
-                dependency=float(conditional_entropy(counts[index])),
+                entropy=float(torch.special.entr(joint.sum(dim=1) / joint.sum()).sum()),
+                dependency=float(conditional_entropy(joint)),
                 sequential=sequential,
-                joint=joint,
+                joint=jointly,
             )
         )
     return points
 
 
 def _search_pair(
-    members: list[CandidateLayer], start: Hidden, here: Hidden, above: Hidden, batch: Batch, options: QVLMOptions
+    members: list[CandidateLayer], start: HiddenCache, here: HiddenCache, above: HiddenCache, options: MethodOptions
 ) -> tuple[float, float]:
     """Relative errors of the second layer's output on one sample: searched layer by layer, and jointly."""
     first, second = members
-    (choices,), _ = search_block([first], start, [here], [batch], options)
-    _, sequential = search_block([second], first.run(choices, start, [batch]), [above], [batch], options)
-    _, joint = search_block(members, start, [here, above], [batch], options)
-    zeros = [torch.zeros_like(states) for states in above]
-    norm = output_error(zeros, above, [batch], options.tokens, options.relative_error)
+    (choices,), _ = search_block([first], start, [here], options)
+    _, sequential = search_block([second], first.run(choices, start), [above], options)
+    _, joint = search_block(members, start, [here, above], options)
+    zeros = replace(above, states=[torch.zeros_like(states) for states in above.states])
+    norm = zeros.error(above, options)
     return sequential / norm, joint / norm
 
 
-def _joint_counts(here: Hidden, above: Hidden, batches: list[Batch], bits: int) -> list[Tensor]:
+def _joint_counts(here: HiddenCache, above: HiddenCache, bits: int) -> list[Tensor]:
     """The joint histogram of two layers' codes for every sample; a channel's bounds are common to all samples."""
-    outputs = [
-        [states[batch.attended.to(states.device)] for states, batch in zip(hidden, batches, strict=True)]
-        for hidden in (here, above)
-    ]
+    samples = range(len(here.states))
+    outputs = [[hidden.batch(index).tokens() for index in samples] for hidden in (here, above)]
     bounds = []
     for tokens in outputs:
         extremes = [one.aminmax(dim=0) for one in tokens]

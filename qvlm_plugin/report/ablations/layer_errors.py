@@ -12,7 +12,7 @@ from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.reference import REFERENCE
-from qvlm_plugin.methods.blocks import replaced, stand_in
+from qvlm_plugin.methods.stand_ins import replaced, stand_ins
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device
 from qvlm_plugin.plan import RoundingPlan
@@ -55,18 +55,13 @@ def layer_errors(loaded: LoadedModel, plan: RoundingPlan, samples: CalibrationSe
 
     Args:
         loaded: the model in full precision; it is left as it was.
-        plan: made for it, without folds.
+        plan: made for it.
         samples: apart from those that the plan was fitted on, see `held_apart`.
         batch_size: samples per forward pass.
     """
     model = loaded.model
     layers = [layer for _, layer in decoder_layers(plugins.topology(model.config), model)]
-    quantized = {
-        module.name: stand_in(module, model.get_submodule(module.name), plan.tensors, REFERENCE)
-        for module in plan.modules
-        if not module.is_identity
-    }
-    values = {name: plan.tensors[f"{name}/value"] for name in plan.replaced}
+    quantized = stand_ins(plan, model, REFERENCE)
     rows = []
     batches = samples.batches(loaded.processor, batch_size)
     total = -(-len(samples.samples) // batch_size)
@@ -74,7 +69,7 @@ def layer_errors(loaded: LoadedModel, plan: RoundingPlan, samples: CalibrationSe
         attended = inputs["attention_mask"].bool()
         prepared = to_device(inputs, execution_device(model), model.dtype)
         reference = _layer_outputs(model, layers, prepared)
-        with replaced(model, quantized, values):
+        with replaced(model, quantized):
             outputs = _layer_outputs(model, layers, prepared)
         pairs = zip(outputs, reference, strict=True)
         rows.append(torch.stack([relative_errors(output, target, attended) for output, target in pairs], dim=-1))

@@ -1,7 +1,7 @@
 """Where the quantization error enters: which layers, which Linears, which tokens.
 
 Every static site of the decoder is rounded by itself, and each element's squared error is weighed by how much the
-answer depends on it, (∂m/∂x)² for the log-odds m of the answer's tokens (`qvlm_plugin.methods.qvlm.importance`). The
+answer depends on it, (∂m/∂x)² for the log-odds m of the answer's tokens (`qvlm_plugin.methods.importance`). The
 sum is, to second order and with independent errors, the mean squared change of m that the site's rounding causes.
 """
 
@@ -15,15 +15,18 @@ from torch import Tensor
 from qvlm_plugin import plugins
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.kernels.reference import round_activation
-from qvlm_plugin.methods.blocks import predicting
-from qvlm_plugin.methods.qvlm.importance import visit_jacobians
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.hidden import predicting
+from qvlm_plugin.methods.importance import visit_jacobians
+from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.report.ablations.layer_errors import held_apart
 from qvlm_plugin.report.figures import Panel, Series, panels_figure
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.writing import Report, stand_in_note
-from qvlm_plugin.topology import Site, resolve
+from qvlm_plugin.scheme import Scheme
+from qvlm_plugin.topology import Site
 
 TOKENS = ("first", "image", "text", "answer")
 """Kinds of tokens: the first of a prompt, image tokens, other text, and those from which an answer's tokens follow."""
@@ -60,26 +63,24 @@ def error_sources(
         For each site float64 [4], in the order of `TOKENS`: means over samples.
     """
     formats = {module.site: module.activation for module in plan.modules if module.activation.kind == "static_channel"}
+    options = MethodOptions(calibration_batch_size=batch_size)
     topology = plugins.topology(loaded.model.config)
-    sites = [site for site in resolve(topology, loaded.model) if site.name in formats]
+    context = SearchContext(loaded, topology, Scheme.parse(plan.scheme), options, samples)
     image_token = loaded.model.config.image_token_id
     kinds = [
         token_kinds(inputs["input_ids"], inputs["attention_mask"].bool(), answer, image_token)
         for inputs, answer in samples.batches(loaded.processor, batch_size)
     ]
-    sums = {site: torch.zeros(len(TOKENS), dtype=torch.float64) for site in sites}
-    seen = dict.fromkeys(sites, 0)
 
     @torch.no_grad()
-    def visit(site: Site, tokens: Tensor, jacobian: Tensor) -> None:
+    def visit(site: Site, tokens: Tensor, jacobian: Tensor, batch: int) -> Tensor:
         parameters = {bound: plan.tensors[f"{site.name}/{bound}"].to(tokens.device) for bound in ("lower", "upper")}
         error = round_activation(tokens, formats[site.name], parameters).float() - tokens.float()
         each = (error * jacobian.float()).square().sum(dim=1).double().cpu()
-        sums[site].index_add_(0, kinds[seen[site]], each)
-        seen[site] += 1
+        return torch.zeros(len(TOKENS), dtype=torch.float64).index_add_(0, kinds[batch], each)
 
-    visit_jacobians(loaded, topology, sites, samples, batch_size, visit)
-    return {site: total / len(samples.samples) for site, total in sums.items()}
+    totals, _ = visit_jacobians(context, [site for site in context.sites if site.name in formats], visit)
+    return {site: totals[site] / len(samples.samples) for site in context.sites if site in totals}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qvlm_plugin import plugins
-from qvlm_plugin.methods.build import build_plan
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.planning import PlanRequest
 from qvlm_plugin.report.ablations.evaluation import Subject, accuracy, columns_of, evaluate, failures, notes_on
@@ -89,9 +90,8 @@ def planned_weight_bytes(shapes: LoadedModel, request: PlanRequest) -> int:
         request: of ``method=qvlm``.
     """
     model = shapes.model
-    plan = build_plan(
-        request.method.name, shapes, plugins.topology(model.config), request.scheme, request.options, {}, None
-    )
+    context = SearchContext(shapes, plugins.topology(model.config), request.scheme, request.options)
+    plan = build_plan(context, Draft())
     packed = {f"{module.name}.weight": module for module in plan.modules if module.weight.kind != "none"}
     bits = 0.0
     for name, parameter in model.named_parameters():  # shared ones once

@@ -5,30 +5,31 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from searching import context_of
 from tiny_llava import random_image
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qvlm_plugin import backends, plugins, quantizers
+from qvlm_plugin import backends, quantizers
 from qvlm_plugin.calibration import CalibrationSet, Sample
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods import rtn
-from qvlm_plugin.methods.base import MethodOptions
-from qvlm_plugin.methods.blocks import replaced
-from qvlm_plugin.methods.build import build_plan
+from qvlm_plugin.kernels.reference import STRAIGHT_THROUGH
+from qvlm_plugin.methods.draft import Draft, build_plan
+from qvlm_plugin.methods.footprint import Footprint
 from qvlm_plugin.methods.gradients import checkpointed
+from qvlm_plugin.methods.minmax import observe_extremes
+from qvlm_plugin.methods.qvlm import objective as objectives
 from qvlm_plugin.methods.qvlm import vision
-from qvlm_plugin.methods.qvlm.options import VisionOptions
-from qvlm_plugin.methods.qvlm.vision import (
+from qvlm_plugin.methods.qvlm.objective import (
     Objective,
     answer_loss,
     entropy_loss,
     jacobian_weights,
-    optimize_vision,
     relative_error,
 )
+from qvlm_plugin.methods.qvlm.vision import train_tower
+from qvlm_plugin.methods.stand_ins import replaced, stand_ins
 from qvlm_plugin.plan import apply_plan
-from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.workspace import Workspace
 
 FAST = {"calibration_batch_size": 2, "veo_epochs": 2, "veo_clip_rate": 0.02}
@@ -44,20 +45,39 @@ def calibration():
     return CalibrationSet(tuple(samples))
 
 
-def topology_of(loaded):
-    return plugins.topology(loaded.model.config)
-
-
 def initial_of(loaded, calibration, scheme):
     """Min/max parameters of every site, as plan tensors."""
-    options = MethodOptions(calibration_batch_size=2)
-    return dict(rtn.fit(loaded, topology_of(loaded), Scheme.parse(scheme), calibration, options, Workspace()).tensors)
+    return dict(observe_extremes(context_of(loaded, calibration, scheme), Draft()).tensors)
 
 
-def optimize(loaded, calibration, scheme="w3a3", initial=None, **options):
+@dataclasses.dataclass
+class Result:
+    """What training added to the draft."""
+
+    draft: Draft
+    initial: dict
+
+    @property
+    def tensors(self):
+        return {k: v for k, v in self.draft.tensors.items() if k not in self.initial or v is not self.initial[k]}
+
+    @property
+    def replaced(self):
+        return self.draft.replaced
+
+    @property
+    def record(self):
+        return self.draft.record["veo"]
+
+    def __getattr__(self, name):
+        return self.record[name]
+
+
+def optimize(loaded, calibration, scheme="w3a3", initial=None, workspace=None, footprint=None, **options):
     initial = initial or initial_of(loaded, calibration, scheme)
-    options = VisionOptions(**FAST | options)
-    return optimize_vision(loaded, topology_of(loaded), Scheme.parse(scheme), calibration, options, initial)
+    context = context_of(loaded, calibration, scheme, **FAST | options)
+    context = dataclasses.replace(context, workspace=workspace or Workspace(), footprint=footprint or Footprint())
+    return Result(train_tower(context, Draft(initial)), initial)
 
 
 def improved(result):
@@ -123,21 +143,22 @@ def test_layer_weights_are_norms_of_the_jacobian_that_sum_to_one():
 def test_gradients_on_the_model_match_finite_differences(loaded, calibration, decoder, monkeypatch):
     """Rounding replaced by the identity, which is what the straight-through estimator differentiates."""
     monkeypatch.setattr(quantizers, "straight_through_round", lambda x: x)
-    scheme, topology = Scheme.parse("w3a3"), topology_of(loaded)
     initial = initial_of(loaded, calibration, "w3a3")
     initial |= {key: torch.tensor([0.75]) for key in initial if key.endswith("clip_ratio")}
     loaded.model.double()
     for norm in (module for module in loaded.model.modules() if isinstance(module, LlamaRMSNorm)):
         # Its own forward computes in float32, too coarse to take differences of.
         norm.forward = partial(F.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight, eps=1e-6)
-    options = VisionOptions(**FAST, veo_decoder=decoder)
-    layers = vision._straight_through_layers(loaded, topology, scheme, options, initial)
-    objective = Objective.of(loaded, topology, calibration, 3, options)
+    context = context_of(loaded, calibration, "w3a3", **FAST, veo_decoder=decoder)
+    parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model")
+    plan = build_plan(context, Draft({name: tensor.clone() for name, tensor in initial.items()}))
+    others = stand_ins(plan, loaded.model, STRAIGHT_THROUGH, parts if decoder == "quantized" else parts[:2])
+    objective = Objective.of(context)
     block = "model.vision_tower.encoder.layers.0"
-    with replaced(loaded.model, layers, {}), checkpointed(vision._blocks(loaded.model, topology)):
+    with replaced(loaded.model, others), checkpointed(vision._blocks(context)):
         parameters = {
-            "fc1": layers[f"{block}.mlp.fc1"].clip_ratio,
-            "out": layers[f"{block}.self_attn.out_proj"].clip_ratio,
+            "fc1": others.linears[f"{block}.mlp.fc1"].clip_ratio,
+            "out": others.linears[f"{block}.self_attn.out_proj"].clip_ratio,
             "norm": loaded.model.get_parameter(f"{block}.layer_norm2.weight"),
         }
         for parameter in parameters.values():
@@ -161,7 +182,7 @@ def test_gradients_on_the_model_match_finite_differences(loaded, calibration, de
 
 
 def test_the_full_precision_model_has_no_error(loaded, calibration):
-    objective = Objective.of(loaded, topology_of(loaded), calibration, 4, VisionOptions(**FAST))
+    objective = Objective.of(context_of(loaded, calibration, "w4a4", **FAST))
     terms = objective.terms(objective.batches[0], torch.ones(1))
     assert terms.err < 1e-6 and terms.reg > 0 and 0 < terms.ent < math.log(16)
 
@@ -170,7 +191,6 @@ def test_the_full_precision_model_has_no_error(loaded, calibration):
 
 
 def test_training_lowers_the_objective_that_the_applied_plan_then_has(loaded, calibration):
-    scheme, topology = Scheme.parse("w3a3"), topology_of(loaded)
     initial = initial_of(loaded, calibration, "w3a3")
     options = {"veo_epochs": 8, "veo_train": "clip+norm", "veo_norm_rate": 0.005, "lambda1": 0.5}
     result = optimize(loaded, calibration, initial=initial, **options)
@@ -180,10 +200,9 @@ def test_training_lowers_the_objective_that_the_applied_plan_then_has(loaded, ca
     for row in (result.before, *result.curve, result.after):
         assert row["total"] == pytest.approx(row["reg"] + 0.5 * row["ent"] + row["err"])
 
-    options = VisionOptions(**FAST | options)
-    objective = Objective.of(loaded, topology, calibration, 3, options)
-    plan = build_plan("qvlm", loaded, topology, scheme, options, initial | result.tensors, calibration)
-    plan = dataclasses.replace(plan, replaced=result.replaced)
+    context = context_of(loaded, calibration, "w3a3", **FAST | options)
+    objective = Objective.of(context)
+    plan = build_plan(context, result.draft)
     apply_plan(plan, loaded.model, loaded.fingerprint, backends.kernels("reference"))
     with torch.no_grad():
         terms = [objective.terms(batch, torch.ones(1)) for batch in objective.batches]
@@ -213,7 +232,7 @@ def test_training_that_makes_it_worse_keeps_the_untrained_parameters(loaded, cal
 
     def rising(self, batch, weights):
         """An objective that is least where all ratios are as at the start, but whose gradient leads away."""
-        ratios = [m.clip_ratio for n, m in self.loaded.model.named_modules() if n.endswith("layers.0.mlp.fc1")]
+        ratios = [m.clip_ratio for n, m in self.context.model.named_modules() if n.endswith("layers.0.mlp.fc1")]
         found, away = terms(self, batch, weights), ratios[0].sum()
         return found._replace(total=found.total * 0 + away - 2 * away.detach())
 
@@ -270,9 +289,9 @@ def test_samples_without_an_image_change_nothing(loaded, calibration):
     ("scheme", "train"), [("w4a4+vision:w16a16", "clip+norm"), ("w4a16", "clip"), ("w16a16", "clip+norm")]
 )
 def test_a_tower_without_parameters_to_train_gives_nothing(loaded, calibration, scheme, train, monkeypatch):
-    monkeypatch.setattr(vision, "run", lambda *_: pytest.fail("ran the model"))
+    monkeypatch.setattr(objectives, "run", lambda *_: pytest.fail("ran the model"))
     result = optimize(loaded, calibration, scheme, {"none": torch.zeros(1)}, veo_train=train)
-    assert not result.tensors and not result.replaced and not result.curve
+    assert not result.tensors and not result.replaced and not result.draft.record
 
 
 def test_a_tower_with_quantized_weights_alone_can_train_its_norms(loaded, calibration):
@@ -283,13 +302,50 @@ def test_a_tower_with_quantized_weights_alone_can_train_its_norms(loaded, calibr
     assert all(row["ent"] == 0 for row in result.curve)  # the decoder's activations have no codes
 
 
-def test_samples_without_answers_are_named_before_work_starts(loaded, calibration, monkeypatch):
-    monkeypatch.setattr(vision, "run", lambda *_: pytest.fail("ran the model"))
-    mute = dataclasses.replace(calibration.samples[0], answer=" ")
-    unanswered = CalibrationSet((mute, *calibration.samples[1:]), "task:split:5")
-    with pytest.raises(QVLMError, match=r"calibration='task:split:5': 1 of 5 samples have no answer") as error:
-        optimize(loaded, unanswered, "w4a4", {"none": torch.zeros(1)})
-    assert "\n" not in str(error.value)
+def test_an_interrupted_training_goes_on_with_the_next_epoch(loaded, calibration, tmp_path, monkeypatch):
+    initial = initial_of(loaded, calibration, "w3a3")
+    how = {"veo_train": "clip+norm", "veo_epochs": 3}
+    undisturbed = optimize(loaded, calibration, initial=initial, **how)
+    terms, calls, workspace = Objective.terms, [], Workspace(tmp_path / "steps")
+
+    def fails(self, *arguments):
+        calls.append(1)
+        if len(calls) == 8:  # three batches before training, three in the first epoch, one in the second
+            raise KeyboardInterrupt
+        return terms(self, *arguments)
+
+    monkeypatch.setattr(Objective, "terms", fails)
+    with pytest.raises(KeyboardInterrupt):
+        optimize(loaded, calibration, initial=initial, workspace=workspace, **how)
+    resumed = optimize(loaded, calibration, initial=initial, workspace=workspace, **how)
+    assert len(calls) == 8 + 3 + 6 + 3  # before, two epochs, after
+    assert resumed.record == undisturbed.record and resumed.replaced == undisturbed.replaced
+    assert all(torch.equal(resumed.tensors[key], value) for key, value in undisturbed.tensors.items())
+
+
+def test_states_that_wait_on_the_cpu_change_nothing(loaded, calibration):
+    initial = initial_of(loaded, calibration, "w4a4")
+    there, here = (
+        optimize(loaded, calibration, "w4a4", initial, footprint=Footprint(caches_on_cpu=on_cpu))
+        for on_cpu in (True, False)
+    )
+    assert there.record == here.record
+
+
+def test_gradients_that_overflow_are_taken_again(loaded, calibration, monkeypatch):
+    """As in float16: the loss times the scale exceeds a bound that the second scale keeps."""
+    initial = initial_of(loaded, calibration, "w4a4")
+    expected, grad, scaled_losses = optimize(loaded, calibration, "w4a4", initial), torch.autograd.grad, []
+
+    def narrow(loss, inputs, **how):
+        found = grad(loss, inputs, **how)
+        scaled_losses.append(float(loss.detach()))
+        too_large = how.get("allow_unused") and scaled_losses[-1] > 2**11 * expected.after["total"]
+        return [gradient * float("inf") for gradient in found] if too_large else found
+
+    monkeypatch.setattr(torch.autograd, "grad", narrow)
+    assert optimize(loaded, calibration, "w4a4", initial).record == expected.record
+    assert max(scaled_losses) > 2**11 * expected.after["total"]
 
 
 def test_an_objective_that_is_not_finite_is_an_error_and_the_model_kept(loaded, calibration):
@@ -297,6 +353,6 @@ def test_an_objective_that_is_not_finite_is_an_error_and_the_model_kept(loaded, 
     modules = [type(module) for module in loaded.model.modules()]
     with torch.no_grad():
         loaded.model.model.language_model.norm.weight.fill_(float("inf"))
-    with pytest.raises(QVLMError, match="objective is not finite in epoch 0"):
+    with pytest.raises(QVLMError, match=r"visual encoder optimization: .* is not finite"):
         optimize(loaded, calibration, "w4a4", initial)
     assert [type(module) for module in loaded.model.modules()] == modules

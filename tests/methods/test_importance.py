@@ -1,22 +1,31 @@
 import pytest
 import torch
+from searching import context_of
 
-from qvlm_plugin import plugins
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.build import activation_sites
-from qvlm_plugin.methods.options import RangeSearchOptions
-from qvlm_plugin.methods.qlora import search_ranges
-from qvlm_plugin.methods.qvlm import importance
-from qvlm_plugin.methods.qvlm.importance import log_odds, search_important_ranges, visit_jacobians
+from qvlm_plugin.methods import importance
+from qvlm_plugin.methods.draft import Draft
+from qvlm_plugin.methods.importance import log_odds, search_important_ranges, visit_jacobians
+from qvlm_plugin.methods.lp import least_distance
 from qvlm_plugin.observers import ChannelStatistics, channel_lp_losses
-from qvlm_plugin.scheme import Scheme
-from qvlm_plugin.topology import resolve
+from qvlm_plugin.plan_header import Fold
 
 
-def decoder_sites(loaded):
-    topology = plugins.topology(loaded.model.config)
-    return topology, [site for site in resolve(topology, loaded.model) if site.part == "decoder"]
+def decoder_sites(context):
+    return [site for site in context.sites if site.part == "decoder"]
+
+
+def seen_by(context, sites):
+    """Inputs and Jacobians by site, of the first batch."""
+    seen = {}
+
+    def visit(site, x, jacobian, batch):
+        seen.setdefault(site, (x, jacobian))
+        return torch.zeros(1)
+
+    visit_jacobians(context, sites, visit)
+    return seen
 
 
 def test_log_odds_are_those_of_the_softmax():
@@ -41,11 +50,9 @@ def odds_of(loaded, inputs, answer):
 
 def test_jacobians_are_finite_differences_of_the_log_odds(loaded, calibration):
     loaded.model.double()
-    topology, sites = decoder_sites(loaded)
-    seen = {}
-    visit_jacobians(
-        loaded, topology, sites, calibration, 5, lambda site, x, jacobian: seen.update({site: (x, jacobian)})
-    )
+    context = context_of(loaded, calibration, calibration_batch_size=5)
+    sites = decoder_sites(context)
+    seen = seen_by(context, sites)
     assert list(seen) == sites[::-1]
     ((inputs, answer),) = calibration.batches(loaded.processor, 5)
     attended = inputs["attention_mask"].bool()
@@ -76,8 +83,9 @@ def test_jacobians_are_finite_differences_of_the_log_odds(loaded, calibration):
 
 def test_token_weights_are_the_squared_jacobians_of_layer_outputs(loaded, calibration):
     loaded.model.double()
-    topology, sites = decoder_sites(loaded)
-    weights = visit_jacobians(loaded, topology, sites, calibration, 2, lambda *_: None)
+    context = context_of(loaded, calibration)
+    found, weights = visit_jacobians(context, decoder_sites(context), lambda *_: torch.ones(1))
+    assert set(found) == set(decoder_sites(context)) and all(total == 3 for total in found.values())  # batches
     assert [[len(batch) for batch in layer] for layer in weights] == [[2, 2, 1]] * 2
     inputs, answer = next(calibration.batches(loaded.processor, 2))
     outputs = []
@@ -94,27 +102,26 @@ def hooks_of(model):
 
 
 def test_the_pass_leaves_the_model_as_it_was(loaded, calibration):
-    topology, sites = decoder_sites(loaded)
+    context = context_of(loaded, calibration)
     before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
-    visit_jacobians(loaded, topology, sites, calibration, 2, lambda *_: None)
+    seen_by(context, decoder_sites(context))
     hooks = hooks_of(loaded.model)  # transformers adds some of its own at the first call
-    visit_jacobians(loaded, topology, sites, calibration, 2, lambda *_: None)
+    seen_by(context, decoder_sites(context))
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in loaded.model.parameters())
     assert hooks_of(loaded.model) == hooks
 
 
 def test_equal_weights_give_the_layer_wise_search_of_channels(loaded, calibration, monkeypatch):
-    topology, sites = decoder_sites(loaded)
-    options = RangeSearchOptions(ranges="channel", calibration_batch_size=2)
-    formats = [pair for pair in activation_sites(topology, loaded, Scheme.parse("w4a3")) if pair[0] in sites]
-    expected = search_ranges(loaded, formats, calibration, options)
+    context = context_of(loaded, calibration, "w4a3", observer="lp", ranges="channel")
+    formats = {site: fmt for site, fmt in context.activation_sites.items() if site.part == "decoder"}
+    expected = least_distance(context, Draft(), formats)
     monkeypatch.setattr(
         importance,
         "channel_lp_losses",
         lambda x, seen, ratios, bits, p, weights: channel_lp_losses(x, seen, ratios, bits, p, torch.ones_like(weights)),
     )
-    found, _ = search_important_ranges(loaded, topology, sites, 3, calibration, options)
+    found = search_important_ranges(context, Draft()).tensors
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -130,8 +137,40 @@ def test_a_token_that_no_answer_depends_on_does_not_widen_the_range():
 
 
 def test_jacobians_that_are_not_finite_name_the_site(loaded, calibration):
-    topology, sites = decoder_sites(loaded)
+    context = context_of(loaded, calibration)
+    sites = decoder_sites(context)
     with torch.no_grad():
         loaded.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(QVLMError, match=sites[-1].name):
-        visit_jacobians(loaded, topology, sites, calibration, 2, lambda *_: None)
+        seen_by(context, sites)
+
+
+def test_gradients_that_overflow_are_taken_again_with_a_smaller_scale(loaded, calibration, monkeypatch):
+    context = context_of(loaded, calibration)
+    expected, weights = visit_jacobians(context, decoder_sites(context), lambda site, x, j, batch: j.square().sum())
+    layer, scales = loaded.model.model.language_model.layers[0], []
+
+    def narrow(gradient):
+        """As float16 does, at a bound that the third scale keeps."""
+        scales.append(float(gradient.abs().max()))
+        return torch.where(gradient.abs() > scales[0] / 10, float("inf"), gradient)
+
+    layer.register_forward_hook(lambda module, args, output: output.register_hook(narrow) and None)
+    found, other = visit_jacobians(context, decoder_sites(context), lambda site, x, j, batch: j.square().sum())
+    assert len(scales) > 3 and scales[1] == pytest.approx(scales[0] / 4) and scales[2] == pytest.approx(scales[0] / 16)
+    assert all(torch.equal(found[site], value) for site, value in expected.items())
+    assert all(
+        torch.equal(a, b) for one, two in zip(weights, other, strict=True) for a, b in zip(one, two, strict=True)
+    )
+
+
+def test_transformed_inputs_have_the_jacobians_of_what_they_stand_for(loaded, calibration, monkeypatch):
+    """A ratio is searched on x/s with the Jacobian s·∂m/∂x: scales that are equal in a channel change no choice."""
+    context = context_of(loaded, calibration, "w4a3", observer="lp", importance="jacobian")
+    plain = search_important_ranges(context, Draft())
+    site = next(site for site in decoder_sites(context) if site.producer)
+    scale = torch.full((loaded.model.get_submodule(site.name).in_features,), 4.0)
+    fold = Fold(site=site.name, producer=site.producer)
+    scaled = search_important_ranges(context, Draft({f"{site.name}/scale": scale}, (fold,)))
+    for bound in ("lower", "upper"):
+        assert torch.allclose(scaled.tensors[f"{site.name}/{bound}"] * 4, plain.tensors[f"{site.name}/{bound}"])

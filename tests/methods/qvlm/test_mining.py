@@ -3,23 +3,21 @@ import itertools
 
 import pytest
 import torch
+from searching import context_of
 from tiny_llava import logits_of, write_tiny_llava
 
-from qvlm_plugin import planning, plugins
+from qvlm_plugin import planning
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.blocks import decoder_inputs, output_error, run_layer
-from qvlm_plugin.methods.build import activation_sites, build_plan
-from qvlm_plugin.methods.qlora import search_ranges
-from qvlm_plugin.methods.qvlm import method, mining
+from qvlm_plugin.methods import lp
+from qvlm_plugin.methods.draft import Draft, build_plan
+from qvlm_plugin.methods.hidden import decoder_inputs
+from qvlm_plugin.methods.options import MethodOptions
+from qvlm_plugin.methods.qvlm import mining, vision
 from qvlm_plugin.methods.qvlm.dependency import layer_dependency
 from qvlm_plugin.methods.qvlm.mining import candidate_layer, dependencies, percentile_bounds, search_block
-from qvlm_plugin.methods.qvlm.options import QVLMOptions
-from qvlm_plugin.methods.qvlm.vision import optimize_vision
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.scheme import Scheme
-from qvlm_plugin.topology import decoder_layers, resolve
 
 BATCH = {"calibration_batch_size": 2}
 GRID = {"min_percentile": 0.7, "percentile_step": 0.15}
@@ -47,34 +45,29 @@ def percentiles(plan):
 
 @pytest.fixture
 def block(deep, calibration):
-    """Two layers ready to be searched, the quantized block input, targets, batches."""
-    options = QVLMOptions(**GRID)
-    topology, scheme = plugins.topology(deep.model.config), Scheme.parse("w3a3")
-    formats = activation_sites(topology, deep, scheme)
-    tensors = search_ranges(deep, formats, calibration, options)
-    plan = build_plan("qvlm", deep, topology, scheme, options, tensors, calibration)
-    sites = [site for site in resolve(topology, deep.model) if site.part == "decoder"]
-    hidden, batches = decoder_inputs(deep, topology, calibration, 2)
-    members, targets, reference = [], [], hidden
-    for name, layer in decoder_layers(topology, deep.model)[:2]:
-        modules = {module.name: module for module in plan.modules}
-        member, reference = candidate_layer(name, layer, sites, modules, tensors, reference, batches, options)
+    """Two layers ready to be searched, the quantized block input, targets."""
+    context = context_of(deep, calibration, "w3a3", weights="nf", observer="lp", **GRID)
+    plan = build_plan(context, lp.search_ranges(context, Draft()))
+    hidden = reference = decoder_inputs(context)
+    members, targets = [], []
+    for index in range(2):
+        member, reference = candidate_layer(context, plan, index, reference)
         members.append(member)
         targets.append(reference)
-    return members, hidden, targets, batches
+    return members, hidden, targets
 
 
-def run_all(members, choices, hidden, batches):
+def run_all(members, choices, hidden):
     for member, choice in zip(members, choices, strict=True):
-        hidden = member.run(dict.fromkeys((site.name for site in member.sites), choice), hidden, batches)
+        hidden = member.run(dict.fromkeys((site.name for site in member.sites), choice), hidden)
     return hidden
 
 
 def test_a_block_gets_the_best_of_all_combinations_and_never_less_than_layer_by_layer(block):
-    members, start, targets, batches = block
-    joint, error = search_block(members, start, targets, batches, QVLMOptions(**GRID))
+    members, start, targets = block
+    joint, error = search_block(members, start, targets, MethodOptions(**GRID))
     errors = {
-        choices: output_error(run_all(members, choices, start, batches), targets[-1], batches)
+        choices: run_all(members, choices, start).error(targets[-1], MethodOptions())
         for choices in itertools.product(range(3), repeat=2)
     }
     assert error == pytest.approx(min(errors.values())) and len(set(errors.values())) > 3
@@ -82,27 +75,28 @@ def test_a_block_gets_the_best_of_all_combinations_and_never_less_than_layer_by_
 
     greedy, hidden = [], start
     for member, target in zip(members, targets, strict=True):
-        (choice,), _ = search_block([member], hidden, [target], batches, QVLMOptions(**GRID))
-        hidden = member.run(choice, hidden, batches)
+        (choice,), _ = search_block([member], hidden, [target], MethodOptions(**GRID))
+        hidden = member.run(choice, hidden)
         greedy.append(next(iter(choice.values())))
     assert error <= errors[tuple(greedy)]
-    beamed = search_block(members, start, targets, batches, QVLMOptions(**GRID, beam=9))
+    beamed = search_block(members, start, targets, MethodOptions(**GRID, beam=9))
     assert beamed == (joint, error)
 
 
 def test_a_site_may_choose_apart_and_a_wide_beam_then_beats_one_percentile_per_layer(block):
-    members, start, targets, batches = block
-    options = QVLMOptions(**GRID, unit="site", beam=81)
-    choices, error = search_block(members[:1], start, targets[:1], batches, options)
+    members, start, targets = block
+    options = MethodOptions(**GRID, unit="site", beam=81)
+    choices, error = search_block(members[:1], start, targets[:1], options)
     assert set(choices[0]) == {site.name for site in members[0].sites}
-    assert error <= search_block(members[:1], start, targets[:1], batches, QVLMOptions(**GRID))[1]
+    assert error <= search_block(members[:1], start, targets[:1], MethodOptions(**GRID))[1]
 
 
 def test_an_error_that_is_not_finite_names_the_layer(block):
-    members, start, targets, batches = block
-    far = [*targets[:-1], [target + 1e30 for target in targets[-1]]]  # its square is not a float32
+    members, start, targets = block
+    last = dataclasses.replace(targets[-1], states=[target + 1e30 for target in targets[-1].states])
+    far = [*targets[:-1], last]  # its square is not a float32
     with pytest.raises(QVLMError, match=r"error of model\.language_model\.layers\.1 is not finite") as caught:
-        search_block(members, start, far, batches, QVLMOptions(**GRID))
+        search_block(members, start, far, MethodOptions(**GRID))
     assert "\n" not in str(caught.value)
 
 
@@ -120,14 +114,14 @@ def test_percentile_one_keeps_the_layer_wise_baseline(deep, calibration):
 
 
 def test_dependencies_are_those_of_the_layers_outputs(deep, calibration):
-    topology = plugins.topology(deep.model.config)
-    hidden, batches = decoder_inputs(deep, topology, calibration, 2)
-    layers = decoder_layers(topology, deep.model)
-    values = dependencies(layers, hidden, batches, 3)
+    context = context_of(deep, calibration)
+    hidden = decoder_inputs(context)
+    values = dependencies(context.layers, hidden, 3)
     outputs = []
-    for name, layer in layers:
-        hidden = run_layer(name, layer, hidden, batches)
-        outputs.append(torch.cat([states[batch.attended] for states, batch in zip(hidden, batches, strict=True)]))
+    for name, layer in context.layers:
+        hidden = hidden.through(name, layer)
+        pairs = zip(hidden.states, hidden.batches, strict=True)
+        outputs.append(torch.cat([states[batch.attended] for states, batch in pairs]))
     expected = [layer_dependency(a, b, 3) for a, b in itertools.pairwise(outputs)]
     assert values == pytest.approx(expected) and len(values) == 3
 
@@ -181,10 +175,11 @@ def test_an_interrupted_search_resumes_at_its_block_and_ends_the_same(
 
     def train(*arguments):
         trained.append(1)
-        return optimize_vision(*arguments)
+        return train_tower(*arguments)
 
+    train_tower = vision.train_tower
     monkeypatch.setattr(mining, "search_block", search)
-    monkeypatch.setattr(method, "optimize_vision", train)
+    monkeypatch.setattr(vision, "train_tower", train)
     with pytest.raises(KeyboardInterrupt):
         planning.obtain_plan(deep, request, calibration, tmp_path)
     resumed = planning.obtain_plan(deep, request, calibration, tmp_path)
@@ -195,16 +190,16 @@ def test_an_interrupted_search_resumes_at_its_block_and_ends_the_same(
 
 
 def test_token_weights_decide_which_errors_count(block):
-    members, start, targets, batches = block
-    options = QVLMOptions(**GRID)
-    nothing = [[torch.zeros_like(batch.attended, dtype=torch.float32) for batch in batches] for _ in members]
-    assert search_block(members, start, targets, batches, options, nothing)[1] == 0
+    members, start, targets = block
+    options = MethodOptions(**GRID)
+    nothing = [[torch.zeros_like(batch.attended, dtype=torch.float32) for batch in start.batches] for _ in members]
+    assert search_block(members, start, targets, options, nothing)[1] == 0
     ones = [[weights + 1 for weights in layer] for layer in nothing]
-    expected = search_block(members, start, targets, batches, options)
-    assert search_block(members, start, targets, batches, options, ones) == expected
-    answers = [[batch.answer.float() for batch in batches] for _ in members]
-    only_answers = search_block(members, start, targets, batches, QVLMOptions(**GRID, tokens="answer"))
-    found = search_block(members, start, targets, batches, options, answers)
+    expected = search_block(members, start, targets, options)
+    assert search_block(members, start, targets, options, ones) == expected
+    answers = [[batch.answer.float() for batch in start.batches] for _ in members]
+    only_answers = search_block(members, start, targets, MethodOptions(**GRID, tokens="answer"))
+    found = search_block(members, start, targets, options, answers)
     assert found[0] == only_answers[0] and found[1] == pytest.approx(only_answers[1])
 
 
@@ -218,7 +213,7 @@ def test_sixteen_bits_are_the_identity_and_parts_left_out_are_not_searched(deep,
 
 
 def test_samples_without_answers_are_named_before_the_range_search(deep, calibration, monkeypatch):
-    monkeypatch.setattr(method, "search_ranges", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr(lp, "search_ranges", lambda *_: pytest.fail("searched"))
     mute = dataclasses.replace(calibration.samples[0], answer=" ")
     unanswered = CalibrationSet((mute, *calibration.samples[1:]), "task:split:5")
     with pytest.raises(QVLMError, match=r"calibration='task:split:5': 1 of 5 samples have no answer") as caught:

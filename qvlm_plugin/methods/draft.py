@@ -1,0 +1,151 @@
+"""The plan so far: what the steps of a search have found, and how that becomes a plan."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.plan_header import CalibrationRecord, Fold, ModulePlan
+from qvlm_plugin.scheme import UNQUANTIZED, BitWidths
+from qvlm_plugin.topology import Site, Topology, kept_linears, linear_layers
+
+TokenWeights = list[list[Tensor]]
+"""For each decoder layer and batch, how much each token of the layer's output matters: float32 [B, T]."""
+
+_TOKEN_WEIGHTS = "token_weights"
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """What the steps have found.
+
+    Attributes:
+        tensors, folds, replaced, record: of the plan to be, see `RoundingPlan`.
+        token_weights: what one step finds for another; it does not go into the plan.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    folds: tuple[Fold, ...] = ()
+    replaced: tuple[str, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+    token_weights: TokenWeights | None = None
+
+    def adding(self, tensors: Mapping[str, Tensor] | None = None, record: Mapping[str, Any] | None = None) -> "Draft":
+        """With more tensors, or others of the same names, and more of a record."""
+        return replace(self, tensors={**self.tensors, **(tensors or {})}, record={**self.record, **(record or {})})
+
+    def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As JSON data and tensors, for `Workspace.keep`."""
+        weights = {
+            f"{_TOKEN_WEIGHTS}/{layer}/{batch}": tensor
+            for layer, batches in enumerate(self.token_weights or ())
+            for batch, tensor in enumerate(batches)
+        }
+        folds = [fold.model_dump() for fold in self.folds]
+        data = {"folds": folds, "replaced": list(self.replaced), "record": dict(self.record)}
+        return {**data, _TOKEN_WEIGHTS: [len(batches) for batches in self.token_weights or ()]}, {
+            **self.tensors,
+            **weights,
+        }
+
+    @classmethod
+    def restored(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Draft":
+        """What `stored` returned."""
+        tensors = dict(tensors)
+        weights = [
+            [tensors.pop(f"{_TOKEN_WEIGHTS}/{layer}/{batch}") for batch in range(count)]
+            for layer, count in enumerate(data[_TOKEN_WEIGHTS])
+        ]
+        folds = tuple(Fold.model_validate(fold) for fold in data["folds"])
+        return cls(tensors, folds, tuple(data["replaced"]), data["record"], weights or None)
+
+
+def transformed(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
+    """What the Linears of ``site`` read in the transformed model, in place of ``tokens`` [..., C]."""
+    scale = _scale(plan, site, tokens)
+    return tokens if scale is None else tokens / scale
+
+
+def transformed_gradient(plan: Draft | RoundingPlan, site: Site, gradient: Tensor) -> Tensor:
+    """The gradient with respect to what `transformed` returns, from that with respect to what it is given."""
+    scale = _scale(plan, site, gradient)
+    return gradient if scale is None else gradient * scale
+
+
+def _scale(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor | None:
+    for fold in plan.folds:
+        if fold.site == site.name:
+            return fold.spread(plan.tensors[f"{site.name}/scale"], tokens.shape[-1]).to(tokens)
+    return None
+
+
+def build_plan(context: SearchContext, draft: Draft) -> RoundingPlan:
+    """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are.
+
+    Weights with a ``<linear>/clip`` among the tensors are clipped by it; where there is a ``<site>/mean``, the bias of
+    quantized weights is corrected. Experts that no calibration token reached have no bounds among the tensors: their
+    inputs are rounded within each token's own extremes, which takes no data, and the plan's record lists them as
+    ``uncalibrated``.
+    """
+    tensors, uncalibrated = dict(draft.tensors), []
+    site_of = {name: site for site in context.sites for name in site.linears}
+    kept = kept_linears(context.topology, context.model)
+    modules = []
+    for name, linear in linear_layers(context.model).items():
+        site = site_of.get(name)
+        widths = getattr(context.scheme, site.part) if site else BitWidths(UNQUANTIZED, UNQUANTIZED)
+        part = site.part if site else "other" if name in kept else _part_of(name, context.topology)
+        weight, activation = _formats(context, part, widths)
+        if f"{name}/clip" in tensors:
+            weight = weight.model_copy(update={"clipped": True})
+        if site and f"{site.name}/mean" in tensors and weight.kind != "none":
+            weight = weight.model_copy(update={"corrected": True})
+        if site and site.expert and any(f"{site.name}/{key}" not in tensors for key in activation.parameters):
+            activation = ActivationFormat(kind="dynamic_token", bits=activation.bits)
+            tensors[f"{site.name}/clip_ratio"] = torch.ones(1)
+            uncalibrated += [site.name] if name == site.name else []
+        modules.append(
+            ModulePlan(
+                name=name,
+                part=part,
+                site=site.name if site else None,
+                shape=(linear.out_features, linear.in_features),
+                weight=weight,
+                activation=activation,
+            )
+        )
+    return RoundingPlan(
+        method=context.method,
+        scheme=str(context.scheme),
+        options=context.options.model_dump(),
+        model=context.loaded.fingerprint,
+        modules=tuple(modules),
+        tensors=tensors,
+        folds=draft.folds,
+        replaced=draft.replaced,
+        calibration=_calibration_record(context),
+        record={**draft.record, **({"uncalibrated": uncalibrated} if uncalibrated else {})},
+    )
+
+
+def _formats(context: SearchContext, part: str, widths: BitWidths) -> tuple[WeightFormat, ActivationFormat]:
+    options = context.options
+    return options.weight_format(widths.weight), options.activation_format(part, widths.activation)
+
+
+def _calibration_record(context: SearchContext) -> CalibrationRecord | None:
+    data = context.calibration
+    if data is None:
+        return None
+    return CalibrationRecord(source=data.source, seed=data.seed, digests=data.digests(), conv=context.loaded.conv)
+
+
+def _part_of(name: str, topology: Topology) -> str:
+    """The part of a Linear without a site: ``unused`` in a part (blocks above the feature layer), else ``other``."""
+    paths = (topology.vision_path, topology.projector_path, topology.decoder_path)
+    return "unused" if any(name.startswith(f"{path}.") for path in paths) else "other"

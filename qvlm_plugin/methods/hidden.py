@@ -1,0 +1,195 @@
+"""Run a decoder layer by layer on cached hidden states, so that a search needs one block of it at a time.
+
+The cached states lie where the decoder's input does, so that a model that fits on its devices is searched there. Where
+weights are offloaded, or memory has run out (`Footprint`), they lie on the CPU (13B, 64 samples of 700 tokens: 0.5 GB
+for each copy, and a search keeps about ten), and come to the device as few rows at a time as the footprint says.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from qvlm_plugin.conversation import to_device
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.options import MiningOptions
+from qvlm_plugin.models.placement import execution_device, is_offloaded, materialized
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What every decoder layer gets besides the hidden states of one calibration batch.
+
+    Attributes:
+        arguments: keyword arguments of the layer (attention mask, rotary embeddings, …).
+        attended: bool [B, T], false at padding.
+        text: bool [B, T], true at positions that are neither padding nor part of an image.
+        answer: bool [B, T], true where the model's output predicts a token of the answer.
+    """
+
+    arguments: Mapping[str, Any]
+    attended: Tensor
+    text: Tensor
+    answer: Tensor
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """The samples from ``start`` to ``stop``."""
+        whole = range(len(self.attended))[start:stop] == range(len(self.attended))
+        return (
+            self if whole else Batch(*(rows_of(part, start, stop, len(self.attended)) for part in vars(self).values()))
+        )
+
+
+def rows_of(arguments: Any, start: int, stop: int, count: int) -> Any:
+    """A layer's arguments for some of ``count`` samples: of tensors [count, …, …] these rows, all else as it is."""
+
+    def cut(value: Any) -> Any:
+        each = isinstance(value, Tensor) and value.dim() > 1 and len(value) == count
+        return value[start:stop] if each else value
+
+    return tree_map(cut, arguments)
+
+
+def predicting(answer: Tensor) -> Tensor:
+    """Bool [B, T], true where the model's output predicts a token of the ``answer``, bool [B, T]."""
+    predicts = torch.zeros_like(answer)
+    predicts[:, :-1] = answer[:, 1:]
+    return predicts
+
+
+TOKENS: dict[str, Callable[[Batch], Tensor]] = {
+    "all": lambda batch: batch.attended,
+    "text": lambda batch: batch.text,
+    "answer": lambda batch: batch.answer,
+}
+"""Which tokens an error counts: bool [B, T] of a batch. ``all`` is the paper's."""
+
+
+@dataclass(frozen=True, eq=False)
+class HiddenCache:
+    """The hidden states of the calibration set between two layers.
+
+    Attributes:
+        states: [B, T, C] for each batch.
+        batches: what goes with them.
+        rows: samples that go through a layer together, see `Footprint`.
+    """
+
+    states: Sequence[Tensor]
+    batches: Sequence[Batch]
+    rows: int | None = None
+
+    def batch(self, index: int) -> "HiddenCache":
+        """One batch alone."""
+        return replace(self, states=[self.states[index]], batches=[self.batches[index]])
+
+    def pieces(self) -> Iterator["HiddenCache"]:
+        """As few samples at a time as ``rows`` says, in their order."""
+        for states, batch in zip(self.states, self.batches, strict=True):
+            step = self.rows or len(states)
+            for start in range(0, len(states), step):
+                yield HiddenCache([states[start : start + step]], [batch.rows(start, start + step)])
+
+    def joined(self, pieces: Sequence["HiddenCache"]) -> "HiddenCache":
+        """What `pieces` has taken apart, with the states that the pieces have now."""
+        waiting = iter(pieces)
+        states = []
+        for before in self.states:
+            parts = [next(waiting).states[0] for _ in range(0, len(before), self.rows or len(before))]
+            states.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return replace(self, states=states)
+
+    @torch.no_grad()
+    def through(self, name: str, layer: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> "HiddenCache":
+        """What ``layer`` makes of the states, with ``parameters`` in place of its own of the same names.
+
+        The layer's weights need not be on a device, and the outputs lie where the states do.
+
+        Raises:
+            QVLMError: an output is not finite; the message has the layer's ``name``.
+        """
+        device, outputs = execution_device(layer), []
+        with materialized(layer):
+            for piece in self.pieces():
+                (states,), (batch,) = piece.states, piece.batches
+                arguments = send_to_device(dict(batch.arguments), device)
+                output = torch.func.functional_call(layer, dict(parameters or {}), (states.to(device),), arguments)
+                output = output[0] if isinstance(output, tuple) else output
+                _require_finite(output, batch.attended, f"the output of {name}")
+                outputs.append(replace(piece, states=[output.to(states.device)]))
+        return self.joined(outputs)
+
+    def tokens(self) -> Tensor:
+        """The states without padding: [N, C]."""
+        pairs = zip(self.states, self.batches, strict=True)
+        return torch.cat([states[batch.attended.to(states.device)] for states, batch in pairs])
+
+    def error(self, target: "HiddenCache", options: MiningOptions, weights: Sequence[Tensor] | None = None) -> float:
+        """Squared distance from full-precision states (Eq. 3), summed over the tokens that the options count.
+
+        Args:
+            target: the same states in full precision.
+            options: ``tokens`` says which tokens count; ``relative_error`` divides each token's squared distance by its
+                target's squared norm, so that the few tokens with massive activations do not decide alone.
+            weights: multiply each token's squared distance by these, [B, T] for every batch.
+        """
+        total = torch.zeros((), dtype=torch.float64)
+        for index, (output, wanted, batch) in enumerate(zip(self.states, target.states, self.batches, strict=True)):
+            mask = TOKENS[options.tokens](batch).to(output.device)
+            distance = (output.float() - wanted.float()).square().sum(dim=-1)[mask]
+            if options.relative_error:
+                distance = distance / wanted.float().square().sum(dim=-1)[mask]
+            if weights is not None:
+                distance = distance * weights[index].to(mask.device)[mask]
+            total += distance.sum(dtype=torch.float64).cpu()
+        return float(total)
+
+
+class _FirstLayerReached(Exception):
+    """Ends a forward pass whose only purpose was to reach the decoder."""
+
+
+@torch.no_grad()
+def decoder_inputs(context: SearchContext) -> HiddenCache:
+    """The input of the first decoder layer, in the model as it is now.
+
+    Raises:
+        QVLMError: it is not finite.
+    """
+    model = context.model
+    on_cpu = context.footprint.caches_on_cpu or is_offloaded(model.get_submodule(context.topology.decoder_path))
+    hidden: list[Tensor] = []
+    batches: list[Batch] = []
+    name, first = context.layers[0]
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs.pop("hidden_states")
+        _require_finite(states, attended, f"the input of {name}")
+        hidden.append(states.to("cpu" if on_cpu else states.device, copy=True))
+        arguments.update(kwargs)
+        raise _FirstLayerReached
+
+    handle = first.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for inputs, answer in context.batches("hidden states"):
+            arguments: dict[str, Any] = {}
+            attended = inputs["attention_mask"].bool()
+            with suppress(_FirstLayerReached):
+                model(**to_device(inputs, context.device, model.dtype), use_cache=False)
+            text = attended & (inputs["input_ids"] != model.config.image_token_id)
+            batches.append(Batch(arguments, attended, text, predicting(answer)))
+    finally:
+        handle.remove()
+    return HiddenCache(hidden, batches, context.footprint.rows)
+
+
+def _require_finite(states: Tensor, attended: Tensor, what: str) -> None:
+    # What attention makes of padding is nobody's concern.
+    if not states[attended.to(states.device)].isfinite().all():
+        raise QVLMError(f"{what} is not finite on calibration data; try dtype=float32")

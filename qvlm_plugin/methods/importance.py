@@ -1,0 +1,174 @@
+"""How much a rounding error matters: the Jacobian of the answers with respect to what the decoder computes.
+
+The l_p distance of section 4.1 and the block error of Eq. 3 count all tokens and channels alike. But an error e in an
+activation x moves the answer by about e · ∂m/∂x, and these Jacobians differ by orders of magnitude: to most image
+tokens of the upper layers no answer listens any more, while all attention rests on the first token.
+``importance=jacobian`` therefore weighs squared errors with (∂m/∂x)² - the diagonal of a Gauss-Newton matrix - where m
+is the log-odds of the answers' tokens in the full-precision model: each element when ranges are searched, each token in
+the error of a block.
+
+The paper uses Jacobians for weighing layers (Eq. 8). That elements are weighed by them, and that each channel gets a
+ratio of its own, is our deviation and off by default.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BatchFeature
+
+from qvlm_plugin.conversation import to_device
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft, TokenWeights, transformed, transformed_gradient
+from qvlm_plugin.methods.gradients import OverflowedError, checkpointed, frozen, last_positions, require_answers, scaled
+from qvlm_plugin.methods.minmax import observe
+from qvlm_plugin.methods.observe import watching
+from qvlm_plugin.observers import best_ratio, channel_lp_losses
+from qvlm_plugin.quantizers import widen
+from qvlm_plugin.topology import Site
+
+
+def log_odds(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log p/(1 - p) of the given tokens. Unlike log p, its gradient does not vanish where the model is sure.
+
+    Args:
+        logits: [N, V].
+        tokens: int64 [N].
+
+    Returns:
+        [N], float32 or wider.
+    """
+    logits, index = widen(logits), tokens.unsqueeze(1)
+    others = logits.scatter(1, index, float("-inf"))
+    return logits.gather(1, index).squeeze(1) - others.logsumexp(dim=1)
+
+
+def visit_jacobians(
+    context: SearchContext, sites: Sequence[Site], visit: Callable[[Site, Tensor, Tensor, int], Tensor]
+) -> tuple[dict[Site, Tensor], TokenWeights]:
+    """Run the calibration set forwards and backwards, and add up what ``visit`` makes of inputs and Jacobians.
+
+    Args:
+        context: its model runs in full precision, on samples with answers.
+        sites: of the decoder.
+        visit: called as ``visit(site, tokens, jacobian, batch)`` from the top of the decoder to its bottom, for every
+            batch: the input [N, C] of the site without padding, the gradient [N, C] of the summed log-odds of all
+            answer tokens with respect to it, and the batch's index. A batch whose gradients overflow is visited again.
+
+    Returns:
+        The sum over batches of what ``visit`` returns, by site; and ‖∂m/∂x‖² at each token of each decoder layer's
+        output.
+
+    Raises:
+        QVLMError: a Jacobian is not finite.
+    """
+    model = context.model
+    layers = [layer for _, layer in context.layers]
+    totals: dict[Site, Tensor] = {}
+    weights: TokenWeights = [[] for _ in layers]
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(frozen(model))
+        stack.enter_context(checkpointed(layers))
+        for index, (inputs, answer) in enumerate(context.batches("importance")):
+
+            def run(scale: float, index: int = index, inputs: BatchFeature = inputs, answer: Tensor = answer) -> _Seen:
+                seen = _Seen(lambda *shown: visit(*shown, index), scale, len(layers))
+                with _listening(context, sites, inputs["attention_mask"].bool(), seen):
+                    (_answer_odds(context, inputs, answer) * scale).backward()
+                return seen
+
+            seen = scaled(run)
+            for site, found in seen.found.items():
+                totals[site] = totals[site] + found if site in totals else found
+            for layer, found in zip(weights, seen.weights, strict=True):
+                layer.append(found)
+    return totals, weights
+
+
+def _answer_odds(context: SearchContext, inputs: BatchFeature, answer: Tensor) -> Tensor:
+    """The summed log-odds of a batch's answer tokens."""
+    longest = int(answer.sum(dim=1).max())
+    placed = to_device(inputs, context.device, context.model.dtype)
+    kept = last_positions(answer, longest + 1)
+    logits = context.model(**placed, use_cache=False, logits_to_keep=kept).logits[:, :-1]
+    said = answer[:, -longest:].to(logits.device)
+    tokens = placed["input_ids"][:, -longest:].to(logits.device)
+    return log_odds(logits[said], tokens[said]).sum()
+
+
+class _Seen:
+    """What a backward pass shows of one batch, its gradients multiplied by ``scale``."""
+
+    def __init__(self, visit: Callable[[Site, Tensor, Tensor], Tensor], scale: float, layers: int) -> None:
+        self.visit, self.scale = visit, scale
+        self.found: dict[Site, Tensor] = {}
+        self.weights: list[Tensor | None] = [None] * layers
+
+    def site(self, site: Site, tokens: Tensor, gradient: Tensor) -> None:
+        jacobian = widen(gradient) / self.scale
+        if not jacobian.isfinite().all():
+            raise OverflowedError(f"the Jacobian at the input of {site.name} is not finite; try dtype=float32")
+        self.found[site] = self.visit(site, tokens, jacobian)
+
+    def layer(self, index: int, gradient: Tensor) -> None:
+        self.weights[index] = (widen(gradient) / self.scale).square().sum(dim=-1).float()
+
+
+@contextmanager
+def _listening(context: SearchContext, sites: Sequence[Site], attended: Tensor, seen: _Seen) -> Iterator[None]:
+    """While active, forward passes prepare for the backward pass to come to show its gradients."""
+    model = context.model
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        # No parameter takes gradients: the graph begins at the decoder's input.
+        return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"].detach().requires_grad_()}
+
+    def look(site: Site, x: Tensor, mask: Tensor) -> None:
+        x.register_hook(lambda gradient: seen.site(site, x.detach()[mask], gradient[mask]))
+
+    def weigh(index: int, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        states.register_hook(partial(seen.layer, index))
+
+    handles = [model.get_submodule(context.topology.decoder_path).register_forward_pre_hook(begin, with_kwargs=True)]
+    handles += [layer.register_forward_hook(partial(weigh, index)) for index, (_, layer) in enumerate(context.layers)]
+    try:
+        with watching(model, sites, attended, look):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def search_important_ranges(context: SearchContext, draft: Draft) -> Draft:
+    """For each channel of static decoder sites, the ratio of least weighted distance; ties keep the wider range.
+
+    The draft gets the plan tensors of the sites, and the token weights that `visit_jacobians` returns.
+    """
+    options = context.options
+    formats = {site: fmt for site, fmt in context.activation_sites.items() if fmt.kind == "static_channel"}
+    statistics = observe(context, list(formats), draft)
+
+    @torch.no_grad()
+    def visit(site: Site, tokens: Tensor, jacobian: Tensor, batch: int) -> Tensor:
+        tokens, jacobian = transformed(draft, site, tokens), transformed_gradient(draft, site, jacobian)
+        weights = jacobian.float().square()
+        seen, bits = statistics[site.name], formats[site].bits
+        return channel_lp_losses(tokens, seen, options.ratios, bits, options.norm, weights)
+
+    losses, token_weights = visit_jacobians(context, list(formats), visit)
+    tensors = {}
+    for site, loss in losses.items():
+        bounds = statistics[site.name].range(best_ratio(loss, options.ratios))
+        tensors[f"{site.name}/lower"], tensors[f"{site.name}/upper"] = bounds
+    return replace(draft.adding(tensors), token_weights=token_weights)
+
+
+def require_answers_to_look_at(context: SearchContext) -> None:
+    """Check that every sample has an answer; see `require_answers`."""
+    require_answers(context.calibration, "importance=jacobian to look at", "importance=uniform")

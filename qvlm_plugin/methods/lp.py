@@ -1,0 +1,53 @@
+"""Layer-wise search of activation ranges, as the paper's baselines and Q-VLM itself begin (section 4.1).
+
+Site by site, a grid of ratios pulls the observed bounds in; the one of least l_p distance between full-precision and
+rounded activations is taken (Eq. 2).
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from qvlm_plugin.formats import ActivationFormat
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft
+from qvlm_plugin.methods.minmax import observe
+from qvlm_plugin.methods.observe import visit_site_inputs
+from qvlm_plugin.observers import best_ratio, channel_lp_losses, token_lp_losses
+from qvlm_plugin.topology import Site
+
+
+def search_ranges(context: SearchContext, draft: Draft) -> Draft:
+    """Ranges of every site; with ``importance=jacobian`` of those that take no Jacobians."""
+    formats = context.activation_sites
+    if context.options.importance == "jacobian":
+        formats = {site: fmt for site, fmt in formats.items() if fmt.kind != "static_channel"}
+    return draft.adding(least_distance(context, draft, formats) if formats else {})
+
+
+def least_distance(context: SearchContext, draft: Draft, formats: Mapping[Site, ActivationFormat]) -> dict[str, Tensor]:
+    """The plan tensors of sites, each ratio chosen by its own l_p distance; ties keep the wider range."""
+    options = context.options
+    statistics = observe(context, [site for site, fmt in formats.items() if fmt.kind == "static_channel"], draft)
+    losses: dict[Site, Tensor] = {}
+
+    def visit(site: Site, tokens: Tensor) -> None:
+        fmt = formats[site]
+        if fmt.kind == "static_channel":
+            new = channel_lp_losses(tokens, statistics[site.name], options.ratios, fmt.bits, options.norm)
+            new = new if options.ranges == "channel" else new.sum(dim=1)
+        else:
+            new = token_lp_losses(tokens, options.ratios, fmt.bits, options.norm)
+        losses[site] = losses[site] + new if site in losses else new
+
+    visit_site_inputs(context, list(formats), visit, "range search", draft)
+    tensors = {}
+    for site, fmt in formats.items():
+        if site not in losses:  # of an expert that no calibration token reached
+            continue
+        ratio = best_ratio(losses[site], options.ratios)
+        if fmt.kind == "static_channel":
+            tensors[f"{site.name}/lower"], tensors[f"{site.name}/upper"] = statistics[site.name].range(ratio)
+        else:
+            tensors[f"{site.name}/clip_ratio"] = ratio.view(1).cpu()
+    return tensors

@@ -1,0 +1,46 @@
+"""Ranges as wide as what calibration showed: round to nearest, no clipping anywhere."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft
+from qvlm_plugin.methods.observe import visit_site_inputs
+from qvlm_plugin.observers import ChannelStatistics
+from qvlm_plugin.topology import Site
+
+
+def observe_extremes(context: SearchContext, draft: Draft) -> Draft:
+    """The extremes of every static site in calibration, and whole ranges of every token."""
+    formats = context.activation_sites
+    statistics = observe(context, [site for site, fmt in formats.items() if fmt.kind == "static_channel"], draft)
+    tensors = {}
+    for name, seen in statistics.items():
+        tensors[f"{name}/lower"], tensors[f"{name}/upper"] = seen.range()
+    for site, fmt in formats.items():
+        if fmt.kind == "dynamic_token":
+            tensors[f"{site.name}/clip_ratio"] = torch.ones(1)
+    return draft.adding(tensors)
+
+
+def observe(
+    context: SearchContext, sites: Sequence[Site], draft: Draft, select: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, ChannelStatistics]:
+    """Channel statistics of each site's input over the calibration set, by site name.
+
+    Args:
+        context, draft: see `visit_site_inputs`.
+        sites: whose inputs to look at; without any, nothing runs.
+        select: chooses among the tokens [N, C] of a batch, at least one.
+    """
+    statistics: dict[str, ChannelStatistics] = {}
+
+    def visit(site: Site, tokens: Tensor) -> None:
+        seen = ChannelStatistics.of(tokens if select is None else select(tokens))
+        statistics[site.name] = statistics[site.name].merge(seen) if site.name in statistics else seen
+
+    if sites:
+        visit_site_inputs(context, sites, visit, "ranges", draft)
+    return statistics

@@ -1,0 +1,231 @@
+"""What visual encoder optimization minimises (paper, Eq. 8-10): L = L_reg + λ1 L_ent + λ2 L_err.
+
+The paper prints L_ent without a minus sign and says that entropy is minimised; so it is here. It gives no λ1 and λ2.
+Our terms are of order one whatever the model: nats, nats, and distances relative to full precision.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qvlm_plugin.conversation import to_device
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.gradients import OverflowedError, last_positions, scaled
+from qvlm_plugin.methods.qvlm.dependency import conditional_entropy, joint_counts, sample_elements
+from qvlm_plugin.observers import ChannelStatistics
+from qvlm_plugin.quantizers import widen
+from qvlm_plugin.scheme import UNQUANTIZED
+
+ENTROPY_ELEMENTS = 2**14
+"""Elements of each batch and layer that entropies are estimated from."""
+
+
+class Terms(NamedTuple):
+    """Scalars of one batch: L (Eq. 10) and its unweighted terms."""
+
+    total: Tensor
+    reg: Tensor
+    ent: Tensor
+    err: Tensor
+
+
+def answer_loss(logits: Tensor, input_ids: Tensor, answer: Tensor) -> Tensor:
+    """L_reg: mean cross-entropy of the answers' tokens.
+
+    Args:
+        logits: [B, K, V] of the last K positions; one more than the longest answer.
+        input_ids: int64 [B, T].
+        answer: bool [B, T], the answers' tokens.
+    """
+    count = logits.shape[1] - 1
+    answer = answer[:, -count:]
+    return F.cross_entropy(widen(logits[:, :-1][answer]), input_ids[:, -count:][answer])
+
+
+def entropy_loss(
+    layers: Sequence[Tensor], bounds: Sequence[tuple[Tensor, Tensor]], weights: Tensor, bits: int
+) -> Tensor:
+    """L_ent (Eq. 8): sum of w_k D(k, k+1) over consecutive layers.
+
+    Args:
+        layers: outputs of the n layers, all of one shape.
+        bounds: (lower, upper) of each, which broadcast against it.
+        weights: w [n - 1].
+        bits: activation width.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=weights.device)
+    for k, weight in enumerate(weights):
+        here, (lower, upper) = layers[k], bounds[k]
+        above, above_lower, above_upper = (tensor.to(here.device) for tensor in (layers[k + 1], *bounds[k + 1]))
+        joint = joint_counts(here, above, (lower, upper), (above_lower, above_upper), bits)
+        total = total + weight * conditional_entropy(joint).to(total.device)
+    return total
+
+
+def relative_error(quantized: Tensor, reference: Tensor) -> Tensor:
+    """‖quantized - reference‖ / ‖reference‖: a norm of Eq. 9, made independent of the model's scale and the batch."""
+    reference = widen(reference.to(quantized.device))
+    return (widen(quantized) - reference).norm() / reference.norm()
+
+
+def jacobian_weights(error: Tensor, layers: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+    """w_k = ‖∂E/∂x^(k)‖ of each layer that has a successor, scaled to sum to 1 (Eq. 8); equal where all are 0.
+
+    Args:
+        error: E, a scalar computed from the layers' outputs.
+        layers: outputs of the n layers.
+        scale: of the loss while going backwards, see `scaled`.
+
+    Returns:
+        float64 [n - 1] on the error's device.
+
+    Raises:
+        OverflowedError: a gradient is not finite.
+    """
+    gradients = torch.autograd.grad(error * scale, layers[:-1])
+    norms = torch.stack([widen(gradient).norm().double().to(error.device) for gradient in gradients])
+    if not norms.isfinite().all():
+        raise OverflowedError("visual encoder optimization: a layer's Jacobian is not finite; try dtype=float32")
+    return norms / norms.sum() if norms.sum() > 0 else torch.full_like(norms, 1 / len(norms))
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A calibration batch, and what the full-precision model makes of it; kept on the CPU.
+
+    Attributes:
+        inputs: of the model.
+        answer: bool [B, T], the answers' tokens.
+        features: vision features that the projector reads.
+        hidden: last hidden state [N, C] of the N tokens that are not padding.
+        elements: int64 [E], positions in the flattened output [B, T, C] of a layer, for entropies.
+    """
+
+    inputs: Mapping[str, Tensor]
+    answer: Tensor
+    features: Tensor
+    hidden: Tensor
+    elements: Tensor
+
+    @property
+    def attended(self) -> Tensor:
+        """Bool [B, T], false at padding."""
+        return self.inputs["attention_mask"].bool()
+
+
+class Run(NamedTuple):
+    """One forward pass: the features that the projector reads, outputs of decoder layers and the last hidden state
+    [B, T, C], logits [B, K, V]."""
+
+    features: Tensor
+    layers: list[Tensor]
+    hidden: Tensor
+    logits: Tensor
+
+
+def run(context: SearchContext, inputs: Mapping[str, Tensor], answer: Tensor) -> Run:
+    """The model, as it is now, on a batch; logits of the answers and of the token before them."""
+    model, topology, seen = context.model, context.topology, {"layers": []}
+    handles = [
+        model.get_submodule(topology.projector_path).register_forward_pre_hook(
+            lambda _, args: seen.__setitem__("features", args[0])
+        ),
+        model.get_submodule(topology.decoder_path).register_forward_hook(
+            lambda _, args, output: seen.__setitem__("hidden", output.last_hidden_state)
+        ),
+    ]
+    for _, layer in context.layers:
+        handles.append(
+            layer.register_forward_hook(
+                lambda _, args, output: seen["layers"].append(output[0] if isinstance(output, tuple) else output)
+            )
+        )
+    try:
+        longest = int(answer.sum(dim=1).max())
+        placed = to_device(inputs, context.device, model.dtype)
+        output = model(**placed, use_cache=False, logits_to_keep=last_positions(answer, longest + 1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Run(logits=output.logits, **seen)
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """Eq. 10 on calibration data. It measures the model as it is when asked, against what it was when made.
+
+    Attributes:
+        context: the search; of its options η, λ1 and λ2 are read.
+        batches: calibration data.
+        bounds: (lower, upper) [C] of each decoder layer's output in full precision.
+    """
+
+    context: SearchContext
+    batches: tuple[Reference, ...]
+    bounds: tuple[tuple[Tensor, Tensor], ...]
+
+    @property
+    def has_entropy(self) -> bool:
+        """Whether L_ent counts: the decoder's activations have codes, its layers successors, and λ1 is not 0."""
+        rounded = self.context.scheme.decoder.activation != UNQUANTIZED
+        return rounded and len(self.bounds) > 1 and self.context.options.lambda1 > 0
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, context: SearchContext) -> "Objective":
+        """Run the full-precision model once over the calibration set; its seed is that of the entropies' elements."""
+        batches, statistics = [], []
+        for inputs, answer in context.batches("full precision"):
+            attended = inputs["attention_mask"].bool()
+            seen = run(context, inputs, answer)
+            tokens = [layer[attended.to(layer.device)] for layer in seen.layers]
+            new = [ChannelStatistics.of(layer) for layer in tokens]
+            statistics = [old.merge(more) for old, more in zip(statistics, new, strict=True)] if statistics else new
+            channels = tokens[0].shape[1]
+            drawn = sample_elements(tokens[0].numel(), ENTROPY_ELEMENTS, context.calibration.seed + len(batches))
+            # The drawn elements count tokens without padding; layers are read with it.
+            position = attended.flatten().nonzero().squeeze(1)[drawn // channels]
+            hidden = seen.hidden[attended.to(seen.hidden.device)]
+            elements = position * channels + drawn % channels
+            batches.append(Reference(dict(inputs), answer, seen.features.cpu(), hidden.cpu(), elements))
+        bounds = tuple((layer.lower, layer.upper) for layer in statistics)
+        return cls(context, tuple(batches), bounds)
+
+    def terms(self, batch: Reference, weights: Tensor) -> Terms:
+        """L and its terms on a batch, with layer weights w [n - 1]."""
+        options, seen = self.context.options, run(self.context, batch.inputs, batch.answer)
+        device = seen.logits.device
+        reg = answer_loss(seen.logits, batch.inputs["input_ids"].to(device), batch.answer.to(device))
+        ent = self._entropy(batch, seen.layers, weights.to(device))
+        features = relative_error(seen.features, batch.features).to(device)
+        err = features + options.eta * self._hidden_error(batch, seen).to(device)
+        return Terms(reg + options.lambda1 * ent + options.lambda2 * err, reg, ent, err)
+
+    def layer_weights(self, batch: Reference) -> Tensor:
+        """w [n - 1] of the decoder layers, from one batch; E^(n) is the squared error of the last hidden state."""
+        if not self.has_entropy:
+            return torch.zeros(len(self.bounds) - 1)
+
+        @torch.enable_grad()
+        def weights(scale: float) -> Tensor:
+            seen = run(self.context, batch.inputs, batch.answer)
+            return jacobian_weights(self._hidden_error(batch, seen).square(), seen.layers, scale).cpu()
+
+        return scaled(weights)
+
+    def _entropy(self, batch: Reference, layers: list[Tensor], weights: Tensor) -> Tensor:
+        if not self.has_entropy:
+            return torch.zeros((), device=weights.device)
+        outputs, bounds = [], []
+        for layer, layer_bounds in zip(layers, self.bounds, strict=True):
+            elements = batch.elements.to(layer.device)
+            outputs.append(layer.flatten()[elements])
+            bounds.append(tuple(bound.to(layer.device)[elements % layer.shape[-1]] for bound in layer_bounds))
+        return entropy_loss(outputs, bounds, weights, self.context.scheme.decoder.activation)
+
+    def _hidden_error(self, batch: Reference, seen: Run) -> Tensor:
+        return relative_error(seen.hidden[batch.attended.to(seen.hidden.device)], batch.hidden)

@@ -1,0 +1,138 @@
+"""Another model for a while: what stands in for modules under a plan, and how it takes their place."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.models.placement import materialized, place_like
+from qvlm_plugin.plan import RoundingPlan, edit, quantized_linear
+from qvlm_plugin.plan_header import ModulePlan
+
+
+@dataclass(frozen=True, eq=False)
+class StandIns:
+    """What a plan makes of some modules of a model, which itself stays as it is.
+
+    Attributes:
+        linears: what stands in for Linears, by name.
+        values: of parameters of other modules.
+    """
+
+    linears: Mapping[str, QuantLinear] = field(default_factory=dict)
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def within(self, prefix: str) -> "StandIns":
+        """The same with names relative to the module of the name ``prefix``, which all of them must be in."""
+        length = len(prefix) + 1
+        return StandIns(
+            {name[length:]: layer for name, layer in self.linears.items()},
+            {name[length:]: value for name, value in self.values.items()},
+        )
+
+
+def stand_ins(
+    plan: RoundingPlan, model: nn.Module, kernel: Kernel, paths: Sequence[str] = (), parking: ExitStack | None = None
+) -> StandIns:
+    """What the plan makes of everything in the modules at ``paths``, or of the whole model where none is given.
+
+    Args:
+        plan: made for the model.
+        model: in full precision.
+        kernel: the arithmetic of the stand-ins.
+        paths: attribute paths of parts of the model.
+        parking: until it closes, the weights that are stood in for wait on the CPU; None leaves them where they are.
+    """
+
+    def inside(name: str) -> bool:
+        return not paths or any(f"{name}.".startswith(f"{path}.") for path in paths)
+
+    modules = [module for module in plan.quantized if inside(module.name)]
+    names = {module.name for module in modules}
+    changed = {fold.producer for fold in plan.folds} | {name.rpartition(".")[0] for name in plan.replaced}
+    linears = {}
+    for module in modules:
+        linears[module.name] = _stand_in(plan, module, model, kernel)
+        if parking is not None:
+            parking.enter_context(_parked(model.get_submodule(module.name)))
+    return StandIns(
+        linears,
+        {
+            f"{name}.{key}": value.detach()
+            for name in sorted(changed - names)
+            if inside(name)
+            for key, value in edited(plan, model, name).named_parameters()
+        },
+    )
+
+
+def _stand_in(plan: RoundingPlan, module: ModulePlan, model: nn.Module, kernel: Kernel) -> QuantLinear:
+    """What a Linear becomes, in the same place: on its device, or offloaded like it."""
+    linear = model.get_submodule(module.name)
+    with materialized(linear):
+        layer = quantized_linear(module, edited(plan, model, module.name), plan.tensors, kernel)
+    place_like(layer, linear)
+    return layer
+
+
+@contextmanager
+def _parked(linear: nn.Module) -> Iterator[None]:
+    """While active, the Linear's weight is on the CPU, unless it is offloaded anyway."""
+    weight, device = linear.weight, linear.weight.device
+    if weight.is_meta or device.type == "cpu":
+        yield
+        return
+    weight.data = weight.data.cpu()
+    try:
+        yield
+    finally:
+        weight.data = weight.data.to(device)
+
+
+def edited(plan: RoundingPlan, model: nn.Module, name: str) -> nn.Module:
+    """A module as the plan's folds and new values leave it: itself where they do not concern it, else a copy."""
+    site = next((module.site for module in plan.modules if module.name == name), "")
+    folded = any(name == fold.producer or site == fold.site for fold in plan.folds)
+    module = model.get_submodule(name)
+    if not folded and not any(value.rpartition(".")[0] == name for value in plan.replaced):
+        return module
+    module = copied(module)
+    edit(plan, {name: module})
+    return module
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A Linear or norm to change, with weights of its own on the device where ``module`` runs."""
+    # Copied whole it would take accelerate's hook along, which refers to the offloaded weights of the whole model.
+    twin = copy.copy(module)
+    with materialized(module):
+        twin._parameters = copy.deepcopy(module._parameters)
+    return twin
+
+
+@contextmanager
+def replaced(model: nn.Module, other: StandIns) -> Iterator[None]:
+    """While active, ``model`` has other modules, and other values of parameters."""
+    originals = {name: model.get_submodule(name) for name in other.linears}
+    with ExitStack() as stack:
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in other.values):
+            stack.enter_context(materialized(model.get_submodule(owner)))
+        kept = {name: model.get_parameter(name).detach().clone() for name in other.values}
+        try:
+            _put(model, other.linears, other.values)
+            yield
+        finally:
+            _put(model, originals, kept)
+
+
+@torch.no_grad()
+def _put(model: nn.Module, modules: Mapping[str, nn.Module], values: Mapping[str, Tensor]) -> None:
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+    for name, value in values.items():
+        model.get_parameter(name).copy_(value)

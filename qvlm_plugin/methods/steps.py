@@ -1,0 +1,68 @@
+"""The steps that come with the package, in their order. Any method may have them; options switch them on."""
+
+from qvlm_plugin.methods.base import Step, imported, quantizes_activations, quantizes_weights
+from qvlm_plugin.scheme import UNQUANTIZED
+
+_PACKAGE = "qvlm_plugin.methods"
+
+AWQ = Step(
+    "awq",
+    imported(f"{_PACKAGE}.awq:scale_and_clip"),
+    lambda scheme, options: options.transform == "awq" and quantizes_weights(scheme),
+)
+"""Scales of channels and clipping of weights, for the weights' sake."""
+
+SMOOTH = Step(
+    "smooth",
+    imported(f"{_PACKAGE}.smooth:smooth"),
+    lambda scheme, options: options.transform == "smooth" and quantizes_activations(scheme),
+)
+"""Scales of channels, for the activations' sake."""
+
+MINMAX = Step(
+    "minmax",
+    imported(f"{_PACKAGE}.minmax:observe_extremes"),
+    lambda scheme, options: options.observer == "minmax" and quantizes_activations(scheme),
+)
+"""Ranges as wide as what was seen."""
+
+LP = Step(
+    "lp",
+    imported(f"{_PACKAGE}.lp:search_ranges"),
+    lambda scheme, options: options.observer == "lp" and quantizes_activations(scheme),
+)
+"""Ranges of least l_p distance, less those that `JACOBIAN` searches."""
+
+JACOBIAN = Step(
+    "jacobian",
+    imported(f"{_PACKAGE}.importance:search_important_ranges"),
+    lambda scheme, options: options.importance == "jacobian" and scheme.decoder.activation != UNQUANTIZED,
+    imported(f"{_PACKAGE}.importance:require_answers_to_look_at"),
+)
+"""Ranges of static sites by errors that the answers weigh."""
+
+MEANS = Step(
+    "means",
+    imported(f"{_PACKAGE}.means:observe_means"),
+    lambda scheme, options: options.bias_correction and quantizes_weights(scheme),
+)
+"""Mean inputs, by which biases are corrected."""
+
+VISION = Step(
+    "vision",
+    imported(f"{_PACKAGE}.qvlm.vision:train_tower"),
+    lambda scheme, options: options.veo and scheme.vision.activation != UNQUANTIZED,
+    imported(f"{_PACKAGE}.qvlm.vision:require_answers_to_train_on"),
+)
+"""Q-VLM's visual encoder optimization."""
+
+BLOCKS = Step(
+    "blocks",
+    imported(f"{_PACKAGE}.qvlm.mining:search_blocks"),
+    lambda scheme, options: options.cdm and scheme.decoder.activation != UNQUANTIZED,
+    splits=True,
+)
+"""Q-VLM's dependency mining and joint search, on the optimized tower."""
+
+STEPS = (AWQ, SMOOTH, MINMAX, LP, JACOBIAN, MEANS, VISION, BLOCKS)
+"""All of them: transforms, ranges, biases, then what is fitted on these."""

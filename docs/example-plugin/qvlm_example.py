@@ -22,13 +22,11 @@ class ShrunkOptions(MethodOptions):
 
 def shrink(context, draft):
     """Ranges of `rtn`, all of them smaller by one ratio."""
-    formats, ratio, tensors = context.activation_sites, context.options.ratio, {}
+    formats, ratio = context.activation_sites, context.options.ratio
     static = [site for site, fmt in formats.items() if fmt.kind == "static_channel"]
+    tensors = {f"{site.name}/clip_ratio": torch.tensor([ratio]) for site in formats if site not in static}
     for name, seen in observe(context, static, draft).items():
         tensors[f"{name}/lower"], tensors[f"{name}/upper"] = seen.range(ratio)
-    for site, fmt in formats.items():
-        if fmt.kind == "dynamic_token":
-            tensors[f"{site.name}/clip_ratio"] = torch.tensor([ratio])
     return draft.adding(tensors)
 
 

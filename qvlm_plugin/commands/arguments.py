@@ -3,11 +3,14 @@
 import inspect
 import re
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, Union, get_args, get_origin
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
+
+from qvlm_plugin.methods.base import shown
+from qvlm_plugin.methods.options import MethodOptions
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -27,7 +30,13 @@ Of `lmms-eval --model qvlm_llava --model_args NAME=VALUE,…`. Any other name is
 
 {arguments}
 
-## Methods and their options
+## Options of methods
+
+A method is a preset of these options. Any method takes any of them, so that two runs can differ in a single choice.
+
+{options}
+
+## Methods
 
 {methods}
 
@@ -58,6 +67,7 @@ def reference(arguments: "type[BaseModel]", methods: "Mapping[str, Method]", com
     """
     return _PAGE.format(
         arguments=_options_table(arguments),
+        options=_options_table(MethodOptions),
         methods="\n\n".join(_of_method(method) for _, method in sorted(methods.items())),
         commands="\n".join(_of_commands(command, "qvlm")),
     )
@@ -65,15 +75,20 @@ def reference(arguments: "type[BaseModel]", methods: "Mapping[str, Method]", com
 
 def _of_method(method: "Method") -> str:
     text = f"### {method.name}\n\n{method.summary[0].upper()}{method.summary[1:]}."
-    return f"{text}\n\n{_options_table(method.options)}" if method.options.model_fields else f"{text} No options."
+    if not method.options.model_fields:
+        return f"{text} No options."
+    preset, own = method.preset()
+    if preset:
+        text += f" Its defaults: {', '.join(f'`{name}={shown(value)}`' for name, value in preset.items())}."
+    return f"{text}\n\n{_options_table(method.options, own)}" if own else text
 
 
-def _options_table(options: "type[BaseModel]") -> str:
+def _options_table(options: "type[BaseModel]", names: Collection[str] | None = None) -> str:
     described = _attributes(options)
     rows = [
         (f"`{name}`", _values(field), _default(field), field.description or described.get(name, ""))
         for name, field in options.model_fields.items()
-        if not field.exclude
+        if not field.exclude and (names is None or name in names)
     ]
     return _table(("name", "values", "default", "meaning"), rows)
 
@@ -116,7 +131,7 @@ def _default(field: "FieldInfo") -> str:
         return ""
     if field.default is None:
         return "–"
-    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+    return f"`{shown(field.default)}`"
 
 
 def _of_commands(command: TyperCommand | TyperGroup, path: str) -> Iterator[str]:

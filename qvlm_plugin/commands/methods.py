@@ -5,14 +5,23 @@ from rich.table import Table
 
 
 def methods() -> None:
-    """List the quantization methods and their options.
+    """List the quantization methods, which are presets, and the options that any of them takes.
 
     Example: qvlm methods
     """
     from qvlm_plugin import plugins
+    from qvlm_plugin.methods.base import shown
+    from qvlm_plugin.methods.options import MethodOptions
 
-    table = Table("method", "what it does", "options (default)")
+    console, presets = Console(), Table("method", "what it does", "its defaults", title="Methods")
     for name, method in sorted(plugins.methods().items()):
-        options = [f"{key} ({field.default})" for key, field in method.options.model_fields.items()]
-        table.add_row(name, method.summary, "\n".join(options) or "-")
-    Console().print(table)
+        differing, own = method.preset()
+        defaults = differing | {key: method.options.model_fields[key].default for key in own}
+        presets.add_row(
+            name, method.summary, "\n".join(f"{key}={shown(value)}" for key, value in defaults.items()) or "-"
+        )
+    console.print(presets)
+    options = Table("option", "default", title="Options of every method but none; meanings: qvlm arguments")
+    for name, field in MethodOptions.model_fields.items():
+        options.add_row(name, shown(field.default))
+    console.print(options)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, create_model
 
+from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.scheme import PARTS, UNQUANTIZED, Scheme
 
 if TYPE_CHECKING:
@@ -57,9 +58,22 @@ class Method:
         """The steps that the scheme and the options want."""
         return tuple(step for step in self.steps if step.wanted(scheme, options))
 
+    def preset(self) -> tuple[dict[str, Any], list[str]]:
+        """Its defaults that differ from those of `MethodOptions`, and names of options that only this method has."""
+        shared, own = MethodOptions.model_fields, self.options.model_fields
+        differing = {
+            name: own[name].default for name in own if name in shared and own[name].default != shared[name].default
+        }
+        return differing, [name for name in own if name not in shared]
+
     def needs_calibration(self, scheme: Scheme, options: BaseModel) -> bool:
         """Whether any of these looks at calibration data."""
         return any(step.needs_calibration for step in self.chosen(scheme, options))
+
+
+def shown(value: Any) -> str:
+    """A value of an option, as it is written in ``--model_args``."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def preset(options: type[BaseModel], **defaults: Any) -> type[BaseModel]:

@@ -1,0 +1,126 @@
+"""Choices are independent: any of them may be combined, and what the joint search measured is what applying gives."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from searching import context_of
+from tiny_llava import logits_of
+
+from qvlm_plugin import planning
+from qvlm_plugin.methods.hidden import decoder_inputs
+from qvlm_plugin.methods.smooth import smoothing_scale
+from qvlm_plugin.methods.steps import STEPS
+from qvlm_plugin.topology import linear_layers
+
+SMALL = {"calibration_batch_size": 5, "alpha_steps": 3, "min_percentile": 0.8, "percentile_step": 0.1, "veo_epochs": 1}
+
+
+def plan_of(loaded, calibration, scheme="w4a4", method="rtn", **options):
+    request = planning.check_request(method, scheme, {"calibration_batch_size": 5, **options})
+    return planning.obtain_plan(loaded, request, calibration, cache=None)
+
+
+CHOICES = [
+    {"transform": transform, "activations": activations, "cdm": True, "veo": veo}
+    for (transform, activations), veo in zip(
+        itertools.product(("none", "awq", "smooth"), ("channel", "token")),
+        itertools.cycle((False, True, True)),
+        strict=False,
+    )
+]
+
+
+@pytest.mark.parametrize("choices", CHOICES, ids=lambda one: "-".join(map(str, one.values())))
+def test_the_error_that_was_searched_is_that_of_the_applied_plan(choices, loaded, calibration):
+    """With every transform, and with a tower that was trained below."""
+    options = {key: value for key, value in SMALL.items() if key != "alpha_steps" or choices["transform"] == "awq"}
+    context = context_of(loaded, calibration, calibration_batch_size=5)
+    reference = decoder_inputs(context)
+    for named in context.layers:
+        reference = reference.through(*named)
+    plan = plan_of(loaded, calibration, **options, **choices)
+    assert bool(plan.folds) == (choices["transform"] != "none") and ("veo" in plan.record) == choices["veo"]
+    kinds = {module.activation.kind for module in plan.modules if module.part == "decoder"}
+    assert kinds == {"static_channel" if choices["activations"] == "channel" else "dynamic_token"}
+    planning.apply(plan, loaded)
+    hidden = decoder_inputs(context)
+    for named in context.layers:
+        hidden = hidden.through(*named)
+    error = hidden.error(reference, context.options)
+    assert error == pytest.approx(plan.record["cdm"]["blocks"][-1]["error"], rel=1e-3)
+
+
+def test_smoothing_leaves_full_precision_outputs_as_they_are_and_moves_magnitude(loaded, calibration):
+    inputs, _ = next(calibration.batches(loaded.processor, 5))
+    before = logits_of(loaded.model, inputs)
+    plan = plan_of(loaded, calibration, "w8a8", transform="smooth", smooth_alpha=0.7)
+    weights = {name: linear.weight.clone() for name, linear in linear_layers(loaded.model).items()}
+    scales = {f"{fold.site}/scale": plan.tensors[f"{fold.site}/scale"] for fold in plan.folds}
+    identity = replace(
+        plan,
+        modules=tuple(
+            module.model_copy(update={"weight": type(module.weight)(), "activation": type(module.activation)()})
+            for module in plan.modules
+        ),
+        tensors=scales,
+    )
+    planning.apply(identity, loaded)
+    changed = [n for n, linear in linear_layers(loaded.model).items() if not torch.equal(linear.weight, weights[n])]
+    assert len(changed) > 15 and torch.allclose(logits_of(loaded.model, inputs), before, rtol=1e-3, atol=1e-4)
+
+
+def test_smoothing_is_the_published_formula():
+    inputs, weights = torch.tensor([4.0, 1.0, 0.0, 9.0]), torch.tensor([1.0, 4.0, 2.0, 0.0])
+    found = smoothing_scale(inputs, weights, 0.5)
+    assert torch.allclose(found, torch.tensor([2.0, 0.5, 1.0, 1.0]))  # dead channels stay
+    assert torch.allclose(smoothing_scale(inputs, weights, 1.0)[:2], inputs[:2])
+
+
+def test_with_outliers_smoothed_activations_err_less(loaded, calibration):
+    with torch.no_grad():  # norms that make a few channels large, as in trained language models
+        for layer in loaded.model.model.language_model.layers:
+            layer.input_layernorm.weight[::9] *= 30
+            layer.post_attention_layernorm.weight[::7] *= 30
+    inputs, _ = next(calibration.batches(loaded.processor, 5))
+    before, state = logits_of(loaded.model, inputs), {k: v.clone() for k, v in loaded.model.state_dict().items()}
+    errors = {}
+    for transform in ("none", "smooth"):
+        plan = plan_of(loaded, calibration, "w8a4", transform=transform, activations="token", group_size=-1)
+        modules = dict(loaded.model.named_modules())
+        planning.apply(plan, loaded)
+        errors[transform] = float((logits_of(loaded.model, inputs) - before).norm() / before.norm())
+        for name, module in modules.items():
+            if name:
+                loaded.model.set_submodule(name, module)
+        loaded.model.load_state_dict(state)
+    assert errors["smooth"] < 0.9 * errors["none"]
+
+
+def test_two_rows_differ_in_one_choice(loaded, calibration):
+    """A preset with the other's choice is the other: rtn with lp ranges and nf weights is qlora."""
+    other = plan_of(loaded, calibration, observer="lp", weights="nf")
+    assert other.hash == plan_of(loaded, calibration, method="qlora").hash
+    awq = plan_of(loaded, calibration, method="qlora", weights="int", transform="awq", alpha_steps=3)
+    assert awq.hash == plan_of(loaded, calibration, method="awq", alpha_steps=3).hash
+
+
+def test_steps_are_wanted_by_scheme_and_options():
+    def names(method, scheme, **options):
+        request = planning.check_request(method, scheme, options)
+        return [step.name for step in request.method.chosen(request.scheme, request.options)]
+
+    assert names("none", "w4a4") == []
+    assert names("rtn", "w4a4") == ["minmax"] and names("rtn", "w4a16") == []
+    assert (
+        names("awq", "w4a4") == ["awq", "lp"] and names("awq", "w4a16") == ["awq"] and names("awq", "w16a4") == ["lp"]
+    )
+    assert names("rtn", "w4a16", transform="smooth") == [] and names("rtn", "w16a8", transform="smooth") == [
+        "smooth",
+        "minmax",
+    ]
+    assert names("qvlm", "w4a4") == ["lp", "vision", "blocks"]
+    assert names("qvlm_jacobian", "w4a4") == ["lp", "jacobian", "means", "vision"]
+    assert names("qvlm", "w16a16+vision:w4a4") == ["lp", "vision"]
+    assert len({step.name for step in STEPS}) == len(STEPS)

@@ -11,6 +11,8 @@ from qvlm_plugin.hooks import hookimpl
 from qvlm_plugin.kernels.base import Kernel, as_stored
 from qvlm_plugin.methods.base import Method, MethodOptions
 from qvlm_plugin.methods.build import build_plan
+from qvlm_plugin.plan_request import check_request
+from qvlm_plugin.scheme import Scheme
 
 
 class Coarse:
@@ -22,7 +24,7 @@ class Coarse:
     @hookimpl
     def qvlm_methods(self):
         def fit(loaded, topology, scheme, calibration, options, workspace):
-            plan_scheme = planning.Scheme.parse("w2a16")
+            plan_scheme = Scheme.parse("w2a16")
             return build_plan("coarse", loaded, topology, plan_scheme, options, {}, calibration)
 
         return [Method("coarse", "two bits", MethodOptions, lambda scheme, options: False, fit)]
@@ -55,7 +57,7 @@ def coarse(monkeypatch):
 
 
 def test_a_third_party_method_and_kernel_work_like_built_in_ones(coarse, loaded):
-    request = planning.check_request("coarse", "w8a8", {"group_size": 16})
+    request = check_request("coarse", "w8a8", {"group_size": 16})
     plan = planning.obtain_plan(loaded, request, None, cache=None)
     assert {module.weight.bits for module in plan.modules if module.site} == {2}
     weight = loaded.model.get_submodule(plan.modules[0].name).weight.clone()
@@ -102,7 +104,7 @@ class Faulty:
 
 def test_a_plugin_that_raises_is_named_once_and_the_others_work(coarse, loaded, caplog):
     plugins.plugin_manager().register(Faulty(), "faulty")
-    request = planning.check_request("rtn", "w8a16", {})
+    request = check_request("rtn", "w8a16", {})
     plan = planning.obtain_plan(loaded, request, None, cache=None)
     planning.apply(plan, loaded)
     assert "coarse" in plugins.methods() and coarse.finished == [(loaded, plan)]

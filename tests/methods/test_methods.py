@@ -8,13 +8,14 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.build import activation_sites
 from qvlm_plugin.methods.observe import visit_site_inputs
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.quantizers import fake_quantize, token_range
 from qvlm_plugin.scheme import Scheme
 
 
 def plan_of(loaded, calibration, method="qlora", scheme="w4a4", **options):
     options = {"calibration_batch_size": 2, **options}
-    return planning.obtain_plan(loaded, planning.check_request(method, scheme, options), calibration, cache=None)
+    return planning.obtain_plan(loaded, check_request(method, scheme, options), calibration, cache=None)
 
 
 def inputs_of(loaded, calibration, batch_size=2, scheme="w4a4"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from qvlm_plugin import plugins
 from qvlm_plugin.methods.build import build_plan
 from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.planning import PlanRequest
+from qvlm_plugin.plan_request import PlanRequest
 from qvlm_plugin.report.ablations.evaluation import Subject, accuracy, columns_of, evaluate, failures, notes_on
 from qvlm_plugin.report.figures import Bars, bars_figure
 from qvlm_plugin.report.results import Grid

@@ -18,6 +18,7 @@ from qvlm_plugin.methods.qvlm.options import QVLMOptions
 from qvlm_plugin.methods.qvlm.vision import optimize_vision
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import decoder_layers, resolve
 
@@ -37,7 +38,7 @@ def deep(folder):
 
 def plan_of(loaded, calibration, scheme="w4a4", name="qvlm", **options):
     options = {"veo": False, **GRID, **BATCH, **options}
-    return planning.obtain_plan(loaded, planning.check_request(name, scheme, options), calibration, cache=None)
+    return planning.obtain_plan(loaded, check_request(name, scheme, options), calibration, cache=None)
 
 
 def percentiles(plan):
@@ -114,7 +115,7 @@ def test_depth_one_is_the_layer_wise_search(deep, calibration):
 
 def test_percentile_one_keeps_the_layer_wise_baseline(deep, calibration):
     only_one = plan_of(deep, calibration, min_percentile=1.0)
-    baseline = planning.obtain_plan(deep, planning.check_request("qlora", "w4a4", BATCH), calibration, cache=None)
+    baseline = planning.obtain_plan(deep, check_request("qlora", "w4a4", BATCH), calibration, cache=None)
     assert set(percentiles(only_one)) == {1.0}
     assert only_one.hash == plan_of(deep, calibration, cdm=False).hash == baseline.hash
 
@@ -168,7 +169,7 @@ def test_an_interrupted_search_resumes_at_its_block_and_ends_the_same(
     importance, deep, calibration, tmp_path, monkeypatch
 ):
     options = {**GRID, **BATCH, "max_depth": 1, "veo_epochs": 1, "veo_train": "clip+norm", "importance": importance}
-    request = planning.check_request("qvlm", "w4a4", options)
+    request = check_request("qvlm", "w4a4", options)
     undisturbed = planning.obtain_plan(deep, request, calibration, None)
     searched, trained = [], []
 
@@ -247,5 +248,5 @@ def test_samples_without_answers_are_named_before_the_range_search(deep, calibra
 )
 def test_impossible_settings_are_one_line_errors_before_any_work(options, message):
     with pytest.raises(QVLMError, match=message) as caught:
-        planning.check_request("qvlm", "w4a4", options)
+        check_request("qvlm", "w4a4", options)
     assert "\n" not in str(caught.value)

@@ -1,5 +1,9 @@
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 import torch
+from accelerate import init_empty_weights
 
 from qvlm_plugin.formats import NF_BLOCK
 from qvlm_plugin.quantizers import (
@@ -156,6 +160,67 @@ def test_codebook_is_ascending_spans_the_unit_interval_and_holds_zero(bits):
     assert len(codebook) == 2**bits
     assert (codebook.diff() > 0).all()
     assert codebook[0] == -1 and codebook[-1] == 1 and 0 in codebook
+
+
+CODEBOOKS = [*(partial(normal_float_codebook, bits) for bits in (3, 4)), dynamic_codebook]
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def forgotten():
+    """No codebook was made yet, nor will be what a test made."""
+    for function in (normal_float_codebook, dynamic_codebook):
+        function.cache_clear()
+    yield
+    for function in (normal_float_codebook, dynamic_codebook):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.device("meta"),
+        lambda: default_dtype(torch.float16),
+        lambda: init_empty_weights(include_buffers=True),
+    ],
+    ids=["inference", "no grad", "meta", "half", "accelerate"],
+)
+@pytest.mark.parametrize("make", CODEBOOKS, ids=["nf3", "nf4", "dynamic"])
+def test_a_codebook_is_the_same_wherever_it_was_made_first(make, context, forgotten):
+    expected = make().clone()
+    for function in (normal_float_codebook, dynamic_codebook):
+        function.cache_clear()
+    with context():
+        first = make()
+    assert make() is first and torch.equal(first, expected) and first.dtype == torch.float32
+    x = torch.ones(len(first), requires_grad=True)
+    (x * first).sum().backward()  # which saves it for the backward pass
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("make", CODEBOOKS, ids=["nf3", "nf4", "dynamic"])
+def test_there_is_a_codebook_for_each_device(make):
+    meta = make(torch.device("meta"))
+    assert meta.is_meta and make(torch.device("meta")) is meta
+    assert not make().is_meta and make().shape == meta.shape
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_quantizing_and_dequantizing_leave_the_codebooks_as_they_are(double, forgotten):
+    before = normal_float_codebook(4).clone(), dynamic_codebook().clone()
+    quantize_normal_float(torch.randn(8, 128), 4, double).dequantize().zero_()
+    assert torch.equal(before[0], normal_float_codebook(4)) and torch.equal(before[1], dynamic_codebook())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])

@@ -69,10 +69,12 @@ def by_rows(compute: Callable[..., Tensor], x: Tensor, bounds: tuple[Tensor, ...
     Args:
         compute: result in the shape of ``x``.
         x: [..., C].
-        bounds: [C] or [..., 1].
+        bounds: [C] or [..., 1]; with others, which broadcast against ``x``, it is computed at once.
         dtype: of the result.
     """
     if x.device.type != "cpu" or x.numel() <= _SLICE or torch.compiler.is_compiling():
+        return compute(x, *bounds).to(dtype)
+    if any(bound.dim() > 1 and bound.shape != (*x.shape[:-1], 1) for bound in bounds):
         return compute(x, *bounds).to(dtype)
     rows = x.reshape(-1, x.shape[-1])
     out, count = torch.empty_like(rows, dtype=dtype), max(1, _SLICE // x.shape[-1])

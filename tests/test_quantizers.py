@@ -154,6 +154,15 @@ def test_zero_is_exact_in_every_weight_format():
     assert (quantize_normal_float(torch.zeros(2, 8), 3, True).dequantize() == 0).all()
 
 
+def test_candidate_bounds_of_a_large_tensor_are_computed_at_once():
+    x = torch.randn(1, 4096, 130).expand(2, -1, -1)
+    lower, upper = torch.tensor([-2.0, -1.0]), torch.tensor([1.5, 1.0]) * torch.linspace(0.5, 1, 130)[:, None]
+    lower, upper = lower[:, None, None].expand(2, 1, 130), upper.T[:, None]
+    both = fake_quantize(x, lower, upper, 4)
+    for one, low, high in zip(both, lower, upper, strict=True):
+        assert torch.equal(one, fake_quantize(x[0], low[0], high[0], 4))
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_codebook_is_ascending_spans_the_unit_interval_and_holds_zero(bits):
     codebook = normal_float_codebook(bits)

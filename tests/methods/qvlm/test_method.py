@@ -4,6 +4,8 @@ import itertools
 import pytest
 import torch
 from tiny_llava import logits_of, write_tiny_llava
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qvlm_plugin import planning, plugins
 from qvlm_plugin.calibration import CalibrationSet
@@ -138,14 +140,43 @@ def test_bounds_narrow_with_the_percentile_and_one_keeps_them(reading):
     torch.manual_seed(0)
     tokens = torch.randn(1001, 4) + torch.tensor([0.0, 5.0, -5.0, 100.0])
     lower, upper = tokens.amin(dim=0), tokens.amax(dim=0)
-    assert percentile_bounds(tokens, lower, upper, 1.0, reading) == (lower, upper)
-    widths = [(high - low) for low, high in (percentile_bounds(tokens, lower, upper, p, reading) for p in (0.99, 0.9))]
+    whole, *narrowed = percentile_bounds(tokens, lower, upper, (1.0, 0.99, 0.9), reading)
+    assert whole == (lower, upper)
+    widths = [high - low for low, high in narrowed]
     assert (widths[1] < widths[0]).all() and (widths[0] < upper - lower).all() and (widths[1] > 0).all()
     if reading == "quantile":
-        low, high = percentile_bounds(tokens, lower, upper, 0.9, reading)
+        low, high = narrowed[1]
         assert torch.allclose(low, tokens.quantile(0.1, dim=0)) and torch.allclose(high, tokens.quantile(0.9, dim=0))
     else:
         assert torch.allclose(widths[1], 0.9 * (upper - lower))
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes how many elements the largest result of an operation has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.numel = max([self.numel, *(tensor.numel() for tensor in tree_leaves(result))])
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("elements", [1, 1000, 7 * 501, 2**24])
+def test_quantiles_are_ranks_of_sorted_tokens_however_many_are_sorted_at_a_time(dtype, elements, monkeypatch):
+    torch.manual_seed(0)
+    tokens, percentiles = torch.randn(501, 40).to(dtype), (0.999, 0.98, 0.9, 0.6)
+    lower, upper = torch.full((40,), -2.0), torch.full((40,), 1.5)
+    monkeypatch.setattr(mining, "SORTED", elements)
+    with LargestResult() as largest:
+        bounds = percentile_bounds(tokens, lower, upper, percentiles, "quantile")
+    assert largest.numel <= max(elements, len(tokens), 2 * len(percentiles) * 40)
+    for p, (low, high) in zip(percentiles, bounds, strict=True):
+        ordered = tokens.float().sort(dim=0).values
+        assert torch.equal(low, ordered[round((1 - p) * 500)].clamp_min(-2))
+        assert torch.equal(high, ordered[round(p * 500)].clamp_max(1.5))
 
 
 @pytest.mark.parametrize("name", ["qvlm", "qvlm_jacobian"])

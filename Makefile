@@ -27,8 +27,9 @@ lock: install  ## resolve the newest versions into requirements.lock; run make n
 		--prerelease disallow --generate-hashes --no-strip-extras --upgrade --quiet --output-file requirements.lock
 
 # What tells in two minutes whether versions fit: loading, kernels, plans, the harness's wrapper and tasks.
-QUICK := tests/kernels tests/models tests/test_plan.py tests/test_planning.py tests/test_quantizers.py tests/test_linear.py \
-	tests/test_topology.py tests/test_conversation.py tests/harness/test_wrapper.py tests/harness/test_provenance.py \
+QUICK := tests/kernels tests/models tests/test_plan.py tests/test_plan_request.py tests/test_plan_cache.py \
+	tests/test_planning.py tests/test_quantizers.py tests/test_linear.py tests/test_topology.py \
+	tests/test_conversation.py tests/harness/test_wrapper.py tests/harness/test_provenance.py \
 	tests/harness/test_task_source.py tests/harness/test_checks.py
 newest: install  ## without the lock: what the newest versions change, doctor, and the quick tests, in an environment of their own
 	$(PYTHON) -m venv --clear .venv-newest

@@ -27,6 +27,7 @@ from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.reading import read_json
 from qvlm_plugin.report.paired import difference_text, estimate_text, p_text
 from qvlm_plugin.report.pooled import Pooled, pool, spread_text, verdict
@@ -98,7 +99,7 @@ def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
     folder = output / "plans" / draw.name
     if folder.exists():
         return RoundingPlan.load(folder)
-    request = planning.check_request(draw.method, SCHEME, METHODS[draw.method])
+    request = check_request(draw.method, SCHEME, METHODS[draw.method])
     samples = read_conversations(Path(CALIBRATION), None, draw.samples, draw.seed)
     calibration = CalibrationSet(tuple(samples), f"{CALIBRATION}:{draw.samples}", draw.seed)
     plan = planning.obtain_plan(loaded, request, calibration, output / "searches")

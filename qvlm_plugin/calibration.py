@@ -10,7 +10,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,13 @@ IMAGE_KEY = "image"
 
 DEFAULT_COUNT = 64
 """Samples drawn when a source does not say how many (paper, section 4.1)."""
+
+KEPT_BYTES = 2**28
+"""How much of an encoded calibration set is kept in memory: 198 samples of one picture of 336 x 336 pixels each, which
+take 87 MB where there are 64 of them."""
+
+Encoded = tuple[BatchFeature, torch.Tensor]
+"""A batch: model inputs, and the bool mask [B, T] of the answers' tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,21 +78,56 @@ class CalibrationSet:
         pairs = zip(self.digests(), (sample.answer for sample in self.samples), strict=True)
         return hashlib.sha256(json.dumps(list(pairs)).encode()).hexdigest()
 
-    def lengths(self, processor: ProcessorMixin) -> list[int]:
-        """How many tokens each sample has, images and answer included."""
-        return [
-            length
-            for inputs, _ in self.batches(processor, 1)
-            for length in inputs["attention_mask"].sum(dim=1).tolist()
-        ]
-
-    def batches(self, processor: ProcessorMixin, batch_size: int) -> Iterator[tuple[BatchFeature, torch.Tensor]]:
+    def batches(self, processor: ProcessorMixin, batch_size: int) -> Iterator[Encoded]:
         """Model inputs with answers, left-padded, and the bool mask [B, T] of the answers' tokens."""
-        for start in range(0, len(self.samples), batch_size):
-            batch = self.samples[start : start + batch_size]
+        return self._encode(processor, batch_size, 0)
+
+    def encoded(self, processor: ProcessorMixin, batch_size: int) -> "EncodedSet":
+        """The same samples for a search, which reads them in the same batches several times."""
+        return EncodedSet(self.samples, self.source, self.seed, processor=processor, batch_size=batch_size)
+
+    def _encode(self, processor: ProcessorMixin, batch_size: int, start: int) -> Iterator[Encoded]:
+        for first in range(start, len(self.samples), batch_size):
+            batch = self.samples[first : first + batch_size]
             conversations = [sample.conversation for sample in batch]
             answers = [render_answer(processor, sample.conversation, sample.answer) for sample in batch]
             yield encode(processor, conversations, answers)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSet(CalibrationSet):
+    """A calibration set as one processor encodes it, when it is made: the first batches are kept, up to `KEPT_BYTES`.
+
+    Whoever reads batches must not change their tensors in place.
+
+    Attributes:
+        processor, batch_size: what ``kept`` is encoded with; `batches` encodes anew for others.
+        kept: the first batches.
+        lengths: how many tokens each sample has, images and answer included.
+    """
+
+    processor: ProcessorMixin = field(kw_only=True)
+    batch_size: int = field(kw_only=True)
+    kept: tuple[Encoded, ...] = field(init=False)  # and so follows the samples of a copy that has others
+    lengths: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kept, lengths, free = [], [], KEPT_BYTES
+        for inputs, answer in self._encode(self.processor, self.batch_size, 0):
+            lengths += inputs["attention_mask"].sum(dim=1).tolist()
+            free -= sum(tensor.nbytes for tensor in inputs.values()) + answer.nbytes
+            if free >= 0:
+                kept.append((inputs, answer))
+        object.__setattr__(self, "kept", tuple(kept))
+        object.__setattr__(self, "lengths", tuple(lengths))
+
+    def batches(self, processor: ProcessorMixin, batch_size: int) -> Iterator[Encoded]:
+        """See `CalibrationSet.batches`."""
+        kept = self.kept if processor is self.processor and batch_size == self.batch_size else ()
+        for inputs, answer in kept:
+            yield BatchFeature(dict(inputs)), answer
+        yield from self._encode(processor, batch_size, len(kept) * batch_size)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ float64 inputs stay float64, so that those can be checked.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -68,10 +69,12 @@ def by_rows(compute: Callable[..., Tensor], x: Tensor, bounds: tuple[Tensor, ...
     Args:
         compute: result in the shape of ``x``.
         x: [..., C].
-        bounds: [C] or [..., 1].
+        bounds: [C] or [..., 1]; with others, which broadcast against ``x``, it is computed at once.
         dtype: of the result.
     """
     if x.device.type != "cpu" or x.numel() <= _SLICE or torch.compiler.is_compiling():
+        return compute(x, *bounds).to(dtype)
+    if any(bound.dim() > 1 and bound.shape != (*x.shape[:-1], 1) for bound in bounds):
         return compute(x, *bounds).to(dtype)
     rows = x.reshape(-1, x.shape[-1])
     out, count = torch.empty_like(rows, dtype=dtype), max(1, _SLICE // x.shape[-1])
@@ -251,7 +254,7 @@ class NormalFloatWeight:
 
     def dequantize(self) -> Tensor:
         """``codebook[codes] * absmax`` of the block: float32 [O, I]."""
-        codebook = normal_float_codebook(self.bits).to(self.codes.device)
+        codebook = normal_float_codebook(self.bits, self.codes.device)
         blocks = _pad_to_multiple(self.codes.flatten(), NF_BLOCK).view(-1, NF_BLOCK)
 
         def values(codes: Tensor, absmax: Tensor) -> Tensor:
@@ -261,21 +264,31 @@ class NormalFloatWeight:
         return flat[: self.codes.numel()].view(self.codes.shape)
 
 
-def normal_float_codebook(bits: int) -> Tensor:
+_CPU = torch.device("cpu")
+
+
+# Codebooks are made once and shared by all weights. Whoever asks first may do so in inference mode, whose tensors no
+# gradient passes later, or while transformers constructs a model, with other defaults of device and dtype.
+
+
+@cache
+@torch.inference_mode(False)
+def normal_float_codebook(bits: int, device: torch.device = _CPU) -> Tensor:
     """The k-bit NormalFloat values (QLoRA, Eq. 4 and appendix E): quantiles of N(0, 1), exact zero, scaled to [-1, 1].
 
     Intermediate values are rounded as the published ones were, so that NF4 is QLoRA's to the bit.
 
     Returns:
-        float32 [2^bits], ascending; at 4 bits it is NF4.
+        float32 [2^bits] on ``device``, ascending; at 4 bits it is NF4. All callers get the same tensor: copy it to keep
+        it among others or to write to it.
     """
     half = 2 ** (bits - 1)
     # The outermost quantile lies between the centres of the last bins of a 2^k and a 2^k - 1 level quantizer.
     tail = round(1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2, 7)
-    levels = (torch.linspace(tail, 0.5, count, dtype=torch.float32)[:-1] for count in (half + 1, half))
+    levels = (torch.linspace(tail, 0.5, count, dtype=torch.float32, device=_CPU)[:-1] for count in (half + 1, half))
     positive, negative = (torch.special.ndtri(level.double()).float() for level in levels)
     values = torch.cat([positive, positive.new_zeros(1), -negative]).sort().values
-    return values / values.max()
+    return (values / values.max()).to(device)
 
 
 def quantize_normal_float(
@@ -291,7 +304,7 @@ def quantize_normal_float(
     """
     blocks = _pad_to_multiple(weight.float().flatten(), NF_BLOCK).view(-1, NF_BLOCK)
     absmax = largest_magnitude(blocks) * (1.0 if clip is None else clip.float().flatten())
-    codebook = normal_float_codebook(bits).to(weight.device)
+    codebook = normal_float_codebook(bits, weight.device)
 
     def codes_of(blocks: Tensor, absmax: Tensor) -> Tensor:
         return _nearest(blocks / absmax, codebook)
@@ -317,7 +330,7 @@ class BlockScales:
 
     def dequantize(self) -> Tensor:
         """The scales that are read back: float32 [N]."""
-        return dequantize_scales(dynamic_codebook().to(self.codes.device), self.codes, self.largest, self.offset)
+        return dequantize_scales(dynamic_codebook(self.codes.device), self.codes, self.largest, self.offset)
 
 
 def dequantize_scales(codebook: Tensor, codes: Tensor, largest: Tensor, offset: Tensor) -> Tensor:
@@ -335,7 +348,7 @@ def double_quantize(absmax: Tensor) -> BlockScales:
     blocks = _pad_to_multiple(absmax - offset, SCALE_BLOCK).view(-1, SCALE_BLOCK)
     largest = largest_magnitude(blocks)
     unit = blocks / torch.where(largest > 0, largest, 1.0).unsqueeze(1)
-    codes = _nearest(unit, dynamic_codebook().to(absmax.device)).flatten()[: absmax.numel()]
+    codes = _nearest(unit, dynamic_codebook(absmax.device)).flatten()[: absmax.numel()]
     return BlockScales(codes.to(torch.uint8), largest, offset)
 
 
@@ -344,14 +357,19 @@ def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
     return torch.bucketize(x, (codebook[1:] + codebook[:-1]) / 2, out_int32=True)
 
 
-def dynamic_codebook() -> Tensor:
-    """The signed 8-bit dynamic data type (Dettmers, 2016, "8-bit approximations"): float32 [256], ascending.
+@cache
+@torch.inference_mode(False)
+def dynamic_codebook(device: torch.device = _CPU) -> Tensor:
+    """The signed 8-bit dynamic data type (Dettmers, 2016, "8-bit approximations").
 
     Values are a power of ten times a fraction; the smaller the power, the fewer bits are left for the fraction.
+
+    Returns:
+        float32 [256] on ``device``, ascending; shared as `normal_float_codebook` is.
     """
-    values = [torch.zeros(1), torch.ones(1)]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device=_CPU)]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device=_CPU)
         magnitude = 10.0 ** (exponent - 6) * (edges[1:] + edges[:-1]) / 2
         values += [magnitude, -magnitude]
-    return torch.cat(values).sort().values
+    return torch.cat(values).sort().values.to(device)

@@ -1,6 +1,8 @@
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from tiny_llava import random_image
 
 from qvlm_plugin.calibration import (
@@ -14,6 +16,7 @@ from qvlm_plugin.calibration import (
 )
 from qvlm_plugin.conversation import Conversation, render
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.models.loading import load
 from qvlm_plugin.models.prompts import PROMPT_FORMATS, chat_template
 
 
@@ -116,6 +119,42 @@ def test_batches_hold_prompts_with_answers(folder, loaded):
     assert [len(mask) for _, mask in batches] == [2, 2, 1]
     text = loaded.processor.tokenizer.decode(batches[0][0]["input_ids"][0][batches[0][1][0]])
     assert text == calibration.samples[0].answer + "</s>"
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3])
+def test_an_encoded_set_gives_the_same_batches_however_many_it_keeps(calibration, loaded, monkeypatch, limit):
+    batches = list(calibration.batches(loaded.processor, 2))
+    sizes = [sum(tensor.nbytes for tensor in inputs.values()) + answer.nbytes for inputs, answer in batches]
+    monkeypatch.setattr("qvlm_plugin.calibration.KEPT_BYTES", sum(sizes[:limit]))
+    encoded = calibration.encoded(loaded.processor, 2)
+    assert len(encoded.kept) == limit
+    alone = [inputs["input_ids"].shape[1] for inputs, _ in calibration.batches(loaded.processor, 1)]
+    assert encoded.lengths == tuple(alone) and encoded.content_hash() == calibration.content_hash()
+    for size in (2, 3, 2):
+        again, expected = encoded.batches(loaded.processor, size), calibration.batches(loaded.processor, size)
+        for (inputs, answer), (other, mask) in zip(again, expected, strict=True):
+            assert inputs.keys() == other.keys() and torch.equal(answer, mask)
+            assert all(torch.equal(inputs[name], other[name]) for name in other)
+            inputs.clear()  # a reader's own dictionary
+
+
+def test_a_part_of_an_encoded_set_is_that_part(calibration, loaded):
+    encoded = calibration.encoded(loaded.processor, 2)
+    pictured = tuple(sample for sample in calibration.samples if sample.conversation.images)
+    part, expected = replace(encoded, samples=pictured), replace(calibration, samples=pictured)
+    assert len(part.lengths) == len(pictured) < len(encoded.lengths)
+    for (inputs, answer), (other, mask) in zip(
+        part.batches(loaded.processor, 2), expected.batches(loaded.processor, 2), strict=True
+    ):
+        assert torch.equal(inputs["input_ids"], other["input_ids"]) and torch.equal(answer, mask)
+
+
+def test_another_processor_encodes_anew(calibration, loaded, tiny_llava):
+    encoded, other = calibration.encoded(loaded.processor, 5), load(str(tiny_llava), dtype="float32").processor
+    other.chat_template = chat_template(PROMPT_FORMATS["llava_v1"])
+    (inputs, _), (expected, _) = next(encoded.batches(other, 5)), next(calibration.batches(other, 5))
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+    assert not torch.equal(inputs["input_ids"], next(encoded.batches(loaded.processor, 5))[0]["input_ids"])
 
 
 def test_empty_and_imageless_sets_are_errors():

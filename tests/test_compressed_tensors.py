@@ -17,6 +17,7 @@ from qvlm_plugin.cli import app
 from qvlm_plugin.compressed_tensors import export_compressed_tensors, pack_words
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_request import check_request
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def source(tmp_path_factory):
 
 
 def plan_of(loaded, calibration, scheme, **options):
-    request = planning.check_request("rtn", scheme, {"calibration_batch_size": 5, **options})
+    request = check_request("rtn", scheme, {"calibration_batch_size": 5, **options})
     return planning.obtain_plan(loaded, request, calibration, cache=None)
 
 

@@ -22,6 +22,7 @@ from qvlm_plugin.harness.wrapper import QVLMChat
 from qvlm_plugin.hf_quantizer import quantizer_of
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_request import check_request
 
 SCHEME, OPTIONS = "w4a4+vision:w8a8", {"group_size": 32, "calibration_batch_size": 5}
 
@@ -32,7 +33,7 @@ def source(tmp_path_factory):
 
 
 def plan_of(loaded, calibration, scheme=SCHEME, options=OPTIONS):
-    request = planning.check_request("rtn", scheme, options)
+    request = check_request("rtn", scheme, options)
     return planning.obtain_plan(loaded, request, calibration, cache=None)
 
 

@@ -13,6 +13,7 @@ from qvlm_plugin.calibration import CalibrationSet, Sample
 from qvlm_plugin.conversation import Conversation, encode, to_device
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.topology import linear_layers, resolve
 
 OPTIONS = {
@@ -86,7 +87,7 @@ def test_every_linear_that_matters_has_a_site(family):
 
 
 def test_sixteen_bits_change_nothing(family):
-    plan = planning.obtain_plan(family, planning.check_request("rtn", "w16a16", {}), None, None)
+    plan = planning.obtain_plan(family, check_request("rtn", "w16a16", {}), None, None)
     inputs, _ = encode(family.processor, CONVERSATIONS)
     assert torch.equal(logits_of(quantized(family, plan), inputs), logits_of(family.model, inputs))
 
@@ -96,7 +97,7 @@ def test_sixteen_bits_change_nothing(family):
 def test_packed_kernels_compute_what_the_reference_does(family, samples, scheme, bound):
     inputs, _ = encode(family.processor, CONVERSATIONS)
     options = {"group_size": 32, "calibration_batch_size": 2}
-    plan = planning.obtain_plan(family, planning.check_request("rtn", scheme, options), samples, None)
+    plan = planning.obtain_plan(family, check_request("rtn", scheme, options), samples, None)
     twin = replace(family, model=copy.deepcopy(family.model))
     execution = planning.apply(plan, twin, "packed")
     assert execution.counts["int4"] > 0
@@ -110,7 +111,7 @@ def test_every_method_quantizes_and_a_saved_plan_answers_alike(family, samples, 
     exact = logits_of(family.model, inputs)
     errors = {}
     for scheme in ("w8a8", "w4a4"):
-        request = planning.check_request(method, scheme, {**OPTIONS[method], "calibration_batch_size": 2})
+        request = check_request(method, scheme, {**OPTIONS[method], "calibration_batch_size": 2})
         plan = planning.obtain_plan(family, request, samples, None)
         plan.save(tmp_path / scheme)
         model, again = quantized(family, plan), quantized(family, RoundingPlan.load(tmp_path / scheme))

@@ -61,6 +61,15 @@ for command in json.loads(sys.argv[1]):
     assert all(text in shown for text in ("qlora", "ratio_step", "plan hash", "exact_match", "p (Holm)"))
 
 
+def test_requests_are_checked_without_torch():
+    code = """
+import sys
+from qvlm_plugin.plan_request import check_request
+print(check_request("qvlm", "w4a4", {"veo": False}).batch_size, *{"torch", "transformers"} & sys.modules.keys())
+"""
+    assert python(code) == "8"
+
+
 def test_the_quantizer_may_be_imported_first():
     code = """
 from qvlm_plugin.hf_quantizer import QUANT_METHOD, QVLMHfQuantizer
@@ -79,7 +88,8 @@ for module in pkgutil.walk_packages(qvlm_plugin.__path__, "qvlm_plugin."):
 assert not any(name.startswith("lmms_eval") for name in sys.modules)
 from qvlm_plugin.conversation import Conversation, encode
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.planning import apply, check_request, obtain_plan
+from qvlm_plugin.plan_request import check_request
+from qvlm_plugin.planning import apply, obtain_plan
 loaded = load(sys.argv[1], dtype="float32")
 apply(obtain_plan(loaded, check_request("rtn", "w4a16", {}), None, None), loaded)
 inputs, _ = encode(loaded.processor, [Conversation.from_prompt("what?")])

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qvlm_plugin.observers import ChannelStatistics, channel_lp_losses, token_lp_losses
+from qvlm_plugin import observers
+from qvlm_plugin.observers import ChannelStatistics, best_ratio, channel_lp_losses, chunk_for, token_lp_losses
 from qvlm_plugin.quantizers import fake_quantize, token_range
 
 
@@ -34,6 +36,46 @@ def test_losses_are_sums_over_elements_and_add_over_batches(p):
     assert torch.allclose(losses, halves)
     token = token_lp_losses(x, ratios, 4, p)
     assert float(token[1]) == pytest.approx(float((fake_quantize(x, *token_range(x, 0.8), 4) - x).abs().pow(p).sum()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("chunk", [(1, True), (100, False), (100, True), (2**18, True), (2**24, True)])
+def test_losses_are_the_same_in_whatever_chunks(dtype, weighted, chunk, monkeypatch):
+    torch.manual_seed(0)
+    x, ratios = (3 * torch.randn(200, 6)).to(dtype), (1.0, 0.9, 0.75, 0.6)
+    weights = torch.rand(200, 6) if weighted else None
+    arguments = x, ChannelStatistics.of(x), ratios, 4, 2.0, weights
+    expected = channel_lp_losses(*arguments)
+    monkeypatch.setattr(observers, "chunk_for", lambda device: chunk)
+    losses = channel_lp_losses(*arguments)
+    assert losses.shape == (4, 6) and losses.dtype == torch.float64
+    assert torch.allclose(losses, expected, rtol=1e-12)
+    assert torch.equal(best_ratio(losses, ratios), best_ratio(expected, ratios))
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations that run inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_an_accelerator_is_given_few_operations(monkeypatch):
+    chunk = chunk_for(torch.device("cuda"))
+    monkeypatch.setattr(observers, "chunk_for", lambda device: chunk)
+    x, ratios = torch.randn(5000, 128), tuple(1 - index / 100 for index in range(25))
+    statistics = ChannelStatistics.of(x)
+    with Counting() as few:
+        losses = channel_lp_losses(x, statistics, ratios, 4, 2.0)
+    monkeypatch.undo()
+    with Counting() as many:
+        assert torch.allclose(losses, channel_lp_losses(x, statistics, ratios, 4, 2.0), rtol=1e-12)
+    ranges = 10 * len(ratios)
+    assert few.count < ranges + 50 and many.count > ranges + 50 * len(ratios) / 2
 
 
 def test_a_lone_outlier_makes_a_narrower_range_better():

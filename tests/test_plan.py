@@ -13,12 +13,13 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.plan import RoundingPlan, apply_plan
 from qvlm_plugin.plan_header import Fold, read_header
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.topology import linear_layers, resolve
 
 
 @pytest.fixture
 def plan(loaded, calibration):
-    request = planning.check_request("rtn", "w4a4+vision:w8a8", {"group_size": 16, "calibration_batch_size": 5})
+    request = check_request("rtn", "w4a4+vision:w8a8", {"group_size": 16, "calibration_batch_size": 5})
     return planning.obtain_plan(loaded, request, calibration, cache=None)
 
 
@@ -110,7 +111,7 @@ def test_folding_scales_leaves_full_precision_outputs_as_they_are(loaded, calibr
     torch.manual_seed(0)
     inputs, _ = next(calibration.batches(loaded.processor, 5))
     before = logits_of(loaded.model, inputs)
-    identity = planning.obtain_plan(loaded, planning.check_request("none", "w4a4", {}), None, cache=None)
+    identity = planning.obtain_plan(loaded, check_request("none", "w4a4", {}), None, cache=None)
     folds, tensors = [], {}
     for site in resolve(plugins.topology(loaded.model.config), loaded.model):
         if site.producer:
@@ -129,7 +130,7 @@ def test_folding_scales_leaves_full_precision_outputs_as_they_are(loaded, calibr
 
 
 def test_replaced_parameters_take_their_new_values(loaded, tmp_path):
-    identity = planning.obtain_plan(loaded, planning.check_request("none", "w4a4", {}), None, cache=None)
+    identity = planning.obtain_plan(loaded, check_request("none", "w4a4", {}), None, cache=None)
     name = "model.vision_tower.encoder.layers.0.layer_norm1.weight"
     value = torch.full_like(loaded.model.get_parameter(name), 3.0)
     plan = dataclasses.replace(identity, replaced=(name,), tensors={f"{name}/value": value})
@@ -164,7 +165,7 @@ def test_a_16_bit_plan_is_the_identity_bit_for_bit(loaded, calibration):
     inputs, _ = next(calibration.batches(loaded.processor, 5))
     before = logits_of(loaded.model, inputs)
     for method in ("none", "rtn", "qlora"):
-        request = planning.check_request(method, "w16a16", {})
+        request = check_request(method, "w16a16", {})
         plan = planning.obtain_plan(loaded, request, calibration, cache=None)
         assert not request.needs_calibration and plan.calibration is None
         apply(plan, loaded)

@@ -12,6 +12,7 @@ from qvlm_plugin.hooks import hookimpl
 from qvlm_plugin.kernels.base import Kernel, as_stored
 from qvlm_plugin.methods.base import Method, Step
 from qvlm_plugin.methods.options import MethodOptions
+from qvlm_plugin.plan_request import check_request
 
 
 class TwoBits(MethodOptions):
@@ -61,7 +62,7 @@ def coarse(monkeypatch):
 
 
 def test_a_third_party_method_and_kernel_work_like_built_in_ones(coarse, loaded):
-    request = planning.check_request("coarse", "w8a8", {"group_size": 16})
+    request = check_request("coarse", "w8a8", {"group_size": 16})
     plan = planning.obtain_plan(loaded, request, None, cache=None)
     assert {module.weight.bits for module in plan.modules if module.site} == {2}
     weight = loaded.model.get_submodule(plan.modules[0].name).weight.clone()
@@ -108,7 +109,7 @@ class Faulty:
 
 def test_a_plugin_that_raises_is_named_once_and_the_others_work(coarse, loaded, caplog):
     plugins.plugin_manager().register(Faulty(), "faulty")
-    request = planning.check_request("rtn", "w8a16", {})
+    request = check_request("rtn", "w8a16", {})
     plan = planning.obtain_plan(loaded, request, None, cache=None)
     planning.apply(plan, loaded)
     assert "coarse" in plugins.methods() and coarse.finished == [(loaded, plan)]

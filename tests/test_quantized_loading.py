@@ -13,6 +13,7 @@ from tiny_llava import logits_of, write_tiny_llava
 from qvlm_plugin import backends, planning
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
 
 
@@ -25,7 +26,7 @@ def source(tmp_path_factory):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_is_the_model_that_applying_the_plan_makes(source, calibration, method, dtype):
     loaded = load(str(source), dtype=dtype)
-    request = planning.check_request(method, "w4a4+vision:w8a8", {"group_size": 32, "calibration_batch_size": 5})
+    request = check_request(method, "w4a4+vision:w8a8", {"group_size": 32, "calibration_batch_size": 5})
     plan = planning.obtain_plan(loaded, request, calibration, cache=None)
     name = "model.language_model.norm.weight"
     value = loaded.model.get_parameter(name).detach() * 1.5
@@ -46,7 +47,7 @@ def test_it_is_the_model_that_applying_the_plan_makes(source, calibration, metho
 
 def test_errors_come_before_the_weights(source, calibration):
     loaded = load(str(source), dtype="float32")
-    plan = planning.obtain_plan(loaded, planning.check_request("rtn", "w4a16", {"group_size": 32}), None, cache=None)
+    plan = planning.obtain_plan(loaded, check_request("rtn", "w4a16", {"group_size": 32}), None, cache=None)
     other = dataclasses.replace(plan, model="0" * 64)
     for wrong, strict, reason in ((other, False, "made for another model"), (plan, True, "strict=true: model.vision")):
         with pytest.raises(QVLMError, match=reason):
@@ -78,7 +79,7 @@ def test_the_peak_of_loading_is_little_more_than_the_model(tmp_path):
     for folder, size in zip(folders, ({"hidden": 64}, {"hidden": 512, "layers": 50}), strict=True):
         write_tiny_llava(folder, **size)
         loaded = load(str(folder), dtype="bfloat16")
-        request = planning.check_request("rtn", "w4a16", {"group_size": 128})
+        request = check_request("rtn", "w4a16", {"group_size": 128})
         planning.obtain_plan(loaded, request, None, cache=None).save(folder / "plan")
     # The allocator gives every large block back at once: what it would keep depends on how the threads took turns.
     done = subprocess.run(

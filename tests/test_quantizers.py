@@ -1,5 +1,9 @@
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 import torch
+from accelerate import init_empty_weights
 
 from qvlm_plugin.formats import NF_BLOCK
 from qvlm_plugin.quantizers import (
@@ -150,12 +154,82 @@ def test_zero_is_exact_in_every_weight_format():
     assert (quantize_normal_float(torch.zeros(2, 8), 3, True).dequantize() == 0).all()
 
 
+def test_candidate_bounds_of_a_large_tensor_are_computed_at_once():
+    x = torch.randn(1, 4096, 130).expand(2, -1, -1)
+    lower, upper = torch.tensor([-2.0, -1.0]), torch.tensor([1.5, 1.0]) * torch.linspace(0.5, 1, 130)[:, None]
+    lower, upper = lower[:, None, None].expand(2, 1, 130), upper.T[:, None]
+    both = fake_quantize(x, lower, upper, 4)
+    for one, low, high in zip(both, lower, upper, strict=True):
+        assert torch.equal(one, fake_quantize(x[0], low[0], high[0], 4))
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_codebook_is_ascending_spans_the_unit_interval_and_holds_zero(bits):
     codebook = normal_float_codebook(bits)
     assert len(codebook) == 2**bits
     assert (codebook.diff() > 0).all()
     assert codebook[0] == -1 and codebook[-1] == 1 and 0 in codebook
+
+
+CODEBOOKS = [*(partial(normal_float_codebook, bits) for bits in (3, 4)), dynamic_codebook]
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def forgotten():
+    """No codebook was made yet, nor will be what a test made."""
+    for function in (normal_float_codebook, dynamic_codebook):
+        function.cache_clear()
+    yield
+    for function in (normal_float_codebook, dynamic_codebook):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.inference_mode,
+        torch.no_grad,
+        lambda: torch.device("meta"),
+        lambda: default_dtype(torch.float16),
+        lambda: init_empty_weights(include_buffers=True),
+    ],
+    ids=["inference", "no grad", "meta", "half", "accelerate"],
+)
+@pytest.mark.parametrize("make", CODEBOOKS, ids=["nf3", "nf4", "dynamic"])
+def test_a_codebook_is_the_same_wherever_it_was_made_first(make, context, forgotten):
+    expected = make().clone()
+    for function in (normal_float_codebook, dynamic_codebook):
+        function.cache_clear()
+    with context():
+        first = make()
+    assert make() is first and torch.equal(first, expected) and first.dtype == torch.float32
+    x = torch.ones(len(first), requires_grad=True)
+    (x * first).sum().backward()  # which saves it for the backward pass
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("make", CODEBOOKS, ids=["nf3", "nf4", "dynamic"])
+def test_there_is_a_codebook_for_each_device(make):
+    meta = make(torch.device("meta"))
+    assert meta.is_meta and make(torch.device("meta")) is meta
+    assert not make().is_meta and make().shape == meta.shape
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_quantizing_and_dequantizing_leave_the_codebooks_as_they_are(double, forgotten):
+    before = normal_float_codebook(4).clone(), dynamic_codebook().clone()
+    quantize_normal_float(torch.randn(8, 128), 4, double).dequantize().zero_()
+    assert torch.equal(before[0], normal_float_codebook(4)) and torch.equal(before[1], dynamic_codebook())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])

@@ -13,6 +13,7 @@ from qvlm_plugin import builtin, planning, plugins
 from qvlm_plugin.conversation import Conversation, encode
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.topology import linear_layers, resolve
 
 PAGE = Path(__file__).parents[1] / "docs" / "add-a-family.md"
@@ -62,7 +63,7 @@ def test_every_method_runs_on_it(folder, described, method, calibration):
     inputs, _ = encode(loaded.processor, [sample.conversation for sample in calibration.samples])
     exact = logits_of(loaded.model, inputs)
     options = {"min_percentile": 0.99, "percentile_step": 0.01, "veo_epochs": 1} if "qvlm" in method else {}
-    request = planning.check_request(method, "w8a8", {**options, "calibration_batch_size": 5})
+    request = check_request(method, "w8a8", {**options, "calibration_batch_size": 5})
     plan = planning.obtain_plan(loaded, request, calibration, None)
     planning.apply(plan, loaded)
     logits = logits_of(loaded.model, inputs)

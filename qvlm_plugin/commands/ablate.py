@@ -185,7 +185,7 @@ def fig2(
     from qvlm_plugin.atomic import require_writable
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.models.loading import load_weights
-    from qvlm_plugin.planning import check_request
+    from qvlm_plugin.plan_request import check_request
 
     request = check_request("qvlm", scheme, pairs(option))
     require_writable(output / "report")
@@ -229,7 +229,7 @@ def fig3c(
         from qvlm_plugin.report.ablations.figure3c import figure3c
     from qvlm_plugin.atomic import require_writable
     from qvlm_plugin.calibration import read_calibration
-    from qvlm_plugin.planning import check_request
+    from qvlm_plugin.plan_request import check_request
 
     options = pairs(option)
     by_depth = [check_request("qvlm", scheme, options | {"max_depth": depth}) for depth in depths.split(",")]
@@ -276,7 +276,7 @@ def sources(
         from qvlm_plugin.report.ablations.sources import sources_report
     from qvlm_plugin.atomic import require_writable
     from qvlm_plugin.calibration import read_calibration
-    from qvlm_plugin.planning import check_request
+    from qvlm_plugin.plan_request import check_request
 
     requests = {method: check_request(method, scheme, {}) for method in methods.split(",")}
     require_writable(output / "report")

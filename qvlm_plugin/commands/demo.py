@@ -18,7 +18,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.progress import duration
 
 if TYPE_CHECKING:
-    from qvlm_plugin.planning import PlanRequest
+    from qvlm_plugin.plan_request import PlanRequest
 
 METRIC = "exact_match"
 BATCH_SIZE = 16
@@ -124,7 +124,7 @@ class _Run:
     @classmethod
     def parse(cls, name: str, calibration: Mapping[str, str], shared: Mapping[str, str]) -> "_Run":
         """Check a run's name; ``calibration`` is for those that need it, ``shared`` for all."""
-        from qvlm_plugin.planning import check_request
+        from qvlm_plugin.plan_request import check_request
 
         parts = name.split("-")
         if len(parts) not in (2, 3):

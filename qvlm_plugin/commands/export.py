@@ -70,13 +70,14 @@ def export(
     from qvlm_plugin.export import export as write
     from qvlm_plugin.models.loading import load_weights
     from qvlm_plugin.plan import RoundingPlan
+    from qvlm_plugin.plan_request import check_request
 
     if (plan is None) == (method is None):
         raise QVLMError("name one of --plan DIR (a saved plan) and --method NAME (searched now)")
     require_vacant(output)
     backends.kernels(backend)
     found = None if plan is None else RoundingPlan.load(plan)
-    request = planning.check_request(method, scheme, pairs(option)) if found is None else None
+    request = check_request(method, scheme, pairs(option)) if found is None else None
     checkpoint = opened(
         pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
         image_aspect_ratio=image_aspect_ratio,

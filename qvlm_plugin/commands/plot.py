@@ -84,7 +84,8 @@ def _errors(
     from qvlm_plugin.cache import cache_root
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.models.loading import load_weights
-    from qvlm_plugin.planning import check_request, obtain_plan
+    from qvlm_plugin.plan_request import check_request
+    from qvlm_plugin.planning import obtain_plan
     from qvlm_plugin.report.ablations.layer_errors import held_apart, layer_errors
     from qvlm_plugin.report.plan_figures import error_figure
 

@@ -54,7 +54,7 @@ def search(
     --calibration llava_mix.json:64 --images images/ --device cuda
     """
     from qvlm_plugin.plan import require_place
-    from qvlm_plugin.planning import check_request
+    from qvlm_plugin.plan_request import check_request
 
     request = check_request(method, scheme, pairs(option))
     require_place(output)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qvlm_plugin.calibration import Sample
     from qvlm_plugin.models.loading import Checkpoint, LoadedModel
     from qvlm_plugin.plan import RoundingPlan
-    from qvlm_plugin.planning import PlanRequest
+    from qvlm_plugin.plan_request import PlanRequest
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -115,7 +115,8 @@ def obtain_plans(
     from qvlm_plugin.cache import cache_root
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.models.loading import load_weights
-    from qvlm_plugin.planning import check_calibration, obtain_plan
+    from qvlm_plugin.plan_request import check_calibration
+    from qvlm_plugin.planning import obtain_plan
 
     needed = any(request.needs_calibration for request in requests.values())
     samples = read_calibration(calibration, images, seed, draw_from_task) if needed else None

@@ -47,6 +47,7 @@ from qvlm_plugin.models.finite import finite
 from qvlm_plugin.models.loading import Checkpoint, LoadedModel, load_weights, open_checkpoint
 from qvlm_plugin.models.placement import check_placement, device_name, execution_device
 from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.plan_request import check_calibration, check_request
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
 
@@ -80,7 +81,7 @@ class _QVLM(lmms):
         if arguments.plan is not None:
             request, plan = None, RoundingPlan.load(arguments.plan)
         else:
-            request = planning.check_request(arguments.method, arguments.scheme, arguments.options)
+            request = check_request(arguments.method, arguments.scheme, arguments.options)
             draws = request.needs_calibration and arguments.calibration
             if draws:
                 check_sources(arguments.calibration)
@@ -90,7 +91,7 @@ class _QVLM(lmms):
             if draws:
                 with processes.first_process_first():
                     calibration = self._read_calibration(arguments)
-            planning.check_calibration(request, calibration)
+            check_calibration(request, calibration)
         quantize = None
         if request is None and arguments.backend != "reference" and arguments.device_map is None:
             quantize = QuantizeOnLoad(plan, backends.kernels(arguments.backend), arguments.strict)

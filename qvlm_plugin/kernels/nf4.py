@@ -88,7 +88,7 @@ def _prepare(
     quantized = quantize_normal_float(weight, BITS, False, parameters.get("clip"))
     tensors = {
         "codes": pack_nibbles(quantized.codes),
-        "codebook": normal_float_codebook(BITS).to(weight.device, weight.dtype),
+        "codebook": normal_float_codebook(BITS, weight.device).to(weight.dtype, copy=True),
     }
     if weight_format.double_quantization:
         scales = double_quantize(quantized.absmax)
@@ -106,7 +106,7 @@ def _pack(
 ) -> dict[str, Tensor]:
     packed = with_rounding({name: tensor.to(device) for name, tensor in tensors.items()}, activation_format)
     if "scale_codes" in packed:
-        packed["scale_codebook"] = dynamic_codebook().to(device)
+        packed["scale_codebook"] = dynamic_codebook(device).clone()
     rows, columns = packed["codes"].shape[0], 2 * packed["codes"].shape[1]
     if device.type == "cpu" and packed["codebook"].dtype == torch.bfloat16 and rows % _TILE_ROWS == 0:
         functional = _bitsandbytes().functional
@@ -128,7 +128,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
 
 def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:
     codebook, codes = tensors["codebook"], unpack_nibbles(tensors["codes"])
-    scales = _scales({"scale_codebook": dynamic_codebook().to(codes.device), **tensors})
+    scales = _scales({"scale_codebook": dynamic_codebook(codes.device), **tensors})
     # `codebook` is in the compute type for bitsandbytes; the reference rounds the exact values.
     weight = NormalFloatWeight(codes, scales, BITS).dequantize().to(codebook.dtype)
     return with_parameters({"weight": weight}, tensors.get("bias"), activation_format, tensors)

@@ -6,7 +6,6 @@ fingerprint identifies the model by content, wherever it lies.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.memory import trim_heap
+from qvlm_plugin.models.content_hash import content_hash
 from qvlm_plugin.models.dry_run import answer, check_prompts
 from qvlm_plugin.models.dtypes import AUTO
 from qvlm_plugin.models.hub import local_folder, small_files, with_weights
@@ -371,19 +371,10 @@ def _fingerprint(folders: list[Path], weights: list[Path], changes: Mapping[str,
     sha = hashlib.sha256()
     for folder in folders:
         for file in small_files(folder):
-            sha.update(f"{file.relative_to(folder).as_posix()}\0{_content_hash(file)}\n".encode())
+            sha.update(f"{file.relative_to(folder).as_posix()}\0{content_hash(file)}\n".encode())
     for name, value in changes.items():
         if value is not None:  # another function of the same weights
             sha.update(f"{name}={value}".encode())
     for file in weights:
-        sha.update(_content_hash(file).encode())
+        sha.update(content_hash(file).encode())
     return sha.hexdigest()
-
-
-def _content_hash(file: Path) -> str:
-    # In the hub's cache a weight file is a link to a blob that is named by its SHA-256: no need to read gigabytes.
-    blob = file.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", blob):
-        return blob
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -16,6 +16,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.export import export
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.report.leaderboard.adding import add_run
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.writing import Report
@@ -35,7 +36,7 @@ def samples():
 
 def search(model, folder):
     """Search a plan with its cache below ``folder``, and write it there; what `qvlm search` does."""
-    loaded, request = load(str(model), dtype="float32"), planning.check_request("qvlm", "w4a4", OPTIONS)
+    loaded, request = load(str(model), dtype="float32"), check_request("qvlm", "w4a4", OPTIONS)
     planning.obtain_plan(loaded, request, samples(), folder / "cache").save(folder / "plan")
 
 
@@ -77,7 +78,7 @@ def tell(connection, function, *arguments):
 
 def hash_of_search(model, cache, file):
     """Append the hash of a plan, found in a cache or searched, to a file."""
-    loaded, request = load(str(model), dtype="float32"), planning.check_request("qvlm", "w4a4", OPTIONS)
+    loaded, request = load(str(model), dtype="float32"), check_request("qvlm", "w4a4", OPTIONS)
     plan = planning.obtain_plan(loaded, request, samples(), cache and Path(cache))
     with file.open("a") as stream:
         stream.write(f"{plan.hash} {plan.search_seconds}\n")

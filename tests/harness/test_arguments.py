@@ -146,7 +146,8 @@ def test_plan_of_another_model(tiny_llava, tmp_path):
     from tiny_llava import write_tiny_llava
 
     from qvlm_plugin.models.loading import load
-    from qvlm_plugin.planning import check_request, obtain_plan
+    from qvlm_plugin.plan_request import check_request
+    from qvlm_plugin.planning import obtain_plan
 
     other = load(str(write_tiny_llava(tmp_path / "other", seed=1)), dtype="float32")
     obtain_plan(other, check_request("rtn", "w4a16", {}), None, None).save(tmp_path / "plan")

@@ -10,7 +10,8 @@ from harness.mirrors import environment_in, scienceqa_row, write_conversations, 
 from tiny_llava import write_tiny_llava
 
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.planning import check_request, obtain_plan
+from qvlm_plugin.plan_request import check_request
+from qvlm_plugin.planning import obtain_plan
 from qvlm_plugin.report.leaderboard.write import write_leaderboard
 from qvlm_plugin.report.seal import seal
 from qvlm_plugin.report.submission import check_submission

@@ -17,6 +17,7 @@ from qvlm_plugin.harness import provenance
 from qvlm_plugin.harness.requests import from_messages, from_visuals
 from qvlm_plugin.harness.wrapper import QVLMChat, QVLMSimple
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_request import check_request
 
 WORDS = ("short", "a somewhat longer question", "what is shown in this picture and why is it there?")
 
@@ -500,7 +501,7 @@ def test_quantized_answers_do_not_depend_on_the_batch(tiny_llava, make, tmp_path
 
 
 def test_a_plan_that_was_searched_on_other_prompts_is_run_with_a_warning(tiny_llava, make, calibration, tmp_path):
-    request = planning.check_request("rtn", "w8a8", {"calibration_batch_size": 5})
+    request = check_request("rtn", "w8a8", {"calibration_batch_size": 5})
     searched = load(str(tiny_llava), dtype="float32", conv="vicuna_v1")
     planning.obtain_plan(searched, request, calibration, cache=None).save(tmp_path / "plan")
     said = []

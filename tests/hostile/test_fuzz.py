@@ -36,6 +36,7 @@ from qvlm_plugin.harness.arguments import ModelArguments, parse_arguments
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan, check_plan
 from qvlm_plugin.plan_header import ModulePlan, table_hash
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.report.compare.grid import cells, read_grid
 from qvlm_plugin.report.leaderboard.adding import add_run
 from qvlm_plugin.report.leaderboard.page import html_text
@@ -85,9 +86,7 @@ def searched(place):
     loaded = load(str(write_tiny_llava(place / "model", layers=1, vision_layers=2)), dtype="float32")
     shown = [Sample(Conversation.from_prompt(f"what is {i}?", [random_image(i)]), "that") for i in range(2)]
     options = {"calibration_batch_size": 2, "alpha_steps": 2, "bias_correction": True, "group_size": 16}
-    plan = planning.obtain_plan(
-        loaded, planning.check_request("awq", "w4a4", options), CalibrationSet(tuple(shown)), None
-    )
+    plan = planning.obtain_plan(loaded, check_request("awq", "w4a4", options), CalibrationSet(tuple(shown)), None)
     return loaded, plan
 
 
@@ -117,7 +116,7 @@ GIVEN = VALUES | st.integers() | st.floats() | st.sampled_from(["rtn", "awq", "q
 def check_arguments(values):
     with refused_or_read():
         arguments = parse_arguments(values)
-        planning.check_request(arguments.method, arguments.scheme, arguments.options)
+        check_request(arguments.method, arguments.scheme, arguments.options)
         backends.kernels(arguments.backend)
 
 
@@ -187,7 +186,7 @@ def test_steps_of_a_search(place, data):
 
 @pytest.fixture(scope="module")
 def exported(place, searched):
-    request = planning.check_request("rtn", "w4a16", {"group_size": 16})
+    request = check_request("rtn", "w4a16", {"group_size": 16})
     loaded = load(str(place / "model"), dtype="bfloat16")
     export(planning.obtain_plan(loaded, request, None, None), loaded, place / "exported")
     return place / "exported"

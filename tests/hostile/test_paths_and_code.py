@@ -17,6 +17,7 @@ from qvlm_plugin.checkpoint import CheckpointRecord, verify_files
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.export import export
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.reading import inside
 
 
@@ -55,7 +56,7 @@ def test_images_of_conversations_stay_in_their_folder(name, folder):
 @pytest.mark.parametrize("name", OUTSIDE[:3])
 def test_files_of_a_quantized_checkpoint_stay_in_its_folder(name, folder, tmp_path):
     loaded = load(str(write_tiny_llava(folder / "model", layers=1)), dtype="bfloat16")
-    request = planning.check_request("rtn", "w4a16", {"group_size": 16})
+    request = check_request("rtn", "w4a16", {"group_size": 16})
     export(planning.obtain_plan(loaded, request, None, None), loaded, folder / "x")
     config = json.loads((folder / "x" / "config.json").read_text())
     config["quantization_config"]["files"][name] = "0" * 64

@@ -12,6 +12,7 @@ from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.int8 import INT8
 from qvlm_plugin.kernels.nf4 import NF4
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_request import check_request
 
 CASES = [
     *[(INT4, int_format(4), activation) for activation in (A16, STATIC, TOKEN)],
@@ -47,7 +48,7 @@ def test_a_decode_step_with_a_static_cache_is_one_graph(tiny_llava, calibration,
         pytest.importorskip("bitsandbytes")
     loaded = load(str(tiny_llava), dtype="bfloat16")
     options = {"group_size": 32, "calibration_batch_size": 5, "weights": weights}
-    plan = planning.obtain_plan(loaded, planning.check_request("rtn", scheme, options), calibration, cache=None)
+    plan = planning.obtain_plan(loaded, check_request("rtn", scheme, options), calibration, cache=None)
     planning.apply(plan, loaded, backend)
     decoder = loaded.model.model.language_model
 

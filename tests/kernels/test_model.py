@@ -8,13 +8,14 @@ from qvlm_plugin import planning
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness.wrapper import QVLMChat
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_request import check_request
 
 OPTIONS = {"group_size": 32, "calibration_batch_size": 5}
 
 
 def run(tiny_llava, calibration, scheme, backend, **options):
     loaded = load(str(tiny_llava), dtype="float32")
-    request = planning.check_request("rtn", scheme, OPTIONS | options)
+    request = check_request("rtn", scheme, OPTIONS | options)
     plan = planning.obtain_plan(loaded, request, calibration, cache=None)
     execution = planning.apply(plan, loaded, backend)
     inputs, _ = next(calibration.batches(loaded.processor, 5))
@@ -52,7 +53,7 @@ def test_what_fell_back_is_told_in_one_line(tiny_llava, calibration):
 
 
 def test_strict_refuses_to_fall_back_and_keeps_the_model(loaded, calibration):
-    plan = planning.obtain_plan(loaded, planning.check_request("rtn", "w4a4", OPTIONS), calibration, cache=None)
+    plan = planning.obtain_plan(loaded, check_request("rtn", "w4a4", OPTIONS), calibration, cache=None)
     before = list(loaded.model.modules())
     with pytest.raises(
         QVLMError, match=r"strict=true: model\.vision_tower.* would fall back to reference \(int4: 24 ou"

@@ -10,6 +10,7 @@ from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels import nf4
 from qvlm_plugin.kernels.nf4 import NF4
 from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.quantizers import dynamic_codebook, normal_float_codebook
 
 pytest.importorskip("bitsandbytes")
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
@@ -65,6 +66,15 @@ def test_weights_take_four_bits(weight, dtype):
     )
     assert stored == pytest.approx(weight.effective_bits((256, 1024)), abs=0.01)
     assert held < stored + 0.3  # the CPU's own layout has 16-bit scales beside
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_share_no_memory(dtype):
+    """Files with tensors that share memory cannot be written, and what is written to one layer stays there."""
+    one, other = (Problem.draw(dtype=dtype).quantized(NF4, DOUBLE, A16) for _ in range(2))
+    places = [tensor.data_ptr() for layer in (one, other) for tensor in layer.parameters()]
+    assert len(set(places)) == len(places)
+    assert not {normal_float_codebook(4).data_ptr(), dynamic_codebook().data_ptr()} & set(places)
 
 
 @pytest.mark.parametrize("activation", [A16, STATIC], ids=str)

@@ -16,13 +16,14 @@ from qvlm_plugin.methods.lp import search_ranges
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan, apply_fold
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.quantizers import quantize_int
 from qvlm_plugin.topology import linear_layers, resolve
 
 
 def plan_of(loaded, calibration, scheme="w4a4", method="awq", **options):
     options = options if method == "none" else {"calibration_batch_size": 2, **options}
-    return planning.obtain_plan(loaded, planning.check_request(method, scheme, options), calibration, cache=None)
+    return planning.obtain_plan(loaded, check_request(method, scheme, options), calibration, cache=None)
 
 
 def sites_of(loaded):
@@ -180,9 +181,9 @@ def test_fitting_twice_gives_the_same_plan(loaded, calibration):
 
 
 def test_weight_only_schemes_need_calibration_too(loaded):
-    assert planning.check_request("awq", "w4a16", {}).needs_calibration
-    assert planning.check_request("awq", "w16a16+vision:w8a16", {}).needs_calibration
-    assert not planning.check_request("awq", "w16a16", {}).needs_calibration
+    assert check_request("awq", "w4a16", {}).needs_calibration
+    assert check_request("awq", "w16a16+vision:w8a16", {}).needs_calibration
+    assert not check_request("awq", "w16a16", {}).needs_calibration
     with pytest.raises(QVLMError, match="method=awq with scheme=w4a16 needs calibration data"):
         plan_of(loaded, None, "w4a16")
 
@@ -198,7 +199,7 @@ def test_weight_only_schemes_need_calibration_too(loaded):
 )
 def test_bad_options_are_one_line(option, message):
     with pytest.raises(QVLMError, match=message) as caught:
-        planning.check_request("awq", "w4a16", option)
+        check_request("awq", "w4a16", option)
     assert "\n" not in str(caught.value)
 
 

@@ -12,13 +12,14 @@ from qvlm_plugin import planning
 from qvlm_plugin.methods.hidden import decoder_inputs
 from qvlm_plugin.methods.smooth import smoothing_scale
 from qvlm_plugin.methods.steps import STEPS
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.topology import linear_layers
 
 SMALL = {"calibration_batch_size": 5, "alpha_steps": 3, "min_percentile": 0.8, "percentile_step": 0.1, "veo_epochs": 1}
 
 
 def plan_of(loaded, calibration, scheme="w4a4", method="rtn", **options):
-    request = planning.check_request(method, scheme, {"calibration_batch_size": 5, **options})
+    request = check_request(method, scheme, {"calibration_batch_size": 5, **options})
     return planning.obtain_plan(loaded, request, calibration, cache=None)
 
 
@@ -108,7 +109,7 @@ def test_two_rows_differ_in_one_choice(loaded, calibration):
 
 def test_steps_are_wanted_by_scheme_and_options():
     def names(method, scheme, **options):
-        request = planning.check_request(method, scheme, options)
+        request = check_request(method, scheme, options)
         return [step.name for step in request.method.chosen(request.scheme, request.options)]
 
     assert names("none", "w4a4") == []

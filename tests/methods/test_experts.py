@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from qvlm_plugin import planning
 from qvlm_plugin.cli import app
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_request import check_request
 
 IDLE = "model.language_model.layers.2.mlp.experts.3"
 METHODS = {
@@ -47,7 +48,7 @@ def idle(moe):
 
 def plan_of(loaded, calibration, method, scheme="w4a4", **options):
     options = {"calibration_batch_size": 2, **options}
-    return planning.obtain_plan(loaded, planning.check_request(method, scheme, options), calibration, cache=None)
+    return planning.obtain_plan(loaded, check_request(method, scheme, options), calibration, cache=None)
 
 
 def inputs_of(loaded, calibration, batch_size):

@@ -6,6 +6,7 @@ from searching import context_of
 from qvlm_plugin import planning
 from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.means import MASSIVE, observe_means, ordinary
+from qvlm_plugin.plan_request import check_request
 
 
 def test_means_are_those_of_the_inputs(loaded, calibration):
@@ -37,8 +38,8 @@ def test_rounded_weights_leave_the_mean_outputs_alone(method, loaded, calibratio
 
 
 def test_what_is_not_rounded_needs_no_correction_and_no_data(loaded, calibration):
-    assert not planning.check_request("qlora", "w16a16", {"bias_correction": True}).needs_calibration
-    assert not planning.check_request("qlora", "w4a16", {}).needs_calibration
-    assert planning.check_request("qlora", "w4a16", {"bias_correction": True}).needs_calibration
+    assert not check_request("qlora", "w16a16", {"bias_correction": True}).needs_calibration
+    assert not check_request("qlora", "w4a16", {}).needs_calibration
+    assert check_request("qlora", "w4a16", {"bias_correction": True}).needs_calibration
     plan = plan_of(loaded, calibration, "w16a4+vision:w4a4", "qlora", bias_correction=True)
     assert {module.part for module in plan.modules if module.weight.corrected} == {"vision"}

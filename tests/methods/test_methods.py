@@ -8,12 +8,13 @@ from qvlm_plugin import planning
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.quantizers import fake_quantize, token_range
 
 
 def plan_of(loaded, calibration, method="qlora", scheme="w4a4", **options):
     options = {"calibration_batch_size": 2, **options}
-    return planning.obtain_plan(loaded, planning.check_request(method, scheme, options), calibration, cache=None)
+    return planning.obtain_plan(loaded, check_request(method, scheme, options), calibration, cache=None)
 
 
 def inputs_of(loaded, calibration, batch_size=2, scheme="w4a4"):

@@ -10,6 +10,7 @@ from qvlm_plugin import planning, plugins
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.qvlm import mining
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.topology import decoder_layers
 
 MIXED = {
@@ -25,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 def plan_of(loaded, calibration, method, scheme="w3a3", **options):
-    request = planning.check_request(method, scheme, {"calibration_batch_size": 2, **options})
+    request = check_request(method, scheme, {"calibration_batch_size": 2, **options})
     return planning.obtain_plan(loaded, request, calibration, cache=None)
 
 

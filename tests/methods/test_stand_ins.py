@@ -9,12 +9,13 @@ from torch import nn
 from qvlm_plugin import planning
 from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
+from qvlm_plugin.plan_request import check_request
 
 FOLDING = {"awq": {"alpha_steps": 3}, "rtn": {"transform": "smooth"}}
 
 
 def plan_of(loaded, calibration, method, **options):
-    request = planning.check_request(method, "w4a4", {"calibration_batch_size": 5, **options})
+    request = check_request(method, "w4a4", {"calibration_batch_size": 5, **options})
     return planning.obtain_plan(loaded, request, calibration, cache=None)
 
 

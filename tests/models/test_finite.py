@@ -8,6 +8,7 @@ from qvlm_plugin import planning
 from qvlm_plugin.conversation import Conversation, encode
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.finite import finite
+from qvlm_plugin.plan_request import check_request
 
 DECODER, TOWER = "model.language_model.layers", "model.vision_tower.encoder.layers"
 
@@ -96,7 +97,7 @@ def test_padding_may_be_anything(loaded):
 @pytest.mark.parametrize("name", [f"{TOWER}.0.layer_norm1", f"{DECODER}.0.input_layernorm"])
 def test_quantized_models_do_not_hide_it(loaded, calibration, backend, scheme, name):
     """Rounding to codes could make numbers of what is none."""
-    request = planning.check_request("rtn", scheme, {"calibration_batch_size": 5, "group_size": 32})
+    request = check_request("rtn", scheme, {"calibration_batch_size": 5, "group_size": 32})
     plan = planning.obtain_plan(loaded, request, calibration, cache=None)
     planning.apply(plan, loaded, backend)
     inputs = batch(loaded)

@@ -20,6 +20,7 @@ from qvlm_plugin.models.loading import load
 from qvlm_plugin.models.moe_stablelm import SparseExperts, gumbel_noise, route
 from qvlm_plugin.models.moe_stablelm_config import MoEStableLmConfig
 from qvlm_plugin.models.weights import read_tensors
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.topology import kept_linears, linear_layers, resolve
 
 
@@ -170,7 +171,7 @@ def test_converting_keeps_the_model(folder, tmp_path):
 def test_converted_and_exported_folders_load_where_the_package_is_imported(folder, tmp_path):
     convert(str(folder), tmp_path / "converted")
     loaded = load(str(folder))
-    plan = planning.obtain_plan(loaded, planning.check_request("rtn", "w4a16", {"group_size": 16}), None, None)
+    plan = planning.obtain_plan(loaded, check_request("rtn", "w4a16", {"group_size": 16}), None, None)
     export(plan, loaded, tmp_path / "exported")
     code = """
 import sys, qvlm_plugin

@@ -17,7 +17,8 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.hidden import decoder_inputs
 from qvlm_plugin.methods.qvlm.dependency import soft_assignment
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.planning import apply, check_request, obtain_plan
+from qvlm_plugin.plan_request import check_request
+from qvlm_plugin.planning import apply, obtain_plan
 from qvlm_plugin.report.ablations.difference import sample_points
 from qvlm_plugin.report.ablations.evaluation import Subject
 from qvlm_plugin.report.ablations.figure2 import correlation

@@ -8,6 +8,7 @@ from qvlm_plugin import planning
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.importance import visit_jacobians
+from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.quantizers import fake_quantize
 from qvlm_plugin.report.ablations.sources import TOKENS, error_sources, sources_report, token_kinds
 
@@ -15,7 +16,7 @@ OPTIONS = {"calibration_batch_size": 2}
 
 
 def plan_of(loaded, calibration, **options):
-    request = planning.check_request("qlora", "w3a3", {**OPTIONS, **options})
+    request = check_request("qlora", "w3a3", {**OPTIONS, **options})
     return planning.obtain_plan(loaded, request, calibration, cache=None)
 
 

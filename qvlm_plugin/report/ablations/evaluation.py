@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.planning import PlanRequest, check_request
+from qvlm_plugin.plan_request import PlanRequest, check_request
 from qvlm_plugin.report.results import Score, read_results
 from qvlm_plugin.report.running import run_cells
 from qvlm_plugin.report.runs import Cell, Outcome, Setting

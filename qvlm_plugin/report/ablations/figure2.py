@@ -7,7 +7,7 @@ from scipy.stats import pearsonr
 
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.planning import PlanRequest
+from qvlm_plugin.plan_request import PlanRequest
 from qvlm_plugin.report.ablations.difference import SamplePoint, sample_points
 from qvlm_plugin.report.figures import Panel, Series, panels_figure
 from qvlm_plugin.report.results import Grid

@@ -7,7 +7,7 @@ from qvlm_plugin import plugins
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.planning import PlanRequest
+from qvlm_plugin.plan_request import PlanRequest
 from qvlm_plugin.report.ablations.evaluation import Subject, accuracy, columns_of, evaluate, failures, notes_on
 from qvlm_plugin.report.figures import Bars, bars_figure
 from qvlm_plugin.report.results import Grid

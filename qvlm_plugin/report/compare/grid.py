@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.planning import PlanRequest, check_request
+from qvlm_plugin.plan_request import PlanRequest, check_request
 from qvlm_plugin.reading import one_line
 from qvlm_plugin.report.runs import Cell
 

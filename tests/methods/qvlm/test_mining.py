@@ -5,6 +5,8 @@ import pytest
 import torch
 from searching import context_of
 from tiny_llava import logits_of, write_tiny_llava
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qvlm_plugin import planning
 from qvlm_plugin.calibration import CalibrationSet
@@ -18,6 +20,7 @@ from qvlm_plugin.methods.qvlm.dependency import layer_dependency
 from qvlm_plugin.methods.qvlm.mining import candidate_layer, dependencies, percentile_bounds, search_block
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.plan_request import check_request
 
 BATCH = {"calibration_batch_size": 2}
 GRID = {"min_percentile": 0.7, "percentile_step": 0.15}
@@ -35,7 +38,7 @@ def deep(folder):
 
 def plan_of(loaded, calibration, scheme="w4a4", name="qvlm", **options):
     options = {"veo": False, **GRID, **BATCH, **options}
-    return planning.obtain_plan(loaded, planning.check_request(name, scheme, options), calibration, cache=None)
+    return planning.obtain_plan(loaded, check_request(name, scheme, options), calibration, cache=None)
 
 
 def percentiles(plan):
@@ -108,7 +111,7 @@ def test_depth_one_is_the_layer_wise_search(deep, calibration):
 
 def test_percentile_one_keeps_the_layer_wise_baseline(deep, calibration):
     only_one = plan_of(deep, calibration, min_percentile=1.0)
-    baseline = planning.obtain_plan(deep, planning.check_request("qlora", "w4a4", BATCH), calibration, cache=None)
+    baseline = planning.obtain_plan(deep, check_request("qlora", "w4a4", BATCH), calibration, cache=None)
     assert set(percentiles(only_one)) == {1.0}
     assert only_one.hash == plan_of(deep, calibration, cdm=False).hash == baseline.hash
 
@@ -131,14 +134,43 @@ def test_bounds_narrow_with_the_percentile_and_one_keeps_them(reading):
     torch.manual_seed(0)
     tokens = torch.randn(1001, 4) + torch.tensor([0.0, 5.0, -5.0, 100.0])
     lower, upper = tokens.amin(dim=0), tokens.amax(dim=0)
-    assert percentile_bounds(tokens, lower, upper, 1.0, reading) == (lower, upper)
-    widths = [(high - low) for low, high in (percentile_bounds(tokens, lower, upper, p, reading) for p in (0.99, 0.9))]
+    whole, *narrowed = percentile_bounds(tokens, lower, upper, (1.0, 0.99, 0.9), reading)
+    assert whole == (lower, upper)
+    widths = [high - low for low, high in narrowed]
     assert (widths[1] < widths[0]).all() and (widths[0] < upper - lower).all() and (widths[1] > 0).all()
     if reading == "quantile":
-        low, high = percentile_bounds(tokens, lower, upper, 0.9, reading)
+        low, high = narrowed[1]
         assert torch.allclose(low, tokens.quantile(0.1, dim=0)) and torch.allclose(high, tokens.quantile(0.9, dim=0))
     else:
         assert torch.allclose(widths[1], 0.9 * (upper - lower))
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes how many elements the largest result of an operation has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            self.numel = max([self.numel, *(tensor.numel() for tensor in tree_leaves(result))])
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("elements", [1, 1000, 7 * 501, 2**24])
+def test_quantiles_are_ranks_of_sorted_tokens_however_many_are_sorted_at_a_time(dtype, elements, monkeypatch):
+    torch.manual_seed(0)
+    tokens, percentiles = torch.randn(501, 40).to(dtype), (0.999, 0.98, 0.9, 0.6)
+    lower, upper = torch.full((40,), -2.0), torch.full((40,), 1.5)
+    monkeypatch.setattr(mining, "SORTED", elements)
+    with LargestResult() as largest:
+        bounds = percentile_bounds(tokens, lower, upper, percentiles, "quantile")
+    assert largest.numel <= max(elements, len(tokens), 2 * len(percentiles) * 40)
+    for p, (low, high) in zip(percentiles, bounds, strict=True):
+        ordered = tokens.float().sort(dim=0).values
+        assert torch.equal(low, ordered[round((1 - p) * 500)].clamp_min(-2))
+        assert torch.equal(high, ordered[round(p * 500)].clamp_max(1.5))
 
 
 @pytest.mark.parametrize("name", ["qvlm", "qvlm_jacobian"])
@@ -162,7 +194,7 @@ def test_an_interrupted_search_resumes_at_its_block_and_ends_the_same(
     importance, deep, calibration, tmp_path, monkeypatch
 ):
     options = {**GRID, **BATCH, "max_depth": 1, "veo_epochs": 1, "veo_train": "clip+norm", "importance": importance}
-    request = planning.check_request("qvlm", "w4a4", options)
+    request = check_request("qvlm", "w4a4", options)
     undisturbed = planning.obtain_plan(deep, request, calibration, None)
     searched, trained = [], []
 
@@ -242,5 +274,5 @@ def test_samples_without_answers_are_named_before_the_range_search(deep, calibra
 )
 def test_impossible_settings_are_one_line_errors_before_any_work(options, message):
     with pytest.raises(QVLMError, match=message) as caught:
-        planning.check_request("qvlm", "w4a4", options)
+        check_request("qvlm", "w4a4", options)
     assert "\n" not in str(caught.value)

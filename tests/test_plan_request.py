@@ -1,0 +1,43 @@
+import pytest
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.plan_request import check_calibration, check_request
+
+
+@pytest.mark.parametrize(
+    "method, scheme, options, message",
+    [
+        ("gptq", "w4a4", {}, "method='gptq' is not known; allowed are awq, none, qlora, qvlm, qvlm_jacobian, rtn"),
+        ("rtn", "w4", {}, "for example w4a4"),
+        ("rtn", "w4a4", {"nrm": 2}, "unknown argument 'nrm'; method=rtn takes these options: weights, group_size"),
+        ("rtn", "w4a4", {"norm": 1}, "method=rtn: norm=1.0 is read with observer=lp only"),
+        ("qlora", "w4a4", {"alpha_steps": 3}, "alpha_steps=3 is read with transform=awq only"),
+        ("rtn", "w4a4", {"importance": "jacobian"}, "observer=lp and activations=channel"),
+        ("qvlm_jacobian", "w4a4", {"transform": "smooth"}, "use veo_train=clip"),
+        ("none", "w4a4", {"weights": "nf"}, "these options: none"),
+        ("qlora", "w4a4", {"norm": -1}, "norm=-1 is not allowed for method=qlora"),
+        ("qlora", "w4a4", {"weights": "fp8"}, "weights='fp8' is not allowed"),
+    ],
+)
+def test_bad_requests_are_one_line_and_say_what_is_allowed(method, scheme, options, message):
+    with pytest.raises(QVLMError, match=message) as caught:
+        check_request(method, scheme, options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["rtn", "qlora", "awq", "qvlm"])
+def test_calibration_data_that_are_missing_or_fewer_than_a_batch_are_named(method, calibration):
+    request = check_request(method, "w4a4", {"calibration_batch_size": 6})
+    message = r"calibration='memory' has 5 samples, .*calibration_batch_size=6; draw at least 6 .* to at most 5"
+    with pytest.raises(QVLMError, match=message) as caught:
+        check_calibration(request, calibration)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(QVLMError, match=f"method={method} with scheme=w4a4 needs calibration data"):
+        check_calibration(request, None)
+    check_calibration(check_request(method, "w4a4", {"calibration_batch_size": 5}), calibration)
+    check_calibration(check_request(method, "w16a16", {}), None)
+
+
+def test_a_method_without_batches_takes_one_sample_at_a_time():
+    assert check_request("none", "w4a4", {}).batch_size == 1
+    assert check_request("rtn", "w4a4", {"calibration_batch_size": 3}).batch_size == 3

@@ -1,7 +1,8 @@
 """Observers: what calibration learns about the inputs of a Linear, and the ranges that follow from it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class ChannelStatistics:
         lower, upper = x.aminmax(dim=0)
         return cls(lower, upper, x.sum(dim=0), len(x))
 
-    def merge(self, other: "ChannelStatistics") -> "ChannelStatistics":
+    def __add__(self, other: "ChannelStatistics") -> "ChannelStatistics":
         """Statistics of both sets of tokens together."""
         return ChannelStatistics(
             torch.minimum(self.lower, other.lower),
@@ -38,6 +39,10 @@ class ChannelStatistics:
             self.total + other.total,
             self.count + other.count,
         )
+
+    def to(self, device: torch.device | str, **how: Any) -> "ChannelStatistics":
+        """The same on a device."""
+        return replace(self, **{name: getattr(self, name).to(device, **how) for name in ("lower", "upper", "total")})
 
     @property
     def mean(self) -> Tensor:

@@ -1,6 +1,7 @@
 """From a checked request to a quantized model: search its plan or find it in the cache, and apply it."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +14,20 @@ from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.memory import trim_heap
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.run import fit
+from qvlm_plugin.methods.shard import Shard
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, apply_plan
 from qvlm_plugin.plan_cache import cache_key, cached_plan
 from qvlm_plugin.plan_request import PlanRequest, check_calibration
-from qvlm_plugin.topology import Topology
 from qvlm_plugin.workspace import Workspace
 
 
 def obtain_plan(
-    loaded: LoadedModel, request: PlanRequest, calibration: CalibrationSet | None, cache: Path | None
+    loaded: LoadedModel,
+    request: PlanRequest,
+    calibration: CalibrationSet | None,
+    cache: Path | None,
+    shard: Shard | None = None,
 ) -> RoundingPlan:
     """The plan of a request: from the cache when it is there, else searched and stored.
 
@@ -32,7 +37,8 @@ def obtain_plan(
         loaded: the model in full precision.
         request: see `check_request`.
         calibration: the samples; may be None where the request needs none.
-        cache: folder of cached plans; None neither reads nor writes any.
+        cache: folder of cached plans; None neither reads nor writes any. Of several processes the first one does.
+        shard: the share of this process, where several search together; None searches alone.
 
     Raises:
         QVLMError: the model is quantized, the family is not supported; see `check_calibration` and `fit`.
@@ -43,37 +49,38 @@ def obtain_plan(
     check_calibration(request, calibration)
     if not request.needs_calibration:
         calibration = None
-    return _obtain(loaded, topology, request, calibration, cache)
-
-
-def _obtain(
-    loaded: LoadedModel,
-    topology: Topology,
-    request: PlanRequest,
-    calibration: CalibrationSet | None,
-    cache: Path | None,
-) -> RoundingPlan:
-    def search(workspace: Workspace) -> RoundingPlan:
-        return _search(loaded, topology, request, calibration, workspace)
-
+    context = SearchContext(
+        loaded, topology, request.scheme, request.options, calibration, request.method.name, shard=shard or Shard()
+    )
     if cache is None:
-        return search(Workspace())
-    return cached_plan(cache / cache_key(loaded, request, calibration), search)
+        return _search(request, context)
+    directory = cache / cache_key(loaded, request, calibration)
+    return _cached(directory, context.shard, lambda space: _search(request, replace(context, workspace=space)))
 
 
-def _search(
-    loaded: LoadedModel,
-    topology: Topology,
-    request: PlanRequest,
-    calibration: CalibrationSet | None,
-    workspace: Workspace,
-) -> RoundingPlan:
+def _cached(directory: Path, shard: Shard, search: Callable[[Workspace], RoundingPlan]) -> RoundingPlan:
+    """`cached_plan`; of several processes the first looks the plan up and stores it, and all search together."""
+    begun: list[bool] = []
+
+    def searched(workspace: Workspace) -> RoundingPlan:
+        begun.append(shard.first(lambda: True))
+        return search(workspace)
+
+    if shard.rank == 0:
+        plan = cached_plan(directory, searched)
+        if not begun:
+            shard.first(lambda: False)
+    elif shard.first(lambda: True):
+        plan = search(Workspace())
+    return shard.first(lambda: plan)
+
+
+def _search(request: PlanRequest, context: SearchContext) -> RoundingPlan:
     """The method's plan, with how long it took and how many samples were longer than the model's context."""
-    start = time.perf_counter()
-    encoded = calibration and calibration.encoded(loaded.processor, request.batch_size)
+    start, loaded = time.perf_counter(), context.loaded
+    encoded = context.calibration and context.calibration.encoded(loaded.processor, request.batch_size)
     over_context = encoded and _count_over_context(loaded, encoded)
-    context = SearchContext(loaded, topology, request.scheme, request.options, encoded, request.method.name, workspace)
-    plan = fit(request.method, context)
+    plan = fit(request.method, replace(context, calibration=encoded))
     record = plan.calibration and plan.calibration.model_copy(update={"over_context": over_context})
     return replace(plan, calibration=record, search_seconds=time.perf_counter() - start)
 

@@ -1,10 +1,12 @@
 """``qvlm search``: a plan without an evaluation."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qvlm_plugin.commands.processes import device_of_process, is_one_of_several, run_together
 from qvlm_plugin.commands.shared import (
     Conv,
     Device,
@@ -45,14 +47,19 @@ def search(
             help="offload keeps the weights on the CPU, one block at a time on the device; or accelerate's, as auto."
         ),
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that search together, each with a model, on a GPU of its own.")
+    ] = 1,
 ) -> None:
     """Search a rounding plan and write it, without running an evaluation.
 
-    An interrupted search goes on where it stopped; a plan that was searched before is taken from the cache.
+    An interrupted search goes on where it stopped; a plan that was searched before is taken from the cache. Several
+    processes share the samples and find the plan that one would; torchrun starts them on several machines.
 
     Example: qvlm search plans/qlora-w4a4 --pretrained llava-hf/llava-1.5-7b-hf --method qlora --scheme w4a4
     --calibration llava_mix.json:64 --images images/ --device cuda
     """
+    from qvlm_plugin.methods.shard import join_processes
     from qvlm_plugin.plan import require_place
     from qvlm_plugin.plan_request import check_request
 
@@ -62,6 +69,10 @@ def search(
         pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
         image_aspect_ratio=image_aspect_ratio,
     )  # fmt: skip
-    placement = {"dtype": dtype, "device": device, "device_map": device_map}
-    _, plans = obtain_plans({method: request}, calibration, images, seed, checkpoint, **placement)
-    typer.echo(plans[method].save(output))
+    if processes > 1 and not is_one_of_several():
+        raise typer.Exit(run_together(processes, sys.argv[1:]))
+    shard = join_processes()
+    placement = {"dtype": dtype, "device": device_of_process(device), "device_map": device_map}
+    _, plans = obtain_plans({method: request}, calibration, images, seed, checkpoint, shard=shard, **placement)
+    if shard.rank == 0:
+        typer.echo(plans[method].save(output))

@@ -14,6 +14,7 @@ from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:
     from qvlm_plugin.calibration import Sample
+    from qvlm_plugin.methods.shard import Shard
     from qvlm_plugin.models.loading import Checkpoint, LoadedModel
     from qvlm_plugin.plan import RoundingPlan
     from qvlm_plugin.plan_request import PlanRequest
@@ -102,6 +103,7 @@ def obtain_plans(
     images: Path | None,
     seed: int,
     checkpoint: "Checkpoint",
+    shard: "Shard | None" = None,
     **placement: Any,
 ) -> "tuple[LoadedModel, dict[Key, RoundingPlan]]":
     """The model in full precision, and the plan of each request: searched, or from the cache.
@@ -110,6 +112,7 @@ def obtain_plans(
         requests: checked ones.
         calibration, images, seed: see `read_calibration`; nothing is read where no request needs samples.
         checkpoint: see `opened`.
+        shard: of this process, where several search together.
         placement: see `load_weights`.
     """
     from qvlm_plugin.cache import cache_root
@@ -124,4 +127,4 @@ def obtain_plans(
         check_calibration(request, samples)
     loaded = load_weights(checkpoint, **placement)
     cache = cache_root() / "plans"
-    return loaded, {key: obtain_plan(loaded, request, samples, cache) for key, request in requests.items()}
+    return loaded, {key: obtain_plan(loaded, request, samples, cache, shard) for key, request in requests.items()}

@@ -34,17 +34,17 @@ def scale_and_clip(context: SearchContext, draft: Draft) -> Draft:
         QVLMError: an input is not finite.
     """
     sites, options = context.weight_sites, context.options
-    folds: list[Fold] = []
-    tensors: dict[str, Tensor] = {}
     tokens = sample_tokens(context, sites, options.search_tokens)
     sites = [site for site in sites if site.name in tokens]  # some experts may have seen none
     blocks = [list(block) for _, block in groupby(sites, key=lambda site: (site.part, site.block))]
-    for block in track(blocks, "scales and clips"):
+    found = []
+    for block in track(context.shard.own(blocks), "scales and clips"):
         weight_format = options.weight_format(getattr(context.scheme, block[0].part).weight)
-        found = search_block(context.model, block, weight_format, tokens, options)
-        folds += found[0]
-        tensors |= found[1]
-    return replace(draft.adding(tensors), folds=(*draft.folds, *folds))
+        found.append(search_block(context.model, block, weight_format, tokens, options))
+    folds, tensors = draft.folds, {}
+    for more_folds, more_tensors in context.shard.gathered(found):
+        folds, tensors = (*folds, *more_folds), tensors | more_tensors
+    return replace(draft.adding(tensors), folds=folds)
 
 
 @torch.no_grad()

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import BatchFeature
 
@@ -12,6 +14,7 @@ from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.formats import ActivationFormat
 from qvlm_plugin.methods.footprint import Footprint
 from qvlm_plugin.methods.options import MethodOptions
+from qvlm_plugin.methods.shard import Shard
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device
 from qvlm_plugin.progress import track
@@ -33,6 +36,7 @@ class SearchContext:
         method: name of the method, for the plan.
         workspace: where finished steps are kept.
         footprint: how much memory may be taken at a time.
+        shard: the share of this process in the batches.
     """
 
     loaded: LoadedModel
@@ -43,6 +47,7 @@ class SearchContext:
     method: str = ""
     workspace: Workspace = field(default_factory=Workspace)
     footprint: Footprint = field(default_factory=Footprint)
+    shard: Shard = field(default_factory=Shard)
 
     @property
     def model(self) -> nn.Module:
@@ -74,12 +79,22 @@ class SearchContext:
         return decoder_layers(self.topology, self.model)
 
     @property
-    def device(self) -> Any:
+    def device(self) -> torch.device:
         """Where the model's inputs go."""
         return execution_device(self.model)
 
     def batches(self, description: str) -> Iterator[tuple[BatchFeature, Tensor]]:
-        """`CalibrationSet.batches` of the method's batch size, with progress."""
+        """This process's share of `CalibrationSet.batches`, of the method's batch size, with progress."""
         size = self.options.calibration_batch_size
-        batches = self.calibration.batches(self.loaded.processor, size)
-        return track(batches, description, -(-len(self.calibration.samples) // size))
+        share = self.shard.own(range(-(-len(self.calibration.samples) // size)))
+        batches = islice(self.calibration.batches(self.loaded.processor, size), share.start, share.stop)
+        return track(batches, description, len(share))
+
+    @property
+    def first_batch(self) -> int:
+        """The index of this process's first batch among those of all."""
+        return self.shard.own(range(-(-len(self.calibration.samples) // self.options.calibration_batch_size))).start
+
+    def recalled(self, step: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What the first process has kept of a step (`Workspace.recall`), in all processes."""
+        return self.shard.first(lambda: self.workspace.recall(step))

@@ -39,6 +39,14 @@ class Draft:
         """With more tensors, or others of the same names, and more of a record."""
         return replace(self, tensors={**self.tensors, **(tensors or {})}, record={**self.record, **(record or {})})
 
+    def to(self, device: torch.device | str, **how: Any) -> "Draft":
+        """The same with its tensors on a device."""
+        weights = self.token_weights and [
+            [tensor.to(device, **how) for tensor in layer] for layer in self.token_weights
+        ]
+        tensors = {name: tensor.to(device, **how) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, token_weights=weights)
+
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """As JSON data and tensors, for `Workspace.keep`."""
         weights = {

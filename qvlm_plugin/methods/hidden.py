@@ -7,7 +7,7 @@ for each copy, and a search keeps about ten), and come to the device as few rows
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.options import MiningOptions
+from qvlm_plugin.methods.shard import Shard
 from qvlm_plugin.models.placement import execution_device, is_offloaded, materialized
 
 
@@ -79,11 +80,13 @@ class HiddenCache:
         states: [B, T, C] for each batch.
         batches: what goes with them.
         rows: samples that go through a layer together, see `Footprint`.
+        shard: of this process; the batches are its own.
     """
 
     states: Sequence[Tensor]
     batches: Sequence[Batch]
     rows: int | None = None
+    shard: Shard = field(default_factory=Shard)
 
     def batch(self, index: int) -> "HiddenCache":
         """One batch alone."""
@@ -126,20 +129,23 @@ class HiddenCache:
         return self.joined(outputs)
 
     def tokens(self) -> Tensor:
-        """The states without padding: [N, C]."""
+        """The states of all processes without padding: [N, C]."""
         pairs = zip(self.states, self.batches, strict=True)
-        return torch.cat([states[batch.attended.to(states.device)] for states, batch in pairs])
+        tokens = [states[batch.attended.to(states.device)] for states, batch in pairs]
+        return torch.cat(self.shard.gathered(tokens)).to(tokens[0].device)
 
     def error(self, target: "HiddenCache", options: MiningOptions, weights: Sequence[Tensor] | None = None) -> float:
         """Squared distance from full-precision states (Eq. 3), summed over the tokens that the options count.
+
+        It is that of all processes, summed in the order of the batches.
 
         Args:
             target: the same states in full precision.
             options: ``tokens`` says which tokens count; ``relative_error`` divides each token's squared distance by its
                 target's squared norm, so that the few tokens with massive activations do not decide alone.
-            weights: multiply each token's squared distance by these, [B, T] for every batch.
+            weights: multiply each token's squared distance by these, [B, T] for every batch of this process.
         """
-        total = torch.zeros((), dtype=torch.float64)
+        distances = []
         for index, (output, wanted, batch) in enumerate(zip(self.states, target.states, self.batches, strict=True)):
             mask = TOKENS[options.tokens](batch).to(output.device)
             distance = (output.float() - wanted.float()).square().sum(dim=-1)[mask]
@@ -147,8 +153,8 @@ class HiddenCache:
                 distance = distance / wanted.float().square().sum(dim=-1)[mask]
             if weights is not None:
                 distance = distance * weights[index].to(mask.device)[mask]
-            total += distance.sum(dtype=torch.float64).cpu()
-        return float(total)
+            distances.append(float(distance.sum(dtype=torch.float64)))
+        return sum(self.shard.gathered(distances))
 
 
 class _FirstLayerReached(Exception):
@@ -186,7 +192,7 @@ def decoder_inputs(context: SearchContext) -> HiddenCache:
             batches.append(Batch(arguments, attended, text, predicting(answer)))
     finally:
         handle.remove()
-    return HiddenCache(hidden, batches, context.footprint.rows)
+    return HiddenCache(hidden, batches, context.footprint.rows, context.shard)
 
 
 def _require_finite(states: Tensor, attended: Tensor, what: str) -> None:

@@ -27,6 +27,7 @@ from qvlm_plugin.methods.draft import Draft, TokenWeights, transformed, transfor
 from qvlm_plugin.methods.gradients import OverflowedError, checkpointed, frozen, last_positions, require_answers, scaled
 from qvlm_plugin.methods.minmax import observe
 from qvlm_plugin.methods.observe import watching
+from qvlm_plugin.methods.shard import OrderedSum
 from qvlm_plugin.observers import best_ratio, channel_lp_losses
 from qvlm_plugin.quantizers import widen
 from qvlm_plugin.topology import Site
@@ -68,13 +69,13 @@ def visit_jacobians(
     """
     model = context.model
     layers = [layer for _, layer in context.layers]
-    totals: dict[Site, Tensor] = {}
-    weights: TokenWeights = [[] for _ in layers]
+    sums, weights = OrderedSum(context.shard), []
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(frozen(model))
         stack.enter_context(checkpointed(layers))
-        for index, (inputs, answer) in enumerate(context.batches("importance")):
+        batches = enumerate(context.batches("importance"), context.first_batch)
+        for index, (inputs, answer) in batches:
 
             def run(scale: float, index: int = index, inputs: BatchFeature = inputs, answer: Tensor = answer) -> _Seen:
                 seen = _Seen(lambda *shown: visit(*shown, index), scale, len(layers))
@@ -83,11 +84,10 @@ def visit_jacobians(
                 return seen
 
             seen = scaled(run)
-            for site, found in seen.found.items():
-                totals[site] = totals[site] + found if site in totals else found
-            for layer, found in zip(weights, seen.weights, strict=True):
-                layer.append(found)
-    return totals, weights
+            sums.add(seen.found)
+            weights.append(seen.weights)
+    by_layer = zip(*context.shard.gathered(weights), strict=True)
+    return sums.total(), [list(layer) for layer in by_layer]
 
 
 def _answer_odds(context: SearchContext, inputs: BatchFeature, answer: Tensor) -> Tensor:
@@ -158,13 +158,13 @@ def search_important_ranges(context: SearchContext, draft: Draft) -> Draft:
     def visit(site: Site, tokens: Tensor, jacobian: Tensor, batch: int) -> Tensor:
         tokens, jacobian = transformed(draft, site, tokens), transformed_gradient(draft, site, jacobian)
         weights = jacobian.float().square()
-        seen, bits = statistics[site.name], formats[site].bits
+        seen, bits = statistics[site.name].to(tokens.device), formats[site].bits
         return channel_lp_losses(tokens, seen, options.ratios, bits, options.norm, weights)
 
     losses, token_weights = visit_jacobians(context, list(formats), visit)
     tensors = {}
     for site, loss in losses.items():
-        bounds = statistics[site.name].range(best_ratio(loss, options.ratios))
+        bounds = statistics[site.name].to(loss.device).range(best_ratio(loss, options.ratios))
         tensors[f"{site.name}/lower"], tensors[f"{site.name}/upper"] = bounds
     return replace(draft.adding(tensors), token_weights=token_weights)
 

@@ -29,25 +29,24 @@ def least_distance(context: SearchContext, draft: Draft, formats: Mapping[Site, 
     """The plan tensors of sites, each ratio chosen by its own l_p distance; ties keep the wider range."""
     options = context.options
     statistics = observe(context, [site for site, fmt in formats.items() if fmt.kind == "static_channel"], draft)
-    losses: dict[Site, Tensor] = {}
 
-    def visit(site: Site, tokens: Tensor) -> None:
+    def visit(site: Site, tokens: Tensor) -> Tensor:
         fmt = formats[site]
-        if fmt.kind == "static_channel":
-            new = channel_lp_losses(tokens, statistics[site.name], options.ratios, fmt.bits, options.norm)
-            new = new if options.ranges == "channel" else new.sum(dim=1)
-        else:
-            new = token_lp_losses(tokens, options.ratios, fmt.bits, options.norm)
-        losses[site] = losses[site] + new if site in losses else new
+        if fmt.kind == "dynamic_token":
+            return token_lp_losses(tokens, options.ratios, fmt.bits, options.norm)
+        seen = statistics[site.name].to(tokens.device)
+        losses = channel_lp_losses(tokens, seen, options.ratios, fmt.bits, options.norm)
+        return losses if options.ranges == "channel" else losses.sum(dim=1)
 
-    visit_site_inputs(context, list(formats), visit, "range search", draft)
+    losses = visit_site_inputs(context, list(formats), visit, "range search", draft)
     tensors = {}
     for site, fmt in formats.items():
         if site not in losses:  # of an expert that no calibration token reached
             continue
         ratio = best_ratio(losses[site], options.ratios)
         if fmt.kind == "static_channel":
-            tensors[f"{site.name}/lower"], tensors[f"{site.name}/upper"] = statistics[site.name].range(ratio)
+            seen = statistics[site.name].to(ratio.device)
+            tensors[f"{site.name}/lower"], tensors[f"{site.name}/upper"] = seen.range(ratio)
         else:
             tensors[f"{site.name}/clip_ratio"] = ratio.view(1).cpu()
     return tensors

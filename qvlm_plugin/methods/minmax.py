@@ -35,12 +35,9 @@ def observe(
         sites: whose inputs to look at; without any, nothing runs.
         select: chooses among the tokens [N, C] of a batch, at least one.
     """
-    statistics: dict[str, ChannelStatistics] = {}
 
-    def visit(site: Site, tokens: Tensor) -> None:
-        seen = ChannelStatistics.of(tokens if select is None else select(tokens))
-        statistics[site.name] = statistics[site.name].merge(seen) if site.name in statistics else seen
+    def visit(site: Site, tokens: Tensor) -> ChannelStatistics:
+        return ChannelStatistics.of(tokens if select is None else select(tokens))
 
-    if sites:
-        visit_site_inputs(context, sites, visit, "ranges", draft)
-    return statistics
+    found = visit_site_inputs(context, sites, visit, "ranges", draft) if sites else {}
+    return {site.name: seen for site, seen in found.items()}

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,41 +12,51 @@ from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, transformed
+from qvlm_plugin.methods.shard import OrderedSum
 from qvlm_plugin.topology import Site
+
+Found = TypeVar("Found")
 
 
 @torch.inference_mode()
 def visit_site_inputs(
     context: SearchContext,
     sites: Sequence[Site],
-    visit: Callable[[Site, Tensor], None],
+    visit: Callable[[Site, Tensor], Found],
     description: str,
     draft: Draft | None = None,
-) -> None:
+) -> dict[Site, Found]:
     """Call ``visit(site, tokens)`` for every batch, with the input of each site as tokens [N, C] without padding.
 
     Args:
         context: its model runs in full precision, on prompts with their answers, so that the positions of decoding are
             seen too.
         sites: whose inputs to look at.
-        visit: called in the order of the computation; not for an expert that serves no token of the batch.
+        visit: called in the order of the computation; not for an expert that serves no token of the batch. What it
+            returns can be added with ``+``.
         description: for the progress bar.
         draft: whose transforms the inputs have gone through; None: none.
+
+    Returns:
+        The sum over the batches of what ``visit`` returns, by site.
 
     Raises:
         QVLMError: an input is not finite; the message names the site.
     """
-    model, draft = context.model, draft or Draft()
+    model, draft, sums = context.model, draft or Draft(), OrderedSum(context.shard)
 
     def look(site: Site, x: Tensor, mask: Tensor) -> None:
         tokens = x[mask]
         if not tokens.isfinite().all():
             raise QVLMError(f"the input of {site.name} is not finite on calibration data; try dtype=float32")
-        visit(site, transformed(draft, site, tokens))
+        found[site] = visit(site, transformed(draft, site, tokens))
 
     for inputs, _ in context.batches(description):
+        found: dict[Site, Found] = {}
         with watching(model, sites, inputs["attention_mask"].bool(), look):
             model(**to_device(inputs, context.device, model.dtype), use_cache=False, logits_to_keep=1)
+        sums.add(found)
+    return sums.total()
 
 
 @contextmanager

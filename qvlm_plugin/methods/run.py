@@ -33,7 +33,7 @@ def fit(method: Method, context: SearchContext) -> RoundingPlan:
         if step.check is not None:
             step.check(context)
     draft, done = Draft(), 0
-    if (kept := context.workspace.recall("draft")) is not None:
+    if (kept := context.recalled("draft")) is not None:
         data, tensors = kept
         draft, done = Draft.restored(data["draft"], tensors), data["done"]
     for index, step in enumerate(steps[done:], done + 1):
@@ -47,7 +47,8 @@ def _run(step: Step, context: SearchContext, draft: Draft) -> Draft:
     """The draft after a step, in the largest footprint that there is memory for."""
     while True:
         try:
-            return step.run(context, draft)
+            with context.shard.together():
+                return step.run(context, draft)
         except torch.OutOfMemoryError as error:
             reason = one_line(error)
         # Only out of the handler, which refers to the step's tensors, is their memory free again.

@@ -1,12 +1,14 @@
 """A sample of the tokens that each site reads, small enough to keep for all sites at once."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.observe import visit_site_inputs
+from qvlm_plugin.methods.shard import Shard
 from qvlm_plugin.topology import Site
 
 
@@ -27,15 +29,17 @@ def sample_tokens(context: SearchContext, sites: Sequence[Site], count: int) -> 
     generators = {site.name: torch.Generator().manual_seed(context.calibration.seed) for site in sites}
     kept: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def visit(site: Site, tokens: Tensor) -> None:
+    def visit(site: Site, tokens: Tensor) -> int:
         keys, chosen = _smallest(torch.rand(len(tokens), generator=generators[site.name]), tokens, count)
         chosen = chosen.cpu()
         if site.name in kept:
             old_keys, old = kept[site.name]
             keys, chosen = _smallest(torch.cat([old_keys, keys]), torch.cat([old, chosen]), count)
         kept[site.name] = keys, chosen
+        return len(tokens)
 
-    visit_site_inputs(context, sites, visit, "token sample")
+    # The draw goes on from batch to batch: every process looks at all of them.
+    visit_site_inputs(replace(context, shard=Shard()), sites, visit, "token sample")
     return {name: tokens for name, (_, tokens) in kept.items()}
 
 

@@ -136,8 +136,8 @@ def mine(
                 members.append(member)
                 targets.append(reference)
             step = f"layers-{block.start}-{block.stop - 1}"
-            if (kept := workspace.recall(step)) is None:
-                weights = token_weights and [token_weights[index] for index in block]
+            if (kept := context.recalled(step)) is None:
+                weights = token_weights and [context.shard.own(token_weights[index]) for index in block]
                 choices, error = search_block(members, quantized, targets, options, weights)
                 kept = {"choices": choices, "error": error}, {}
                 workspace.keep(step, *kept)
@@ -237,7 +237,7 @@ def candidate_layer(
     for site in own:
         initial = {key: plan.tensors[f"{site.name}/{key}"].to(device) for key in formats[site].parameters}
         if site in static:
-            tokens = torch.cat(inputs.pop(site.name)).to(device)
+            tokens = torch.cat(context.shard.gathered(inputs.pop(site.name))).to(device)
             bounds = percentile_bounds(tokens, *initial.values(), options.percentiles, options.reading)
             candidates[site.name] = [dict(zip(initial, pair, strict=True)) for pair in bounds]
         else:

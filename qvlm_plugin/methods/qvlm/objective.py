@@ -184,7 +184,7 @@ class Objective:
             seen = run(context, inputs, answer)
             tokens = [layer[attended.to(layer.device)] for layer in seen.layers]
             new = [ChannelStatistics.of(layer) for layer in tokens]
-            statistics = [old.merge(more) for old, more in zip(statistics, new, strict=True)] if statistics else new
+            statistics = [old + more for old, more in zip(statistics, new, strict=True)] if statistics else new
             channels = tokens[0].shape[1]
             drawn = sample_elements(tokens[0].numel(), ENTROPY_ELEMENTS, context.calibration.seed + len(batches))
             # The drawn elements count tokens without padding; layers are read with it.

@@ -21,6 +21,7 @@ from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.methods.gradients import OverflowedError, checkpointed, frozen, require_answers, scaled
 from qvlm_plugin.methods.qvlm.objective import Objective, Terms
+from qvlm_plugin.methods.shard import Shard
 from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
 from qvlm_plugin.models.placement import materialized
 from qvlm_plugin.progress import Progress
@@ -32,6 +33,11 @@ MIN_CLIP_RATIO = 0.1
 
 
 def train_tower(context: SearchContext, draft: Draft) -> Draft:
+    """`train` in the first of several processes: a step of its optimizer needs the one before."""
+    return context.shard.first(lambda: train(replace(context, shard=Shard()), draft))
+
+
+def train(context: SearchContext, draft: Draft) -> Draft:
     """Train the vision tower's quantization parameters; the better of before and after is kept.
 
     Samples without an image say nothing about the tower and are left out. With ``veo_decoder=quantized`` the decoder's

@@ -28,7 +28,8 @@ from qvlm_plugin.memory import trim_heap
 from qvlm_plugin.plan_header import ModulePlan, table_hash
 from qvlm_plugin.reading import inside, parsed_elsewhere
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that this version reads. A folder is written in the oldest that says all: its plan's."""
 
 _GUARD = "weight"
 
@@ -71,7 +72,7 @@ class CheckpointRecord(_Record):
     """
 
     quant_method: Literal["qvlm"] = "qvlm"
-    format_version: int = FORMAT_VERSION
+    format_version: int
     package_version: str
     backend: str
     model: str

@@ -33,7 +33,7 @@ from qvlm_plugin.models.dry_run import answer
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, begin_applying, parameters_of
 from qvlm_plugin.plan_header import ModulePlan
-from qvlm_plugin.quantizers import quantize_int
+from qvlm_plugin.quantizers import int_weight
 
 PACKED, INTEGER, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 
@@ -151,7 +151,7 @@ def _compress(module: ModulePlan, group: _Group, tensors: Mapping[str, Tensor], 
     parameters = parameters_of(module, tensors, weight.device)
     if group.format == PACKED:
         fmt = module.weight
-        quantized = quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, parameters.get("clip"))
+        quantized = int_weight(weight, fmt, parameters)
         rounded = quantized.dequantize()
         stored = {
             "weight_packed": pack_words(quantized.codes, fmt.bits),
@@ -161,7 +161,7 @@ def _compress(module: ModulePlan, group: _Group, tensors: Mapping[str, Tensor], 
         if not fmt.symmetric:
             stored["weight_zero_point"] = pack_words(quantized.zero_point.t(), fmt.bits).t()
     else:
-        planned = quantized_values(weight, module.weight, parameters.get("clip"))
+        planned = quantized_values(weight, module.weight, parameters)
         scale = (planned.abs().amax(dim=1, keepdim=True) / 127).to(dtype)
         scale = torch.where(scale > 0, scale, 1.0)
         codes = (planned / scale.float()).round().clamp(-127, 127)

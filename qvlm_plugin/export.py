@@ -47,6 +47,7 @@ def export(
     execution = begin_applying(plan, model, loaded.fingerprint, backends.kernels(backend), strict)
     modules = tuple(_store(module, plan, loaded, execution.choices.get(module.name)) for module in plan.modules)
     record = CheckpointRecord(
+        format_version=plan.oldest_format,
         package_version=__version__,
         backend=backend,
         model=plan.model,

@@ -16,7 +16,9 @@ from qvlm_plugin.scheme import PARTS
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that this version reads. 2 has stored codes. Plans without any are written as 1: older versions read and
+apply them as this one does."""
 
 HEADER, TENSORS = "plan.json", "plan.safetensors"
 """The files of a plan's folder."""
@@ -117,6 +119,11 @@ class PlanFacts:
     def quantized(self) -> tuple[ModulePlan, ...]:
         """The modules that do not stay as they are."""
         return tuple(module for module in self.modules if not module.is_identity)
+
+    @property
+    def oldest_format(self) -> int:
+        """The oldest `FORMAT_VERSION` that can say what the plan does."""
+        return 2 if any(module.weight.stored for module in self.modules) else 1
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from kernel_problems import relative
 from safetensors.torch import load_file
+from stored_codes import with_codes
 from tiny_llava import logits_of, write_tiny_llava
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
@@ -80,6 +81,26 @@ def test_transformers_reads_the_same_model(source, tmp_path, calibration, scheme
     dtypes = {str(tensor.dtype) for name, tensor in stored.items() if name.endswith(("weight_packed", "q_proj.weight"))}
     assert ("torch.int32" in dtypes) == ("pack-quantized" in formats)
     assert ("torch.int8" in dtypes) == ("int-quantized" in formats)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options"),
+    [("w4a16", {"group_size": 8}), ("w8a16", {"symmetric": True}), ("w8a8", {"group_size": 32})],
+)
+def test_the_plans_codes_are_written(source, tmp_path, calibration, scheme, options):
+    loaded = load(str(source), dtype="float32")
+    nearest = plan_of(loaded, calibration, scheme, **options)
+    plan, values = with_codes(nearest, loaded)
+    export_compressed_tensors(plan, load(str(source), dtype="float32"), tmp_path / "x")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+    expected = load(str(source), dtype="float32")
+    planning.apply(plan, expected)
+    inputs, _ = next(calibration.batches(expected.processor, 5))
+    bound = 0.1 if scheme == "w8a8" else 1e-5
+    assert relative(logits_of(model, inputs), logits_of(expected.model, inputs)) < bound
+    if scheme == "w4a16":  # transformers dequantizes these while it loads
+        for name, value in values.items():
+            torch.testing.assert_close(model.get_parameter(f"{name}.weight"), value)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_problems import relative
 from safetensors.torch import load_file
+from stored_codes import with_codes
 from tiny_llava import logits_of, write_tiny_llava
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
@@ -77,6 +78,25 @@ def test_a_folder_loads_packed_with_the_same_logits(
     assert packed.keys() == {module.name for module in plan.quantized}
     assert not any(parameter.requires_grad for module in packed.values() for parameter in module.parameters())
     assert (len(list((tmp_path / "x").glob("*.safetensors"))) > 1) == ("shard_size" in how)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "counts"), [(SCHEME, {"int4", "int8", "reference"}), ("w3a16", {"int4", "reference"})]
+)
+def test_a_folder_has_the_plans_codes(source, tmp_path, calibration, inputs, scheme, counts):
+    loaded = load(str(source), dtype="float32")
+    nearest = plan_of(loaded, calibration, scheme)
+    plan, _ = with_codes(nearest, loaded)
+    assert set(export(plan, load(str(source), dtype="float32"), tmp_path / "x").counts) == counts
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+    expected, other = load(str(source), dtype="float32"), load(str(source), dtype="float32")
+    planning.apply(plan, expected, "auto")
+    planning.apply(nearest, other, "auto")
+    assert torch.equal(logits_of(model, inputs), logits_of(expected.model, inputs))
+    assert relative(logits_of(other.model, inputs), logits_of(expected.model, inputs)) > 1e-3
+    record = quantizer_of(model).record
+    assert record.plan["plan_hash"] == plan.hash and record.format_version == 2  # which older programs refuse
+    assert all(module.plan.weight.stored for module in record.quantized)
 
 
 def test_casting_the_model_keeps_scales(source, tmp_path, calibration, inputs):

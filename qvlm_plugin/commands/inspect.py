@@ -30,6 +30,8 @@ def inspect(
     facts.add_row("calibration", f"{len(record.digests)} of {record.source}, seed {record.seed}" if record else "none")
     if record and record.over_context:
         facts.add_row("too long", f"{record.over_context} samples have more tokens than the model's context")
+    if stored := sum(module.weight.stored for module in plan.modules):
+        facts.add_row("codes", f"of {stored} Linears are in the plan")
     facts.add_row("search", f"{plan.search_seconds:.1f} s")
     if uncalibrated := plan.record.get("uncalibrated"):
         facts.add_row(

@@ -60,7 +60,7 @@ def _prepare(
     activation_format: ActivationFormat,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    rounded = quantized_values(weight, weight_format, parameters.get("clip"))
+    rounded = quantized_values(weight, weight_format, parameters)
     mean = parameters.get("mean")
     if activation_format.kind == "static_channel":
         bias = corrected_bias(weight, rounded, bias, mean)

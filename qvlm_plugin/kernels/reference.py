@@ -14,24 +14,33 @@ from qvlm_plugin.kernels.base import Kernel, as_stored, corrected_bias, with_par
 from qvlm_plugin.quantizers import (
     fake_quantize,
     fake_quantize_straight_through,
-    quantize_int,
+    int_weight,
     quantize_normal_float,
     token_range,
 )
 
 
 def round_weight(weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None) -> Tensor:
-    """``weight`` [O, I] after quantization to the format and back, in its own dtype; ``clip`` as in `quantizers`."""
-    return quantized_values(weight, weight_format, clip).to(weight.dtype)
+    """``weight`` [O, I] rounded to the nearest values of the format, in its own dtype; ``clip`` as in `quantizers`.
+
+    For searches; a plan's weights are its `quantized_values`.
+    """
+    return quantized_values(weight, weight_format, {} if clip is None else {"clip": clip}).to(weight.dtype)
 
 
-def quantized_values(weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None) -> Tensor:
-    """What the codes of ``weight`` [O, I] stand for, in float32; ``weight`` itself where it is not quantized."""
+def quantized_values(weight: Tensor, weight_format: WeightFormat, parameters: Mapping[str, Tensor]) -> Tensor:
+    """What the codes of ``weight`` [O, I] stand for, in float32; ``weight`` itself where it is not quantized.
+
+    Args:
+        weight: before it is rounded.
+        weight_format: of the result.
+        parameters: those that the format names.
+    """
     fmt = weight_format
     if fmt.kind == "int":
-        return quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, clip).dequantize()
+        return int_weight(weight, fmt, parameters).dequantize()
     if fmt.kind == "nf":
-        return quantize_normal_float(weight, fmt.bits, fmt.double_quantization, clip).dequantize()
+        return quantize_normal_float(weight, fmt.bits, fmt.double_quantization, parameters.get("clip")).dequantize()
     return weight
 
 
@@ -62,7 +71,7 @@ def _prepare(
     activation_format: ActivationFormat,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    rounded = round_weight(weight, weight_format, parameters.get("clip"))
+    rounded = quantized_values(weight, weight_format, parameters).to(weight.dtype)
     bias = corrected_bias(weight, rounded, bias, parameters.get("mean"))
     return with_parameters({"weight": rounded}, bias, activation_format, parameters)
 

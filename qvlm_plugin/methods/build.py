@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.calibration import CalibrationSet
-from qvlm_plugin.formats import ActivationFormat
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.methods.base import MethodOptions
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan
@@ -52,7 +52,8 @@ def build_plan(
 ) -> RoundingPlan:
     """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are.
 
-    Weights with a ``<linear>/clip`` among the tensors are clipped by it; where there is a ``<site>/mean``, the bias of
+    Weights with a ``<linear>/clip`` among the tensors are clipped by it, those with ``<linear>/codes`` are these codes
+    (`quantizers.stored_parameters`); where there is a ``<site>/mean``, the bias of
     quantized weights is corrected. Experts that no calibration token reached have no bounds among the tensors: their
     inputs are rounded within each token's own extremes, which takes no data, and the plan's record lists them as
     ``uncalibrated``.
@@ -68,6 +69,8 @@ def build_plan(
         weight_format = options.weight_format(widths.weight)
         if f"{name}/clip" in tensors:
             weight_format = weight_format.model_copy(update={"clipped": True})
+        if f"{name}/codes" in tensors:
+            weight_format = WeightFormat.model_validate(weight_format.model_dump() | {"stored": True})
         if site and f"{site.name}/mean" in tensors and weight_format.kind != "none":
             weight_format = weight_format.model_copy(update={"corrected": True})
         activation = activation_format(part, widths.activation) if site else ActivationFormat()

@@ -84,6 +84,11 @@ def export_compressed_tensors(
     """
     require_vacant(directory)
     model = loaded.model
+    if plan.rotations:
+        raise QVLMError(
+            f"--format compressed-tensors cannot express the plan: it rotates the inputs of {plan.rotations[0].site} "
+            "while the model runs"
+        )
     groups: dict[_Group, list[ModulePlan]] = {}
     for module in plan.quantized:
         groups.setdefault(_group(module), []).append(module)

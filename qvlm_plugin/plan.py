@@ -38,8 +38,10 @@ from qvlm_plugin.plan_header import (
     ModulePlan,
     PlanFacts,
     PlanHeader,
+    Rotation,
     read_header,
 )
+from qvlm_plugin.rotation import factors, rotate
 from qvlm_plugin.topology import linear_layers
 
 
@@ -56,6 +58,7 @@ class RoundingPlan(PlanFacts):
             the model were that they were found on.
         folds: scales to move between modules before quantizing, in this order.
         replaced: names of the model's own parameters that take new values (trained norms) before anything else.
+        rotations: what sites' inputs are multiplied by before they are rounded, at most one for each site.
         calibration: the documents used, None for data-free methods.
         search_seconds: wall time of the fit.
         record: how the search went, as JSON data for people and reports (a loss curve, a partition).
@@ -69,6 +72,7 @@ class RoundingPlan(PlanFacts):
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     folds: tuple[Fold, ...] = ()
     replaced: tuple[str, ...] = ()
+    rotations: tuple[Rotation, ...] = ()
     calibration: CalibrationRecord | None = None
     search_seconds: float = 0.0
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -100,6 +104,7 @@ class RoundingPlan(PlanFacts):
             modules=self.modules,
             folds=self.folds,
             replaced=self.replaced,
+            rotations=self.rotations,
             record=dict(self.record),
         )
         require_place(directory)
@@ -163,7 +168,7 @@ def check_plan(
 
     Raises:
         QVLMError: the plan belongs to another model, lists a module that is missing or of another shape, leaves one
-            out, lacks a tensor, no kernel supports a module, or it falls back under ``strict``.
+            out, lacks a tensor, rotates what cannot be, no kernel supports a module, or it falls back under ``strict``.
     """
     if plan.model != fingerprint:
         raise QVLMError(
@@ -176,6 +181,7 @@ def check_plan(
     if device is None and (offloaded := [name for name, linear in linears.items() if linear.weight.is_meta]):
         raise QVLMError(f"{offloaded[0]} is offloaded; choose a device_map that keeps the weights on devices")
     _require_tensors(plan, model)
+    _require_rotations(plan)
     execution = Execution(
         {
             module.name: _choose(kernels, module, device or linears[module.name].weight.device)
@@ -225,7 +231,8 @@ def apply_plan(
     execution = begin_applying(plan, model, fingerprint, kernels, strict)
     for module in plan.quantized:
         linear = model.get_submodule(module.name)
-        layer = quantized_linear(module, linear, plan.tensors, execution.choices[module.name].kernel)
+        kernel = execution.choices[module.name].kernel
+        layer = quantized_linear(module, linear, plan.tensors, kernel, plan.rotation_of(module))
         place(model, module.name, layer)
     return execution
 
@@ -239,11 +246,29 @@ def place(model: nn.Module, name: str, layer: QuantLinear) -> None:
 
 
 def quantized_linear(
-    module: ModulePlan, linear: nn.Linear, tensors: Mapping[str, Tensor], kernel: Kernel
+    module: ModulePlan,
+    linear: nn.Linear,
+    tensors: Mapping[str, Tensor],
+    kernel: Kernel,
+    rotation: Rotation | None = None,
 ) -> QuantLinear:
-    """What ``linear`` becomes by its entry in a plan with these ``tensors``."""
+    """What ``linear`` becomes by its entry in a plan with these ``tensors`` and this rotation of its inputs."""
     parameters = parameters_of(module, tensors, linear.weight.device)
-    return QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
+    if rotation is None:
+        return QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
+    matrices = factors(rotation, linear.weight.device)
+    rotated = rotated_linear(linear, matrices)
+    layer = QuantLinear.from_linear(rotated, module.weight, module.activation, parameters, kernel)
+    layer.rotate_inputs(matrices)
+    return layer
+
+
+def rotated_linear(linear: nn.Linear, factors: Sequence[Tensor]) -> nn.Linear:
+    """A Linear that gives for inputs rotated by ``factors`` what ``linear`` gives for inputs."""
+    rotated = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    rotated.weight = nn.Parameter(rotate(linear.weight.detach(), factors), requires_grad=False)
+    rotated.bias = linear.bias
+    return rotated
 
 
 def parameters_of(module: ModulePlan, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -328,6 +353,20 @@ def _require_tensors(plan: RoundingPlan, model: nn.Module) -> None:
         tensor = plan.tensors.get(key)
         if tensor is None or tensor.numel() != size or not tensor.isfinite().all():
             raise QVLMError(f"plan has no finite tensor {key} of {size} elements")
+
+
+def _require_rotations(plan: RoundingPlan) -> None:
+    """Every rotation is of one site, whose inputs can be rotated."""
+    sites = [rotation.site for rotation in plan.rotations]
+    for rotation in plan.rotations:
+        modules = [module for module in plan.modules if module.site == rotation.site]
+        obstacles = [obstacle for module in modules if (obstacle := rotation.obstacle(module))]
+        if not modules:
+            obstacles = ["no Linear of the model has this site"]
+        if sites.count(rotation.site) > 1:
+            obstacles = ["it says so more than once"]
+        if obstacles:
+            raise QVLMError(f"plan rotates the inputs of {rotation.site}, which cannot be: {obstacles[0]}")
 
 
 def _require_codes(module: ModulePlan, tensors: Mapping[str, Tensor]) -> None:

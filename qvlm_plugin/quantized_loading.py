@@ -73,9 +73,8 @@ class _Quantizer(HfQuantizer):
         how, linear = self.quantization_config, model.get_submodule(name)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         edit(how.plan, {name: linear})
-        self.layers[name] = quantized_linear(
-            self.waiting[name], linear, how.plan.tensors, how.execution.choices[name].kernel
-        )
+        module, kernel = self.waiting[name], how.execution.choices[name].kernel
+        self.layers[name] = quantized_linear(module, linear, how.plan.tensors, kernel, how.plan.rotation_of(module))
         # The Linear stays until loading is over, which looks at its weight once more.
         linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
         linear.weight._is_hf_initialized = True

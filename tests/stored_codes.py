@@ -7,6 +7,7 @@ import torch
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.plan import edit
 from qvlm_plugin.quantizers import quantize_int, stored_parameters
+from qvlm_plugin.rotation import factors, rotate
 
 
 def stored(weight_format, **more):
@@ -33,7 +34,8 @@ def with_codes(plan, loaded):
     modules, tensors, values = [], dict(plan.tensors), {}
     for module in plan.modules:
         if module.weight.kind == "int":
-            integers = other_integers(loaded.model.get_submodule(module.name).weight.detach(), module.weight)
+            weight, rotation = loaded.model.get_submodule(module.name).weight.detach(), plan.rotation_of(module)
+            integers = other_integers(rotate(weight, factors(rotation)) if rotation else weight, module.weight)
             module = module.model_copy(update={"weight": stored(module.weight)})
             tensors.pop(f"{module.name}/clip", None)
             for name, tensor in stored_parameters(integers, module.weight).items():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from kernel_problems import relative
+from rotations import rotated
 from safetensors.torch import load_file
 from stored_codes import with_codes
 from tiny_llava import logits_of, write_tiny_llava
@@ -122,6 +123,16 @@ def test_what_the_format_cannot_express_is_refused(source, tmp_path, calibration
         export_compressed_tensors(plan, loaded, tmp_path / "x")
     assert "\n" not in str(caught.value)
     assert list(loaded.model.modules()) == before and not list(tmp_path.iterdir())
+
+
+def test_rotations_are_refused(source, tmp_path, calibration):
+    loaded = load(str(source), dtype="float32")
+    plan = rotated(plan_of(loaded, calibration, "w4a16", group_size=8))
+    before = list(loaded.model.modules())
+    with pytest.raises(QVLMError, match=r"cannot express the plan: it rotates the inputs of model\.vision_t") as caught:
+        export_compressed_tensors(plan, loaded, tmp_path / "x")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    assert list(loaded.model.modules()) == before
 
 
 def test_what_does_not_run_is_not_written(source, tmp_path, calibration):

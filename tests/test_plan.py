@@ -8,6 +8,7 @@ import torch
 from accelerate import dispatch_model
 from kernel_problems import relative
 from recorded_plan import HEADER, PLAN_HASH, TABLE_HASH, TENSORS, write_recorded_plan
+from rotations import by_token, rotated
 from safetensors.torch import save
 from stored_codes import with_codes
 from tiny_llava import logits_of
@@ -76,7 +77,9 @@ def test_every_linear_is_listed_and_every_planned_one_replaced(plan, loaded):
     assert {module.part for module in plan.modules if module.is_identity} == {"unused", "other"}
 
 
-def test_a_dispatched_model_keeps_its_device_hooks(plan, loaded, calibration):
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_dispatched_model_keeps_its_device_hooks(plan, loaded, calibration, turned):
+    plan = rotated(by_token(plan)) if turned else plan
     inputs, _ = next(calibration.batches(loaded.processor, 5))
     dispatch_model(loaded.model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
     hooked = {name for name, module in linear_layers(loaded.model).items() if hasattr(module, "_hf_hook")}

@@ -22,7 +22,7 @@ from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device, is_offloaded, materialized, place_like
 from qvlm_plugin.plan import quantized_linear
-from qvlm_plugin.plan_header import ModulePlan
+from qvlm_plugin.plan_header import ModulePlan, Rotation
 from qvlm_plugin.topology import Topology, decoder_layers
 
 Hidden = list[Tensor]
@@ -129,10 +129,16 @@ def _require_finite(states: Tensor, attended: Tensor, what: str) -> None:
         raise QVLMError(f"{what} is not finite on calibration data; try dtype=float32")
 
 
-def stand_in(module: ModulePlan, linear: nn.Linear, tensors: Mapping[str, Tensor], kernel: Kernel) -> QuantLinear:
+def stand_in(
+    module: ModulePlan,
+    linear: nn.Linear,
+    tensors: Mapping[str, Tensor],
+    kernel: Kernel,
+    rotation: Rotation | None = None,
+) -> QuantLinear:
     """What ``linear`` becomes by its entry in a plan, in the same place: on its device, or offloaded like it."""
     with materialized(linear):
-        layer = quantized_linear(module, linear, tensors, kernel)
+        layer = quantized_linear(module, linear, tensors, kernel, rotation)
     place_like(layer, linear)
     return layer
 

@@ -11,7 +11,7 @@ from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.methods.base import MethodOptions
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.plan_header import CalibrationRecord, Fold, ModulePlan
+from qvlm_plugin.plan_header import CalibrationRecord, Fold, ModulePlan, Rotation
 from qvlm_plugin.scheme import UNQUANTIZED, BitWidths, Scheme
 from qvlm_plugin.topology import Site, Topology, kept_linears, linear_layers, resolve
 
@@ -48,6 +48,7 @@ def build_plan(
     calibration: CalibrationSet | None,
     folds: Sequence[Fold] = (),
     replaced: Sequence[str] = (),
+    rotations: Sequence[Rotation] = (),
     record: Mapping[str, Any] | None = None,
 ) -> RoundingPlan:
     """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are.
@@ -102,6 +103,7 @@ def build_plan(
         tensors=tensors,
         folds=tuple(folds),
         replaced=tuple(replaced),
+        rotations=tuple(rotations),
         calibration=documents,
         record={**(record or {}), **({"uncalibrated": uncalibrated} if uncalibrated else {})},
     )

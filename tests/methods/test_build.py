@@ -5,6 +5,7 @@ from stored_codes import other_parameters
 from qvlm_plugin import plugins
 from qvlm_plugin.methods.base import MethodOptions
 from qvlm_plugin.methods.build import build_plan
+from qvlm_plugin.plan_header import Rotation
 from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import resolve
 
@@ -35,3 +36,8 @@ def test_weights_with_codes_among_the_tensors_are_stored(loaded, names):
     assert {module.name for module in plan.modules if module.weight.stored} == set(names)
     with pytest.raises(ValueError, match="not clipped"):
         build(loaded, tensors | {f"{names[0]}/clip": torch.ones(1)})
+
+
+def test_rotations_pass_through(loaded, names):
+    rotations = [Rotation.of_channels(name, 24, seed) for seed, name in enumerate(names)]
+    assert build(loaded, {}, rotations=rotations).rotations == tuple(rotations)

@@ -62,9 +62,10 @@ def layer_errors(loaded: LoadedModel, plan: RoundingPlan, samples: CalibrationSe
     model = loaded.model
     layers = [layer for _, layer in decoder_layers(plugins.topology(model.config), model)]
     quantized = {
-        module.name: stand_in(module, model.get_submodule(module.name), plan.tensors, REFERENCE)
-        for module in plan.modules
-        if not module.is_identity
+        module.name: stand_in(
+            module, model.get_submodule(module.name), plan.tensors, REFERENCE, plan.rotation_of(module)
+        )
+        for module in plan.quantized
     }
     values = {name: plan.tensors[f"{name}/value"] for name in plan.replaced}
     rows = []

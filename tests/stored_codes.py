@@ -8,6 +8,7 @@ from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.plan import edit
 from qvlm_plugin.quantizers import quantize_int, stored_parameters
 from qvlm_plugin.rotation import factors, rotate
+from qvlm_plugin.scheme import PARTS
 
 
 def stored(weight_format, **more):
@@ -28,12 +29,12 @@ def other_parameters(weight, weight_format, seed=0):
     return stored_parameters(other_integers(weight, weight_format, seed), stored(weight_format))
 
 
-def with_codes(plan, loaded):
-    """``plan`` with codes for its integer weights, and what they stand for by name; uses up the model's weights."""
+def with_codes(plan, loaded, parts=PARTS):
+    """``plan`` with codes for integer weights, and what they stand for by name; uses up the model's weights."""
     edit(plan, dict(loaded.model.named_modules()))
     modules, tensors, values = [], dict(plan.tensors), {}
     for module in plan.modules:
-        if module.weight.kind == "int":
+        if module.weight.kind == "int" and module.part in parts:
             weight, rotation = loaded.model.get_submodule(module.name).weight.detach(), plan.rotation_of(module)
             integers = other_integers(rotate(weight, factors(rotation)) if rotation else weight, module.weight)
             module = module.model_copy(update={"weight": stored(module.weight)})

@@ -25,6 +25,7 @@ from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.memory import trim_heap
+from qvlm_plugin.plan import share_within_sites
 from qvlm_plugin.plan_header import ModulePlan, Rotation, table_hash
 from qvlm_plugin.reading import inside, parsed_elsewhere
 from qvlm_plugin.rotation import factors
@@ -212,6 +213,7 @@ def pack(record: CheckpointRecord, model: nn.Module, compute_type: torch.dtype) 
         layer.to(compute_type)
         trim_heap()
         choices[module.plan.name] = choice
+    share_within_sites([module.plan for module in record.quantized], model)
     return Execution(choices)
 
 

@@ -1,11 +1,13 @@
 """QuantLinear: the one module that replaces nn.Linear."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.sharing import ROUNDING, once
 from qvlm_plugin.rotation import rotate
 
 
@@ -78,7 +80,9 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
         if self.rotation_names:
-            x = rotate(x, [getattr(self, name) for name in self.rotation_names])
+            factors = [getattr(self, name) for name in self.rotation_names]
+            given = x
+            x = once(given, self._parameters, self.rotation_names, "rotated", lambda: rotate(given, factors))
         return self.kernel.forward(x, self._parameters, self.activation_format)
 
     def extra_repr(self) -> str:
@@ -86,3 +90,18 @@ class QuantLinear(nn.Module):
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         rotated = ", rotated" if self.rotation_names else ""
         return f"{shape}, {self.weight_format}, {self.activation_format}{rotated}, kernel={self.kernel.name}"
+
+
+def share_parameters(layers: Iterable[QuantLinear]) -> None:
+    """Let Linears that read the same tensor have equal parameters in common that prepare it, for it to be done `once`.
+
+    Bounds are the same for all Linears of a site, but each has made copies on its device, or found steps by itself.
+    """
+    first, *others = layers
+    for layer in others:
+        for name in (*ROUNDING, *first.rotation_names):
+            mine, theirs = first._parameters.get(name), layer._parameters.get(name)
+            if mine is None or theirs is None or mine is theirs or mine.device != theirs.device:
+                continue
+            if mine.dtype == theirs.dtype and torch.equal(mine, theirs):
+                layer.register_parameter(name, mine)

@@ -28,7 +28,7 @@ from qvlm_plugin.atomic import require_writable, staged
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Choice, Execution, choose
-from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.linear import QuantLinear, share_parameters
 from qvlm_plugin.packing import codes_per_byte, packed_width
 from qvlm_plugin.plan_header import (
     HEADER,
@@ -234,7 +234,17 @@ def apply_plan(
         kernel = execution.choices[module.name].kernel
         layer = quantized_linear(module, linear, plan.tensors, kernel, plan.rotation_of(module))
         place(model, module.name, layer)
+    share_within_sites(plan.quantized, model)
     return execution
+
+
+def share_within_sites(modules: Sequence[ModulePlan], model: nn.Module) -> None:
+    """`share_parameters` among the quantized Linears of each site; ``modules`` are quantized."""
+    sites: dict[str | None, list[QuantLinear]] = {}
+    for module in modules:
+        sites.setdefault(module.site, []).append(model.get_submodule(module.name))
+    for layers in sites.values():
+        share_parameters(layers)
 
 
 def place(model: nn.Module, name: str, layer: QuantLinear) -> None:

@@ -142,7 +142,7 @@ def test_checkpoints_of_version_0_1_load(source, tmp_path, calibration, inputs):
 def test_casting_the_model_keeps_scales(source, tmp_path, calibration, inputs):
     loaded, _ = exported(source, tmp_path / "x", calibration, dtype="float32")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    before = {name: tensor.clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
     model.to(torch.bfloat16)
     assert model.dtype == torch.bfloat16
     for name, module in model.named_modules():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, like_input
-from qvlm_plugin.kernels.folding import arrange, encode, fold, unfold, with_encoding
+from qvlm_plugin.kernels.folding import encode, fold, unfold, with_encoding
 from qvlm_plugin.kernels.int4 import INT4, dequantize_packed
 from qvlm_plugin.kernels.int4_product import WIDTH, int4_linear, operator_group
 from qvlm_plugin.packing import pack_codes
@@ -73,8 +73,8 @@ def _pack(
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
     compute_type = tensors["scales_and_zeros"].dtype
-    codes = encode(x.reshape(-1, x.shape[-1]), tensors, activation_format.bits, compute_type)
-    product = int4_linear(arrange(codes, tensors["index"]), tensors["packed"], tensors["scales_and_zeros"])
+    codes = encode(x, tensors, activation_format.bits, compute_type)
+    product = int4_linear(codes, tensors["packed"], tensors["scales_and_zeros"])
     output = torch.addcmul(tensors["bias"], product.float(), tensors["multiplier"])
     return like_input(output, x)
 

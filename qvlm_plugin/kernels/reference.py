@@ -4,6 +4,7 @@ Exact in what it simulates on every device and for every format; it saves neithe
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, as_stored, corrected_bias, with_parameters
+from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.quantizers import (
     fake_quantize,
     fake_quantize_straight_through,
@@ -76,13 +78,20 @@ def _prepare(
     return with_parameters({"weight": rounded}, bias, activation_format, parameters)
 
 
-def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
-    return F.linear(round_activation(x, activation_format, tensors), tensors["weight"], tensors.get("bias"))
+def _forward(
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    activation_format: ActivationFormat,
+    quantize: Callable[[Tensor, Tensor, Tensor, int], Tensor] = fake_quantize,
+) -> Tensor:
+    def compute() -> Tensor:
+        return round_activation(x, activation_format, tensors, quantize)
 
-
-def _forward_straight_through(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
-    rounded = round_activation(x, activation_format, tensors, fake_quantize_straight_through)
+    rounded = once(x, tensors, activation_format.parameters, (activation_format, quantize), compute)
     return F.linear(rounded, tensors["weight"], tensors.get("bias"))
+
+
+_forward_straight_through = partial(_forward, quantize=fake_quantize_straight_through)
 
 
 def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:

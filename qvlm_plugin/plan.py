@@ -367,16 +367,17 @@ def _require_tensors(plan: RoundingPlan, model: nn.Module) -> None:
 
 def _require_rotations(plan: RoundingPlan) -> None:
     """Every rotation is of one site, whose inputs can be rotated."""
-    sites = [rotation.site for rotation in plan.rotations]
+    readers: dict[str | None, list[ModulePlan]] = {}
+    for module in plan.modules:
+        readers.setdefault(module.site, []).append(module)
     for rotation in plan.rotations:
-        modules = [module for module in plan.modules if module.site == rotation.site]
-        obstacles = [obstacle for module in modules if (obstacle := rotation.obstacle(module))]
-        if not modules:
-            obstacles = ["no Linear of the model has this site"]
-        if sites.count(rotation.site) > 1:
-            obstacles = ["it says so more than once"]
-        if obstacles:
-            raise QVLMError(f"plan rotates the inputs of {rotation.site}, which cannot be: {obstacles[0]}")
+        modules = readers.pop(rotation.site, None)
+        if modules is None:
+            obstacle = "no Linear of the model has this site, or the plan rotates it already"
+        else:
+            obstacle = next(filter(None, map(rotation.obstacle, modules)), None)
+        if obstacle:
+            raise QVLMError(f"plan rotates the inputs of {rotation.site}, which cannot be: {obstacle}")
 
 
 def _require_codes(module: ModulePlan, tensors: Mapping[str, Tensor]) -> None:

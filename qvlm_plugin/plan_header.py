@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -221,7 +222,11 @@ class PlanFacts:
 
     def rotation_of(self, module: ModulePlan) -> Rotation | None:
         """What a Linear's inputs are multiplied by; None if by nothing."""
-        return next((rotation for rotation in self.rotations if rotation.site == module.site), None)
+        return self._rotation_at.get(module.site)
+
+    @cached_property
+    def _rotation_at(self) -> dict[str | None, Rotation]:
+        return {rotation.site: rotation for rotation in self.rotations}
 
     def effective_bits(self) -> dict[str, dict[str, float]]:
         """Mean bits of each part's weights (scales and zero points included) and input elements, by weight count."""

@@ -237,7 +237,7 @@ def test_what_cannot_be_rotated_is_refused(loaded, calibration, identity):
     for wrong, reason in [
         (rotated(plan, {site}), rf"rotates the inputs of {site}, which cannot be: its ranges .*static_channel"),
         (replace(identity, rotations=other), "rotates the inputs of nowhere, .*no Linear of the model has this site"),
-        (replace(identity, rotations=(first, first)), "it says so more than once"),
+        (replace(identity, rotations=(first, first)), "the plan rotates it already"),
         (
             replace(identity, rotations=(first.model_copy(update={"outer": 10**12}),)),
             r"it is of \d+ channels, and model.vision_tower.* has \d+",

@@ -96,7 +96,7 @@ def measure(
         quantized = QuantLinear.from_linear(linear, weight, activation, parameters, kernel)
         modules[name] = _copies(lambda quantized=quantized: _copy(quantized), copies)
         exact = nn.Linear(columns, rows, bias=False, device=device)
-        exact.weight.copy_(quantized_values(linear.weight, weight))
+        exact.weight.copy_(quantized_values(linear.weight, weight, {}))
         references[name] = QuantLinear.from_linear(exact, WeightFormat(), activation, parameters, REFERENCE)
     errors = {
         name: [_error(layers[0], references[name], x[:count]) for count in tokens] for name, layers in modules.items()

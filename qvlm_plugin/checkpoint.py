@@ -25,10 +25,13 @@ from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.memory import trim_heap
-from qvlm_plugin.plan_header import ModulePlan, table_hash
+from qvlm_plugin.plan import share_within_sites
+from qvlm_plugin.plan_header import ModulePlan, Rotation, table_hash
 from qvlm_plugin.reading import inside, parsed_elsewhere
+from qvlm_plugin.rotation import factors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that this version reads. A folder is written in the oldest that says all: its plan's."""
 
 _GUARD = "weight"
 
@@ -46,12 +49,14 @@ class StoredModule(_Record):
     Attributes:
         plan: its entry there.
         kernel: whose neutral tensors are stored; None for a Linear that stays as it is.
+        rotation: what its inputs are multiplied by; the stored weight is for such inputs.
         tensors: their types and shapes by name, as ``uint8[64,128]``.
         refused: kernels that could not serve a module which fell back, with their reasons.
     """
 
     plan: ModulePlan
     kernel: str | None = None
+    rotation: Rotation | None = None
     tensors: Mapping[str, str] = Field(default_factory=dict)
     refused: Mapping[str, str] = Field(default_factory=dict)
 
@@ -71,7 +76,7 @@ class CheckpointRecord(_Record):
     """
 
     quant_method: Literal["qvlm"] = "qvlm"
-    format_version: int = FORMAT_VERSION
+    format_version: int
     package_version: str
     backend: str
     model: str
@@ -145,7 +150,8 @@ def lay_out(record: CheckpointRecord, model: nn.Module) -> None:
     """Replace Linears of ``model`` by modules that wait for the stored tensors, on the meta device.
 
     Raises:
-        QVLMError: a module is not a Linear of this shape in the model, or its kernel is not known here.
+        QVLMError: a module is not a Linear of this shape in the model, its inputs cannot be rotated as it says, or its
+            kernel is not known here.
     """
     kernels = _known_kernels()
     for module in record.quantized:
@@ -161,6 +167,8 @@ def lay_out(record: CheckpointRecord, model: nn.Module) -> None:
                 f"the quantized checkpoint stores {plan.name} for kernel {module.kernel!r}, which no installed plugin "
                 f"provides; known are {', '.join(kernels)}"
             )
+        if module.rotation and (reason := module.rotation.obstacle(plan)):
+            raise QVLMError(f"the quantized checkpoint rotates the inputs of {plan.name}, which cannot be: {reason}")
         tensors = {name: _empty(text) for name, text in module.tensors.items()}
         try:
             layer = QuantLinear(tensors, plan.weight, plan.activation, kernels[module.kernel], plan.shape)
@@ -200,9 +208,12 @@ def pack(record: CheckpointRecord, model: nn.Module, compute_type: torch.dtype) 
                 neutral = layer.kernel.restore(neutral, layer.activation_format)
                 layer.kernel = choice.kernel
             layer.hold(choice.kernel.pack(neutral, layer.activation_format, guard.device))
+        if module.rotation is not None:
+            layer.rotate_inputs(factors(module.rotation, guard.device))
         layer.to(compute_type)
         trim_heap()
         choices[module.plan.name] = choice
+    share_within_sites([module.plan for module in record.quantized], model)
     return Execution(choices)
 
 

@@ -33,7 +33,7 @@ from qvlm_plugin.models.dry_run import answer
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, begin_applying, parameters_of
 from qvlm_plugin.plan_header import ModulePlan
-from qvlm_plugin.quantizers import quantize_int
+from qvlm_plugin.quantizers import int_weight
 
 PACKED, INTEGER, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 
@@ -84,6 +84,11 @@ def export_compressed_tensors(
     """
     require_vacant(directory)
     model = loaded.model
+    if plan.rotations:
+        raise QVLMError(
+            f"--format compressed-tensors cannot express the plan: it rotates the inputs of {plan.rotations[0].site} "
+            "while the model runs"
+        )
     groups: dict[_Group, list[ModulePlan]] = {}
     for module in plan.quantized:
         groups.setdefault(_group(module), []).append(module)
@@ -151,7 +156,7 @@ def _compress(module: ModulePlan, group: _Group, tensors: Mapping[str, Tensor], 
     parameters = parameters_of(module, tensors, weight.device)
     if group.format == PACKED:
         fmt = module.weight
-        quantized = quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, parameters.get("clip"))
+        quantized = int_weight(weight, fmt, parameters)
         rounded = quantized.dequantize()
         stored = {
             "weight_packed": pack_words(quantized.codes, fmt.bits),
@@ -161,7 +166,7 @@ def _compress(module: ModulePlan, group: _Group, tensors: Mapping[str, Tensor], 
         if not fmt.symmetric:
             stored["weight_zero_point"] = pack_words(quantized.zero_point.t(), fmt.bits).t()
     else:
-        planned = quantized_values(weight, module.weight, parameters.get("clip"))
+        planned = quantized_values(weight, module.weight, parameters)
         scale = (planned.abs().amax(dim=1, keepdim=True) / 127).to(dtype)
         scale = torch.where(scale > 0, scale, 1.0)
         codes = (planned / scale.float()).round().clamp(-127, 127)

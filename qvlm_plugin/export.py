@@ -12,8 +12,9 @@ from qvlm_plugin.hf_quantizer import QVLMQuantizationConfig
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.loading import LoadedModel, load
-from qvlm_plugin.plan import RoundingPlan, begin_applying, parameters_of
+from qvlm_plugin.plan import RoundingPlan, begin_applying, parameters_of, rotated_linear
 from qvlm_plugin.plan_header import ModulePlan
+from qvlm_plugin.rotation import factors
 
 
 def export(
@@ -47,6 +48,7 @@ def export(
     execution = begin_applying(plan, model, loaded.fingerprint, backends.kernels(backend), strict)
     modules = tuple(_store(module, plan, loaded, execution.choices.get(module.name)) for module in plan.modules)
     record = CheckpointRecord(
+        format_version=plan.oldest_format,
         package_version=__version__,
         backend=backend,
         model=plan.model,
@@ -93,7 +95,9 @@ def _store(module: ModulePlan, plan: RoundingPlan, loaded: LoadedModel, choice: 
     """Put the stored tensors of one Linear in its place, and say what they are."""
     if choice is None:
         return StoredModule(plan=module)
-    linear, kernel = loaded.model.get_submodule(module.name), choice.kernel
+    linear, kernel, rotation = loaded.model.get_submodule(module.name), choice.kernel, plan.rotation_of(module)
+    if rotation is not None:
+        linear = rotated_linear(linear, factors(rotation, linear.weight.device))
     parameters = parameters_of(module, plan.tensors, linear.weight.device)
     neutral = kernel.prepare(linear.weight.detach(), linear.bias, module.weight, module.activation, parameters)
     stored = stored_form(neutral)
@@ -101,4 +105,4 @@ def _store(module: ModulePlan, plan: RoundingPlan, loaded: LoadedModel, choice: 
     loaded.model.set_submodule(module.name, layer)
     specifications = {name: specification(tensor) for name, tensor in stored.items()}
     refused = dict(choice.refused) if choice.fell_back else {}
-    return StoredModule(plan=module, kernel=kernel.name, tensors=specifications, refused=refused)
+    return StoredModule(plan=module, kernel=kernel.name, rotation=rotation, tensors=specifications, refused=refused)

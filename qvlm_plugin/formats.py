@@ -1,9 +1,16 @@
 """The formats a weight or an activation can be quantized to: a small closed vocabulary, as data."""
 
 from math import ceil
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from qvlm_plugin.scheme import MAX_BITS, MIN_BITS, UNQUANTIZED
 
@@ -37,7 +44,11 @@ class WeightFormat(_Format):
         double_quantization: for ``nf``: the block scales are themselves quantized to 8 bits.
         clipped: the groups' ranges are narrowed by a parameter ``clip`` (one factor in (0, 1] for each group).
         corrected: the bias makes up for what rounding the weight adds to the mean output; takes the site's parameter
-            ``mean`` [in_features], the mean input.
+            ``mean`` [in_features], the mean of the input that is rounded (after folds and rotations).
+        stored: for ``int``: the plan holds the codes, as parameters ``codes`` (uint8 [out_features, bytes], see
+            `packing`), ``scales`` (floating [out_features, groups], positive) and, unless ``symmetric``,
+            ``zero_points`` (uint8 [out_features, groups]). They are codes of the weight as it is when the plan's folds
+            and rotations are applied. Otherwise codes follow from the weight, by rounding to the nearest.
     """
 
     kind: Literal["none", "int", "nf"] = "none"
@@ -46,10 +57,25 @@ class WeightFormat(_Format):
     double_quantization: bool = False
     clipped: bool = False
     corrected: bool = False
+    stored: bool = False
+
+    @model_validator(mode="after")
+    def _codes_are_integers(self) -> "WeightFormat":
+        if self.stored and (self.kind != "int" or self.clipped):
+            raise ValueError("stored codes are of kind 'int', and not clipped: their scales are stored with them")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``stored`` unless it is true: older versions know, and have hashed, formats without it."""
+        content = serialize(self)
+        return {name: value for name, value in content.items() if name != "stored" or value}
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the tensors a plan holds for each Linear of this format."""
+        if self.stored:
+            return ("codes", "scales") if self.symmetric else ("codes", "scales", "zero_points")
         return ("clip",) if self.clipped else ()
 
     @property
@@ -65,7 +91,10 @@ class WeightFormat(_Format):
         return rows * (ceil(columns / self.group_size) if self.group_size else 1)
 
     def effective_bits(self, shape: tuple[int, int]) -> float:
-        """Bits per weight when packed: the code and its share of 16-bit scales, zero points and block scales."""
+        """Bits per weight when packed: the code and its share of 16-bit scales, zero points and block scales.
+
+        That is what kernels count, too; a plan's file has a byte for each stored code of 3, 5, 6 or 7 bits.
+        """
         if self.kind == "int":
             metadata = 16 + (0 if self.symmetric else self.bits)
             return self.bits + metadata * self.groups(shape) / (shape[0] * shape[1])
@@ -79,7 +108,8 @@ class WeightFormat(_Format):
             return "weight unquantized"
         if self.kind == "nf":
             return f"nf{self.bits}" + (" double-quantized" if self.double_quantization else "")
-        return f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} g{self.group_size or 'channel'}"
+        kind = f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} g{self.group_size or 'channel'}"
+        return f"{kind} stored" if self.stored else kind
 
 
 class ActivationFormat(_Format):

@@ -1,11 +1,14 @@
 """QuantLinear: the one module that replaces nn.Linear."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
+from qvlm_plugin.kernels.sharing import ROUNDING, once
+from qvlm_plugin.rotation import rotate
 
 
 class QuantLinear(nn.Module):
@@ -28,6 +31,7 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = shape
         self.weight_format, self.activation_format, self.kernel = weight_format, activation_format, kernel
         self.tensor_names: tuple[str, ...] = ()
+        self.rotation_names: tuple[str, ...] = ()
         self.hold(tensors)
 
     @classmethod
@@ -53,9 +57,19 @@ class QuantLinear(nn.Module):
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
 
+    def rotate_inputs(self, factors: Sequence[Tensor]) -> None:
+        """From now on multiply inputs by a rotation's `factors`, before they are rounded; the weight is for such."""
+        self.rotation_names = tuple(f"rotation_{index}" for index in range(len(factors)))
+        for name, factor in zip(self.rotation_names, factors, strict=True):
+            self.register_parameter(name, nn.Parameter(factor.detach(), requires_grad=False))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
         # ``model.to(dtype)`` is about the compute type: scales and bounds lose what they were searched for by a cast.
-        kept = {id(getattr(self, name)) for name in self.tensor_names if name not in self.kernel.cast}
+        kept = {
+            id(getattr(self, name))
+            for name in (*self.tensor_names, *self.rotation_names)
+            if name not in self.kernel.cast
+        }
 
         def keeping_dtypes(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -65,9 +79,29 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
+        if self.rotation_names:
+            factors = [getattr(self, name) for name in self.rotation_names]
+            given = x
+            x = once(given, self._parameters, self.rotation_names, "rotated", lambda: rotate(given, factors))
         return self.kernel.forward(x, self._parameters, self.activation_format)
 
     def extra_repr(self) -> str:
         """Shape, formats and kernel, for ``print(model)``."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{shape}, {self.weight_format}, {self.activation_format}, kernel={self.kernel.name}"
+        rotated = ", rotated" if self.rotation_names else ""
+        return f"{shape}, {self.weight_format}, {self.activation_format}{rotated}, kernel={self.kernel.name}"
+
+
+def share_parameters(layers: Iterable[QuantLinear]) -> None:
+    """Let Linears that read the same tensor have equal parameters in common that prepare it, for it to be done `once`.
+
+    Bounds are the same for all Linears of a site, but each has made copies on its device, or found steps by itself.
+    """
+    first, *others = layers
+    for layer in others:
+        for name in (*ROUNDING, *first.rotation_names):
+            mine, theirs = first._parameters.get(name), layer._parameters.get(name)
+            if mine is None or theirs is None or mine is theirs or mine.device != theirs.device:
+                continue
+            if mine.dtype == theirs.dtype and torch.equal(mine, theirs):
+                layer.register_parameter(name, mine)

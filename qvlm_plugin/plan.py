@@ -1,14 +1,19 @@
 """Rounding plans: what a quantization method decided, as plain data.
 
-A plan lists every Linear of a model with the formats of its weight and of its input, and holds the small tensors that
-those formats need (bounds, clipping ratios). It can be saved, compared, shared and applied again; applying it is one
-function for all methods. The weights themselves are not in it: their codes follow from the model and the formats.
+A plan lists every Linear of a model with the formats of its weight and of its input, and holds the tensors that those
+formats need (bounds, clipping ratios). It can be saved, compared, shared and applied again; applying it is one function
+for all methods. The weights themselves are not in it: their codes follow from the model and the formats, or are among
+the tensors (`WeightFormat.stored`).
 
-On disk a plan is a folder with ``plan.json`` (readable) and ``plan.safetensors``.
+On disk a plan is a folder with ``plan.json`` (readable) and ``plan.safetensors``. With codes it is as large as the
+packed model, so that its tensors are read where they lie (mapped into memory) and written and hashed part by part.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +28,9 @@ from qvlm_plugin.atomic import require_writable, staged
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Choice, Execution, choose
-from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.linear import QuantLinear, share_parameters
+from qvlm_plugin.packing import codes_per_byte, packed_width
 from qvlm_plugin.plan_header import (
-    FORMAT_VERSION,
     HEADER,
     TENSORS,
     CalibrationRecord,
@@ -33,9 +38,10 @@ from qvlm_plugin.plan_header import (
     ModulePlan,
     PlanFacts,
     PlanHeader,
-    digest,
+    Rotation,
     read_header,
 )
+from qvlm_plugin.rotation import factors, rotate
 from qvlm_plugin.topology import linear_layers
 
 
@@ -52,6 +58,7 @@ class RoundingPlan(PlanFacts):
             the model were that they were found on.
         folds: scales to move between modules before quantizing, in this order.
         replaced: names of the model's own parameters that take new values (trained norms) before anything else.
+        rotations: what sites' inputs are multiplied by before they are rounded, at most one for each site.
         calibration: the documents used, None for data-free methods.
         search_seconds: wall time of the fit.
         record: how the search went, as JSON data for people and reports (a loss curve, a partition).
@@ -65,6 +72,7 @@ class RoundingPlan(PlanFacts):
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     folds: tuple[Fold, ...] = ()
     replaced: tuple[str, ...] = ()
+    rotations: tuple[Rotation, ...] = ()
     calibration: CalibrationRecord | None = None
     search_seconds: float = 0.0
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -72,17 +80,19 @@ class RoundingPlan(PlanFacts):
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", {name: tensor.detach().cpu() for name, tensor in self.tensors.items()})
 
-    @property
+    @cached_property
     def tensors_sha256(self) -> str:
-        """SHA-256 of the file that `save` makes of the tensors."""
-        return digest(_serialize(self.tensors))
+        """SHA-256 of the file that `save` makes of the tensors, or that they were read from."""
+        sha = hashlib.sha256()
+        for part in _file_parts(self.tensors):
+            sha.update(part)
+        return sha.hexdigest()
 
     def save(self, directory: Path) -> Path:
         """Write the plan's folder in one step: it is there completely or not at all. An older plan is replaced."""
         directory = Path(directory)
-        blob = _serialize(self.tensors)
         header = PlanHeader(
-            format_version=FORMAT_VERSION,
+            format_version=self.oldest_format,
             package_version=__version__,
             method=self.method,
             scheme=self.scheme,
@@ -90,15 +100,17 @@ class RoundingPlan(PlanFacts):
             model=self.model,
             calibration=self.calibration,
             search_seconds=self.search_seconds,
-            tensors_sha256=digest(blob),
+            tensors_sha256=self.tensors_sha256,
             modules=self.modules,
             folds=self.folds,
             replaced=self.replaced,
+            rotations=self.rotations,
             record=dict(self.record),
         )
         require_place(directory)
         with staged(directory, replaces=True) as folder:
-            (folder / TENSORS).write_bytes(blob)
+            with (folder / TENSORS).open("wb") as stream:
+                stream.writelines(_file_parts(self.tensors))
             (folder / HEADER).write_text(header.model_dump_json(indent=1) + "\n", encoding="utf-8")
         return directory
 
@@ -115,7 +127,9 @@ class RoundingPlan(PlanFacts):
         except SafetensorError as error:
             raise QVLMError(f"plan={str(directory)!r}: {TENSORS} does not load: {error}") from error
         values = {name: getattr(header, name) for name in cls.__dataclass_fields__ if name != "tensors"}
-        return cls(**values, tensors=tensors)
+        plan = cls(**values, tensors=tensors)
+        object.__setattr__(plan, "tensors_sha256", header.tensors_sha256)
+        return plan
 
 
 def require_place(directory: Path) -> None:
@@ -154,7 +168,7 @@ def check_plan(
 
     Raises:
         QVLMError: the plan belongs to another model, lists a module that is missing or of another shape, leaves one
-            out, lacks a tensor, no kernel supports a module, or it falls back under ``strict``.
+            out, lacks a tensor, rotates what cannot be, no kernel supports a module, or it falls back under ``strict``.
     """
     if plan.model != fingerprint:
         raise QVLMError(
@@ -167,6 +181,7 @@ def check_plan(
     if device is None and (offloaded := [name for name, linear in linears.items() if linear.weight.is_meta]):
         raise QVLMError(f"{offloaded[0]} is offloaded; choose a device_map that keeps the weights on devices")
     _require_tensors(plan, model)
+    _require_rotations(plan)
     execution = Execution(
         {
             module.name: _choose(kernels, module, device or linears[module.name].weight.device)
@@ -216,9 +231,20 @@ def apply_plan(
     execution = begin_applying(plan, model, fingerprint, kernels, strict)
     for module in plan.quantized:
         linear = model.get_submodule(module.name)
-        layer = quantized_linear(module, linear, plan.tensors, execution.choices[module.name].kernel)
+        kernel = execution.choices[module.name].kernel
+        layer = quantized_linear(module, linear, plan.tensors, kernel, plan.rotation_of(module))
         place(model, module.name, layer)
+    share_within_sites(plan.quantized, model)
     return execution
+
+
+def share_within_sites(modules: Sequence[ModulePlan], model: nn.Module) -> None:
+    """`share_parameters` among the quantized Linears of each site; ``modules`` are quantized."""
+    sites: dict[str | None, list[QuantLinear]] = {}
+    for module in modules:
+        sites.setdefault(module.site, []).append(model.get_submodule(module.name))
+    for layers in sites.values():
+        share_parameters(layers)
 
 
 def place(model: nn.Module, name: str, layer: QuantLinear) -> None:
@@ -230,11 +256,29 @@ def place(model: nn.Module, name: str, layer: QuantLinear) -> None:
 
 
 def quantized_linear(
-    module: ModulePlan, linear: nn.Linear, tensors: Mapping[str, Tensor], kernel: Kernel
+    module: ModulePlan,
+    linear: nn.Linear,
+    tensors: Mapping[str, Tensor],
+    kernel: Kernel,
+    rotation: Rotation | None = None,
 ) -> QuantLinear:
-    """What ``linear`` becomes by its entry in a plan with these ``tensors``."""
+    """What ``linear`` becomes by its entry in a plan with these ``tensors`` and this rotation of its inputs."""
     parameters = parameters_of(module, tensors, linear.weight.device)
-    return QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
+    if rotation is None:
+        return QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
+    matrices = factors(rotation, linear.weight.device)
+    rotated = rotated_linear(linear, matrices)
+    layer = QuantLinear.from_linear(rotated, module.weight, module.activation, parameters, kernel)
+    layer.rotate_inputs(matrices)
+    return layer
+
+
+def rotated_linear(linear: nn.Linear, factors: Sequence[Tensor]) -> nn.Linear:
+    """A Linear that gives for inputs rotated by ``factors`` what ``linear`` gives for inputs."""
+    rotated = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    rotated.weight = nn.Parameter(rotate(linear.weight.detach(), factors), requires_grad=False)
+    rotated.bias = linear.bias
+    return rotated
 
 
 def parameters_of(module: ModulePlan, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -300,7 +344,11 @@ def _require_tensors(plan: RoundingPlan, model: nn.Module) -> None:
     """Every tensor that applying the plan reads is there, finite and of the right size."""
     sizes = {}
     for module in plan.modules:
+        if module.weight.stored:
+            _require_codes(module, plan.tensors)
         for name, key in _tensor_keys(module).items():
+            if module.weight.stored and name in module.weight.parameters:
+                continue
             sizes[key] = {"clip_ratio": 1, "clip": module.weight.groups(module.shape)}.get(name, module.shape[1])
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     for name in plan.replaced:
@@ -317,5 +365,49 @@ def _require_tensors(plan: RoundingPlan, model: nn.Module) -> None:
             raise QVLMError(f"plan has no finite tensor {key} of {size} elements")
 
 
-def _serialize(tensors: Mapping[str, Tensor]) -> bytes:
-    return save({name: tensors[name].contiguous() for name in sorted(tensors)})
+def _require_rotations(plan: RoundingPlan) -> None:
+    """Every rotation is of one site, whose inputs can be rotated."""
+    readers: dict[str | None, list[ModulePlan]] = {}
+    for module in plan.modules:
+        readers.setdefault(module.site, []).append(module)
+    for rotation in plan.rotations:
+        modules = readers.pop(rotation.site, None)
+        if modules is None:
+            obstacle = "no Linear of the model has this site, or the plan rotates it already"
+        else:
+            obstacle = next(filter(None, map(rotation.obstacle, modules)), None)
+        if obstacle:
+            raise QVLMError(f"plan rotates the inputs of {rotation.site}, which cannot be: {obstacle}")
+
+
+def _require_codes(module: ModulePlan, tensors: Mapping[str, Tensor]) -> None:
+    """The codes of a Linear are there, and can be codes of its weight."""
+    fmt, (rows, columns) = module.weight, module.shape
+    groups, largest = fmt.groups(module.shape) // rows, 2**fmt.bits - 1
+    widths = {"codes": packed_width(columns, fmt.bits), "scales": groups, "zero_points": groups}
+    for name in fmt.parameters:
+        key, floating = f"{module.name}/{name}", name == "scales"
+        tensor = tensors.get(key)
+        right_type = tensor is not None and (tensor.is_floating_point() if floating else tensor.dtype == torch.uint8)
+        if not right_type or tensor.shape != (rows, widths[name]):
+            raise QVLMError(f"plan has no {'floating' if floating else 'uint8'} tensor {key} [{rows}, {widths[name]}]")
+        if floating and not (tensor.isfinite() & (tensor > 0)).all():
+            raise QVLMError(f"plan has scales in {key} that are not positive and finite")
+        # Every byte that several codes share is one of codes.
+        if not floating and (name == "zero_points" or codes_per_byte(fmt.bits) == 1) and int(tensor.max()) > largest:
+            raise QVLMError(f"plan has a code in {key} that is larger than {largest}, the largest of {fmt.bits} bits")
+
+
+def _file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The content of the safetensors file of ``tensors``, to the byte what the library writes, without a copy of it."""
+    layout = json.loads(save({name: tensor.new_empty(0) for name, tensor in tensors.items()})[8:])  # in its own order
+    end = 0
+    for name, entry in layout.items():
+        start, end = end, end + tensors[name].nbytes
+        entry |= {"shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    header = json.dumps(layout, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for name in layout:
+        yield tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data

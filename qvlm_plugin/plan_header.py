@@ -3,10 +3,19 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
@@ -16,7 +25,9 @@ from qvlm_plugin.scheme import PARTS
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that this version reads. 2 has stored codes and rotations. Plans without any are written as 1: older
+versions read and apply them as this one does."""
 
 HEADER, TENSORS = "plan.json", "plan.safetensors"
 """The files of a plan's folder."""
@@ -81,6 +92,62 @@ class Fold(_Record):
         return heads.repeat_interleave(width // scale.numel(), dim=0).flatten()
 
 
+class Rotation(_Record):
+    """An orthogonal matrix R that a site's inputs are multiplied by, before they are rounded, while the model runs.
+
+    Weights of the site's Linears are multiplied by it when the plan is applied, after folds and before they are
+    rounded: ``x Wᵀ = (x R) (W R)ᵀ``. Codes, means and clipping in the plan are of what has been multiplied.
+
+    Attributes:
+        site: whose inputs.
+        kind: ``hadamard`` - R = Q ⊗ H / √block, see `rotation`.
+        outer: order of Q; 1 for none.
+        block: order of the Hadamard matrix H, a power of two.
+        seed: that Q is drawn from.
+    """
+
+    site: str
+    kind: Literal["hadamard"] = "hadamard"
+    outer: PositiveInt
+    block: PositiveInt
+    seed: int = Field(0, ge=0, lt=2**63)
+
+    @field_validator("block")
+    @classmethod
+    def _power_of_two(cls, block: int) -> int:
+        if block & (block - 1):
+            raise ValueError(f"{block} is not a power of two")
+        return block
+
+    @classmethod
+    def of_channels(cls, site: str, channels: int, seed: int = 0) -> "Rotation":
+        """The one with the largest block: the largest power of two that divides the channels, as 11008 = 43 * 256.
+
+        There is no bound, for what it costs hardly grows with the block (`rotation.factors`).
+        """
+        block = channels & -channels
+        return cls(site=site, outer=channels // block, block=block, seed=seed)
+
+    @property
+    def channels(self) -> int:
+        """How many channels it mixes."""
+        return self.outer * self.block
+
+    def obstacle(self, module: ModulePlan) -> str | None:
+        """Why the inputs of a Linear at the site cannot be rotated, in a few words; None if they can."""
+        if self.channels != module.shape[1]:
+            return f"it is of {self.channels} channels, and {module.name} has {module.shape[1]}"
+        if module.activation.kind == "static_channel":
+            return (
+                "its ranges are those of single channels (static_channel), and a rotation lets a token with one "
+                "massive channel widen them all; it goes with dynamic_token, or inputs that are not rounded"
+            )
+        return None
+
+    def __str__(self) -> str:
+        return f"rotated {self.outer}x{self.block}"
+
+
 class CalibrationRecord(_Record):
     """What a plan was fitted on.
 
@@ -104,8 +171,10 @@ class PlanFacts:
     @property
     def hash(self) -> str:
         """SHA-256 of what the plan does: model, modules and tensors; not of how long it took or where it lies."""
-        edits = json.dumps([[fold.model_dump() for fold in self.folds], self.replaced])
-        parts = (self.model, self.table_hash, edits, self.tensors_sha256)
+        edits: list[Any] = [[fold.model_dump() for fold in self.folds], self.replaced]
+        if self.rotations:  # hashes of plans without any are those of older versions
+            edits.append([rotation.model_dump() for rotation in self.rotations])
+        parts = (self.model, self.table_hash, json.dumps(edits), self.tensors_sha256)
         return digest("|".join(parts).encode())
 
     @property
@@ -116,7 +185,14 @@ class PlanFacts:
     @property
     def quantized(self) -> tuple[ModulePlan, ...]:
         """The modules that do not stay as they are."""
-        return tuple(module for module in self.modules if not module.is_identity)
+        return tuple(
+            module for module in self.modules if not module.is_identity or self.rotation_of(module) is not None
+        )
+
+    @property
+    def oldest_format(self) -> int:
+        """The oldest `FORMAT_VERSION` that can say what the plan does."""
+        return 2 if self.rotations or any(module.weight.stored for module in self.modules) else 1
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -143,6 +219,14 @@ class PlanFacts:
     def readers(self, site: str) -> tuple[str, ...]:
         """Names of the Linears at a site."""
         return tuple(module.name for module in self.modules if module.site == site)
+
+    def rotation_of(self, module: ModulePlan) -> Rotation | None:
+        """What a Linear's inputs are multiplied by; None if by nothing."""
+        return self._rotation_at.get(module.site)
+
+    @cached_property
+    def _rotation_at(self) -> dict[str | None, Rotation]:
+        return {rotation.site: rotation for rotation in self.rotations}
 
     def effective_bits(self) -> dict[str, dict[str, float]]:
         """Mean bits of each part's weights (scales and zero points included) and input elements, by weight count."""
@@ -175,7 +259,14 @@ class PlanHeader(PlanFacts, _Record):
     modules: tuple[ModulePlan, ...]
     folds: tuple[Fold, ...]
     replaced: tuple[str, ...]
+    rotations: tuple[Rotation, ...] = ()
     record: dict[str, Any] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``rotations`` if there are none: older versions know no such key."""
+        content = serialize(self)
+        return {name: value for name, value in content.items() if name != "rotations" or value}
 
 
 def read_header(directory: Path | str) -> PlanHeader:

@@ -20,7 +20,7 @@ from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.memory import trim_heap
-from qvlm_plugin.plan import RoundingPlan, check_plan, edit, place, quantized_linear
+from qvlm_plugin.plan import RoundingPlan, check_plan, edit, place, quantized_linear, share_within_sites
 
 _METHOD = "qvlm-plan"
 
@@ -73,9 +73,8 @@ class _Quantizer(HfQuantizer):
         how, linear = self.quantization_config, model.get_submodule(name)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         edit(how.plan, {name: linear})
-        self.layers[name] = quantized_linear(
-            self.waiting[name], linear, how.plan.tensors, how.execution.choices[name].kernel
-        )
+        module, kernel = self.waiting[name], how.execution.choices[name].kernel
+        self.layers[name] = quantized_linear(module, linear, how.plan.tensors, kernel, how.plan.rotation_of(module))
         # The Linear stays until loading is over, which looks at its weight once more.
         linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
         linear.weight._is_hf_initialized = True
@@ -84,6 +83,7 @@ class _Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **more: Any) -> PreTrainedModel:
         for name, layer in self.layers.items():
             place(model, name, layer)
+        share_within_sites(self.quantization_config.plan.quantized, model)
         edit(self.quantization_config.plan, {n: m for n, m in model.named_modules() if n not in self.layers})
         self.remove_quantization_config(model)
         return model

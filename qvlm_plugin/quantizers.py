@@ -11,7 +11,7 @@ All arithmetic is in float32, so half-precision inputs neither overflow nor lose
 float64 inputs stay float64, so that those can be checked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from qvlm_plugin.formats import NF_BLOCK, SCALE_BLOCK
+from qvlm_plugin.formats import NF_BLOCK, SCALE_BLOCK, WeightFormat
+from qvlm_plugin.packing import pack_codes, unpack_codes
 
 # Activations
 
@@ -216,6 +217,31 @@ def quantize_int(
     codes = by_rows(codes_of, groups, (scale.unsqueeze(-1), zero_point.unsqueeze(-1)), torch.uint8)
     codes = codes.view(rows, -1)[:, :columns].contiguous()
     return IntWeight(codes, scale.to(scale_dtype), zero_point.to(torch.uint8), size)
+
+
+def int_weight(weight: Tensor, weight_format: WeightFormat, parameters: Mapping[str, Tensor]) -> IntWeight:
+    """A weight as the integers of its format: those that the plan holds, else the nearest.
+
+    Args:
+        weight: [O, I], as it is when the plan's folds and rotations are applied; its dtype is that of the scales.
+        weight_format: of kind ``int``.
+        parameters: those that the format names.
+    """
+    fmt = weight_format
+    if not fmt.stored:
+        return quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, parameters.get("clip"))
+    columns = weight.shape[1]
+    codes, scale = unpack_codes(parameters["codes"], fmt.bits, columns), parameters["scales"].to(weight.dtype)
+    middle = torch.full_like(scale, 2 ** (fmt.bits - 1), dtype=torch.uint8)
+    zero_point = middle if fmt.symmetric else parameters["zero_points"]
+    return IntWeight(codes, scale, zero_point, min(fmt.group_size or columns, columns))
+
+
+def stored_parameters(integers: IntWeight, weight_format: WeightFormat) -> dict[str, Tensor]:
+    """What a plan holds of a weight's integers, for `int_weight` to read: the parameters that a stored format names."""
+    packed = pack_codes(integers.codes, weight_format.bits)
+    values = {"codes": packed, "scales": integers.scale, "zero_points": integers.zero_point}
+    return {name: values[name] for name in weight_format.parameters}
 
 
 def _pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -69,5 +69,5 @@ class Problem:
 
 
 def relative(values, expected):
-    values, expected = values.float(), expected.float()
+    values, expected = values.detach().float(), expected.detach().float()
     return float((values - expected).norm() / expected.norm())

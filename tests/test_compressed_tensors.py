@@ -7,7 +7,9 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from kernel_problems import relative
+from rotations import rotated
 from safetensors.torch import load_file
+from stored_codes import with_codes
 from tiny_llava import logits_of, write_tiny_llava
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
@@ -84,6 +86,26 @@ def test_transformers_reads_the_same_model(source, tmp_path, calibration, scheme
 
 
 @pytest.mark.parametrize(
+    ("scheme", "options"),
+    [("w4a16", {"group_size": 8}), ("w8a16", {"symmetric": True}), ("w8a8", {"group_size": 32})],
+)
+def test_the_plans_codes_are_written(source, tmp_path, calibration, scheme, options):
+    loaded = load(str(source), dtype="float32")
+    nearest = plan_of(loaded, calibration, scheme, **options)
+    plan, values = with_codes(nearest, loaded)
+    export_compressed_tensors(plan, load(str(source), dtype="float32"), tmp_path / "x")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+    expected = load(str(source), dtype="float32")
+    planning.apply(plan, expected)
+    inputs, _ = next(calibration.batches(expected.processor, 5))
+    bound = 0.1 if scheme == "w8a8" else 1e-5
+    assert relative(logits_of(model, inputs), logits_of(expected.model, inputs)) < bound
+    if scheme == "w4a16":  # transformers dequantizes these while it loads
+        for name, value in values.items():
+            torch.testing.assert_close(model.get_parameter(f"{name}.weight"), value)
+
+
+@pytest.mark.parametrize(
     ("scheme", "options", "reason"),
     [
         ("w4a4", {}, r"w4a4 is neither w8a8 nor w4a16 or w8a16"),
@@ -102,6 +124,16 @@ def test_what_the_format_cannot_express_is_refused(source, tmp_path, calibration
         export_compressed_tensors(plan, loaded, tmp_path / "x")
     assert "\n" not in str(caught.value)
     assert list(loaded.model.modules()) == before and not list(tmp_path.iterdir())
+
+
+def test_rotations_are_refused(source, tmp_path, calibration):
+    loaded = load(str(source), dtype="float32")
+    plan = rotated(plan_of(loaded, calibration, "w4a16", group_size=8))
+    before = list(loaded.model.modules())
+    with pytest.raises(QVLMError, match=r"cannot express the plan: it rotates the inputs of model\.vision_t") as caught:
+        export_compressed_tensors(plan, loaded, tmp_path / "x")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    assert list(loaded.model.modules()) == before
 
 
 def test_what_does_not_run_is_not_written(source, tmp_path, calibration):

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_problems import relative
+from rotations import by_token, rotated
 from safetensors.torch import load_file
+from stored_codes import with_codes
 from tiny_llava import logits_of, write_tiny_llava
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
@@ -80,10 +82,68 @@ def test_a_folder_loads_packed_with_the_same_logits(
     assert (len(list((tmp_path / "x").glob("*.safetensors"))) > 1) == ("shard_size" in how)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "counts"), [(SCHEME, {"int4", "int8", "reference"}), ("w3a16", {"int4", "reference"})]
+)
+def test_a_folder_has_the_plans_codes(source, tmp_path, calibration, inputs, scheme, counts):
+    loaded = load(str(source), dtype="float32")
+    nearest = plan_of(loaded, calibration, scheme)
+    plan, _ = with_codes(nearest, loaded)
+    assert set(export(plan, load(str(source), dtype="float32"), tmp_path / "x").counts) == counts
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+    expected, other = load(str(source), dtype="float32"), load(str(source), dtype="float32")
+    planning.apply(plan, expected, "auto")
+    planning.apply(nearest, other, "auto")
+    assert torch.equal(logits_of(model, inputs), logits_of(expected.model, inputs))
+    assert relative(logits_of(other.model, inputs), logits_of(expected.model, inputs)) > 1e-3
+    record = quantizer_of(model).record
+    assert record.plan["plan_hash"] == plan.hash and record.format_version == 2  # which older programs refuse
+    assert all(module.plan.weight.stored for module in record.quantized)
+
+
+@pytest.mark.parametrize("scheme", ["w4a8+vision:w8a8", "w16a4", "w16a16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_rotates_inputs(source, tmp_path, calibration, inputs, scheme, dtype):
+    nearest = plan_of(load(str(source), dtype=dtype), calibration, scheme)
+    plan = rotated(by_token(nearest))
+    export(plan, load(str(source), dtype=dtype), tmp_path / "x")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+    expected, plain = load(str(source), dtype=dtype), load(str(source), dtype=dtype)
+    planning.apply(plan, expected, "auto")
+    planning.apply(by_token(nearest), plain, "auto")
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    assert torch.equal(logits_of(model, inputs), logits_of(expected.model, inputs))
+    assert not torch.equal(logits_of(model, inputs), logits_of(plain.model, inputs))
+    record = quantizer_of(model).record
+    assert record.format_version == 2 and {module.rotation for module in record.quantized} == set(plan.rotations)
+    stored = {key for file in (tmp_path / "x").glob("*.safetensors") for key in load_file(file)}
+    assert not any("rotation" in key for key in stored)  # their matrices follow from sizes and seeds
+
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    module = next(each for each in config["quantization_config"]["modules"] if each["rotation"])
+    module["rotation"]["outer"] = 10**9
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QVLMError, match=r"rotates the inputs of model.*, which cannot be: it is of \d+ channels"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+
+
+def test_checkpoints_of_version_0_1_load(source, tmp_path, calibration, inputs):
+    """Before plans held codes or rotations, records had neither key."""
+    exported(source, tmp_path / "x", calibration)
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    expected = logits_of(AutoModelForImageTextToText.from_pretrained(tmp_path / "x", dtype="float32"), inputs)
+    for module in config["quantization_config"]["modules"]:
+        assert module.pop("rotation") is None and "stored" not in module["plan"]["weight"]
+    assert config["quantization_config"]["format_version"] == 1  # which older programs read
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "x", dtype="float32")
+    assert torch.equal(logits_of(model, inputs), expected)
+
+
 def test_casting_the_model_keeps_scales(source, tmp_path, calibration, inputs):
     loaded, _ = exported(source, tmp_path / "x", calibration, dtype="float32")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    before = {name: tensor.clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
     model.to(torch.bfloat16)
     assert model.dtype == torch.bfloat16
     for name, module in model.named_modules():

@@ -50,6 +50,18 @@ def test_impossible_formats_are_refused(values):
         WeightFormat(**values)
 
 
+def test_stored_codes_are_integers_and_not_clipped():
+    with pytest.raises(ValueError, match="stored codes are of kind 'int'"):
+        WeightFormat(kind="nf", bits=4, stored=True)
+    with pytest.raises(ValueError, match="not clipped"):
+        WeightFormat(kind="int", bits=4, stored=True, clipped=True)
+    plain = WeightFormat(kind="int", bits=4, group_size=32)
+    codes = WeightFormat(**plain.model_dump(), stored=True)
+    assert codes.effective_bits((64, 96)) == plain.effective_bits((64, 96)) and codes.groups((64, 96)) == 64 * 3
+    assert str(codes) == f"{plain} stored" and WeightFormat.model_validate_json(codes.model_dump_json()) == codes
+    assert "stored" not in plain.model_dump_json()  # as formats were before, which table hashes are made of
+
+
 def test_effective_bits_count_what_is_stored():
     assert WeightFormat(kind="int", bits=4, group_size=128).effective_bits((64, 256)) == 4 + (16 + 4) / 128
     assert WeightFormat(kind="int", bits=4, group_size=128, symmetric=True).effective_bits((64, 64)) == 4 + 16 / 64

@@ -1,17 +1,26 @@
 import dataclasses
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import dispatch_model
+from kernel_problems import relative
+from recorded_plan import HEADER, PLAN_HASH, TABLE_HASH, TENSORS, write_recorded_plan
+from rotations import by_token, rotated
+from safetensors.torch import save
+from stored_codes import with_codes
 from tiny_llava import logits_of
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qvlm_plugin import backends, planning, plugins
+from qvlm_plugin import plan as plan_module
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.linear import QuantLinear
-from qvlm_plugin.plan import RoundingPlan, apply_plan
+from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan import RoundingPlan, apply_plan, edit
 from qvlm_plugin.plan_header import Fold, read_header
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.topology import linear_layers, resolve
@@ -69,7 +78,9 @@ def test_every_linear_is_listed_and_every_planned_one_replaced(plan, loaded):
     assert {module.part for module in plan.modules if module.is_identity} == {"unused", "other"}
 
 
-def test_a_dispatched_model_keeps_its_device_hooks(plan, loaded, calibration):
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_dispatched_model_keeps_its_device_hooks(plan, loaded, calibration, turned):
+    plan = rotated(by_token(plan)) if turned else plan
     inputs, _ = next(calibration.batches(loaded.processor, 5))
     dispatch_model(loaded.model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
     hooked = {name for name, module in linear_layers(loaded.model).items() if hasattr(module, "_hf_hook")}
@@ -154,7 +165,7 @@ def test_damaged_folders_are_named(plan, tmp_path):
         (header[:-20], "not a plan"),
         ("[]", "not a plan"),
         (json.dumps({**json.loads(header), "surprise": 1}), "not a plan"),
-        (json.dumps({**json.loads(header), "format_version": 99}), "this version reads up to 1"),
+        (json.dumps({**json.loads(header), "format_version": 99}), "this version reads up to 2"),
     ]:
         (folder / "plan.json").write_text(content)
         with pytest.raises(QVLMError, match=message):
@@ -178,3 +189,119 @@ def test_a_plan_found_on_several_devices_is_on_none_of_them():
         plan = RoundingPlan("rtn", "w4a4", {}, "f" * 64, (), found)
         assert {tensor.device.type for tensor in plan.tensors.values()} == {"cpu"}
         assert torch.stack([*plan.tensors.values()]).shape == (3, 3)
+
+
+def test_plans_of_version_0_1_load_and_are_written_as_they_were(tmp_path):
+    folder = write_recorded_plan(tmp_path / "old")
+    plan = RoundingPlan.load(folder)
+    assert (plan.hash, plan.table_hash) == (PLAN_HASH, TABLE_HASH) == (read_header(folder).hash, plan.table_hash)
+    assert all(torch.equal(plan.tensors[name], tensor) for name, tensor in TENSORS.items())
+    again = dataclasses.replace(plan).save(tmp_path / "new")  # from its tensors, not from the file
+    assert (again / "plan.safetensors").read_bytes() == (folder / "plan.safetensors").read_bytes()
+    assert json.loads((again / "plan.json").read_text()) == HEADER
+
+
+# Codes
+
+
+@pytest.fixture
+def awq_plan(loaded, calibration):
+    options = {"group_size": 16, "calibration_batch_size": 5, "alpha_steps": 2, "bias_correction": True}
+    return planning.obtain_plan(loaded, check_request("awq", "w3a8", options), calibration, cache=None)
+
+
+def test_a_plan_applies_its_codes_to_the_folded_model(awq_plan, loaded, tiny_llava, calibration, tmp_path):
+    inputs, _ = next(calibration.batches(loaded.processor, 5))
+    plan, values = with_codes(awq_plan, loaded)
+    assert plan.folds and any(module.weight.corrected for module in plan.modules)
+    expected = load(str(tiny_llava), dtype="float32")
+    edit(plan, dict(expected.model.named_modules()))
+    # By hand: the codes' values, and biases that make up for their distance from the folded weights.
+    for module in plan.quantized:
+        linear = expected.model.get_submodule(module.name)
+        if module.weight.corrected:
+            shift = (linear.weight - values[module.name]) @ plan.tensors[f"{module.site}/mean"]
+            linear.bias = nn.Parameter(shift if linear.bias is None else linear.bias + shift)
+        linear.weight = nn.Parameter(values[module.name])
+    plain = tuple(
+        module.model_copy(update={"weight": type(module.weight)()}) if not module.is_identity else module
+        for module in plan.modules
+    )
+    untouched = dataclasses.replace(plan, modules=plain, folds=(), replaced=())
+    apply(untouched, expected)
+    found = load(str(tiny_llava), dtype="float32")
+    apply(RoundingPlan.load(plan.save(tmp_path / "plan")), found)
+    assert relative(logits_of(found.model, inputs), logits_of(expected.model, inputs)) < 1e-4
+    nearest = load(str(tiny_llava), dtype="float32")
+    apply(awq_plan, nearest)
+    assert relative(logits_of(nearest.model, inputs), logits_of(expected.model, inputs)) > 0.01
+
+
+def test_a_plan_with_codes_is_saved_in_a_version_that_says_so(awq_plan, loaded, tmp_path):
+    plan, _ = with_codes(awq_plan, loaded)
+    again = RoundingPlan.load(plan.save(tmp_path / "codes"))
+    awq_plan.save(tmp_path / "none")
+    versions = [read_header(tmp_path / name).format_version for name in ("codes", "none")]
+    assert versions == [2, 1]  # older programs refuse the one, and read the other
+    assert again.hash == plan.hash == read_header(tmp_path / "codes").hash != awq_plan.hash
+    assert again.modules == plan.modules and again.tensors.keys() == plan.tensors.keys()
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in plan.tensors.items())
+    assert plan.effective_bits() == awq_plan.effective_bits()
+    name = next(key for key in plan.tensors if key.endswith("/codes"))
+    other = {**plan.tensors, name: plan.tensors[name] ^ 1}
+    assert dataclasses.replace(plan, tensors=other).hash != plan.hash
+
+
+def test_what_cannot_be_codes_of_the_model_is_refused(awq_plan, loaded, tiny_llava):
+    plan, _ = with_codes(awq_plan, loaded)
+    loaded = load(str(tiny_llava), dtype="float32")
+    module = next(module for module in plan.quantized if module.part == "decoder")
+    codes, scales, zeros = (f"{module.name}/{name}" for name in ("codes", "scales", "zero_points"))
+    rows, columns = module.shape
+
+    def refuses(key, tensor, message):
+        tensors = {name: value for name, value in {**plan.tensors, key: tensor}.items() if value is not None}
+        with pytest.raises(QVLMError, match=message) as caught:
+            apply(dataclasses.replace(plan, tensors=tensors), loaded)
+        assert "\n" not in str(caught.value)
+
+    values = plan.tensors
+    refuses(codes, None, rf"no uint8 tensor {codes} \[{rows}, {columns}\]")
+    refuses(codes, values[codes][:, :-1], rf"no uint8 tensor {codes}")
+    refuses(codes, values[codes].int(), rf"no uint8 tensor {codes}")
+    refuses(codes, values[codes] + 8, rf"a code in {codes} that is larger than 7, the largest of 3 bits")
+    refuses(scales, values[scales].flatten(), rf"no floating tensor {scales} \[{rows}, ")
+    refuses(scales, values[scales].int(), rf"no floating tensor {scales}")
+    refuses(scales, values[scales] * 0, rf"scales in {scales} that are not positive and finite")
+    refuses(scales, values[scales] * torch.nan, rf"scales in {scales} that are not positive and finite")
+    refuses(zeros, None, rf"no uint8 tensor {zeros}")
+    refuses(zeros, values[zeros] + 200, rf"a code in {zeros} that is larger than 7")
+    apply(plan, loaded)
+
+
+def test_the_tensors_are_hashed_and_written_without_a_copy(plan, tmp_path, monkeypatch):
+    kinds = {
+        "b": torch.randn(3), "a/é\u0001\"": torch.ones(2, 3, dtype=torch.uint8), "scalar": torch.tensor(1.5),
+        "turned": torch.randn(4, 2).bfloat16().t(), "none": torch.empty(0, 3), "flags": torch.tensor([True]),
+    }  # fmt: skip
+    for tensors in ({}, kinds, plan.tensors):
+        written = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        parts = list(plan_module._file_parts(tensors))
+        assert b"".join(parts) == written  # to the byte what the library writes
+        assert dataclasses.replace(plan, tensors=tensors).tensors_sha256 == hashlib.sha256(written).hexdigest()
+    large = torch.zeros(2**20)
+    part = list(plan_module._file_parts({"x": large}))[-1]
+    large += 1
+    assert bytes(part[:4]) == large[:1].numpy().tobytes()  # the part is the tensor's own memory
+
+    folder = plan.save(tmp_path / "plan")
+    monkeypatch.setattr(plan_module, "_file_parts", lambda tensors: pytest.fail("serialized again"))
+    assert plan.hash == plan.facts["plan_hash"] == RoundingPlan.load(folder).hash == read_header(folder).hash
+
+
+def test_tensors_are_read_where_they_lie(loaded, plan, tmp_path):
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux says what is mapped")
+    read = RoundingPlan.load(dataclasses.replace(plan, tensors={"x": torch.zeros(2**22)}).save(tmp_path / "plan"))
+    assert str(tmp_path / "plan" / "plan.safetensors") in maps.read_text() and read.tensors["x"].sum() == 0

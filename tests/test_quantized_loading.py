@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from rotations import by_token, rotated
+from stored_codes import with_codes
 from tiny_llava import logits_of, write_tiny_llava
 
 from qvlm_plugin import backends, planning
@@ -22,9 +24,10 @@ def source(tmp_path_factory):
     return write_tiny_llava(tmp_path_factory.mktemp("loading") / "tiny", hidden=64)
 
 
+@pytest.mark.parametrize("kind", ["plain", "codes", "rotated"])
 @pytest.mark.parametrize("method", ["rtn", "awq"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_is_the_model_that_applying_the_plan_makes(source, calibration, method, dtype):
+def test_it_is_the_model_that_applying_the_plan_makes(source, calibration, method, dtype, kind):
     loaded = load(str(source), dtype=dtype)
     request = check_request(method, "w4a4+vision:w8a8", {"group_size": 32, "calibration_batch_size": 5})
     plan = planning.obtain_plan(loaded, request, calibration, cache=None)
@@ -32,6 +35,10 @@ def test_it_is_the_model_that_applying_the_plan_makes(source, calibration, metho
     value = loaded.model.get_parameter(name).detach() * 1.5
     plan = dataclasses.replace(plan, replaced=(name,), tensors={**plan.tensors, f"{name}/value": value})
     assert bool(plan.folds) == (method == "awq")
+    if kind == "rotated":
+        plan = rotated(by_token(plan))
+    if kind == "codes":
+        plan, _ = with_codes(plan, load(str(source), dtype=dtype))
     expected = planning.apply(plan, loaded, "auto")
     how = QuantizeOnLoad(plan, backends.kernels("auto"))
     directly = load(str(source), dtype=dtype, quantize=how)

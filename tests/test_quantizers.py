@@ -4,13 +4,15 @@ from functools import partial
 import pytest
 import torch
 from accelerate import init_empty_weights
+from stored_codes import other_integers, other_parameters, stored
 
-from qvlm_plugin.formats import NF_BLOCK
+from qvlm_plugin.formats import NF_BLOCK, WeightFormat
 from qvlm_plugin.quantizers import (
     double_quantize,
     dynamic_codebook,
     fake_quantize,
     fake_quantize_straight_through,
+    int_weight,
     normal_float_codebook,
     quantize_int,
     quantize_normal_float,
@@ -262,3 +264,21 @@ def test_nf4_agrees_with_bitsandbytes(shape):
 
 def test_double_quantization_of_equal_scales_is_exact():
     assert torch.allclose(double_quantize(torch.full((700,), 0.3)).dequantize(), torch.full((700,), 0.3))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [None, 8, 64])
+def test_integers_are_the_plans_or_the_nearest(bits, symmetric, group_size):
+    weight = torch.randn(3, 21)
+    plain = WeightFormat(kind="int", bits=bits, group_size=group_size, symmetric=symmetric)
+    found = int_weight(weight, plain, {})
+    assert torch.equal(found.codes, quantize_int(weight, bits, group_size, symmetric).codes)
+    integers, parameters = other_integers(weight, plain), other_parameters(weight, plain)
+    assert set(parameters) == set(stored(plain).parameters)
+    again = int_weight(weight, stored(plain), parameters)
+    assert again.group_size == integers.group_size and again.codes.shape == weight.shape
+    for name in ("codes", "scale", "zero_point"):
+        assert torch.equal(getattr(again, name), getattr(integers, name))
+    assert not torch.equal(again.codes, found.codes)
+    assert int_weight(weight.bfloat16(), stored(plain), parameters).scale.dtype == torch.bfloat16  # as files have them

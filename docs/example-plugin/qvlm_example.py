@@ -6,7 +6,7 @@ from pydantic import Field
 
 from qvlm_plugin.hooks import hookimpl
 from qvlm_plugin.kernels.base import Kernel, as_stored, with_parameters
-from qvlm_plugin.kernels.reference import round_activation, round_weight
+from qvlm_plugin.kernels.reference import quantized_values, round_activation
 from qvlm_plugin.methods.base import Method, Step, quantizes_activations
 from qvlm_plugin.methods.minmax import observe
 from qvlm_plugin.methods.options import MethodOptions
@@ -36,7 +36,7 @@ SHRUNK = Method("shrunk", "rtn with ranges made smaller by a ratio", ShrunkOptio
 
 def prepare(weight, bias, weight_format, activation_format, parameters):
     """Rounded weights in half the bytes of float32."""
-    rounded = round_weight(weight, weight_format, parameters.get("clip")).bfloat16()
+    rounded = quantized_values(weight, weight_format, parameters).bfloat16()
     return with_parameters({"weight": rounded}, bias, activation_format, parameters)
 
 

@@ -30,6 +30,10 @@ def inspect(
     facts.add_row("calibration", f"{len(record.digests)} of {record.source}, seed {record.seed}" if record else "none")
     if record and record.over_context:
         facts.add_row("too long", f"{record.over_context} samples have more tokens than the model's context")
+    if stored := sum(module.weight.stored for module in plan.modules):
+        facts.add_row("codes", f"of {stored} Linears are in the plan")
+    if plan.rotations:
+        facts.add_row("rotations", f"of the inputs of {len(plan.rotations)} sites")
     facts.add_row("search", f"{plan.search_seconds:.1f} s")
     if uncalibrated := plan.record.get("uncalibrated"):
         facts.add_row(
@@ -44,5 +48,7 @@ def inspect(
     if modules:
         table = Table(Column("module", overflow="fold"), "shape", "weight", "activation")
         for module in plan.modules:
-            table.add_row(module.name, "x".join(map(str, module.shape)), str(module.weight), str(module.activation))
+            rotation = plan.rotation_of(module)
+            inputs = f"{rotation}, {module.activation}" if rotation else str(module.activation)
+            table.add_row(module.name, "x".join(map(str, module.shape)), str(module.weight), inputs)
         console.print(table)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.quantizers import by_rows, quantization_step, round_to_codes
 
 LARGEST_SUM = 2.0**14
@@ -100,20 +101,18 @@ def with_encoding(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def encode(x: Tensor, tensors: Mapping[str, Tensor], bits: int, dtype: torch.dtype) -> Tensor:
-    """The codes of ``x`` [N, I], whole numbers in ``dtype``, in the input's order: `arrange` them.
-
-    Codes are ordered rather than inputs, because they are smaller.
-    """
+    """The codes of ``x`` [..., I] at ``index`` [C], whole numbers in ``dtype`` [N, C]; `once` for a site's Linears."""
 
     def codes(x: Tensor, lower: Tensor, inverse: Tensor, low: Tensor) -> Tensor:
         return round_to_codes(x, lower, inverse, bits).add_(low)
 
-    return by_rows(codes, x, (tensors["lower"], tensors["inverse"], tensors["low"]), dtype)
+    def compute() -> Tensor:
+        tokens, bounds = x.reshape(-1, x.shape[-1]), (tensors["lower"], tensors["inverse"], tensors["low"])
+        unordered = by_rows(codes, tokens, bounds, dtype)
+        # Codes are ordered rather than inputs, for they are smaller; gather is several times as fast as index_select.
+        return unordered.gather(1, tensors["index"].expand(len(tokens), -1))
 
-
-def arrange(codes: Tensor, index: Tensor) -> Tensor:
-    """Of codes [N, I] those at ``index`` [C]: [N, C]."""
-    return codes.gather(1, index.expand(len(codes), -1))  # several times as fast as index_select
+    return once(x, tensors, ("lower", "inverse", "low", "index"), ("codes", bits, dtype), compute)
 
 
 def unfold(weight: Tensor, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:

@@ -12,20 +12,17 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
-from qvlm_plugin.kernels.int4_product import int4_linear, obstacle_of_product, operator_group, pack_weight
-from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
+from qvlm_plugin.kernels.int4_product import WIDTH, int4_linear, obstacle_of_product, operator_group, pack_weight
 from qvlm_plugin.kernels.rounding import round_input, with_rounding
-from qvlm_plugin.quantizers import IntWeight, quantize_int
-
-WIDEST = 4
-"""Bits of a code."""
+from qvlm_plugin.packing import pack_codes, unpack_codes
+from qvlm_plugin.quantizers import IntWeight, int_weight
 
 
 def _obstacle(
     weight_format: WeightFormat, activation_format: ActivationFormat, shape: tuple[int, int], device: torch.device
 ) -> str | None:
-    if weight_format.kind != "int" or weight_format.bits > WIDEST:
-        return f"it is for integer weights of up to {WIDEST} bits"
+    if weight_format.kind != "int" or weight_format.bits > WIDTH:
+        return f"it is for integer weights of up to {WIDTH} bits"
     if reason := obstacle_of_product(*shape, device):
         return reason
     if operator_group(weight_format.group_size, shape[1]) is None:
@@ -41,14 +38,14 @@ def _prepare(
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     fmt, columns = weight_format, weight.shape[1]
-    quantized = quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, parameters.get("clip"))
+    quantized = int_weight(weight, fmt, parameters)
     if "mean" in parameters:
         bias = corrected_bias(weight, quantized.dequantize().to(weight.dtype), bias, parameters["mean"])
     # A group of the operator lies within one group of the weight, whose scale it repeats.
     starts = torch.arange(0, columns, operator_group(fmt.group_size, columns), device=weight.device)
     of_group = starts // quantized.group_size
     tensors = {
-        "codes": pack_nibbles(quantized.codes),
+        "codes": pack_codes(quantized.codes, WIDTH),
         "scale": quantized.scale[:, of_group],
         "zero_point": quantized.zero_point[:, of_group],
     }
@@ -72,7 +69,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
 
 def dequantize_packed(tensors: Mapping[str, Tensor]) -> Tensor:
     """The weight that neutral ``codes``, ``scale`` and ``zero_point`` stand for: float32 [O, I]."""
-    codes, scale = unpack_nibbles(tensors["codes"]), tensors["scale"]
+    codes, scale = unpack_codes(tensors["codes"], WIDTH), tensors["scale"]
     return IntWeight(codes, scale, tensors["zero_point"], codes.shape[1] // scale.shape[1]).dequantize()
 
 

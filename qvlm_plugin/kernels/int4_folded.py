@@ -3,8 +3,8 @@
 The activations' steps are folded into the weight, which is then quantized group by group from its original values
 (`folding`). What is multiplied are codes; whole numbers up to 256 are exact in every compute type, so the products are
 those of an integer unit. It computes what hardware with 4-bit products would, but rounds differently from the plan:
-sharing a scale between channels of different steps costs accuracy, and clipping found for the unfolded weight does not
-apply. `int4` is as fast and as small without that loss, and comes first.
+sharing a scale between channels of different steps costs accuracy, and neither clipping nor codes that were found for
+the unfolded weight apply. `int4` is as fast and as small without that loss, and comes first.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, like_input
-from qvlm_plugin.kernels.folding import arrange, encode, fold, unfold, with_encoding
+from qvlm_plugin.kernels.folding import encode, fold, unfold, with_encoding
 from qvlm_plugin.kernels.int4 import INT4, dequantize_packed
-from qvlm_plugin.kernels.int4_product import int4_linear, operator_group
-from qvlm_plugin.kernels.nibbles import pack_nibbles
+from qvlm_plugin.kernels.int4_product import WIDTH, int4_linear, operator_group
+from qvlm_plugin.packing import pack_codes
 from qvlm_plugin.quantizers import quantize_int
 
 LARGEST_CODE = 256
@@ -31,6 +31,8 @@ def _obstacle(
         return "it is for static per-channel activations"
     if weight_format.clipped:
         return "clipping does not carry over to folded weights"
+    if weight_format.stored:
+        return "the plan's codes do not carry over to folded weights"
     return INT4.obstacle(weight_format, activation_format, shape, device)
 
 
@@ -54,7 +56,7 @@ def _prepare(
     group = operator_group(fmt.group_size, weight.shape[1])
     quantized = quantize_int(folded.weight, fmt.bits, group, fmt.symmetric, scale_dtype=weight.dtype)
     return {
-        "codes": pack_nibbles(quantized.codes),
+        "codes": pack_codes(quantized.codes, WIDTH),
         "scale": quantized.scale,
         "zero_point": quantized.zero_point,
         "bias": folded.bias(quantized.dequantize()),
@@ -71,8 +73,8 @@ def _pack(
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
     compute_type = tensors["scales_and_zeros"].dtype
-    codes = encode(x.reshape(-1, x.shape[-1]), tensors, activation_format.bits, compute_type)
-    product = int4_linear(arrange(codes, tensors["index"]), tensors["packed"], tensors["scales_and_zeros"])
+    codes = encode(x, tensors, activation_format.bits, compute_type)
+    product = int4_linear(codes, tensors["packed"], tensors["scales_and_zeros"])
     output = torch.addcmul(tensors["bias"], product.float(), tensors["multiplier"])
     return like_input(output, x)
 

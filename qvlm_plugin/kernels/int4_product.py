@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
-from qvlm_plugin.kernels.nibbles import unpack_nibbles
 from qvlm_plugin.kernels.operators import operator
+from qvlm_plugin.packing import unpack_codes
+
+WIDTH = 4
+"""Bits that the operators keep a code in, whatever its own."""
 
 GROUP_SIZES = (256, 128, 64, 32)
 """Input channels to a scale that the operators know, largest first."""
@@ -47,7 +50,7 @@ def pack_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, device: torch.
     """Lay a weight out for the operator of a device.
 
     Args:
-        codes: uint8 [O, I / 2], as `pack_nibbles` packs them.
+        codes: uint8 [O, I / 2], as `pack_codes` packs them at `WIDTH` bits.
         scale: [O, G] in the compute type.
         zero_point: uint8 [O, G].
         device: ``cpu`` or ``cuda``.
@@ -64,7 +67,7 @@ def pack_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, device: torch.
         inner = next(tiles for tiles in (8, 4, 2) if (2 * codes.shape[1]) % (16 * tiles) == 0)
         packed = torch.ops.aten._convert_weight_to_int4pack(codes, inner)
         return {"packed": packed, "scales_and_zeros": pairs.bfloat16()}
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_nibbles(codes).int(), 1)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_codes(codes, WIDTH).int(), 1)
     return {"packed": packed, "scales_and_zeros": pairs}
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
-from qvlm_plugin.kernels.folding import arrange, encode, fold, unfold, with_encoding
+from qvlm_plugin.kernels.folding import encode, fold, unfold, with_encoding
 from qvlm_plugin.kernels.int8_product import int8_linear, int8_weight_linear, round_to_int8
 from qvlm_plugin.kernels.reference import quantized_values
 from qvlm_plugin.kernels.segments import segment_widths
+from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.quantizers import by_rows, quantization_step, round_to_codes, token_range
 
 NARROWEST, WIDEST = 5, 8
@@ -60,7 +61,7 @@ def _prepare(
     activation_format: ActivationFormat,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    rounded = quantized_values(weight, weight_format, parameters.get("clip"))
+    rounded = quantized_values(weight, weight_format, parameters)
     mean = parameters.get("mean")
     if activation_format.kind == "static_channel":
         bias = corrected_bias(weight, rounded, bias, mean)
@@ -119,9 +120,9 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
         return like_input(output + tensors["bias"] if "bias" in tensors else output, x)
     bits, step, offset = activation_format.bits, None, None
     if activation_format.kind == "static_channel":
-        codes = arrange(encode(tokens, tensors, bits, torch.int8), tensors["index"])
+        codes = encode(x, tensors, bits, torch.int8)
     else:
-        codes, step, offset = _token_codes(tokens, tensors["clip_ratio"], bits)
+        codes, step, offset = _token_codes(x, tensors, bits)
         codes = _pad(codes, tensors["codes_0"].shape[1])
     output = int8_linear(
         codes, _segments(tensors), tensors["scale"], tensors.get("bias"), x.dtype, step, offset, tensors.get("row_sum")
@@ -132,16 +133,20 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     return like_input(output, x)
 
 
-def _token_codes(tokens: Tensor, clip_ratio: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def _token_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Signed codes [N, I] with each token's ``step`` and ``offset`` [N, 1]: ``x̂ = offset + step * code``."""
-    lower, upper = token_range(tokens, clip_ratio)
-    step, inverse = quantization_step(lower, upper, bits)
     zero_point = 2 ** (bits - 1)
 
     def signed(x: Tensor, lower: Tensor, inverse: Tensor) -> Tensor:
         return round_to_codes(x, lower, inverse, bits).sub_(zero_point)
 
-    return by_rows(signed, tokens, (lower, inverse), torch.int8), step, lower + zero_point * step
+    def compute() -> tuple[Tensor, Tensor, Tensor]:
+        tokens = x.reshape(-1, x.shape[-1])
+        lower, upper = token_range(tokens, tensors["clip_ratio"])
+        step, inverse = quantization_step(lower, upper, bits)
+        return by_rows(signed, tokens, (lower, inverse), torch.int8), step, lower + zero_point * step
+
+    return once(x, tensors, ("clip_ratio",), ("token codes", bits), compute)
 
 
 def _segments(tensors: Mapping[str, Tensor]) -> list[Tensor]:

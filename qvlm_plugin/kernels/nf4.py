@@ -21,9 +21,9 @@ from torch import Tensor
 from qvlm_plugin.formats import NF_BLOCK, ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
 from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
-from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
 from qvlm_plugin.kernels.operators import operator
 from qvlm_plugin.kernels.rounding import round_input, with_rounding
+from qvlm_plugin.packing import pack_codes, unpack_codes
 from qvlm_plugin.quantizers import (
     NormalFloatWeight,
     dequantize_scales,
@@ -87,7 +87,7 @@ def _prepare(
 ) -> dict[str, Tensor]:
     quantized = quantize_normal_float(weight, BITS, False, parameters.get("clip"))
     tensors = {
-        "codes": pack_nibbles(quantized.codes),
+        "codes": pack_codes(quantized.codes, BITS),
         "codebook": normal_float_codebook(BITS, weight.device).to(weight.dtype, copy=True),
     }
     if weight_format.double_quantization:
@@ -127,7 +127,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
 
 
 def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:
-    codebook, codes = tensors["codebook"], unpack_nibbles(tensors["codes"])
+    codebook, codes = tensors["codebook"], unpack_codes(tensors["codes"], BITS)
     scales = _scales({"scale_codebook": dynamic_codebook(codes.device), **tensors})
     # `codebook` is in the compute type for bitsandbytes; the reference rounds the exact values.
     weight = NormalFloatWeight(codes, scales, BITS).dequantize().to(codebook.dtype)
@@ -167,7 +167,7 @@ def nf4_linear(
 
     Args:
         x: [N, I].
-        codes: uint8 [O, I / 2], as `pack_nibbles` packs them; with ``tile_scale`` in bitsandbytes' layout for CPUs.
+        codes: uint8 [O, I / 2], as `pack_codes` packs them; with ``tile_scale`` in bitsandbytes' layout for CPUs.
         scales: of the blocks: float32 [O * I / 64] alone, or the arguments of `dequantize_scales`.
         codebook: [16], in the dtype of ``x``.
         tile_scale: the blocks' scales in bitsandbytes' layout for CPUs: bfloat16 [I / 64, O].
@@ -216,7 +216,7 @@ def _times_dequantized(
 
 
 def _untile(codes: Tensor, by_column: Tensor, out: Tensor) -> Tensor:
-    """Codes in bitsandbytes' layout for CPUs, uint8 [O, I / 2] → ``out``, as `pack_nibbles` packs them.
+    """Codes in bitsandbytes' layout for CPUs, uint8 [O, I / 2] → ``out``, as `pack_codes` packs them.
 
     The layout: tiles of 32 rows; in each of them, for each two columns, bytes of which the lower halves are the first
     16 rows' codes and the upper halves those of the last 16, two columns of a row side by side. ``by_column`` is memory

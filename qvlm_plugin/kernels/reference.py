@@ -4,6 +4,7 @@ Exact in what it simulates on every device and for every format; it saves neithe
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,27 +12,37 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, as_stored, corrected_bias, with_parameters
+from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.quantizers import (
     fake_quantize,
     fake_quantize_straight_through,
-    quantize_int,
+    int_weight,
     quantize_normal_float,
     token_range,
 )
 
 
 def round_weight(weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None) -> Tensor:
-    """``weight`` [O, I] after quantization to the format and back, in its own dtype; ``clip`` as in `quantizers`."""
-    return quantized_values(weight, weight_format, clip).to(weight.dtype)
+    """``weight`` [O, I] rounded to the nearest values of the format, in its own dtype; ``clip`` as in `quantizers`.
+
+    For searches; a plan's weights are its `quantized_values`.
+    """
+    return quantized_values(weight, weight_format, {} if clip is None else {"clip": clip}).to(weight.dtype)
 
 
-def quantized_values(weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None) -> Tensor:
-    """What the codes of ``weight`` [O, I] stand for, in float32; ``weight`` itself where it is not quantized."""
+def quantized_values(weight: Tensor, weight_format: WeightFormat, parameters: Mapping[str, Tensor]) -> Tensor:
+    """What the codes of ``weight`` [O, I] stand for, in float32; ``weight`` itself where it is not quantized.
+
+    Args:
+        weight: before it is rounded.
+        weight_format: of the result.
+        parameters: those that the format names.
+    """
     fmt = weight_format
     if fmt.kind == "int":
-        return quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, clip).dequantize()
+        return int_weight(weight, fmt, parameters).dequantize()
     if fmt.kind == "nf":
-        return quantize_normal_float(weight, fmt.bits, fmt.double_quantization, clip).dequantize()
+        return quantize_normal_float(weight, fmt.bits, fmt.double_quantization, parameters.get("clip")).dequantize()
     return weight
 
 
@@ -62,18 +73,25 @@ def _prepare(
     activation_format: ActivationFormat,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    rounded = round_weight(weight, weight_format, parameters.get("clip"))
+    rounded = quantized_values(weight, weight_format, parameters).to(weight.dtype)
     bias = corrected_bias(weight, rounded, bias, parameters.get("mean"))
     return with_parameters({"weight": rounded}, bias, activation_format, parameters)
 
 
-def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
-    return F.linear(round_activation(x, activation_format, tensors), tensors["weight"], tensors.get("bias"))
+def _forward(
+    x: Tensor,
+    tensors: Mapping[str, Tensor],
+    activation_format: ActivationFormat,
+    quantize: Callable[[Tensor, Tensor, Tensor, int], Tensor] = fake_quantize,
+) -> Tensor:
+    def compute() -> Tensor:
+        return round_activation(x, activation_format, tensors, quantize)
 
-
-def _forward_straight_through(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
-    rounded = round_activation(x, activation_format, tensors, fake_quantize_straight_through)
+    rounded = once(x, tensors, activation_format.parameters, (activation_format, quantize), compute)
     return F.linear(rounded, tensors["weight"], tensors.get("bias"))
+
+
+_forward_straight_through = partial(_forward, quantize=fake_quantize_straight_through)
 
 
 def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat
 from qvlm_plugin.kernels.reference import round_activation
+from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.quantizers import quantization_step, round_to_points
 
 
@@ -20,7 +21,13 @@ def with_rounding(tensors: Mapping[str, Tensor], activation_format: ActivationFo
 
 
 def round_input(x: Tensor, activation_format: ActivationFormat, tensors: Mapping[str, Tensor]) -> Tensor:
-    """`round_activation` with tensors of `with_rounding`."""
-    if activation_format.kind == "static_channel":
-        return round_to_points(x, tensors["lower"], tensors["step"], tensors["inverse"], activation_format.bits)
-    return round_activation(x, activation_format, tensors)
+    """`round_activation` with tensors of `with_rounding`; `once` for a site's Linears."""
+    static = activation_format.kind == "static_channel"
+    names = ("lower", "step", "inverse") if static else activation_format.parameters
+
+    def compute() -> Tensor:
+        if static:
+            return round_to_points(x, *(tensors[name] for name in names), activation_format.bits)
+        return round_activation(x, activation_format, tensors)
+
+    return once(x, tensors, names, ("points", activation_format), compute)

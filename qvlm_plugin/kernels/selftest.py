@@ -15,6 +15,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.quantizers import quantize_int, stored_parameters
 
 SHAPE = (64, 256)
 """Of the weight."""
@@ -36,7 +37,8 @@ def self_test(
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(SHAPE, generator=generator) / 16, torch.randn(SHAPE[0], generator=generator)
     inputs = torch.randn(max(_TOKENS), SHAPE[1], generator=generator)
-    parameters = {name: value.to(device) for name, value in _parameters(weight_format, activation_format).items()}
+    parameters = _parameters(weight, weight_format, activation_format)
+    parameters = {name: value.to(device) for name, value in parameters.items()}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         operands = [operand.to(device, dtype) for operand in (weight, bias)]
         try:
@@ -87,7 +89,7 @@ def _tested(kernel: Kernel, failed: Callable[[str, WeightFormat, ActivationForma
     return replace(kernel, obstacle=obstacle)
 
 
-def _parameters(weight_format: WeightFormat, activation_format: ActivationFormat) -> dict[str, Tensor]:
+def _parameters(weight: Tensor, weight_format: WeightFormat, activation_format: ActivationFormat) -> dict[str, Tensor]:
     levels = 2**activation_format.bits - 1
     lower = -_STEP * (levels // 2 + torch.arange(SHAPE[1]) % 2)
     values = {
@@ -96,6 +98,9 @@ def _parameters(weight_format: WeightFormat, activation_format: ActivationFormat
         "clip_ratio": torch.ones(1),
         "clip": torch.ones(SHAPE[0], weight_format.groups(SHAPE) // SHAPE[0] or 1),
     }
+    if weight_format.stored:
+        integers = quantize_int(weight, weight_format.bits, weight_format.group_size, weight_format.symmetric)
+        values |= stored_parameters(integers, weight_format)
     return {name: values[name] for name in (*weight_format.parameters, *activation_format.parameters)}
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.plan_header import CalibrationRecord, Fold, ModulePlan
+from qvlm_plugin.plan_header import CalibrationRecord, Fold, ModulePlan, Rotation
+from qvlm_plugin.rotation import factors, rotate
 from qvlm_plugin.scheme import UNQUANTIZED, BitWidths
 from qvlm_plugin.topology import Site, Topology, kept_linears, linear_layers
 
@@ -25,13 +26,14 @@ class Draft:
     """What the steps have found.
 
     Attributes:
-        tensors, folds, replaced, record: of the plan to be, see `RoundingPlan`.
+        tensors, folds, replaced, rotations, record: of the plan to be, see `RoundingPlan`.
         token_weights: what one step finds for another; it does not go into the plan.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     folds: tuple[Fold, ...] = ()
     replaced: tuple[str, ...] = ()
+    rotations: tuple[Rotation, ...] = ()
     record: Mapping[str, Any] = field(default_factory=dict)
     token_weights: TokenWeights | None = None
 
@@ -54,8 +56,12 @@ class Draft:
             for layer, batches in enumerate(self.token_weights or ())
             for batch, tensor in enumerate(batches)
         }
-        folds = [fold.model_dump() for fold in self.folds]
-        data = {"folds": folds, "replaced": list(self.replaced), "record": dict(self.record)}
+        data = {
+            "folds": [fold.model_dump() for fold in self.folds],
+            "rotations": [rotation.model_dump() for rotation in self.rotations],
+            "replaced": list(self.replaced),
+            "record": dict(self.record),
+        }
         return {**data, _TOKEN_WEIGHTS: [len(batches) for batches in self.token_weights or ()]}, {
             **self.tensors,
             **weights,
@@ -69,20 +75,28 @@ class Draft:
             [tensors.pop(f"{_TOKEN_WEIGHTS}/{layer}/{batch}") for batch in range(count)]
             for layer, count in enumerate(data[_TOKEN_WEIGHTS])
         ]
-        folds = tuple(Fold.model_validate(fold) for fold in data["folds"])
-        return cls(tensors, folds, tuple(data["replaced"]), data["record"], weights or None)
+        folds = tuple(map(Fold.model_validate, data["folds"]))
+        rotations = tuple(map(Rotation.model_validate, data["rotations"]))
+        return cls(tensors, folds, tuple(data["replaced"]), rotations, data["record"], weights or None)
 
 
 def transformed(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
     """What the Linears of ``site`` read in the transformed model, in place of ``tokens`` [..., C]."""
     scale = _scale(plan, site, tokens)
-    return tokens if scale is None else tokens / scale
+    return _rotated(plan, site, tokens if scale is None else tokens / scale)
 
 
 def transformed_gradient(plan: Draft | RoundingPlan, site: Site, gradient: Tensor) -> Tensor:
     """The gradient with respect to what `transformed` returns, from that with respect to what it is given."""
     scale = _scale(plan, site, gradient)
-    return gradient if scale is None else gradient * scale
+    return _rotated(plan, site, gradient if scale is None else gradient * scale)
+
+
+def _rotated(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
+    for rotation in plan.rotations:
+        if rotation.site == site.name:
+            return rotate(tokens, factors(rotation, tokens.device))
+    return tokens
 
 
 def _scale(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor | None:
@@ -95,10 +109,10 @@ def _scale(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor | N
 def build_plan(context: SearchContext, draft: Draft) -> RoundingPlan:
     """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are.
 
-    Weights with a ``<linear>/clip`` among the tensors are clipped by it; where there is a ``<site>/mean``, the bias of
-    quantized weights is corrected. Experts that no calibration token reached have no bounds among the tensors: their
-    inputs are rounded within each token's own extremes, which takes no data, and the plan's record lists them as
-    ``uncalibrated``.
+    Weights with a ``<linear>/clip`` among the tensors are clipped by it, those with ``<linear>/codes`` are these codes
+    (`quantizers.stored_parameters`); where there is a ``<site>/mean``, the bias of quantized weights is corrected.
+    Experts that no calibration token reached have no bounds among the tensors: their inputs are rounded within each
+    token's own extremes, which takes no data, and the plan's record lists them as ``uncalibrated``.
     """
     tensors, uncalibrated = dict(draft.tensors), []
     site_of = {name: site for site in context.sites for name in site.linears}
@@ -111,6 +125,8 @@ def build_plan(context: SearchContext, draft: Draft) -> RoundingPlan:
         weight, activation = _formats(context, part, widths)
         if f"{name}/clip" in tensors:
             weight = weight.model_copy(update={"clipped": True})
+        if f"{name}/codes" in tensors:
+            weight = WeightFormat.model_validate(weight.model_dump() | {"stored": True})
         if site and f"{site.name}/mean" in tensors and weight.kind != "none":
             weight = weight.model_copy(update={"corrected": True})
         if site and site.expert and any(f"{site.name}/{key}" not in tensors for key in activation.parameters):
@@ -136,6 +152,7 @@ def build_plan(context: SearchContext, draft: Draft) -> RoundingPlan:
         tensors=tensors,
         folds=draft.folds,
         replaced=draft.replaced,
+        rotations=draft.rotations,
         calibration=_calibration_record(context),
         record={**draft.record, **({"uncalibrated": uncalibrated} if uncalibrated else {})},
     )

@@ -75,7 +75,8 @@ def _stand_in(plan: RoundingPlan, module: ModulePlan, model: nn.Module, kernel: 
     """What a Linear becomes, in the same place: on its device, or offloaded like it."""
     linear = model.get_submodule(module.name)
     with materialized(linear):
-        layer = quantized_linear(module, edited(plan, model, module.name), plan.tensors, kernel)
+        own = edited(plan, model, module.name)
+        layer = quantized_linear(module, own, plan.tensors, kernel, plan.rotation_of(module))
     place_like(layer, linear)
     return layer
 

@@ -22,6 +22,8 @@ from lmms_eval.utils import simple_parse_args_string
 from original_llava import write_original_llava
 from report.leaderboard.test_adding import facts
 from report.leaderboard.written import content, samples, write
+from rotations import rotated
+from stored_codes import with_codes
 from tiny_llava import random_image, write_tiny_llava
 from torch import nn
 
@@ -87,7 +89,8 @@ def searched(place):
     shown = [Sample(Conversation.from_prompt(f"what is {i}?", [random_image(i)]), "that") for i in range(2)]
     options = {"calibration_batch_size": 2, "alpha_steps": 2, "bias_correction": True, "group_size": 16}
     plan = planning.obtain_plan(loaded, check_request("awq", "w4a4", options), CalibrationSet(tuple(shown)), None)
-    return loaded, plan
+    plan = rotated(plan, {module.site for module in plan.modules if module.part == "vision"})
+    return loaded, with_codes(plan, load(str(place / "model"), dtype="float32"), parts=("vision",))[0]
 
 
 # Texts that are typed
@@ -188,7 +191,7 @@ def test_steps_of_a_search(place, data):
 def exported(place, searched):
     request = check_request("rtn", "w4a16", {"group_size": 16})
     loaded = load(str(place / "model"), dtype="bfloat16")
-    export(planning.obtain_plan(loaded, request, None, None), loaded, place / "exported")
+    export(rotated(planning.obtain_plan(loaded, request, None, None)), loaded, place / "exported")
     return place / "exported"
 
 

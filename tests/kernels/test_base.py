@@ -1,6 +1,7 @@
 import pytest
 import torch
-from kernel_problems import A16, CPU, STATIC, STATIC8, TOKEN8, Problem, int_format
+from kernel_problems import A16, CPU, STATIC, STATIC8, TOKEN8, Problem, int_format, relative
+from stored_codes import other_integers, other_parameters, stored
 
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels.base import corrected_bias
@@ -8,7 +9,7 @@ from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.int8 import INT8
 from qvlm_plugin.kernels.nf4 import NF4
-from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.kernels.reference import REFERENCE, round_activation
 
 NF = WeightFormat(kind="nf", bits=4, corrected=True)
 INT4_WEIGHT, INT6_WEIGHT = int_format(4, corrected=True), int_format(6, corrected=True)
@@ -58,6 +59,40 @@ def test_what_is_not_a_number_stays_none(kernel, weight, activation, tokens):
     x[1, 7] = torch.nan
     outputs = problem.outputs(kernel, weight, activation, x=x, **mean)
     assert outputs[1].isnan().all() and torch.equal(outputs[[0, 2]], right[[0, 2]])
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("activation", [A16, TOKEN8, STATIC8], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "weight", "bound"),
+    [
+        (INT4, int_format(4), 1e-5),
+        (INT4, int_format(3, 64, symmetric=True), 1e-5),
+        (INT4, int_format(2, None), 1e-5),
+        (INT8, int_format(6), 0.02),
+        (INT8, int_format(5, 32, symmetric=True), 0.02),
+    ],
+    ids=lambda value: getattr(value, "name", None) or str(value),
+)
+def test_kernels_compute_with_the_plans_codes(kernel, weight, bound, activation, mean):
+    problem = Problem.draw()
+    weights, fmt = problem.linear.weight.detach(), stored(weight, corrected=mean)
+    parameters = other_parameters(weights, weight) | ({"mean": problem.x.mean(dim=0)} if mean else {})
+    values = other_integers(weights, weight).dequantize()
+    bias = problem.linear.bias.detach() + ((weights - values) @ parameters["mean"] if mean else 0)
+    expected = round_activation(problem.x, activation, problem.parameters(activation)) @ values.T + bias
+    assert kernel.supports(fmt, activation, (64, 256), CPU)
+    assert relative(problem.outputs(REFERENCE, fmt, activation, **parameters), expected) < 1e-5
+    distance = relative(problem.outputs(kernel, fmt, activation, **parameters), expected)
+    assert distance < bound
+    nearest = problem.outputs(kernel, weight, activation)
+    assert relative(nearest, expected) > 2 * distance  # and it is not that of rounding the weight
+
+
+def test_folded_weights_have_codes_of_their_own():
+    reason = INT4_FOLDED.obstacle(stored(int_format(4)), STATIC, (64, 256), CPU)
+    assert reason == "the plan's codes do not carry over to folded weights"
+    assert INT4_FOLDED.supports(int_format(4), STATIC, (64, 256), CPU)
 
 
 def test_the_correction_is_what_rounding_took():

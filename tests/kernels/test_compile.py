@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_problems import A16, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
+from rotations import by_token, rotated
 from transformers import StaticCache
 
 from qvlm_plugin import planning
@@ -12,7 +13,9 @@ from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.int8 import INT8
 from qvlm_plugin.kernels.nf4 import NF4
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan_header import Rotation
 from qvlm_plugin.plan_request import check_request
+from qvlm_plugin.rotation import factors
 
 CASES = [
     *[(INT4, int_format(4), activation) for activation in (A16, STATIC, TOKEN)],
@@ -23,14 +26,18 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("kernel", "weight", "activation"), CASES, ids=lambda value: getattr(value, "name", str(value))
+    ("kernel", "weight", "activation", "turned"),
+    [*((*case, False) for case in CASES), *((*case, True) for case in CASES if case[2].kind != "static_channel")],
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_whole_forward_pass_is_one_graph(kernel, weight, activation, dtype):
+def test_the_whole_forward_pass_is_one_graph(kernel, weight, activation, turned, dtype):
     if kernel is NF4:
         pytest.importorskip("bitsandbytes")
     problem = Problem.draw(dtype=dtype)
     layer = problem.quantized(kernel, weight, activation)
+    if turned:
+        layer.rotate_inputs(factors(Rotation.of_channels("site", 256)))
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
@@ -40,16 +47,23 @@ def test_the_whole_forward_pass_is_one_graph(kernel, weight, activation, dtype):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "weights", "backend"),
-    [("w4a4", "int", "packed"), ("w4a4", "int", "int4_folded"), ("w8a8", "int", "packed"), ("w4a16", "nf", "packed")],
+    ("scheme", "weights", "backend", "turned"),
+    [
+        ("w4a4", "int", "packed", False),
+        ("w4a4", "int", "int4_folded", False),
+        ("w8a8", "int", "packed", False),
+        ("w4a16", "nf", "packed", False),
+        ("w4a8", "int", "packed", True),
+        ("w4a4", "int", "reference", True),
+    ],
 )
-def test_a_decode_step_with_a_static_cache_is_one_graph(tiny_llava, calibration, scheme, weights, backend):
+def test_a_decode_step_with_a_static_cache_is_one_graph(tiny_llava, calibration, scheme, weights, backend, turned):
     if weights == "nf":
         pytest.importorskip("bitsandbytes")
     loaded = load(str(tiny_llava), dtype="bfloat16")
     options = {"group_size": 32, "calibration_batch_size": 5, "weights": weights}
     plan = planning.obtain_plan(loaded, check_request("rtn", scheme, options), calibration, cache=None)
-    planning.apply(plan, loaded, backend)
+    planning.apply(rotated(by_token(plan)) if turned else plan, loaded, backend)
     decoder = loaded.model.model.language_model
 
     def step(token, position, cache):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qvlm_plugin.kernels.folding import LARGEST_SUM, arrange, encode, fold, with_encoding
+from qvlm_plugin.kernels.folding import LARGEST_SUM, encode, fold, with_encoding
 from qvlm_plugin.quantizers import fake_quantize
 
 
@@ -14,7 +14,7 @@ def problem(rows=24, columns=40, spread=3.0):
 
 def codes_of(x, folded, bits):
     tensors = with_encoding(folded.codes)
-    return arrange(encode(x, tensors, bits, torch.float32), tensors["index"])
+    return encode(x, tensors, bits, torch.float32)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

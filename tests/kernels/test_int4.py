@@ -6,16 +6,9 @@ from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels import dequantized, int4_product
 from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
-from qvlm_plugin.kernels.nibbles import pack_nibbles, unpack_nibbles
 from qvlm_plugin.kernels.reference import REFERENCE
 
 CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
-
-
-def test_nibbles_are_packed_and_unpacked():
-    codes = torch.randint(0, 16, (5, 12), dtype=torch.uint8)
-    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
-    assert pack_nibbles(torch.tensor([[1, 2]], dtype=torch.uint8)).item() == 0x12
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE))

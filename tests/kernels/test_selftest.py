@@ -19,6 +19,7 @@ NF = WeightFormat(kind="nf", bits=4, double_quantization=True)
 @pytest.mark.parametrize(
     ("kernel", "weight"),
     [(INT4, int_format(4)), (INT4, int_format(3, 32, symmetric=True)), (INT4, int_format(4, 64, clipped=True)),
+     (INT4, int_format(3, 64, stored=True)), (INT8, int_format(8, symmetric=True, stored=True)),
      (INT8, int_format(8)), (INT8, int_format(6, None)), (NF4, NF)],
     ids=lambda value: getattr(value, "name", str(value)),
 )  # fmt: skip

@@ -4,11 +4,14 @@ import gc
 
 import pytest
 import torch
+from rotations import rotated
 from tiny_llava import logits_of, write_tiny_llava
 
 from qvlm_plugin import planning, plugins
+from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.qvlm import mining
+from qvlm_plugin.methods.stand_ins import stand_ins
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.topology import decoder_layers
@@ -63,6 +66,18 @@ def test_the_plan_is_the_same_and_the_model_left_as_it_was(folder, calibration, 
             assert plan.replaced and veo["after"]["total"] < veo["before"]["total"]
         assert state(offloaded.model) == before
         assert torch.equal(logits_of(offloaded.model, inputs), logits)
+
+
+def test_a_rotation_is_offloaded_with_the_layer(folder, calibration):
+    whole, offloaded = (load(str(folder), dtype="float32", device_map=device_map) for device_map in (None, "offload"))
+    plan = rotated(plan_of(whole, calibration, "rtn", "w4a16"))
+    module = next(module for module in plan.quantized if module.part == "decoder")
+    layers = [
+        stand_ins(plan, each.model, REFERENCE, (module.name,)).linears[module.name] for each in (whole, offloaded)
+    ]
+    x = torch.randn(3, module.shape[1])
+    assert layers[1].rotation_names and all(parameter.is_meta for parameter in layers[1].parameters())
+    assert torch.equal(layers[0](x), layers[1](x))
 
 
 @pytest.mark.parametrize("options", [{"veo": False}, {"veo_epochs": 1}], ids=["cdm", "veo"])

@@ -64,9 +64,8 @@ def run_in(count, code, *arguments):
 def test_two_processes_find_the_plans_of_one(tiny_llava, tmp_path):
     source = rows(tmp_path, "a.json", range(5))  # three batches: one for one process, two for the other
     examples = {method: COMMON | options for method, options in EXAMPLES.items()}
-    (together, other), (alone,) = (
-        run_in(count, SEARCHING, tiny_llava, source, json.dumps(examples)) for count in (2, 1)
-    )
+    arguments = SEARCHING, tiny_llava, source, json.dumps(examples)
+    (together, other), (alone,) = (run_in(count, *arguments, tmp_path / f"cache-{count}") for count in (2, 1))
     assert together == other == alone and set(json.loads(alone[-1])) == set(EXAMPLES)
 
 
@@ -74,7 +73,8 @@ def test_the_command_starts_them_and_ends_as_one(tiny_llava, tmp_path):
     def search(name, *more):
         command = [
             sys.executable, "-m", "qvlm_plugin", "search", tmp_path / name, "--pretrained", tiny_llava,
-            "--method", "rtn", "--calibration", source, "--option", "calibration_batch_size=2", "--processes", "2", *more,
+            "--method", "rtn", "--calibration", source, "--option", "calibration_batch_size=2",
+            "--processes", "2", *more,
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "QVLM_CACHE": str(tmp_path / "cache")}
         return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)

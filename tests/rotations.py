@@ -1,0 +1,30 @@
+"""Plans that rotate inputs."""
+
+from dataclasses import replace
+
+import torch
+
+from qvlm_plugin.plan_header import Rotation
+
+
+def rotated(plan, sites=None, seed=3):
+    """The plan with a rotation at every site whose inputs can be rotated, or at ``sites``."""
+    found = {}
+    for module in plan.modules:
+        if module.site and (sites is None or module.site in sites):
+            rotation = Rotation.of_channels(module.site, module.shape[1], seed)
+            if sites is not None or rotation.obstacle(module) is None:
+                found[module.site] = rotation
+    return replace(plan, rotations=tuple(found.values()))
+
+
+def by_token(plan):
+    """The plan with dynamic ranges of tokens at all sites, in place of static ones of channels."""
+    modules, tensors = [], dict(plan.tensors)
+    for module in plan.modules:
+        if module.activation.kind == "static_channel":
+            activation = module.activation.model_copy(update={"kind": "dynamic_token"})
+            module = module.model_copy(update={"activation": activation})
+            tensors[f"{module.site}/clip_ratio"] = torch.ones(1)
+        modules.append(module)
+    return replace(plan, modules=tuple(modules), tensors=tensors)

@@ -2,4 +2,5 @@
 
 from qvlm_plugin.cli import app
 
-app(prog_name="qvlm")
+if __name__ == "__main__":
+    app(prog_name="qvlm")

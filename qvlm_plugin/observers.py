@@ -65,13 +65,23 @@ def chunk_for(device: torch.device) -> tuple[int, bool]:
     return (2**18, False) if device.type == "cpu" else (2**24, True)
 
 
+@dataclass(frozen=True)
+class RangeGrid:
+    """Candidates for the range of a quantizer, and how they are judged.
+
+    Attributes:
+        ratios: R candidates.
+        bits: 2 to 8.
+        norm: the exponent p of the l_p distance, positive.
+    """
+
+    ratios: tuple[float, ...]
+    bits: int
+    norm: float
+
+
 def channel_lp_losses(
-    x: Tensor,
-    statistics: ChannelStatistics,
-    ratios: Sequence[float],
-    bits: int,
-    p: float,
-    weights: Tensor | None = None,
+    x: Tensor, statistics: ChannelStatistics, grid: RangeGrid, weights: Tensor | None = None
 ) -> Tensor:
     """sum over tokens of |Q(x) - x|^p of static per-channel quantization, for each candidate ratio and channel.
 
@@ -80,14 +90,13 @@ def channel_lp_losses(
     Args:
         x: tokens [N, C].
         statistics: of the whole calibration set.
-        ratios: R candidates.
-        bits: 2 to 8.
-        p: the norm's exponent, positive.
+        grid: the candidates.
         weights: factors of the elements' losses [N, C]; None takes all as 1.
 
     Returns:
         float64 [R, C].
     """
+    ratios = grid.ratios
     lower, upper = (torch.stack(bound) for bound in zip(*map(statistics.range, ratios), strict=True))
     total = torch.zeros(len(ratios), x.shape[1], dtype=torch.float64, device=x.device)
     elements, together = chunk_for(x.device)
@@ -98,17 +107,17 @@ def channel_lp_losses(
         for first in range(0, len(ratios), count):
             part = slice(first, first + count)
             candidates = tokens.expand(count, -1, -1)
-            loss = _lp(fake_quantize(candidates, lower[part, None], upper[part, None], bits), tokens, p)
+            loss = _lp(fake_quantize(candidates, lower[part, None], upper[part, None], grid.bits), tokens, grid.norm)
             if weights is not None:
                 loss.mul_(weights[start : start + rows])
             total[part] += loss.sum(dim=1, dtype=torch.float64)
     return total
 
 
-def token_lp_losses(x: Tensor, ratios: Sequence[float], bits: int, p: float) -> Tensor:
+def token_lp_losses(x: Tensor, grid: RangeGrid) -> Tensor:
     """sum |Q(x) - x|^p of dynamic per-token quantization, for each candidate clipping ratio; float64 [R]."""
-    candidates = (fake_quantize(x, *token_range(x, ratio), bits) for ratio in ratios)
-    return torch.stack([_lp(candidate, x, p).sum(dtype=torch.float64) for candidate in candidates])
+    candidates = (fake_quantize(x, *token_range(x, ratio), grid.bits) for ratio in grid.ratios)
+    return torch.stack([_lp(candidate, x, grid.norm).sum(dtype=torch.float64) for candidate in candidates])
 
 
 def best_ratio(losses: Tensor, ratios: Sequence[float]) -> Tensor:

@@ -16,7 +16,7 @@ from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.sampling import sample_tokens
-from qvlm_plugin.methods.scaling import fold_of, search_scale
+from qvlm_plugin.methods.scaling import fold_of, produced_magnitude, scale_grid, search_scale
 from qvlm_plugin.methods.stand_ins import copied
 from qvlm_plugin.plan import apply_fold
 from qvlm_plugin.plan_header import Fold
@@ -65,7 +65,8 @@ def search_block(
             weights = [modules[name].weight for name in site.linears]
             inputs = tokens[site.name].to(weights[0].device, torch.float32)
             channels = len(modules[site.producer].weight)
-            scale = search_scale(weights, weight_format, inputs, fold, channels, options.alpha_steps)
+            grid = scale_grid(produced_magnitude(inputs, fold, channels), options.alpha_steps)
+            scale = search_scale(weights, weight_format, inputs, fold, grid)
             tensors[f"{site.name}/scale"] = scale.cpu()
     for site, fold in folds.items():
         linears = [modules[name] for name in site.linears]

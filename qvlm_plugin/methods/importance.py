@@ -28,7 +28,7 @@ from qvlm_plugin.methods.gradients import OverflowedError, checkpointed, frozen,
 from qvlm_plugin.methods.minmax import observe
 from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.shard import OrderedSum
-from qvlm_plugin.observers import best_ratio, channel_lp_losses
+from qvlm_plugin.observers import RangeGrid, best_ratio, channel_lp_losses
 from qvlm_plugin.quantizers import widen
 from qvlm_plugin.topology import Site
 
@@ -158,8 +158,8 @@ def search_important_ranges(context: SearchContext, draft: Draft) -> Draft:
     def visit(site: Site, tokens: Tensor, jacobian: Tensor, batch: int) -> Tensor:
         tokens, jacobian = transformed(draft, site, tokens), transformed_gradient(draft, site, jacobian)
         weights = jacobian.float().square()
-        seen, bits = statistics[site.name].to(tokens.device), formats[site].bits
-        return channel_lp_losses(tokens, seen, options.ratios, bits, options.norm, weights)
+        grid = RangeGrid(options.ratios, formats[site].bits, options.norm)
+        return channel_lp_losses(tokens, statistics[site.name].to(tokens.device), grid, weights)
 
     losses, token_weights = visit_jacobians(context, list(formats), visit)
     tensors = {}

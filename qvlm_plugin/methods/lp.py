@@ -13,7 +13,7 @@ from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.minmax import observe
 from qvlm_plugin.methods.observe import visit_site_inputs
-from qvlm_plugin.observers import best_ratio, channel_lp_losses, token_lp_losses
+from qvlm_plugin.observers import RangeGrid, best_ratio, channel_lp_losses, token_lp_losses
 from qvlm_plugin.topology import Site
 
 
@@ -32,10 +32,11 @@ def least_distance(context: SearchContext, draft: Draft, formats: Mapping[Site, 
 
     def visit(site: Site, tokens: Tensor) -> Tensor:
         fmt = formats[site]
+        grid = RangeGrid(options.ratios, fmt.bits, options.norm)
         if fmt.kind == "dynamic_token":
-            return token_lp_losses(tokens, options.ratios, fmt.bits, options.norm)
+            return token_lp_losses(tokens, grid)
         seen = statistics[site.name].to(tokens.device)
-        losses = channel_lp_losses(tokens, seen, options.ratios, fmt.bits, options.norm)
+        losses = channel_lp_losses(tokens, seen, grid)
         return losses if options.ranges == "channel" else losses.sum(dim=1)
 
     losses = visit_site_inputs(context, list(formats), visit, "range search", draft)

@@ -54,6 +54,11 @@ def channel_scale(magnitude: Tensor, alpha: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
+def scale_grid(magnitude: Tensor, steps: int) -> list[Tensor]:
+    """The scales of alpha = 0, 1/steps, … up to but without 1; see `channel_scale`."""
+    return [channel_scale(magnitude, step / steps) for step in range(steps)]
+
+
 def output_error(weight: Tensor, approximation: Tensor, tokens: Tensor) -> Tensor:
     """Squared distance of a Linear's outputs from what they were, summed over tokens: a float32 scalar.
 
@@ -65,23 +70,17 @@ def output_error(weight: Tensor, approximation: Tensor, tokens: Tensor) -> Tenso
 
 
 def search_scale(
-    weights: Sequence[Tensor], weight_format: WeightFormat, tokens: Tensor, fold: Fold, channels: int, steps: int
+    weights: Sequence[Tensor], weight_format: WeightFormat, tokens: Tensor, fold: Fold, candidates: Sequence[Tensor]
 ) -> Tensor:
-    """The scale that errs least over all Linears of a site; ties keep the smaller alpha.
+    """The candidate that errs least over all Linears of a site; ties keep the earlier one.
 
     Args:
         weights: of the site's Linears, [O, I] each.
         weight_format: they are rounded to.
         tokens: what they read, [N, I] float32.
         fold: where the scale goes.
-        channels: that the producer writes.
-        steps: of the grid alpha = 0, 1/steps, … up to but without 1.
-
-    Returns:
-        float32 [channels].
+        candidates: scales, float32 [channels that the producer writes].
     """
-    magnitude = produced_magnitude(tokens, fold, channels)
-    candidates = [channel_scale(magnitude, step / steps) for step in range(steps)]
 
     def error(scale: Tensor) -> Tensor:
         columns = fold.spread(scale, tokens.shape[1])

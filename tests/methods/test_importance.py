@@ -8,7 +8,7 @@ from qvlm_plugin.methods import importance
 from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.importance import log_odds, search_important_ranges, visit_jacobians
 from qvlm_plugin.methods.lp import least_distance
-from qvlm_plugin.observers import ChannelStatistics, channel_lp_losses
+from qvlm_plugin.observers import ChannelStatistics, RangeGrid, channel_lp_losses
 from qvlm_plugin.plan_header import Fold
 
 
@@ -119,7 +119,7 @@ def test_equal_weights_give_the_layer_wise_search_of_channels(loaded, calibratio
     monkeypatch.setattr(
         importance,
         "channel_lp_losses",
-        lambda x, seen, ratios, bits, p, weights: channel_lp_losses(x, seen, ratios, bits, p, torch.ones_like(weights)),
+        lambda x, seen, grid, weights: channel_lp_losses(x, seen, grid, torch.ones_like(weights)),
     )
     found = search_important_ranges(context, Draft()).tensors
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
@@ -131,9 +131,9 @@ def test_a_token_that_no_answer_depends_on_does_not_widen_the_range():
     x[0] = 40
     weights = torch.ones_like(x)
     ratios = (1.0, 0.1)
-    assert channel_lp_losses(x, ChannelStatistics.of(x), ratios, 4, 2.0, weights).argmin() == 0
+    assert channel_lp_losses(x, ChannelStatistics.of(x), RangeGrid(ratios, 4, 2.0), weights).argmin() == 0
     weights[0] = 0
-    assert channel_lp_losses(x, ChannelStatistics.of(x), ratios, 4, 2.0, weights).argmin() == 1
+    assert channel_lp_losses(x, ChannelStatistics.of(x), RangeGrid(ratios, 4, 2.0), weights).argmin() == 1
 
 
 def test_jacobians_that_are_not_finite_name_the_site(loaded, calibration):

@@ -3,7 +3,7 @@ import torch
 
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels.reference import round_weight
-from qvlm_plugin.methods.scaling import channel_scale, produced_magnitude, search_scale
+from qvlm_plugin.methods.scaling import channel_scale, produced_magnitude, scale_grid, search_scale
 from qvlm_plugin.plan_header import Fold
 
 ONE_TO_ONE = Fold(site="site", producer="producer")
@@ -55,14 +55,13 @@ def test_no_scale_of_the_grid_errs_less_at_the_outputs(fmt, fold, channels):
             float((tokens @ w.T - (tokens / spread) @ round_weight(w * spread, fmt).T).square().sum()) for w in weights
         )
 
-    found = error(search_scale(weights, fmt, tokens, fold, channels, 20))
-    magnitude = produced_magnitude(tokens, fold, channels)
-    grid = [error(channel_scale(magnitude, step / 20)) for step in range(20)]
+    scales = scale_grid(produced_magnitude(tokens, fold, channels), 20)
+    found, grid = error(search_scale(weights, fmt, tokens, fold, scales)), [error(scale) for scale in scales]
     assert grid[0] == error(torch.ones(channels))
     assert found == pytest.approx(min(grid), rel=1e-4)
     assert found < grid[0]  # large activations make scaling worth it
 
 
 def test_a_grid_of_one_step_scales_nothing():
-    scale = search_scale([torch.randn(8, 24)], FORMATS[0], tokens_with_outliers(), ONE_TO_ONE, 24, 1)
+    (scale,) = scale_grid(tokens_with_outliers().abs().mean(dim=0), 1)
     assert torch.equal(scale, torch.ones(24))

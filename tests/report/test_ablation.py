@@ -15,7 +15,7 @@ from qvlm_plugin.cli import app
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.hidden import decoder_inputs
-from qvlm_plugin.methods.qvlm.dependency import soft_assignment
+from qvlm_plugin.methods.qvlm.dependency import Assignment, soft_assignment
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.planning import apply, obtain_plan
@@ -79,7 +79,7 @@ def test_points_of_several_samples(loaded, samples):
     outputs = decoder_inputs(context).through(*context.layers[0]).states
     lower, upper = torch.cat([states[0] for states in outputs]).aminmax(dim=0)
     for point, states in zip(points, outputs, strict=True):  # bounds are common, so that entropies compare
-        marginal = soft_assignment(states, lower, upper, 4).double().flatten(0, -2).mean(dim=0)
+        marginal = soft_assignment(states, lower, upper, Assignment(4)).double().flatten(0, -2).mean(dim=0)
         assert point.entropy == pytest.approx(float(-(marginal * marginal.log()).sum()), rel=1e-5)
         assert 0 < point.entropy <= math.log(16) and 0 < point.dependency <= math.log(16)
 

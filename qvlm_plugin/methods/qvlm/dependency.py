@@ -5,6 +5,7 @@ everything here differentiable. Entropies are in nats.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,9 +23,22 @@ MAX_ELEMENTS = 2**20
 _HARD = 1e4  # exp(-1e4) is 0 in every floating-point type
 
 
-def soft_assignment(
-    x: Tensor, lower: Tensor, upper: Tensor, bits: int, literal: bool = False, temperature: float = 1.0
-) -> Tensor:
+@dataclass(frozen=True)
+class Assignment:
+    """How elements are assigned to rounding points.
+
+    Attributes:
+        bits: 2 to 8.
+        literal: divide the squared distance of x itself by the step, as printed; see `soft_assignment`.
+        temperature: below 1 sharpens the assignment; towards 0 it becomes rounding to nearest.
+    """
+
+    bits: int
+    literal: bool = False
+    temperature: float = 1.0
+
+
+def soft_assignment(x: Tensor, lower: Tensor, upper: Tensor, how: Assignment) -> Tensor:
     """Probability of each rounding point for each element (Eq. 5): p(m) ∝ exp(-(u - m)^2 / temperature).
 
     ``u = (x - lower) / step`` is the element in code units, which makes the formula independent of the scale of x. As
@@ -34,37 +48,29 @@ def soft_assignment(
         x: any shape.
         lower, upper: bounds that broadcast against x. Where they coincide there is one rounding point, code 0, and it
             has all the probability.
-        bits: 2 to 8.
-        literal: see above.
-        temperature: below 1 sharpens the assignment; towards 0 it becomes rounding to nearest.
+        how: see `Assignment`.
 
     Returns:
         [..., 2^bits], sums to 1 along the last dimension; float32, or float64 if x is that.
     """
     x, lower, upper = widen(x), widen(lower), widen(upper)
-    step = (upper - lower) / (2**bits - 1)
+    step = (upper - lower) / (2**how.bits - 1)
     constant = step <= 0
     u = torch.where(constant, 0, (x - lower) / torch.where(constant, 1, step))
-    sharpness = torch.where(constant, _HARD, (step if literal else torch.ones_like(step)) / temperature)
-    points = torch.arange(2**bits, device=x.device, dtype=u.dtype)
+    sharpness = torch.where(constant, _HARD, (step if how.literal else torch.ones_like(step)) / how.temperature)
+    points = torch.arange(2**how.bits, device=x.device, dtype=u.dtype)
     return (-(u.unsqueeze(-1) - points).square() * sharpness.unsqueeze(-1)).softmax(dim=-1)
 
 
 def joint_counts(
-    x: Tensor,
-    y: Tensor,
-    x_bounds: tuple[Tensor, Tensor],
-    y_bounds: tuple[Tensor, Tensor],
-    bits: int,
-    literal: bool = False,
-    temperature: float = 1.0,
+    x: Tensor, y: Tensor, x_bounds: tuple[Tensor, Tensor], y_bounds: tuple[Tensor, Tensor], how: Assignment
 ) -> Tensor:
     """Sum over elements of p_x(m) p_y(m'): the joint histogram of the codes. Histograms of several batches add up.
 
     Args:
         x, y: outputs of two layers, of one shape.
         x_bounds, y_bounds: (lower, upper) of each, which broadcast against them.
-        bits, literal, temperature: see `soft_assignment`.
+        how: see `Assignment`.
 
     Returns:
         float64 [2^bits, 2^bits], differentiable in x and y; memory is bounded forwards and backwards.
@@ -72,13 +78,13 @@ def joint_counts(
 
     def count(x: Tensor, *others: Tensor) -> Tensor:
         x_lower, x_upper, y, y_lower, y_upper = others
-        rows = soft_assignment(x, x_lower, x_upper, bits, literal, temperature)
-        columns = soft_assignment(y, y_lower, y_upper, bits, literal, temperature)
+        rows = soft_assignment(x, x_lower, x_upper, how)
+        columns = soft_assignment(y, y_lower, y_upper, how)
         return (rows.T @ columns).double()
 
-    columns = [tensor.expand_as(x).flatten().split(CHUNK // 2**bits) for tensor in (x, *x_bounds, y, *y_bounds)]
+    columns = [tensor.expand_as(x).flatten().split(CHUNK // 2**how.bits) for tensor in (x, *x_bounds, y, *y_bounds)]
     remember = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    total = torch.zeros(2**bits, 2**bits, dtype=torch.float64, device=x.device)
+    total = torch.zeros(2**how.bits, 2**how.bits, dtype=torch.float64, device=x.device)
     for chunk in zip(*columns, strict=True):
         # Going backwards, a chunk's assignments are computed again rather than kept.
         total = total + (checkpoint(count, *chunk, use_reentrant=False) if remember else count(*chunk))
@@ -101,14 +107,12 @@ def conditional_entropy(joint: Tensor) -> Tensor:
     return -(joint * given).sum()
 
 
-def layer_dependency(
-    x: Tensor, y: Tensor, bits: int, literal: bool = False, temperature: float = 1.0, seed: int = 0
-) -> float:
+def layer_dependency(x: Tensor, y: Tensor, how: Assignment, seed: int = 0) -> float:
     """D(k, k+1) of two layers from the whole of their outputs (Eq. 4), each channel bounded by its extremes.
 
     Args:
         x, y: outputs of layer k and of layer k + 1, [N, C] each; more than `MAX_ELEMENTS` are sampled.
-        bits, literal, temperature: see `soft_assignment`.
+        how: see `Assignment`.
         seed: of the sample.
     """
     chosen = sample_elements(x.numel(), MAX_ELEMENTS, seed).to(x.device)
@@ -116,7 +120,7 @@ def layer_dependency(
     for states in (x, y.to(x.device)):
         outputs.append(states.flatten()[chosen])
         bounds.append(tuple(bound[chosen % x.shape[1]] for bound in states.aminmax(dim=0)))
-    return float(conditional_entropy(joint_counts(*outputs, *bounds, bits, literal, temperature)))
+    return float(conditional_entropy(joint_counts(*outputs, *bounds, how)))
 
 
 def sample_elements(total: int, count: int, seed: int) -> Tensor:

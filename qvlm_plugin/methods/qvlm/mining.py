@@ -19,9 +19,9 @@ from qvlm_plugin.methods.draft import Draft, TokenWeights, build_plan, transform
 from qvlm_plugin.methods.hidden import HiddenCache, decoder_inputs
 from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.options import MiningOptions
-from qvlm_plugin.methods.qvlm.dependency import layer_dependency
+from qvlm_plugin.methods.qvlm.dependency import Assignment, layer_dependency
 from qvlm_plugin.methods.qvlm.partition import partition
-from qvlm_plugin.methods.qvlm.search import search_exhaustively, search_with_beam
+from qvlm_plugin.methods.qvlm.search import Tree, search_exhaustively, search_with_beam
 from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
 from qvlm_plugin.models.placement import execution_device, materialized
 from qvlm_plugin.plan import RoundingPlan
@@ -101,7 +101,7 @@ def dependencies(layers: Sequence[tuple[str, nn.Module]], hidden: HiddenCache, b
         hidden = hidden.through(name, layer)
         tokens = hidden.tokens()
         if previous is not None:
-            values.append(layer_dependency(previous, tokens, bits))
+            values.append(layer_dependency(previous, tokens, Assignment(bits)))
         previous = tokens
     return values
 
@@ -192,8 +192,8 @@ def search_block(
         index = units[step][0]
         return state[2].error(targets[index], options, token_weights and token_weights[index])
 
-    arguments = (len(units), len(options.percentiles), (start, {}, start), run, error)
-    found = search_with_beam(*arguments, options.beam) if options.beam else search_exhaustively(*arguments)
+    tree, before = Tree(len(units), len(options.percentiles), run, error), (start, {}, start)
+    found = search_with_beam(tree, before, options.beam) if options.beam else search_exhaustively(tree, before)
     if not isfinite(found.error):
         raise QVLMError(f"the error of {members[-1].name} is not finite on calibration data; try relative_error=false")
     chosen: list[dict[str, int]] = [{} for _ in members]

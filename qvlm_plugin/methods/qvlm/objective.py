@@ -15,7 +15,7 @@ from torch import Tensor
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.gradients import OverflowedError, last_positions, scaled
-from qvlm_plugin.methods.qvlm.dependency import conditional_entropy, joint_counts, sample_elements
+from qvlm_plugin.methods.qvlm.dependency import Assignment, conditional_entropy, joint_counts, sample_elements
 from qvlm_plugin.observers import ChannelStatistics
 from qvlm_plugin.quantizers import widen
 from qvlm_plugin.scheme import UNQUANTIZED
@@ -61,7 +61,7 @@ def entropy_loss(
     for k, weight in enumerate(weights):
         here, (lower, upper) = layers[k], bounds[k]
         above, above_lower, above_upper = (tensor.to(here.device) for tensor in (layers[k + 1], *bounds[k + 1]))
-        joint = joint_counts(here, above, (lower, upper), (above_lower, above_upper), bits)
+        joint = joint_counts(here, above, (lower, upper), (above_lower, above_upper), Assignment(bits))
         total = total + weight * conditional_entropy(joint).to(total.device)
     return total
 

@@ -7,9 +7,26 @@ d steps are tried as a tree, which costs c + c² + … + c^d step runs instead o
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Tree(Generic[State]):
+    """All combinations of candidates.
+
+    Attributes:
+        steps: d.
+        candidates: c, the same number at each step.
+        run: (step, candidate, state) → next state.
+        error: (step, state) → objective.
+    """
+
+    steps: int
+    candidates: int
+    run: Callable[[int, int, State], State]
+    error: Callable[[int, State], float]
 
 
 @dataclass(frozen=True)
@@ -25,60 +42,48 @@ class Found:
     error: float
 
 
-def search_exhaustively(
-    steps: int,
-    candidates: int,
-    start: State,
-    run: Callable[[int, int, State], State],
-    error: Callable[[int, State], float],
-    first: int = 0,
-) -> Found:
+def search_exhaustively(tree: Tree[State], start: State, first: int = 0) -> Found:
     """Try every combination, depth first; holds one state per step. Ties keep the lexicographically first choices.
 
     Args:
-        steps: d.
-        candidates: c.
+        tree: its error is asked for after the last step only.
         start: the state before the first step.
-        run: (step, candidate, state) → next state.
-        error: (step, state) → objective; called for the last step only.
         first: the step to begin with.
     """
     best = None
-    for candidate in range(candidates):
-        after = run(first, candidate, start)
-        if first + 1 == steps:
-            found = Found((candidate,), error(first, after))
+    for candidate in range(tree.candidates):
+        after = None  # the last candidate's state is let go before there is another
+        after = tree.run(first, candidate, start)
+        if first + 1 == tree.steps:
+            found = Found((candidate,), tree.error(first, after))
         else:
-            rest = search_exhaustively(steps, candidates, after, run, error, first + 1)
+            rest = search_exhaustively(tree, after, first + 1)
             found = Found((candidate, *rest.choices), rest.error)
         if best is None or found.error < best.error:
             best = found
     return best
 
 
-def search_with_beam(
-    steps: int,
-    candidates: int,
-    start: State,
-    run: Callable[[int, int, State], State],
-    error: Callable[[int, State], float],
-    width: int,
-) -> Found:
+def search_with_beam(tree: Tree[State], start: State, width: int) -> Found:
     """Keep the ``width`` best prefixes after each step; with a width of c^(d-1) or more it is exhaustive.
 
-    Costs at most c + (d - 1) · width · c step runs and holds 2 · width + 1 states. Arguments as for
-    `search_exhaustively`; ``error`` is called after every step, on prefixes.
+    Costs at most c + (d - 1) · width · c step runs and holds 2 · width + 1 states.
+
+    Args:
+        tree: its error is asked for after every step, on prefixes.
+        start: the state before the first step.
+        width: prefixes.
     """
     beam: list[tuple[float, tuple[int, ...], State]] = [(0.0, (), start)]
-    for step in range(steps):
+    for step in range(tree.steps):
         grown: list[tuple[float, tuple[int, ...], State]] = []
         for _, choices, state in beam:
-            for candidate in range(candidates):
-                after = run(step, candidate, state)
+            for candidate in range(tree.candidates):
+                after = entry = None  # the last candidate's state is let go before there is another
+                after = tree.run(step, candidate, state)
+                entry = tree.error(step, after), (*choices, candidate), after
                 # Only states that may survive are kept; sorting by error and choices never compares states.
-                grown = sorted(
-                    [*grown, (error(step, after), (*choices, candidate), after)], key=lambda entry: entry[:2]
-                )[:width]
+                grown = sorted([*grown, entry], key=lambda one: one[:2])[:width]
         beam = grown
     value, choices, _ = beam[0]
     return Found(choices, value)

@@ -13,7 +13,13 @@ from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.methods.hidden import HiddenCache, decoder_inputs
 from qvlm_plugin.methods.lp import least_distance
 from qvlm_plugin.methods.options import MethodOptions
-from qvlm_plugin.methods.qvlm.dependency import MAX_ELEMENTS, conditional_entropy, joint_counts, sample_elements
+from qvlm_plugin.methods.qvlm.dependency import (
+    MAX_ELEMENTS,
+    Assignment,
+    conditional_entropy,
+    joint_counts,
+    sample_elements,
+)
 from qvlm_plugin.methods.qvlm.mining import CandidateLayer, candidate_layer, search_block
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.progress import track
@@ -135,5 +141,7 @@ def _joint_counts(here: HiddenCache, above: HiddenCache, bits: int) -> list[Tens
         chosen = sample_elements(pair[0].numel(), MAX_ELEMENTS, seed=0).to(pair[0].device)
         channels = chosen % pair[0].shape[1]
         elements = [tokens.flatten()[chosen] for tokens in pair]
-        counts.append(joint_counts(*elements, *[(lower[channels], upper[channels]) for lower, upper in bounds], bits))
+        counts.append(
+            joint_counts(*elements, *[(lower[channels], upper[channels]) for lower, upper in bounds], Assignment(bits))
+        )
     return counts

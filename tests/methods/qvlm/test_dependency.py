@@ -6,6 +6,7 @@ import torch
 
 from qvlm_plugin.methods.qvlm import dependency
 from qvlm_plugin.methods.qvlm.dependency import (
+    Assignment,
     conditional_entropy,
     dependency_between,
     joint_counts,
@@ -54,7 +55,7 @@ def brute_force(x, y, bits, literal=False, temperature=1.0):
 @pytest.mark.parametrize(("bits", "temperature"), [(2, 1.0), (3, 0.3)])
 def test_it_agrees_with_the_equations_element_by_element(bits, temperature, literal):
     x, y = outputs()
-    assert layer_dependency(x, y, bits, literal, temperature) == pytest.approx(
+    assert layer_dependency(x, y, Assignment(bits, literal, temperature)) == pytest.approx(
         brute_force(x, y, bits, literal, temperature), rel=1e-9
     )
 
@@ -62,9 +63,9 @@ def test_it_agrees_with_the_equations_element_by_element(bits, temperature, lite
 def test_assignments_are_probabilities_that_harden_to_rounding():
     x, _ = outputs()
     lower, upper = extremes(x)
-    soft = soft_assignment(x * 1.2, lower, upper, 4)  # beyond the bounds too
+    soft = soft_assignment(x * 1.2, lower, upper, Assignment(4))  # beyond the bounds too
     assert torch.allclose(soft.sum(-1), torch.ones_like(x)) and (soft >= 0).all()
-    hard = soft_assignment(x, lower, upper, 4, temperature=HARD)
+    hard = soft_assignment(x, lower, upper, Assignment(4, temperature=HARD))
     codes = ((fake_quantize(x, lower, upper, 4) - lower) / ((upper - lower) / 15)).round()
     assert torch.equal(hard.argmax(-1), codes.long()) and hard.amax(-1).min() > 0.99
 
@@ -72,16 +73,18 @@ def test_assignments_are_probabilities_that_harden_to_rounding():
 def test_the_scale_of_a_channel_matters_only_as_printed():
     x, y = outputs()
     for literal in (False, True):
-        same = layer_dependency(x * 50 + 7, y / 9, 3, literal) == pytest.approx(layer_dependency(x, y, 3, literal))
+        same = layer_dependency(x * 50 + 7, y / 9, Assignment(3, literal)) == pytest.approx(
+            layer_dependency(x, y, Assignment(3, literal))
+        )
         assert same != literal
 
 
 def test_constant_channels_have_one_rounding_point():
     x = torch.full((5, 2), 3.0)
     for literal in (False, True):
-        p = soft_assignment(x + torch.tensor([0.0, 9.0]), x[0], x[0], 4, literal)
+        p = soft_assignment(x + torch.tensor([0.0, 9.0]), x[0], x[0], Assignment(4, literal))
         assert torch.equal(p[..., 0], torch.ones(5, 2)) and not p[..., 1:].any()
-        assert layer_dependency(x, x, 4, literal) == 0
+        assert layer_dependency(x, x, Assignment(4, literal)) == 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, HARD])
@@ -89,29 +92,29 @@ def test_independent_layers_leave_the_whole_entropy(temperature):
     a, b = torch.randn(7, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
     grid = torch.cartesian_prod(a, b)  # every pair once: exactly independent
     x, y = grid[:, :1], grid[:, 1:]
-    marginal = soft_assignment(y, *extremes(y), 3, temperature=temperature).flatten(0, -2).mean(0)
+    marginal = soft_assignment(y, *extremes(y), Assignment(3, temperature=temperature)).flatten(0, -2).mean(0)
     entropy = float(torch.special.entr(marginal).sum())
-    assert layer_dependency(x, y, 3, temperature=temperature) == pytest.approx(entropy)
+    assert layer_dependency(x, y, Assignment(3, temperature=temperature)) == pytest.approx(entropy)
 
 
 def test_a_copy_leaves_nothing_when_assignment_is_hard():
     x, y = outputs(tokens=200)
-    assert layer_dependency(x, x, 3, temperature=HARD) < 0.01
-    assert layer_dependency(x, y, 3, temperature=HARD) > 0.2
-    soft = [layer_dependency(x, x, 3, temperature=temperature) for temperature in (0.01, 0.1, 1.0)]
+    assert layer_dependency(x, x, Assignment(3, temperature=HARD)) < 0.01
+    assert layer_dependency(x, y, Assignment(3, temperature=HARD)) > 0.2
+    soft = [layer_dependency(x, x, Assignment(3, temperature=temperature)) for temperature in (0.01, 0.1, 1.0)]
     assert soft == sorted(soft)
 
 
 def test_batches_add_up_and_chunks_do_not_show(monkeypatch):
     x, y = outputs()
     bounds = extremes(x), extremes(y)
-    whole = joint_counts(x, y, *bounds, 3)
-    halves = joint_counts(x[:11], y[:11], *bounds, 3) + joint_counts(x[11:], y[11:], *bounds, 3)
+    whole = joint_counts(x, y, *bounds, Assignment(3))
+    halves = joint_counts(x[:11], y[:11], *bounds, Assignment(3)) + joint_counts(x[11:], y[11:], *bounds, Assignment(3))
     assert torch.allclose(whole, halves) and whole.sum() == pytest.approx(x.numel())
     x.requires_grad_(), y.requires_grad_()
-    gradients = torch.autograd.grad(conditional_entropy(joint_counts(x, y, *bounds, 3)), (x, y))
+    gradients = torch.autograd.grad(conditional_entropy(joint_counts(x, y, *bounds, Assignment(3))), (x, y))
     monkeypatch.setattr(dependency, "CHUNK", 8 * 13)
-    chunked = joint_counts(x, y, *bounds, 3)
+    chunked = joint_counts(x, y, *bounds, Assignment(3))
     assert torch.allclose(chunked, whole)
     for one, other in zip(gradients, torch.autograd.grad(conditional_entropy(chunked), (x, y)), strict=True):
         assert torch.allclose(one, other) and one.abs().max() > 0
@@ -122,28 +125,32 @@ def test_gradients_match_finite_differences(literal):
     x, y = outputs(tokens=6)
     bounds = extremes(x), extremes(y)
     a, b = (0.9 * x).requires_grad_(), (0.9 * y).requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: conditional_entropy(joint_counts(a, b, *bounds, 2, literal)), (a, b))
+    assert torch.autograd.gradcheck(
+        lambda a, b: conditional_entropy(joint_counts(a, b, *bounds, Assignment(2, literal))), (a, b)
+    )
 
 
 def test_gradients_stay_finite_where_cells_are_empty():
     x = torch.zeros(4, 1, requires_grad=True)
     bounds = torch.zeros(1), torch.ones(1) * 1000
-    (gradient,) = torch.autograd.grad(conditional_entropy(joint_counts(x, x, bounds, bounds, 8)), x)
+    (gradient,) = torch.autograd.grad(conditional_entropy(joint_counts(x, x, bounds, bounds, Assignment(8))), x)
     assert gradient.isfinite().all()
 
 
 def test_a_sample_estimates_large_outputs(monkeypatch):
     x, y = outputs(tokens=20000)
-    whole = layer_dependency(x, y, 3)
+    whole = layer_dependency(x, y, Assignment(3))
     monkeypatch.setattr(dependency, "MAX_ELEMENTS", 20000)
-    sampled = layer_dependency(x, y, 3, seed=1)
-    assert sampled == pytest.approx(whole, abs=0.02) and sampled == layer_dependency(x, y, 3, seed=1) != whole
+    sampled = layer_dependency(x, y, Assignment(3), seed=1)
+    assert (
+        sampled == pytest.approx(whole, abs=0.02) and sampled == layer_dependency(x, y, Assignment(3), seed=1) != whole
+    )
 
 
 def test_half_precision_outputs_are_widened():
     x, y = outputs(dtype=torch.float32)
-    half = layer_dependency(x.half(), y.half(), 4)
-    assert half == pytest.approx(layer_dependency(x, y, 4), abs=0.01)
+    half = layer_dependency(x.half(), y.half(), Assignment(4))
+    assert half == pytest.approx(layer_dependency(x, y, Assignment(4)), abs=0.01)
 
 
 def test_layers_further_apart_add_the_steps_between():

@@ -16,7 +16,7 @@ from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.methods.hidden import decoder_inputs
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm import mining, vision
-from qvlm_plugin.methods.qvlm.dependency import layer_dependency
+from qvlm_plugin.methods.qvlm.dependency import Assignment, layer_dependency
 from qvlm_plugin.methods.qvlm.mining import candidate_layer, dependencies, percentile_bounds, search_block
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
@@ -125,7 +125,7 @@ def test_dependencies_are_those_of_the_layers_outputs(deep, calibration):
         hidden = hidden.through(name, layer)
         pairs = zip(hidden.states, hidden.batches, strict=True)
         outputs.append(torch.cat([states[batch.attended] for states, batch in pairs]))
-    expected = [layer_dependency(a, b, 3) for a, b in itertools.pairwise(outputs)]
+    expected = [layer_dependency(a, b, Assignment(3)) for a, b in itertools.pairwise(outputs)]
     assert values == pytest.approx(expected) and len(values) == 3
 
 

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from qvlm_plugin.methods.qvlm.search import search_exhaustively, search_with_beam
+from qvlm_plugin.methods.qvlm.search import Tree, search_exhaustively, search_with_beam
 
 
 def problem(seed, candidates=4):
@@ -25,7 +25,7 @@ def problem(seed, candidates=4):
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_exhaustive_search_equals_trying_everything(steps):
     run, error, runs = problem(steps)
-    found = search_exhaustively(steps, 4, (), run, error)
+    found = search_exhaustively(Tree(steps, 4, run, error), ())
     combinations = list(itertools.product(range(4), repeat=steps))
     assert found.error == min(error(steps - 1, choices) for choices in combinations)
     assert error(steps - 1, found.choices) == found.error
@@ -34,22 +34,45 @@ def test_exhaustive_search_equals_trying_everything(steps):
 
 def test_a_wide_beam_is_exhaustive_and_a_narrow_one_runs_less():
     run, error, _ = problem(7)
-    exact = search_exhaustively(3, 4, (), run, error)
-    assert search_with_beam(3, 4, (), run, error, width=16) == exact
+    exact = search_exhaustively(Tree(3, 4, run, error), ())
+    assert search_with_beam(Tree(3, 4, run, error), (), 16) == exact
     run, error, runs = problem(7)
-    assert search_with_beam(3, 4, (), run, error, width=2).error >= exact.error
+    assert search_with_beam(Tree(3, 4, run, error), (), 2).error >= exact.error
     assert len(runs) == 4 + 8 + 8
 
 
 def test_ties_keep_the_first_candidate():
-    found = search_exhaustively(3, 5, (), lambda step, c, state: (*state, c), lambda step, state: 1.0)
-    assert found.choices == (0, 0, 0)
-    beam = search_with_beam(3, 5, (), lambda step, c, state: (*state, c), lambda step, state: 1.0, width=2)
-    assert beam.choices == (0, 0, 0)
+    tree = Tree(3, 5, lambda step, c, state: (*state, c), lambda step, state: 1.0)
+    assert search_exhaustively(tree, ()).choices == search_with_beam(tree, (), 2).choices == (0, 0, 0)
+
+
+class State:
+    """Something of which as many are counted as are alive."""
+
+    def __init__(self, alive):
+        self.alive = alive
+        alive.append(len(alive) + 1)
+
+    def __del__(self):
+        self.alive.pop()
+
+
+@pytest.mark.parametrize("width, most", [(0, 4), (1, 3), (2, 5), (3, 7)])
+def test_only_states_that_may_survive_are_kept(width, most):
+    table, alive, peak = random.Random(0), [], []
+
+    def run(step, candidate, state):
+        made = State(alive)
+        peak.append(len(alive))
+        return made
+
+    tree = Tree(4, 5, run, lambda step, state: table.random())
+    search_with_beam(tree, None, width) if width else search_exhaustively(tree, None)
+    assert max(peak) == most and not alive
 
 
 def test_joint_search_is_never_worse_than_choosing_step_by_step():
     for seed in range(20):
         run, error, _ = problem(seed)
-        greedy = search_with_beam(3, 4, (), run, error, width=1)
-        assert search_exhaustively(3, 4, (), run, error).error <= greedy.error
+        greedy = search_with_beam(Tree(3, 4, run, error), (), 1)
+        assert search_exhaustively(Tree(3, 4, run, error), ()).error <= greedy.error

@@ -81,16 +81,27 @@ class HiddenCache:
         batches: what goes with them.
         rows: samples that go through a layer together, see `Footprint`.
         shard: of this process; the batches are its own.
+        first: index of its first batch among those of all processes.
     """
 
     states: Sequence[Tensor]
     batches: Sequence[Batch]
     rows: int | None = None
     shard: Shard = field(default_factory=Shard)
+    first: int = 0
 
     def batch(self, index: int) -> "HiddenCache":
         """One batch alone."""
-        return replace(self, states=[self.states[index]], batches=[self.batches[index]])
+        return self.some([index])
+
+    def some(self, chosen: Sequence[int]) -> "HiddenCache":
+        """The chosen batches, by their indices here."""
+        return replace(self, states=[self.states[i] for i in chosen], batches=[self.batches[i] for i in chosen])
+
+    def spread(self, share: float) -> list[int]:
+        """Indices here of a ``share`` of the batches of all processes, evenly spread, the first among them."""
+        numbers = range(self.first, self.first + len(self.states))
+        return [n - self.first for n in numbers if n == 0 or int(n * share) > int((n - 1) * share)]
 
     def pieces(self) -> Iterator["HiddenCache"]:
         """As few samples at a time as ``rows`` says, in their order."""
@@ -192,7 +203,7 @@ def decoder_inputs(context: SearchContext) -> HiddenCache:
             batches.append(Batch(arguments, attended, text, predicting(answer)))
     finally:
         handle.remove()
-    return HiddenCache(hidden, batches, context.footprint.rows, context.shard)
+    return HiddenCache(hidden, batches, context.footprint.rows, context.shard, context.first_batch)
 
 
 def _require_finite(states: Tensor, attended: Tensor, what: str) -> None:

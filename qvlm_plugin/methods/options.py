@@ -145,6 +145,8 @@ class MiningOptions(_Options):
         max_depth: layers in a block (paper, section 4.1: 3).
         h0: dependency threshold of the partition; None takes the mean.
         beam: prefixes kept after each step of a block's search; 0 tries all combinations.
+        prune: with ``beam=0``: the share of the batches that all combinations are judged on; only the best of them, as
+            many as there are percentiles, are judged on all. 1 judges all on all.
         tokens: which tokens the error counts: ``all`` (as printed), ``text`` or ``answer``.
         relative_error: divide each token's error by its squared norm.
     """
@@ -157,6 +159,7 @@ class MiningOptions(_Options):
     max_depth: int = Field(3, ge=1)
     h0: float | None = Field(None, ge=0)
     beam: int = Field(0, ge=0)
+    prune: float = Field(1.0, gt=0, le=1)
     tokens: Literal["all", "text", "answer"] = "all"
     relative_error: bool = False
 

@@ -21,7 +21,7 @@ from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.options import MiningOptions
 from qvlm_plugin.methods.qvlm.dependency import Assignment, layer_dependency
 from qvlm_plugin.methods.qvlm.partition import partition
-from qvlm_plugin.methods.qvlm.search import Tree, search_exhaustively, search_with_beam
+from qvlm_plugin.methods.qvlm.search import Tree, search_exhaustively, search_pruned, search_with_beam
 from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
 from qvlm_plugin.models.placement import execution_device, materialized
 from qvlm_plugin.plan import RoundingPlan
@@ -188,18 +188,30 @@ def search_block(
         complete = {site.name: choices.get(site.name, 0) for site in members[index].sites}
         return before, choices, members[index].run(complete, before)
 
-    def error(step: int, state: tuple) -> float:
-        index = units[step][0]
-        return state[2].error(targets[index], options, token_weights and token_weights[index])
+    def tree_on(targets: Sequence[HiddenCache], token_weights: TokenWeights | None) -> Tree:
+        def error(step: int, state: tuple) -> float:
+            index = units[step][0]
+            return state[2].error(targets[index], options, token_weights and token_weights[index])
 
-    tree, before = Tree(len(units), len(options.percentiles), run, error), (start, {}, start)
-    found = search_with_beam(tree, before, options.beam) if options.beam else search_exhaustively(tree, before)
+        return Tree(len(units), len(options.percentiles), run, error)
+
+    tree, before = tree_on(targets, token_weights), (start, {}, start)
+    if options.beam:
+        found = search_with_beam(tree, before, options.beam)
+    elif options.prune == 1:
+        found = search_exhaustively(tree, before)
+    else:
+        chosen = start.spread(options.prune)
+        few = start.some(chosen)
+        weights = token_weights and [[layer[index] for index in chosen] for layer in token_weights]
+        part = tree_on([target.some(chosen) for target in targets], weights)
+        found = search_pruned(part, (few, {}, few), tree, before)
     if not isfinite(found.error):
         raise QVLMError(f"the error of {members[-1].name} is not finite on calibration data; try relative_error=false")
-    chosen: list[dict[str, int]] = [{} for _ in members]
+    choices: list[dict[str, int]] = [{} for _ in members]
     for (index, names), candidate in zip(units, found.choices, strict=True):
-        chosen[index] |= dict.fromkeys(names, candidate)
-    return chosen, found.error
+        choices[index] |= dict.fromkeys(names, candidate)
+    return choices, found.error
 
 
 def candidate_layer(

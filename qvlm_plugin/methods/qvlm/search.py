@@ -5,7 +5,7 @@ steps 0 … k-1 left gives a new state, and the state after the last step is jud
 d steps are tried as a tree, which costs c + c² + … + c^d step runs instead of d · c^d.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -42,25 +42,48 @@ class Found:
     error: float
 
 
-def search_exhaustively(tree: Tree[State], start: State, first: int = 0) -> Found:
-    """Try every combination, depth first; holds one state per step. Ties keep the lexicographically first choices.
+def combinations(tree: Tree[State], start: State, first: int = 0) -> Iterator[Found]:
+    """Every combination with its error, depth first, in lexicographical order; holds one state per step.
 
     Args:
         tree: its error is asked for after the last step only.
         start: the state before the first step.
         first: the step to begin with.
     """
-    best = None
     for candidate in range(tree.candidates):
         after = None  # the last candidate's state is let go before there is another
         after = tree.run(first, candidate, start)
         if first + 1 == tree.steps:
-            found = Found((candidate,), tree.error(first, after))
+            yield Found((candidate,), tree.error(first, after))
         else:
-            rest = search_exhaustively(tree, after, first + 1)
-            found = Found((candidate, *rest.choices), rest.error)
-        if best is None or found.error < best.error:
-            best = found
+            for rest in combinations(tree, after, first + 1):
+                yield Found((candidate, *rest.choices), rest.error)
+
+
+def search_exhaustively(tree: Tree[State], start: State) -> Found:
+    """The best of all combinations; ties keep the lexicographically first. Arguments as for `combinations`."""
+    return min(combinations(tree, start), key=lambda found: found.error)
+
+
+def search_pruned(part: Tree[State], part_start: State, whole: Tree[State], start: State) -> Found:
+    """Judge all combinations on a part of the data, and the best of them, as many as there are candidates, on all.
+
+    Args:
+        part, part_start: the tree and its first state on the part.
+        whole, start: the same on all data.
+    """
+    ranked = sorted(combinations(part, part_start), key=lambda found: found.error)
+    best: Found | None = None
+    before: tuple[int, ...] = ()
+    path: list[State] = []
+    for choices in sorted(found.choices for found in ranked[: part.candidates]):
+        del path[next((step for step, old in enumerate(before) if choices[step] != old), len(before)) :]
+        for step in range(len(path), whole.steps):
+            path.append(whole.run(step, choices[step], path[-1] if path else start))
+        error = whole.error(whole.steps - 1, path[-1])
+        if best is None or error < best.error:
+            best = Found(choices, error)
+        before = choices
     return best
 
 

@@ -276,3 +276,25 @@ def test_impossible_settings_are_one_line_errors_before_any_work(options, messag
     with pytest.raises(QVLMError, match=message) as caught:
         check_request("qvlm", "w4a4", options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prune", [0.3, 0.7])
+def test_a_pruned_search_measures_its_choice_on_all_samples(prune, block):
+    members, start, targets = block
+    options = MethodOptions(**GRID, prune=prune)
+    choices, error = search_block(members, start, targets, options)
+    picked = [next(iter(layer.values())) for layer in choices]
+    assert error == pytest.approx(run_all(members, picked, start).error(targets[-1], options))
+    _, best = search_block(members, start, targets, MethodOptions(**GRID))
+    assert error >= best and 0 < len(start.spread(prune)) < len(start.states)
+
+
+def test_the_part_is_the_same_in_however_many_processes(block):
+    _, start, _ = block
+    whole = dataclasses.replace(start, states=start.states * 7, batches=start.batches * 7)  # 21 batches
+    for share in (0.1, 0.34, 0.5, 1.0):
+        chosen, found = whole.spread(share), []
+        for first, stop in ((0, 10), (10, 21)):
+            part = dataclasses.replace(whole, first=first, states=whole.states[first:stop])
+            found += [first + index for index in part.spread(share)]
+        assert found == chosen and chosen[0] == 0 and len(chosen) == pytest.approx(21 * share, abs=1)

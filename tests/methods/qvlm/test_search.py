@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from qvlm_plugin.methods.qvlm.search import Tree, search_exhaustively, search_with_beam
+from qvlm_plugin.methods.qvlm.search import Tree, search_exhaustively, search_pruned, search_with_beam
 
 
 def problem(seed, candidates=4):
@@ -76,3 +76,22 @@ def test_joint_search_is_never_worse_than_choosing_step_by_step():
         run, error, _ = problem(seed)
         greedy = search_with_beam(Tree(3, 4, run, error), (), 1)
         assert search_exhaustively(Tree(3, 4, run, error), ()).error <= greedy.error
+
+
+def test_pruning_judges_all_on_a_part_and_the_best_of_them_on_all():
+    errors = {choices: random.Random(str(choices)).random() for choices in itertools.product(range(4), repeat=3)}
+    noisy = {choices: error + 0.05 * random.Random(error).random() for choices, error in errors.items()}
+    runs = []
+
+    def run(step, candidate, state):
+        runs.append((step, candidate))
+        return (*state, candidate)
+
+    part = Tree(3, 4, lambda step, candidate, state: (*state, candidate), lambda step, state: noisy[state])
+    whole = Tree(3, 4, run, lambda step, state: errors[state])
+    found = search_pruned(part, (), whole, ())
+    shortlist = sorted(noisy, key=noisy.get)[:4]
+    assert found.choices == min(shortlist, key=errors.get) and found.error == errors[found.choices]
+    assert len(runs) <= 4 * 3  # and shares prefixes: no more than these
+    same = search_pruned(whole, (), whole, ())
+    assert same == search_exhaustively(whole, ())

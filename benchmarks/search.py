@@ -1,16 +1,19 @@
-"""How long the search of activation ranges takes for a decoder layer: one by one, and jointly over blocks of layers.
+"""How long searches take for a decoder layer: the joint search of blocks against the layer-wise one, and each method.
 
 Decoder layers of real sizes with random weights; hidden states as random samples of 600 tokens make them. The steps are
-the method's own (`qvlm_plugin.methods.qvlm.mining`), dependencies and the runs that carry hidden states on included,
-with the paper's five percentiles. All layers are one block in the joint search, which the paper limits to three.
+the methods' own. The joint search (`qvlm_plugin.methods.qvlm.mining`) includes dependencies and the runs that carry
+hidden states on, with the paper's five percentiles; all layers are one block, which the paper limits to three. A
+method's time is that of its whole search, tower and projector at full size included, with one epoch of training, over
+the number of layers. On a GPU its peak memory is told too.
 
 python benchmarks/search.py                                     # two layers of 7B
 python benchmarks/search.py --device cuda --samples 64 --layers 3 --json search.json
 """
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.hidden import decoder_inputs
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm.mining import mine
+from qvlm_plugin.methods.run import fit
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.scheme import Scheme
 
@@ -36,30 +40,53 @@ SEARCHES = {
 }
 
 
-class RandomSamples:
-    """What stands in for a calibration set: one random question to a batch."""
+METHODS = ("rtn", "qlora", "awq", "qvlm", "qvlm_jacobian")
 
-    def __init__(self, loaded: LoadedModel, samples: int, tokens: int) -> None:
-        """``samples`` questions of ``tokens`` tokens."""
-        self.samples = self.requests = [request(loaded.model.config, tokens, seed) for seed in range(samples)]
+
+@dataclass(frozen=True)
+class RandomSample:
+    """A random question about a random picture; the last four tokens are the answer."""
+
+    inputs: BatchFeature
+    answer: str = "four tokens"
+    images: tuple[None, ...] = (None,)
+
+    @property
+    def conversation(self) -> "RandomSample":
+        """What has the images."""
+        return self
+
+
+@dataclass(frozen=True)
+class RandomSamples:
+    """What stands in for a calibration set: one sample to a batch."""
+
+    samples: tuple[RandomSample, ...]
+    source: str = "random"
+    seed: int = 0
 
     def batches(self, processor: ProcessorMixin, batch_size: int) -> Iterator[tuple[BatchFeature, Tensor]]:
-        """As `CalibrationSet.batches`; the last four tokens are the answer."""
-        for asked in self.requests:
-            answer = torch.zeros_like(asked["input_ids"], dtype=torch.bool)
+        """As `CalibrationSet.batches`."""
+        for sample in self.samples:
+            answer = torch.zeros_like(sample.inputs["input_ids"], dtype=torch.bool)
             answer[:, -4:] = True
-            yield asked, answer
+            yield sample.inputs, answer
+
+    def digests(self) -> tuple[str, ...]:
+        """Of no document."""
+        return ()
 
 
-def measure(
-    layout: str, layers: int, samples: int, tokens: int, rounds: int, device: torch.device
-) -> list[dict[str, Any]]:
-    """A row for each search."""
-    model = random_model(config_of(layout, layers)).to(device)
+def measure(asked: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """A row for each search and method."""
+    layers = asked.layers
+    model = random_model(config_of(asked.layout, layers)).to(device)
     loaded = LoadedModel(model, None, "random weights", "")
     topology = plugins.topology(model.config)
     plan = make_plan(model, "", Variant(scheme="w4a4"))
-    samples = RandomSamples(loaded, samples, tokens)
+    samples = RandomSamples(
+        tuple(RandomSample(request(model.config, asked.tokens, seed)) for seed in range(asked.samples))
+    )
     context = SearchContext(loaded, topology, Scheme.parse("w4a4"), MethodOptions(calibration_batch_size=1), samples)
     hidden = decoder_inputs(context)
 
@@ -67,17 +94,32 @@ def measure(
         options = options.model_copy(update={"max_depth": min(options.max_depth, layers)})
         mine(replace(context, options=options), plan, hidden, hidden)
 
-    runs = {name: lambda options=options: search(options) for name, options in SEARCHES.items()}
-    times = time_in_turns(runs, rounds, device)
+    def whole(name: str) -> None:
+        method = plugins.method(name)
+        fit(method, replace(context, options=method.options(calibration_batch_size=1, veo_epochs=1), method=name))
+
+    runs = {name: partial(search, options) for name, options in SEARCHES.items()}
+    runs |= {name: partial(whole, name) for name in asked.methods.split(",") if name}
+    times = time_in_turns(runs, asked.rounds, device)
     return [
         {
             "search": name,
             "seconds_per_layer": times[name].median / layers,
             "spread": times[name].spread,
             "times_as_long_as_layer_wise": 1 / times[name].faster_than(times["layer-wise"]),
+            "peak_bytes": _peak_bytes(run, device),
         }
-        for name in SEARCHES
+        for name, run in runs.items()
     ]
+
+
+def _peak_bytes(run: Callable[[], None], device: torch.device) -> int | None:
+    """What a GPU held at most while it ran; None where nobody counts."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device)
 
 
 def main() -> None:
@@ -88,11 +130,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1, help="of --tokens tokens; the paper calibrates on 64")
     parser.add_argument("--tokens", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--methods", default=",".join(METHODS), help="methods to time as a whole, too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     asked = parser.parse_args()
     device = torch.device(asked.device)
-    rows = measure(asked.layout, asked.layers, asked.samples, asked.tokens, asked.rounds, device)
+    rows = measure(asked, device)
     given = {"layout": asked.layout, "layers": asked.layers, "samples": asked.samples, "tokens": asked.tokens}
     given["machine"] = machine(device)
     title = f"{asked.layout}, {asked.samples} x {asked.tokens} tokens, {asked.layers} layers; {given['machine']}"
@@ -101,10 +144,11 @@ def main() -> None:
             row["search"],
             f"{row['seconds_per_layer']:.2f} ±{100 * row['spread']:.0f} %",
             f"{row['times_as_long_as_layer_wise']:.2f}",
+            f"{row['peak_bytes'] / 1e9:.1f}" if row["peak_bytes"] else "",
         )
         for row in rows
     ]
-    show(title, ["search", "s per layer", "x layer-wise"], cells)
+    show(title, ["search", "s per layer", "x layer-wise", "peak GB"], cells)
     write_rows(asked.json, [{**given, **row} for row in rows])
 
 

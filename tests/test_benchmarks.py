@@ -38,6 +38,7 @@ def test_kernels(rows_of):
 def test_search(rows_of):
     rows = {row["search"]: row for row in rows_of("search.py", "--layout", "tiny", "--layers", "2")}
     assert rows["layer-wise"]["times_as_long_as_layer_wise"] == 1
+    assert {"rtn", "qlora", "awq", "qvlm", "qvlm_jacobian"} < set(rows)
     assert all(row["seconds_per_layer"] > 0 and row["layers"] == 2 for row in rows.values())
 
 

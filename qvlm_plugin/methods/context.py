@@ -85,15 +85,13 @@ class SearchContext:
 
     def batches(self, description: str) -> Iterator[tuple[BatchFeature, Tensor]]:
         """This process's share of `CalibrationSet.batches`, of the method's batch size, with progress."""
-        size = self.options.calibration_batch_size
-        share = self.shard.own(range(-(-len(self.calibration.samples) // size)))
-        batches = islice(self.calibration.batches(self.loaded.processor, size), share.start, share.stop)
-        return track(batches, description, len(share))
+        batches = self.calibration.batches(self.loaded.processor, self.options.calibration_batch_size)
+        return track(islice(batches, self.share.start, self.share.stop), description, len(self.share))
 
     @property
-    def first_batch(self) -> int:
-        """The index of this process's first batch among those of all."""
-        return self.shard.own(range(-(-len(self.calibration.samples) // self.options.calibration_batch_size))).start
+    def share(self) -> range:
+        """Indices of this process's batches among those of all."""
+        return self.shard.own(range(-(-len(self.calibration.samples) // self.options.calibration_batch_size)))
 
     def recalled(self, step: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """What the first process has kept of a step (`Workspace.recall`), in all processes."""

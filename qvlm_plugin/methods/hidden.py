@@ -203,7 +203,7 @@ def decoder_inputs(context: SearchContext) -> HiddenCache:
             batches.append(Batch(arguments, attended, text, predicting(answer)))
     finally:
         handle.remove()
-    return HiddenCache(hidden, batches, context.footprint.rows, context.shard, context.first_batch)
+    return HiddenCache(hidden, batches, context.footprint.rows, context.shard, context.share.start)
 
 
 def _require_finite(states: Tensor, attended: Tensor, what: str) -> None:

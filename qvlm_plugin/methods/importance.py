@@ -74,8 +74,7 @@ def visit_jacobians(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(frozen(model))
         stack.enter_context(checkpointed(layers))
-        batches = enumerate(context.batches("importance"), context.first_batch)
-        for index, (inputs, answer) in batches:
+        for index, (inputs, answer) in enumerate(context.batches("importance"), context.share.start):
 
             def run(scale: float, index: int = index, inputs: BatchFeature = inputs, answer: Tensor = answer) -> _Seen:
                 seen = _Seen(lambda *shown: visit(*shown, index), scale, len(layers))

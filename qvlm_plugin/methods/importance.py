@@ -107,12 +107,23 @@ class _Seen:
         self.visit, self.scale = visit, scale
         self.found: dict[Site, Tensor] = {}
         self.weights: list[Tensor | None] = [None] * layers
+        self.inputs: dict[Site, Tensor | None] = {}
 
-    def site(self, site: Site, tokens: Tensor, gradient: Tensor) -> None:
-        jacobian = widen(gradient) / self.scale
+    def forward(self, site: Site, x: Tensor, mask: Tensor) -> None:
+        # The hook would hold the inputs of all layers at once. They are taken where the backward pass, which needs the
+        # layer's activations before any of its gradients, runs the layer again.
+        if site in self.inputs:
+            self.inputs[site] = x.detach()
+        else:
+            self.inputs[site] = None
+            x.register_hook(lambda gradient: self.site(site, mask, gradient))
+
+    def site(self, site: Site, mask: Tensor, gradient: Tensor) -> None:
+        x, self.inputs[site] = self.inputs[site], None
+        jacobian = widen(gradient[mask]) / self.scale
         if not jacobian.isfinite().all():
             raise OverflowedError(f"the Jacobian at the input of {site.name} is not finite; try dtype=float32")
-        self.found[site] = self.visit(site, tokens, jacobian)
+        self.found[site] = self.visit(site, x[mask], jacobian)
 
     def layer(self, index: int, gradient: Tensor) -> None:
         self.weights[index] = (widen(gradient) / self.scale).square().sum(dim=-1).float()
@@ -127,9 +138,6 @@ def _listening(context: SearchContext, sites: Sequence[Site], attended: Tensor, 
         # No parameter takes gradients: the graph begins at the decoder's input.
         return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"].detach().requires_grad_()}
 
-    def look(site: Site, x: Tensor, mask: Tensor) -> None:
-        x.register_hook(lambda gradient: seen.site(site, x.detach()[mask], gradient[mask]))
-
     def weigh(index: int, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         states = output[0] if isinstance(output, tuple) else output
         states.register_hook(partial(seen.layer, index))
@@ -137,7 +145,7 @@ def _listening(context: SearchContext, sites: Sequence[Site], attended: Tensor, 
     handles = [model.get_submodule(context.topology.decoder_path).register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [layer.register_forward_hook(partial(weigh, index)) for index, (_, layer) in enumerate(context.layers)]
     try:
-        with watching(model, sites, attended, look):
+        with watching(model, sites, attended, seen.forward):
             yield
     finally:
         for handle in handles:

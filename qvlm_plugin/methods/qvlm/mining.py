@@ -85,13 +85,17 @@ class Mined:
 def search_blocks(context: SearchContext, draft: Draft) -> Draft:
     """The percentiles of all decoder layers, above the vision tower and projector as they will be."""
     plan = build_plan(context, draft)
+    # No variable holds the caches here: `mine` lets go of them as it climbs.
+    mined = mine(context, plan, decoder_inputs(context), _quantized_inputs(context, plan), draft.token_weights)
+    return draft.adding(mined.tensors, {"cdm": mined.record})
+
+
+def _quantized_inputs(context: SearchContext, plan: RoundingPlan) -> HiddenCache:
+    """`decoder_inputs` above the quantized vision tower and projector."""
     topology = context.topology
-    reference = decoder_inputs(context)
     below = stand_ins(plan, context.model, REFERENCE, (topology.vision_path, topology.projector_path))
     with replaced(context.model, below):
-        quantized = decoder_inputs(context)
-    mined = mine(context, plan, reference, quantized, draft.token_weights)
-    return draft.adding(mined.tensors, {"cdm": mined.record})
+        return decoder_inputs(context)
 
 
 def dependencies(layers: Sequence[tuple[str, nn.Module]], hidden: HiddenCache, bits: int) -> list[float]:
@@ -147,6 +151,7 @@ def mine(
                 found |= member.found(chosen)
             percentiles = [{site: options.percentiles[c] for site, c in chosen.items()} for chosen in choices]
             rows.append({"layers": list(block), "percentiles": percentiles, "error": error})
+            del member  # whose rounded weights would wait beside those of the next block
             progress.advance()
     return Mined(found, {"dependencies": mutual, "blocks": rows})
 
@@ -173,7 +178,8 @@ def search_block(
     Raises:
         QVLMError: an output or the error is not finite; the message names the layer.
     """
-    # A step sets the percentile of one unit; its state is (layer's input, choices within the layer, layer's output).
+    # A step sets the percentile of one unit; its state is (layer's input, choices within the layer, layer's output),
+    # and once the layer is finished (the next one's input, no choices yet, the same).
     units = []
     for index, member in enumerate(members):
         names = [site.name for site in member.sites]
@@ -181,12 +187,12 @@ def search_block(
 
     def run(step: int, candidate: int, state: tuple) -> tuple:
         index, names = units[step]
-        before, choices, output = state
-        if step and units[step - 1][0] != index:
-            before, choices = output, {}
+        before, choices, _ = state
         choices = choices | dict.fromkeys(names, candidate)
         complete = {site.name: choices.get(site.name, 0) for site in members[index].sites}
-        return before, choices, members[index].run(complete, before)
+        output = members[index].run(complete, before)
+        finished = step + 1 == len(units) or units[step + 1][0] != index
+        return (output, {}, output) if finished else (before, choices, output)
 
     def tree_on(targets: Sequence[HiddenCache], token_weights: TokenWeights | None) -> Tree:
         def error(step: int, state: tuple) -> float:

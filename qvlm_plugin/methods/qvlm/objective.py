@@ -182,11 +182,10 @@ class Objective:
         for inputs, answer in context.batches("full precision"):
             attended = inputs["attention_mask"].bool()
             seen = run(context, inputs, answer)
-            tokens = [layer[attended.to(layer.device)] for layer in seen.layers]
-            new = [ChannelStatistics.of(layer) for layer in tokens]
+            new = [ChannelStatistics.of(layer[attended.to(layer.device)]) for layer in seen.layers]
             statistics = [old + more for old, more in zip(statistics, new, strict=True)] if statistics else new
-            channels = tokens[0].shape[1]
-            drawn = sample_elements(tokens[0].numel(), ENTROPY_ELEMENTS, context.calibration.seed + len(batches))
+            channels = seen.layers[0].shape[-1]
+            drawn = sample_elements(new[0].count * channels, ENTROPY_ELEMENTS, context.calibration.seed + len(batches))
             # The drawn elements count tokens without padding; layers are read with it.
             position = attended.flatten().nonzero().squeeze(1)[drawn // channels]
             hidden = seen.hidden[attended.to(seen.hidden.device)]

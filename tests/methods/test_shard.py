@@ -8,6 +8,7 @@ import sys
 
 from commands.test_plot import rows
 
+from qvlm_plugin.commands.processes import run_together
 from qvlm_plugin.methods.shard import OrderedSum, Shard, join_processes
 from qvlm_plugin.plan import RoundingPlan
 
@@ -70,22 +71,20 @@ def test_two_processes_find_the_plans_of_one(tiny_llava, tmp_path):
 
 
 def test_the_command_starts_them_and_ends_as_one(tiny_llava, tmp_path):
-    def search(name, *more):
-        command = [
-            sys.executable, "-m", "qvlm_plugin", "search", tmp_path / name, "--pretrained", tiny_llava,
-            "--method", "rtn", "--calibration", source, "--option", "calibration_batch_size=2",
-            "--processes", "2", *more,
-        ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "QVLM_CACHE": str(tmp_path / "cache")}
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
-
-    source = rows(tmp_path, "a.json", range(5))
-    done = search("plan")
+    command = [
+        sys.executable, "-m", "qvlm_plugin", "search", tmp_path / "plan", "--pretrained", tiny_llava, "--method", "rtn",
+        "--calibration", rows(tmp_path, "a.json", range(5)), "--option", "calibration_batch_size=2", "--processes", "2",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "QVLM_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0 and done.stdout.splitlines() == [str(tmp_path / "plan")], done.stderr
     assert "ranges: 1 of 1" in done.stderr
     assert RoundingPlan.load(tmp_path / "plan").method == "rtn"
-    wrong = search("wrong", "--calibration", f"{tmp_path}/a.json:99")
-    assert wrong.returncode == 2 and "99" in wrong.stderr.strip().splitlines()[-1] and not (tmp_path / "wrong").exists()
+
+
+def test_where_one_fails_the_command_does(capfd):
+    assert run_together(2, ["search", "--no-such-option"]) == 2
+    assert capfd.readouterr().err.count("No such option") == 1  # one speaks for all
 
 
 FAILING = """

@@ -56,3 +56,12 @@ def test_generate(tmp_path):
     for row in (full, packed):
         assert row["prefill_ms"] > 0 and row["load_s"] > 0 and row["seconds_4_out"] > 0
         assert row["peak_memory_bytes"] >= row["load_peak_bytes"] > row["weight_bytes"]
+
+
+def test_peaks():
+    done = subprocess.run(
+        [sys.executable, FOLDER / "peaks.py", "--layouts", "tiny"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["rtn", "qlora", "awq", "qvlm", "qvlm_jacobian"]

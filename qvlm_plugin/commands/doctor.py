@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qvlm_plugin.commands.shared import OneScheme, Revision, working_in
+from qvlm_plugin.commands.shared import MethodOptions, OneScheme, Revision, pairs, working_in
+from qvlm_plugin.errors import QVLMError
 
 
 def doctor(
@@ -19,6 +20,12 @@ def doctor(
         typer.Option(help="Checkpoint folder or hub id, to compare memory and disk with; only small files are read."),
     ] = None,
     scheme: OneScheme = "w4a4",
+    method: Annotated[
+        str | None, typer.Option(help="Method whose search to compute the peak memory of, with --pretrained.")
+    ] = None,
+    option: MethodOptions = None,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples of that search.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of its longest sample, picture included.")] = 600,
     revision: Revision = None,
     tasks: Annotated[
         str, typer.Option(help="Tasks whose data to look for, separated by commas.")
@@ -33,12 +40,15 @@ def doctor(
     The trial is a real run of lmms-eval on two documents with a tiny quantized model of random weights, offline and in
     a temporary folder. Exits with 1 if something fails; warnings are about what some runs do without.
 
-    Example: qvlm doctor --pretrained llava-hf/llava-1.5-7b-hf --scheme w4a4
+    Example: qvlm doctor --pretrained llava-hf/llava-1.5-7b-hf --method qvlm --scheme w4a4
     """
     from qvlm_plugin.doctor.examine import examine
     from qvlm_plugin.doctor.finding import Status
+    from qvlm_plugin.plan_request import check_request
     from qvlm_plugin.scheme import Scheme
 
+    if (method and pretrained is None) or (option and method is None):
+        raise QVLMError("--method goes with --pretrained, and --option with --method")
     space = (pretrained, revision, Scheme.parse(scheme))
     trial = "evaluating two documents with a tiny model, about half a minute"
     names = [name for name in tasks.split(",") if name]
@@ -52,6 +62,10 @@ def doctor(
         ("space", "looking at memory and disk", "qvlm_plugin.doctor.space:check_space", *space),
         ("trial run", trial, "qvlm_plugin.doctor.trial:check_trial"),
     )
+    if method is not None:
+        search = (pretrained, revision, check_request(method, scheme, pairs(option)), samples, tokens)
+        check = "qvlm_plugin.doctor.search_memory:check_search_memory"
+        checks = (*checks[:-1], ("search memory", "computing the memory of a search", check, *search), checks[-1])
     findings = []
     with working_in(data):
         for subject, doing, check, *arguments in checks:

@@ -1,0 +1,51 @@
+"""The peak memory of each method's search at real sizes, by formula (`qvlm_plugin.methods.peak`): nothing is run.
+
+python benchmarks/peaks.py
+"""
+
+import argparse
+
+from random_llava import LAYOUTS, config_of
+
+from qvlm_plugin import plugins
+from qvlm_plugin.methods.footprint import Footprint
+from qvlm_plugin.methods.peak import Setting, Shapes, peaks
+from qvlm_plugin.models.placement import empty_model
+from qvlm_plugin.plan_request import check_request
+
+SETTINGS = {
+    "GB": {},
+    "caches on the CPU": {"footprint": Footprint(caches_on_cpu=True)},
+    "weights offloaded": {"footprint": Footprint(caches_on_cpu=True), "offloaded": True},
+}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", default="llava-1.5-7b,llava-1.5-13b", help=f"of {', '.join(LAYOUTS)}")
+    parser.add_argument("--methods", default="rtn,qlora,awq,qvlm,qvlm_jacobian")
+    parser.add_argument("--scheme", default="w4a4")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=600)
+    asked = parser.parse_args()
+    rows = []
+    for layout in asked.layouts.split(","):
+        config = config_of(layout)
+        shapes = Shapes.of(empty_model(config), plugins.topology(config))
+        for name in asked.methods.split(","):
+            request = check_request(name, asked.scheme, {})
+            cells = []
+            for more in SETTINGS.values():
+                setting = Setting(asked.samples, asked.tokens, **more)
+                found = peaks(shapes, request.method, request.scheme, request.options, setting)
+                worst = max(found, key=lambda peak: peak.bytes)
+                cells.append(f"{worst.bytes / 1e9:.1f} ({worst.step})")
+            rows.append((layout, name, *cells))
+    header = ("layout", "method", *SETTINGS)
+    for row in (header, tuple("---" for _ in header), *rows):
+        print("| " + " | ".join(row) + " |")
+
+
+if __name__ == "__main__":
+    main()

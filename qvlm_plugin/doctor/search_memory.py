@@ -1,0 +1,54 @@
+"""The memory that a search takes where the model runs, by `qvlm_plugin.methods.peak`: computed, nothing is searched."""
+
+import torch
+
+from qvlm_plugin import plugins
+from qvlm_plugin.demo import resolve_demo
+from qvlm_plugin.doctor.finding import Finding, Status
+from qvlm_plugin.methods.footprint import Footprint
+from qvlm_plugin.methods.peak import Peak, Setting, Shapes, peaks
+from qvlm_plugin.models.loading import open_checkpoint
+from qvlm_plugin.models.placement import empty_model
+from qvlm_plugin.plan_request import PlanRequest
+
+
+def check_search_memory(
+    pretrained: str, revision: str | None, request: PlanRequest, samples: int, tokens: int
+) -> list[Finding]:
+    """The peak of a search in 16 bits, by step; with caches on the CPU; and with offloaded weights.
+
+    Args:
+        pretrained, revision: a checkpoint; of its files only the small ones are read.
+        request: the method, its options and the scheme.
+        samples: of the calibration set.
+        tokens: of the longest sample, picture and answer included.
+
+    Raises:
+        QVLMError: the checkpoint cannot be read.
+    """
+    config = open_checkpoint(resolve_demo(pretrained), revision=revision).config
+    shapes = Shapes.of(empty_model(config), plugins.topology(config))
+
+    def found(footprint: Footprint, offloaded: bool = False) -> list[Peak]:
+        setting = Setting(samples, tokens, offloaded=offloaded, footprint=footprint)
+        return peaks(shapes, request.method, request.scheme, request.options, setting)
+
+    steps, on_cpu = found(Footprint()), found(Footprint(caches_on_cpu=True))
+    if not steps:
+        return [Finding("search memory", Status.OK, f"method={request.method.name} searches nothing")]
+    offloaded = found(Footprint(caches_on_cpu=True), offloaded=True)
+    needed = max(peak.bytes for peak in on_cpu)
+    message = (
+        f"method={request.method.name}, scheme={request.scheme}, {samples} samples of {tokens} tokens: "
+        f"{_largest(steps)} where the model runs ({', '.join(f'{p.step} {p.bytes / 1e9:.1f}' for p in steps)}); "
+        f"{_largest(on_cpu)} with caches on the CPU, {_largest(offloaded)} with --device_map offload"
+    )
+    free = max((torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())), default=None)
+    if free is None or free >= needed:
+        return [Finding("search memory", Status.OK, message)]
+    remedy = "search with qvlm search --device_map offload, or on a larger GPU"
+    return [Finding("search memory", Status.WARN, f"{message}; the largest GPU has {free / 1e9:.1f} GB free", remedy)]
+
+
+def _largest(found: list[Peak]) -> str:
+    return f"{max(peak.bytes for peak in found) / 1e9:.1f} GB"

@@ -1,0 +1,493 @@
+"""How much memory a search takes at most, step by step, from the shapes of a model. No weight is loaded for it.
+
+A step's peak is the largest of its phases', and a phase holds what its terms list. Symbols, here and in the code:
+
+=======  =========================================================================================================
+e        bytes of an element in the compute type: 2, or 4 in float32; statistics, rounding and l_p losses take 4
+n        tokens that go through a layer together: samples of a batch (or `Footprint.rows`) times tokens
+N        tokens of the whole calibration set, padding included: samples times tokens
+C, I     width of a part's hidden states, and the widest input of its Linears (an MLP's)
+ΣK       input widths of all sites of a block together: 3C + I in a Llama layer
+L        blocks of the part
+O·K      elements of the largest Linear
+=======  =========================================================================================================
+
+Only tensors are counted. An allocator keeps some memory beside them, kernels have workspaces, and attention is taken as
+torch's fused kernels compute it: one that writes out all scores takes n · heads · tokens · 4 bytes more. On a CPU,
+rounding works on slices (`qvlm_plugin.quantizers.by_rows`), and what waits there for an accelerator lies beside the
+rest.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from qvlm_plugin import observers, quantizers
+from qvlm_plugin.methods.base import Method
+from qvlm_plugin.methods.footprint import Footprint
+from qvlm_plugin.methods.options import MethodOptions
+from qvlm_plugin.methods.qvlm import dependency, mining
+from qvlm_plugin.scheme import UNQUANTIZED, Scheme
+from qvlm_plugin.topology import Topology, resolve
+
+ANSWER = 16
+"""Tokens of an answer, roughly: what logits are computed of."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stack of blocks; widths are those of its first block with the most sites.
+
+    Attributes:
+        blocks: L, as many as have sites.
+        hidden: C.
+        sites: input widths of a block's sites.
+        linears: shapes [O, K] of a block's Linears that have sites.
+        elements: of a block's weights, norms included.
+    """
+
+    blocks: int
+    hidden: int
+    sites: tuple[int, ...]
+    linears: tuple[tuple[int, int], ...]
+    elements: int
+
+    @property
+    def widest(self) -> int:
+        """I."""
+        return max(self.sites)
+
+    @property
+    def rounded(self) -> int:
+        """Elements of a block's Linears."""
+        return sum(rows * columns for rows, columns in self.linears)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest Linear."""
+        return max(rows * columns for rows, columns in self.linears)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A model, as far as memory goes.
+
+    Attributes:
+        elements: of all weights.
+        vision, projector, decoder: its parts.
+        tower: elements of the whole vision tower.
+        head: elements of the embeddings of words, as large as the head.
+        vocabulary: words.
+        head_width: channels of a head of attention.
+        positions: that the tower computes for a picture.
+    """
+
+    elements: int
+    vision: Part
+    projector: Part
+    decoder: Part
+    tower: int
+    head: int
+    vocabulary: int
+    head_width: int
+    positions: int
+
+    @classmethod
+    def of(cls, model: Any, topology: Topology) -> "Shapes":
+        """The shapes of a transformers model, which may be empty (`qvlm_plugin.models.placement.empty_model`)."""
+        sites = resolve(topology, model)
+        embeddings = model.get_input_embeddings().weight
+        text, vision = model.config.get_text_config(), model.config.vision_config
+        heads = getattr(text, "num_attention_heads", 1)
+        return cls(
+            elements=_elements(model),
+            vision=_part(model, [site for site in sites if site.part == "vision"]),
+            projector=_part(model, [site for site in sites if site.part == "projector"]),
+            decoder=_part(model, [site for site in sites if site.part == "decoder"]),
+            tower=_elements(model.get_submodule(topology.vision_path)),
+            head=embeddings.numel(),
+            vocabulary=len(embeddings),
+            head_width=getattr(text, "head_dim", None) or embeddings.shape[1] // heads,
+            positions=(getattr(vision, "image_size", 336) // getattr(vision, "patch_size", 14)) ** 2 + 1,
+        )
+
+
+def _elements(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _part(model: Any, sites: Sequence[Any]) -> Part:
+    blocks: dict[int, list[Any]] = {}
+    for site in sites:
+        blocks.setdefault(site.block, []).append(site)
+    fullest = max(blocks.values(), key=len)
+    names = [name for site in fullest for name in site.linears]
+    first = model.get_submodule(fullest[0].name).weight
+    path = fullest[0].name.split(f".{fullest[0].block}.")[0]
+    owner = model.get_submodule(f"{path}.{fullest[0].block}") if len(blocks) > 1 else None
+    linears = tuple(tuple(model.get_submodule(name).weight.shape) for name in names)
+    widths = tuple(model.get_submodule(site.name).weight.shape[1] for site in fullest)
+    elements = _elements(owner) if owner is not None else sum(rows * columns for rows, columns in linears)
+    return Part(len(blocks), first.shape[1], widths, linears, elements)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a search runs on.
+
+    Attributes:
+        samples, tokens: of the calibration set; tokens of the longest sample, picture and answer included.
+        pictures: runs of the tower for a sample: 1, or as many as it is cut into.
+        element: e.
+        offloaded: whether the weights wait on the CPU (``device_map=offload``).
+        accelerator: whether the model runs elsewhere than on the CPU.
+        footprint: of the search.
+    """
+
+    samples: int = 64
+    tokens: int = 600
+    pictures: int = 1
+    element: int = 2
+    offloaded: bool = False
+    accelerator: bool = True
+    footprint: Footprint = field(default_factory=Footprint)
+
+
+class Term(NamedTuple):
+    """Something that a phase holds: what, its bytes, and whether it waits on the CPU for the accelerator."""
+
+    what: str
+    bytes: float
+    waits: bool = False
+
+
+Phase = list[Term]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The memory of a step.
+
+    Attributes:
+        step: its name.
+        phases: what is held at one time each.
+        accelerator: as in `Setting`.
+    """
+
+    step: str
+    phases: tuple[Phase, ...]
+    accelerator: bool
+
+    @property
+    def largest(self) -> Phase:
+        """The phase that takes the most where the model runs, without what waits elsewhere; the largest terms first."""
+        counted = [
+            [term for term in phase if not (term.waits and self.accelerator) and term.bytes] for phase in self.phases
+        ]
+        return sorted(max(counted, key=_total), key=lambda term: -term.bytes)
+
+    @property
+    def bytes(self) -> float:
+        """The peak where the model runs."""
+        return _total(self.largest)
+
+
+def _total(phase: Phase) -> float:
+    return sum(term.bytes for term in phase)
+
+
+def peaks(shapes: Shapes, method: Method, scheme: Scheme, options: MethodOptions, setting: Setting) -> list[Peak]:
+    """The peak of each step that the scheme and the options want. Steps that are not known here count as a pass of the
+    calibration set through the model."""
+    search = _Search(shapes, scheme, options, setting)
+    known: dict[str, Callable[[], Iterator[Phase]]] = {
+        "awq": search.awq, "smooth": search.observing, "minmax": search.observing, "lp": search.lp,
+        "jacobian": search.jacobian, "means": search.observing, "vision": search.vision, "blocks": search.blocks,
+    }  # fmt: skip
+    return [
+        Peak(step.name, tuple(known.get(step.name, search.observing)()), setting.accelerator)
+        for step in method.chosen(scheme, options)
+    ]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The phases of each step."""
+
+    shapes: Shapes
+    scheme: Scheme
+    options: MethodOptions
+    setting: Setting
+
+    @property
+    def e(self) -> int:
+        return self.setting.element
+
+    @property
+    def wide(self) -> int:
+        """Bytes of an element's float32 copy: none where the compute type is that."""
+        return 4 if self.e < 4 else 0
+
+    @property
+    def batch(self) -> int:
+        return min(self.options.calibration_batch_size, self.setting.samples)
+
+    @property
+    def n(self) -> int:
+        """Tokens of a batch in the decoder."""
+        return self.batch * self.setting.tokens
+
+    @property
+    def seen(self) -> int:
+        """Positions of a batch in the tower."""
+        return self.batch * self.setting.pictures * self.shapes.positions
+
+    @property
+    def N(self) -> int:
+        return self.setting.samples * self.setting.tokens
+
+    @property
+    def caches_wait(self) -> bool:
+        return self.setting.footprint.caches_on_cpu or self.setting.offloaded
+
+    def weights(self) -> Phase:
+        """The model's weights; of offloaded ones, as much as runs together."""
+        if not self.setting.offloaded:
+            return [Term("weights", self.e * self.shapes.elements)]
+        once = max(self.shapes.decoder.elements, self.shapes.vision.elements, self.shapes.head)
+        return [
+            Term("weights of a block, or of the head", self.e * once),
+            Term("other weights", self.e * (self.shapes.elements - once), True),
+        ]
+
+    def layer(self, part: Part, tokens: int) -> float:
+        """A block forwards without gradients: what is added to, what is read (C each), and either gate, up and their
+        product (I each) or queries, keys, values, their rotated copies and the output of attention (C each)."""
+        return self.e * tokens * (2 * part.hidden + max(3 * part.widest, 5 * part.hidden))
+
+    def rounding(self, part: Part, tokens: int) -> float:
+        """Rounding a site's input: float32 codes and the result; slices of them on a CPU."""
+        elements = tokens * part.widest
+        return self.e * elements + 4 * (elements if self.setting.accelerator else min(elements, quantizers._SLICE))
+
+    def rounding_a_weight(self, part: Part) -> float:
+        """Rounding the largest Linear: its float32 copy, what the codes stand for in float32, and codes; ratios and
+        their whole numbers beside them, of a slice on a CPU."""
+        slices = part.largest if self.setting.accelerator else min(part.largest, quantizers._SLICE)
+        return part.largest * (self.wide + 4 + 1) + 8 * slices
+
+    def tower(self) -> Phase:
+        """A batch in the vision tower, all of whose hidden states transformers keeps."""
+        vision = self.shapes.vision
+        return [
+            Term("hidden states of the tower", self.e * self.seen * vision.hidden * (vision.blocks + 2)),
+            Term("a block of the tower", self.layer(vision, self.seen)),
+        ]
+
+    def mask(self, each: float) -> Term:
+        """The mask of attention of a batch, which has padding: ``each`` bytes for a pair of tokens."""
+        return Term("mask of attention", each * self.n * self.setting.tokens)
+
+    def looking(self, part: Part, tokens: int, beside: float) -> Phase:
+        """A site's input without padding and transformed, and ``beside`` bytes for each of its elements."""
+        elements = tokens * part.widest
+        between = self.e * tokens * (part.hidden + part.widest)
+        kept = part.blocks + 2 if part is self.shapes.vision else 3
+        return [
+            Term("hidden states", self.e * tokens * part.hidden * kept),
+            Term("a block's activations", between),
+            Term("the inputs of a site", elements * (self.e + beside + self.scaled)),
+            self.mask(0 if part is self.shapes.vision else 1),
+        ]
+
+    @property
+    def scaled(self) -> int:
+        """Bytes of an element's copy that is divided by a transform's scale."""
+        return 0 if self.options.transform == "none" else self.e
+
+    def statistics(self, rows: float) -> Phase:
+        """``rows`` float32 numbers for each input channel of the decoder's sites."""
+        return [Term("statistics of channels", 4 * rows * self.shapes.decoder.blocks * sum(self.shapes.decoder.sites))]
+
+    def passing(self) -> Iterator[Phase]:
+        """The model on a batch, while nobody looks."""
+        decoder = self.shapes.decoder
+        states = Term("hidden states", self.e * self.n * decoder.hidden * 3)
+        yield self.weights() + self.tower()
+        yield [*self.weights(), states, Term("a layer", self.layer(decoder, self.n))]
+
+    def observing(self) -> Iterator[Phase]:
+        """Extremes and means: beside a site's input its float32 copy, or its magnitudes and two answers to whether they
+        are finite."""
+        yield from self.passing()
+        beside = max(self.wide + (4 if self.options.bias_correction else 0), self.e + 2)
+        yield self.weights() + self.statistics(3) + self.looking(self.shapes.decoder, self.n, beside)
+
+    def lp(self) -> Iterator[Phase]:
+        """l_p losses: of static sites a chunk of rounded elements at a time, of tokens a whole site's, with float32
+        copies of both and their distance."""
+        yield from self.passing()
+        decoder, per_token = self.shapes.decoder, self.e + 4 + 2 * self.wide
+        losses = 2 * len(self.options.ratios) if self.options.ranges == "channel" else 0
+        if self.options.activations == "token":
+            yield self.weights() + self.looking(decoder, self.n, per_token)
+        elif self.options.importance == "uniform":
+            held = self.weights() + self.statistics(5 + losses)
+            yield held + self.looking(decoder, self.n, self.e + 2)
+            yield [*held, *self.looking(decoder, self.n, 0), Term("a chunk of candidates", self._chunk(decoder))]
+        yield self.weights() + self.looking(self.shapes.vision, self.seen, per_token)
+
+    def _chunk(self, part: Part) -> float:
+        elements, together = observers.chunk_for(torch.device("cuda" if self.setting.accelerator else "cpu"))
+        count = len(self.options.ratios) if together else 1
+        return (self.e + self.wide + 4) * min(elements, self.n * part.widest * count)
+
+    def activations(self, part: Part, tokens: int) -> float:
+        """What a block keeps for going backwards, frozen: inputs of norms (C each), queries, keys, values and the
+        output of attention (4C), gate, activation and up (3I); in 16 bits also two float32 copies in norms."""
+        return tokens * (self.e * (6 * part.hidden + 3 * part.widest) + 2 * self.wide * part.hidden)
+
+    def checkpoints(self) -> float:
+        """The input of every decoder layer for a batch."""
+        return self.e * self.n * self.shapes.decoder.hidden * (self.shapes.decoder.blocks + 2)
+
+    def jacobian(self) -> Iterator[Phase]:
+        """One layer backwards at a time; at its widest site the input, its gradient and both without padding, the
+        Jacobian and its square in float32, and a chunk of losses."""
+        yield from self.observing()
+        decoder, wait = self.shapes.decoder, self.setting.footprint.caches_on_cpu
+        rows = 5 + 2 * 2 * len(self.options.ratios)  # float64, of a batch and of those before
+        inputs = self.e * self.n * (2 * decoder.hidden + decoder.widest)
+        yield [
+            *self.weights(),
+            *self.statistics(rows),
+            Term("checkpoints", self.checkpoints(), wait),
+            Term("a layer backwards", self.activations(decoder, self.n) + inputs, wait),
+            self.mask(2 + self.e),
+            Term("the Jacobian of a site", self.n * decoder.widest * (3 * self.e + 8)),
+            Term("a chunk of candidates", self._chunk(decoder)),
+        ]
+
+    def awq(self) -> Iterator[Phase]:
+        """Copies of a block, and the rounding errors of its largest Linear: its float32 copy and rounded values, their
+        distance, and its product with second moments of the inputs."""
+        sampled = self.options.search_tokens
+        total = sum(part.blocks * sum(part.sites) for part in self._parts)
+        kept = Term("sampled tokens", self.e * min(sampled, self.N) * total, True)
+        untransformed = replace(self, options=self.options.model_copy(update={"transform": "none"}))
+        yield from ([*phase, kept] for phase in untransformed.observing())
+        for part in self._parts:
+            group = self.options.group_size if 0 < self.options.group_size < part.widest else part.widest
+            yield [
+                *self.weights(),
+                kept,
+                Term("copies of a block", self.e * part.rounded),
+                Term("errors of a Linear", part.largest * (self.wide + 16)),
+                Term("tokens of a site", 4 * part.widest * (3 * min(sampled, self.N) + group)),
+            ]
+
+    @property
+    def _parts(self) -> tuple[Part, ...]:
+        return self.shapes.vision, self.shapes.projector, self.shapes.decoder
+
+    def vision(self) -> Iterator[Phase]:
+        """The quantized model forwards and backwards: of every decoder layer the output and its gradient, of one block
+        what it keeps. Rounded Linears keep float32 codes before they are clipped, where clip ratios are trained also
+        distances and codes."""
+        shapes, decoder, vision = self.shapes, self.shapes.decoder, self.shapes.vision
+        rounded = vision.blocks * vision.rounded + shapes.projector.rounded
+        if self.options.veo_decoder == "quantized":
+            rounded += decoder.blocks * decoder.rounded
+        below = self.setting.samples * self.setting.pictures * shapes.positions * vision.hidden
+        held = [
+            *self.weights(),
+            Term("weights that rounded ones stand for", self.e * rounded, True),
+            Term("full-precision outputs", self.e * self.N * decoder.hidden + self.e * below, True),
+        ]
+        if self.setting.offloaded:
+            held.append(Term("the vision tower", self.e * shapes.tower))
+        states = self.e * self.seen * vision.hidden * (vision.blocks + 2)
+        layers = self.checkpoints()
+        logits = self.batch * (ANSWER + 1) * shapes.vocabulary * (self.e + 12)
+        depth = 1 if self.options.veo_checkpointing else decoder.blocks
+        inputs = sum(columns for _, columns in decoder.linears) if self.options.veo_decoder == "quantized" else 0
+        kept = self.activations(decoder, self.n) + 4 * self.n * inputs
+        yield [
+            *held,
+            Term("hidden states of the tower", states),
+            Term("outputs of layers and their gradients", 2 * layers),
+            Term("a layer backwards", depth * kept),
+            self.mask(2 + self.e),
+            Term("gradients of a site", 12 * self.n * decoder.widest),
+            Term("logits", logits),
+        ]
+        depth = 1 if self.options.veo_checkpointing else vision.blocks
+        inputs = sum(columns for _, columns in vision.linears)
+        kept = self.activations(vision, self.seen) + (12 + self.wide) * self.seen * inputs
+        yield [
+            *held,
+            Term("hidden states of the tower", states),
+            Term("outputs of layers", layers),
+            Term("a block of the tower backwards", depth * kept),
+            Term("gradients of a site", 12 * self.seen * vision.widest),
+        ]
+        yield [*held, Term("rounding a weight", self.rounding_a_weight(decoder))]
+
+    def blocks(self) -> Iterator[Phase]:
+        """Cached hidden states between layers, and the rounded weights of a block's d layers."""
+        options, decoder = self.options, self.shapes.decoder
+        depth, wait = min(options.max_depth, decoder.blocks), self.caches_wait
+        rows = min(self.setting.footprint.rows or self.batch, self.batch)
+        state = self.e * self.N * decoder.hidden
+        tokens, batches = self.setting.tokens, self.setting.samples / self.batch
+        masks = self.N * tokens + batches * 2 * self.e * tokens * self.shapes.head_width
+        held = [*self.weights(), Term("masks and rotations of both models", 2 * masks, wait)]
+        one = Term("a layer", self.layer(decoder, rows * tokens))
+        joint = 2**self.scheme.decoder.activation if self.scheme.decoder.activation != UNQUANTIZED else 0
+        elements = min(self.N * decoder.hidden, dependency.MAX_ELEMENTS)
+        assigned = min(dependency.CHUNK, elements * joint)
+        yield [
+            *held,
+            # inputs of both models, outputs of a layer, of the one before and of this without padding, and its batches
+            Term("cached hidden states", 6 * state, wait),
+            Term("soft assignments", 4 * 4 * assigned + elements * (8 + 6 * self.e)),
+        ]
+        static = 0 if options.activations == "token" else sum(decoder.sites)
+        # A site's inputs are joined, then averaged in float32; those of the sites after it wait.
+        first = self.N * (self.e * static + decoder.sites[0] * max(self.e, self.wide))
+        last = self.N * decoder.widest * (self.e + max(self.e, self.wide))
+        sort = 20 * min(mining.SORTED, self.N * decoder.widest) if options.reading == "quantile" else 0
+        yield [
+            *held,
+            Term("cached hidden states", (max(depth, 2) + 1) * state, wait),
+            Term("inputs of a layer's sites", max(first, last) if static else 0, wait),
+            Term("sorted channels", sort),
+            Term("rounded weights of a block", self.e * depth * decoder.rounded),
+        ]
+        yield [
+            *held,
+            Term("cached hidden states", (depth + 1 + self._states(depth)) * state, wait),
+            Term("rounded weights of a block", self.e * depth * decoder.rounded),
+            one,
+            Term("rounding", self.rounding(decoder, rows * tokens)),
+        ]
+        yield [
+            *held,
+            Term("cached hidden states", (max(depth, 2) + 1) * state, wait),
+            Term("inputs of a layer's sites", self.e * self.N * static, wait),
+            Term("rounded weights of a block", self.e * depth * decoder.rounded),
+            Term("rounding a weight", self.rounding_a_weight(decoder)),
+        ]
+
+    def _states(self, depth: int) -> int:
+        """Outputs that the search of a block of ``depth`` layers holds beside its input: the path in the tree, or the
+        prefixes that are kept of two steps and one to judge; within a layer also what these begin at."""
+        width, candidates = self.options.beam, len(self.options.percentiles)
+        if not width:
+            return depth
+        kept = min(width, candidates)
+        if self.options.unit == "site":
+            return 2 * width + 1 + (width if depth > 1 else 0)
+        return kept + 1 + (min(width, candidates**depth) if depth > 1 else 0)

@@ -37,7 +37,7 @@ def check_search_memory(
     if not steps:
         return [Finding("search memory", Status.OK, f"method={request.method.name} searches nothing")]
     offloaded = found(Footprint(caches_on_cpu=True), offloaded=True)
-    needed = max(peak.bytes for peak in on_cpu)
+    needed = max(peak.bytes for peak in on_cpu)  # a search that lacks memory goes on like this
     message = (
         f"method={request.method.name}, scheme={request.scheme}, {samples} samples of {tokens} tokens: "
         f"{_largest(steps)} where the model runs ({', '.join(f'{p.step} {p.bytes / 1e9:.1f}' for p in steps)}); "

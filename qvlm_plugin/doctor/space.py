@@ -23,7 +23,8 @@ FOR_PLANS = 1e9
 """Bytes of disk that plans and the steps of an unfinished search take at most, roughly."""
 
 HEADROOM = 1.2
-"""How much more memory than its weights a model takes while it runs, roughly."""
+"""How much more memory than its weights a model takes while it runs, roughly. What the search of a method takes is in
+`qvlm_plugin.doctor.search_memory`."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ def _memory(subject: str, free: float, needs: Needs | None, remedy: str) -> Find
     if needs is None:
         return Finding(subject, Status.OK, f"{_gigabytes(free)} free; --pretrained says whether a model fits")
     message = (
-        f"{_gigabytes(free)} free; about {_gigabytes(needs.full * HEADROOM)} to search and for backend=reference, "
-        f"{_gigabytes(needs.packed * HEADROOM)} for backend=packed"
+        f"{_gigabytes(free)} free; about {_gigabytes(needs.full * HEADROOM)} for backend=reference, "
+        f"{_gigabytes(needs.packed * HEADROOM)} for backend=packed; --method says what its search takes"
     )
     if free >= needs.full * HEADROOM:
         return Finding(subject, Status.OK, message)

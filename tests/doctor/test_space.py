@@ -33,7 +33,7 @@ def test_free_memory_decides(monkeypatch, free, status):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(free))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (finding,) = check_memory(NEEDS)
-    assert finding.status == status and f"{10 * HEADROOM:.1f} GB to search" in finding.message
+    assert finding.status == status and f"{10 * HEADROOM:.1f} GB for backend=reference" in finding.message
     assert bool(finding.remedy) == (status != "ok")
 
 

@@ -115,7 +115,9 @@ def test_a_terminal_shows_a_table(setting):
 def test_an_interrupt_ends_the_harness_too(setting, place, tmp_path):
     (place / "lmms_eval.py").write_text(SLEEPING)
     script = (
-        "import pathlib, sys\nfrom qvlm_plugin.report.running import run_cells\n"
+        "import pathlib, signal, sys\nfrom qvlm_plugin.report.running import run_cells\n"
+        # What a shell starts in the background ignores interrupts, and so do its children.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from qvlm_plugin.report.runs import Cell, Setting\n"
         "cells = [Cell(name, {'pretrained': name}, ('quiz',)) for name in 'abc']\n"
         "run_cells(cells, Setting(*map(pathlib.Path, sys.argv[1:]), jobs=2))\n"

@@ -11,13 +11,16 @@ class LiveBytes(TorchDispatchMode):
     """While active, counts the memory of every tensor that an operation makes, once, until it is freed.
 
     Attributes:
-        now, peak: bytes, beside what was there before.
+        now, peak: bytes, those of the tensors that it is given included. A tensor that it is not given counts from when
+            an operation first returns a view of it.
     """
 
-    def __init__(self):
+    def __init__(self, *there):
         super().__init__()
         self.now = self.peak = 0
         self._known = set()
+        for tensor in there:
+            self._count(tensor.untyped_storage())
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))

@@ -43,22 +43,28 @@ def byte_tokenizer(*more_specials: str) -> PreTrainedTokenizerFast:
 
 
 def write_tiny_llava(
-    directory: Path, *, seed: int = 0, hidden: int = 32, layers: int = 2, vision_layers: int = 3
+    directory: Path,
+    *,
+    seed: int = 0,
+    hidden: int = 32,
+    layers: int = 2,
+    vision_hidden: int = 24,
+    vision_layers: int = 3,
 ) -> Path:
     """Write a random LLaVA (CLIP tower, two-layer projector, grouped-query Llama) with a byte-level tokenizer.
 
     Args:
         directory: to write, as float32; also what is returned.
         seed: of the weights.
-        hidden: width of the decoder.
+        hidden, vision_hidden: widths of decoder and tower.
         layers, vision_layers: depth of decoder and tower.
     """
     torch.manual_seed(seed)
     tokenizer = byte_tokenizer()
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=24, intermediate_size=40, num_hidden_layers=vision_layers, num_attention_heads=2,
-            image_size=28, patch_size=14, projection_dim=16,
+            hidden_size=vision_hidden, intermediate_size=vision_hidden * 5 // 3, num_hidden_layers=vision_layers,
+            num_attention_heads=2, image_size=28, patch_size=14, projection_dim=16,
         ),
         text_config=LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,

@@ -342,7 +342,8 @@ class _Search:
     def _chunk(self, part: Part) -> float:
         elements, together = observers.chunk_for(torch.device("cuda" if self.setting.accelerator else "cpu"))
         count = len(self.options.ratios) if together else 1
-        return (self.e + self.wide + 4) * min(elements, self.n * part.widest * count)
+        # Rounded values, their distance, the loss of the chunk before, and float32 copies of what is subtracted.
+        return (self.e + 8 + 2 * self.wide) * min(elements, self.n * part.widest * count)
 
     def activations(self, part: Part, tokens: int) -> float:
         """What a block keeps for going backwards, frozen: inputs of norms (C each), queries, keys, values and the
@@ -373,9 +374,8 @@ class _Search:
     def awq(self) -> Iterator[Phase]:
         """Copies of a block, and the rounding errors of its largest Linear: its float32 copy and rounded values, their
         distance, and its product with second moments of the inputs."""
-        sampled = self.options.search_tokens
-        total = sum(part.blocks * sum(part.sites) for part in self._parts)
-        kept = Term("sampled tokens", self.e * min(sampled, self.N) * total, True)
+        sampled = sum(self._sampled(part) * part.blocks * sum(part.sites) for part in self._parts)
+        kept = Term("sampled tokens", self.e * sampled, True)
         untransformed = replace(self, options=self.options.model_copy(update={"transform": "none"}))
         yield from ([*phase, kept] for phase in untransformed.observing())
         for part in self._parts:
@@ -385,8 +385,13 @@ class _Search:
                 kept,
                 Term("copies of a block", self.e * part.rounded),
                 Term("errors of a Linear", part.largest * (self.wide + 16)),
-                Term("tokens of a site", 4 * part.widest * (3 * min(sampled, self.N) + group)),
+                Term("tokens of a site", 4 * part.widest * (3 * self._sampled(part) + group)),
             ]
+
+    def _sampled(self, part: Part) -> int:
+        positions = self.setting.pictures * self.shapes.positions
+        there = self.N if part is self.shapes.decoder else self.setting.samples * positions
+        return min(self.options.search_tokens, there)
 
     @property
     def _parts(self) -> tuple[Part, ...]:
@@ -411,26 +416,27 @@ class _Search:
         states = self.e * self.seen * vision.hidden * (vision.blocks + 2)
         layers = self.checkpoints()
         logits = self.batch * (ANSWER + 1) * shapes.vocabulary * (self.e + 12)
-        depth = 1 if self.options.veo_checkpointing else decoder.blocks
         inputs = sum(columns for _, columns in decoder.linears) if self.options.veo_decoder == "quantized" else 0
         kept = self.activations(decoder, self.n) + 4 * self.n * inputs
+        seen = self.activations(vision, self.seen)
+        seen += (12 + self.wide) * self.seen * sum(columns for _, columns in vision.linears)
+        if not self.options.veo_checkpointing:  # all of both parts is kept until the backward pass comes to it
+            seen, kept = seen * vision.blocks, kept * decoder.blocks
+        both = 0 if self.options.veo_checkpointing else seen
         yield [
             *held,
             Term("hidden states of the tower", states),
             Term("outputs of layers and their gradients", 2 * layers),
-            Term("a layer backwards", depth * kept),
+            Term("a layer backwards", kept + both),
             self.mask(2 + self.e),
             Term("gradients of a site", 12 * self.n * decoder.widest),
             Term("logits", logits),
         ]
-        depth = 1 if self.options.veo_checkpointing else vision.blocks
-        inputs = sum(columns for _, columns in vision.linears)
-        kept = self.activations(vision, self.seen) + (12 + self.wide) * self.seen * inputs
         yield [
             *held,
             Term("hidden states of the tower", states),
             Term("outputs of layers", layers),
-            Term("a block of the tower backwards", depth * kept),
+            Term("a block of the tower backwards", seen),
             Term("gradients of a site", 12 * self.seen * vision.widest),
         ]
         yield [*held, Term("rounding a weight", self.rounding_a_weight(decoder))]
@@ -445,6 +451,14 @@ class _Search:
         masks = self.N * tokens + batches * 2 * self.e * tokens * self.shapes.head_width
         held = [*self.weights(), Term("masks and rotations of both models", 2 * masks, wait)]
         one = Term("a layer", self.layer(decoder, rows * tokens))
+        vision, projector = self.shapes.vision, self.shapes.projector
+        below = vision.blocks * vision.rounded + projector.blocks * projector.rounded
+        yield [
+            *held,
+            *self.tower(),
+            Term("cached hidden states", state, wait),
+            Term("rounded weights of the tower", self.e * below, self.setting.offloaded),
+        ]
         joint = 2**self.scheme.decoder.activation if self.scheme.decoder.activation != UNQUANTIZED else 0
         elements = min(self.N * decoder.hidden, dependency.MAX_ELEMENTS)
         assigned = min(dependency.CHUNK, elements * joint)
@@ -455,10 +469,13 @@ class _Search:
             Term("soft assignments", 4 * 4 * assigned + elements * (8 + 6 * self.e)),
         ]
         static = 0 if options.activations == "token" else sum(decoder.sites)
-        # A site's inputs are joined, then averaged in float32; those of the sites after it wait.
-        first = self.N * (self.e * static + decoder.sites[0] * max(self.e, self.wide))
-        last = self.N * decoder.widest * (self.e + max(self.e, self.wide))
-        sort = 20 * min(mining.SORTED, self.N * decoder.widest) if options.reading == "quantile" else 0
+        # A site's inputs are joined; then they are averaged in float32, or slices of them sorted: values, their places
+        # and a float32 copy. Those of the sites after it wait.
+        quantile = options.reading == "quantile"
+        copies = max(self.e, 0 if quantile else self.wide)
+        first = self.N * (self.e * static + decoder.sites[0] * copies)
+        last = self.N * decoder.widest * (self.e + copies)
+        sort = (12 + self.wide) * min(mining.SORTED, self.N * decoder.sites[0]) if quantile and static else 0
         yield [
             *held,
             Term("cached hidden states", (max(depth, 2) + 1) * state, wait),

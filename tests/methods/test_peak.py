@@ -11,6 +11,7 @@ from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.footprint import Footprint
 from qvlm_plugin.methods.peak import Setting, Shapes, peaks
+from qvlm_plugin.methods.qvlm import dependency
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
 
@@ -19,36 +20,43 @@ METHODS = [
     ("qlora", {"activations": "token"}),
     ("qlora", {"bias_correction": True}),
     ("awq", {"alpha_steps": 2}),
-    ("qvlm", {"veo_epochs": 1}),
+    ("qvlm", {"veo_epochs": 1, "h0": 0, "percentile_step": 0.01}),  # blocks as deep as may be: what the formula is of
+    ("qvlm", {"veo_epochs": 1, "veo_checkpointing": False, "cdm": False}),
+    ("qvlm", {"veo": False, "h0": 0, "max_depth": 1}),
+    ("qvlm", {"veo": False, "h0": 0, "unit": "site", "beam": 2, "reading": "quantile", "percentile_step": 0.02}),
     ("qvlm_jacobian", {"veo_epochs": 1, "veo_decoder": "full"}),
 ]
 
 
-@pytest.fixture(scope="module", params=[(256, 3, 50), (160, 6, 30)], ids=str)
+@pytest.fixture(scope="module", params=[(256, 3, 24, 50), (160, 6, 24, 30), (64, 2, 512, 30)], ids=str)
 def shape(request, tmp_path_factory):
-    """A model of some width and depth, and four samples of many words, two to a batch, of which one has padding."""
-    hidden, layers, words = request.param
-    folder = write_tiny_llava(tmp_path_factory.mktemp("peak") / "model", hidden=hidden, layers=layers)
+    """A model whose decoder has some width and depth, and its tower some width; and four samples of many words, two to
+    a batch, of which one has padding."""
+    hidden, layers, tower, words = request.param
+    folder = tmp_path_factory.mktemp("peak") / "model"
+    write_tiny_llava(folder, hidden=hidden, layers=layers, vision_hidden=tower)
     texts = ("what is this " * (words - index % 2) for index in range(4))
     samples = (Sample(Conversation.from_prompt(text, [random_image(i)]), "that one") for i, text in enumerate(texts))
     return load(str(folder), dtype="float32"), CalibrationSet(tuple(samples))
 
 
 @pytest.mark.parametrize("method, options", METHODS, ids=str)
-def test_the_formula_is_within_a_fifth_of_what_is_alive(method, options, shape):
+def test_the_formula_is_within_a_fifth_of_what_is_alive(method, options, shape, monkeypatch):
+    # What is the same for every model must not hide what is not.
+    monkeypatch.setattr(dependency, "CHUNK", 2**15)
+    monkeypatch.setattr(dependency, "MAX_ELEMENTS", 2**12)
     loaded, samples = shape
     request = check_request(method, "w4a4", {"calibration_batch_size": 2, **options})
     encoded = samples.encoded(loaded.processor, 2)
     topology, setting = plugins.topology(loaded.model.config), Setting(4, max(encoded.lengths), 1, 4, accelerator=False)
     context = SearchContext(loaded, topology, request.scheme, request.options, encoded, method)
     found = peaks(Shapes.of(loaded.model, topology), request.method, request.scheme, request.options, setting)
-    weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
     draft = Draft()
     for step, peak in zip(request.method.chosen(request.scheme, request.options), found, strict=True):
-        with LiveBytes() as live:
+        with LiveBytes(*loaded.model.parameters()) as live:
             draft = step.run(context, draft)
         assert step.name == peak.step
-        assert live.peak + weights == pytest.approx(peak.bytes, rel=0.2), (step.name, peak.largest)
+        assert live.peak == pytest.approx(peak.bytes, rel=0.2), (step.name, peak.largest)
 
 
 def test_what_waits_on_the_cpu_does_not_count_on_an_accelerator(shape):
@@ -58,7 +66,7 @@ def test_what_waits_on_the_cpu_does_not_count_on_an_accelerator(shape):
 
     def largest(**setting):
         found = peaks(shapes, request.method, request.scheme, request.options, Setting(**setting))
-        return max(peak.bytes for peak in found)
+        return found[-1].bytes  # of the joint search; in a model as small as this a chunk of l_p losses takes more
 
     device = largest()
     on_cpu, few = (largest(footprint=Footprint(caches_on_cpu=True, rows=rows)) for rows in (None, 1))

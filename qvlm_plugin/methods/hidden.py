@@ -189,7 +189,7 @@ def decoder_inputs(context: SearchContext) -> HiddenCache:
         states = args[0] if args else kwargs.pop("hidden_states")
         _require_finite(states, attended, f"the input of {name}")
         hidden.append(states.to("cpu" if on_cpu else states.device, copy=True))
-        arguments.update(kwargs)
+        arguments.update(send_to_device(kwargs, "cpu") if on_cpu else kwargs)
         raise _FirstLayerReached
 
     handle = first.register_forward_pre_hook(keep, with_kwargs=True)

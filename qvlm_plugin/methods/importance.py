@@ -74,6 +74,8 @@ def visit_jacobians(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(frozen(model))
         stack.enter_context(checkpointed(layers))
+        if context.footprint.caches_on_cpu:
+            stack.enter_context(torch.autograd.graph.save_on_cpu())
         for index, (inputs, answer) in enumerate(context.batches("importance"), context.share.start):
 
             def run(scale: float, index: int = index, inputs: BatchFeature = inputs, answer: Tensor = answer) -> _Seen:

@@ -365,7 +365,7 @@ class _Search:
             *self.weights(),
             *self.statistics(rows),
             Term("checkpoints", self.checkpoints(), wait),
-            Term("a layer backwards", self.activations(decoder, self.n) + inputs, wait),
+            Term("a layer backwards", self.activations(decoder, self.n) + inputs),
             self.mask(2 + self.e),
             Term("the Jacobian of a site", self.n * decoder.widest * (3 * self.e + 8)),
             Term("a chunk of candidates", self._chunk(decoder)),
@@ -476,6 +476,8 @@ class _Search:
         first = self.N * (self.e * static + decoder.sites[0] * copies)
         last = self.N * decoder.widest * (self.e + copies)
         sort = (12 + self.wide) * min(mining.SORTED, self.N * decoder.sites[0]) if quantile and static else 0
+        if wait and static:  # those of one site at a time come to the device
+            yield [*held, Term("inputs of a site", last), Term("rounded weights", self.e * depth * decoder.rounded)]
         yield [
             *held,
             Term("cached hidden states", (max(depth, 2) + 1) * state, wait),

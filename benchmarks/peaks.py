@@ -12,6 +12,7 @@ from qvlm_plugin.methods.footprint import Footprint
 from qvlm_plugin.methods.peak import Setting, Shapes, peaks
 from qvlm_plugin.models.placement import empty_model
 from qvlm_plugin.plan_request import check_request
+from qvlm_plugin.report.results import Grid
 
 SETTINGS = {
     "GB": {},
@@ -42,9 +43,7 @@ def main() -> None:
                 worst = max(found, key=lambda peak: peak.bytes)
                 cells.append(f"{worst.bytes / 1e9:.1f} ({worst.step})")
             rows.append((layout, name, *cells))
-    header = ("layout", "method", *SETTINGS)
-    for row in (header, tuple("---" for _ in header), *rows):
-        print("| " + " | ".join(row) + " |")
+    print(Grid(("layout", "method", *SETTINGS), tuple(rows)).markdown())
 
 
 if __name__ == "__main__":

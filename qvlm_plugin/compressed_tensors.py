@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from qvlm_plugin.atomic import require_vacant
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.export import write_folder
+from qvlm_plugin.export import must_run, write_folder
 from qvlm_plugin.kernels.base import corrected_bias
 from qvlm_plugin.kernels.reference import REFERENCE, quantized_values
 from qvlm_plugin.models.dry_run import answer
@@ -111,10 +111,8 @@ def export_compressed_tensors(
         for group, members in groups.items()
         for module in members
     }
-    try:
+    with must_run():
         answer(model, loaded.processor, f"pretrained={loaded.source!r}")
-    except QVLMError as error:
-        raise QVLMError(f"the quantized model is not written, for it does not run: {error}") from error
     for name, tensors in stored.items():
         frozen = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in tensors.items()}
         model.set_submodule(name, nn.ParameterDict(frozen))

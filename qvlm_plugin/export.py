@@ -1,7 +1,8 @@
 """Write a quantized model as a Hugging Face folder that loads packed (`checkpoint`)."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qvlm_plugin import __version__, backends
@@ -60,13 +61,20 @@ def export(
 
     def try_out(folder: Path) -> None:
         model.to("meta")  # its memory is needed
-        try:
+        with must_run():
             load(str(folder), device=device)
-        except QVLMError as error:
-            raise QVLMError(f"the quantized model is not written, for it does not run: {error}") from error
 
     write_folder(loaded, directory, shard_size, try_out)
     return execution
+
+
+@contextmanager
+def must_run() -> Iterator[None]:
+    """Around the trial of a quantized model, before its folder takes its name: a `QVLMError` says that it does not."""
+    try:
+        yield
+    except QVLMError as error:
+        raise QVLMError(f"the quantized model is not written, for it does not run: {error}") from error
 
 
 def write_folder(

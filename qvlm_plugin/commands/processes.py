@@ -9,14 +9,9 @@ import time
 from collections.abc import Sequence
 
 
-def is_one_of_several() -> bool:
-    """Whether this process was started by `run_together` or by torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def device_of_process(device: str) -> str:
-    """The device of this process: of ``cuda``, the GPU of its rank on this machine."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if is_one_of_several() and device == "cuda" else device
+def device_of_process(device: str, count: int) -> str:
+    """The device of one of ``count`` processes: of ``cuda``, the GPU of its rank on this machine."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if count > 1 and device == "cuda" else device
 
 
 def run_together(processes: int, arguments: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qvlm_plugin.commands.processes import device_of_process, is_one_of_several, run_together
+from qvlm_plugin.commands.processes import device_of_process, run_together
 from qvlm_plugin.commands.shared import (
     Conv,
     Device,
@@ -69,10 +69,10 @@ def search(
         pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
         image_aspect_ratio=image_aspect_ratio,
     )  # fmt: skip
-    if processes > 1 and not is_one_of_several():
-        raise typer.Exit(run_together(processes, sys.argv[1:]))
     shard = join_processes()
-    placement = {"dtype": dtype, "device": device_of_process(device), "device_map": device_map}
+    if processes > 1 and shard.count == 1:
+        raise typer.Exit(run_together(processes, sys.argv[1:]))
+    placement = {"dtype": dtype, "device": device_of_process(device, shard.count), "device_map": device_map}
     _, plans = obtain_plans({method: request}, calibration, images, seed, checkpoint, shard=shard, **placement)
     if shard.rank == 0:
         typer.echo(plans[method].save(output))

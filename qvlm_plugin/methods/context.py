@@ -64,7 +64,7 @@ class SearchContext:
         """The sites of Linears whose weights the scheme rounds."""
         return [site for site in self.sites if getattr(self.scheme, site.part).weight != UNQUANTIZED]
 
-    @property
+    @cached_property
     def activation_sites(self) -> dict[Site, ActivationFormat]:
         """The sites whose activations the scheme rounds, with their formats."""
         formats = {

@@ -122,7 +122,8 @@ def build_plan(context: SearchContext, draft: Draft) -> RoundingPlan:
         site = site_of.get(name)
         widths = getattr(context.scheme, site.part) if site else BitWidths(UNQUANTIZED, UNQUANTIZED)
         part = site.part if site else "other" if name in kept else _part_of(name, context.topology)
-        weight, activation = _formats(context, part, widths)
+        weight = context.options.weight_format(widths.weight)
+        activation = context.options.activation_format(part, widths.activation)
         if f"{name}/clip" in tensors:
             weight = weight.model_copy(update={"clipped": True})
         if f"{name}/codes" in tensors:
@@ -156,11 +157,6 @@ def build_plan(context: SearchContext, draft: Draft) -> RoundingPlan:
         calibration=_calibration_record(context),
         record={**draft.record, **({"uncalibrated": uncalibrated} if uncalibrated else {})},
     )
-
-
-def _formats(context: SearchContext, part: str, widths: BitWidths) -> tuple[WeightFormat, ActivationFormat]:
-    options = context.options
-    return options.weight_format(widths.weight), options.activation_format(part, widths.activation)
 
 
 def _calibration_record(context: SearchContext) -> CalibrationRecord | None:

@@ -6,7 +6,7 @@ scale is s = mean|x|^alpha for each channel, with the alpha that errs least; the
 produces the activation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,23 @@ def produced_magnitude(tokens: Tensor, fold: Fold, channels: int) -> Tensor:
     Returns:
         float32 [channels].
     """
-    magnitude = tokens.float().abs().mean(dim=0)
+    return over_readers(tokens.float().abs().mean(dim=0), fold, channels, torch.mean)
+
+
+def over_readers(values: Tensor, fold: Fold, channels: int, reduce: Callable[..., Tensor]) -> Tensor:
+    """What ``reduce`` (as `torch.mean`) makes, for each of the producer's channels, of what it is read as.
+
+    Args:
+        values: of what a site reads, [C].
+        fold: see `Fold.head_dim`.
+        channels: what the producer writes; fewer than C when heads are shared.
+
+    Returns:
+        [channels].
+    """
     if fold.head_dim is None:
-        return magnitude
-    return magnitude.view(channels // fold.head_dim, -1, fold.head_dim).mean(dim=1).flatten()
+        return values
+    return reduce(values.view(channels // fold.head_dim, -1, fold.head_dim), dim=1).flatten()
 
 
 def channel_scale(magnitude: Tensor, alpha: float) -> Tensor:

@@ -12,9 +12,8 @@ from torch import Tensor
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.minmax import observe
-from qvlm_plugin.methods.scaling import SMALLEST_MAGNITUDE, fold_of
+from qvlm_plugin.methods.scaling import SMALLEST_MAGNITUDE, fold_of, over_readers
 from qvlm_plugin.models.placement import materialized
-from qvlm_plugin.plan_header import Fold
 
 
 @torch.no_grad()
@@ -34,7 +33,7 @@ def smooth(context: SearchContext, draft: Draft) -> Draft:
         inputs = torch.maximum(seen.upper, -seen.lower)
         columns = torch.stack([_largest_of_columns(context, name) for name in site.linears]).amax(dim=0)
         channels = len(context.model.get_submodule(site.producer).weight)
-        largest = [_produced(values.to(inputs.device), fold, channels) for values in (inputs, columns)]
+        largest = [over_readers(values.to(inputs.device), fold, channels, torch.amax) for values in (inputs, columns)]
         tensors[f"{site.name}/scale"] = smoothing_scale(*largest, context.options.smooth_alpha).cpu()
         folds.append(fold)
     return replace(draft.adding(tensors), folds=(*draft.folds, *folds))
@@ -51,10 +50,3 @@ def _largest_of_columns(context: SearchContext, name: str) -> Tensor:
     linear = context.model.get_submodule(name)
     with materialized(linear):
         return linear.weight.abs().amax(dim=0).float()
-
-
-def _produced(values: Tensor, fold: Fold, channels: int) -> Tensor:
-    """The largest of what each of the producer's ``channels`` is read as; heads may be shared."""
-    if fold.head_dim is None:
-        return values
-    return values.view(channels // fold.head_dim, -1, fold.head_dim).amax(dim=1).flatten()

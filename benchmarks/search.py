@@ -26,7 +26,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from qvlm_plugin import plugins
 from qvlm_plugin.methods.context import SearchContext
-from qvlm_plugin.methods.hidden import decoder_inputs
+from qvlm_plugin.methods.hidden import block_inputs
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm.mining import mine
 from qvlm_plugin.methods.run import fit
@@ -88,7 +88,7 @@ def measure(asked: argparse.Namespace, device: torch.device) -> list[dict[str, A
         tuple(RandomSample(request(model.config, asked.tokens, seed)) for seed in range(asked.samples))
     )
     context = SearchContext(loaded, topology, Scheme.parse("w4a4"), MethodOptions(calibration_batch_size=1), samples)
-    hidden = decoder_inputs(context)
+    hidden = block_inputs(context)
 
     def search(options: MethodOptions) -> None:
         options = options.model_copy(update={"max_depth": min(options.max_depth, layers)})

@@ -45,10 +45,11 @@ class WeightFormat(_Format):
         clipped: the groups' ranges are narrowed by a parameter ``clip`` (one factor in (0, 1] for each group).
         corrected: the bias makes up for what rounding the weight adds to the mean output; takes the site's parameter
             ``mean`` [in_features], the mean of the input that is rounded (after folds and rotations).
-        stored: for ``int``: the plan holds the codes, as parameters ``codes`` (uint8 [out_features, bytes], see
-            `packing`), ``scales`` (floating [out_features, groups], positive) and, unless ``symmetric``,
-            ``zero_points`` (uint8 [out_features, groups]). They are codes of the weight as it is when the plan's folds
-            and rotations are applied. Otherwise codes follow from the weight, by rounding to the nearest.
+        stored: the plan holds the codes, as a parameter ``codes`` (uint8 [out_features, bytes], see `packing`), and
+            what they are multiples of: for ``int`` ``scales`` (floating [out_features, groups], positive) and, unless
+            ``symmetric``, ``zero_points`` (uint8 [out_features, groups]); for ``nf`` ``absmax`` (float32 [groups], not
+            negative), the block scales before double quantization. They are codes of the weight as it is when the
+            plan's folds and rotations are applied. Otherwise codes follow from the weight, by rounding to the nearest.
     """
 
     kind: Literal["none", "int", "nf"] = "none"
@@ -60,9 +61,11 @@ class WeightFormat(_Format):
     stored: bool = False
 
     @model_validator(mode="after")
-    def _codes_are_integers(self) -> "WeightFormat":
-        if self.stored and (self.kind != "int" or self.clipped):
-            raise ValueError("stored codes are of kind 'int', and not clipped: their scales are stored with them")
+    def _codes_have_scales(self) -> "WeightFormat":
+        if self.stored and (self.kind == "none" or self.clipped):
+            raise ValueError(
+                "stored codes are of a quantized weight, and not clipped: their scales are stored with them"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -74,6 +77,8 @@ class WeightFormat(_Format):
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the tensors a plan holds for each Linear of this format."""
+        if self.stored and self.kind == "nf":
+            return ("codes", "absmax")
         if self.stored:
             return ("codes", "scales") if self.symmetric else ("codes", "scales", "zero_points")
         return ("clip",) if self.clipped else ()
@@ -107,9 +112,15 @@ class WeightFormat(_Format):
         if self.kind == "none":
             return "weight unquantized"
         if self.kind == "nf":
-            return f"nf{self.bits}" + (" double-quantized" if self.double_quantization else "")
-        kind = f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} g{self.group_size or 'channel'}"
+            kind = f"nf{self.bits}" + (" double-quantized" if self.double_quantization else "")
+        else:
+            kind = f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} g{self.group_size or 'channel'}"
         return f"{kind} stored" if self.stored else kind
+
+
+def stored_format(weight_format: WeightFormat) -> WeightFormat:
+    """The same format with its codes in the plan; what clipped the groups is in their scales."""
+    return WeightFormat.model_validate(weight_format.model_dump() | {"stored": True, "clipped": False})
 
 
 class ActivationFormat(_Format):

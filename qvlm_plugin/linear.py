@@ -79,11 +79,14 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
-        if self.rotation_names:
-            factors = [getattr(self, name) for name in self.rotation_names]
-            given = x
-            x = once(given, self._parameters, self.rotation_names, "rotated", lambda: rotate(given, factors))
-        return self.kernel.forward(x, self._parameters, self.activation_format)
+        return self.kernel.forward(self.rotated(x), self._parameters, self.activation_format)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """The input as it is rounded."""
+        if not self.rotation_names:
+            return x
+        factors = [getattr(self, name) for name in self.rotation_names]
+        return once(x, self._parameters, self.rotation_names, "rotated", lambda: rotate(x, factors))
 
     def extra_repr(self) -> str:
         """Shape, formats and kernel, for ``print(model)``."""

@@ -384,14 +384,20 @@ def _require_codes(module: ModulePlan, tensors: Mapping[str, Tensor]) -> None:
     """The codes of a Linear are there, and can be codes of its weight."""
     fmt, (rows, columns) = module.weight, module.shape
     groups, largest = fmt.groups(module.shape) // rows, 2**fmt.bits - 1
-    widths = {"codes": packed_width(columns, fmt.bits), "scales": groups, "zero_points": groups}
+    shapes = {
+        "codes": (rows, packed_width(columns, fmt.bits)),
+        "scales": (rows, groups),
+        "zero_points": (rows, groups),
+        "absmax": (fmt.groups(module.shape),),
+    }
     for name in fmt.parameters:
-        key, floating = f"{module.name}/{name}", name == "scales"
+        key, floating = f"{module.name}/{name}", name in ("scales", "absmax")
         tensor = tensors.get(key)
         right_type = tensor is not None and (tensor.is_floating_point() if floating else tensor.dtype == torch.uint8)
-        if not right_type or tensor.shape != (rows, widths[name]):
-            raise QVLMError(f"plan has no {'floating' if floating else 'uint8'} tensor {key} [{rows}, {widths[name]}]")
-        if floating and not (tensor.isfinite() & (tensor > 0)).all():
+        if not right_type or tensor.shape != shapes[name]:
+            raise QVLMError(f"plan has no {'floating' if floating else 'uint8'} tensor {key} {list(shapes[name])}")
+        # A block of zeros has a scale of 0 in the normal-float type; the scale of integers is 1 there.
+        if floating and not (tensor.isfinite() & ((tensor > 0) | (name == "absmax") & (tensor == 0))).all():
             raise QVLMError(f"plan has scales in {key} that are not positive and finite")
         # Every byte that several codes share is one of codes.
         if not floating and (name == "zero_points" or codes_per_byte(fmt.bits) == 1) and int(tensor.max()) > largest:

@@ -237,10 +237,25 @@ def int_weight(weight: Tensor, weight_format: WeightFormat, parameters: Mapping[
     return IntWeight(codes, scale, zero_point, min(fmt.group_size or columns, columns))
 
 
-def stored_parameters(integers: IntWeight, weight_format: WeightFormat) -> dict[str, Tensor]:
-    """What a plan holds of a weight's integers, for `int_weight` to read: the parameters that a stored format names."""
-    packed = pack_codes(integers.codes, weight_format.bits)
-    values = {"codes": packed, "scales": integers.scale, "zero_points": integers.zero_point}
+def nearest_codes(
+    weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None
+) -> "IntWeight | NormalFloatWeight":
+    """A weight rounded to the nearest values of its format; block scales are not quantized doubly."""
+    fmt = weight_format
+    if fmt.kind == "nf":
+        return quantize_normal_float(weight, fmt.bits, False, clip)
+    return quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, clip)
+
+
+def stored_parameters(quantized: "IntWeight | NormalFloatWeight", weight_format: WeightFormat) -> dict[str, Tensor]:
+    """What a plan holds of a weight's codes, for `int_weight` or `normal_float_weight` to read: the parameters that a
+    stored format names. Block scales are those before double quantization.
+    """
+    values = {"codes": pack_codes(quantized.codes, weight_format.bits)}
+    if isinstance(quantized, IntWeight):
+        values |= {"scales": quantized.scale, "zero_points": quantized.zero_point}
+    else:
+        values |= {"absmax": quantized.absmax}
     return {name: values[name] for name in weight_format.parameters}
 
 
@@ -338,6 +353,25 @@ def quantize_normal_float(
     codes = by_rows(codes_of, blocks, (torch.where(absmax > 0, absmax, 1.0).unsqueeze(1),), torch.uint8)
     codes = codes.flatten()[: weight.numel()].view(weight.shape)
     return NormalFloatWeight(codes, double_quantize(absmax).dequantize() if double_quantization else absmax, bits)
+
+
+def normal_float_weight(
+    weight: Tensor, weight_format: WeightFormat, parameters: Mapping[str, Tensor], double_quantization: bool
+) -> NormalFloatWeight:
+    """A weight in the normal-float data type of its format: the codes that the plan holds, else the nearest.
+
+    Args:
+        weight: [O, I], as it is when the plan's folds and rotations are applied.
+        weight_format: of kind ``nf``.
+        parameters: those that the format names.
+        double_quantization: whether to quantize the block scales, for those who do not do it themselves.
+    """
+    fmt = weight_format
+    if not fmt.stored:
+        return quantize_normal_float(weight, fmt.bits, double_quantization, parameters.get("clip"))
+    absmax = parameters["absmax"].float()
+    codes = unpack_codes(parameters["codes"], fmt.bits, weight.shape[1])
+    return NormalFloatWeight(codes, double_quantize(absmax).dequantize() if double_quantization else absmax, fmt.bits)
 
 
 @dataclass(frozen=True, eq=False)

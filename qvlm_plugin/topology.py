@@ -63,6 +63,10 @@ class Topology:
     decoder: Stack
 
 
+ORDER = ("vision", "projector", "decoder")
+"""The parts in the order of the computation."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One activation quantizer of one model.
@@ -92,26 +96,16 @@ def resolve(topology: Topology, model: PreTrainedModel) -> tuple[Site, ...]:
     Raises:
         QVLMError: a described module is not in the model, or a block holds a Linear that the topology does not name.
     """
-    used = _used_vision_blocks(model.config, len(_blocks(model, topology.vision_path, topology.vision)))
-    return (
-        *_sites(model, "vision", topology.vision_path, topology.vision, used),
-        *_sites(model, "projector", topology.projector_path, topology.projector),
-        *_sites(model, "decoder", topology.decoder_path, topology.decoder),
-    )
+    return tuple(site for part in ORDER for site in _sites(topology, model, part))
 
 
 def kept_linears(topology: Topology, model: PreTrainedModel) -> frozenset[str]:
     """Full names of the Linears that the topology leaves in the compute type although the output depends on them."""
-    parts = (
-        (topology.vision_path, topology.vision),
-        (topology.projector_path, topology.projector),
-        (topology.decoder_path, topology.decoder),
-    )
     return frozenset(
         f"{path}.{name}"
-        for part, stack in parts
-        for path, block in _blocks(model, part, stack)
-        for name in linear_layers(block).keys() & set(stack.kept)
+        for part in ORDER
+        for path, block in blocks_of(topology, model, part)
+        for name in linear_layers(block).keys() & set(getattr(topology, part).kept)
     )
 
 
@@ -120,9 +114,10 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def decoder_layers(topology: Topology, model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The decoder layers with their full names, bottom to top."""
-    return list(_blocks(model, topology.decoder_path, topology.decoder))
+def blocks_of(topology: Topology, model: PreTrainedModel, part: str) -> list[tuple[str, nn.Module]]:
+    """The blocks of a part that have sites, with their full names, bottom to top."""
+    blocks = _blocks(model, getattr(topology, f"{part}_path"), getattr(topology, part))
+    return blocks[: _used_vision_blocks(model.config, len(blocks))] if part == "vision" else blocks
 
 
 def _used_vision_blocks(config: PretrainedConfig, depth: int) -> int:
@@ -141,8 +136,9 @@ def _blocks(model: nn.Module, part_path: str, stack: Stack) -> list[tuple[str, n
     return [(f"{path}.{index}", block) for index, block in enumerate(module)] if stack.blocks else [(path, module)]
 
 
-def _sites(model: nn.Module, part: str, part_path: str, stack: Stack, used_blocks: int | None = None) -> Iterator[Site]:
-    for index, (path, block) in enumerate(_blocks(model, part_path, stack)[:used_blocks]):
+def _sites(topology: Topology, model: PreTrainedModel, part: str) -> Iterator[Site]:
+    stack = getattr(topology, part)
+    for index, (path, block) in enumerate(blocks_of(topology, model, part)):
         linears = linear_layers(block)
         undescribed = linears.keys() - set(stack.kept)
         for group in stack.groups:

@@ -30,7 +30,7 @@ from qvlm_plugin.quantizers import (
     double_quantize,
     dynamic_codebook,
     normal_float_codebook,
-    quantize_normal_float,
+    normal_float_weight,
 )
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _prepare(
     activation_format: ActivationFormat,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    quantized = quantize_normal_float(weight, BITS, False, parameters.get("clip"))
+    quantized = normal_float_weight(weight, weight_format, parameters, double_quantization=False)
     tensors = {
         "codes": pack_codes(quantized.codes, BITS),
         "codebook": normal_float_codebook(BITS, weight.device).to(weight.dtype, copy=True),

@@ -17,7 +17,7 @@ from qvlm_plugin.quantizers import (
     fake_quantize,
     fake_quantize_straight_through,
     int_weight,
-    quantize_normal_float,
+    normal_float_weight,
     token_range,
 )
 
@@ -42,7 +42,7 @@ def quantized_values(weight: Tensor, weight_format: WeightFormat, parameters: Ma
     if fmt.kind == "int":
         return int_weight(weight, fmt, parameters).dequantize()
     if fmt.kind == "nf":
-        return quantize_normal_float(weight, fmt.bits, fmt.double_quantization, parameters.get("clip")).dequantize()
+        return normal_float_weight(weight, fmt, parameters, fmt.double_quantization).dequantize()
     return weight
 
 

@@ -15,7 +15,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.reference import REFERENCE
-from qvlm_plugin.quantizers import quantize_int, stored_parameters
+from qvlm_plugin.quantizers import nearest_codes, stored_parameters
 
 SHAPE = (64, 256)
 """Of the weight."""
@@ -99,8 +99,7 @@ def _parameters(weight: Tensor, weight_format: WeightFormat, activation_format: 
         "clip": torch.ones(SHAPE[0], weight_format.groups(SHAPE) // SHAPE[0] or 1),
     }
     if weight_format.stored:
-        integers = quantize_int(weight, weight_format.bits, weight_format.group_size, weight_format.symmetric)
-        values |= stored_parameters(integers, weight_format)
+        values |= stored_parameters(nearest_codes(weight, weight_format), weight_format)
     return {name: values[name] for name in (*weight_format.parameters, *activation_format.parameters)}
 
 

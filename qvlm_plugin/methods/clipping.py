@@ -16,20 +16,23 @@ from qvlm_plugin.formats import NF_BLOCK, WeightFormat
 from qvlm_plugin.kernels.reference import round_weight
 
 
-def group_errors(error: Tensor, weight_format: WeightFormat, tokens: Tensor) -> Tensor:
-    """Squared output error that each weight group causes by itself, summed over tokens.
+def group_errors(error: Tensor, weight_format: WeightFormat, tokens: Tensor | None) -> Tensor:
+    """Squared output error that each weight group causes by itself, summed over tokens; without these, that of weights.
 
     Where a block of normal-float weights reaches over several output channels, it is the sum over these.
 
     Args:
         error: of the weights, [O, I] float32.
         weight_format: decides the groups.
-        tokens: inputs [N, I] float32.
+        tokens: inputs [N, I] float32, or None.
 
     Returns:
         float32, in the shape of the format's ``clip``: [O, G] for ``int``, [blocks] for ``nf``.
     """
     rows, columns = error.shape
+    if tokens is None:
+        caused = _split(error, weight_format).square().sum(dim=-1).flatten()[: weight_format.groups((rows, columns))]
+        return caused.view(rows, -1) if weight_format.kind == "int" else caused
     period = _rows_per_period(columns, weight_format)
     # Each token on each row of the period, alone: rows that share a block are different outputs and do not mix.
     alone = torch.eye(period, device=tokens.device)[:, None, :, None] * tokens[None, :, None, :]
@@ -40,7 +43,7 @@ def group_errors(error: Tensor, weight_format: WeightFormat, tokens: Tensor) -> 
     return caused.view(rows, -1) if weight_format.kind == "int" else caused
 
 
-def search_clip(weight: Tensor, weight_format: WeightFormat, tokens: Tensor, factors: Sequence[float]) -> Tensor:
+def search_clip(weight: Tensor, weight_format: WeightFormat, tokens: Tensor | None, factors: Sequence[float]) -> Tensor:
     """The factor of each weight group that errs least; ties keep the earlier one.
 
     Doubly quantized block scales depend on each other; each factor is judged as if all blocks had it.
@@ -48,7 +51,7 @@ def search_clip(weight: Tensor, weight_format: WeightFormat, tokens: Tensor, fac
     Args:
         weight: [O, I].
         weight_format: it is rounded to.
-        tokens: what the Linear reads, [N, I] float32.
+        tokens: what the Linear reads, [N, I] float32; None for the least squared error of the weight itself.
         factors: candidates in (0, 1].
 
     Returns:

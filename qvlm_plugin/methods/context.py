@@ -19,7 +19,7 @@ from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device
 from qvlm_plugin.progress import track
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
-from qvlm_plugin.topology import Site, Topology, decoder_layers, resolve
+from qvlm_plugin.topology import Site, Topology, blocks_of, resolve
 from qvlm_plugin.workspace import Workspace
 
 
@@ -76,7 +76,7 @@ class SearchContext:
     @property
     def layers(self) -> list[tuple[str, nn.Module]]:
         """The decoder's layers with their full names, bottom to top."""
-        return decoder_layers(self.topology, self.model)
+        return blocks_of(self.topology, self.model, "decoder")
 
     @property
     def device(self) -> torch.device:

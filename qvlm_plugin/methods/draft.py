@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.formats import ActivationFormat, stored_format
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_header import CalibrationRecord, Fold, ModulePlan, Rotation
@@ -40,6 +40,12 @@ class Draft:
     def adding(self, tensors: Mapping[str, Tensor] | None = None, record: Mapping[str, Any] | None = None) -> "Draft":
         """With more tensors, or others of the same names, and more of a record."""
         return replace(self, tensors={**self.tensors, **(tensors or {})}, record={**self.record, **(record or {})})
+
+    def with_codes(self, found: Mapping[str, Tensor]) -> "Draft":
+        """With the codes of Linears and their scales, which take the place of the Linears' ``clip``."""
+        clips = {f"{name.removesuffix('/codes')}/clip" for name in found if name.endswith("/codes")}
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in clips}
+        return replace(self, tensors={**kept, **found})
 
     def to(self, device: torch.device | str, **how: Any) -> "Draft":
         """The same with its tensors on a device."""
@@ -127,7 +133,7 @@ def build_plan(context: SearchContext, draft: Draft) -> RoundingPlan:
         if f"{name}/clip" in tensors:
             weight = weight.model_copy(update={"clipped": True})
         if f"{name}/codes" in tensors:
-            weight = WeightFormat.model_validate(weight.model_dump() | {"stored": True})
+            weight = stored_format(weight)
         if site and f"{site.name}/mean" in tensors and weight.kind != "none":
             weight = weight.model_copy(update={"corrected": True})
         if site and site.expert and any(f"{site.name}/{key}" not in tensors for key in activation.parameters):

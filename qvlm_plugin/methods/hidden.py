@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_map
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.options import MiningOptions
 from qvlm_plugin.methods.shard import Shard
 from qvlm_plugin.models.placement import execution_device, is_offloaded, materialized
+from qvlm_plugin.topology import Site, blocks_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +141,42 @@ class HiddenCache:
                 outputs.append(replace(piece, states=[output.to(states.device)]))
         return self.joined(outputs)
 
+    @torch.no_grad()
+    def inputs(self, name: str, layer: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+        """What ``sites`` of a layer read, batch by batch: tokens [N, C] without padding, on the layer's device.
+
+        The layer is run up to the last of its sites. Experts that serve no token of a batch are left out.
+
+        Args:
+            name: of the layer.
+            layer: as it is to run.
+            sites: in the layer.
+        """
+        device = execution_device(layer)
+        for index in range(len(self.states)):
+            found: dict[Site, list[Tensor]] = {}
+            waiting: set[str] = set()
+
+            def look(
+                site: Site,
+                x: Tensor,
+                mask: Tensor,
+                found: dict[Site, list[Tensor]] = found,
+                waiting: set[str] = waiting,
+            ) -> None:
+                found.setdefault(site, []).append(x[mask])
+                waiting.discard(site.name)
+                if not waiting:
+                    raise _Reached
+
+            with materialized(layer):
+                for piece in self.batch(index).pieces():
+                    (states,), (batch,) = piece.states, piece.batches
+                    waiting.update(site.name for site in sites)
+                    with watching(layer, sites, batch.attended, look, f"{name}."), suppress(_Reached):
+                        layer(states.to(device), **send_to_device(dict(batch.arguments), device))
+            yield {site: torch.cat(parts) for site, parts in found.items()}
+
     def tokens(self) -> Tensor:
         """The states of all processes without padding: [N, C]."""
         pairs = zip(self.states, self.batches, strict=True)
@@ -168,39 +206,44 @@ class HiddenCache:
         return sum(self.shard.gathered(distances))
 
 
-class _FirstLayerReached(Exception):
-    """Ends a forward pass whose only purpose was to reach the decoder."""
+class _Reached(Exception):
+    """Ends a forward pass whose only purpose was to reach a module."""
 
 
 @torch.no_grad()
-def decoder_inputs(context: SearchContext) -> HiddenCache:
-    """The input of the first decoder layer, in the model as it is now.
+def block_inputs(context: SearchContext, part: str = "decoder") -> HiddenCache:
+    """The input of the first block of a part, in the model as it is now.
+
+    Batches without an image show the visual parts nothing and are left out there. What these read has no padding, and
+    an image is what a sample is to the decoder.
 
     Raises:
         QVLMError: it is not finite.
     """
-    model = context.model
-    on_cpu = context.footprint.caches_on_cpu or is_offloaded(model.get_submodule(context.topology.decoder_path))
+    model, path = context.model, getattr(context.topology, f"{part}_path")
+    on_cpu = context.footprint.caches_on_cpu or is_offloaded(model.get_submodule(path))
     hidden: list[Tensor] = []
     batches: list[Batch] = []
-    name, first = context.layers[0]
+    name, first = blocks_of(context.topology, model, part)[0]
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         states = args[0] if args else kwargs.pop("hidden_states")
-        _require_finite(states, attended, f"the input of {name}")
+        masks = (attended, text, predicts)
+        if part != "decoder":
+            masks = (torch.ones(states.shape[:-1], dtype=torch.bool),) * 3
+        _require_finite(states, masks[0], f"the input of {name}")
         hidden.append(states.to("cpu" if on_cpu else states.device, copy=True))
-        arguments.update(send_to_device(kwargs, "cpu") if on_cpu else kwargs)
-        raise _FirstLayerReached
+        batches.append(Batch(send_to_device(kwargs, "cpu") if on_cpu else kwargs, *masks))
+        raise _Reached
 
     handle = first.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         for inputs, answer in context.batches("hidden states"):
-            arguments: dict[str, Any] = {}
             attended = inputs["attention_mask"].bool()
-            with suppress(_FirstLayerReached):
-                model(**to_device(inputs, context.device, model.dtype), use_cache=False)
-            text = attended & (inputs["input_ids"] != model.config.image_token_id)
-            batches.append(Batch(arguments, attended, text, predicting(answer)))
+            text, predicts = attended & (inputs["input_ids"] != model.config.image_token_id), predicting(answer)
+            if part == "decoder" or not torch.equal(text, attended):
+                with suppress(_Reached):
+                    model(**to_device(inputs, context.device, model.dtype), use_cache=False)
     finally:
         handle.remove()
     return HiddenCache(hidden, batches, context.footprint.rows, context.shard, context.share.start)

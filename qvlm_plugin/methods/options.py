@@ -81,24 +81,49 @@ class TransformOptions(_Options):
 
     Attributes:
         transform: ``awq`` scales channels for the sake of the weights and clips these (Lin et al., 2023); ``smooth``
-            moves the magnitude of channels into the weights (Xiao et al., 2023, "SmoothQuant").
+            moves the magnitude of channels into the weights (Xiao et al., 2023, "SmoothQuant"); ``rotate`` multiplies
+            them by an orthogonal matrix, which spreads massive channels over all (Ashkboos et al., 2024, "QuaRot").
         alpha_steps: for ``awq``: exponents tried for a site's scale, evenly from 0 up to but without 1; 1 switches
             scaling off.
-        min_clip: for ``awq``: the narrowest weight range tried, as a share of the whole one; 1 switches clipping off.
+        min_clip: for ``awq`` and ``weight_clip``: the narrowest weight range tried, as a share of the whole one; 1
+            switches clipping off.
         search_tokens: for ``awq``: calibration tokens of each site that errors are measured on.
         smooth_alpha: for ``smooth``: the share of a channel's magnitude that moves, in powers (SmoothQuant, Eq. 4).
+        rotation_seed: for ``rotate``: that matrices are drawn from where the channels are not a power of two.
     """
 
-    transform: Literal["none", "awq", "smooth"] = "none"
+    transform: Literal["none", "awq", "smooth", "rotate"] = "none"
     alpha_steps: int = Field(20, ge=1)
     min_clip: float = Field(0.5, gt=0, le=1)
     search_tokens: int = Field(512, ge=1)
     smooth_alpha: float = Field(0.5, ge=0, le=1)
+    rotation_seed: int = Field(0, ge=0)
 
     @property
     def clips(self) -> tuple[float, ...]:
         """The clipping factors, widest first."""
         return grid_from_one(self.min_clip, CLIP_STEP)
+
+
+class GPTQOptions(_Options):
+    """How weights are rounded.
+
+    Attributes:
+        rounding: to the ``nearest`` value, or column by column, so that later ones make up for the errors of earlier
+            ones (``gptq``; Frantar et al., 2023).
+        damping: for ``gptq``: share of the inputs' mean second moment that is added to all of them. More of it keeps
+            closer to the nearest values, and so less to the calibration data.
+        act_order: for ``gptq``: columns of large inputs first; scales are those of the columns' own order.
+        correction: for ``gptq``: share of what the layers below have lost that a weight makes up for (after GPTAQ, Li
+            et al., 2025). 0 fits its output on the quantized model's inputs to what full precision makes of these.
+        weight_clip: ``mse`` narrows the range of each group of weights for the least squared error.
+    """
+
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    damping: float = Field(0.01, gt=0)
+    act_order: bool = True
+    correction: float = Field(0.0, ge=0, le=1)
+    weight_clip: Literal["none", "mse"] = "none"
 
 
 class RangeOptions(_Options):
@@ -199,15 +224,18 @@ class VisionOptions(_Options):
 
 
 _READ_WITH = {
-    ("transform", "awq"): ("alpha_steps", "min_clip", "search_tokens"),
-    ("transform", "smooth"): ("smooth_alpha",),
-    ("observer", "lp"): ("ranges", "norm", "min_ratio", "ratio_step"),
+    (("transform", "awq"),): ("alpha_steps", "search_tokens"),
+    (("transform", "awq"), ("weight_clip", "mse")): ("min_clip",),
+    (("transform", "smooth"),): ("smooth_alpha",),
+    (("transform", "rotate"),): ("rotation_seed",),
+    (("rounding", "gptq"),): ("damping", "act_order", "correction"),
+    (("observer", "lp"),): ("ranges", "norm", "min_ratio", "ratio_step"),
 }
-"""Options that only one value of a choice reads. Those of ``cdm`` and ``veo`` may stay when these are switched off, as
+"""Options that only some values of choices read. Those of ``cdm`` and ``veo`` may stay when these are switched off, as
 ablations do."""
 
 
-class MethodOptions(VisionOptions, MiningOptions, RangeOptions, TransformOptions, FormatOptions):
+class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, TransformOptions, FormatOptions):
     """All choices; the defaults round to nearest within observed extremes.
 
     Attributes:
@@ -218,16 +246,24 @@ class MethodOptions(VisionOptions, MiningOptions, RangeOptions, TransformOptions
 
     @model_validator(mode="after")
     def _choices_go_together(self) -> "MethodOptions":
-        for (choice, wanted), names in _READ_WITH.items():
+        for choices, names in _READ_WITH.items():
+            if any(getattr(self, choice) == wanted for choice, wanted in choices):
+                continue
             for name in names:
                 given = getattr(self, name)
-                if getattr(self, choice) != wanted and given != type(self).model_fields[name].default:
-                    raise ValueError(f"{name}={given} is read with {choice}={wanted} only")
+                if given != type(self).model_fields[name].default:
+                    readers = " or ".join(f"{choice}={wanted}" for choice, wanted in choices)
+                    raise ValueError(f"{name}={given} is read with {readers} only")
         if self.unit == "site" and not self.beam:
             raise ValueError("unit=site has too many combinations to try them all; set beam, for example beam=4")
         if self.importance == "jacobian" and (self.observer, self.activations) != ("lp", "channel"):
             raise ValueError("importance=jacobian weighs a search of channels: observer=lp and activations=channel")
-        if self.transform != "none" and self.veo and self.veo_train == "clip+norm":
+        if self.transform == "rotate" and self.activations == "channel":
+            raise ValueError(
+                "transform=rotate spreads a massive channel over all, which widens static ranges of channels; "
+                "use it with activations=token"
+            )
+        if self.transform in ("awq", "smooth") and self.veo and self.veo_train == "clip+norm":
             raise ValueError(
                 f"veo_train=clip+norm trains norms that transform={self.transform} folds scales into; "
                 "use veo_train=clip"

@@ -48,31 +48,33 @@ def stand_ins(
         paths: attribute paths of parts of the model.
         parking: until it closes, the weights that are stood in for wait on the CPU; None leaves them where they are.
     """
-
-    def inside(name: str) -> bool:
-        return not paths or any(f"{name}.".startswith(f"{path}.") for path in paths)
-
-    modules = [module for module in plan.quantized if inside(module.name)]
-    names = {module.name for module in modules}
-    changed = {fold.producer for fold in plan.folds} | {name.rpartition(".")[0] for name in plan.replaced}
     linears = {}
-    for module in modules:
-        linears[module.name] = _stand_in(plan, module, model, kernel)
-        if parking is not None:
-            parking.enter_context(_parked(model.get_submodule(module.name)))
-    return StandIns(
-        linears,
-        {
-            f"{name}.{key}": value.detach()
-            for name in sorted(changed - names)
-            if inside(name)
-            for key, value in edited(plan, model, name).named_parameters()
-        },
-    )
+    for module in plan.quantized:
+        if _inside(module.name, paths):
+            linears[module.name] = stand_in(plan, module, model, kernel)
+            if parking is not None:
+                parking.enter_context(_parked(model.get_submodule(module.name)))
+    return StandIns(linears, changed_values(plan, model, paths))
 
 
-def _stand_in(plan: RoundingPlan, module: ModulePlan, model: nn.Module, kernel: Kernel) -> QuantLinear:
-    """What a Linear becomes, in the same place: on its device, or offloaded like it."""
+def changed_values(plan: RoundingPlan, model: nn.Module, paths: Sequence[str] = ()) -> dict[str, Tensor]:
+    """The parameters of modules other than quantized Linears as the plan leaves them; ``paths`` as for `stand_ins`."""
+    names = {module.name for module in plan.quantized}
+    changed = {fold.producer for fold in plan.folds} | {name.rpartition(".")[0] for name in plan.replaced}
+    return {
+        f"{name}.{key}": value.detach()
+        for name in sorted(changed - names)
+        if _inside(name, paths)
+        for key, value in edited(plan, model, name).named_parameters()
+    }
+
+
+def _inside(name: str, paths: Sequence[str]) -> bool:
+    return not paths or any(f"{name}.".startswith(f"{path}.") for path in paths)
+
+
+def stand_in(plan: RoundingPlan, module: ModulePlan, model: nn.Module, kernel: Kernel) -> QuantLinear:
+    """What a Linear becomes by its entry in the plan, in the same place: on its device, or offloaded like it."""
     linear = model.get_submodule(module.name)
     with materialized(linear):
         own = edited(plan, model, module.name)

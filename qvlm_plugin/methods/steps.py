@@ -19,6 +19,22 @@ SMOOTH = Step(
 )
 """Scales of channels, for the activations' sake."""
 
+ROTATE = Step(
+    "rotate",
+    imported(f"{_PACKAGE}.rotate:rotate_inputs"),
+    lambda scheme, options: options.transform == "rotate",
+    needs_calibration=False,
+)
+"""Orthogonal matrices that spread massive channels over all."""
+
+CLIP = Step(
+    "clip",
+    imported(f"{_PACKAGE}.weight_clip:clip_weights"),
+    lambda scheme, options: options.weight_clip == "mse" and quantizes_weights(scheme),
+    needs_calibration=False,
+)
+"""Narrowed ranges of groups of weights, for the least squared error."""
+
 MINMAX = Step(
     "minmax",
     imported(f"{_PACKAGE}.minmax:observe_extremes"),
@@ -48,6 +64,14 @@ MEANS = Step(
 )
 """Mean inputs, by which biases are corrected."""
 
+GPTQ = Step(
+    "gptq",
+    imported(f"{_PACKAGE}.weight_rounding:round_weights"),
+    lambda scheme, options: options.rounding == "gptq" and quantizes_weights(scheme),
+    splits=True,
+)
+"""Codes of weights, each column making up for the errors of those before."""
+
 VISION = Step(
     "vision",
     imported(f"{_PACKAGE}.qvlm.vision:train_tower"),
@@ -64,5 +88,5 @@ BLOCKS = Step(
 )
 """Q-VLM's dependency mining and joint search, on the optimized tower."""
 
-STEPS = (AWQ, SMOOTH, MINMAX, LP, JACOBIAN, MEANS, VISION, BLOCKS)
-"""All of them: transforms, ranges, biases, then what is fitted on these."""
+STEPS = (AWQ, SMOOTH, ROTATE, CLIP, MINMAX, LP, JACOBIAN, MEANS, GPTQ, VISION, BLOCKS)
+"""All of them: transforms, ranges, biases, codes, then what is fitted on these."""

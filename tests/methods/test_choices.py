@@ -9,7 +9,7 @@ from searching import context_of
 from tiny_llava import logits_of
 
 from qvlm_plugin import planning
-from qvlm_plugin.methods.hidden import decoder_inputs
+from qvlm_plugin.methods.hidden import block_inputs
 from qvlm_plugin.methods.smooth import smoothing_scale
 from qvlm_plugin.methods.steps import STEPS
 from qvlm_plugin.plan_request import check_request
@@ -38,7 +38,7 @@ def test_the_error_that_was_searched_is_that_of_the_applied_plan(choices, loaded
     """With every transform, and with a tower that was trained below."""
     options = {key: value for key, value in SMALL.items() if key != "alpha_steps" or choices["transform"] == "awq"}
     context = context_of(loaded, calibration, calibration_batch_size=5)
-    reference = decoder_inputs(context)
+    reference = block_inputs(context)
     for named in context.layers:
         reference = reference.through(*named)
     plan = plan_of(loaded, calibration, **options, **choices)
@@ -46,7 +46,7 @@ def test_the_error_that_was_searched_is_that_of_the_applied_plan(choices, loaded
     kinds = {module.activation.kind for module in plan.modules if module.part == "decoder"}
     assert kinds == {"static_channel" if choices["activations"] == "channel" else "dynamic_token"}
     planning.apply(plan, loaded)
-    hidden = decoder_inputs(context)
+    hidden = block_inputs(context)
     for named in context.layers:
         hidden = hidden.through(*named)
     error = hidden.error(reference, context.options)

@@ -7,14 +7,14 @@ from torch import nn
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.footprint import Footprint
-from qvlm_plugin.methods.hidden import Batch, HiddenCache, decoder_inputs, rows_of
+from qvlm_plugin.methods.hidden import Batch, HiddenCache, block_inputs, rows_of
 from qvlm_plugin.methods.options import MethodOptions
 
 
 @pytest.fixture
 def started(loaded, calibration):
     context = context_of(loaded, calibration)
-    return context.layers, decoder_inputs(context)
+    return context.layers, block_inputs(context)
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def test_layer_by_layer_equals_the_whole_decoder(loaded, calibration, started):
 def test_few_rows_at_a_time_compute_the_same_to_the_bit(loaded, calibration, rows):
     context = context_of(loaded, calibration, calibration_batch_size=5)
     small = replace(context, footprint=Footprint(caches_on_cpu=True, rows=rows))
-    whole, pieces = decoder_inputs(context), decoder_inputs(small)
+    whole, pieces = block_inputs(context), block_inputs(small)
     assert len(list(whole.pieces())) == 1 and len(list(pieces.pieces())) == -(-5 // rows)
     for name, layer in context.layers:
         whole, pieces = whole.through(name, layer), pieces.through(name, layer)
@@ -81,7 +81,7 @@ def test_what_is_not_finite_is_named(loaded, calibration, started):
     assert "\n" not in str(caught.value)
     loaded.model.model.multi_modal_projector.linear_2.bias.fill_(float("nan"))
     with pytest.raises(QVLMError, match=r"the input of model\.language_model\.layers\.0 is not finite"):
-        decoder_inputs(context_of(loaded, calibration))
+        block_inputs(context_of(loaded, calibration))
 
 
 def test_padding_may_be_anything(started):

@@ -14,7 +14,7 @@ from qvlm_plugin.methods.qvlm import mining
 from qvlm_plugin.methods.stand_ins import stand_ins
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
-from qvlm_plugin.topology import decoder_layers
+from qvlm_plugin.topology import blocks_of
 
 MIXED = {
     "model.vision_tower": "disk", "model.multi_modal_projector": "cpu", "model.language_model": "disk", "lm_head": "cpu"
@@ -83,7 +83,7 @@ def test_a_rotation_is_offloaded_with_the_layer(folder, calibration):
 @pytest.mark.parametrize("options", [{"veo": False}, {"veo_epochs": 1}], ids=["cdm", "veo"])
 def test_one_block_is_in_memory_at_a_time(folder, calibration, options, monkeypatch):
     loaded = load(str(folder), dtype="float32", device_map="offload")
-    layers = [layer for _, layer in decoder_layers(plugins.topology(loaded.model.config), loaded.model)]
+    layers = [layer for _, layer in blocks_of(plugins.topology(loaded.model.config), loaded.model, "decoder")]
     runs, quantized = [], []
     gc.collect()
 

@@ -14,7 +14,7 @@ from qvlm_plugin.calibration import CalibrationSet, Sample
 from qvlm_plugin.cli import app
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.hidden import decoder_inputs
+from qvlm_plugin.methods.hidden import block_inputs
 from qvlm_plugin.methods.qvlm.dependency import Assignment, soft_assignment
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
@@ -62,7 +62,7 @@ def test_difference_and_dependency_are_those_of_the_method_on_the_sample(loaded,
     assert point.dependency == pytest.approx(records[0]["dependencies"][0], rel=1e-6)
     assert point.joint / point.sequential == pytest.approx(joint / sequential, rel=1e-6)
     context = context_of(loaded, alone, calibration_batch_size=1)
-    hidden = decoder_inputs(context)
+    hidden = block_inputs(context)
     for named in context.layers:
         hidden = hidden.through(*named)
     (states,) = hidden.states
@@ -76,7 +76,7 @@ def test_points_of_several_samples(loaded, samples):
     assert len(points) == 4 and all(point.difference >= 0 for point in points)
     assert any(point.difference > 0 for point in points)
     context = context_of(loaded, samples, calibration_batch_size=1)
-    outputs = decoder_inputs(context).through(*context.layers[0]).states
+    outputs = block_inputs(context).through(*context.layers[0]).states
     lower, upper = torch.cat([states[0] for states in outputs]).aminmax(dim=0)
     for point, states in zip(points, outputs, strict=True):  # bounds are common, so that entropies compare
         marginal = soft_assignment(states, lower, upper, Assignment(4)).double().flatten(0, -2).mean(dim=0)

@@ -16,7 +16,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, TokenWeights, build_plan, transformed
-from qvlm_plugin.methods.hidden import HiddenCache, decoder_inputs
+from qvlm_plugin.methods.hidden import HiddenCache, block_inputs
 from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.options import MiningOptions
 from qvlm_plugin.methods.qvlm.dependency import Assignment, layer_dependency
@@ -86,16 +86,16 @@ def search_blocks(context: SearchContext, draft: Draft) -> Draft:
     """The percentiles of all decoder layers, above the vision tower and projector as they will be."""
     plan = build_plan(context, draft)
     # No variable holds the caches here: `mine` lets go of them as it climbs.
-    mined = mine(context, plan, decoder_inputs(context), _quantized_inputs(context, plan), draft.token_weights)
+    mined = mine(context, plan, block_inputs(context), _quantized_inputs(context, plan), draft.token_weights)
     return draft.adding(mined.tensors, {"cdm": mined.record})
 
 
 def _quantized_inputs(context: SearchContext, plan: RoundingPlan) -> HiddenCache:
-    """`decoder_inputs` above the quantized vision tower and projector."""
+    """`block_inputs` above the quantized vision tower and projector."""
     topology = context.topology
     below = stand_ins(plan, context.model, REFERENCE, (topology.vision_path, topology.projector_path))
     with replaced(context.model, below):
-        return decoder_inputs(context)
+        return block_inputs(context)
 
 
 def dependencies(layers: Sequence[tuple[str, nn.Module]], hidden: HiddenCache, bits: int) -> list[float]:

@@ -10,7 +10,7 @@ from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, build_plan
-from qvlm_plugin.methods.hidden import HiddenCache, decoder_inputs
+from qvlm_plugin.methods.hidden import HiddenCache, block_inputs
 from qvlm_plugin.methods.lp import least_distance
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm.dependency import (
@@ -90,7 +90,7 @@ def sample_points(
         if site.part == "decoder" and site.block in (layer, layer + 1)
     }
     plan = build_plan(context, Draft(least_distance(context, Draft(), formats)))
-    start = decoder_inputs(replace(context, options=options.model_copy(update={"calibration_batch_size": 1})))
+    start = block_inputs(replace(context, options=options.model_copy(update={"calibration_batch_size": 1})))
     for named in context.layers[:layer]:
         start = start.through(*named)
     members, targets, reference = [], [], start

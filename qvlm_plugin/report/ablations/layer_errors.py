@@ -17,7 +17,7 @@ from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.progress import track
-from qvlm_plugin.topology import decoder_layers
+from qvlm_plugin.topology import blocks_of
 
 
 def held_apart(samples: CalibrationSet, plan: RoundingPlan) -> CalibrationSet:
@@ -60,7 +60,7 @@ def layer_errors(loaded: LoadedModel, plan: RoundingPlan, samples: CalibrationSe
         batch_size: samples per forward pass.
     """
     model = loaded.model
-    layers = [layer for _, layer in decoder_layers(plugins.topology(model.config), model)]
+    layers = [layer for _, layer in blocks_of(plugins.topology(model.config), model, "decoder")]
     quantized = stand_ins(plan, model, REFERENCE)
     rows = []
     batches = samples.batches(loaded.processor, batch_size)

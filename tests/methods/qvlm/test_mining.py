@@ -13,7 +13,7 @@ from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods import lp
 from qvlm_plugin.methods.draft import Draft, build_plan
-from qvlm_plugin.methods.hidden import decoder_inputs
+from qvlm_plugin.methods.hidden import block_inputs
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm import mining, vision
 from qvlm_plugin.methods.qvlm.dependency import Assignment, layer_dependency
@@ -51,7 +51,7 @@ def block(deep, calibration):
     """Two layers ready to be searched, the quantized block input, targets."""
     context = context_of(deep, calibration, "w3a3", weights="nf", observer="lp", **GRID)
     plan = build_plan(context, lp.search_ranges(context, Draft()))
-    hidden = reference = decoder_inputs(context)
+    hidden = reference = block_inputs(context)
     members, targets = [], []
     for index in range(2):
         member, reference = candidate_layer(context, plan, index, reference)
@@ -118,7 +118,7 @@ def test_percentile_one_keeps_the_layer_wise_baseline(deep, calibration):
 
 def test_dependencies_are_those_of_the_layers_outputs(deep, calibration):
     context = context_of(deep, calibration)
-    hidden = decoder_inputs(context)
+    hidden = block_inputs(context)
     values = dependencies(context.layers, hidden, 3)
     outputs = []
     for name, layer in context.layers:

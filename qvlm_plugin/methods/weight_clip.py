@@ -1,0 +1,26 @@
+"""``weight_clip=mse``: the range of each group of weights is narrowed for the least squared error of the weights."""
+
+import torch
+
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.methods.clipping import search_clip
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft, build_plan
+from qvlm_plugin.methods.stand_ins import stand_in
+from qvlm_plugin.models.placement import materialized
+from qvlm_plugin.progress import track
+
+_UNROUNDED = {"weight": WeightFormat(), "activation": ActivationFormat()}
+
+
+@torch.no_grad()
+def clip_weights(context: SearchContext, draft: Draft) -> Draft:
+    """``<linear>/clip`` of every Linear whose weight the scheme rounds, as folds and rotations leave it."""
+    plan, tensors, factors = build_plan(context, draft), {}, context.options.clips
+    for module in track(plan.modules, "clipping weights"):
+        if module.weight.kind != "none":
+            own = stand_in(plan, module.model_copy(update=_UNROUNDED), context.model, REFERENCE)
+            with materialized(own):
+                tensors[f"{module.name}/clip"] = search_clip(own.weight, module.weight, None, factors).cpu()
+    return draft.adding(tensors)

@@ -1,0 +1,144 @@
+"""``rounding=gptq``: the codes of all weights, from the image to the answer, each block on what is quantized below it.
+
+Within a block the sites are taken in the order of the computation: what a Linear reads is the output of Linears that
+are rounded already, and has gone through the transform and the rounding of its own site.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from qvlm_plugin.formats import WeightFormat, stored_format
+from qvlm_plugin.kernels.reference import REFERENCE, round_activation
+from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft, build_plan, transformed
+from qvlm_plugin.methods.gptq import Moments, gptq
+from qvlm_plugin.methods.hidden import HiddenCache, block_inputs
+from qvlm_plugin.methods.shard import OrderedSum
+from qvlm_plugin.methods.stand_ins import StandIns, changed_values, replaced, stand_in, stand_ins
+from qvlm_plugin.models.placement import materialized
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.plan_header import ModulePlan
+from qvlm_plugin.progress import Progress
+from qvlm_plugin.quantizers import stored_parameters
+from qvlm_plugin.scheme import UNQUANTIZED
+from qvlm_plugin.topology import ORDER, Site, blocks_of
+
+
+def round_weights(context: SearchContext, draft: Draft) -> Draft:
+    """``<linear>/codes`` and their scales, of every Linear whose weight the scheme rounds and whose site was reached.
+
+    Codes of finished blocks are kept in the context's workspace.
+    """
+    for part in ORDER:
+        if getattr(context.scheme, part).weight != UNQUANTIZED:
+            draft = _round_part(context, draft, part)
+    return draft
+
+
+def _round_part(context: SearchContext, draft: Draft, part: str) -> Draft:
+    blocks = blocks_of(context.topology, context.model, part)
+    plan = build_plan(context, draft)
+    reference = block_inputs(context, part) if context.options.correction else None
+    below = [getattr(context.topology, f"{lower}_path") for lower in ORDER[: ORDER.index(part)]]
+    with replaced(context.model, stand_ins(plan, context.model, REFERENCE, below) if below else StandIns()):
+        hidden = block_inputs(context, part)
+    with Progress(f"rounding weights, {part}", len(blocks)) as progress:
+        for name, layer in blocks:
+            if (kept := context.recalled(f"rounding-{name}")) is None:
+                kept = {}, round_block(context, plan, (name, layer), hidden, reference)
+                context.workspace.keep(f"rounding-{name}", *kept)
+            draft = draft.with_codes(kept[1])
+            finished = stand_ins(build_plan(context, draft), context.model, REFERENCE, (name,)).within(name)
+            with replaced(layer, finished):
+                hidden = hidden.through(name, layer)
+            reference = reference and reference.through(name, layer)
+            progress.advance()
+    return draft
+
+
+@torch.no_grad()
+def round_block(
+    context: SearchContext,
+    plan: RoundingPlan,
+    block: tuple[str, nn.Module],
+    hidden: HiddenCache,
+    reference: HiddenCache | None,
+) -> dict[str, Tensor]:
+    """The codes of a block's weights, as plan tensors.
+
+    Args:
+        context: the search.
+        plan: what the steps before have found.
+        block: its full name, and itself in full precision.
+        hidden: the block's input in the quantized model.
+        reference: the same in full precision, for the ``correction``; None without.
+    """
+    name, layer = block
+    sites = [site for site in context.weight_sites if site.name.startswith(f"{name}.")]
+    modules = {module.name: module for module in plan.modules}
+    linears = [linear for site in sites for linear in site.linears]
+    unrounded = [modules[linear].model_copy(update={"weight": WeightFormat()}) for linear in linears]
+    current = {module.name: stand_in(plan, module, context.model, REFERENCE) for module in unrounded}
+    values, found = changed_values(plan, context.model, (name,)), {}
+    for level in _levels(sites):
+        with replaced(layer, StandIns(current, values).within(name)):
+            seen = [*hidden.inputs(name, layer, level)]
+        wanted = reference and [*reference.inputs(name, layer, level)]
+        moments = _moments(context, plan, current, seen, wanted)
+        for linear in (linear for site in level for linear in site.linears):
+            module = modules[linear]
+            if (of_site := moments.get(module.site)) is not None:
+                found |= _codes(context, plan, module, current[linear], of_site)
+                module = module.model_copy(update={"weight": stored_format(module.weight)})
+            now = replace(plan, tensors={**plan.tensors, **found})
+            current[linear] = stand_in(now, module, context.model, REFERENCE)
+    return found
+
+
+def _levels(sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """Sites that come next to each other in the computation: one, or the same one of all experts."""
+    for _, level in groupby(sites, lambda site: site.name.removeprefix(site.expert or "")):
+        yield list(level)
+
+
+def _moments(
+    context: SearchContext,
+    plan: RoundingPlan,
+    current: Mapping[str, QuantLinear],
+    seen: Sequence[Mapping[Site, Tensor]],
+    wanted: Sequence[Mapping[Site, Tensor]] | None,
+) -> dict[str, Moments]:
+    """Moments of what weights multiply, by site name.
+
+    Args:
+        context: the search.
+        plan: what transforms the inputs.
+        current: the Linears.
+        seen: inputs of sites in the quantized model, batch by batch.
+        wanted: the same in full precision, untransformed.
+    """
+    sums = OrderedSum(context.shard)
+    for index, batch in enumerate(seen):
+        found = {}
+        for site, x in batch.items():
+            layer = current[site.name]
+            inputs = round_activation(layer.rotated(x), layer.activation_format, layer._parameters)
+            reference = wanted and transformed(plan, site, wanted[index][site])
+            found[site.name] = Moments.of(inputs, reference)
+        sums.add(found)
+    return sums.total()
+
+
+def _codes(
+    context: SearchContext, plan: RoundingPlan, module: ModulePlan, layer: QuantLinear, moments: Moments
+) -> dict[str, Tensor]:
+    clip = plan.tensors[f"{module.name}/clip"] if module.weight.clipped else None
+    with materialized(layer):
+        quantized = gptq(layer.weight, module.weight, moments.to(layer.weight.device), context.options, clip)
+    parameters = stored_parameters(quantized, stored_format(module.weight))
+    return {f"{module.name}/{name}": tensor.cpu() for name, tensor in parameters.items()}

@@ -50,9 +50,9 @@ def test_impossible_formats_are_refused(values):
         WeightFormat(**values)
 
 
-def test_stored_codes_are_integers_and_not_clipped():
-    with pytest.raises(ValueError, match="stored codes are of kind 'int'"):
-        WeightFormat(kind="nf", bits=4, stored=True)
+def test_stored_codes_are_of_a_quantized_weight_and_not_clipped():
+    with pytest.raises(ValueError, match="stored codes are of a quantized weight"):
+        WeightFormat(kind="none", stored=True)
     with pytest.raises(ValueError, match="not clipped"):
         WeightFormat(kind="int", bits=4, stored=True, clipped=True)
     plain = WeightFormat(kind="int", bits=4, group_size=32)

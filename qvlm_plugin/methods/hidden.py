@@ -1,10 +1,11 @@
-"""Run a decoder layer by layer on cached hidden states, so that a search needs one block of it at a time.
+"""Run a stack of blocks one by one on cached hidden states, so that a search needs one block of it at a time.
 
 The cached states lie where the decoder's input does, so that a model that fits on its devices is searched there. Where
 weights are offloaded, or memory has run out (`Footprint`), they lie on the CPU (13B, 64 samples of 700 tokens: 0.5 GB
 for each copy, and a search keeps about ten), and come to the device as few rows at a time as the footprint says.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -227,13 +228,15 @@ def block_inputs(context: SearchContext, part: str = "decoder") -> HiddenCache:
     name, first = blocks_of(context.topology, model, part)[0]
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        states = args[0] if args else kwargs.pop("hidden_states")
+        names = [*inspect.signature(module.forward).parameters]
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        states = arguments.pop(names[0])
         masks = (attended, text, predicts)
         if part != "decoder":
             masks = (torch.ones(states.shape[:-1], dtype=torch.bool),) * 3
         _require_finite(states, masks[0], f"the input of {name}")
         hidden.append(states.to("cpu" if on_cpu else states.device, copy=True))
-        batches.append(Batch(send_to_device(kwargs, "cpu") if on_cpu else kwargs, *masks))
+        batches.append(Batch(send_to_device(arguments, "cpu") if on_cpu else arguments, *masks))
         raise _Reached
 
     handle = first.register_forward_pre_hook(keep, with_kwargs=True)

@@ -55,6 +55,32 @@ METHODS = (
         ),
         STEPS,
     ),
+    Method(
+        "smoothquant",
+        "magnitudes moved from activations into weights (SmoothQuant), activations rounded per token",
+        preset(MethodOptions, transform="smooth", group_size=-1, symmetric=True, activations="token"),
+        STEPS,
+    ),
+    Method(
+        "gptq",
+        "weights rounded column by column, each making up for the errors before (GPTQ), activations per token",
+        preset(MethodOptions, rounding="gptq", activations="token"),
+        STEPS,
+    ),
+    Method(
+        "quarot",
+        "rotated inputs rounded per token, GPTQ (QuaRot)",
+        preset(
+            MethodOptions,
+            transform="rotate",
+            activations="token",
+            rounding="gptq",
+            weight_clip="mse",
+            group_size=-1,
+            symmetric=True,
+        ),
+        STEPS,
+    ),
 )
 """Full precision, the baselines, Q-VLM with the paper's settings (Wang et al., NeurIPS 2024), and with ours.
 

@@ -59,11 +59,16 @@ FULL = {"veo_epochs": 1, "veo_train": "clip+norm", "min_percentile": 0.99, "min_
 """Of qvlm with every step but transforms."""
 
 
-@pytest.mark.parametrize("importance", ["uniform", "jacobian"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"importance": "jacobian"}, {"transform": "rotate", "activations": "token", "veo_train": "clip",
+                                      "rounding": "gptq", "correction": 0.1, "weight_clip": "mse"}],
+    ids=["uniform", "jacobian", "gptq"],
+)  # fmt: skip
 def test_a_search_that_runs_out_of_memory_anywhere_gives_the_plan_of_an_undisturbed_one(
-    importance, loaded, calibration, tmp_path, monkeypatch, capsys
+    more, loaded, calibration, tmp_path, monkeypatch, capsys
 ):
-    options = {**FULL, "importance": importance, "bias_correction": True, "calibration_batch_size": 5}
+    options = {**FULL, "bias_correction": True, "calibration_batch_size": 5, **more}
     request = check_request("qvlm", "w4a4", options)
     expected = planning.obtain_plan(loaded, request, calibration, None)
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
@@ -92,8 +97,9 @@ def test_a_search_that_runs_out_of_memory_anywhere_gives_the_plan_of_an_undistur
     short = replace(request, method=replace(request.method, steps=steps))
     plan = planning.obtain_plan(loaded, short, calibration, tmp_path)
     assert plan.hash == expected.hash and plan.record == expected.record and plan.options == expected.options
-    names = [step.name for step in request.method.chosen(request.scheme, request.options)]
-    assert [name for name, _ in ran] == [name for name in names for _ in range(4 if name == "blocks" else 2)]
+    chosen = request.method.chosen(request.scheme, request.options)
+    times = {step.name: 1 + (3 if step.splits else 1) * step.needs_calibration for step in chosen}
+    assert [name for name, _ in ran] == [name for name in times for _ in range(times[name])]
     assert ran[-1] == ("blocks", "caches on the CPU, 1 samples at a time")
     assert all(tensor.equal(before[name]) for name, tensor in loaded.model.state_dict().items())
     assert "out of memory in step blocks: going on with caches on the CPU, 2 samples" in capsys.readouterr().err

@@ -162,13 +162,16 @@ class MiningOptions(_Options):
 
     Attributes:
         cdm: mine cross-layer dependency and search blocks jointly.
-        min_percentile: the grid's end (paper, section 4.1: 0.98); it begins at 1.
+        dependency: whose codes dependency is of: those of each layer's first ``site``, within its own bounds, or of
+            each layer's ``output`` within its channels' extremes, which nothing rounds.
+        min_percentile: the grid's lower end (paper, section 4.1: 0.98).
+        max_percentile: its upper end; more than 1 widens ranges (those of tokens up to their extremes).
         percentile_step: distance between candidates (paper: 0.005).
         reading: what a percentile p bounds: ``fraction`` scales a channel's range by p, ``quantile`` takes the
             channel's quantiles 1 - p and p over the calibration tokens. A token's range is scaled in either.
         unit: what has a percentile of its own: each decoder ``layer``, or each ``site`` of it (needs ``beam``).
         max_depth: layers in a block (paper, section 4.1: 3).
-        h0: dependency threshold of the partition; None takes the mean.
+        h0: dependency threshold of the partition; None takes the mean dependency before ``veo``.
         beam: prefixes kept after each step of a block's search; 0 tries all combinations.
         prune: with ``beam=0``: the share of the batches that all combinations are judged on; only the best of them, as
             many as there are percentiles, are judged on all. 1 judges all on all.
@@ -177,7 +180,9 @@ class MiningOptions(_Options):
     """
 
     cdm: bool = False
+    dependency: Literal["site", "output"] = "site"
     min_percentile: float = Field(0.98, gt=0, le=1)
+    max_percentile: float = Field(1.0, ge=1, le=2)
     percentile_step: float = Field(0.005, gt=0, lt=1)
     reading: Literal["fraction", "quantile"] = "fraction"
     unit: Literal["layer", "site"] = "layer"
@@ -190,8 +195,9 @@ class MiningOptions(_Options):
 
     @property
     def percentiles(self) -> tuple[float, ...]:
-        """The grid, from 1 down."""
-        return grid_from_one(self.min_percentile, self.percentile_step)
+        """The grid: 1, then those below it, then those above."""
+        above = grid_from_one(2 - self.max_percentile, self.percentile_step)[1:]
+        return (*grid_from_one(self.min_percentile, self.percentile_step), *(round(2 - p, 6) for p in above))
 
 
 class VisionOptions(_Options):
@@ -256,6 +262,8 @@ class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, Tra
                     raise ValueError(f"{name}={given} is read with {readers} only")
         if self.unit == "site" and not self.beam:
             raise ValueError("unit=site has too many combinations to try them all; set beam, for example beam=4")
+        if self.reading == "quantile" and self.max_percentile > 1:
+            raise ValueError(f"max_percentile={self.max_percentile}: reading=quantile has no percentiles above 1")
         if self.importance == "jacobian" and (self.observer, self.activations) != ("lp", "channel"):
             raise ValueError("importance=jacobian weighs a search of channels: observer=lp and activations=channel")
         if self.transform == "rotate" and self.activations == "channel":

@@ -72,6 +72,14 @@ GPTQ = Step(
 )
 """Codes of weights, each column making up for the errors of those before."""
 
+DEPENDENCIES = Step(
+    "dependencies",
+    imported(f"{_PACKAGE}.qvlm.decoder_dependency:observe_before"),
+    lambda scheme, options: BLOCKS.wanted(scheme, options) and VISION.wanted(scheme, options) and options.h0 is None,
+    splits=True,
+)
+"""Dependencies before the tower is optimized, for the threshold of the partition."""
+
 VISION = Step(
     "vision",
     imported(f"{_PACKAGE}.qvlm.vision:train_tower"),
@@ -88,5 +96,5 @@ BLOCKS = Step(
 )
 """Q-VLM's dependency mining and joint search, on the optimized tower."""
 
-STEPS = (AWQ, SMOOTH, ROTATE, CLIP, MINMAX, LP, JACOBIAN, MEANS, GPTQ, VISION, BLOCKS)
+STEPS = (AWQ, SMOOTH, ROTATE, CLIP, MINMAX, LP, JACOBIAN, MEANS, GPTQ, DEPENDENCIES, VISION, BLOCKS)
 """All of them: transforms, ranges, biases, codes, then what is fitted on these."""

@@ -4,7 +4,7 @@ Within a block the sites are taken in the order of the computation: what a Linea
 are rounded already, and has gone through the transform and the rounding of its own site.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -86,10 +86,9 @@ def round_block(
     current = {module.name: stand_in(plan, module, context.model, REFERENCE) for module in unrounded}
     values, found = changed_values(plan, context.model, (name,)), {}
     for level in _levels(sites):
-        with replaced(layer, StandIns(current, values).within(name)):
-            seen = [*hidden.inputs(name, layer, level)]
         wanted = reference and [*reference.inputs(name, layer, level)]
-        moments = _moments(context, plan, current, seen, wanted)
+        with replaced(layer, StandIns(current, values).within(name)):
+            moments = _moments(context, plan, current, hidden.inputs(name, layer, level), wanted)
         for linear in (linear for site in level for linear in site.linears):
             module = modules[linear]
             if (of_site := moments.get(module.site)) is not None:
@@ -110,7 +109,7 @@ def _moments(
     context: SearchContext,
     plan: RoundingPlan,
     current: Mapping[str, QuantLinear],
-    seen: Sequence[Mapping[Site, Tensor]],
+    seen: Iterable[Mapping[Site, Tensor]],
     wanted: Sequence[Mapping[Site, Tensor]] | None,
 ) -> dict[str, Moments]:
     """Moments of what weights multiply, by site name.

@@ -53,8 +53,9 @@ def test_difference_and_dependency_are_those_of_the_method_on_the_sample(loaded,
     asked = request(relative_error=relative)
     alone = CalibrationSet((sample(3),))
     (point,) = sample_points(loaded, asked.scheme, alone, asked.options, layer=0)
+    outputs = {"dependency": "output", "h0": 0}
     records = [
-        obtain_plan(loaded, request(relative_error=relative, max_depth=depth), alone, None).record["cdm"]
+        obtain_plan(loaded, request(relative_error=relative, max_depth=depth, **outputs), alone, None).record["cdm"]
         for depth in (1, 2)
     ]
     sequential, joint = (record["blocks"][-1]["error"] for record in records)

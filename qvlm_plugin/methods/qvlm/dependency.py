@@ -107,20 +107,46 @@ def conditional_entropy(joint: Tensor) -> Tensor:
     return -(joint * given).sum()
 
 
-def layer_dependency(x: Tensor, y: Tensor, how: Assignment, seed: int = 0) -> float:
-    """D(k, k+1) of two layers from the whole of their outputs (Eq. 4), each channel bounded by its extremes.
+@dataclass(frozen=True, eq=False)
+class Ranged:
+    """What is rounded, and within which bounds.
+
+    Attributes:
+        states: [N, C].
+        lower, upper: [C] or [N, 1].
+    """
+
+    states: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    @classmethod
+    def by_extremes(cls, states: Tensor) -> "Ranged":
+        """Each channel within its own extremes."""
+        return cls(states, *states.aminmax(dim=0))
+
+    def to(self, device: torch.device) -> "Ranged":
+        """The same on a device."""
+        return Ranged(*(tensor.to(device) for tensor in (self.states, self.lower, self.upper)))
+
+    def elements(self, chosen: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Some elements, by their positions in the flattened states, and their bounds."""
+        row, column = chosen // self.states.shape[1], chosen % self.states.shape[1]
+        bounds = (bound[column] if bound.dim() == 1 else bound[row, 0] for bound in (self.lower, self.upper))
+        return self.states[row, column], tuple(bounds)
+
+
+def layer_dependency(x: Ranged, y: Ranged, how: Assignment, seed: int = 0) -> float:
+    """D(k, k+1) of two layers (Eq. 4), from all of their elements or a sample of `MAX_ELEMENTS`.
 
     Args:
-        x, y: outputs of layer k and of layer k + 1, [N, C] each; more than `MAX_ELEMENTS` are sampled.
+        x, y: of layer k and of layer k + 1, of one shape and on one device.
         how: see `Assignment`.
         seed: of the sample.
     """
-    chosen = sample_elements(x.numel(), MAX_ELEMENTS, seed).to(x.device)
-    outputs, bounds = [], []
-    for states in (x, y.to(x.device)):
-        outputs.append(states.flatten()[chosen])
-        bounds.append(tuple(bound[chosen % x.shape[1]] for bound in states.aminmax(dim=0)))
-    return float(conditional_entropy(joint_counts(*outputs, *bounds, how)))
+    chosen = sample_elements(x.states.numel(), MAX_ELEMENTS, seed).to(x.states.device)
+    (first, first_bounds), (second, second_bounds) = x.elements(chosen), y.elements(chosen)
+    return float(conditional_entropy(joint_counts(first, second, first_bounds, second_bounds, how)))
 
 
 def sample_elements(total: int, count: int, seed: int) -> Tensor:

@@ -7,6 +7,7 @@ produce; its error is measured against what the full-precision model has there (
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from statistics import mean
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from qvlm_plugin.methods.draft import Draft, TokenWeights, build_plan, transform
 from qvlm_plugin.methods.hidden import HiddenCache, block_inputs
 from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.options import MiningOptions
-from qvlm_plugin.methods.qvlm.dependency import Assignment, layer_dependency
+from qvlm_plugin.methods.qvlm.decoder_dependency import BEFORE, dependencies, quantized_inputs
 from qvlm_plugin.methods.qvlm.partition import partition
 from qvlm_plugin.methods.qvlm.search import Tree, search_exhaustively, search_pruned, search_with_beam
 from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
@@ -86,28 +87,8 @@ def search_blocks(context: SearchContext, draft: Draft) -> Draft:
     """The percentiles of all decoder layers, above the vision tower and projector as they will be."""
     plan = build_plan(context, draft)
     # No variable holds the caches here: `mine` lets go of them as it climbs.
-    mined = mine(context, plan, block_inputs(context), _quantized_inputs(context, plan), draft.token_weights)
+    mined = mine(context, plan, block_inputs(context), quantized_inputs(context, plan), draft.token_weights)
     return draft.adding(mined.tensors, {"cdm": mined.record})
-
-
-def _quantized_inputs(context: SearchContext, plan: RoundingPlan) -> HiddenCache:
-    """`block_inputs` above the quantized vision tower and projector."""
-    topology = context.topology
-    below = stand_ins(plan, context.model, REFERENCE, (topology.vision_path, topology.projector_path))
-    with replaced(context.model, below):
-        return block_inputs(context)
-
-
-def dependencies(layers: Sequence[tuple[str, nn.Module]], hidden: HiddenCache, bits: int) -> list[float]:
-    """D(k, k+1) between the outputs of consecutive full-precision layers, given with their names (Eq. 4)."""
-    values, previous = [], None
-    for name, layer in layers:
-        hidden = hidden.through(name, layer)
-        tokens = hidden.tokens()
-        if previous is not None:
-            values.append(layer_dependency(previous, tokens, Assignment(bits)))
-        previous = tokens
-    return values
 
 
 def mine(
@@ -128,8 +109,10 @@ def mine(
     """
     options, workspace = context.options, context.workspace
     with Progress("dependencies") as progress:
-        mutual = dependencies(context.layers, reference, context.scheme.decoder.activation)
-        blocks = partition(mutual, options.h0, options.max_depth)
+        mutual = dependencies(context, plan, quantized)
+        before = plan.record.get(BEFORE, mutual)
+        h0 = mean(before) if options.h0 is None and before else options.h0 or 0.0
+        blocks = partition(mutual, h0, options.max_depth)
         progress.describe("search of blocks", len(blocks))
         found: dict[str, Tensor] = {}
         rows = []
@@ -153,7 +136,7 @@ def mine(
             rows.append({"layers": list(block), "percentiles": percentiles, "error": error})
             del member  # whose rounded weights would wait beside those of the next block
             progress.advance()
-    return Mined(found, {"dependencies": mutual, "blocks": rows})
+    return Mined(found, {"dependencies": mutual, "h0": h0, "blocks": rows})
 
 
 def search_block(
@@ -259,7 +242,9 @@ def candidate_layer(
             bounds = percentile_bounds(tokens, *initial.values(), options.percentiles, options.reading)
             candidates[site.name] = [dict(zip(initial, pair, strict=True)) for pair in bounds]
         else:
-            candidates[site.name] = [{"clip_ratio": initial["clip_ratio"] * p} for p in options.percentiles]
+            candidates[site.name] = [
+                {"clip_ratio": (initial["clip_ratio"] * p).clamp(max=1)} for p in options.percentiles
+            ]
     return CandidateLayer(name, layer, others, tuple(own), candidates), reference.joined(outputs)
 
 

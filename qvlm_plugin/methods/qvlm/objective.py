@@ -14,8 +14,10 @@ from torch import Tensor
 
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.gradients import OverflowedError, last_positions, scaled
-from qvlm_plugin.methods.qvlm.dependency import Assignment, conditional_entropy, joint_counts, sample_elements
+from qvlm_plugin.methods.qvlm.decoder_dependency import first_sites, rounded_input
+from qvlm_plugin.methods.qvlm.dependency import Assignment, Ranged, conditional_entropy, joint_counts, sample_elements
 from qvlm_plugin.observers import ChannelStatistics
 from qvlm_plugin.quantizers import widen
 from qvlm_plugin.scheme import UNQUANTIZED
@@ -52,7 +54,7 @@ def entropy_loss(
     """L_ent (Eq. 8): sum of w_k D(k, k+1) over consecutive layers.
 
     Args:
-        layers: outputs of the n layers, all of one shape.
+        layers: elements of the n layers that are rounded, all of one shape.
         bounds: (lower, upper) of each, which broadcast against it.
         weights: w [n - 1].
         bits: activation width.
@@ -102,7 +104,7 @@ class Reference:
         answer: bool [B, T], the answers' tokens.
         features: vision features that the projector reads.
         hidden: last hidden state [N, C] of the N tokens that are not padding.
-        elements: int64 [E], positions in the flattened output [B, T, C] of a layer, for entropies.
+        elements: int64 [E], positions in flattened hidden states [B, T, C], for entropies.
     """
 
     inputs: Mapping[str, Tensor]
@@ -118,10 +120,11 @@ class Reference:
 
 
 class Run(NamedTuple):
-    """One forward pass: the features that the projector reads, outputs of decoder layers and the last hidden state
-    [B, T, C], logits [B, K, V]."""
+    """One forward pass: the features that the projector reads, what `first_sites` read, outputs of decoder layers and
+    the last hidden state [B, T, C], logits [B, K, V]."""
 
     features: Tensor
+    reads: list[Tensor]
     layers: list[Tensor]
     hidden: Tensor
     logits: Tensor
@@ -129,7 +132,7 @@ class Run(NamedTuple):
 
 def run(context: SearchContext, inputs: Mapping[str, Tensor], answer: Tensor) -> Run:
     """The model, as it is now, on a batch; logits of the answers and of the token before them."""
-    model, topology, seen = context.model, context.topology, {"layers": []}
+    model, topology, seen = context.model, context.topology, {"reads": [], "layers": []}
     handles = [
         model.get_submodule(topology.projector_path).register_forward_pre_hook(
             lambda _, args: seen.__setitem__("features", args[0])
@@ -138,6 +141,11 @@ def run(context: SearchContext, inputs: Mapping[str, Tensor], answer: Tensor) ->
             lambda _, args, output: seen.__setitem__("hidden", output.last_hidden_state)
         ),
     ]
+    if has_entropy(context):
+        for site in first_sites(context):  # nothing is computed here: a checkpointed layer must do the same again
+            handles.append(
+                model.get_submodule(site.name).register_forward_pre_hook(lambda _, args: seen["reads"].append(args[0]))
+            )
     for _, layer in context.layers:
         handles.append(
             layer.register_forward_hook(
@@ -154,29 +162,31 @@ def run(context: SearchContext, inputs: Mapping[str, Tensor], answer: Tensor) ->
     return Run(logits=output.logits, **seen)
 
 
+def has_entropy(context: SearchContext) -> bool:
+    """Whether L_ent counts: the decoder's activations have codes, its layers successors, and λ1 is not 0."""
+    rounded = context.scheme.decoder.activation != UNQUANTIZED
+    return rounded and len(context.layers) > 1 and context.options.lambda1 > 0
+
+
 @dataclass(frozen=True, eq=False)
 class Objective:
     """Eq. 10 on calibration data. It measures the model as it is when asked, against what it was when made.
 
     Attributes:
-        context: the search; of its options η, λ1 and λ2 are read.
+        context: the search; of its options η, λ1, λ2 and ``dependency`` are read.
+        draft: has the bounds and transforms of the decoder's sites.
         batches: calibration data.
         bounds: (lower, upper) [C] of each decoder layer's output in full precision.
     """
 
     context: SearchContext
+    draft: Draft
     batches: tuple[Reference, ...]
     bounds: tuple[tuple[Tensor, Tensor], ...]
 
-    @property
-    def has_entropy(self) -> bool:
-        """Whether L_ent counts: the decoder's activations have codes, its layers successors, and λ1 is not 0."""
-        rounded = self.context.scheme.decoder.activation != UNQUANTIZED
-        return rounded and len(self.bounds) > 1 and self.context.options.lambda1 > 0
-
     @classmethod
     @torch.no_grad()
-    def of(cls, context: SearchContext) -> "Objective":
+    def of(cls, context: SearchContext, draft: Draft) -> "Objective":
         """Run the full-precision model once over the calibration set; its seed is that of the entropies' elements."""
         batches, statistics = [], []
         for inputs, answer in context.batches("full precision"):
@@ -192,21 +202,21 @@ class Objective:
             elements = position * channels + drawn % channels
             batches.append(Reference(dict(inputs), answer, seen.features.cpu(), hidden.cpu(), elements))
         bounds = tuple((layer.lower, layer.upper) for layer in statistics)
-        return cls(context, tuple(batches), bounds)
+        return cls(context, draft, tuple(batches), bounds)
 
     def terms(self, batch: Reference, weights: Tensor) -> Terms:
         """L and its terms on a batch, with layer weights w [n - 1]."""
         options, seen = self.context.options, run(self.context, batch.inputs, batch.answer)
         device = seen.logits.device
         reg = answer_loss(seen.logits, batch.inputs["input_ids"].to(device), batch.answer.to(device))
-        ent = self._entropy(batch, seen.layers, weights.to(device))
+        ent = self._entropy(batch, seen, weights.to(device))
         features = relative_error(seen.features, batch.features).to(device)
         err = features + options.eta * self._hidden_error(batch, seen).to(device)
         return Terms(reg + options.lambda1 * ent + options.lambda2 * err, reg, ent, err)
 
     def layer_weights(self, batch: Reference) -> Tensor:
         """w [n - 1] of the decoder layers, from one batch; E^(n) is the squared error of the last hidden state."""
-        if not self.has_entropy:
+        if not has_entropy(self.context):
             return torch.zeros(len(self.bounds) - 1)
 
         @torch.enable_grad()
@@ -216,15 +226,18 @@ class Objective:
 
         return scaled(weights)
 
-    def _entropy(self, batch: Reference, layers: list[Tensor], weights: Tensor) -> Tensor:
-        if not self.has_entropy:
+    def _entropy(self, batch: Reference, seen: Run, weights: Tensor) -> Tensor:
+        if not has_entropy(self.context):
             return torch.zeros((), device=weights.device)
-        outputs, bounds = [], []
-        for layer, layer_bounds in zip(layers, self.bounds, strict=True):
-            elements = batch.elements.to(layer.device)
-            outputs.append(layer.flatten()[elements])
-            bounds.append(tuple(bound.to(layer.device)[elements % layer.shape[-1]] for bound in layer_bounds))
-        return entropy_loss(outputs, bounds, weights, self.context.scheme.decoder.activation)
+        if self.context.options.dependency == "site":
+            sites = zip(first_sites(self.context), seen.reads, strict=True)
+            layers = [rounded_input(self.context, self.draft, site, x) for site, x in sites]
+        else:
+            outputs = zip(seen.layers, self.bounds, strict=True)
+            layers = [Ranged(x.flatten(0, 1), *(bound.to(x.device) for bound in bounds)) for x, bounds in outputs]
+        drawn = [layer.elements(batch.elements.to(layer.states.device)) for layer in layers]
+        values, bounds = zip(*drawn, strict=True)
+        return entropy_loss(values, bounds, weights, self.context.scheme.decoder.activation)
 
     def _hidden_error(self, batch: Reference, seen: Run) -> Tensor:
         return relative_error(seen.hidden[batch.attended.to(seen.hidden.device)], batch.hidden)

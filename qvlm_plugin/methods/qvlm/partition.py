@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from qvlm_plugin.methods.qvlm.dependency import dependency_between
 
 
-def partition(dependencies: Sequence[float], threshold: float | None, max_depth: int) -> tuple[range, ...]:
+def partition(dependencies: Sequence[float], threshold: float, max_depth: int) -> tuple[range, ...]:
     """Blocks of consecutive layers, bottom to top, that cover every layer exactly once.
 
     A block that begins at layer r takes in layer s as long as D(r, s) > (s - r) * h0 - the average dependency of its
@@ -13,12 +13,10 @@ def partition(dependencies: Sequence[float], threshold: float | None, max_depth:
 
     Args:
         dependencies: D(k, k+1) of the n - 1 pairs of consecutive layers (Eq. 4).
-        threshold: h0; None takes the mean of the dependencies.
+        threshold: h0.
         max_depth: layers in a block, at least 1; 1 gives the layer-wise search.
     """
     layers = len(dependencies) + 1
-    if threshold is None:
-        threshold = sum(dependencies) / len(dependencies) if dependencies else 0.0
     blocks, start = [], 0
     while start < layers:
         end = start + 1

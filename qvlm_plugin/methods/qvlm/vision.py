@@ -61,7 +61,7 @@ def train(context: SearchContext, draft: Draft) -> Draft:
         if context.scheme.vision.is_identity or not (sites or norms):
             return draft
         context = replace(context, calibration=_pictured(context.calibration))
-        objective = Objective.of(context)
+        objective = Objective.of(context, draft)
         # Tensors made in inference mode cannot take part in gradients; their copies can.
         started = replace(draft, tensors={name: tensor.clone() for name, tensor in draft.tensors.items()})
         paths = (topology.vision_path, topology.projector_path)

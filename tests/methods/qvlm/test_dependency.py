@@ -7,6 +7,7 @@ import torch
 from qvlm_plugin.methods.qvlm import dependency
 from qvlm_plugin.methods.qvlm.dependency import (
     Assignment,
+    Ranged,
     conditional_entropy,
     dependency_between,
     joint_counts,
@@ -20,6 +21,11 @@ HARD = 1e-6
 
 def extremes(x):
     return tuple(x.aminmax(dim=0))
+
+
+def dependency_of(x, y, how, seed=0):
+    """Each channel within its extremes."""
+    return layer_dependency(Ranged.by_extremes(x), Ranged.by_extremes(y), how, seed)
 
 
 def outputs(tokens=40, channels=3, seed=0, dtype=torch.float64):
@@ -55,7 +61,7 @@ def brute_force(x, y, bits, literal=False, temperature=1.0):
 @pytest.mark.parametrize(("bits", "temperature"), [(2, 1.0), (3, 0.3)])
 def test_it_agrees_with_the_equations_element_by_element(bits, temperature, literal):
     x, y = outputs()
-    assert layer_dependency(x, y, Assignment(bits, literal, temperature)) == pytest.approx(
+    assert dependency_of(x, y, Assignment(bits, literal, temperature)) == pytest.approx(
         brute_force(x, y, bits, literal, temperature), rel=1e-9
     )
 
@@ -73,8 +79,8 @@ def test_assignments_are_probabilities_that_harden_to_rounding():
 def test_the_scale_of_a_channel_matters_only_as_printed():
     x, y = outputs()
     for literal in (False, True):
-        same = layer_dependency(x * 50 + 7, y / 9, Assignment(3, literal)) == pytest.approx(
-            layer_dependency(x, y, Assignment(3, literal))
+        same = dependency_of(x * 50 + 7, y / 9, Assignment(3, literal)) == pytest.approx(
+            dependency_of(x, y, Assignment(3, literal))
         )
         assert same != literal
 
@@ -84,7 +90,7 @@ def test_constant_channels_have_one_rounding_point():
     for literal in (False, True):
         p = soft_assignment(x + torch.tensor([0.0, 9.0]), x[0], x[0], Assignment(4, literal))
         assert torch.equal(p[..., 0], torch.ones(5, 2)) and not p[..., 1:].any()
-        assert layer_dependency(x, x, Assignment(4, literal)) == 0
+        assert dependency_of(x, x, Assignment(4, literal)) == 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, HARD])
@@ -94,14 +100,14 @@ def test_independent_layers_leave_the_whole_entropy(temperature):
     x, y = grid[:, :1], grid[:, 1:]
     marginal = soft_assignment(y, *extremes(y), Assignment(3, temperature=temperature)).flatten(0, -2).mean(0)
     entropy = float(torch.special.entr(marginal).sum())
-    assert layer_dependency(x, y, Assignment(3, temperature=temperature)) == pytest.approx(entropy)
+    assert dependency_of(x, y, Assignment(3, temperature=temperature)) == pytest.approx(entropy)
 
 
 def test_a_copy_leaves_nothing_when_assignment_is_hard():
     x, y = outputs(tokens=200)
-    assert layer_dependency(x, x, Assignment(3, temperature=HARD)) < 0.01
-    assert layer_dependency(x, y, Assignment(3, temperature=HARD)) > 0.2
-    soft = [layer_dependency(x, x, Assignment(3, temperature=temperature)) for temperature in (0.01, 0.1, 1.0)]
+    assert dependency_of(x, x, Assignment(3, temperature=HARD)) < 0.01
+    assert dependency_of(x, y, Assignment(3, temperature=HARD)) > 0.2
+    soft = [dependency_of(x, x, Assignment(3, temperature=temperature)) for temperature in (0.01, 0.1, 1.0)]
     assert soft == sorted(soft)
 
 
@@ -139,21 +145,26 @@ def test_gradients_stay_finite_where_cells_are_empty():
 
 def test_a_sample_estimates_large_outputs(monkeypatch):
     x, y = outputs(tokens=20000)
-    whole = layer_dependency(x, y, Assignment(3))
+    whole = dependency_of(x, y, Assignment(3))
     monkeypatch.setattr(dependency, "MAX_ELEMENTS", 20000)
-    sampled = layer_dependency(x, y, Assignment(3), seed=1)
-    assert (
-        sampled == pytest.approx(whole, abs=0.02) and sampled == layer_dependency(x, y, Assignment(3), seed=1) != whole
-    )
+    sampled = dependency_of(x, y, Assignment(3), seed=1)
+    assert sampled == pytest.approx(whole, abs=0.02) and sampled == dependency_of(x, y, Assignment(3), seed=1) != whole
 
 
 def test_half_precision_outputs_are_widened():
     x, y = outputs(dtype=torch.float32)
-    half = layer_dependency(x.half(), y.half(), Assignment(4))
-    assert half == pytest.approx(layer_dependency(x, y, Assignment(4)), abs=0.01)
+    half = dependency_of(x.half(), y.half(), Assignment(4))
+    assert half == pytest.approx(dependency_of(x, y, Assignment(4)), abs=0.01)
 
 
 def test_layers_further_apart_add_the_steps_between():
     steps = [0.5, 1.0, 2.0]
     assert [dependency_between(steps, 0, k) for k in range(4)] == [0, 0.5, 1.5, 3.5]
     assert dependency_between(steps, 1, 3) == 3.0
+
+
+def test_bounds_of_tokens_are_those_of_their_elements():
+    """Tokens within their own extremes are channels within theirs, turned."""
+    x, y = (states.T.contiguous() for states in outputs())
+    by_token = [Ranged(states, *(bound[:, None] for bound in states.aminmax(dim=1))) for states in (x, y)]
+    assert layer_dependency(*by_token, Assignment(3)) == pytest.approx(dependency_of(x.T, y.T, Assignment(3)))

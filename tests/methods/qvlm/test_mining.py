@@ -16,8 +16,7 @@ from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.methods.hidden import block_inputs
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm import mining, vision
-from qvlm_plugin.methods.qvlm.dependency import Assignment, layer_dependency
-from qvlm_plugin.methods.qvlm.mining import candidate_layer, dependencies, percentile_bounds, search_block
+from qvlm_plugin.methods.qvlm.mining import candidate_layer, percentile_bounds, search_block
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_request
@@ -114,19 +113,6 @@ def test_percentile_one_keeps_the_layer_wise_baseline(deep, calibration):
     baseline = planning.obtain_plan(deep, check_request("qlora", "w4a4", BATCH), calibration, cache=None)
     assert set(percentiles(only_one)) == {1.0}
     assert only_one.hash == plan_of(deep, calibration, cdm=False).hash == baseline.hash
-
-
-def test_dependencies_are_those_of_the_layers_outputs(deep, calibration):
-    context = context_of(deep, calibration)
-    hidden = block_inputs(context)
-    values = dependencies(context.layers, hidden, 3)
-    outputs = []
-    for name, layer in context.layers:
-        hidden = hidden.through(name, layer)
-        pairs = zip(hidden.states, hidden.batches, strict=True)
-        outputs.append(torch.cat([states[batch.attended] for states, batch in pairs]))
-    expected = [layer_dependency(a, b, Assignment(3)) for a, b in itertools.pairwise(outputs)]
-    assert values == pytest.approx(expected) and len(values) == 3
 
 
 @pytest.mark.parametrize("reading", ["fraction", "quantile"])

@@ -4,7 +4,7 @@ from qvlm_plugin.methods.qvlm.partition import partition
 
 
 @pytest.mark.parametrize("max_depth", [1, 2, 3, 5, 100])
-@pytest.mark.parametrize("threshold", [None, 0.0, 0.5, 1.5, 99.0])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.5, 99.0])
 def test_blocks_cover_every_layer_exactly_once_and_are_not_too_deep(threshold, max_depth):
     dependencies = [0.1, 1.0, 2.0, 0.2, 0.9, 3.0, 0.0, 1.1, 1.2]
     blocks = partition(dependencies, threshold, max_depth)
@@ -26,9 +26,4 @@ def test_every_block_meets_the_inequality_and_could_not_be_extended():
 def test_the_ends_of_the_threshold_give_single_layers_and_the_deepest_blocks():
     assert partition([1.0] * 5, 2.0, 3) == tuple(range(i, i + 1) for i in range(6))
     assert partition([1.0] * 5, 0.5, 3) == (range(0, 3), range(3, 6))
-    assert partition([], None, 3) == (range(0, 1),)
-
-
-def test_the_default_threshold_is_the_mean():
-    dependencies = [1.0, 3.0, 1.0, 3.0]
-    assert partition(dependencies, None, 3) == partition(dependencies, 2.0, 3)
+    assert partition([], 0.0, 3) == (range(0, 1),)

@@ -153,7 +153,7 @@ def test_gradients_on_the_model_match_finite_differences(loaded, calibration, de
     parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model")
     plan = build_plan(context, Draft({name: tensor.clone() for name, tensor in initial.items()}))
     others = stand_ins(plan, loaded.model, STRAIGHT_THROUGH, parts if decoder == "quantized" else parts[:2])
-    objective = Objective.of(context)
+    objective = Objective.of(context, Draft(initial))
     block = "model.vision_tower.encoder.layers.0"
     with replaced(loaded.model, others), checkpointed(vision._blocks(context)):
         parameters = {
@@ -182,7 +182,8 @@ def test_gradients_on_the_model_match_finite_differences(loaded, calibration, de
 
 
 def test_the_full_precision_model_has_no_error(loaded, calibration):
-    objective = Objective.of(context_of(loaded, calibration, "w4a4", **FAST))
+    draft = Draft(initial_of(loaded, calibration, "w4a4"))
+    objective = Objective.of(context_of(loaded, calibration, "w4a4", **FAST), draft)
     terms = objective.terms(objective.batches[0], torch.ones(1))
     assert terms.err < 1e-6 and terms.reg > 0 and 0 < terms.ent < math.log(16)
 
@@ -201,7 +202,7 @@ def test_training_lowers_the_objective_that_the_applied_plan_then_has(loaded, ca
         assert row["total"] == pytest.approx(row["reg"] + 0.5 * row["ent"] + row["err"])
 
     context = context_of(loaded, calibration, "w3a3", **FAST | options)
-    objective = Objective.of(context)
+    objective = Objective.of(context, result.draft)
     plan = build_plan(context, result.draft)
     apply_plan(plan, loaded.model, loaded.fingerprint, backends.kernels("reference"))
     with torch.no_grad():

@@ -1,0 +1,85 @@
+"""D(k, k+1) of a decoder's layers on calibration data (paper, Eq. 4), and the threshold that comes of it.
+
+The paper writes x^(k) for what a quantizer rounds. ``dependency=site`` takes the codes of the first site of each layer,
+within its own bounds; ``dependency=output`` those that the layer's output would have within each channel's extremes,
+which nothing rounds.
+
+Dependencies are those above the vision tower as it will be: visual encoder optimization lowers them (Eq. 8), so that
+blocks become smaller. The threshold is their mean before it.
+"""
+
+import torch
+from torch import Tensor
+
+from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.draft import Draft, build_plan, transformed
+from qvlm_plugin.methods.hidden import HiddenCache, block_inputs
+from qvlm_plugin.methods.qvlm.dependency import Assignment, Ranged, layer_dependency
+from qvlm_plugin.methods.stand_ins import replaced, stand_ins
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.quantizers import token_range
+from qvlm_plugin.topology import Site
+
+BEFORE = "dependencies_before"
+"""The key of a record."""
+
+
+def quantized_inputs(context: SearchContext, plan: RoundingPlan) -> HiddenCache:
+    """The decoder's inputs above the quantized vision tower and projector."""
+    topology = context.topology
+    below = stand_ins(plan, context.model, REFERENCE, (topology.vision_path, topology.projector_path))
+    with replaced(context.model, below):
+        return block_inputs(context)
+
+
+@torch.no_grad()
+def dependencies(context: SearchContext, plan: RoundingPlan, hidden: HiddenCache) -> list[float]:
+    """D(k, k+1) of consecutive decoder layers in full precision.
+
+    Args:
+        context: the search.
+        plan: with the bounds of every site.
+        hidden: the first layer's input.
+    """
+    how, values, previous = Assignment(context.scheme.decoder.activation), [], None
+    sites = first_sites(context)
+    for index, named in enumerate(context.layers):
+        if context.options.dependency == "site":
+            batches = [batch[sites[index]] for batch in hidden.inputs(*named, [sites[index]])]
+            seen = rounded_input(context, plan, sites[index], torch.cat(context.shard.gathered(batches)))
+            hidden = hidden.through(*named)
+        else:
+            hidden = hidden.through(*named)
+            seen = Ranged.by_extremes(hidden.tokens())
+        if previous is not None:
+            values.append(layer_dependency(previous, seen.to(previous.states.device), how))
+        previous = seen
+    return values
+
+
+def first_sites(context: SearchContext) -> list[Site]:
+    """Of each decoder layer the site whose codes dependency is of: its first, which reads the layer's input."""
+    found: dict[int, Site] = {}
+    for site in context.activation_sites:
+        if site.part == "decoder":
+            found.setdefault(site.block, site)
+    return [found[index] for index in range(len(context.layers))]
+
+
+def rounded_input(context: SearchContext, plan: Draft | RoundingPlan, site: Site, x: Tensor) -> Ranged:
+    """What a site of the model, as it is now, rounds of its input ``x`` [..., C], and the bounds that the plan says."""
+    linear = context.model.get_submodule(site.name)
+    # Scales are folded into what a quantized model's site reads.
+    tokens = linear.rotated(x) if isinstance(linear, QuantLinear) else transformed(plan, site, x)
+    tokens = tokens.reshape(-1, x.shape[-1])
+    parameters = context.activation_sites[site].parameters
+    values = [plan.tensors[f"{site.name}/{name}"].to(tokens.device) for name in parameters]
+    return Ranged(tokens, *(values if len(values) == 2 else token_range(tokens, *values)))
+
+
+def observe_before(context: SearchContext, draft: Draft) -> Draft:
+    """The dependencies before visual encoder optimization, in the record: of them the threshold is made."""
+    plan = build_plan(context, draft)
+    return draft.adding(record={BEFORE: dependencies(context, plan, quantized_inputs(context, plan))})

@@ -43,6 +43,8 @@ class WeightFormat(_Format):
         symmetric: for ``int``: no fitted zero point.
         double_quantization: for ``nf``: the block scales are themselves quantized to 8 bits.
         clipped: the groups' ranges are narrowed by a parameter ``clip`` (one factor in (0, 1] for each group).
+        clip_magnitude: for ``int`` without ``symmetric``: the factor is that of the group's largest magnitude, beyond
+            which both ends are cut (as AWQ's code does); otherwise each end is multiplied by it.
         corrected: the bias makes up for what rounding the weight adds to the mean output; takes the site's parameter
             ``mean`` [in_features], the mean of the input that is rounded (after folds and rotations).
         stored: the plan holds the codes, as a parameter ``codes`` (uint8 [out_features, bytes], see `packing`), and
@@ -57,6 +59,7 @@ class WeightFormat(_Format):
     symmetric: bool = False
     double_quantization: bool = False
     clipped: bool = False
+    clip_magnitude: bool = False
     corrected: bool = False
     stored: bool = False
 
@@ -70,9 +73,9 @@ class WeightFormat(_Format):
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``stored`` unless it is true: older versions know, and have hashed, formats without it."""
+        """Without what is newer than the first formats unless it is true: older versions have hashed these."""
         content = serialize(self)
-        return {name: value for name, value in content.items() if name != "stored" or value}
+        return {name: value for name, value in content.items() if name not in ("stored", "clip_magnitude") or value}
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -120,7 +123,14 @@ class WeightFormat(_Format):
 
 def stored_format(weight_format: WeightFormat) -> WeightFormat:
     """The same format with its codes in the plan; what clipped the groups is in their scales."""
-    return WeightFormat.model_validate(weight_format.model_dump() | {"stored": True, "clipped": False})
+    changes = {"stored": True, "clipped": False, "clip_magnitude": False}
+    return WeightFormat.model_validate(weight_format.model_dump() | changes)
+
+
+def clipped_format(weight_format: WeightFormat) -> WeightFormat:
+    """The same format with narrowed ranges of its groups."""
+    two_ends = weight_format.kind == "int" and not weight_format.symmetric
+    return weight_format.model_copy(update={"clipped": True, "clip_magnitude": two_ends})
 
 
 class ActivationFormat(_Format):

@@ -132,6 +132,19 @@ def shrink_range(lower: Tensor, upper: Tensor, center: Tensor, ratio: float | Te
     return center + (lower - center) * ratio, center + (upper - center) * ratio
 
 
+def through_zero(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The bounds moved together, by half a step at most, so that 0 is one of the 2^bits points; float32.
+
+    Bounds that 0 does not lie between stay as they are. Without this a channel that is almost always about 0, and
+    massive at one token, rounds all the others to up to half a step of its wide range.
+    """
+    lower, upper = lower.float(), upper.float()
+    step, inverse = quantization_step(lower, upper, bits)
+    below = (-lower * inverse).round()
+    inside = (lower < 0) & (upper > 0)
+    return torch.where(inside, -below * step, lower), torch.where(inside, (2**bits - 1 - below) * step, upper)
+
+
 def token_range(x: Tensor, clip_ratio: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """Bounds of each token (Outlier Suppression's dynamic rule): its extremes, pulled towards its mean.
 
@@ -179,35 +192,32 @@ class IntWeight:
 
 
 def quantize_int(
-    weight: Tensor,
-    bits: int,
-    group_size: int | None,
-    symmetric: bool,
-    clip: Tensor | None = None,
-    scale_dtype: torch.dtype | None = None,
+    weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None, scale_dtype: torch.dtype | None = None
 ) -> IntWeight:
     """Round-to-nearest uniform quantization of a weight.
 
     Args:
         weight: [O, I], any floating-point dtype.
-        bits: 2 to 8.
-        group_size: input channels that share a scale; None shares it along each output channel.
-        symmetric: fix the zero point in the middle of the codes, instead of fitting it to the group's extremes.
+        weight_format: of kind ``int``.
         clip: [O, G] factors in (0, 1] that narrow the groups' ranges; values beyond saturate.
         scale_dtype: of the scales, which codes are then made for; None: the weight's.
     """
     scale_dtype = scale_dtype or weight.dtype
     rows, columns = weight.shape
-    size = min(group_size or columns, columns)
+    bits, size = weight_format.bits, min(weight_format.group_size or columns, columns)
     groups = _pad_to_multiple(weight.float(), size).view(rows, -1, size)
     levels, narrowed = 2**bits - 1, 1.0 if clip is None else clip.float()
-    if symmetric:
+    if weight_format.symmetric:
         middle = 2 ** (bits - 1)
         scale = _stored_scale(largest_magnitude(groups) * narrowed / (middle - 1), scale_dtype)
         zero_point = torch.full_like(scale, middle)
     else:
-        lower = groups.amin(dim=-1).clamp_max(0) * narrowed
-        upper = groups.amax(dim=-1).clamp_min(0) * narrowed
+        lower, upper = groups.amin(dim=-1).clamp_max(0), groups.amax(dim=-1).clamp_min(0)
+        if clip is not None and weight_format.clip_magnitude:
+            limit = torch.maximum(upper, -lower) * narrowed
+            lower, upper = torch.maximum(lower, -limit), torch.minimum(upper, limit)
+        else:
+            lower, upper = lower * narrowed, upper * narrowed
         scale = _stored_scale((upper - lower) / levels, scale_dtype)
         zero_point = (-lower / scale).round().clamp(0, levels)
 
@@ -229,7 +239,7 @@ def int_weight(weight: Tensor, weight_format: WeightFormat, parameters: Mapping[
     """
     fmt = weight_format
     if not fmt.stored:
-        return quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, parameters.get("clip"))
+        return quantize_int(weight, fmt, parameters.get("clip"))
     columns = weight.shape[1]
     codes, scale = unpack_codes(parameters["codes"], fmt.bits, columns), parameters["scales"].to(weight.dtype)
     middle = torch.full_like(scale, 2 ** (fmt.bits - 1), dtype=torch.uint8)
@@ -244,7 +254,7 @@ def nearest_codes(
     fmt = weight_format
     if fmt.kind == "nf":
         return quantize_normal_float(weight, fmt.bits, False, clip)
-    return quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric, clip)
+    return quantize_int(weight, fmt, clip)
 
 
 def stored_parameters(quantized: "IntWeight | NormalFloatWeight", weight_format: WeightFormat) -> dict[str, Tensor]:

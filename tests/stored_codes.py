@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from qvlm_plugin.formats import WeightFormat
+from qvlm_plugin.formats import WeightFormat, stored_format
 from qvlm_plugin.plan import edit
 from qvlm_plugin.quantizers import quantize_int, stored_parameters
 from qvlm_plugin.rotation import factors, rotate
@@ -13,13 +13,13 @@ from qvlm_plugin.scheme import PARTS
 
 def stored(weight_format, **more):
     """The format with its codes in the plan."""
-    return WeightFormat.model_validate(weight_format.model_dump() | {"stored": True, "clipped": False, **more})
+    return WeightFormat.model_validate(stored_format(weight_format).model_dump() | more)
 
 
 def other_integers(weight, weight_format, seed=0):
     """Integers near ``weight`` [O, I], but about two thirds of them one off the nearest."""
     fmt = weight_format
-    nearest = quantize_int(weight, fmt.bits, fmt.group_size, fmt.symmetric)
+    nearest = quantize_int(weight, fmt)
     steps = torch.randint(-1, 2, weight.shape, generator=torch.Generator().manual_seed(seed))
     return replace(nearest, codes=(nearest.codes.int() + steps).clamp(0, 2**fmt.bits - 1).to(torch.uint8))
 

@@ -17,10 +17,15 @@ from qvlm_plugin.quantizers import (
     quantize_int,
     quantize_normal_float,
     shrink_range,
+    through_zero,
     token_range,
 )
 
 BITS = range(2, 9)
+
+
+def int_format(bits, group_size, symmetric, **more):
+    return WeightFormat(kind="int", bits=bits, group_size=group_size, symmetric=symmetric, **more)
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +125,7 @@ def test_shrinking_by_one_changes_nothing_and_less_lies_within():
 @pytest.mark.parametrize("bits", BITS)
 def test_integer_weights_err_at_most_half_a_step(bits, group_size, symmetric):
     weight = torch.randn(12, 64)
-    quantized = quantize_int(weight, bits, group_size, symmetric)
+    quantized = quantize_int(weight, int_format(bits, group_size, symmetric))
     step = quantized.scale.repeat_interleave(quantized.group_size, dim=1)[:, :64]
     error = (quantized.dequantize() - weight).abs()
     # A fitted zero point is itself rounded, which may move the far end by another half step.
@@ -131,28 +136,34 @@ def test_integer_weights_err_at_most_half_a_step(bits, group_size, symmetric):
 def test_clipping_narrows_the_range_and_one_changes_nothing():
     weight = torch.randn(6, 128)
     for symmetric in (False, True):
-        plain = quantize_int(weight, 4, 32, symmetric)
-        assert torch.equal(plain.codes, quantize_int(weight, 4, 32, symmetric, torch.ones(6, 4)).codes)
-        halved = quantize_int(weight, 4, 32, symmetric, torch.full((6, 4), 0.5))
+        plain = quantize_int(weight, int_format(4, 32, symmetric))
+        assert torch.equal(plain.codes, quantize_int(weight, int_format(4, 32, symmetric), torch.ones(6, 4)).codes)
+        halved = quantize_int(weight, int_format(4, 32, symmetric), torch.full((6, 4), 0.5))
         assert torch.allclose(halved.scale, plain.scale / 2)
         assert halved.dequantize().abs().max() < plain.dequantize().abs().max()
+    weight[:, ::32] = -9 * weight.abs().amax()
+    by_magnitude = quantize_int(weight, int_format(4, 32, False, clip_magnitude=True), torch.full((6, 4), 0.25))
+    lowest = by_magnitude.dequantize().view(6, 4, 32).amin(dim=-1)
+    highest = weight.view(6, 4, 32).amax(dim=-1)
+    assert torch.allclose(lowest, weight.view(6, 4, 32).amin(dim=-1) / 4, rtol=0.1)
+    assert (by_magnitude.dequantize().view(6, 4, 32).amax(dim=-1) - highest).abs().le(by_magnitude.scale).all()
     nf = quantize_normal_float(weight, 4, False, torch.full((12,), 0.5))
     assert torch.allclose(nf.absmax, quantize_normal_float(weight, 4, False).absmax / 2)
 
 
 def test_groups_are_quantized_independently():
     weight = torch.randn(4, 50)
-    whole = quantize_int(weight, 4, 16, False).dequantize()
-    pieces = [quantize_int(piece, 4, 16, False).dequantize() for piece in weight.split(16, dim=1)]
+    whole = quantize_int(weight, int_format(4, 16, False)).dequantize()
+    pieces = [quantize_int(piece, int_format(4, 16, False)).dequantize() for piece in weight.split(16, dim=1)]
     assert torch.equal(whole, torch.cat(pieces, dim=1))
 
 
 def test_zero_is_exact_in_every_weight_format():
     weight = torch.randn(8, 128) * (torch.rand(8, 128) > 0.5)
     for symmetric in (False, True):
-        assert (quantize_int(weight, 4, 32, symmetric).dequantize()[weight == 0] == 0).all()
+        assert (quantize_int(weight, int_format(4, 32, symmetric)).dequantize()[weight == 0] == 0).all()
     assert (quantize_normal_float(weight, 4, False).dequantize()[weight == 0] == 0).all()
-    assert (quantize_int(torch.zeros(2, 8), 3, None, False).dequantize() == 0).all()
+    assert (quantize_int(torch.zeros(2, 8), int_format(3, None, False)).dequantize() == 0).all()
     assert (quantize_normal_float(torch.zeros(2, 8), 3, True).dequantize() == 0).all()
 
 
@@ -273,7 +284,7 @@ def test_integers_are_the_plans_or_the_nearest(bits, symmetric, group_size):
     weight = torch.randn(3, 21)
     plain = WeightFormat(kind="int", bits=bits, group_size=group_size, symmetric=symmetric)
     found = int_weight(weight, plain, {})
-    assert torch.equal(found.codes, quantize_int(weight, bits, group_size, symmetric).codes)
+    assert torch.equal(found.codes, quantize_int(weight, plain).codes)
     integers, parameters = other_integers(weight, plain), other_parameters(weight, plain)
     assert set(parameters) == set(stored(plain).parameters)
     again = int_weight(weight, stored(plain), parameters)
@@ -282,3 +293,19 @@ def test_integers_are_the_plans_or_the_nearest(bits, symmetric, group_size):
         assert torch.equal(getattr(again, name), getattr(integers, name))
     assert not torch.equal(again.codes, found.codes)
     assert int_weight(weight.bfloat16(), stored(plain), parameters).scale.dtype == torch.bfloat16  # as files have them
+
+
+def test_zero_becomes_a_point_and_bounds_move_by_half_a_step_at_most():
+    torch.manual_seed(0)
+    lower, upper = -torch.rand(500) * 10, torch.rand(500) * 3000
+    lower[0], upper[0] = 2.0, 5.0
+    for bits in (2, 4, 8):
+        moved = through_zero(lower, upper, bits)
+        step = (upper - lower) / (2**bits - 1)
+        for before, after in zip((lower, upper), moved, strict=True):
+            assert ((after - before).abs() <= step * 0.5001).all()
+        inside = lower < 0
+        assert (fake_quantize(torch.zeros(500), *moved, bits)[inside].abs() <= 1e-3 * step[inside]).all()
+        assert moved[0][0] == 2 and moved[1][0] == 5
+        again = through_zero(*moved, bits)
+        assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in zip(moved, again, strict=True))

@@ -119,7 +119,8 @@ def test_four_bits_by_token_equal_a_computation_by_hand():
     matrix = dense(rotation)
     turned, weight = x @ matrix, linear.weight.detach() @ matrix
     inputs = fake_quantize(turned, turned.amin(-1, keepdim=True), turned.amax(-1, keepdim=True), 4)
-    expected = F.linear(inputs, quantize_int(weight, 4, 8, False).dequantize(), linear.bias)
+    rounded = quantize_int(weight, WeightFormat(kind="int", bits=4, group_size=8)).dequantize()
+    expected = F.linear(inputs, rounded, linear.bias)
     for kernel in (backends.all_kernels()["reference"], STRAIGHT_THROUGH):
         layer = quantized_linear(module, linear, tensors, kernel, rotation)
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
@@ -195,7 +196,7 @@ def test_folds_come_before_rotations_and_both_before_rounding(plan, loaded, tiny
         if codes:
             rounded = codes_of[name]
         else:
-            rounded = quantize_int(rotated_weight, 4, 16, False, values.get(f"{name}/clip")).dequantize()
+            rounded = quantize_int(rotated_weight, fmt, values.get(f"{name}/clip")).dequantize()
         bias = linear.bias
         if fmt.corrected:
             shift = (rotated_weight - rounded) @ values[f"{module.site}/mean"]

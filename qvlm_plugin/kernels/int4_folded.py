@@ -43,7 +43,6 @@ def _prepare(
     activation_format: ActivationFormat,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    fmt = weight_format
     folded = fold(
         weight,
         bias,
@@ -53,8 +52,9 @@ def _prepare(
         LARGEST_CODE,
         parameters.get("mean"),
     )
-    group = operator_group(fmt.group_size, weight.shape[1])
-    quantized = quantize_int(folded.weight, fmt.bits, group, fmt.symmetric, scale_dtype=weight.dtype)
+    group = operator_group(weight_format.group_size, weight.shape[1])
+    grouped = weight_format.model_copy(update={"group_size": group})
+    quantized = quantize_int(folded.weight, grouped, scale_dtype=weight.dtype)
     return {
         "codes": pack_codes(quantized.codes, WIDTH),
         "scale": quantized.scale,

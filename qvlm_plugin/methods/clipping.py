@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvlm_plugin.formats import NF_BLOCK, WeightFormat
+from qvlm_plugin.formats import NF_BLOCK, WeightFormat, clipped_format
 from qvlm_plugin.kernels.reference import round_weight
 
 
@@ -57,7 +57,7 @@ def search_clip(weight: Tensor, weight_format: WeightFormat, tokens: Tensor | No
     Returns:
         float32 [O, G] for ``int``, [blocks] for ``nf``.
     """
-    weight = weight.float()
+    weight, weight_format = weight.float(), clipped_format(weight_format)
     errors = [
         group_errors(round_weight(weight, weight_format, weight.new_tensor(factor)) - weight, weight_format, tokens)
         for factor in factors

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvlm_plugin.formats import ActivationFormat, stored_format
+from qvlm_plugin.formats import ActivationFormat, clipped_format, stored_format
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_header import CalibrationRecord, Fold, ModulePlan, Rotation
@@ -130,10 +130,10 @@ def build_plan(context: SearchContext, draft: Draft) -> RoundingPlan:
         part = site.part if site else "other" if name in kept else _part_of(name, context.topology)
         weight = context.options.weight_format(widths.weight)
         activation = context.options.activation_format(part, widths.activation)
-        if f"{name}/clip" in tensors:
-            weight = weight.model_copy(update={"clipped": True})
         if f"{name}/codes" in tensors:
             weight = stored_format(weight)
+        elif f"{name}/clip" in tensors:
+            weight = clipped_format(weight)
         if site and f"{site.name}/mean" in tensors and weight.kind != "none":
             weight = weight.model_copy(update={"corrected": True})
         if site and site.expert and any(f"{site.name}/{key}" not in tensors for key in activation.parameters):

@@ -140,6 +140,8 @@ class RangeOptions(_Options):
         importance: ``jacobian`` weighs errors, of ranges and of blocks, by how much the answers depend on the element
             or token, and gives each static channel a ratio of its own (`qvlm_plugin.methods.importance`); ``uniform``
             is the paper's.
+        zero_on_grid: move static ranges of channels, by half a step at most, so that 0 is one of the points. Not the
+            paper's.
         bias_correction: biases make up for what rounding the weights adds to the mean outputs. Not the paper's.
     """
 
@@ -149,6 +151,7 @@ class RangeOptions(_Options):
     min_ratio: float = Field(0.5, gt=0, le=1)
     ratio_step: float = Field(0.05, gt=0, lt=1)
     importance: Literal["uniform", "jacobian"] = "uniform"
+    zero_on_grid: bool = False
     bias_correction: bool = False
 
     @property

@@ -57,6 +57,14 @@ JACOBIAN = Step(
 )
 """Ranges of static sites by errors that the answers weigh."""
 
+ZERO = Step(
+    "zero",
+    imported(f"{_PACKAGE}.zero:put_zero_on_grids"),
+    lambda scheme, options: options.zero_on_grid and scheme.decoder.activation != UNQUANTIZED,
+    needs_calibration=False,
+)
+"""Static ranges with 0 among their points."""
+
 MEANS = Step(
     "means",
     imported(f"{_PACKAGE}.means:observe_means"),
@@ -96,5 +104,5 @@ BLOCKS = Step(
 )
 """Q-VLM's dependency mining and joint search, on the optimized tower."""
 
-STEPS = (AWQ, SMOOTH, ROTATE, CLIP, MINMAX, LP, JACOBIAN, MEANS, GPTQ, DEPENDENCIES, VISION, BLOCKS)
+STEPS = (AWQ, SMOOTH, ROTATE, CLIP, MINMAX, LP, JACOBIAN, ZERO, MEANS, GPTQ, DEPENDENCIES, VISION, BLOCKS)
 """All of them: transforms, ranges, biases, codes, then what is fitted on these."""

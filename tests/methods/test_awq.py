@@ -90,7 +90,7 @@ def test_the_scale_of_every_site_errs_least_of_all_alphas(loaded, calibration):
                 scale = torch.cat([scale[:8], scale[:8], scale[8:], scale[8:]])
             total = 0.0
             for weight in (model.get_submodule(name).weight.detach() for name in site.linears):
-                rounded = quantize_int(weight * scale, 3, 16, symmetric=False).dequantize()
+                rounded = quantize_int(weight * scale, WeightFormat(kind="int", bits=3, group_size=16)).dequantize()
                 total += float(((x / scale) @ rounded.T - x @ weight.T).square().sum())
             return total
 

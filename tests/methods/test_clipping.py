@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qvlm_plugin.formats import NF_BLOCK, WeightFormat
+from qvlm_plugin.formats import NF_BLOCK, WeightFormat, clipped_format
 from qvlm_plugin.kernels.reference import round_weight
 from qvlm_plugin.methods.clipping import group_errors, search_clip
 
@@ -47,7 +47,7 @@ def test_every_groups_factor_errs_least_at_the_output(fmt, shape):
     assert clip.numel() == fmt.groups(shape)
 
     def errors(factors):
-        error = round_weight(weight, fmt, factors) - weight
+        error = round_weight(weight, clipped_format(fmt), factors) - weight
         expected = errors_one_by_one(error, fmt, tokens)
         assert torch.allclose(group_errors(error, fmt, tokens).flatten(), expected, rtol=1e-3)
         return expected
@@ -72,3 +72,16 @@ def test_clipping_doubly_quantized_weights_errs_less_over_all():
 def test_ties_are_not_clipped():
     fmt = WeightFormat(kind="int", bits=4, group_size=16)
     assert torch.equal(search_clip(torch.ones(4, 32), fmt, torch.zeros(5, 32), FACTORS), torch.ones(4, 2))
+
+
+@pytest.mark.parametrize("fmt, shape", CASES, ids=str)
+def test_without_tokens_each_group_of_the_weight_itself_errs_least(fmt, shape):
+    weight, _ = weight_and_tokens(shape)
+    clip = search_clip(weight, fmt, None, FACTORS)
+    every_input = torch.eye(shape[1])
+    assert torch.equal(clip, search_clip(weight, fmt, every_input, FACTORS)) or torch.allclose(
+        group_errors(round_weight(weight, clipped_format(fmt), clip) - weight, fmt, None),
+        group_errors(round_weight(weight, clipped_format(fmt), clip) - weight, fmt, every_input),
+        rtol=1e-3,
+    )
+    assert clip.numel() == fmt.groups(shape)

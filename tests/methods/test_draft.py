@@ -28,8 +28,8 @@ def test_weights_with_codes_among_the_tensors_are_stored(context, names):
     }
     plan = build_plan(context, Draft(tensors))
     assert {module.name for module in plan.modules if module.weight.stored} == set(names)
-    with pytest.raises(ValueError, match="not clipped"):
-        build_plan(context, Draft(tensors | {f"{names[0]}/clip": torch.ones(1)}))
+    clipped = Draft({f"{name}/clip": torch.ones(1) for name in (*names, "other")})
+    assert set(clipped.with_codes(tensors).tensors) == {*tensors, "other/clip"}
 
 
 def test_rotations_pass_through(context, names):

@@ -27,7 +27,7 @@ from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
 from qvlm_plugin.models.placement import execution_device, materialized
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.progress import Progress
-from qvlm_plugin.quantizers import shrink_range
+from qvlm_plugin.quantizers import shrink_range, through_zero
 from qvlm_plugin.topology import Site
 
 
@@ -240,6 +240,8 @@ def candidate_layer(
         if site in static:
             tokens = torch.cat(context.shard.gathered(inputs.pop(site.name))).to(device)
             bounds = percentile_bounds(tokens, *initial.values(), options.percentiles, options.reading)
+            if options.zero_on_grid:
+                bounds = [through_zero(*pair, formats[site].bits) for pair in bounds]
             candidates[site.name] = [dict(zip(initial, pair, strict=True)) for pair in bounds]
         else:
             candidates[site.name] = [

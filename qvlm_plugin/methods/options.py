@@ -114,6 +114,9 @@ class GPTQOptions(_Options):
         damping: for ``gptq``: share of the inputs' mean second moment that is added to all of them. More of it keeps
             closer to the nearest values, and so less to the calibration data.
         act_order: for ``gptq``: columns of large inputs first; scales are those of the columns' own order.
+        token_errors: for ``gptq``: what is summed over tokens: the ``squared`` error of each, or the ``relative`` one,
+            divided by the squared norm of what the weight multiplies. The first token's can be a thousand times that of
+            others, whose errors then count for nothing.
         correction: for ``gptq``: share of what the layers below have lost that a weight makes up for (after GPTAQ, Li
             et al., 2025). 0 fits its output on the quantized model's inputs to what full precision makes of these.
         weight_clip: ``mse`` narrows the range of each group of weights for the least squared error.
@@ -122,6 +125,7 @@ class GPTQOptions(_Options):
     rounding: Literal["nearest", "gptq"] = "nearest"
     damping: float = Field(0.01, gt=0)
     act_order: bool = True
+    token_errors: Literal["squared", "relative"] = "squared"
     correction: float = Field(0.0, ge=0, le=1)
     weight_clip: Literal["none", "mse"] = "none"
 
@@ -237,7 +241,7 @@ _READ_WITH = {
     (("transform", "awq"), ("weight_clip", "mse")): ("min_clip",),
     (("transform", "smooth"),): ("smooth_alpha",),
     (("transform", "rotate"),): ("rotation_seed",),
-    (("rounding", "gptq"),): ("damping", "act_order", "correction"),
+    (("rounding", "gptq"),): ("damping", "act_order", "token_errors", "correction"),
     (("observer", "lp"),): ("ranges", "norm", "min_ratio", "ratio_step"),
 }
 """Options that only some values of choices read. Those of ``cdm`` and ``veo`` may stay when these are switched off, as

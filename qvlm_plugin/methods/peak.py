@@ -29,6 +29,7 @@ from qvlm_plugin.methods.base import Method
 from qvlm_plugin.methods.footprint import Footprint
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm import dependency, mining
+from qvlm_plugin.plan_header import Rotation
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import Topology, resolve
 
@@ -203,8 +204,9 @@ def peaks(shapes: Shapes, method: Method, scheme: Scheme, options: MethodOptions
     calibration set through the model."""
     search = _Search(shapes, scheme, options, setting)
     known: dict[str, Callable[[], Iterator[Phase]]] = {
-        "awq": search.awq, "smooth": search.observing, "minmax": search.observing, "lp": search.lp,
-        "jacobian": search.jacobian, "means": search.observing, "vision": search.vision, "blocks": search.blocks,
+        "awq": search.awq, "smooth": search.observing, "rotate": search.at_rest, "clip": search.clip,
+        "minmax": search.minmax, "lp": search.lp, "jacobian": search.jacobian, "zero": search.at_rest,
+        "means": search.observing, "gptq": search.gptq, "vision": search.vision, "blocks": search.blocks,
     }  # fmt: skip
     return [
         Peak(step.name, tuple(known.get(step.name, search.observing)()), setting.accelerator)
@@ -317,6 +319,25 @@ class _Search:
         states = Term("hidden states", self.e * self.n * decoder.hidden * 3)
         yield self.weights() + self.tower()
         yield [*self.weights(), states, Term("a layer", self.layer(decoder, self.n))]
+
+    def rotation(self, part: Part) -> Term:
+        """Drawing the largest Q of a part's rotations: normal numbers and their decomposition in float64."""
+        outer = max(Rotation.of_channels("", channels).outer for channels in part.sites)
+        return Term("a rotation", 28 * outer**2 if self.options.transform == "rotate" else 0)
+
+    def at_rest(self) -> Iterator[Phase]:
+        """Numbers of a plan alone."""
+        yield self.weights()
+
+    def minmax(self) -> Iterator[Phase]:
+        """Extremes of static sites; whole ranges of tokens take no look."""
+        yield from self.observing() if self.options.activations == "channel" else self.at_rest()
+
+    def clip(self) -> Iterator[Phase]:
+        """Of the largest Linear a copy, its float32 copy, and the rounding errors of a candidate."""
+        part = max(self._parts, key=lambda part: part.largest)
+        own = Term("a Linear and its copies", part.largest * (self.e + self.wide + 8))
+        yield [*self.weights(), own, Term("rounding a weight", self.rounding_a_weight(part)), self.rotation(part)]
 
     def observing(self) -> Iterator[Phase]:
         """Extremes and means: beside a site's input its float32 copy, or its magnitudes and two answers to whether they
@@ -440,6 +461,46 @@ class _Search:
             Term("gradients of a site", 12 * self.seen * vision.widest),
         ]
         yield [*held, Term("rounding a weight", self.rounding_a_weight(decoder))]
+
+    def gptq(self) -> Iterator[Phase]:
+        """A part's cached hidden states, copies of a block's weights, and of its widest site the second moments, whose
+        inverse is found in float64; of a Linear the points of each element. The correction takes full-precision states
+        and inputs beside them."""
+        yield from self.passing()
+        decoder, vision = self.shapes.decoder, self.shapes.vision
+        positions = self.setting.pictures * self.shapes.positions
+        models = 2 if self.options.correction else 1
+        for part, tokens in ((vision, positions), (decoder, self.setting.tokens)):
+            rows = min(self.setting.footprint.rows or self.batch, self.batch) * tokens
+            state = self.e * self.setting.samples * tokens * part.hidden
+            inputs, moments = self.batch * tokens * part.widest, 4 * models * part.widest**2
+            wanted = self.e * self.setting.samples * tokens * part.widest * (models - 1)
+            held = [
+                *self.weights(),
+                Term("masks of attention", models * self.N * tokens if part is decoder else 0, self.caches_wait),
+                Term("cached hidden states", models * state, self.caches_wait),
+                Term("weights of a block", self.e * part.rounded),
+            ]
+            yield [*held, self.rotation(part)]
+            yield [
+                *held,
+                Term("second moments", 2 * moments),
+                Term("full-precision inputs of a site", wanted),
+                Term("the inputs of a site", inputs * (self.e + self.wide + 8 + models * self.scaled)),
+                Term("a block's activations", self.e * rows * (part.hidden + part.widest)),
+            ]
+            yield [
+                *held,
+                Term("second moments", moments),
+                Term("their inverse", 5 * 8 * part.widest**2),
+                Term("a Linear's points", part.largest * 22),
+            ]
+            yield [
+                *held,
+                Term("outputs", state, self.caches_wait),
+                Term("a block", self.layer(part, rows)),
+                Term("rounding", self.rounding(part, rows)),
+            ]
 
     def blocks(self) -> Iterator[Phase]:
         """Cached hidden states between layers, and the rounded weights of a block's d layers."""

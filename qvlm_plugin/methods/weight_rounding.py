@@ -57,6 +57,7 @@ def _round_part(context: SearchContext, draft: Draft, part: str) -> Draft:
             with replaced(layer, finished):
                 hidden = hidden.through(name, layer)
             reference = reference and reference.through(name, layer)
+            del finished  # which would lie beside the copies of the next block
             progress.advance()
     return draft
 
@@ -128,7 +129,9 @@ def _moments(
             layer = current[site.name]
             inputs = round_activation(layer.rotated(x), layer.activation_format, layer._parameters)
             reference = wanted and transformed(plan, site, wanted[index][site])
-            found[site.name] = Moments.of(inputs, reference)
+            norms = inputs.float().square().sum(dim=1)
+            weights = 1 / norms.clamp_min(1e-12) if context.options.token_errors == "relative" else None
+            found[site.name] = Moments.of(inputs, reference, weights)
         sums.add(found)
     return sums.total()
 

@@ -13,6 +13,7 @@ from qvlm_plugin.methods.hidden import block_inputs
 from qvlm_plugin.methods.smooth import smoothing_scale
 from qvlm_plugin.methods.steps import STEPS
 from qvlm_plugin.plan_request import check_request
+from qvlm_plugin.quantizers import fake_quantize
 from qvlm_plugin.topology import linear_layers
 
 SMALL = {"calibration_batch_size": 5, "alpha_steps": 3, "min_percentile": 0.8, "percentile_step": 0.1, "veo_epochs": 1}
@@ -31,6 +32,10 @@ CHOICES = [
         strict=False,
     )
 ]
+CHOICES += [
+    {"transform": "rotate", "activations": "token", "cdm": True, "veo": True, "rounding": "gptq"},
+    {"transform": "none", "activations": "channel", "cdm": True, "veo": False, "zero_on_grid": True},
+]
 
 
 @pytest.mark.parametrize("choices", CHOICES, ids=lambda one: "-".join(map(str, one.values())))
@@ -42,7 +47,7 @@ def test_the_error_that_was_searched_is_that_of_the_applied_plan(choices, loaded
     for named in context.layers:
         reference = reference.through(*named)
     plan = plan_of(loaded, calibration, **options, **choices)
-    assert bool(plan.folds) == (choices["transform"] != "none") and ("veo" in plan.record) == choices["veo"]
+    assert bool(plan.folds) == (choices["transform"] in ("awq", "smooth")) and ("veo" in plan.record) == choices["veo"]
     kinds = {module.activation.kind for module in plan.modules if module.part == "decoder"}
     assert kinds == {"static_channel" if choices["activations"] == "channel" else "dynamic_token"}
     planning.apply(plan, loaded)
@@ -121,7 +126,26 @@ def test_steps_are_wanted_by_scheme_and_options():
         "smooth",
         "minmax",
     ]
-    assert names("qvlm", "w4a4") == ["lp", "vision", "blocks"]
+    assert names("qvlm", "w4a4") == ["lp", "dependencies", "vision", "blocks"]
+    assert names("qvlm", "w4a4", h0=0.5) == names("qvlm", "w4a4", veo=False)[:1] + ["vision", "blocks"]
+    assert names("quarot", "w4a4") == ["rotate", "clip", "minmax", "gptq"]
+    assert names("quarot", "w4a16") == ["rotate", "clip", "gptq"] and names("gptq", "w16a8") == ["minmax"]
+    assert names("qlora", "w8a8", zero_on_grid=True, bias_correction=True) == ["lp", "zero", "means"]
     assert names("qvlm_jacobian", "w4a4") == ["lp", "jacobian", "means", "vision"]
     assert names("qvlm", "w16a16+vision:w4a4") == ["lp", "vision"]
     assert len({step.name for step in STEPS}) == len(STEPS)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"cdm": True, "min_percentile": 0.8, "max_percentile": 1.2, "percentile_step": 0.2}], ids=len
+)
+def test_zero_on_grids_is_exact_where_it_lies_inside(more, loaded, calibration):
+    """Also after the joint search, whose percentiles narrow and widen ranges."""
+    plan = plan_of(loaded, calibration, zero_on_grid=True, **more)
+    sites = [key.removesuffix("/lower") for key in plan.tensors if key.endswith("/lower")]
+    assert sites
+    for site in sites:
+        lower, upper = plan.tensors[f"{site}/lower"], plan.tensors[f"{site}/upper"]
+        inside = (lower < 0) & (upper > 0)
+        rounded = fake_quantize(torch.zeros_like(lower), lower, upper, 4)
+        assert inside.any() and (rounded[inside].abs() < 1e-5 * (upper - lower)[inside]).all()

@@ -20,6 +20,9 @@ METHODS = [
     ("qlora", {"activations": "token"}),
     ("qlora", {"bias_correction": True}),
     ("awq", {"alpha_steps": 2}),
+    ("gptq", {}),
+    ("quarot", {"correction": 0.1}),
+    ("smoothquant", {}),
     ("qvlm", {"veo_epochs": 1, "h0": 0, "percentile_step": 0.01}),  # blocks as deep as may be: what the formula is of
     ("qvlm", {"veo_epochs": 1, "veo_checkpointing": False, "cdm": False}),
     ("qvlm", {"veo": False, "h0": 0, "max_depth": 1}),

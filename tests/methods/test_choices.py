@@ -127,7 +127,7 @@ def test_steps_are_wanted_by_scheme_and_options():
         "minmax",
     ]
     assert names("qvlm", "w4a4") == ["lp", "dependencies", "vision", "blocks"]
-    assert names("qvlm", "w4a4", h0=0.5) == names("qvlm", "w4a4", veo=False)[:1] + ["vision", "blocks"]
+    assert names("qvlm", "w4a4", h0=0.5) == ["lp", "vision", "blocks"]
     assert names("quarot", "w4a4") == ["rotate", "clip", "minmax", "gptq"]
     assert names("quarot", "w4a16") == ["rotate", "clip", "gptq"] and names("gptq", "w16a8") == ["minmax"]
     assert names("qlora", "w8a8", zero_on_grid=True, bias_correction=True) == ["lp", "zero", "means"]

@@ -44,7 +44,7 @@ class Moments:
             weights: factors of the tokens' squared errors [N]; None takes all as 1.
         """
         inputs = inputs.float()
-        weighted = inputs if weights is None else inputs * weights.unsqueeze(1)
+        weighted = inputs if weights is None else inputs * weights.to(inputs.device).unsqueeze(1)
         shift = None if reference is None else (reference.float() - inputs).T @ weighted
         return cls(weighted.T @ inputs, shift)
 

@@ -271,8 +271,8 @@ class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, Tra
             raise ValueError("unit=site has too many combinations to try them all; set beam, for example beam=4")
         if self.reading == "quantile" and self.max_percentile > 1:
             raise ValueError(f"max_percentile={self.max_percentile}: reading=quantile has no percentiles above 1")
-        if self.importance == "jacobian" and (self.observer, self.activations) != ("lp", "channel"):
-            raise ValueError("importance=jacobian weighs a search of channels: observer=lp and activations=channel")
+        if self.importance == "jacobian" and self.activations == "channel" and self.observer != "lp":
+            raise ValueError("importance=jacobian weighs the search of channels' ranges: use it with observer=lp")
         if self.transform == "rotate" and self.activations == "channel":
             raise ValueError(
                 "transform=rotate spreads a massive channel over all, which widens static ranges of channels; "

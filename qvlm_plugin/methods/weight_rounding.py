@@ -6,7 +6,7 @@ are rounded already, and has gone through the transform and the rounding of its 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, repeat
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +48,10 @@ def _round_part(context: SearchContext, draft: Draft, part: str) -> Draft:
     with replaced(context.model, stand_ins(plan, context.model, REFERENCE, below) if below else StandIns()):
         hidden = block_inputs(context, part)
     with Progress(f"rounding weights, {part}", len(blocks)) as progress:
-        for name, layer in blocks:
+        for index, (name, layer) in enumerate(blocks):
             if (kept := context.recalled(f"rounding-{name}")) is None:
-                kept = {}, round_block(context, plan, (name, layer), hidden, reference)
+                weights = _token_weights(context, draft, part, index, hidden)
+                kept = {}, round_block(context, plan, (name, layer), (hidden, reference), weights)
                 context.workspace.keep(f"rounding-{name}", *kept)
             draft = draft.with_codes(kept[1])
             finished = stand_ins(build_plan(context, draft), context.model, REFERENCE, (name,)).within(name)
@@ -62,13 +63,23 @@ def _round_part(context: SearchContext, draft: Draft, part: str) -> Draft:
     return draft
 
 
+def _token_weights(
+    context: SearchContext, draft: Draft, part: str, index: int, hidden: HiddenCache
+) -> list[Tensor] | None:
+    """How much errors of tokens count in a decoder layer, for each batch of this process [N], if that was asked for."""
+    if part != "decoder" or draft.token_weights is None:
+        return None
+    own = context.shard.own(draft.token_weights[index])
+    return [weights[batch.attended.to(weights.device)] for weights, batch in zip(own, hidden.batches, strict=True)]
+
+
 @torch.no_grad()
 def round_block(
     context: SearchContext,
     plan: RoundingPlan,
     block: tuple[str, nn.Module],
-    hidden: HiddenCache,
-    reference: HiddenCache | None,
+    inputs: tuple[HiddenCache, HiddenCache | None],
+    token_weights: Sequence[Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The codes of a block's weights, as plan tensors.
 
@@ -76,10 +87,10 @@ def round_block(
         context: the search.
         plan: what the steps before have found.
         block: its full name, and itself in full precision.
-        hidden: the block's input in the quantized model.
-        reference: the same in full precision, for the ``correction``; None without.
+        inputs: the block's input in the quantized model; and in full precision, for the ``correction``, or None.
+        token_weights: of each batch, factors of the tokens' squared errors [N]; None takes all as 1.
     """
-    name, layer = block
+    (name, layer), (hidden, reference) = block, inputs
     sites = [site for site in context.weight_sites if site.name.startswith(f"{name}.")]
     modules = {module.name: module for module in plan.modules}
     linears = [linear for site in sites for linear in site.linears]
@@ -89,7 +100,8 @@ def round_block(
     for level in _levels(sites):
         wanted = reference and [*reference.inputs(name, layer, level)]
         with replaced(layer, StandIns(current, values).within(name)):
-            moments = _moments(context, plan, current, hidden.inputs(name, layer, level), wanted)
+            seen = zip(hidden.inputs(name, layer, level), token_weights or repeat(None), strict=False)
+            moments = _moments(context, plan, current, seen, wanted)
         for linear in (linear for site in level for linear in site.linears):
             module = modules[linear]
             if (of_site := moments.get(module.site)) is not None:
@@ -110,7 +122,7 @@ def _moments(
     context: SearchContext,
     plan: RoundingPlan,
     current: Mapping[str, QuantLinear],
-    seen: Iterable[Mapping[Site, Tensor]],
+    seen: Iterable[tuple[Mapping[Site, Tensor], Tensor | None]],
     wanted: Sequence[Mapping[Site, Tensor]] | None,
 ) -> dict[str, Moments]:
     """Moments of what weights multiply, by site name.
@@ -119,18 +131,20 @@ def _moments(
         context: the search.
         plan: what transforms the inputs.
         current: the Linears.
-        seen: inputs of sites in the quantized model, batch by batch.
+        seen: inputs of sites in the quantized model and weights of tokens, batch by batch.
         wanted: the same in full precision, untransformed.
     """
     sums = OrderedSum(context.shard)
-    for index, batch in enumerate(seen):
+    for index, (batch, token_weights) in enumerate(seen):
         found = {}
         for site, x in batch.items():
             layer = current[site.name]
             inputs = round_activation(layer.rotated(x), layer.activation_format, layer._parameters)
             reference = wanted and transformed(plan, site, wanted[index][site])
-            norms = inputs.float().square().sum(dim=1)
-            weights = 1 / norms.clamp_min(1e-12) if context.options.token_errors == "relative" else None
+            weights = None if site.expert else token_weights  # of all tokens, not of those that an expert serves
+            if context.options.token_errors == "relative":
+                relative = 1 / inputs.float().square().sum(dim=1).clamp_min(1e-12)
+                weights = relative if weights is None else relative * weights.to(relative.device)
             found[site.name] = Moments.of(inputs, reference, weights)
         sums.add(found)
     return sums.total()

@@ -103,11 +103,11 @@ def test_an_interrupted_search_goes_on_with_the_next_block(loaded, calibration, 
     undisturbed = plan_of(loaded, calibration, **ROTATED, rounding="gptq")
     real, seen = weight_rounding.round_block, []
 
-    def failing(context, plan, block, hidden, reference):
+    def failing(context, plan, block, *rest):
         seen.append(block[0])
         if len(seen) == 4:
             raise KeyboardInterrupt
-        return real(context, plan, block, hidden, reference)
+        return real(context, plan, block, *rest)
 
     monkeypatch.setattr(weight_rounding, "round_block", failing)
     with pytest.raises(KeyboardInterrupt):

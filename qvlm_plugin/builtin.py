@@ -56,6 +56,12 @@ METHODS = (
         STEPS,
     ),
     Method(
+        "mbq",
+        "AWQ with errors at image tokens and at text balanced by their gradients (MBQ), activations per token",
+        preset(MethodOptions, transform="awq", importance="modality", activations="token"),
+        STEPS,
+    ),
+    Method(
         "smoothquant",
         "magnitudes moved from activations into weights (SmoothQuant), activations rounded per token",
         preset(MethodOptions, transform="smooth", group_size=-1, symmetric=True, activations="token"),

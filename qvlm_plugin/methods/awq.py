@@ -15,7 +15,7 @@ from qvlm_plugin.methods.clipping import search_clip
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.options import MethodOptions
-from qvlm_plugin.methods.sampling import sample_tokens
+from qvlm_plugin.methods.sampling import Sample, sample_tokens
 from qvlm_plugin.methods.scaling import fold_of, produced_magnitude, scale_grid, search_scale
 from qvlm_plugin.methods.stand_ins import copied
 from qvlm_plugin.plan import apply_fold
@@ -34,7 +34,7 @@ def scale_and_clip(context: SearchContext, draft: Draft) -> Draft:
         QVLMError: an input is not finite.
     """
     sites, options = context.weight_sites, context.options
-    tokens = sample_tokens(context, sites, options.search_tokens)
+    tokens = sample_tokens(context, sites, options.search_tokens, draft.token_weights)
     sites = [site for site in sites if site.name in tokens]  # some experts may have seen none
     blocks = [list(block) for _, block in groupby(sites, key=lambda site: (site.part, site.block))]
     found = []
@@ -49,7 +49,7 @@ def scale_and_clip(context: SearchContext, draft: Draft) -> Draft:
 
 @torch.no_grad()
 def search_block(
-    model: nn.Module, sites: list[Site], weight_format: WeightFormat, tokens: dict[str, Tensor], options: MethodOptions
+    model: nn.Module, sites: list[Site], weight_format: WeightFormat, tokens: dict[str, Sample], options: MethodOptions
 ) -> tuple[list[Fold], dict[str, Tensor]]:
     """Scales and clipping factors of one block's sites; see `scale_and_clip`.
 
@@ -63,10 +63,10 @@ def search_block(
         if site.producer:
             fold = folds[site] = fold_of(site, model)
             weights = [modules[name].weight for name in site.linears]
-            inputs = tokens[site.name].to(weights[0].device, torch.float32)
-            channels = len(modules[site.producer].weight)
-            grid = scale_grid(produced_magnitude(inputs, fold, channels), options.alpha_steps)
-            scale = search_scale(weights, weight_format, inputs, fold, grid)
+            channels, device = len(modules[site.producer].weight), weights[0].device
+            magnitude = produced_magnitude(tokens[site.name].tokens.to(device), fold, channels)
+            grid = scale_grid(magnitude, options.alpha_steps)
+            scale = search_scale(weights, weight_format, tokens[site.name].weighted(device), fold, grid)
             tensors[f"{site.name}/scale"] = scale.cpu()
     for site, fold in folds.items():
         linears = [modules[name] for name in site.linears]
@@ -75,7 +75,7 @@ def search_block(
         clipped = [name for name in site.linears if not name.endswith(UNCLIPPED)]
         for name in clipped:
             weight = modules[name].weight
-            inputs = tokens[site.name].to(weight.device, torch.float32)
+            inputs = tokens[site.name].weighted(weight.device)
             if site in folds:
                 inputs = inputs / folds[site].spread(tensors[f"{site.name}/scale"], weight.shape[1]).to(weight.device)
             tensors[f"{name}/clip"] = search_clip(weight, weight_format, inputs, options.clips).cpu()

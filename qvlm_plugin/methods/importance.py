@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -178,6 +179,44 @@ def search_important_ranges(context: SearchContext, draft: Draft) -> Draft:
     return replace(draft.adding(tensors), token_weights=token_weights)
 
 
+def weigh_tokens(context: SearchContext, draft: Draft) -> Draft:
+    """The token weights that `visit_jacobians` returns; those of ``importance=modality`` are of `by_modality`."""
+    _, weights = visit_jacobians(context, [], lambda *seen: seen[1])
+    if context.options.importance == "modality":
+        size, images, texts = context.options.calibration_batch_size, [], []
+        for inputs, _ in context.calibration.batches(context.loaded.processor, size):
+            images.append(inputs["input_ids"] == context.model.config.image_token_id)
+            texts.append(inputs["attention_mask"].bool() & ~images[-1])
+        weights = by_modality(weights, images, texts)
+    return replace(draft, token_weights=weights)
+
+
+def by_modality(weights: TokenWeights, images: Sequence[Tensor], texts: Sequence[Tensor]) -> TokenWeights:
+    """One weight for all image tokens of a layer, and 1 for those of text (MBQ, Li et al., 2025).
+
+    It is the ratio of the two kinds' mean gradient norms, and at least the median of the layers' ratios, as MBQ's code
+    has it. The gradients are of the answers' log-odds, at the layer's output, and text is the question too; MBQ takes
+    those of the answers' loss, after attention and after the MLP, and of text the answers alone.
+
+    Args:
+        weights: squared gradient norms.
+        images, texts: of each batch, which tokens are of an image, and which of text: bool [B, T].
+    """
+    ratios = [_mean_norm(layer, images) / _mean_norm(layer, texts) for layer in weights]
+    least = median(ratios)
+    return [
+        [torch.where(image.to(one.device), max(ratio, least), 1.0) for one, image in zip(layer, images, strict=True)]
+        for layer, ratio in zip(weights, ratios, strict=True)
+    ]
+
+
+def _mean_norm(weights: Sequence[Tensor], chosen: Sequence[Tensor]) -> float:
+    """The mean gradient norm of some tokens; tiny where there is none, so that it may divide."""
+    norms = [one[tokens.to(one.device)].sqrt() for one, tokens in zip(weights, chosen, strict=True)]
+    found = torch.cat(norms)
+    return max(float(found.mean()) if len(found) else 0.0, 1e-30)
+
+
 def require_answers_to_look_at(context: SearchContext) -> None:
     """Check that every sample has an answer; see `require_answers`."""
-    require_answers(context.calibration, "importance=jacobian to look at", "importance=uniform")
+    require_answers(context.calibration, f"importance={context.options.importance} to look at", "importance=uniform")

@@ -141,9 +141,10 @@ class RangeOptions(_Options):
         norm: for ``lp``: exponent p of the l_p distance.
         min_ratio: for ``lp``: the narrowest candidate range, as a share of the observed one.
         ratio_step: for ``lp``: distance between candidates, from 1 downwards.
-        importance: ``jacobian`` weighs errors, of ranges and of blocks, by how much the answers depend on the element
-            or token, and gives each static channel a ratio of its own (`qvlm_plugin.methods.importance`); ``uniform``
-            is the paper's.
+        importance: ``jacobian`` weighs errors, of ranges, blocks and weights, by how much the answers depend on the
+            element or token, and gives each static channel a ratio of its own (`qvlm_plugin.methods.importance`);
+            ``modality`` weighs those at image tokens by one ratio for each layer, those at text by 1 (Li et al., 2025,
+            "MBQ"); ``uniform`` is the paper's.
         zero_on_grid: move static ranges of channels, by half a step at most, so that 0 is one of the points. Not the
             paper's.
         bias_correction: biases make up for what rounding the weights adds to the mean outputs. Not the paper's.
@@ -154,7 +155,7 @@ class RangeOptions(_Options):
     norm: float = Field(2.0, gt=0)
     min_ratio: float = Field(0.5, gt=0, le=1)
     ratio_step: float = Field(0.05, gt=0, lt=1)
-    importance: Literal["uniform", "jacobian"] = "uniform"
+    importance: Literal["uniform", "jacobian", "modality"] = "uniform"
     zero_on_grid: bool = False
     bias_correction: bool = False
 

@@ -5,6 +5,16 @@ from qvlm_plugin.scheme import UNQUANTIZED
 
 _PACKAGE = "qvlm_plugin.methods"
 
+TOKENS = Step(
+    "tokens",
+    imported(f"{_PACKAGE}.importance:weigh_tokens"),
+    lambda scheme, options: (
+        options.importance == "modality" or (options.importance == "jacobian" and options.activations == "token")
+    ),
+    imported(f"{_PACKAGE}.importance:require_answers_to_look_at"),
+)
+"""How much the errors of tokens count in what is searched."""
+
 AWQ = Step(
     "awq",
     imported(f"{_PACKAGE}.awq:scale_and_clip"),
@@ -52,7 +62,11 @@ LP = Step(
 JACOBIAN = Step(
     "jacobian",
     imported(f"{_PACKAGE}.importance:search_important_ranges"),
-    lambda scheme, options: options.importance == "jacobian" and scheme.decoder.activation != UNQUANTIZED,
+    lambda scheme, options: (
+        options.importance == "jacobian"
+        and options.activations == "channel"
+        and scheme.decoder.activation != UNQUANTIZED
+    ),
     imported(f"{_PACKAGE}.importance:require_answers_to_look_at"),
 )
 """Ranges of static sites by errors that the answers weigh."""
@@ -104,5 +118,5 @@ BLOCKS = Step(
 )
 """Q-VLM's dependency mining and joint search, on the optimized tower."""
 
-STEPS = (AWQ, SMOOTH, ROTATE, CLIP, MINMAX, LP, JACOBIAN, ZERO, MEANS, GPTQ, DEPENDENCIES, VISION, BLOCKS)
+STEPS = (TOKENS, AWQ, SMOOTH, ROTATE, CLIP, MINMAX, LP, JACOBIAN, ZERO, MEANS, GPTQ, DEPENDENCIES, VISION, BLOCKS)
 """All of them: transforms, ranges, biases, codes, then what is fitted on these."""

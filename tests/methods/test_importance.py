@@ -1,15 +1,19 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from searching import context_of
 
+from qvlm_plugin import planning
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods import importance
 from qvlm_plugin.methods.draft import Draft
-from qvlm_plugin.methods.importance import log_odds, search_important_ranges, visit_jacobians
+from qvlm_plugin.methods.importance import by_modality, log_odds, search_important_ranges, visit_jacobians
 from qvlm_plugin.methods.lp import least_distance
 from qvlm_plugin.observers import ChannelStatistics, RangeGrid, channel_lp_losses
 from qvlm_plugin.plan_header import Fold
+from qvlm_plugin.plan_request import check_request
 
 
 def decoder_sites(context):
@@ -174,3 +178,37 @@ def test_transformed_inputs_have_the_jacobians_of_what_they_stand_for(loaded, ca
     scaled = search_important_ranges(context, Draft({f"{site.name}/scale": scale}, (fold,)))
     for bound in ("lower", "upper"):
         assert torch.allclose(scaled.tensors[f"{site.name}/{bound}"] * 4, plain.tensors[f"{site.name}/{bound}"])
+
+
+def test_modalities_are_balanced_by_their_gradients():
+    """The ratio of mean norms, at least its median over layers; padding counts nowhere."""
+    images = [torch.tensor([[1, 1, 0, 0, 0]]).bool(), torch.tensor([[0, 1, 0, 0, 0]]).bool()]
+    texts = [torch.tensor([[0, 0, 1, 1, 0]]).bool(), torch.tensor([[0, 0, 1, 1, 1]]).bool()]
+    layers = []
+    for image, text in ((4.0, 2.0), (3.0, 1.0), (1.0, 4.0)):
+        norms = [
+            torch.where(one, image, torch.where(other, text, 77.0)) for one, other in zip(images, texts, strict=True)
+        ]
+        layers.append([norm.square() for norm in norms])
+    found = by_modality(layers, images, texts)
+    for layer, ratio in zip(found, (2.0, 3.0, 2.0), strict=True):  # the last one's own is a quarter
+        for weights, image, text in zip(layer, images, texts, strict=True):
+            assert torch.allclose(weights[image], torch.tensor(ratio)) and (weights[text] == 1).all()
+
+
+def test_token_weights_are_found_before_weights_are_searched(loaded, calibration):
+    """MBQ's balance changes AWQ's choices, the Jacobian GPTQ's; uniform weights change nothing."""
+    for method, choices in (("mbq", ("uniform", "modality")), ("gptq", ("uniform", "jacobian", "modality"))):
+        options = {"calibration_batch_size": 5, "group_size": 16, **({"alpha_steps": 6} if method == "mbq" else {})}
+        plans = []
+        for choice in choices:
+            request = check_request(method, "w3a16", options | {"importance": choice})
+            plans.append(planning.obtain_plan(loaded, request, calibration, None))
+        assert len({plan.hash for plan in plans}) == len(choices)
+
+
+def test_modalities_need_answers(loaded, calibration):
+    unanswered = replace(calibration, samples=tuple(replace(one, answer="") for one in calibration.samples))
+    request = check_request("mbq", "w4a16", {"calibration_batch_size": 5})
+    with pytest.raises(QVLMError, match="importance=modality to look at; choose a split with answers"):
+        planning.obtain_plan(loaded, request, unanswered, None)

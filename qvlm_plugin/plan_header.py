@@ -100,14 +100,14 @@ class Rotation(_Record):
 
     Attributes:
         site: whose inputs.
-        kind: ``hadamard`` - R = Q ⊗ H / √block, see `rotation`.
-        outer: order of Q; 1 for none.
+        kind: ``signed`` - R = S (M ⊗ H), see `rotation`.
+        outer: order of M.
         block: order of the Hadamard matrix H, a power of two.
-        seed: that Q is drawn from.
+        seed: that the signs S are drawn from, and M where it has to be.
     """
 
     site: str
-    kind: Literal["hadamard"] = "hadamard"
+    kind: Literal["signed"] = "signed"
     outer: PositiveInt
     block: PositiveInt
     seed: int = Field(0, ge=0, lt=2**63)
@@ -118,15 +118,6 @@ class Rotation(_Record):
         if block & (block - 1):
             raise ValueError(f"{block} is not a power of two")
         return block
-
-    @classmethod
-    def of_channels(cls, site: str, channels: int, seed: int = 0) -> "Rotation":
-        """The one with the largest block: the largest power of two that divides the channels, as 11008 = 43 * 256.
-
-        There is no bound, for what it costs hardly grows with the block (`rotation.factors`).
-        """
-        block = channels & -channels
-        return cls(site=site, outer=channels // block, block=block, seed=seed)
 
     @property
     def channels(self) -> int:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from qvlm_plugin.plan_header import Rotation
+from qvlm_plugin.rotation import rotation_of
 
 
 def rotated(plan, sites=None, seed=3):
@@ -12,7 +12,7 @@ def rotated(plan, sites=None, seed=3):
     found = {}
     for module in plan.modules:
         if module.site and (sites is None or module.site in sites):
-            rotation = Rotation.of_channels(module.site, module.shape[1], seed)
+            rotation = rotation_of(module.site, module.shape[1], seed)
             if sites is not None or rotation.obstacle(module) is None:
                 found[module.site] = rotation
     return replace(plan, rotations=tuple(found.values()))

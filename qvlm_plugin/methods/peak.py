@@ -29,7 +29,7 @@ from qvlm_plugin.methods.base import Method
 from qvlm_plugin.methods.footprint import Footprint
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm import dependency, mining
-from qvlm_plugin.plan_header import Rotation
+from qvlm_plugin.rotation import rotation_of
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import Topology, resolve
 
@@ -322,7 +322,7 @@ class _Search:
 
     def rotation(self, part: Part) -> Term:
         """Drawing the largest Q of a part's rotations: normal numbers and their decomposition in float64."""
-        outer = max(Rotation.of_channels("", channels).outer for channels in part.sites)
+        outer = max(rotation_of("", channels).outer for channels in part.sites)
         return Term("a rotation", 28 * outer**2 if self.options.transform == "rotate" else 0)
 
     def at_rest(self) -> Iterator[Phase]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft
-from qvlm_plugin.plan_header import Rotation
+from qvlm_plugin.rotation import rotation_of
 
 
 def rotate_inputs(context: SearchContext, draft: Draft) -> Draft:
@@ -18,5 +18,5 @@ def rotate_inputs(context: SearchContext, draft: Draft) -> Draft:
     for site in context.sites:
         if site in quantized:
             channels = context.model.get_submodule(site.name).in_features
-            found.append(Rotation.of_channels(site.name, channels, context.options.rotation_seed))
+            found.append(rotation_of(site.name, channels, context.options.rotation_seed))
     return replace(draft, rotations=(*draft.rotations, *found))

@@ -13,9 +13,8 @@ from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.int8 import INT8
 from qvlm_plugin.kernels.nf4 import NF4
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.plan_header import Rotation
 from qvlm_plugin.plan_request import check_request
-from qvlm_plugin.rotation import factors
+from qvlm_plugin.rotation import factors, rotation_of
 
 CASES = [
     *[(INT4, int_format(4), activation) for activation in (A16, STATIC, TOKEN)],
@@ -37,7 +36,7 @@ def test_the_whole_forward_pass_is_one_graph(kernel, weight, activation, turned,
     problem = Problem.draw(dtype=dtype)
     layer = problem.quantized(kernel, weight, activation)
     if turned:
-        layer.rotate_inputs(factors(Rotation.of_channels("site", 256)))
+        layer.rotate_inputs(factors(rotation_of("site", 256)))
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():

@@ -20,10 +20,9 @@ from qvlm_plugin.kernels.reference import REFERENCE, STRAIGHT_THROUGH
 from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.linear import QuantLinear, share_parameters
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.plan_header import Rotation
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
-from qvlm_plugin.rotation import factors
+from qvlm_plugin.rotation import factors, rotation_of
 
 WEIGHT = int_format(4)
 CASES = [
@@ -42,7 +41,7 @@ def site(kernel, weight, activation, count=3, turned=False):
         parameters = {name: values[name].clone() for name in activation.parameters}
         layer = QuantLinear.from_linear(nn.Linear(256, 64), weight, activation, parameters, kernel)
         if turned:
-            layer.rotate_inputs(factors(Rotation.of_channels("site", 256)))
+            layer.rotate_inputs(factors(rotation_of("site", 256)))
         layers.append(layer)
     share_parameters(layers)
     return x, layers

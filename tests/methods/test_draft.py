@@ -4,7 +4,8 @@ from searching import context_of
 from stored_codes import other_parameters
 
 from qvlm_plugin.methods.draft import Draft, build_plan, transformed, transformed_gradient
-from qvlm_plugin.plan_header import Fold, Rotation
+from qvlm_plugin.plan_header import Fold
+from qvlm_plugin.rotation import rotation_of
 
 
 @pytest.fixture
@@ -33,14 +34,14 @@ def test_weights_with_codes_among_the_tensors_are_stored(context, names):
 
 
 def test_rotations_pass_through(context, names):
-    rotations = tuple(Rotation.of_channels(name, 24, seed) for seed, name in enumerate(names))
+    rotations = tuple(rotation_of(name, 24, seed) for seed, name in enumerate(names))
     assert build_plan(context, Draft(rotations=rotations)).rotations == rotations
 
 
 def test_a_draft_is_stored_and_restored(names):
     draft = Draft(
         {"x/lower": torch.ones(3)}, (Fold(site=names[0], producer="norm"),), ("norm.weight",),
-        (Rotation.of_channels(names[1], 24, 5),), {"cdm": {"blocks": [1]}}, [[torch.zeros(2)], [torch.ones(2)]],
+        (rotation_of(names[1], 24, 5),), {"cdm": {"blocks": [1]}}, [[torch.zeros(2)], [torch.ones(2)]],
     )  # fmt: skip
     again = Draft.restored(*draft.stored())
     assert (again.folds, again.replaced, again.rotations) == (draft.folds, draft.replaced, draft.rotations)
@@ -54,7 +55,7 @@ def test_what_is_transformed_has_the_gradient_of_what_it_stands_for(context, nam
     site = next(site for site in context.sites if site.name == names[0])
     channels = context.model.get_submodule(site.name).in_features
     torch.manual_seed(0)
-    scale, rotation = torch.rand(channels) + 0.5, Rotation.of_channels(site.name, channels, 3)
+    scale, rotation = torch.rand(channels) + 0.5, rotation_of(site.name, channels, 3)
     fold = Fold(site=site.name, producer=site.producer)
     draft = Draft({f"{site.name}/scale": scale}, (fold,), rotations=(rotation,))
     step, gradient = torch.randn(2, 7, channels)

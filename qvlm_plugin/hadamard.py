@@ -1,0 +1,93 @@
+"""Hadamard matrices: square, of entries 1 and -1, with orthogonal rows.
+
+Sylvester's construction gives the powers of two. Paley's (1933) gives order q + 1 for prime powers q = 3 mod 4, and
+2 (q + 1) for q = 1 mod 4: among others 12, 20, 28, 36, 76, 108, 140 and 344, which are what the widths of models need.
+"""
+
+from functools import cache
+from itertools import product
+
+import torch
+from torch import Tensor
+
+Element = tuple[int, ...]
+"""Of a finite field of p^k elements: coefficients of a polynomial of degree below k, the lowest first."""
+
+
+def sylvester(power: int) -> Tensor:
+    """The symmetric matrix of order 2^power: float32."""
+    matrix = torch.ones(1, 1)
+    for _ in range(power):
+        matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
+    return matrix
+
+
+def has_paley(order: int) -> bool:
+    """Whether `paley` has a matrix of this order."""
+    return order % 4 == 0 and (_field(order - 1) is not None or _second_kind(order))
+
+
+@cache
+@torch.inference_mode(False)
+def paley(order: int) -> Tensor:
+    """A matrix of an order for which `has_paley` is true: float32. All callers get the same tensor."""
+    if not has_paley(order):
+        raise ValueError(f"Paley's construction has no Hadamard matrix of order {order}")
+    if _field(order - 1) is not None:
+        return torch.eye(order) + _bordered(order - 1, -1.0)
+    conference, unit = _bordered(order // 2 - 1, 1.0), torch.eye(order // 2)
+    return torch.kron(conference, torch.tensor([[1.0, 1], [1, -1]])) + torch.kron(
+        unit, torch.tensor([[1.0, -1], [-1, -1]])
+    )
+
+
+def _second_kind(order: int) -> bool:
+    q = order // 2 - 1
+    return q % 4 == 1 and _field(q) is not None
+
+
+def _bordered(q: int, below: float) -> Tensor:
+    """Whether differences of field elements are squares (1), not (-1) or 0, with a row of ones and a column."""
+    matrix = torch.zeros(q + 1, q + 1)
+    matrix[0, 1:], matrix[1:, 0] = 1.0, below
+    prime, degree = _field(q)
+    elements = [*product(range(prime), repeat=degree)]
+    squares = {_square(element, prime) for element in elements}
+    values = {element: (0.0 if not any(element) else 1.0 if element in squares else -1.0) for element in elements}
+    for row, a in enumerate(elements, 1):
+        differences = (tuple((x - y) % prime for x, y in zip(a, b, strict=True)) for b in elements)
+        matrix[row, 1:] = torch.tensor([values[difference] for difference in differences])
+    return matrix
+
+
+@cache
+def _field(q: int) -> tuple[int, int] | None:
+    """(p, k) of a field of q = p^k elements with an odd prime p and k up to 3; None if there is none."""
+    for degree in (1, 2, 3):
+        prime = round(q ** (1 / degree))
+        if prime**degree == q and prime > 2 and all(prime % divisor for divisor in range(2, int(prime**0.5) + 1)):
+            return prime, degree
+    return None
+
+
+def _square(element: Element, prime: int) -> Element:
+    """The square, modulo `_irreducible`."""
+    degree = len(element)
+    found = [0] * (2 * degree - 1)
+    for (i, a), (j, b) in product(enumerate(element), repeat=2):
+        found[i + j] += a * b
+    lower = _irreducible(prime, degree)
+    for power in range(2 * degree - 2, degree - 1, -1):
+        for place, coefficient in enumerate(lower):
+            found[power - degree + place] -= found[power] * coefficient
+    return tuple(value % prime for value in found[:degree])
+
+
+@cache
+def _irreducible(prime: int, degree: int) -> Element:
+    """All but the leading coefficient of a monic polynomial without roots, which up to degree 3 is irreducible."""
+    for lower in product(range(prime), repeat=degree):
+        values = (x**degree + sum(c * x**place for place, c in enumerate(lower)) for x in range(prime))
+        if degree == 1 or all(value % prime for value in values):
+            return lower
+    raise AssertionError("every finite field has irreducible polynomials of every degree")

@@ -30,7 +30,7 @@ from qvlm_plugin.plan_header import ModulePlan, Rotation, table_hash
 from qvlm_plugin.reading import inside, parsed_elsewhere
 from qvlm_plugin.rotation import factors
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest that this version reads. A folder is written in the oldest that says all: its plan's."""
 
 _GUARD = "weight"

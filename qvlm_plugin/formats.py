@@ -141,14 +141,32 @@ class ActivationFormat(_Format):
             for the language model); ``dynamic_token`` - each token's own extremes, pulled in by ``clip_ratio`` (Outlier
             Suppression, for the vision tower and the projector).
         bits: width of a code.
+        centered: for ``dynamic_token``: what is rounded is the distance from ``center`` [in_features], the mean input
+            of each channel in calibration, which is added again (after Wei et al., 2023, "Outlier Suppression+").
     """
 
     kind: Literal["none", "static_channel", "dynamic_token"] = "none"
+    centered: bool = False
+
+    @model_validator(mode="after")
+    def _tokens_are_centered(self) -> "ActivationFormat":
+        if self.centered and self.kind != "dynamic_token":
+            raise ValueError("centered activations are of kind 'dynamic_token'")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without what is newer than the first formats unless it is true."""
+        content = serialize(self)
+        return {name: value for name, value in content.items() if name != "centered" or value}
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the tensors a plan holds for each site of this format."""
-        return {"none": (), "static_channel": ("lower", "upper"), "dynamic_token": ("clip_ratio",)}[self.kind]
+        names = {"none": (), "static_channel": ("lower", "upper"), "dynamic_token": ("clip_ratio",)}[self.kind]
+        return (*names, "center") if self.centered else names
 
     def __str__(self) -> str:
-        return "activation unquantized" if self.kind == "none" else f"{self.kind} {self.bits}-bit"
+        if self.kind == "none":
+            return "activation unquantized"
+        return f"{self.kind} {self.bits}-bit" + (" centered" if self.centered else "")

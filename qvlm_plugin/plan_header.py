@@ -25,9 +25,10 @@ from qvlm_plugin.scheme import PARTS
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 2
-"""The newest that this version reads. 2 has stored codes and rotations. Plans without any are written as 1: older
-versions read and apply them as this one does."""
+FORMAT_VERSION = 3
+"""The newest that this version reads. 2 had stored integer codes, 3 has codes of either kind, rotations, centered
+activations and weights that are clipped by magnitude. Plans without any are written as 1: older versions read and apply
+them as this one does."""
 
 HEADER, TENSORS = "plan.json", "plan.safetensors"
 """The files of a plan's folder."""
@@ -183,7 +184,11 @@ class PlanFacts:
     @property
     def oldest_format(self) -> int:
         """The oldest `FORMAT_VERSION` that can say what the plan does."""
-        return 2 if self.rotations or any(module.weight.stored for module in self.modules) else 1
+        newer = any(
+            module.weight.stored or module.weight.clip_magnitude or module.activation.centered
+            for module in self.modules
+        )
+        return FORMAT_VERSION if self.rotations or newer else 1
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -16,6 +16,8 @@ STATIC = ActivationFormat(kind="static_channel", bits=4)
 STATIC8 = ActivationFormat(kind="static_channel", bits=8)
 TOKEN = ActivationFormat(kind="dynamic_token", bits=4)
 TOKEN8 = ActivationFormat(kind="dynamic_token", bits=8)
+CENTERED = ActivationFormat(kind="dynamic_token", bits=4, centered=True)
+CENTERED8 = ActivationFormat(kind="dynamic_token", bits=8, centered=True)
 
 
 def int_format(bits, group_size=128, **more):
@@ -43,7 +45,8 @@ class Problem:
         if activation.kind == "static_channel":
             bounds = {"lower": self.x.float().amin(0), "upper": self.x.float().amax(0)}
             return bounds | ({"mean": self.x.float().mean(0)} if mean else {})
-        return {"clip_ratio": torch.tensor([0.95])} if activation.kind == "dynamic_token" else {}
+        values = {"clip_ratio": torch.tensor([0.95])} if activation.kind == "dynamic_token" else {}
+        return values | ({"center": self.x.float().mean(0)} if activation.centered else {})
 
     def quantized(self, kernel: Kernel, weight: WeightFormat, activation: ActivationFormat, **more) -> QuantLinear:
         parameters = self.parameters(activation) | more

@@ -97,7 +97,7 @@ def test_a_folder_has_the_plans_codes(source, tmp_path, calibration, inputs, sch
     assert torch.equal(logits_of(model, inputs), logits_of(expected.model, inputs))
     assert relative(logits_of(other.model, inputs), logits_of(expected.model, inputs)) > 1e-3
     record = quantizer_of(model).record
-    assert record.plan["plan_hash"] == plan.hash and record.format_version == 2  # which older programs refuse
+    assert record.plan["plan_hash"] == plan.hash and record.format_version == 3  # which older programs refuse
     assert all(module.plan.weight.stored for module in record.quantized)
 
 
@@ -115,7 +115,7 @@ def test_a_folder_rotates_inputs(source, tmp_path, calibration, inputs, scheme, 
     assert torch.equal(logits_of(model, inputs), logits_of(expected.model, inputs))
     assert not torch.equal(logits_of(model, inputs), logits_of(plain.model, inputs))
     record = quantizer_of(model).record
-    assert record.format_version == 2 and {module.rotation for module in record.quantized} == set(plan.rotations)
+    assert record.format_version == 3 and {module.rotation for module in record.quantized} == set(plan.rotations)
     stored = {key for file in (tmp_path / "x").glob("*.safetensors") for key in load_file(file)}
     assert not any("rotation" in key for key in stored)  # their matrices follow from sizes and seeds
 

@@ -165,7 +165,7 @@ def test_damaged_folders_are_named(plan, tmp_path):
         (header[:-20], "not a plan"),
         ("[]", "not a plan"),
         (json.dumps({**json.loads(header), "surprise": 1}), "not a plan"),
-        (json.dumps({**json.loads(header), "format_version": 99}), "this version reads up to 2"),
+        (json.dumps({**json.loads(header), "format_version": 99}), "this version reads up to 3"),
     ]:
         (folder / "plan.json").write_text(content)
         with pytest.raises(QVLMError, match=message):
@@ -242,7 +242,7 @@ def test_a_plan_with_codes_is_saved_in_a_version_that_says_so(awq_plan, loaded, 
     again = RoundingPlan.load(plan.save(tmp_path / "codes"))
     awq_plan.save(tmp_path / "none")
     versions = [read_header(tmp_path / name).format_version for name in ("codes", "none")]
-    assert versions == [2, 1]  # older programs refuse the one, and read the other
+    assert versions == [3, 3]  # older programs refuse the one, and read the other
     assert again.hash == plan.hash == read_header(tmp_path / "codes").hash != awq_plan.hash
     assert again.modules == plan.modules and again.tensors.keys() == plan.tensors.keys()
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in plan.tensors.items())

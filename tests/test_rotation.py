@@ -233,7 +233,7 @@ def test_saving_and_loading_keeps_rotations(plan, tmp_path):
     turned = rotated(plan)
     again = RoundingPlan.load(turned.save(tmp_path / "plan"))
     header = read_header(tmp_path / "plan")
-    assert again.rotations == turned.rotations == header.rotations and header.format_version == 2
+    assert again.rotations == turned.rotations == header.rotations and header.format_version == 3
     assert again.hash == turned.hash == header.hash != plan.hash != rotated(plan, seed=4).hash != turned.hash
     assert "rotations" not in (plan.save(tmp_path / "none") / "plan.json").read_text()
     assert RoundingPlan.load(write_recorded_plan(tmp_path / "old")).rotations == ()

@@ -88,6 +88,9 @@ def _pack(
     packed = with_encoding({name: tensor.to(device) for name, tensor in tensors.items()})
     if "clip_ratio" in packed:
         packed["row_sum"] = packed["codes_0"].sum(dim=1) * packed["scale"][0]
+    if activation_format.centered:  # the product is with distances from the center
+        bias = (packed["codes_0"].float() @ packed["center"].float()) * packed["scale"][0]
+        packed["bias"] = bias + packed["bias"].float() if "bias" in packed else bias
     return _aligned(packed) if device.type == "cpu" and activation_format.kind != "none" else packed
 
 
@@ -142,11 +145,13 @@ def _token_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[T
 
     def compute() -> tuple[Tensor, Tensor, Tensor]:
         tokens = x.reshape(-1, x.shape[-1])
+        tokens = tokens.float() - tensors["center"] if "center" in tensors else tokens
         lower, upper = token_range(tokens, tensors["clip_ratio"])
         step, inverse = quantization_step(lower, upper, bits)
         return by_rows(signed, tokens, (lower, inverse), torch.int8), step, lower + zero_point * step
 
-    return once(x, tensors, ("clip_ratio",), ("token codes", bits), compute)
+    names = tuple(name for name in ("clip_ratio", "center") if name in tensors)
+    return once(x, tensors, names, ("token codes", bits), compute)
 
 
 def _segments(tensors: Mapping[str, Tensor]) -> list[Tensor]:

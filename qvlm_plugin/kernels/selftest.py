@@ -96,6 +96,7 @@ def _parameters(weight: Tensor, weight_format: WeightFormat, activation_format: 
         "lower": lower,
         "upper": lower + _STEP * levels,
         "clip_ratio": torch.ones(1),
+        "center": _STEP * (torch.arange(SHAPE[1]) % 5).float(),
         "clip": torch.ones(SHAPE[0], weight_format.groups(SHAPE) // SHAPE[0] or 1),
     }
     if weight_format.stored:

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Result = TypeVar("Result")
 
-ROUNDING = ("lower", "upper", "step", "inverse", "low", "index", "clip_ratio")
+ROUNDING = ("lower", "upper", "step", "inverse", "low", "index", "clip_ratio", "center")
 """Names that run-time tensors have which inputs are rounded by."""
 
 

@@ -98,6 +98,12 @@ def transformed_gradient(plan: Draft | RoundingPlan, site: Site, gradient: Tenso
     return _rotated(plan, site, gradient if scale is None else gradient * scale)
 
 
+def centered(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
+    """`transformed` tokens less their center, where that is what is rounded."""
+    center = plan.tensors.get(f"{site.name}/center")
+    return tokens if center is None else tokens.float() - center.to(tokens.device)
+
+
 def _rotated(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
     for rotation in plan.rotations:
         if rotation.site == site.name:
@@ -116,7 +122,8 @@ def build_plan(context: SearchContext, draft: Draft) -> RoundingPlan:
     """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are.
 
     Weights with a ``<linear>/clip`` among the tensors are clipped by it, those with ``<linear>/codes`` are these codes
-    (`quantizers.stored_parameters`); where there is a ``<site>/mean``, the bias of quantized weights is corrected.
+    (`quantizers.stored_parameters`). Where there is a ``<site>/mean``, biases of quantized weights are corrected; where
+    there is a ``<site>/center``, tokens are centered.
     Experts that no calibration token reached have no bounds among the tensors: their inputs are rounded within each
     token's own extremes, which takes no data, and the plan's record lists them as ``uncalibrated``.
     """
@@ -136,6 +143,8 @@ def build_plan(context: SearchContext, draft: Draft) -> RoundingPlan:
             weight = clipped_format(weight)
         if site and f"{site.name}/mean" in tensors and weight.kind != "none":
             weight = weight.model_copy(update={"corrected": True})
+        if site and f"{site.name}/center" in tensors:
+            activation = activation.model_copy(update={"centered": True})
         if site and site.expert and any(f"{site.name}/{key}" not in tensors for key in activation.parameters):
             activation = ActivationFormat(kind="dynamic_token", bits=activation.bits)
             tensors[f"{site.name}/clip_ratio"] = torch.ones(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat
 from qvlm_plugin.methods.context import SearchContext
-from qvlm_plugin.methods.draft import Draft
+from qvlm_plugin.methods.draft import Draft, centered
 from qvlm_plugin.methods.minmax import observe
 from qvlm_plugin.methods.observe import visit_site_inputs
 from qvlm_plugin.observers import RangeGrid, best_ratio, channel_lp_losses, token_lp_losses
@@ -34,7 +34,7 @@ def least_distance(context: SearchContext, draft: Draft, formats: Mapping[Site, 
         fmt = formats[site]
         grid = RangeGrid(options.ratios, fmt.bits, options.norm)
         if fmt.kind == "dynamic_token":
-            return token_lp_losses(tokens, grid)
+            return token_lp_losses(centered(draft, site, tokens), grid)
         seen = statistics[site.name].to(tokens.device)
         losses = channel_lp_losses(tokens, seen, grid)
         return losses if options.ranges == "channel" else losses.sum(dim=1)

@@ -1,4 +1,4 @@
-"""Mean inputs of Linears, by which their biases make up for rounded weights."""
+"""Mean inputs of Linears: biases make up for rounded weights by them, and tokens are centered by them."""
 
 from torch import Tensor
 
@@ -22,10 +22,17 @@ def ordinary(tokens: Tensor) -> Tensor:
 
 
 def observe_means(context: SearchContext, draft: Draft) -> Draft:
-    """The plan tensor ``<site>/mean`` [C] of each site with rounded weights: over the `ordinary` calibration tokens.
+    """The plan tensors ``<site>/mean``, where biases are corrected, and ``<site>/center``, where tokens are centered:
+    both [C], over the `ordinary` calibration tokens.
 
     Raises:
         QVLMError: an input is not finite.
     """
-    statistics = observe(context, context.weight_sites, draft, ordinary)
-    return draft.adding({f"{name}/mean": seen.mean for name, seen in statistics.items()})
+    options, formats = context.options, context.activation_sites
+    corrected = set(context.weight_sites if options.bias_correction else ())
+    centered = {site for site, fmt in formats.items() if options.center and fmt.kind == "dynamic_token"}
+    statistics = observe(context, [site for site in context.sites if site in corrected | centered], draft, ordinary)
+    tensors = {}
+    for key, sites in (("mean", corrected), ("center", centered)):
+        tensors |= {f"{site.name}/{key}": statistics[site.name].mean for site in sites if site.name in statistics}
+    return draft.adding(tensors)

@@ -47,6 +47,7 @@ class FormatOptions(_Options):
         double_quantization: for ``nf`` weights: quantize the block scales too.
         activations: how the language model's activations are rounded: each ``channel`` within bounds fixed in
             calibration (paper, section 4.3), or each ``token`` within its own extremes, as in the visual part.
+        center: round what is left of a token when the mean of each channel is taken away. Not the paper's.
     """
 
     weights: Literal["int", "nf"] = "int"
@@ -54,6 +55,7 @@ class FormatOptions(_Options):
     symmetric: bool = False
     double_quantization: bool = True
     activations: Literal["channel", "token"] = "channel"
+    center: bool = False
 
     def weight_format(self, bits: int) -> WeightFormat:
         """The format of a weight of ``bits`` bits."""

@@ -45,6 +45,15 @@ CLIP = Step(
 )
 """Narrowed ranges of groups of weights, for the least squared error."""
 
+MEANS = Step(
+    "means",
+    imported(f"{_PACKAGE}.means:observe_means"),
+    lambda scheme, options: (
+        (options.bias_correction and quantizes_weights(scheme)) or (options.center and quantizes_activations(scheme))
+    ),
+)
+"""Mean inputs, by which biases are corrected and tokens centered."""
+
 MINMAX = Step(
     "minmax",
     imported(f"{_PACKAGE}.minmax:observe_extremes"),
@@ -79,13 +88,6 @@ ZERO = Step(
 )
 """Static ranges with 0 among their points."""
 
-MEANS = Step(
-    "means",
-    imported(f"{_PACKAGE}.means:observe_means"),
-    lambda scheme, options: options.bias_correction and quantizes_weights(scheme),
-)
-"""Mean inputs, by which biases are corrected."""
-
 GPTQ = Step(
     "gptq",
     imported(f"{_PACKAGE}.weight_rounding:round_weights"),
@@ -118,5 +120,5 @@ BLOCKS = Step(
 )
 """Q-VLM's dependency mining and joint search, on the optimized tower."""
 
-STEPS = (TOKENS, AWQ, SMOOTH, ROTATE, CLIP, MINMAX, LP, JACOBIAN, ZERO, MEANS, GPTQ, DEPENDENCIES, VISION, BLOCKS)
-"""All of them: transforms, ranges, biases, codes, then what is fitted on these."""
+STEPS = (TOKENS, AWQ, SMOOTH, ROTATE, CLIP, MEANS, MINMAX, LP, JACOBIAN, ZERO, GPTQ, DEPENDENCIES, VISION, BLOCKS)
+"""All of them: transforms, means, ranges, codes, then what is fitted on these."""

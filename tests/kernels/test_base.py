@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_problems import A16, CPU, STATIC, STATIC8, TOKEN8, Problem, int_format, relative
+from kernel_problems import A16, CENTERED8, CPU, STATIC, STATIC8, TOKEN8, Problem, int_format, relative
 from stored_codes import other_integers, other_parameters, stored
 
 from qvlm_plugin.formats import WeightFormat
@@ -15,7 +15,7 @@ NF = WeightFormat(kind="nf", bits=4, corrected=True)
 INT4_WEIGHT, INT6_WEIGHT = int_format(4, corrected=True), int_format(6, corrected=True)
 
 
-@pytest.mark.parametrize("activation", [A16, TOKEN8, STATIC8], ids=str)
+@pytest.mark.parametrize("activation", [A16, TOKEN8, CENTERED8, STATIC8], ids=str)
 @pytest.mark.parametrize(
     "kernel, weight",
     [(REFERENCE, NF), (REFERENCE, INT4_WEIGHT), (INT4, INT4_WEIGHT), (INT8, INT6_WEIGHT), (NF4, NF)],
@@ -41,7 +41,7 @@ KERNELS_WITH_WEIGHTS = [
 SERVED = [
     (kernel, weight, activation)
     for kernel, weight in KERNELS_WITH_WEIGHTS
-    for activation in (A16, TOKEN8, STATIC, STATIC8)
+    for activation in (A16, TOKEN8, CENTERED8, STATIC, STATIC8)
     if kernel.supports(weight, activation, (64, 256), CPU)
 ]
 
@@ -62,7 +62,7 @@ def test_what_is_not_a_number_stays_none(kernel, weight, activation, tokens):
 
 
 @pytest.mark.parametrize("mean", [False, True])
-@pytest.mark.parametrize("activation", [A16, TOKEN8, STATIC8], ids=str)
+@pytest.mark.parametrize("activation", [A16, TOKEN8, CENTERED8, STATIC8], ids=str)
 @pytest.mark.parametrize(
     ("kernel", "weight", "bound"),
     [

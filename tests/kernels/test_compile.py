@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_problems import A16, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
+from kernel_problems import A16, CENTERED, CENTERED8, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
 from rotations import by_token, rotated
 from transformers import StaticCache
 
@@ -17,9 +17,9 @@ from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.rotation import factors, rotation_of
 
 CASES = [
-    *[(INT4, int_format(4), activation) for activation in (A16, STATIC, TOKEN)],
+    *[(INT4, int_format(4), activation) for activation in (A16, STATIC, TOKEN, CENTERED)],
     (INT4_FOLDED, int_format(4), STATIC),
-    *[(INT8, int_format(8), activation) for activation in (A16, STATIC8, TOKEN8)],
+    *[(INT8, int_format(8), activation) for activation in (A16, STATIC8, TOKEN8, CENTERED8)],
     (NF4, WeightFormat(kind="nf", bits=4, double_quantization=True), STATIC),
 ]
 

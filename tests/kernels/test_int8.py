@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_problems import A16, CPU, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
+from kernel_problems import A16, CENTERED, CENTERED8, CPU, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels import dequantized, int8, int8_product
@@ -12,7 +12,7 @@ STATIC6, TOKEN6 = (ActivationFormat(kind=kind, bits=6) for kind in ("static_chan
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("activation", [A16, STATIC, TOKEN, STATIC8, TOKEN8], ids=str)
+@pytest.mark.parametrize("activation", [A16, STATIC, TOKEN, CENTERED, STATIC8, TOKEN8, CENTERED8], ids=str)
 @pytest.mark.parametrize(
     "weight", [int_format(8), int_format(6), int_format(8, None), int_format(5, 32), NF6, NF8], ids=str
 )
@@ -74,7 +74,7 @@ def test_clipped_weights():
     assert problem.distance(INT8, weight, STATIC8, clip=0.5 + 0.5 * torch.rand(32, 4)) < 0.02
 
 
-@pytest.mark.parametrize("activation", [A16, STATIC8, TOKEN8], ids=str)
+@pytest.mark.parametrize("activation", [A16, STATIC8, TOKEN8, CENTERED8], ids=str)
 @pytest.mark.parametrize("shape", [(5, 7), (33, 50), (64, 256), (8, 2048)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_shapes(activation, shape, bias):
@@ -97,7 +97,7 @@ def test_many_tokens_are_multiplied_like_few(monkeypatch, dtype):
     assert relative(layer(problem.x), few) < 8e-3
 
 
-@pytest.mark.parametrize("activation", [STATIC8, TOKEN8], ids=str)
+@pytest.mark.parametrize("activation", [STATIC8, TOKEN8, CENTERED8], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("tokens", "outputs"), [(7, 2**20), (640, 100), (7, 100), (1, 1)])
 def test_parts_of_integer_products_equal_the_whole_to_the_bit(monkeypatch, activation, bias, tokens, outputs):
@@ -110,7 +110,7 @@ def test_parts_of_integer_products_equal_the_whole_to_the_bit(monkeypatch, activ
 
 
 @pytest.mark.parametrize("columns", [50, 2000, 2048, 4096])
-@pytest.mark.parametrize("activation", [STATIC8, TOKEN8], ids=str)
+@pytest.mark.parametrize("activation", [STATIC8, TOKEN8, CENTERED8], ids=str)
 def test_widths_of_the_integer_product_are_fast_ones(columns, activation):
     problem = Problem.draw((16, columns))
     layer = problem.quantized(INT8, int_format(8), activation)

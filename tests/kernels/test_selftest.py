@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_problems import A16, CPU, STATIC, STATIC8, TOKEN, TOKEN8, int_format
+from kernel_problems import A16, CENTERED, CENTERED8, CPU, STATIC, STATIC8, TOKEN, TOKEN8, int_format
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.formats import WeightFormat
@@ -23,7 +23,7 @@ NF = WeightFormat(kind="nf", bits=4, double_quantization=True)
      (INT8, int_format(8)), (INT8, int_format(6, None)), (NF4, NF)],
     ids=lambda value: getattr(value, "name", str(value)),
 )  # fmt: skip
-@pytest.mark.parametrize("activation", [A16, STATIC, STATIC8, TOKEN, TOKEN8], ids=str)
+@pytest.mark.parametrize("activation", [A16, STATIC, STATIC8, TOKEN, TOKEN8, CENTERED, CENTERED8], ids=str)
 def test_the_packed_kernels_pass(kernel, weight, activation):
     if kernel is NF4:
         pytest.importorskip("bitsandbytes")

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from kernel_problems import STATIC, STATIC8, TOKEN, TOKEN8, int_format
+from kernel_problems import CENTERED, CENTERED8, STATIC, STATIC8, TOKEN, TOKEN8, int_format
 from rotations import by_token, rotated
 from tiny_llava import logits_of, write_tiny_llava
 from torch import nn
@@ -28,6 +28,7 @@ WEIGHT = int_format(4)
 CASES = [
     *((kernel, WEIGHT, activation) for kernel in (REFERENCE, STRAIGHT_THROUGH, INT4) for activation in (STATIC, TOKEN)),
     (INT4_FOLDED, WEIGHT, STATIC), (INT8, int_format(8), STATIC8), (INT8, int_format(8), TOKEN8),
+    (INT8, int_format(8), CENTERED8), (REFERENCE, WEIGHT, CENTERED),
     (NF4, WeightFormat(kind="nf", bits=4), TOKEN),
 ]  # fmt: skip
 
@@ -38,6 +39,7 @@ def site(kernel, weight, activation, count=3, turned=False):
     x, layers = torch.randn(2, 5, 256), []
     for _ in range(count):
         values = {"lower": x.amin((0, 1)), "upper": x.amax((0, 1)), "clip_ratio": torch.tensor([0.9])}
+        values["center"] = x.mean((0, 1))
         parameters = {name: values[name].clone() for name in activation.parameters}
         layer = QuantLinear.from_linear(nn.Linear(256, 64), weight, activation, parameters, kernel)
         if turned:

@@ -33,9 +33,10 @@ CHOICES = [
     )
 ]
 CHOICES += [
-    {"transform": "rotate", "activations": "token", "cdm": True, "veo": True, "rounding": "gptq"},
+    {"transform": "rotate", "activations": "token", "cdm": True, "veo": True, "rounding": "gptq",
+     "center": True, "bias_correction": True, "max_percentile": 1.1},
     {"transform": "none", "activations": "channel", "cdm": True, "veo": False, "zero_on_grid": True},
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("choices", CHOICES, ids=lambda one: "-".join(map(str, one.values())))
@@ -130,8 +131,8 @@ def test_steps_are_wanted_by_scheme_and_options():
     assert names("qvlm", "w4a4", h0=0.5) == ["lp", "vision", "blocks"]
     assert names("quarot", "w4a4") == ["rotate", "clip", "minmax", "gptq"]
     assert names("quarot", "w4a16") == ["rotate", "clip", "gptq"] and names("gptq", "w16a8") == ["minmax"]
-    assert names("qlora", "w8a8", zero_on_grid=True, bias_correction=True) == ["lp", "zero", "means"]
-    assert names("qvlm_jacobian", "w4a4") == ["lp", "jacobian", "means", "vision"]
+    assert names("qlora", "w8a8", zero_on_grid=True, bias_correction=True) == ["means", "lp", "zero"]
+    assert names("qvlm_jacobian", "w4a4") == ["means", "lp", "jacobian", "vision"]
     assert names("qvlm", "w16a16+vision:w4a4") == ["lp", "vision"]
     assert len({step.name for step in STEPS}) == len(STEPS)
 

@@ -84,22 +84,32 @@ class TransformOptions(_Options):
     Attributes:
         transform: ``awq`` scales channels for the sake of the weights and clips these (Lin et al., 2023); ``smooth``
             moves the magnitude of channels into the weights (Xiao et al., 2023, "SmoothQuant"); ``rotate`` multiplies
-            them by an orthogonal matrix, which spreads massive channels over all (Ashkboos et al., 2024, "QuaRot").
+            them by an orthogonal matrix, which spreads massive channels over all (Ashkboos et al., 2024, "QuaRot");
+            ``smooth+rotate`` does one after the other.
         alpha_steps: for ``awq``: exponents tried for a site's scale, evenly from 0 up to but without 1; 1 switches
             scaling off.
         min_clip: for ``awq`` and ``weight_clip``: the narrowest weight range tried, as a share of the whole one; 1
             switches clipping off.
         search_tokens: for ``awq``: calibration tokens of each site that errors are measured on.
         smooth_alpha: for ``smooth``: the share of a channel's magnitude that moves, in powers (SmoothQuant, Eq. 4).
+        smooth_by: for ``smooth``: a channel's magnitude is its largest (``max``, SmoothQuant), or the root mean square
+            of its ordinary tokens and of its weights (``rms``). With this and α = 0.5 the errors of rotated inputs, and
+            of weights, are least: what matters then is not a channel's range but its share in a token's norm.
         rotation_seed: for ``rotate``: that matrices are drawn from where the channels are not a power of two.
     """
 
-    transform: Literal["none", "awq", "smooth", "rotate"] = "none"
+    transform: Literal["none", "awq", "smooth", "rotate", "smooth+rotate"] = "none"
     alpha_steps: int = Field(20, ge=1)
     min_clip: float = Field(0.5, gt=0, le=1)
     search_tokens: int = Field(512, ge=1)
     smooth_alpha: float = Field(0.5, ge=0, le=1)
+    smooth_by: Literal["max", "rms"] = "max"
     rotation_seed: int = Field(0, ge=0)
+
+    @property
+    def transforms(self) -> tuple[str, ...]:
+        """What ``transform`` names, in order; nothing for ``none``."""
+        return () if self.transform == "none" else tuple(self.transform.split("+"))
 
     @property
     def clips(self) -> tuple[float, ...]:
@@ -242,8 +252,8 @@ class VisionOptions(_Options):
 _READ_WITH = {
     (("transform", "awq"),): ("alpha_steps", "search_tokens"),
     (("transform", "awq"), ("weight_clip", "mse")): ("min_clip",),
-    (("transform", "smooth"),): ("smooth_alpha",),
-    (("transform", "rotate"),): ("rotation_seed",),
+    (("transform", "smooth"), ("transform", "smooth+rotate")): ("smooth_alpha", "smooth_by"),
+    (("transform", "rotate"), ("transform", "smooth+rotate")): ("rotation_seed",),
     (("rounding", "gptq"),): ("damping", "act_order", "token_errors", "correction"),
     (("observer", "lp"),): ("ranges", "norm", "min_ratio", "ratio_step"),
 }
@@ -276,12 +286,12 @@ class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, Tra
             raise ValueError(f"max_percentile={self.max_percentile}: reading=quantile has no percentiles above 1")
         if self.importance == "jacobian" and self.activations == "channel" and self.observer != "lp":
             raise ValueError("importance=jacobian weighs the search of channels' ranges: use it with observer=lp")
-        if self.transform == "rotate" and self.activations == "channel":
+        if "rotate" in self.transforms and self.activations == "channel":
             raise ValueError(
-                "transform=rotate spreads a massive channel over all, which widens static ranges of channels; "
-                "use it with activations=token"
+                f"transform={self.transform} spreads a massive channel over all, which widens static ranges of "
+                "channels; use it with activations=token"
             )
-        if self.transform in ("awq", "smooth") and self.veo and self.veo_train == "clip+norm":
+        if {"awq", "smooth"} & set(self.transforms) and self.veo and self.veo_train == "clip+norm":
             raise ValueError(
                 f"veo_train=clip+norm trains norms that transform={self.transform} folds scales into; "
                 "use veo_train=clip"

@@ -323,7 +323,7 @@ class _Search:
     def rotation(self, part: Part) -> Term:
         """Drawing the largest Q of a part's rotations: normal numbers and their decomposition in float64."""
         outer = max(rotation_of("", channels).outer for channels in part.sites)
-        return Term("a rotation", 28 * outer**2 if self.options.transform == "rotate" else 0)
+        return Term("a rotation", 28 * outer**2 if "rotate" in self.options.transforms else 0)
 
     def at_rest(self) -> Iterator[Phase]:
         """Numbers of a plan alone."""

@@ -2,6 +2,10 @@
 
 SmoothQuant (Xiao et al., 2023, Eq. 4): channel j of a site is divided by s_j = max|x_j|^α / max|w_j|^(1-α), and the
 columns of its Linears are multiplied by it; the division is folded into the module that produces the activation.
+
+``smooth_by=rms`` takes root mean squares in place of the largest magnitudes. A rotated token has errors of one size in
+all directions, in proportion to its norm; through the weight they come to about Σ (x_j/s_j)² · Σ (w_j s_j)², which is
+least for s_j = (rms x_j / rms w_j)^½: (Σ |x_j| |w_j|)², by Cauchy and Schwarz. The same holds for errors of the weight.
 """
 
 from dataclasses import replace
@@ -11,9 +15,12 @@ from torch import Tensor
 
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft
+from qvlm_plugin.methods.means import ordinary
 from qvlm_plugin.methods.minmax import observe
 from qvlm_plugin.methods.scaling import SMALLEST_MAGNITUDE, fold_of, over_readers
 from qvlm_plugin.models.placement import materialized
+from qvlm_plugin.observers import ChannelStatistics
+from qvlm_plugin.topology import Site
 
 
 @torch.no_grad()
@@ -25,28 +32,53 @@ def smooth(context: SearchContext, draft: Draft) -> Draft:
     """
     sites = [site for site in context.activation_sites if site.producer]
     folds, tensors = [], {}
-    statistics = observe(context, sites, draft)
+    by_rms = context.options.smooth_by == "rms"
+    statistics = observe(context, sites, draft, _with_squares if by_rms else None)
     for site in sites:
         if (seen := statistics.get(site.name)) is None:  # of an expert that no calibration token reached
             continue
         fold = fold_of(site, context.model)
-        inputs = torch.maximum(seen.upper, -seen.lower)
-        columns = torch.stack([_largest_of_columns(context, name) for name in site.linears]).amax(dim=0)
         channels = len(context.model.get_submodule(site.producer).weight)
-        largest = [over_readers(values.to(inputs.device), fold, channels, torch.amax) for values in (inputs, columns)]
-        tensors[f"{site.name}/scale"] = smoothing_scale(*largest, context.options.smooth_alpha).cpu()
+        if by_rms:
+            squares = _spread(context, site, seen), sum(_squares_of_columns(context, name) for name in site.linears)
+            found = (over_readers(one, fold, channels, torch.mean).sqrt() for one in squares)
+        else:
+            largest = torch.stack([_largest_of_columns(context, name) for name in site.linears]).amax(dim=0)
+            both = torch.maximum(seen.upper, -seen.lower), largest
+            found = (over_readers(one, fold, channels, torch.amax) for one in both)
+        inputs, weights = (one.to(seen.total.device) for one in found)
+        tensors[f"{site.name}/scale"] = smoothing_scale(inputs, weights, context.options.smooth_alpha).cpu()
         folds.append(fold)
     return replace(draft.adding(tensors), folds=(*draft.folds, *folds))
 
 
 def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """s = inputs^α / weights^(1-α) of largest magnitudes [C]; 1 where a channel or all of its weights are 0."""
+    """s = inputs^α / weights^(1-α) of magnitudes [C]; 1 where a channel or all of its weights are 0."""
     dead = (inputs <= SMALLEST_MAGNITUDE * inputs.max()) | (weights <= SMALLEST_MAGNITUDE * weights.max())
     scale = inputs.clamp_min(1e-30).pow(alpha) / weights.clamp_min(1e-30).pow(1 - alpha)
     return torch.where(dead, 1.0, scale)
+
+
+def _with_squares(tokens: Tensor) -> Tensor:
+    """`ordinary` tokens, and their squares beside them."""
+    kept = ordinary(tokens)
+    return torch.cat([kept, kept.square()], dim=1)
+
+
+def _spread(context: SearchContext, site: Site, seen: ChannelStatistics) -> Tensor:
+    """The mean square of each channel; about its mean, where tokens are centered before they are rounded."""
+    mean, square = seen.mean.chunk(2)
+    centered = context.options.center and context.activation_sites[site].kind == "dynamic_token"
+    return (square - mean.square()).clamp_min(0) if centered else square
 
 
 def _largest_of_columns(context: SearchContext, name: str) -> Tensor:
     linear = context.model.get_submodule(name)
     with materialized(linear):
         return linear.weight.abs().amax(dim=0).float()
+
+
+def _squares_of_columns(context: SearchContext, name: str) -> Tensor:
+    linear = context.model.get_submodule(name)
+    with materialized(linear):
+        return linear.weight.float().square().sum(dim=0)

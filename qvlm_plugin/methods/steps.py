@@ -25,14 +25,14 @@ AWQ = Step(
 SMOOTH = Step(
     "smooth",
     imported(f"{_PACKAGE}.smooth:smooth"),
-    lambda scheme, options: options.transform == "smooth" and quantizes_activations(scheme),
+    lambda scheme, options: "smooth" in options.transforms and quantizes_activations(scheme),
 )
 """Scales of channels, for the activations' sake."""
 
 ROTATE = Step(
     "rotate",
     imported(f"{_PACKAGE}.rotate:rotate_inputs"),
-    lambda scheme, options: options.transform == "rotate",
+    lambda scheme, options: "rotate" in options.transforms,
     needs_calibration=False,
 )
 """Orthogonal matrices that spread massive channels over all."""

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from searching import context_of
+from searching import context_of, inputs_of
 from tiny_llava import logits_of
 
 from qvlm_plugin import planning
 from qvlm_plugin.methods.hidden import block_inputs
+from qvlm_plugin.methods.means import ordinary
 from qvlm_plugin.methods.smooth import smoothing_scale
 from qvlm_plugin.methods.steps import STEPS
 from qvlm_plugin.plan_request import check_request
@@ -33,7 +34,7 @@ CHOICES = [
     )
 ]
 CHOICES += [
-    {"transform": "rotate", "activations": "token", "cdm": True, "veo": True, "rounding": "gptq",
+    {"transform": "smooth+rotate", "activations": "token", "cdm": True, "veo": True, "rounding": "gptq",
      "center": True, "bias_correction": True, "max_percentile": 1.1},
     {"transform": "none", "activations": "channel", "cdm": True, "veo": False, "zero_on_grid": True},
 ]  # fmt: skip
@@ -48,7 +49,7 @@ def test_the_error_that_was_searched_is_that_of_the_applied_plan(choices, loaded
     for named in context.layers:
         reference = reference.through(*named)
     plan = plan_of(loaded, calibration, **options, **choices)
-    assert bool(plan.folds) == (choices["transform"] in ("awq", "smooth")) and ("veo" in plan.record) == choices["veo"]
+    assert bool(plan.folds) == (choices["transform"] != "none") and ("veo" in plan.record) == choices["veo"]
     kinds = {module.activation.kind for module in plan.modules if module.part == "decoder"}
     assert kinds == {"static_channel" if choices["activations"] == "channel" else "dynamic_token"}
     planning.apply(plan, loaded)
@@ -59,10 +60,16 @@ def test_the_error_that_was_searched_is_that_of_the_applied_plan(choices, loaded
     assert error == pytest.approx(plan.record["cdm"]["blocks"][-1]["error"], rel=1e-3)
 
 
-def test_smoothing_leaves_full_precision_outputs_as_they_are_and_moves_magnitude(loaded, calibration):
+@pytest.mark.parametrize(
+    "options",
+    [{"transform": "smooth", "smooth_alpha": 0.7},
+     {"transform": "smooth+rotate", "smooth_by": "rms", "activations": "token", "center": True}],
+    ids=["smooth", "smooth+rotate"],
+)  # fmt: skip
+def test_smoothing_leaves_full_precision_outputs_as_they_are_and_moves_magnitude(options, loaded, calibration):
     inputs, _ = next(calibration.batches(loaded.processor, 5))
     before = logits_of(loaded.model, inputs)
-    plan = plan_of(loaded, calibration, "w8a8", transform="smooth", smooth_alpha=0.7)
+    plan = plan_of(loaded, calibration, "w8a8", **options)
     weights = {name: linear.weight.clone() for name, linear in linear_layers(loaded.model).items()}
     scales = {f"{fold.site}/scale": plan.tensors[f"{fold.site}/scale"] for fold in plan.folds}
     identity = replace(
@@ -72,10 +79,37 @@ def test_smoothing_leaves_full_precision_outputs_as_they_are_and_moves_magnitude
             for module in plan.modules
         ),
         tensors=scales,
+        rotations=(),
     )
     planning.apply(identity, loaded)
     changed = [n for n, linear in linear_layers(loaded.model).items() if not torch.equal(linear.weight, weights[n])]
     assert len(changed) > 15 and torch.allclose(logits_of(loaded.model, inputs), before, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_smoothing_by_root_mean_squares_has_the_least_product_of_norms(center, loaded, calibration):
+    """What rotated inputs and weights err by; no other scale of a site has less."""
+    options = {"transform": "smooth+rotate", "smooth_by": "rms", "activations": "token", "center": center}
+    plan = plan_of(loaded, calibration, **options)
+    context = context_of(loaded, calibration)
+    sites = [site for site in context.sites if any(fold.site == site.name for fold in plan.folds)]
+    seen = {site: ordinary(torch.cat(tokens)) for site, tokens in inputs_of(context, sites).items()}
+    assert len(plan.rotations) == len(context.sites) > len(sites) > 10
+    for site, tokens in seen.items():
+        fold = next(fold for fold in plan.folds if fold.site == site.name)
+        scale = plan.tensors[f"{site.name}/scale"]
+        weight = torch.cat([loaded.model.get_submodule(name).weight.detach() for name in site.linears])
+        rest = tokens - tokens.mean(dim=0) if center else tokens
+
+        def product(scale, rest=rest, weight=weight, fold=fold):
+            columns = fold.spread(scale, weight.shape[1])
+            return float((rest / columns).square().sum() * (weight * columns).square().sum())
+
+        least = product(scale)
+        assert least <= 1.0001 * product(torch.ones_like(scale))
+        for seed in range(3):
+            other = scale * (0.1 * torch.randn(scale.shape, generator=torch.Generator().manual_seed(seed))).exp()
+            assert least < product(other), site.name
 
 
 def test_smoothing_is_the_published_formula():

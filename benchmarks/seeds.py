@@ -37,8 +37,15 @@ from qvlm_plugin.report.runs import Cell, Setting
 from qvlm_plugin.report.samples import Document, RunSamples, read_samples
 
 _FASTER = {"veo_checkpointing": False}  # the same plans; the tower's training is a quarter faster and takes more memory
-METHODS = {"qlora": {}, "awq": {"weights": "nf"}, "qvlm": _FASTER, "qvlm_jacobian": _FASTER}
-"""Methods with their options; the weights of all of them are normal-float."""
+METHODS = {
+    "qlora": {},
+    "awq": {"weights": "nf"},
+    "qvlm": _FASTER,
+    "qvlm_jacobian": _FASTER,
+    "quarot": {},
+    "qvlm_rotated-cdm-veo": {"cdm": False, "veo": False},
+}
+"""Rows: a method, and behind a hyphen what of it is left out; with their options."""
 
 SCHEME, METRIC = "w4a4", "exact_match"
 
@@ -99,7 +106,7 @@ def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
     folder = output / "plans" / draw.name
     if folder.exists():
         return RoundingPlan.load(folder)
-    request = check_request(draw.method, SCHEME, METHODS[draw.method])
+    request = check_request(draw.method.partition("-")[0], SCHEME, METHODS[draw.method])
     samples = read_conversations(Path(CALIBRATION), None, draw.samples, draw.seed)
     calibration = CalibrationSet(tuple(samples), f"{CALIBRATION}:{draw.samples}", draw.seed)
     plan = planning.obtain_plan(loaded, request, calibration, output / "searches")

@@ -67,7 +67,7 @@ results: install  ## every method at W4A4, W6A6 and W8A8 on 1,000 documents of e
 	@$(BIN)/qvlm demo run $(BACKEND)-results --runs $(subst $() ,$(COMMA),$(strip $(RUNS))) --limit 1000 --samples 64 \
 		--backend $(BACKEND) --processes $(PROCESSES)
 
-seeds: install  ## four methods at W4A4 on three draws of 32 and of 64 calibration samples (hours); goes on where it stopped
+seeds: install  ## methods at W4A4 on three draws of 32 and of 64 calibration samples (hours); goes on where it stopped
 	@$(BIN)/qvlm demo build && $(BIN)/qvlm demo data demo-data
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/seeds.py run seeds-results
 	$(BIN)/python benchmarks/seeds.py table seeds-results

@@ -3,7 +3,7 @@
 The stand-in data must be there (`qvlm demo data demo-data`). What is finished is not done again, and the same command
 started twice shares the work; the table shows what is there.
 
-python benchmarks/seeds.py run seeds-results                       # four methods, 32 and 64 samples, three seeds
+python benchmarks/seeds.py run seeds-results                       # all methods, 32 and 64 samples, three seeds
 python benchmarks/seeds.py table seeds-results --baseline qlora    # means, spreads, paired differences
 python benchmarks/seeds.py agreement seeds-results qlora-32-0      # with generation by the harness on the same plan
 """

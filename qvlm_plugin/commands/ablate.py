@@ -157,6 +157,36 @@ def fig3b(
     _finish(output, *figure3b(subject, scheme, percentiles.split(","), etas.split(","), setting, command))
 
 
+@app.command("ladder")
+def ladder(
+    output: Output,
+    pretrained: Pretrained = "demo",
+    calibration: Source = "scienceqa:train:64",
+    schemes: Annotated[str, typer.Option(help="Bits, separated by commas.")] = "w4a4,w4a3,w3a3",
+    seeds: Annotated[str, typer.Option(help="Seeds of the calibration samples, separated by commas.")] = "0,1,2",
+    tasks: Tasks = TASKS,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
+    processes: Processes = 1,
+    model_args: ModelArgs = "",
+    data: Data = None,
+    keep_going: KeepGoing = False,
+) -> None:
+    """From qlora to qvlm_rotated, one choice after the other, each against the one before; not in the paper.
+
+    Every rung, scheme and seed is a run of lmms-eval; one that is finished in this folder is not run again.
+
+    Example: qvlm ablate ladder ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
+    """
+    with needs_report_packages():
+        from qvlm_plugin.report.ablations.ladder import ladder
+    from qvlm_plugin.report.runs import Setting
+
+    subject = _subject(pretrained, calibration, tasks, limit, None, model_args)
+    setting = Setting(output / "runs", data, batch_size, processes, keep_going=keep_going)
+    _finish(output, *ladder(subject, schemes.split(","), _seeds(seeds), setting, command_line()))
+
+
 @app.command("fig2")
 def fig2(
     output: Output,
@@ -289,6 +319,13 @@ def sources(
         loaded, plans = obtain_plans(requests, calibration, None, seed, checkpoint, dtype=dtype, device=device)
         report = sources_report(loaded, plans, others, batch_size, command_line())
     _finish(output, report)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError as error:
+        raise QVLMError(f"--seeds {text!r} is not of whole numbers separated by commas, as 0,1,2") from error
 
 
 def _subject(

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 from pathlib import Path
@@ -22,6 +23,7 @@ from qvlm_plugin.planning import apply, obtain_plan
 from qvlm_plugin.report.ablations.difference import sample_points
 from qvlm_plugin.report.ablations.evaluation import Subject
 from qvlm_plugin.report.ablations.figure2 import correlation
+from qvlm_plugin.report.ablations.ladder import RUNGS
 from qvlm_plugin.report.ablations.layer_errors import held_apart, layer_errors, relative_errors
 from qvlm_plugin.report.ablations.table1 import planned_weight_bytes
 from qvlm_plugin.report.results import Grid
@@ -231,6 +233,41 @@ def test_sweeps_share_runs_and_tell_failures(tmp_path, monkeypatch):
     before = len(calls(place))
     assert "max_depth='deep' is not allowed" in invoke("fig3a", *common, "--depths", "1,deep", code=2)
     assert len(calls(place)) == before
+
+
+def test_the_ladder_pairs_each_rung_with_the_one_below(tmp_path, monkeypatch):
+    """With a stub for the harness, to which rtn is a fifth of the documents worse than all else."""
+    monkeypatch.setattr("sys.argv", ["qvlm", "ablate", "ladder", "a folder"])
+    place, output = write_stub(tmp_path / "place"), tmp_path / "report"
+    common = [output, "--pretrained", "tiny", "--data", place, "--tasks", "quiz,exam", "--limit", 50]
+    invoke("ladder", *common, "--schemes", "w4a4,w3a3", "--seeds", "0,1")
+    assert len(calls(place)) == 2 * 2 * len(RUNGS) and "seed=1" in calls(place)[1]
+    content, document = report(output, "ladder")
+    rows = [row for row in content["rows"] if row["scheme"] == "w3a3"]
+    assert [row["rung"] for row in rows] == [rung.name for rung in RUNGS]
+    worse = [rung.method == "rtn" for rung in RUNGS]
+    for row, now, before in zip(rows, worse, [worse[0], *worse], strict=False):
+        assert row["scores"] == pytest.approx([0.6 if now else 0.8] * 2)
+        assert row["differences"] == pytest.approx([(before - now) * 0.2] * 2)
+    assert "| w4a4 | + rotation, per token | 2 | 60.0 ± " in document and "-20.0 [" in document
+    assert "w3a3: rotation, per token is 20.0 points below the rung below" in document and "+20.0 [" in document
+    assert "Stand-in data" in document and "w4a4: GPTQ cannot be told apart from the rung below" in document
+    invoke("ladder", *common, "--schemes", "w4a4", "--seeds", "1,2")
+    assert len(calls(place)) == 5 * len(RUNGS)
+    assert "is not of whole numbers" in invoke("ladder", *common, "--seeds", "0,one", code=2)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w8a8", "w4a16"])
+def test_each_rung_changes_what_its_name_says(scheme):
+    chosen = [check_request(rung.method, scheme, dict(rung.options)).options for rung in RUNGS]
+    changed = [
+        {name for name, value in options.model_dump().items() if value != below.model_dump()[name]}
+        for below, options in itertools.pairwise(chosen)
+    ]
+    assert changed[0] == {"transform", "activations", "observer"}
+    assert changed[1] == {"rounding", "weights", "group_size", "weight_clip"}
+    assert changed[2] == {"center", "bias_correction"}
+    assert {"transform", "smooth_by"} <= changed[3] and changed[4] == {"cdm"} and changed[5] == {"veo"}
 
 
 @pytest.fixture

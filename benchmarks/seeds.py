@@ -43,7 +43,7 @@ METHODS = {
     "qvlm": _FASTER,
     "qvlm_jacobian": _FASTER,
     "quarot": {},
-    "qvlm_rotated-cdm-veo": {"cdm": False, "veo": False},
+    "qvlm_rotated-cdm": {"cdm": False},
 }
 """Rows: a method, and behind a hyphen what of it is left out; with their options."""
 

@@ -72,8 +72,7 @@ METHODS = (
             min_percentile=0.9,
             percentile_step=0.05,
             relative_error=True,
-            veo=True,
-            veo_epochs=3,
+            beam=2,
         ),
         STEPS,
     ),
@@ -115,7 +114,8 @@ METHODS = (
 ``cdm=false`` and ``veo=false`` leave either part of ``qvlm`` out, and with both it is the layer-wise baseline: the rows
 of the paper's Table 1. ``qvlm_jacobian`` deviates from the paper: errors weighed by Jacobians, a wider grid of ratios,
 corrected biases, the tower's norms trained too. Its ranges leave the joint search nothing to gain: pulled in further
-they lower a block's error and harm answers.
+they lower a block's error and harm answers. ``qvlm_rotated`` trains no clip ratios (``veo``): tokens that are rotated
+and centered lose by any clipping, and those that training finds are not kept.
 """
 
 

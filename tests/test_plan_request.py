@@ -7,12 +7,12 @@ from qvlm_plugin.plan_request import check_calibration, check_request
 @pytest.mark.parametrize(
     "method, scheme, options, message",
     [
-        ("gptq", "w4a4", {}, "method='gptq' is not known; allowed are awq, none, qlora, qvlm, qvlm_jacobian, rtn"),
+        ("gptqq", "w4a4", {}, "method='gptqq' is not known; allowed are awq, gptq, mbq, none, qlora, quarot, qvlm, "),
         ("rtn", "w4", {}, "for example w4a4"),
         ("rtn", "w4a4", {"nrm": 2}, "unknown argument 'nrm'; method=rtn takes these options: weights, group_size"),
         ("rtn", "w4a4", {"norm": 1}, "method=rtn: norm=1.0 is read with observer=lp only"),
         ("qlora", "w4a4", {"alpha_steps": 3}, "alpha_steps=3 is read with transform=awq only"),
-        ("rtn", "w4a4", {"importance": "jacobian"}, "observer=lp and activations=channel"),
+        ("rtn", "w4a4", {"importance": "jacobian"}, "use it with observer=lp"),
         ("qvlm_jacobian", "w4a4", {"transform": "smooth"}, "use veo_train=clip"),
         ("none", "w4a4", {"weights": "nf"}, "these options: none"),
         ("qlora", "w4a4", {"norm": -1}, "norm=-1 is not allowed for method=qlora"),

@@ -73,7 +73,7 @@ def test_a_third_party_method_and_kernel_work_like_built_in_ones(coarse, loaded)
 
 
 def test_unknown_names_list_what_every_plugin_provides(coarse, loaded):
-    with pytest.raises(QVLMError, match="allowed are awq, coarse, none, qlora, qvlm, qvlm_jacobian, rtn"):
+    with pytest.raises(QVLMError, match="allowed are awq, coarse, gptq, mbq, none, qlora, "):
         plugins.method("fine")
     with pytest.raises(
         QVLMError, match=r"backend='fast' is not known; allowed are auto, packed, .*negating, reference"

@@ -89,13 +89,13 @@ class Draft:
 def transformed(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
     """What the Linears of ``site`` read in the transformed model, in place of ``tokens`` [..., C]."""
     scale = _scale(plan, site, tokens)
-    return _rotated(plan, site, tokens if scale is None else tokens / scale)
+    return rotated(plan, site, tokens if scale is None else tokens / scale)
 
 
 def transformed_gradient(plan: Draft | RoundingPlan, site: Site, gradient: Tensor) -> Tensor:
     """The gradient with respect to what `transformed` returns, from that with respect to what it is given."""
     scale = _scale(plan, site, gradient)
-    return _rotated(plan, site, gradient if scale is None else gradient * scale)
+    return rotated(plan, site, gradient if scale is None else gradient * scale)
 
 
 def centered(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
@@ -104,7 +104,8 @@ def centered(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
     return tokens if center is None else tokens.float() - center.to(tokens.device)
 
 
-def _rotated(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
+def rotated(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
+    """Tokens multiplied by the site's rotation, if there is one."""
     for rotation in plan.rotations:
         if rotation.site == site.name:
             return rotate(tokens, factors(rotation, tokens.device))

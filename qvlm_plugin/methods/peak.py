@@ -486,7 +486,7 @@ class _Search:
                 *held,
                 Term("second moments", 2 * moments),
                 Term("full-precision inputs of a site", wanted),
-                Term("the inputs of a site", inputs * (self.e + self.wide + 8 + models * self.scaled)),
+                Term("the inputs of a site", inputs * (self.e + self.wide + 8 + 2 * models * self.scaled)),
                 Term("a block's activations", self.e * rows * (part.hidden + part.widest)),
             ]
             yield [

@@ -20,7 +20,7 @@ def clip_weights(context: SearchContext, draft: Draft) -> Draft:
     plan, tensors, factors = build_plan(context, draft), {}, context.options.clips
     for module in track(plan.modules, "clipping weights"):
         if module.weight.kind != "none":
-            own = stand_in(plan, module.model_copy(update=_UNROUNDED), context.model, REFERENCE)
-            with materialized(own):
+            with materialized(context.model.get_submodule(module.name)):
+                own = stand_in(plan, module.model_copy(update=_UNROUNDED), context.model, REFERENCE)
                 tensors[f"{module.name}/clip"] = search_clip(own.weight, module.weight, None, factors).cpu()
     return draft.adding(tensors)

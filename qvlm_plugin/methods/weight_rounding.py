@@ -51,10 +51,12 @@ def _round_part(context: SearchContext, draft: Draft, part: str) -> Draft:
         for index, (name, layer) in enumerate(blocks):
             if (kept := context.recalled(f"rounding-{name}")) is None:
                 weights = _token_weights(context, draft, part, index, hidden)
-                kept = {}, round_block(context, plan, (name, layer), (hidden, reference), weights)
+                with materialized(layer):
+                    kept = {}, round_block(context, plan, (name, layer), (hidden, reference), weights)
                 context.workspace.keep(f"rounding-{name}", *kept)
             draft = draft.with_codes(kept[1])
-            finished = stand_ins(build_plan(context, draft), context.model, REFERENCE, (name,)).within(name)
+            with materialized(layer):
+                finished = stand_ins(build_plan(context, draft), context.model, REFERENCE, (name,)).within(name)
             with replaced(layer, finished):
                 hidden = hidden.through(name, layer)
             reference = reference and reference.through(name, layer)
@@ -86,7 +88,7 @@ def round_block(
     Args:
         context: the search.
         plan: what the steps before have found.
-        block: its full name, and itself in full precision.
+        block: its full name, and itself in full precision, on its device.
         inputs: the block's input in the quantized model; and in full precision, for the ``correction``, or None.
         token_weights: of each batch, factors of the tokens' squared errors [N]; None takes all as 1.
     """
@@ -154,7 +156,6 @@ def _codes(
     context: SearchContext, plan: RoundingPlan, module: ModulePlan, layer: QuantLinear, moments: Moments
 ) -> dict[str, Tensor]:
     clip = plan.tensors[f"{module.name}/clip"] if module.weight.clipped else None
-    with materialized(layer):
-        quantized = gptq(layer.weight, module.weight, moments.to(layer.weight.device), context.options, clip)
+    quantized = gptq(layer.weight, module.weight, moments.to(layer.weight.device), context.options, clip)
     parameters = stored_parameters(quantized, stored_format(module.weight))
     return {f"{module.name}/{name}": tensor.cpu() for name, tensor in parameters.items()}

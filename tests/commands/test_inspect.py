@@ -24,5 +24,5 @@ def test_it_says_that_codes_are_in_the_plan(loaded, tmp_path):
 def test_it_says_that_inputs_are_rotated(loaded, tmp_path):
     plan = planning.obtain_plan(loaded, check_request("rtn", "w4a16", {}), None, cache=None)
     said = shown(rotated(plan), tmp_path / "rotated")
-    assert "of the inputs of 18 sites" in said and "rotated 3x8, activation unquantized" in said
-    assert "rotat" not in shown(plan, tmp_path / "plain")
+    assert "of the inputs of 18 sites" in said and "rotated 12x2, activation unquantized" in said
+    assert "of the inputs of" not in shown(plan, tmp_path / "plain")

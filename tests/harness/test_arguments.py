@@ -42,7 +42,7 @@ def test_defaults_and_none():
         ("method=rtn", "pretrained= is missing"),
         (
             "pretrained=x,method=magic",
-            "method='magic' is not known; allowed are awq, none, qlora, qvlm, qvlm_jacobian, rtn",
+            "method='magic' is not known; allowed are awq, gptq, mbq, none, qlora, quarot, qvlm, ",
         ),
         ("pretrained=x,colour=red", "unknown model argument 'colour'; allowed are pretrained, revision"),
         ("pretrained=x,method=rtn,grupsize=4", "unknown model argument 'grupsize'.*for method=rtn: .*group_size"),

@@ -44,8 +44,9 @@ def plan_of(loaded, calibration, method, scheme="w3a3", **options):
         ("qvlm", {"veo": False, "importance": "jacobian", **GRID}),
         ("qvlm", {"veo_decoder": "full", "lambda1": 0.0, **TRAINED}),
         ("qvlm", {"veo_decoder": "quantized", **TRAINED}),
+        ("qvlm_rotated", {"veo_epochs": 1, "group_size": 8, "correction": 0.1, "importance": "jacobian"}),
     ],
-    ids=["rtn", "qlora", "awq", "exact", "beam", "jacobian", "veo-full", "veo-quantized"],
+    ids=["rtn", "qlora", "awq", "exact", "beam", "jacobian", "veo-full", "veo-quantized", "rotated"],
 )
 def test_the_plan_is_the_same_and_the_model_left_as_it_was(folder, calibration, method, options):
     def state(model):

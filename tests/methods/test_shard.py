@@ -17,6 +17,7 @@ EXAMPLES = {
     "qvlm_jacobian": {"cdm": True},
     "awq": {"alpha_steps": 3, "bias_correction": True, "cdm": True},
     "rtn": {"transform": "smooth", "weights": "nf"},
+    "qvlm_rotated": {"group_size": 8, "importance": "modality", "correction": 0.1},
 }
 COMMON = {"veo_epochs": 1, "min_percentile": 0.98, "percentile_step": 0.01, "h0": 0, "calibration_batch_size": 2}
 

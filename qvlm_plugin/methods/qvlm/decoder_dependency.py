@@ -14,7 +14,7 @@ from torch import Tensor
 from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.context import SearchContext
-from qvlm_plugin.methods.draft import Draft, build_plan, centered, transformed
+from qvlm_plugin.methods.draft import Draft, build_plan, centered, rotated, transformed
 from qvlm_plugin.methods.hidden import HiddenCache, block_inputs
 from qvlm_plugin.methods.qvlm.dependency import Assignment, Ranged, layer_dependency
 from qvlm_plugin.methods.stand_ins import replaced, stand_ins
@@ -72,7 +72,7 @@ def rounded_input(context: SearchContext, plan: Draft | RoundingPlan, site: Site
     """What a site of the model, as it is now, rounds of its input ``x`` [..., C], and the bounds that the plan says."""
     linear = context.model.get_submodule(site.name)
     # Scales are folded into what a quantized model's site reads.
-    tokens = linear.rotated(x) if isinstance(linear, QuantLinear) else transformed(plan, site, x)
+    tokens = rotated(plan, site, x) if isinstance(linear, QuantLinear) else transformed(plan, site, x)
     tokens = centered(plan, site, tokens.reshape(-1, x.shape[-1]))
     parameters = context.activation_sites[site].parameters
     values = [plan.tensors[f"{site.name}/{name}"].to(tokens.device) for name in parameters]

@@ -37,9 +37,9 @@ RUNGS = (
     Rung("+ rotation, per token", "rtn", {**_ROTATED, "weights": "nf"}),
     Rung("+ GPTQ", "rtn", _GPTQ),
     Rung("+ centers, biases", "rtn", {**_GPTQ, "center": "true", "bias_correction": "true"}),
-    Rung("+ smoothing", "qvlm_rotated", {"cdm": "false", "veo": "false"}),
-    Rung("+ joint search", "qvlm_rotated", {"veo": "false"}),
-    Rung("+ VEO", "qvlm_rotated"),
+    Rung("+ smoothing", "qvlm_rotated", {"cdm": "false"}),
+    Rung("+ joint search", "qvlm_rotated"),
+    Rung("+ VEO", "qvlm_rotated", {"veo": "true"}),
 )
 """Bottom to top. With GPTQ weights become integers in groups of 64; before that they are normal-float, as qlora's."""
 

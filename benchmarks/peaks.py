@@ -25,7 +25,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", default="llava-1.5-7b,llava-1.5-13b", help=f"of {', '.join(LAYOUTS)}")
-    parser.add_argument("--methods", default="rtn,qlora,awq,qvlm,qvlm_jacobian")
+    parser.add_argument("--methods", default="rtn,qlora,awq,qvlm,qvlm_jacobian,qvlm_rotated")
     parser.add_argument("--scheme", default="w4a4")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=600)

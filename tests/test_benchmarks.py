@@ -64,4 +64,4 @@ def test_peaks():
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
-    assert [row[1] for row in rows] == ["rtn", "qlora", "awq", "qvlm", "qvlm_jacobian"]
+    assert [row[1] for row in rows] == ["rtn", "qlora", "awq", "qvlm", "qvlm_jacobian", "qvlm_rotated"]

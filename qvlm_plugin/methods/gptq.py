@@ -58,39 +58,61 @@ class Moments:
         shift = None if self.shift is None else self.shift.to(device, **how)
         return Moments(self.hessian.to(device, **how), shift)
 
-    def damped(self, damping: float) -> Tensor:
-        """H with ``damping`` times its mean diagonal added to the diagonal; float64, positive definite."""
-        hessian = self.hessian.double()
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """What rounding takes of `Moments`: the same for all Linears of a site.
+
+    Attributes:
+        hessian: H with ``damping`` times its mean diagonal added to the diagonal; float64, positive definite.
+        order: of the columns.
+        factor: the upper Cholesky factor of H⁻¹ in that order: float32.
+        shift: of the moments.
+    """
+
+    hessian: Tensor
+    order: Tensor
+    factor: Tensor
+    shift: Tensor | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, moments: Moments, options: GPTQOptions) -> "Factors":
+        """Those of moments, with the damping and the order of the options."""
+        hessian = moments.hessian.double()
         mean = hessian.diagonal().mean()
-        hessian.diagonal().add_(damping * mean if mean > 0 else 1.0)
-        return hessian
+        hessian.diagonal().add_(options.damping * mean if mean > 0 else 1.0)
+        order = torch.arange(len(hessian), device=hessian.device)
+        if options.act_order:
+            order = hessian.diagonal().argsort(descending=True, stable=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+        factor = torch.linalg.cholesky(inverse, upper=True).float()
+        return cls(hessian, order, factor, moments.shift)
 
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, weight_format: WeightFormat, moments: Moments, options: GPTQOptions, clip: Tensor | None = None
+    weight: Tensor, weight_format: WeightFormat, factors: Factors, correction: float = 0.0, clip: Tensor | None = None
 ) -> IntWeight | NormalFloatWeight:
     """The codes of a weight. Of each output channel, they are never worse than the nearest on the damped H.
 
     Args:
         weight: [O, K], any floating-point dtype.
         weight_format: of the codes; ``int`` or ``nf``.
-        moments: of the inputs, on the weight's device.
-        options: damping, the order of columns, and the correction.
+        factors: of the inputs, on the weight's device.
+        correction: share of what the layers below have lost that the weight makes up for; it takes a ``shift``.
         clip: factors that narrow the groups' ranges, as for `nearest_codes`.
 
     Returns:
         Codes; block scales of ``nf`` are those before double quantization, and codes are for those after it.
     """
-    hessian = moments.damped(options.damping)
-    wanted = weight.float()
-    if moments.shift is not None:
-        moved = torch.linalg.solve(hessian, (wanted @ moments.shift).double().T).T.float()
-        wanted = wanted + options.correction * moved
+    hessian, wanted = factors.hessian, weight.float()
+    if factors.shift is not None:
+        moved = torch.linalg.solve(hessian, (wanted @ factors.shift).double().T).T.float()
+        wanted = wanted + correction * moved
     nearest = nearest_codes(wanted.to(weight.dtype), weight_format, clip if clip is None else clip.to(weight.device))
     points = _Points.of(nearest, weight_format)
-    order = hessian.diagonal().argsort(descending=True, stable=True) if options.act_order else None
-    codes = _round_columns(wanted, hessian, points, order)
+    codes = _round_columns(wanted, factors, points)
     errors = [_output_errors(points.values(found) - wanted, hessian) for found in (codes, nearest.codes)]
     codes = torch.where((errors[0] <= errors[1]).unsqueeze(1), codes, nearest.codes)
     return replace(nearest, codes=codes)
@@ -153,12 +175,9 @@ class _Points:
         return (found if self.zero_point is None else found - self.zero_point) * self.scale
 
 
-def _round_columns(weight: Tensor, hessian: Tensor, points: _Points, order: Tensor | None) -> Tensor:
+def _round_columns(weight: Tensor, factors: Factors, points: _Points) -> Tensor:
     """Codes [O, K] of a weight, found column by column."""
-    columns = weight.shape[1]
-    order = torch.arange(columns, device=weight.device) if order is None else order
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    columns, order, factor = weight.shape[1], factors.order, factors.factor
     # Transposed, so that what belongs to a column lies together.
     rest, points = weight.T[order].contiguous(), points.by_columns(order)
     codes = torch.empty_like(rest, dtype=torch.uint8)

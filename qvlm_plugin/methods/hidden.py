@@ -18,12 +18,15 @@ from torch.utils._pytree import tree_map
 
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.options import MiningOptions
 from qvlm_plugin.methods.shard import Shard
+from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
 from qvlm_plugin.models.placement import execution_device, is_offloaded, materialized
-from qvlm_plugin.topology import Site, blocks_of
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.topology import ORDER, Site, blocks_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +253,13 @@ def block_inputs(context: SearchContext, part: str = "decoder") -> HiddenCache:
     finally:
         handle.remove()
     return HiddenCache(hidden, batches, context.footprint.rows, context.shard, context.share.start)
+
+
+def quantized_inputs(context: SearchContext, plan: RoundingPlan, part: str = "decoder") -> HiddenCache:
+    """`block_inputs` above the parts below as the plan makes them."""
+    below = [getattr(context.topology, f"{lower}_path") for lower in ORDER[: ORDER.index(part)]]
+    with replaced(context.model, stand_ins(plan, context.model, REFERENCE, below) if below else StandIns()):
+        return block_inputs(context, part)
 
 
 def _require_finite(states: Tensor, attended: Tensor, what: str) -> None:

@@ -16,8 +16,8 @@ from qvlm_plugin.kernels.reference import REFERENCE, round_activation
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, build_plan, transformed
-from qvlm_plugin.methods.gptq import Moments, gptq
-from qvlm_plugin.methods.hidden import HiddenCache, block_inputs
+from qvlm_plugin.methods.gptq import Factors, Moments, gptq
+from qvlm_plugin.methods.hidden import HiddenCache, block_inputs, quantized_inputs
 from qvlm_plugin.methods.shard import OrderedSum
 from qvlm_plugin.methods.stand_ins import StandIns, changed_values, replaced, stand_in, stand_ins
 from qvlm_plugin.models.placement import materialized
@@ -44,9 +44,7 @@ def _round_part(context: SearchContext, draft: Draft, part: str) -> Draft:
     blocks = blocks_of(context.topology, context.model, part)
     plan = build_plan(context, draft)
     reference = block_inputs(context, part) if context.options.correction else None
-    below = [getattr(context.topology, f"{lower}_path") for lower in ORDER[: ORDER.index(part)]]
-    with replaced(context.model, stand_ins(plan, context.model, REFERENCE, below) if below else StandIns()):
-        hidden = block_inputs(context, part)
+    hidden = quantized_inputs(context, plan, part)
     with Progress(f"rounding weights, {part}", len(blocks)) as progress:
         for index, (name, layer) in enumerate(blocks):
             if (kept := context.recalled(f"rounding-{name}")) is None:
@@ -104,13 +102,17 @@ def round_block(
         with replaced(layer, StandIns(current, values).within(name)):
             seen = zip(hidden.inputs(name, layer, level), token_weights or repeat(None), strict=False)
             moments = _moments(context, plan, current, seen, wanted)
-        for linear in (linear for site in level for linear in site.linears):
-            module = modules[linear]
-            if (of_site := moments.get(module.site)) is not None:
-                found |= _codes(context, plan, module, current[linear], of_site)
-                module = module.model_copy(update={"weight": stored_format(module.weight)})
-            now = replace(plan, tensors={**plan.tensors, **found})
-            current[linear] = stand_in(now, module, context.model, REFERENCE)
+        for site in level:
+            factors = None
+            if site.name in moments:
+                factors = Factors.of(moments[site.name].to(current[site.name].weight.device), context.options)
+            for linear in site.linears:
+                module = modules[linear]
+                if factors is not None:
+                    found |= _codes(context, plan, module, current[linear], factors)
+                    module = module.model_copy(update={"weight": stored_format(module.weight)})
+                now = replace(plan, tensors={**plan.tensors, **found})
+                current[linear] = stand_in(now, module, context.model, REFERENCE)
     return found
 
 
@@ -153,9 +155,9 @@ def _moments(
 
 
 def _codes(
-    context: SearchContext, plan: RoundingPlan, module: ModulePlan, layer: QuantLinear, moments: Moments
+    context: SearchContext, plan: RoundingPlan, module: ModulePlan, layer: QuantLinear, factors: Factors
 ) -> dict[str, Tensor]:
     clip = plan.tensors[f"{module.name}/clip"] if module.weight.clipped else None
-    quantized = gptq(layer.weight, module.weight, moments.to(layer.weight.device), context.options, clip)
+    quantized = gptq(layer.weight, module.weight, factors, context.options.correction, clip)
     parameters = stored_parameters(quantized, stored_format(module.weight))
     return {f"{module.name}/{name}": tensor.cpu() for name, tensor in parameters.items()}

@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from qvlm_plugin.formats import WeightFormat
-from qvlm_plugin.methods.gptq import Moments, gptq
+from qvlm_plugin.methods import gptq as rounding
+from qvlm_plugin.methods.gptq import Factors, Moments
 from qvlm_plugin.methods.options import GPTQOptions
 from qvlm_plugin.quantizers import IntWeight, double_quantize, nearest_codes
 
 INT, NF = WeightFormat(kind="int", bits=3, group_size=32), WeightFormat(kind="nf", bits=3, double_quantization=True)
 OPTIONS = GPTQOptions(rounding="gptq")
+
+
+def gptq(weight, weight_format, moments, options):
+    return rounding.gptq(weight, weight_format, Factors.of(moments, options), options.correction)
 
 
 def problem(rows=24, columns=96, tokens=400, seed=0):
@@ -53,7 +58,7 @@ def test_no_output_channel_is_worse_than_with_the_nearest_codes(seed):
     weight, _ = problem(rows=200, columns=8, seed=seed)
     inputs = torch.randn(300, 8, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-1, 1, 8)
     coarse = WeightFormat(kind="int", bits=2, group_size=8)
-    hessian = Moments.of(inputs).damped(OPTIONS.damping).float()
+    hessian = Factors.of(Moments.of(inputs), OPTIONS).hessian.float()
     errors = []
     for found in (gptq(weight, coarse, Moments.of(inputs), OPTIONS), nearest_codes(weight, coarse)):
         error = found.dequantize() - weight

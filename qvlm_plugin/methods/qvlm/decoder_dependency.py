@@ -11,27 +11,17 @@ blocks become smaller. The threshold is their mean before it.
 import torch
 from torch import Tensor
 
-from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, build_plan, centered, rotated, transformed
-from qvlm_plugin.methods.hidden import HiddenCache, block_inputs
+from qvlm_plugin.methods.hidden import HiddenCache, quantized_inputs
 from qvlm_plugin.methods.qvlm.dependency import Assignment, Ranged, layer_dependency
-from qvlm_plugin.methods.stand_ins import replaced, stand_ins
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.quantizers import token_range
 from qvlm_plugin.topology import Site
 
 BEFORE = "dependencies_before"
 """The key of a record."""
-
-
-def quantized_inputs(context: SearchContext, plan: RoundingPlan) -> HiddenCache:
-    """The decoder's inputs above the quantized vision tower and projector."""
-    topology = context.topology
-    below = stand_ins(plan, context.model, REFERENCE, (topology.vision_path, topology.projector_path))
-    with replaced(context.model, below):
-        return block_inputs(context)
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, TokenWeights, build_plan, transformed
-from qvlm_plugin.methods.hidden import HiddenCache, block_inputs
+from qvlm_plugin.methods.hidden import HiddenCache, block_inputs, quantized_inputs
 from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.options import MiningOptions
-from qvlm_plugin.methods.qvlm.decoder_dependency import BEFORE, dependencies, quantized_inputs
+from qvlm_plugin.methods.qvlm.decoder_dependency import BEFORE, dependencies
 from qvlm_plugin.methods.qvlm.partition import partition
 from qvlm_plugin.methods.qvlm.search import Tree, search_exhaustively, search_pruned, search_with_beam
 from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins

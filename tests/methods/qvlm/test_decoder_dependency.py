@@ -6,28 +6,16 @@ from statistics import mean
 import pytest
 import torch
 from searching import context_of
-from tiny_llava import write_tiny_llava
 
 from qvlm_plugin import planning
 from qvlm_plugin.methods import lp
 from qvlm_plugin.methods.draft import Draft, build_plan
-from qvlm_plugin.methods.hidden import block_inputs
-from qvlm_plugin.methods.qvlm.decoder_dependency import dependencies, quantized_inputs
+from qvlm_plugin.methods.hidden import block_inputs, quantized_inputs
+from qvlm_plugin.methods.qvlm.decoder_dependency import dependencies
 from qvlm_plugin.methods.qvlm.dependency import Assignment, Ranged, layer_dependency
 from qvlm_plugin.methods.qvlm.partition import partition
-from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.rotation import factors, rotate
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tiny_llava(tmp_path_factory.mktemp("deep") / "model", layers=4)
-
-
-@pytest.fixture
-def deep(folder):
-    return load(str(folder), dtype="float32")
 
 
 def test_outputs_are_taken_within_the_extremes_of_channels(deep, calibration):

@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 from searching import context_of
-from tiny_llava import logits_of, write_tiny_llava
+from tiny_llava import logits_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,22 +17,11 @@ from qvlm_plugin.methods.hidden import block_inputs
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm import mining, vision
 from qvlm_plugin.methods.qvlm.mining import candidate_layer, percentile_bounds, search_block
-from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_request
 
 BATCH = {"calibration_batch_size": 2}
 GRID = {"min_percentile": 0.7, "percentile_step": 0.15}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_tiny_llava(tmp_path_factory.mktemp("deep") / "model", layers=4)
-
-
-@pytest.fixture
-def deep(folder):
-    return load(str(folder), dtype="float32")
 
 
 def plan_of(loaded, calibration, scheme="w4a4", name="qvlm", **options):

@@ -95,7 +95,7 @@ class TransformOptions(_Options):
         smooth_by: for ``smooth``: a channel's magnitude is its largest (``max``, SmoothQuant), or the root mean square
             of its ordinary tokens and of its weights (``rms``). With this and α = 0.5 the errors of rotated inputs, and
             of weights, are least: what matters then is not a channel's range but its share in a token's norm.
-        rotation_seed: for ``rotate``: that matrices are drawn from where the channels are not a power of two.
+        rotation_seed: for ``rotate``: that signs are drawn from, and matrices of widths without a Hadamard matrix.
     """
 
     transform: Literal["none", "awq", "smooth", "rotate", "smooth+rotate"] = "none"

@@ -492,7 +492,13 @@ class _Search:
             yield [
                 *held,
                 Term("second moments", moments),
-                Term("their inverse", 5 * 8 * part.widest**2),
+                Term("their inverse", 4 * 8 * part.widest**2),
+            ]
+            yield [
+                *held,
+                Term("second moments", moments),
+                Term("their factors", (8 + 4) * part.widest**2),
+                Term("solving for the correction", (models - 1) * (8 * part.widest**2 + 16 * part.largest)),
                 Term("a Linear's points", part.largest * 22),
             ]
             yield [

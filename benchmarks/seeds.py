@@ -1,11 +1,13 @@
-"""Methods over draws of calibration samples: each method, number of samples and seed is searched and evaluated.
+"""Methods over draws of calibration samples: each scheme, method, number of samples and seed is searched and evaluated.
 
 The stand-in data must be there (`qvlm demo data demo-data`). What is finished is not done again, and the same command
 started twice shares the work; the table shows what is there.
 
-python benchmarks/seeds.py run seeds-results                       # all methods, 32 and 64 samples, three seeds
+python benchmarks/seeds.py run seeds-results                       # all methods at W4A4, 32 and 64 samples, three seeds
+python benchmarks/seeds.py run seeds-results --schemes w4a8,w8a8 --methods qvlm_rotated --samples 64
 python benchmarks/seeds.py table seeds-results --baseline qlora    # means, spreads, paired differences
-python benchmarks/seeds.py agreement seeds-results qlora-32-0      # with generation by the harness on the same plan
+python benchmarks/seeds.py table seeds-results --baseline full-precision --tasks average
+python benchmarks/seeds.py agreement seeds-results qlora-w4a4-32-0 # with generation by the harness on the same plan
 """
 
 import argparse
@@ -43,32 +45,38 @@ METHODS = {
     "qvlm": _FASTER,
     "qvlm_jacobian": _FASTER,
     "quarot": {},
+    "qvlm_rotated": {},
     "qvlm_rotated-cdm": {"cdm": False},
+    "qvlm_rotated-groups": {"group_size": -1},
 }
 """Rows: a method, and behind a hyphen what of it is left out; with their options."""
 
-SCHEME, METRIC = "w4a4", "exact_match"
+METRIC = "exact_match"
+FULL_PRECISION = "full-precision"
 
 
 @dataclass(frozen=True)
 class Draw:
     """One cell: a method on one draw of calibration samples; full precision where there is no method."""
 
-    method: str | None = None
+    method: str = FULL_PRECISION
+    scheme: str = "w16a16"
     samples: int = 0
     seed: int = 0
 
     @property
     def name(self) -> str:
-        """Of its folder."""
-        return f"{self.method}-{self.samples}-{self.seed}" if self.method else "full-precision"
+        """Of its file."""
+        return self.method if self == Draw() else f"{self.method}-{self.scheme}-{self.samples}-{self.seed}"
 
 
-def draws(methods: Sequence[str], samples: Sequence[int], seeds: Sequence[int]) -> Iterator[Draw]:
-    """Full precision, then every combination; few samples first."""
+def draws(
+    schemes: Sequence[str], methods: Sequence[str], samples: Sequence[int], seeds: Sequence[int]
+) -> Iterator[Draw]:
+    """Full precision, then every combination; the rows of a table follow each other."""
     yield Draw()
-    for count, method, seed in itertools.product(samples, methods, seeds):
-        yield Draw(method, count, seed)
+    for scheme, count, method, seed in itertools.product(schemes, samples, methods, seeds):
+        yield Draw(method, scheme, count, seed)
 
 
 def run(todo: Sequence[Draw], output: Path, dtype: str, limit: int) -> None:
@@ -90,7 +98,7 @@ def run(todo: Sequence[Draw], output: Path, dtype: str, limit: int) -> None:
 def _cell(draw: Draw, output: Path, loaded: LoadedModel, questions: Sequence[Question]) -> dict[str, Any]:
     """What a cell's file holds: the facts about its run; and for each task one mark per document, 1 where exact."""
     facts: dict[str, Any] = {"method": "none", "scheme": "w16a16"}
-    if draw.method:
+    if draw != Draw():
         plan = _plan(draw, output, loaded)
         planning.apply(plan, loaded)
         facts = plan.facts
@@ -106,7 +114,7 @@ def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
     folder = output / "plans" / draw.name
     if folder.exists():
         return RoundingPlan.load(folder)
-    request = check_request(draw.method.partition("-")[0], SCHEME, METHODS[draw.method])
+    request = check_request(draw.method.partition("-")[0], draw.scheme, METHODS[draw.method])
     samples = read_conversations(Path(CALIBRATION), None, draw.samples, draw.seed)
     calibration = CalibrationSet(tuple(samples), f"{CALIBRATION}:{draw.samples}", draw.seed)
     plan = planning.obtain_plan(loaded, request, calibration, output / "searches")
@@ -142,36 +150,45 @@ def read_run(output: Path, name: str) -> RunSamples:
     return RunSamples(file, content["run"], tasks)
 
 
-def show_table(todo: Sequence[Draw], output: Path, baseline: str) -> None:
-    """Print means over seeds and paired differences to a baseline, by task, for the cells that are there."""
+def show_table(todo: Sequence[Draw], output: Path, baseline: str, tasks: Sequence[str]) -> None:
+    """Print means over seeds and paired differences to a baseline, for the cells that are there and the tasks named."""
     found = {draw: read_run(output, draw.name) for draw in todo if (output / f"{draw.name}.json").exists()}
     rows, sentences = [], []
-    if Draw() in found:
-        full = found.pop(Draw())
-        rows += [_row("full precision", "", 0, one) for one in pool([(full, full)], METRIC)]
-    for count, method in dict.fromkeys((draw.samples, draw.method) for draw in found):
-        seeds = [draw.seed for draw in found if (draw.samples, draw.method) == (count, method)]
-        paired = [seed for seed in seeds if Draw(baseline, count, seed) in found]
-        runs = [(found[Draw(baseline, count, seed)], found[Draw(method, count, seed)]) for seed in paired]
-        if len(paired) < len(seeds):
-            print(f"{method}, {count} samples: {len(seeds) - len(paired)} seeds have no {baseline} to compare with")
+    for scheme, count, method in dict.fromkeys((draw.scheme, draw.samples, draw.method) for draw in found):
+        seeds = [draw.seed for draw in found if (draw.scheme, draw.samples, draw.method) == (scheme, count, method)]
+        name = " ".join(filter(None, (method, scheme, f"{count} samples")))
+        runs = []
+        for draw in (Draw(method, scheme, count, seed) for seed in seeds):
+            other = Draw() if Draw() in (draw, Draw(baseline)) else Draw(baseline, scheme, count, draw.seed)
+            if other in found:
+                runs.append((found[other], found[draw]))
+        if len(runs) < len(seeds):
+            print(f"{name}: {len(seeds) - len(runs)} seeds have no {baseline} to compare with")
         if runs:
             pooled = pool(runs, METRIC)
-            rows += [_row(method, str(count), len(paired), one) for one in pooled]
-            if method != baseline:
-                sentences.append(f"{count} samples: {verdict(pooled[-1], method, baseline)}")
+            own = method if Draw(method) == Draw() else f"{scheme} {method}"
+            rows += [_row((method, scheme, _bits(runs[0][1]), str(count or "")), one) for one in pooled
+                     if one.task in (tasks or (one.task,))]  # fmt: skip
+            if method not in (baseline, FULL_PRECISION):
+                sentences.append(f"{count} samples: {verdict(pooled[-1], own, baseline)}")
     print(Grid(HEADER, tuple(rows)).markdown())
     print("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
 
 
 HEADER = (
-    "method", "samples", "seeds", "task", "exact match", "spread over seeds", "difference (points)", "p",
-    "sign-flip p",
+    "method", "scheme", "bits", "samples", "seeds", "task", "exact match", "spread over seeds", "difference (points)",
+    "p", "sign-flip p",
 )  # fmt: skip
 
 
-def _row(method: str, samples: str, seeds: int, one: Pooled) -> tuple[str, ...]:
-    texts = (method, samples, str(seeds or ""), one.task, estimate_text(one.score, one.scale), spread_text(one))
+def _bits(run: RunSamples) -> str:
+    """Effective ones of a decoder weight, scales included, and of a decoder activation."""
+    decoder = run.run.get("bits", {}).get("decoder")
+    return f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else ""
+
+
+def _row(head: tuple[str, ...], one: Pooled) -> tuple[str, ...]:
+    texts = (*head, str(one.seeds), one.task, estimate_text(one.score, one.scale), spread_text(one))
     if one.differences == (0.0,) * one.seeds and not one.flips.changed:  # the baseline itself
         return (*texts, "", "", "")
     return (*texts, difference_text(one.difference, one.scale, decimals=1), p_text(one.t_p), p_text(one.sign_flip_p))
@@ -200,18 +217,21 @@ def main() -> None:
     """Read the command line and do what it says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    names = lambda text: text.split(",")  # noqa: E731
     numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     for name in ("run", "table"):
         command = commands.add_parser(name)
         command.add_argument("output", type=Path)
-        command.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+        command.add_argument("--schemes", type=names, default=["w4a4"])
+        command.add_argument("--methods", type=names, default=list(METHODS))
         command.add_argument("--samples", type=numbers, default=[32, 64])
         command.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     commands.choices["run"].add_argument("--dtype", default="float32")
-    commands.choices["table"].add_argument("--baseline", choices=METHODS, default="qlora")
+    commands.choices["table"].add_argument("--baseline", choices=[FULL_PRECISION, *METHODS], default="qlora")
+    commands.choices["table"].add_argument("--tasks", type=names, default=[], help="such as average; default: all")
     command = commands.add_parser("agreement")
     command.add_argument("output", type=Path)
-    command.add_argument("cell", help="a finished one, such as qlora-32-0")
+    command.add_argument("cell", help="a finished one, such as qlora-w4a4-32-0")
     for name, limit in (("run", 600), ("agreement", 60)):
         commands.choices[name].add_argument("--data", type=Path, default=Path("demo-data"), help="the stand-in data")
         commands.choices[name].add_argument("--limit", type=int, default=limit, help="documents of each task")
@@ -220,9 +240,9 @@ def main() -> None:
     if asked.command == "agreement":
         agreement(output, asked.cell, asked.data, asked.limit)
         return
-    cells = [*draws(asked.methods, asked.samples, asked.seeds)]
+    cells = [*draws(asked.schemes, asked.methods, asked.samples, asked.seeds)]
     if asked.command == "table":
-        show_table(cells, output, asked.baseline)
+        show_table(cells, output, asked.baseline, asked.tasks)
         return
     with chdir(asked.data):
         run(cells, output, asked.dtype, asked.limit)

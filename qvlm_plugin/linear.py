@@ -77,6 +77,11 @@ class QuantLinear(nn.Module):
 
         return super()._apply(keeping_dtypes, recurse)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight: output and input channels."""
+        return self.out_features, self.in_features
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] → [..., out_features]."""
         return self.kernel.forward(self.rotated(x), self._parameters, self.activation_format)

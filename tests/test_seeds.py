@@ -56,29 +56,41 @@ def test_an_answer_is_exact_where_a_forward_pass_over_all_of_it_says_so(benchmar
 def test_the_table_pairs_each_seed_with_its_own_baseline(benchmarks, tmp_path, capsys):
     seeds, _ = benchmarks
     right = {
-        "full-precision": 40, "qlora-32-0": 30, "qlora-32-1": 20, "awq-32-0": 36, "awq-32-1": 28, "awq-32-2": 40,
+        "full-precision": 40, "qlora-w4a4-32-0": 30, "qlora-w4a4-32-1": 20, "awq-w4a4-32-0": 36, "awq-w4a4-32-1": 28,
+        "awq-w4a4-32-2": 40,
     }  # fmt: skip
     documents = {"one": [[index, str(index), "x"] for index in range(40)]}
     (tmp_path / "documents.json").write_text(json.dumps(documents))
     for name, count in right.items():
         content = {
-            "run": {"method": name, "scheme": "w4a4", "calibration": {}},
+            "run": {"method": name, "calibration": {}, "bits": {"decoder": {"weight": 4.125, "activation": 4.0}}},
             "exact": {"one": f"{'1' * count:0<40}"},
         }
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     sys.stdout.flush()
-    seeds.show_table([*seeds.draws(["qlora", "awq"], [32], [0, 1, 2])], tmp_path, "qlora")
+    todo = [*seeds.draws(["w4a4"], ["qlora", "awq"], [32], [0, 1, 2])]
+    seeds.show_table(todo, tmp_path, "qlora", [])
     printed = capsys.readouterr().out
-    assert "awq, 32 samples: 1 seeds have no qlora to compare with" in printed
+    assert "awq w4a4 32 samples: 1 seeds have no qlora to compare with" in printed
     (row,) = (line for line in printed.splitlines() if line.startswith("| awq"))
-    assert "| 32 | 2 | one | 80.0 ±" in row and "(70.0 to 90.0) | +17.5 [" in row  # 6 and 8 of 40 more
-    assert "| full precision |  |  | one | 100.0 ±" in printed
+    assert (
+        "| w4a4 | 4.12 / 4 | 32 | 2 | one | 80.0 ±" in row and "(70.0 to 90.0) | +17.5 [" in row
+    )  # 6 and 8 of 40 more
+    assert "| full-precision | w16a16 | 4.12 / 4 |  | 1 | one | 100.0 ±" in printed
+    seeds.show_table(todo, tmp_path, "full-precision", ["one"])
+    printed = capsys.readouterr().out
+    (row,) = (line for line in printed.splitlines() if line.startswith("| awq"))
+    assert "| 3 | one |" in row and "| -13.3 [" in row and "no full-precision" not in printed
+    seeds.show_table(todo, tmp_path, "qlora", ["average"])
+    assert "| awq" not in capsys.readouterr().out  # there is one task
 
 
 def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, capsys):
     seeds, _ = benchmarks
     docs = FOLDER.parent / "docs"
-    seeds.show_table([*seeds.draws(list(seeds.METHODS), [32, 64], [0, 1, 2])], docs / "seeds", "qlora")
+    seeds.show_table(
+        [*seeds.draws(["w4a4"], list(seeds.METHODS), [32, 64], [0, 1, 2])], docs / "seeds", "qlora", ["average"]
+    )
     table, _ = capsys.readouterr().out.split("\n\n")
-    assert table.count("| average |") >= 5
+    assert table.count("| average |") >= 5 and "scienceqa" not in table
     assert table in (docs / "results-demo.md").read_text()

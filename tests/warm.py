@@ -25,7 +25,7 @@ from pathlib import Path
 IMPORTED = (
     "torch", "transformers", "datasets", "accelerate", "matplotlib.pyplot", "lmms_eval.__main__",
     "lmms_eval.cli.dispatch", "lmms_eval.evaluator", "lmms_eval.tasks", "qvlm_plugin.cli",
-    "qvlm_plugin.harness.wrapper", "qvlm_plugin.report.ablations.table1", "qvlm_plugin.report.compare.report",
+    "qvlm_plugin.harness.wrapper", "qvlm_plugin.report.ablations.figure2", "qvlm_plugin.report.compare.report",
     "qvlm_plugin.export", "torch.distributed.run", "transformers.models.llava.modeling_llava",
 )  # fmt: skip
 

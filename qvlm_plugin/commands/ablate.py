@@ -1,17 +1,19 @@
 """``qvlm ablate``: the paper's ablations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qvlm_plugin.commands.compare import compare
 from qvlm_plugin.commands.shared import (
     Conv,
     Device,
     Dtype,
     ImageAspectRatio,
-    KeepGoing,
     MethodOptions,
     OneScheme,
     Pretrained,
@@ -27,21 +29,14 @@ from qvlm_plugin.commands.shared import (
     pairs,
     working_in,
 )
-from qvlm_plugin.demo import resolve_demo
-from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:
-    from qvlm_plugin.report.ablations.evaluation import Subject
     from qvlm_plugin.report.writing import Report
 
 app = typer.Typer(help="The paper's ablations: for each a table, its rows and a figure.", no_args_is_help=True)
 
-Output = Annotated[Path, typer.Argument(help="Folder of the reports, and of the runs they rest on.")]
-Tasks = Annotated[str, typer.Option(help="Tasks of lmms-eval, separated by commas.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Documents or samples per forward pass.")]
-Processes = Annotated[int, typer.Option(min=1, help="Processes that share the documents of a run.")]
-ModelArgs = Annotated[str, typer.Option(help="Further model arguments of every run, for example dtype=float16,seed=1.")]
+Output = Annotated[Path, typer.Argument(help="Folder of the report.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
 Data = Annotated[
     Path | None,
     typer.Option(help="Working directory: local mirrors of data sets, and relative names, are looked up there."),
@@ -52,139 +47,34 @@ HeldOut = Annotated[
 ]
 Depths = Annotated[str, typer.Option(help="Values of max_depth, separated by commas.")]
 
-TASKS = "scienceqa,vizwiz_vqa_val,vqav2_val"
+_GRIDS = {
+    "table1": "What the joint search (CDM) and the training of the encoder (VEO) add, alone and together: Table 1.",
+    "fig3a": "Accuracy and search cost against the maximum depth of a block: Figure 3a.",
+    "fig3b": "Accuracy and search cost against the end of the percentile grid, and against η: Figure 3b.",
+    "ladder": "From qlora to qvlm_rotated, one choice after the other, each compared with the one before.",
+}
 
 
-@app.command("table1")
-def table1(
-    output: Output,
-    pretrained: Pretrained = "demo",
-    calibration: Source = "scienceqa:train:64",
-    schemes: Annotated[str, typer.Option(help="Bits, separated by commas.")] = "w6a6,w4a4",
-    tasks: Tasks = TASKS,
-    limit: Limit = None,
-    batch_size: BatchSize = 8,
-    processes: Processes = 1,
-    option: MethodOptions = None,
-    model_args: ModelArgs = "",
-    data: Data = None,
-    keep_going: KeepGoing = False,
-) -> None:
-    """Weight memory, search cost and accuracy of the baseline, +CDM, +VEO and Q-VLM.
+def _compare_on(grid: str) -> Callable[..., None]:
+    """`compare` on a grid that comes with the package."""
 
-    Every row is a run of lmms-eval; one that is finished, for any ablation in this folder, is not run again.
+    @wraps(compare)
+    def command(**given: Any) -> None:
+        compare(grid=Path(grid), **given)
 
-    Example: qvlm ablate table1 ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
+    parameters = [one for one in signature(compare).parameters.values() if one.name != "grid"]
+    command.__signature__ = signature(compare).replace(parameters=parameters)
+    command.__doc__ = f"""{_GRIDS[grid]}
+
+    The same as qvlm compare OUTPUT {grid}: its rows are a grid file of that name; options change it.
+
+    Example: qvlm ablate {grid} ablations --data demo-data --calibration calibration/train.json:64 --limit 200
     """
-    with needs_report_packages():
-        from qvlm_plugin.report.ablations.table1 import table1
-    from qvlm_plugin.models.loading import load
-    from qvlm_plugin.report.runs import Setting
-
-    subject = _subject(pretrained, calibration, tasks, limit, option, model_args)
-    more = subject.model_args
-    with working_in(data):
-        placement = {"revision": more.get("revision"), "dtype": more.get("dtype", "auto"), "device_map": "meta"}
-        shapes = load(resolve_demo(pretrained), **placement)
-    setting = Setting(output / "runs", data, batch_size, processes, keep_going=keep_going)
-    _finish(output, *table1(subject, schemes.split(","), setting, shapes, command_line()))
+    return command
 
 
-@app.command("fig3a")
-def fig3a(
-    output: Output,
-    pretrained: Pretrained = "demo",
-    calibration: Source = "scienceqa:train:64",
-    scheme: OneScheme = "w4a4",
-    depths: Depths = "1,2,3,4,5",
-    tasks: Tasks = TASKS,
-    limit: Limit = None,
-    batch_size: BatchSize = 8,
-    processes: Processes = 1,
-    option: MethodOptions = None,
-    model_args: ModelArgs = "",
-    data: Data = None,
-    keep_going: KeepGoing = False,
-) -> None:
-    """Accuracy and search cost against the maximum depth of a block.
-
-    Every point is a run of lmms-eval; one that is finished, for any ablation in this folder, is not run again. The
-    cost of a search grows exponentially with the depth.
-
-    Example: qvlm ablate fig3a ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
-    """
-    with needs_report_packages():
-        from qvlm_plugin.report.ablations.sweeps import figure3a
-    from qvlm_plugin.report.runs import Setting
-
-    subject = _subject(pretrained, calibration, tasks, limit, option, model_args)
-    setting = Setting(output / "runs", data, batch_size, processes, keep_going=keep_going)
-    _finish(output, *figure3a(subject, scheme, depths.split(","), setting, command_line()))
-
-
-@app.command("fig3b")
-def fig3b(
-    output: Output,
-    pretrained: Pretrained = "demo",
-    calibration: Source = "scienceqa:train:64",
-    scheme: OneScheme = "w4a4",
-    percentiles: Annotated[
-        str, typer.Option(help="Values of min_percentile, the end of the grid, separated by commas.")
-    ] = "1,0.995,0.99,0.985,0.98",
-    etas: Annotated[str, typer.Option(help="Values of η above 0, separated by commas.")] = "0.1,0.3,1,3,10",
-    tasks: Tasks = TASKS,
-    limit: Limit = None,
-    batch_size: BatchSize = 8,
-    processes: Processes = 1,
-    option: MethodOptions = None,
-    model_args: ModelArgs = "",
-    data: Data = None,
-    keep_going: KeepGoing = False,
-) -> None:
-    """Accuracy and search cost against the end of the percentile grid, and against η.
-
-    Every point is a run of lmms-eval; one that is finished, for any ablation in this folder, is not run again.
-
-    Example: qvlm ablate fig3b ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
-    """
-    with needs_report_packages():
-        from qvlm_plugin.report.ablations.sweeps import figure3b
-    from qvlm_plugin.report.runs import Setting
-
-    subject = _subject(pretrained, calibration, tasks, limit, option, model_args)
-    setting = Setting(output / "runs", data, batch_size, processes, keep_going=keep_going)
-    command = command_line()
-    _finish(output, *figure3b(subject, scheme, percentiles.split(","), etas.split(","), setting, command))
-
-
-@app.command("ladder")
-def ladder(
-    output: Output,
-    pretrained: Pretrained = "demo",
-    calibration: Source = "scienceqa:train:64",
-    schemes: Annotated[str, typer.Option(help="Bits, separated by commas.")] = "w4a4,w4a3,w3a3",
-    seeds: Annotated[str, typer.Option(help="Seeds of the calibration samples, separated by commas.")] = "0,1,2",
-    tasks: Tasks = TASKS,
-    limit: Limit = None,
-    batch_size: BatchSize = 8,
-    processes: Processes = 1,
-    model_args: ModelArgs = "",
-    data: Data = None,
-    keep_going: KeepGoing = False,
-) -> None:
-    """From qlora to qvlm_rotated, one choice after the other, each against the one before; not in the paper.
-
-    Every rung, scheme and seed is a run of lmms-eval; one that is finished in this folder is not run again.
-
-    Example: qvlm ablate ladder ablations --data demo-data --calibration calibration/train.json:64 --limit 1000
-    """
-    with needs_report_packages():
-        from qvlm_plugin.report.ablations.ladder import ladder
-    from qvlm_plugin.report.runs import Setting
-
-    subject = _subject(pretrained, calibration, tasks, limit, None, model_args)
-    setting = Setting(output / "runs", data, batch_size, processes, keep_going=keep_going)
-    _finish(output, *ladder(subject, schemes.split(","), _seeds(seeds), setting, command_line()))
+for _name in _GRIDS:
+    app.command(_name)(_compare_on(_name))
 
 
 @app.command("fig2")
@@ -321,25 +211,6 @@ def sources(
     _finish(output, report)
 
 
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(seed) for seed in text.split(",")]
-    except ValueError as error:
-        raise QVLMError(f"--seeds {text!r} is not of whole numbers separated by commas, as 0,1,2") from error
-
-
-def _subject(
-    pretrained: str, calibration: str, tasks: str, limit: int | None, option: Sequence[str] | None, model_args: str
-) -> "Subject":
-    from qvlm_plugin.report.ablations.evaluation import Subject
-
-    more = pairs(model_args.split(",") if model_args else [])
-    return Subject(pretrained, calibration, tuple(tasks.split(",")), limit, pairs(option), more)
-
-
-def _finish(folder: Path, report: "Report", failed: Sequence[Path] = ()) -> None:
-    """Write a report and print its name; runs that it lacks are an error, told after that."""
+def _finish(folder: Path, report: "Report") -> None:
+    """Write a report and print its name."""
     typer.echo(report.write(folder))
-    if failed:
-        logs = ", ".join(map(str, failed))
-        raise QVLMError(f"{len(failed)} runs failed and are missing there; the same command tries them again: {logs}")

@@ -7,6 +7,7 @@ empties at the start of each evaluation, so a record can never end up in another
 
 import hashlib
 import json
+import math
 import platform
 import re
 import resource
@@ -31,6 +32,7 @@ from qvlm_plugin.harness import processes
 from qvlm_plugin.harness.generation import Generation
 from qvlm_plugin.harness.host import wrap_once
 from qvlm_plugin.harness.requests import Documents, Request
+from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.report.seal import PARTS as SEALED
 from qvlm_plugin.report.seal import SEAL, seal
@@ -276,7 +278,10 @@ def _read_all(requests: Sequence[Request], look: Callable[[Request], T], what: s
 
 
 def memory(model: nn.Module) -> dict[str, Any]:
-    """Bytes held by the model's parameters and buffers (shared storage once), and the process's peak memory."""
+    """Bytes held by the model's parameters and buffers (shared storage once), and the process's peak memory.
+
+    The reference arithmetic holds weights that are rounded but not packed; ``packed_bytes`` is what they would take.
+    """
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
@@ -288,7 +293,21 @@ def memory(model: nn.Module) -> dict[str, Any]:
     else:
         unit = 1 if platform.system() == "Darwin" else 1024
         peak, source = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
-    return {"weight_bytes": sum(storages.values()), "peak_memory_bytes": peak, "peak_memory_of": source}
+    held = {"weight_bytes": sum(storages.values()), "packed_bytes": packed_bytes(model)}
+    return held | {"peak_memory_bytes": peak, "peak_memory_of": source}
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Size of the model: quantized weights as their formats say, scales included, and all else in 16 bits.
+
+    That is the size of a scheme, whatever a run computes in, and however it keeps the weights. Parameters that several
+    modules share count once.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    bits = sum(one.weight_format.effective_bits(one.shape) * math.prod(one.shape) for one in layers)
+    counted = {id(getattr(one, name)) for one in layers for name in one.tensor_names if name != "bias"}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in counted]
+    return round((bits + sum(min(8 * one.element_size(), 16) * one.numel() for one in rest)) / 8)
 
 
 def versions() -> dict[str, str]:

@@ -8,8 +8,11 @@ from lmms_eval.models.model_utils.gen_metrics import reset_logged_metrics
 from lmms_eval.tasks.scienceqa.utils import sqa_process_results
 from torch import nn
 
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.harness import provenance
 from qvlm_plugin.harness.provenance import Counts, RunRecord
+from qvlm_plugin.kernels.reference import REFERENCE
+from qvlm_plugin.linear import QuantLinear
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,18 @@ def test_scienceqa_answers_are_unreadable_exactly_when_no_choice_could_score(ans
 def test_free_answers_are_unreadable_when_empty():
     assert provenance.is_readable("vqav2_val", "red")
     assert not provenance.is_readable("vqav2_val", " \n")
+
+
+def test_packed_bytes_are_those_of_the_formats_whatever_a_run_keeps():
+    linear = nn.Linear(64, 8)
+    formats = WeightFormat(kind="int", bits=4, group_size=32, symmetric=False), ActivationFormat()
+    quantized = QuantLinear.from_linear(linear, *formats, {}, REFERENCE)
+    model = nn.ModuleDict({"quantized": quantized, "norm": nn.LayerNorm(64), "tied": nn.Linear(64, 4, bias=False)})
+    model["again"] = model["tied"]
+    codes, scales, rest = 64 * 8 * 4, 16 * (16 + 4), 16 * (8 + 2 * 64 + 4 * 64)
+    assert provenance.packed_bytes(model) == (codes + scales + rest) // 8
+    assert provenance.packed_bytes(model.to(torch.bfloat16)) == (codes + scales + rest) // 8
+    assert provenance.memory(model)["weight_bytes"] > 2 * 64 * 8
 
 
 def test_memory_counts_shared_weights_once_and_held_bytes_only():

@@ -16,16 +16,16 @@ from qvlm_plugin.cli import app
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.hidden import block_inputs
+from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm.dependency import Assignment, soft_assignment
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.planning import apply, obtain_plan
 from qvlm_plugin.report.ablations.difference import sample_points
-from qvlm_plugin.report.ablations.evaluation import Subject
 from qvlm_plugin.report.ablations.figure2 import correlation
-from qvlm_plugin.report.ablations.ladder import RUNGS
 from qvlm_plugin.report.ablations.layer_errors import held_apart, layer_errors, relative_errors
-from qvlm_plugin.report.ablations.table1 import planned_weight_bytes
+from qvlm_plugin.report.compare.grid import GRIDS, cells, read_grid
+from qvlm_plugin.report.paired import AVERAGE
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.writing import Report
 
@@ -157,30 +157,7 @@ def test_measured_samples_are_apart_from_fitted_ones(loaded, samples):
         held_apart(CalibrationSet(samples.samples[1:3]), plan)
 
 
-# Table 1 and the sweeps
-
-
-def test_planned_weight_bytes(tiny_llava, loaded):
-    total = sum(parameter.nbytes for parameter in loaded.model.parameters())
-    assert planned_weight_bytes(loaded, request("w16a16")) == total
-    asked = request("w4a4", weights="int", group_size=-1, symmetric=True)
-    layers = obtain_plan(loaded, check_request("rtn", "w4a16", {}), None, None).modules
-    packed = [module.shape for module in layers if module.weight.kind != "none"]
-    saved = sum(rows * columns * (4 - 0.5) - 2 * rows for rows, columns in packed)  # a 16-bit scale for each row
-    shapes = load(str(tiny_llava), dtype="float32", device_map="meta")
-    assert planned_weight_bytes(loaded, asked) == planned_weight_bytes(shapes, asked) == round(total - saved)
-
-
-def test_cells_name_what_differs_from_the_defaults():
-    subject = Subject("tiny", "quiz:train:8", ("quiz",), options={"eta": "2"}, model_args={"seed": "1"})
-    cell = subject.cell("name", "w4a4", max_depth="3", veo="false")
-    common = {"pretrained": "tiny", "method": "qvlm", "scheme": "w4a4", "calibration": "quiz:train:8", "seed": "1"}
-    assert cell.model_args == common | {"eta": "2.0", "veo": "false"}
-    assert subject.cell("other", "w4a4", max_depth="2").model_args == common | {"eta": "2.0", "max_depth": "2"}
-    with pytest.raises(QVLMError, match="max_depth='0' is not allowed"):
-        subject.cell("name", "w4a4", max_depth="0")
-    with pytest.raises(QVLMError, match="unknown argument 'colour'"):
-        Subject("tiny", "quiz:train:8", ("quiz",), options={"colour": "red"}).cell("name", "w4a4")
+# Grids that come with the package
 
 
 def invoke(*arguments, code=0):
@@ -197,69 +174,31 @@ def report(folder, name):
     return json.loads((folder / f"{name}.json").read_text()), (folder / f"{name}.md").read_text()
 
 
-def test_sweeps_share_runs_and_tell_failures(tmp_path, monkeypatch):
-    """With a stub for the harness: a failed point is missing, told, and tried again; nothing else is run twice."""
-    monkeypatch.setattr("sys.argv", ["qvlm", "ablate", "fig3a", "a folder"])
-    place, output = write_stub(tmp_path / "place"), tmp_path / "report"
-    common = [output, "--pretrained", "tiny", "--data", place, "--tasks", "quiz,exam", "--limit", 5]
-    text = invoke("fig3a", *common, "--depths", "1,4,3", code=2)
-    log = output / "runs" / "w4a4-max_depth-4" / "log.txt"
-    assert f"w4a4-max_depth-4 ended without results: QVLMError: too deep; log: {log} (1 runs were not" in text
-    assert not (output / "fig3a.md").exists() and len(calls(place)) == 2
-    common.append("--keep-going")
-    text = invoke("fig3a", *common, "--depths", "1,3,4", code=2)
-    assert "1 runs failed" in text and str(output / "runs" / "w4a4-max_depth-4" / "log.txt") in text
-    content, document = report(output, "fig3a")
-    assert [row["value"] for row in content["rows"]] == [1, 3, 4]
-    assert [row["search_seconds"] for row in content["rows"]] == [4, 64, None]
-    assert [score["value"] for score in content["rows"][1]["scores"]] == [0.8, 0.8]
-    assert "| max_depth | 1 | 4.0 | 60.0 ± 2.0 | 60.0 ± 2.0 |" in document and "failed | failed |" in document
-    assert "Stand-in data" in document and "quiz 5, limited" in document and "1 of 3 runs failed" in document
-    assert "$ qvlm ablate fig3a 'a folder'" in document
-    assert len(calls(place)) == 4
-    invoke("fig3a", *common, "--depths", "1,3,4", code=2)
-    assert len(calls(place)) == 5 and "max_depth=4" in calls(place)[-1]
-    invoke("fig3b", *common, "--percentiles", "0.99,0.98", "--etas", "0.5,1")
-    rows = report(output, "fig3b")[0]["rows"]
-    assert [(row["option"], row["value"]) for row in rows] == [
-        ("min_percentile", 0.99),
-        ("min_percentile", 0.98),
-        ("eta", 0.5),
-        ("eta", 1.0),
-    ]
-    assert len(calls(place)) == 7  # the defaults, max_depth=3, min_percentile=0.98 and eta=1, are one run
-    assert "none of the 1 runs finished" in invoke("fig3a", *common, "--depths", "4", code=2)
-    assert report(output, "fig3a")[0]["rows"] == content["rows"]
-    before = len(calls(place))
-    assert "max_depth='deep' is not allowed" in invoke("fig3a", *common, "--depths", "1,deep", code=2)
-    assert len(calls(place)) == before
+@pytest.mark.parametrize("name", [file.stem for file in GRIDS.iterdir()])
+def test_a_grid_is_known_by_name_and_names_its_report(name):
+    grid = read_grid(Path(name), {})
+    assert grid.name == name and grid.title
+    assert len({str(sorted(one.cell.model_args.items())) for one in cells(grid) if one.task == "scienceqa"}) == len(
+        [one for one in cells(grid) if one.task == "scienceqa"]
+    )  # no two rows are the same run
 
 
-def test_the_ladder_pairs_each_rung_with_the_one_below(tmp_path, monkeypatch):
-    """With a stub for the harness, to which rtn is a fifth of the documents worse than all else."""
-    monkeypatch.setattr("sys.argv", ["qvlm", "ablate", "ladder", "a folder"])
-    place, output = write_stub(tmp_path / "place"), tmp_path / "report"
-    common = [output, "--pretrained", "tiny", "--data", place, "--tasks", "quiz,exam", "--limit", 50]
-    invoke("ladder", *common, "--schemes", "w4a4,w3a3", "--seeds", "0,1")
-    assert len(calls(place)) == 2 * 2 * len(RUNGS) and "seed=1" in calls(place)[1]
-    content, document = report(output, "ladder")
-    rows = [row for row in content["rows"] if row["scheme"] == "w3a3"]
-    assert [row["rung"] for row in rows] == [rung.name for rung in RUNGS]
-    worse = [rung.method == "rtn" for rung in RUNGS]
-    for row, now, before in zip(rows, worse, [worse[0], *worse], strict=False):
-        assert row["scores"] == pytest.approx([0.6 if now else 0.8] * 2)
-        assert row["differences"] == pytest.approx([(before - now) * 0.2] * 2)
-    assert "| w4a4 | + rotation, per token | 2 | 60.0 ± " in document and "-20.0 [" in document
-    assert "w3a3: rotation, per token is 20.0 points below the rung below" in document and "+20.0 [" in document
-    assert "Stand-in data" in document and "w4a4: GPTQ cannot be told apart from the rung below" in document
-    invoke("ladder", *common, "--schemes", "w4a4", "--seeds", "1,2")
-    assert len(calls(place)) == 5 * len(RUNGS)
-    assert "is not of whole numbers" in invoke("ladder", *common, "--seeds", "0,one", code=2)
+def test_table_1_of_the_paper_stands_before_the_deviations():
+    grid = read_grid(Path("table1"), {"schemes": ("w4a4",)})
+    options = {name: check_request(grid.row(name)[0], "w4a4", grid.row(name)[1]).options for name in grid.methods}
+    paper = MethodOptions().model_dump() | options["Q-VLM"].model_dump()
+    assert {name: (one.cdm, one.veo) for name, one in list(options.items())[:4]} == {
+        "baseline": (False, False), "+CDM": (True, False), "+VEO": (False, True), "Q-VLM": (True, True),
+    }  # fmt: skip
+    for one in list(options.values())[:4]:
+        assert one.model_dump() | {"cdm": True, "veo": True} == paper and not one.relative_error
+    assert all(one.relative_error and one.max_percentile > 1 for one in list(options.values())[4:])
 
 
 @pytest.mark.parametrize("scheme", ["w4a4", "w8a8", "w4a16"])
 def test_each_rung_changes_what_its_name_says(scheme):
-    chosen = [check_request(rung.method, scheme, dict(rung.options)).options for rung in RUNGS]
+    grid = read_grid(Path("ladder"), {})
+    chosen = [check_request(*(method, scheme, options)).options for method, options in map(grid.row, grid.methods)]
     changed = [
         {name for name, value in options.model_dump().items() if value != below.model_dump()[name]}
         for below, options in itertools.pairwise(chosen)
@@ -268,6 +207,29 @@ def test_each_rung_changes_what_its_name_says(scheme):
     assert changed[1] == {"rounding", "weights", "group_size", "weight_clip"}
     assert changed[2] == {"center", "bias_correction"}
     assert {"transform", "smooth_by"} <= changed[3] and changed[4] == {"cdm"} and changed[5] == {"veo"}
+
+
+def test_the_ladder_pairs_each_rung_with_the_one_before(tmp_path, monkeypatch):
+    """With a stub for the harness, to which rtn is a fifth of the documents worse than all else."""
+    monkeypatch.setattr("sys.argv", ["qvlm", "ablate", "ladder", "a folder"])
+    place, output = write_stub(tmp_path / "place"), tmp_path / "report"
+    common = [output, "--data", place, "--tasks", "quiz,exam", "--limit", 50]
+    text = invoke("ladder", *common, "--schemes", "w4a4,w3a3", "--seeds", "0,1")
+    assert "w3a3 is 20.0 points below qlora" in text
+    assert len(calls(place)) == 2 * (1 + 2 * 2 * 7)  # tasks, full precision, schemes, seeds, rungs
+    content, document = report(output, "ladder")
+    rows = [row for row in content["over_seeds"] if row["scheme"] == "w3a3" and row["task"] == AVERAGE]
+    names = [row["method"] for row in rows]
+    assert names[:2] == ["qlora", "+ rotation, per token"] and names[-1] == "+ VEO" and len(names) == 7
+    assert [row["baseline"] for row in rows] == ["none", *names[:-1]]
+    worse = [False, True, True, True, False, False, False]
+    for row, now, before in zip(rows, worse, [None, *worse], strict=False):
+        assert row["scores"] == pytest.approx([0.6 if now else 0.8] * 2)
+        assert row["differences"] == pytest.approx([-0.2 if before is None else (before - now) * 0.2] * 2)
+    assert "from the row above with the same scheme and seed" in document and "Stand-in data" in document
+    invoke("ladder", *common, "--schemes", "w4a4", "--seeds", "1,2")
+    assert len(calls(place)) == 2 * (1 + 5 * 7)
+    assert "seeds.1: input should be a valid integer" in invoke("ladder", *common, "--seeds", "0,one", code=2)
 
 
 @pytest.fixture
@@ -283,39 +245,6 @@ def place(tmp_path, monkeypatch):
         rows.append({"image": f"{index}.png", "conversations": turns})
     (directory / "train.json").write_text(json.dumps(rows))
     return directory
-
-
-def test_table1_is_measured_by_the_harness_and_resumes(place, tmp_path, monkeypatch, warm_python):
-    output = tmp_path / "report"
-    command = ["table1", output, "--pretrained", "tiny", "--data", place, "--calibration", "train.json:4"]
-    command += ["--schemes", "w3a3", "--tasks", "vizwiz_vqa_val", "--limit", 2, "--model-args", "dtype=float32"]
-    for option in ("calibration_batch_size=4", "min_percentile=0.99", "veo_epochs=1"):
-        command += ["--option", option]
-    invoke(*command)
-    content, document = report(output, "table1")
-    rows = {row["method"]: row for row in content["rows"]}
-    assert [*rows] == ["full precision", "baseline", "+CDM", "+VEO", "Q-VLM"]
-    assert rows["full precision"]["search_seconds"] is None
-    assert all(rows[name]["search_seconds"] > 0 for name in ("baseline", "+CDM", "+VEO", "Q-VLM"))
-    assert len({row["weight_bytes"] for row in rows.values()}) == 2
-    assert rows["Q-VLM"]["weight_bytes"] < rows["full precision"]["weight_bytes"]
-    runs = [json.loads(Path(row["results"]).read_text())["qvlm"] for row in rows.values()]
-    assert len({run["plan_hash"] for run in runs}) == 5
-    assert [(run["options"]["cdm"], run["options"]["veo"]) for run in runs[1:]] == [
-        (False, False),
-        (True, False),
-        (False, True),
-        (True, True),
-    ]
-    for row in rows.values():
-        (score,) = row["scores"]
-        assert (score["task"], score["documents"], score["limited"]) == ("vizwiz_vqa_val", 2, True)
-        assert 0 <= score["value"] <= 1 and score["stderr"] is not None and row["stand_in"]
-    assert "Stand-in data" in document and "vizwiz_vqa_val 2, limited" in document
-
-    monkeypatch.setattr("qvlm_plugin.report.runs.command", lambda *_, **__: pytest.fail("a finished run was run again"))
-    invoke(*command)
-    assert report(output, "table1") == (content, document)
 
 
 def test_figures_2_and_3c_need_no_evaluation(place, tmp_path):

@@ -10,7 +10,7 @@ from scipy import stats
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import read_json
-from qvlm_plugin.report.compare.grid import FULL_PRECISION, CompareGrid, GridCell, cells
+from qvlm_plugin.report.compare.grid import CompareGrid, GridCell, cells
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
 from qvlm_plugin.report.paired import AVERAGE, Comparison, Estimate, compare, holm
 from qvlm_plugin.report.pooled import Pooled, pool
@@ -75,6 +75,7 @@ class Compared:
             "wrong_to_right": compared.flips.rose if compared else None,
             "changed": compared.flips.changed if compared else None,
             "bits": facts.bits if facts else None,
+            "packed_bytes": facts.packed_bytes if facts else None,
             "weight_bytes": facts.weight_bytes if facts else None,
             "peak_memory_bytes": facts.peak_memory_bytes if facts else None,
             "tokens_per_second": self.tokens_per_second,
@@ -174,8 +175,8 @@ def _read(of: GridCell, file: Path, metric: str) -> Compared:
 
 def _with_baseline(grid: CompareGrid, one: Compared, read: Mapping[Key, Compared]) -> Compared:
     """The cell compared with its baseline, if it has one."""
-    of, named = one.of, grid.baseline_of(one.of.scheme)
-    if (of.method, of.scheme) in (FULL_PRECISION, named):
+    of = one.of
+    if (named := grid.baseline_of(of.method, of.scheme)) is None:
         return one
     draws = grid.draws(*named)
     baseline = read.get((of.model, *named, of.seed if of.seed in draws else draws[0], of.task))
@@ -197,8 +198,7 @@ def pool_seeds(grid: CompareGrid, compared: Sequence[Compared]) -> list[OverSeed
     samples = {_key(one.of): one.samples for one in compared}
     found: list[OverSeeds] = []
     for model, method, scheme in dict.fromkeys((one.of.model, one.of.method, one.of.scheme) for one in compared):
-        own, named = (method, scheme), grid.baseline_of(scheme)
-        baseline = None if own in (FULL_PRECISION, named) else named
+        own, baseline = (method, scheme), grid.baseline_of(method, scheme)
         for tasks in [(task,) for task in grid.tasks] + ([grid.tasks] if len(grid.tasks) > 1 else []):
             pairs = [
                 tuple(_joined([samples.get((model, *one, seed, task)) for task in tasks]) for one, seed in pair)

@@ -1,5 +1,6 @@
 """The grid: models × methods × schemes × seeds × tasks, from a YAML file or from flags."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +17,31 @@ from qvlm_plugin.report.runs import Cell
 FULL_PRECISION = ("none", "w16a16")
 """Method and scheme of the runs that are not quantized."""
 
+PREVIOUS = "previous"
+"""The baseline of a ladder: each method is compared with the one before it, the first with full precision."""
+
+GRIDS = Path(__file__).parent / "grids"
+"""Grids that come with the package, by the names of their files."""
+
 
 class CompareGrid(BaseModel):
     """What is compared; the fields are the keys of the YAML file and the flags.
 
     Attributes:
         models: checkpoint folders or hub ids; ``demo`` is the embedded one.
-        methods: quantization methods; full precision is run beside them.
+        methods: quantization methods, or names of rows whose options say which ``method`` they are; full precision is
+            run as well.
         schemes: bit widths.
         tasks: lmms-eval's names.
         calibration: ``task:split:n`` or ``file.json:n``, joined by +.
-        options: of methods, by method.
+        options: of methods, by method or name of a row.
         model_args: further model arguments of every run.
         seeds: of the calibration draw; methods that need no samples are run once.
         baseline: method that the others are compared with, at the same scheme, task and seed; ``none`` is full
-            precision.
+            precision, ``previous`` the method before in the list.
         limit: documents of each task; None evaluates all.
         metric: what is compared.
+        name, title: of the report's files, and its heading; None says what the baseline is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -48,6 +57,8 @@ class CompareGrid(BaseModel):
     baseline: str = "none"
     limit: int | None = Field(None, ge=1)
     metric: str = "exact_match"
+    name: str = Field("comparison", pattern=r"^[\w-]+$")
+    title: str | None = None
 
     @field_validator("models", "methods", "schemes", "tasks", "seeds")
     @classmethod
@@ -59,17 +70,25 @@ class CompareGrid(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         allowed = ", ".join(self.methods)
-        if self.baseline not in ("none", *self.methods):
-            raise ValueError(f"baseline: {self.baseline} is not among the methods; allowed are none, {allowed}")
+        if self.baseline not in ("none", PREVIOUS, *self.methods):
+            raise ValueError(
+                f"baseline: {self.baseline} is not among the methods; allowed are none, {PREVIOUS}, {allowed}"
+            )
         if unknown := self.options.keys() - set(self.methods):
             raise ValueError(f"options: {min(unknown)} is not among the methods; allowed are {allowed}")
         if "seed" in self.model_args:
             raise ValueError(f"model_args: name seed={self.model_args['seed']} as one of the seeds")
         return self
 
-    def baseline_of(self, scheme: str) -> tuple[str, str]:
-        """Method and scheme that methods at this scheme are compared with."""
-        return FULL_PRECISION if self.baseline == "none" else (self.baseline, scheme)
+    def baseline_of(self, method: str, scheme: str) -> tuple[str, str] | None:
+        """Method and scheme that a method at this scheme is compared with; None for a baseline itself."""
+        if method in ("none", self.baseline):
+            return None
+        named = self.baseline
+        if named == PREVIOUS:
+            methods = ["none", *(name for name in self.methods if name != "none")]
+            named = methods[methods.index(method) - 1]
+        return FULL_PRECISION if named == "none" else (named, scheme)
 
     def draws(self, method: str, scheme: str) -> tuple[int | None, ...]:
         """The seeds that a method is run with; (None,) where it needs no samples and there is nothing to draw.
@@ -79,17 +98,23 @@ class CompareGrid(BaseModel):
         """
         return self.seeds if self._request(method, scheme).needs_calibration else (None,)
 
-    def _request(self, method: str, scheme: str) -> PlanRequest:
+    def row(self, name: str) -> tuple[str, dict[str, str | int | float | bool]]:
+        """The quantization method of a row and its options."""
+        options = dict(self.options.get(name, {}))
+        return str(options.pop("method", name)), options
+
+    def _request(self, name: str, scheme: str) -> PlanRequest:
+        method, options = self.row(name)
         known = check_request(method, scheme, {}).method.options.model_fields
-        shared = {name: value for name, value in self.model_args.items() if name in known}
-        return check_request(method, scheme, {**self.options.get(method, {}), **shared})
+        shared = {option: value for option, value in self.model_args.items() if option in known}
+        return check_request(method, scheme, {**options, **shared})
 
 
 def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
     """The grid of a YAML file, in which flags take the place of its values.
 
     Args:
-        file: None for a grid from flags alone.
+        file: a file, or the name of one in `GRIDS`; None for a grid from flags alone.
         flags: fields of `CompareGrid`; those that are None are not given.
 
     Raises:
@@ -97,6 +122,8 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
     """
     content: Any = {}
     if file is not None:
+        shipped = GRIDS / f"{file}.yaml"
+        file = shipped if not file.is_file() and shipped in GRIDS.iterdir() else file
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -127,7 +154,7 @@ class GridCell:
     """What a run of the grid is of.
 
     Attributes:
-        model, method, scheme, task: as the grid names them.
+        model, method, scheme, task: as the grid names them; the method of a named row is its name.
         seed: of the calibration draw; None where there is none.
         cell: the run.
     """
@@ -159,9 +186,10 @@ def cells(grid: CompareGrid) -> list[GridCell]:
     found = []
     for number, model in enumerate(grid.models):
         for method, scheme, seed in combinations:
-            arguments: dict[str, Any] = {"pretrained": model, "method": method, "scheme": scheme}
+            named, options = grid.row(method)
+            arguments: dict[str, Any] = {"pretrained": model, "method": named, "scheme": scheme}
             if method != "none":
-                arguments |= {"calibration": grid.calibration, **grid.options.get(method, {})}
+                arguments |= {"calibration": grid.calibration, **options}
             if seed:  # 0 is the model's default: a run is the same whether it was asked for or not
                 arguments |= {"seed": seed}
             arguments |= grid.model_args
@@ -169,7 +197,7 @@ def cells(grid: CompareGrid) -> list[GridCell]:
                 name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in arguments.items()
             }
             folder = "-".join((Path(model).name or "model", *((str(number),) if number else ())))
-            run = f"{method}-{scheme}" + (f"-seed{seed}" if seed else "")
+            run = re.sub(r"[^\w.+:-]+", "_", f"{method}-{scheme}") + (f"-seed{seed}" if seed else "")
             for task in grid.tasks:
                 cell = Cell(f"{folder}/{run}/{task}".replace(":", "."), texts, (task,), grid.limit)
                 found.append(GridCell(model, method, scheme, seed, task, cell))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seeds
-from qvlm_plugin.report.compare.grid import FULL_PRECISION, CompareGrid
+from qvlm_plugin.report.compare.grid import FULL_PRECISION, PREVIOUS, CompareGrid
 from qvlm_plugin.report.figures import Bars, bars_figure
 from qvlm_plugin.report.leaderboard.tables import size
 from qvlm_plugin.report.paired import difference_text, estimate_text, flips_text, p_text, unknown_note
@@ -14,12 +14,15 @@ from qvlm_plugin.report.writing import STAND_IN, Report
 
 HEADER = (
     "model", "method", "scheme", "seed", "task", "score", "difference (points)", "p", "p (Holm)", "test", "flips",
-    "bits", "weights", "peak memory", "tokens/s", "search (s)",
+    "bits", "packed size", "peak memory", "tokens/s", "search (s)",
 )  # fmt: skip
 SEEDS_HEADER = (
     "model", "method", "scheme", "task", "seeds", "score", "spread", "difference (points)", "p (t)", "p (t, Holm)",
     "p (sign flip)", "same sign", "flips",
 )  # fmt: skip
+
+BASELINES = {"none": "full precision", PREVIOUS: "the row above"}
+"""What baselines are called that are no method's name."""
 
 
 def compare_report(grid: CompareGrid, compared: Sequence[Compared], trouble: Sequence[str], command: str) -> Report:
@@ -32,17 +35,17 @@ def compare_report(grid: CompareGrid, compared: Sequence[Compared], trouble: Seq
         command: that makes it again.
     """
     pooled = pool_seeds(grid, compared)
-    baseline = "full precision" if grid.baseline == "none" else grid.baseline
+    baseline = BASELINES.get(grid.baseline, grid.baseline)
     over_seeds = [Grid(SEEDS_HEADER, tuple(map(_seeds_cells, pooled)))] if len(grid.seeds) > 1 else []
     return Report(
-        name="comparison",
-        title=f"Comparison with {baseline}",
+        name=grid.name,
+        title=grid.title or f"Comparison with {baseline}",
         command=command,
         tables=[Grid(HEADER, tuple(map(_cells, compared))), *over_seeds],
         rows=[one.row() for one in compared],
         notes=[*_notes(grid, compared, baseline), *(f"Missing: {line}" for line in trouble)],
         figure=bars_figure(_bars(grid, compared, pooled)),
-        verdicts=_verdicts(grid, pooled, baseline),
+        verdicts=_verdicts(grid, pooled),
         data={"over_seeds": [one.row() for one in pooled]},
     )
 
@@ -95,7 +98,7 @@ def _cells(one: Compared) -> tuple[str, ...]:
         one.test,
         flips_text(row.flips) if row else "",
         f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else "",
-        size(facts.weight_bytes if facts else None),
+        size(facts.packed_bytes if facts else None),
         size(facts.peak_memory_bytes if facts else None),
         "" if one.tokens_per_second is None else f"{one.tokens_per_second:.1f}",
         f"{facts.search_seconds:.0f}" if facts and facts.calibration and facts.search_seconds is not None else "",
@@ -120,14 +123,14 @@ def _seeds_cells(one: OverSeeds) -> tuple[str, ...]:
     )
 
 
-def _verdicts(grid: CompareGrid, pooled: Sequence[OverSeeds], baseline: str) -> list[str]:
+def _verdicts(grid: CompareGrid, pooled: Sequence[OverSeeds]) -> list[str]:
     """One sentence for each method, on the average of tasks where there are several."""
     last = {(one.model, one.method, one.scheme): one for one in pooled if one.baseline is not None}
     found = []
     for one in last.values():
         name = one.method if len(grid.schemes) == 1 else f"{one.method} {one.scheme}"
         where = f"{one.model}: " if len(grid.models) > 1 else ""
-        found.append(where + verdict(one.pooled, name, baseline))
+        found.append(where + verdict(one.pooled, name, BASELINES.get(one.baseline, one.baseline)))
     return found
 
 

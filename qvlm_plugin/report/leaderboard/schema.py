@@ -70,6 +70,7 @@ class Provenance(_Part):
     stand_in: bool = False
     answers: dict[str, dict[str, int]] = Field(default_factory=dict)
     weight_bytes: int | None = None
+    packed_bytes: int | None = None
     peak_memory_bytes: int | None = None
     seal: str | None = None
 

@@ -63,6 +63,22 @@ def test_options_decide_whether_samples_are_drawn():
         assert [one.seed for one in cells(read_grid(None, flags | changes))] == [None, 1, 2]
 
 
+def test_a_row_of_its_own_name_says_which_method_it_is():
+    flags = {"models": ("m",), "methods": ("rtn", "+ all: two"), "schemes": ("w4a4",), "tasks": ("quiz",)}
+    flags |= {"options": {"+ all: two": {"method": "qlora", "bias_correction": True}}}
+    *_, plain, named = cells(read_grid(None, flags | {"baseline": "previous"}))
+    assert (named.method, named.cell.name) == ("+ all: two", "m/+_all._two-w4a4/quiz")
+    changed = {"method": "qlora", "bias_correction": "true"}
+    assert named.cell.model_args == plain.cell.model_args | changed and "+" not in str(named.cell.model_args)
+    with pytest.raises(QVLMError, match="method='two' is not known"):
+        cells(read_grid(None, flags | {"options": {"+ all: two": {"method": "two"}}}))
+
+
+def test_each_row_may_be_compared_with_the_one_before():
+    grid = read_grid(None, FLAGS | {"baseline": "previous"})
+    assert [grid.baseline_of(name, "w4a4") for name in grid.methods] == [None, ("none", "w16a16"), ("rtn", "w4a4")]
+
+
 def test_unknown_names_are_told_before_anything_runs():
     with pytest.raises(QVLMError, match="rtm"):
         run_of(FLAGS | {"methods": ("rtm",)})
@@ -83,7 +99,11 @@ GRID = "models: [a]\nmethods: [qlora]\nschemes: [w4a4]\ntasks: [c]\n"
         (GRID + "seeds: [-1]", "seeds.0: input should be greater than or equal to 0, not -1"),
         (GRID + "seeds: []", "seeds: tuple should have at least 1 item"),
         (GRID + "seeds: [one]", "seeds.0: input should be a valid integer"),
-        (GRID + "baseline: awq", "grid.yaml: baseline: awq is not among the methods; allowed are none, qlora"),
+        (
+            GRID + "baseline: awq",
+            "grid.yaml: baseline: awq is not among the methods; allowed are none, previous, qlora",
+        ),
+        (GRID + "name: a/b", "grid.yaml: name: string should match pattern"),
         (GRID + "options: {awq: {}}", "options: awq is not among the methods; allowed are qlora"),
         (GRID + "model_args: {seed: 1}", "model_args: name seed=1 as one of the seeds"),
         ("modells: [a]\nmodels: [a]\nmethods: [b]\nschemes: [w4a4]\ntasks: [c]", "modells: is no key"),

@@ -40,7 +40,7 @@ SEARCHES = {
 }
 
 
-METHODS = ("rtn", "qlora", "awq", "qvlm", "qvlm_jacobian")
+METHODS = ("rtn", "qlora", "awq", "qvlm", "qvlm_jacobian", "qvlm_rotated")
 
 
 @dataclass(frozen=True)

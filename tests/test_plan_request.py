@@ -13,7 +13,6 @@ from qvlm_plugin.plan_request import check_calibration, check_request
         ("rtn", "w4a4", {"norm": 1}, "method=rtn: norm=1.0 is read with observer=lp only"),
         ("qlora", "w4a4", {"alpha_steps": 3}, "alpha_steps=3 is read with transform=awq only"),
         ("rtn", "w4a4", {"importance": "jacobian"}, "use it with observer=lp"),
-        ("qvlm_jacobian", "w4a4", {"transform": "smooth"}, "use veo_train=clip"),
         ("none", "w4a4", {"weights": "nf"}, "these options: none"),
         ("qlora", "w4a4", {"norm": -1}, "norm=-1 is not allowed for method=qlora"),
         ("qlora", "w4a4", {"weights": "fp8"}, "weights='fp8' is not allowed"),

@@ -57,7 +57,7 @@ def run(
     output: Annotated[Path, typer.Argument(help="Folder of the runs.")] = Path("demo-results"),
     runs: Annotated[
         str, typer.Option(help="METHOD-SCHEME or METHOD-SCHEME-WEIGHTS, as awq-w4a4-nf, separated by commas.")
-    ] = "none-w16a16,qlora-w4a4,qvlm_jacobian-w4a4",
+    ] = "none-w16a16,qlora-w4a4,qvlm_rotated-w4a4",
     limit: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 100,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 32,
     seed: Seed = 0,

@@ -76,7 +76,11 @@ class SearchContext:
     @property
     def layers(self) -> list[tuple[str, nn.Module]]:
         """The decoder's layers with their full names, bottom to top."""
-        return blocks_of(self.topology, self.model, "decoder")
+        return self.blocks("decoder")
+
+    def blocks(self, part: str) -> list[tuple[str, nn.Module]]:
+        """A part's blocks with their full names, bottom to top."""
+        return blocks_of(self.topology, self.model, part)
 
     @property
     def device(self) -> torch.device:

@@ -26,7 +26,7 @@ from qvlm_plugin.methods.shard import Shard
 from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
 from qvlm_plugin.models.placement import execution_device, is_offloaded, materialized
 from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.topology import ORDER, Site, blocks_of
+from qvlm_plugin.topology import ORDER, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +88,7 @@ class HiddenCache:
         rows: samples that go through a layer together, see `Footprint`.
         shard: of this process; the batches are its own.
         first: index of its first batch among those of all processes.
+        part: whose blocks the states are between.
     """
 
     states: Sequence[Tensor]
@@ -95,6 +96,7 @@ class HiddenCache:
     rows: int | None = None
     shard: Shard = field(default_factory=Shard)
     first: int = 0
+    part: str = "decoder"
 
     def batch(self, index: int) -> "HiddenCache":
         """One batch alone."""
@@ -228,7 +230,7 @@ def block_inputs(context: SearchContext, part: str = "decoder") -> HiddenCache:
     on_cpu = context.footprint.caches_on_cpu or is_offloaded(model.get_submodule(path))
     hidden: list[Tensor] = []
     batches: list[Batch] = []
-    name, first = blocks_of(context.topology, model, part)[0]
+    name, first = context.blocks(part)[0]
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         names = [*inspect.signature(module.forward).parameters]
@@ -252,7 +254,7 @@ def block_inputs(context: SearchContext, part: str = "decoder") -> HiddenCache:
                     model(**to_device(inputs, context.device, model.dtype), use_cache=False)
     finally:
         handle.remove()
-    return HiddenCache(hidden, batches, context.footprint.rows, context.shard, context.share.start)
+    return HiddenCache(hidden, batches, context.footprint.rows, context.shard, context.share.start, part)
 
 
 def quantized_inputs(context: SearchContext, plan: RoundingPlan, part: str = "decoder") -> HiddenCache:

@@ -182,6 +182,7 @@ class MiningOptions(_Options):
 
     Attributes:
         cdm: mine cross-layer dependency and search blocks jointly.
+        cdm_parts: whose blocks: the ``decoder``'s, as in the paper, or before them those of the vision tower, too.
         dependency: whose codes dependency is of: those of each layer's first ``site``, within its own bounds, or of
             each layer's ``output`` within its channels' extremes, which nothing rounds.
         min_percentile: the grid's lower end (paper, section 4.1: 0.98).
@@ -200,6 +201,7 @@ class MiningOptions(_Options):
     """
 
     cdm: bool = False
+    cdm_parts: Literal["decoder", "vision+decoder"] = "decoder"
     dependency: Literal["site", "output"] = "site"
     min_percentile: float = Field(0.98, gt=0, le=1)
     max_percentile: float = Field(1.0, ge=1, le=2)
@@ -290,10 +292,5 @@ class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, Tra
             raise ValueError(
                 f"transform={self.transform} spreads a massive channel over all, which widens static ranges of "
                 "channels; use it with activations=token"
-            )
-        if {"awq", "smooth"} & set(self.transforms) and self.veo and self.veo_train == "clip+norm":
-            raise ValueError(
-                f"veo_train=clip+norm trains norms that transform={self.transform} folds scales into; "
-                "use veo_train=clip"
             )
         return self

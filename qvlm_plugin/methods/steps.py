@@ -98,8 +98,13 @@ GPTQ = Step(
 
 DEPENDENCIES = Step(
     "dependencies",
-    imported(f"{_PACKAGE}.qvlm.decoder_dependency:observe_before"),
-    lambda scheme, options: BLOCKS.wanted(scheme, options) and VISION.wanted(scheme, options) and options.h0 is None,
+    imported(f"{_PACKAGE}.qvlm.block_dependency:observe_before"),
+    lambda scheme, options: (
+        BLOCKS.wanted(scheme, options)
+        and VISION.wanted(scheme, options)
+        and scheme.decoder.activation != UNQUANTIZED
+        and options.h0 is None
+    ),
     splits=True,
 )
 """Dependencies before the tower is optimized, for the threshold of the partition."""
@@ -115,7 +120,9 @@ VISION = Step(
 BLOCKS = Step(
     "blocks",
     imported(f"{_PACKAGE}.qvlm.mining:search_blocks"),
-    lambda scheme, options: options.cdm and scheme.decoder.activation != UNQUANTIZED,
+    lambda scheme, options: (
+        options.cdm and any(getattr(scheme, part).activation != UNQUANTIZED for part in options.cdm_parts.split("+"))
+    ),
     splits=True,
 )
 """Q-VLM's dependency mining and joint search, on the optimized tower."""

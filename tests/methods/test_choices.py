@@ -11,6 +11,7 @@ from tiny_llava import logits_of
 from qvlm_plugin import planning
 from qvlm_plugin.methods.hidden import block_inputs
 from qvlm_plugin.methods.means import ordinary
+from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.smooth import smoothing_scale
 from qvlm_plugin.methods.steps import STEPS
 from qvlm_plugin.plan_request import check_request
@@ -58,6 +59,33 @@ def test_the_error_that_was_searched_is_that_of_the_applied_plan(choices, loaded
         hidden = hidden.through(*named)
     error = hidden.error(reference, context.options)
     assert error == pytest.approx(plan.record["cdm"]["blocks"][-1]["error"], rel=1e-3)
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w16a16+vision:w4a4"])
+def test_the_towers_blocks_are_searched_as_the_decoders_are(scheme, loaded, calibration):
+    context = context_of(loaded, calibration, calibration_batch_size=5)
+
+    def last_states():
+        hidden = block_inputs(context, "vision")
+        for named in context.blocks("vision"):
+            hidden = hidden.through(*named)
+        return hidden
+
+    reference = last_states()
+    options = {"cdm": True, "cdm_parts": "vision+decoder", "min_percentile": 0.8, "percentile_step": 0.1}
+    plan = plan_of(loaded, calibration, scheme, "qvlm_rotated", **options, beam=0, max_depth=2)
+    chosen = plan.record["cdm_vision"]["blocks"]
+    assert [layer for block in chosen for layer in block["layers"]] == [*range(len(context.blocks("vision")))]
+    assert len(plan.record["cdm_vision"]["dependencies"]) == len(context.blocks("vision")) - 1
+    assert ("cdm" in plan.record) == (scheme == "w4a4")
+    picked = {site: ratio for block in chosen for layer in block["percentiles"] for site, ratio in layer.items()}
+    assert picked and all(float(plan.tensors[f"{site}/clip_ratio"]) == pytest.approx(p) for site, p in picked.items())
+    alone = plan_of(loaded, calibration, scheme, "qvlm_rotated", **{**options, "cdm_parts": "decoder"}, beam=0)
+    assert "cdm_vision" not in alone.record
+    planning.apply(plan, loaded)
+    assert last_states().error(reference, MethodOptions(relative_error=True)) == pytest.approx(
+        chosen[-1]["error"], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from qvlm_plugin.methods.draft import Draft, TokenWeights, build_plan, transform
 from qvlm_plugin.methods.hidden import HiddenCache, block_inputs, quantized_inputs
 from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.options import MiningOptions
-from qvlm_plugin.methods.qvlm.decoder_dependency import BEFORE, dependencies
+from qvlm_plugin.methods.qvlm.block_dependency import BEFORE, dependencies
 from qvlm_plugin.methods.qvlm.partition import partition
 from qvlm_plugin.methods.qvlm.search import Tree, search_exhaustively, search_pruned, search_with_beam
 from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
@@ -28,12 +28,13 @@ from qvlm_plugin.models.placement import execution_device, materialized
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantizers import shrink_range, through_zero
+from qvlm_plugin.scheme import UNQUANTIZED
 from qvlm_plugin.topology import Site
 
 
 @dataclass(frozen=True, eq=False)
 class CandidateLayer:
-    """One decoder layer with quantized weights, whose activation parameters are given anew at every run.
+    """One block with quantized weights, whose activation parameters are given anew at every run.
 
     Attributes:
         name: full name.
@@ -75,7 +76,7 @@ class Mined:
     """What the search decided.
 
     Attributes:
-        tensors: activation parameters of every decoder site, as plan tensors.
+        tensors: activation parameters of every site of the part, as plan tensors.
         record: dependencies, blocks, percentiles and errors, as JSON data.
     """
 
@@ -84,11 +85,17 @@ class Mined:
 
 
 def search_blocks(context: SearchContext, draft: Draft) -> Draft:
-    """The percentiles of all decoder layers, above the vision tower and projector as they will be."""
-    plan = build_plan(context, draft)
-    # No variable holds the caches here: `mine` lets go of them as it climbs.
-    mined = mine(context, plan, block_inputs(context), quantized_inputs(context, plan), draft.token_weights)
-    return draft.adding(mined.tensors, {"cdm": mined.record})
+    """The percentiles of all decoder layers, above the vision tower and projector as they will be.
+
+    With ``cdm_parts=vision+decoder`` those of the tower's blocks are searched before, in the same way.
+    """
+    for part in context.options.cdm_parts.split("+"):
+        if getattr(context.scheme, part).activation != UNQUANTIZED:
+            plan, weights = build_plan(context, draft), draft.token_weights if part == "decoder" else None
+            # No variable holds the caches here: `mine` lets go of them as it climbs.
+            mined = mine(context, plan, block_inputs(context, part), quantized_inputs(context, plan, part), weights)
+            draft = draft.adding(mined.tensors, {"cdm" if part == "decoder" else f"cdm_{part}": mined.record})
+    return draft
 
 
 def mine(
@@ -98,19 +105,19 @@ def mine(
     quantized: HiddenCache,
     token_weights: TokenWeights | None = None,
 ) -> Mined:
-    """Search the percentiles of all decoder layers. Choices of finished blocks are kept in the context's workspace.
+    """Search the percentiles of all blocks of a part. Choices of finished blocks are kept in the context's workspace.
 
     Args:
         context: the search.
         plan: with the initial parameters of every site, which percentile 1 keeps.
-        reference: input of the first layer in the full-precision model.
+        reference: input of the part's first block in the full-precision model.
         quantized: the same where everything below is already quantized.
         token_weights: how much each token's error counts beside the options; None counts all alike.
     """
-    options, workspace = context.options, context.workspace
+    options, workspace, part = context.options, context.workspace, reference.part
     with Progress("dependencies") as progress:
         mutual = dependencies(context, plan, quantized)
-        before = plan.record.get(BEFORE, mutual)
+        before = plan.record.get(BEFORE, mutual) if part == "decoder" else mutual
         h0 = mean(before) if options.h0 is None and before else options.h0 or 0.0
         blocks = partition(mutual, h0, options.max_depth)
         progress.describe("search of blocks", len(blocks))
@@ -122,7 +129,7 @@ def mine(
                 member, reference = candidate_layer(context, plan, index, reference)
                 members.append(member)
                 targets.append(reference)
-            step = f"layers-{block.start}-{block.stop - 1}"
+            step = f"{part}-{block.start}-{block.stop - 1}"
             if (kept := context.recalled(step)) is None:
                 weights = token_weights and [context.shard.own(token_weights[index]) for index in block]
                 choices, error = search_block(members, quantized, targets, options, weights)
@@ -206,7 +213,7 @@ def search_block(
 def candidate_layer(
     context: SearchContext, plan: RoundingPlan, index: int, reference: HiddenCache
 ) -> tuple[CandidateLayer, HiddenCache]:
-    """Decoder layer ``index`` ready to be searched, and its full-precision output.
+    """Block ``index`` of a part ready to be searched, and its full-precision output.
 
     Args:
         context: the search.
@@ -214,7 +221,7 @@ def candidate_layer(
         index: of the layer, from 0.
         reference: its full-precision input.
     """
-    name, layer = context.layers[index]
+    name, layer = context.blocks(reference.part)[index]
     options, device = context.options, execution_device(layer)
     formats = {site: fmt for site, fmt in context.activation_sites.items() if site.name.startswith(f"{name}.")}
     # An expert that no calibration token reached has no parameters to search.

@@ -16,7 +16,7 @@ from qvlm_plugin.conversation import to_device
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.gradients import OverflowedError, last_positions, scaled
-from qvlm_plugin.methods.qvlm.decoder_dependency import first_sites, rounded_input
+from qvlm_plugin.methods.qvlm.block_dependency import first_sites, rounded_input
 from qvlm_plugin.methods.qvlm.dependency import Assignment, Ranged, conditional_entropy, joint_counts, sample_elements
 from qvlm_plugin.observers import ChannelStatistics
 from qvlm_plugin.quantizers import widen

@@ -70,9 +70,9 @@ def train(context: SearchContext, draft: Draft) -> Draft:
         others = stand_ins(build_plan(context, started), model, STRAIGHT_THROUGH, paths, stack)
         ratios = _shared_ratios(sites, others.linears)
         stack.enter_context(frozen(model))
-        # Norms to train are replaced by themselves: they are put back at the end.
+        # Norms to train that the plan leaves alone are replaced by themselves: all are put back at the end.
         own = {name: norm.detach() for name, norm in norms.items()}
-        stack.enter_context(replaced(model, StandIns(others.linears, {**others.values, **own})))
+        stack.enter_context(replaced(model, StandIns(others.linears, {**own, **others.values})))
         if options.veo_checkpointing:
             stack.enter_context(checkpointed(_blocks(context)))
         if context.footprint.caches_on_cpu:
@@ -144,6 +144,10 @@ class _Training:
         ]
         keys = [key for key in self.live if key.endswith("/clip_ratio")] + [f"{name}/value" for name in changed]
         found = {key: best[key].detach().cpu().clone() for key in keys}
+        # New values take the place of the model's own, which folds divide after that: in training they were divided.
+        for name in changed:
+            for scale in _folded_scales(draft, name.rpartition(".")[0]):
+                found[f"{name}/value"] *= scale.to(found[f"{name}/value"])
         record = {"veo": {"before": self.before, "after": after, "curve": self.curve}}
         return replace(draft.adding(found, record), replaced=(*draft.replaced, *changed))
 
@@ -240,6 +244,13 @@ def _norm_parameters(context: SearchContext) -> dict[str, nn.Parameter]:
         if isinstance(module, nn.LayerNorm)
         for name, parameter in module.named_parameters()
     }
+
+
+def _folded_scales(draft: Draft, producer: str) -> Iterator[Tensor]:
+    """What the draft's folds divide the channels of a norm by."""
+    for fold in draft.folds:
+        if fold.producer == producer:
+            yield draft.tensors[f"{fold.site}/scale"]
 
 
 def _shared_ratios(sites: Sequence[Site], layers: Mapping[str, QuantLinear]) -> dict[str, nn.Parameter]:

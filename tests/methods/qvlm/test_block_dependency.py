@@ -11,7 +11,7 @@ from qvlm_plugin import planning
 from qvlm_plugin.methods import lp
 from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.methods.hidden import block_inputs, quantized_inputs
-from qvlm_plugin.methods.qvlm.decoder_dependency import dependencies
+from qvlm_plugin.methods.qvlm.block_dependency import dependencies
 from qvlm_plugin.methods.qvlm.dependency import Assignment, Ranged, layer_dependency
 from qvlm_plugin.methods.qvlm.partition import partition
 from qvlm_plugin.plan_request import check_request

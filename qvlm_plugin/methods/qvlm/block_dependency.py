@@ -1,4 +1,4 @@
-"""D(k, k+1) of a decoder's layers on calibration data (paper, Eq. 4), and the threshold that comes of it.
+"""D(k, k+1) of a part's blocks on calibration data (paper, Eq. 4), and the threshold that comes of it.
 
 The paper writes x^(k) for what a quantizer rounds. ``dependency=site`` takes the codes of the first site of each layer,
 within its own bounds; ``dependency=output`` those that the layer's output would have within each channel's extremes,
@@ -26,16 +26,16 @@ BEFORE = "dependencies_before"
 
 @torch.no_grad()
 def dependencies(context: SearchContext, plan: RoundingPlan, hidden: HiddenCache) -> list[float]:
-    """D(k, k+1) of consecutive decoder layers in full precision.
+    """D(k, k+1) of consecutive blocks of a part in full precision.
 
     Args:
         context: the search.
         plan: with the bounds of every site.
-        hidden: the first layer's input.
+        hidden: the first block's input.
     """
-    how, values, previous = Assignment(context.scheme.decoder.activation), [], None
-    sites = first_sites(context)
-    for index, named in enumerate(context.layers):
+    how, values, previous = Assignment(getattr(context.scheme, hidden.part).activation), [], None
+    sites = first_sites(context, hidden.part)
+    for index, named in enumerate(context.blocks(hidden.part)):
         if context.options.dependency == "site":
             batches = [batch[sites[index]] for batch in hidden.inputs(*named, [sites[index]])]
             seen = rounded_input(context, plan, sites[index], torch.cat(context.shard.gathered(batches)))
@@ -49,13 +49,13 @@ def dependencies(context: SearchContext, plan: RoundingPlan, hidden: HiddenCache
     return values
 
 
-def first_sites(context: SearchContext) -> list[Site]:
-    """Of each decoder layer the site whose codes dependency is of: its first, which reads the layer's input."""
+def first_sites(context: SearchContext, part: str = "decoder") -> list[Site]:
+    """Of each block of a part the site whose codes dependency is of: its first, which reads the block's input."""
     found: dict[int, Site] = {}
     for site in context.activation_sites:
-        if site.part == "decoder":
+        if site.part == part:
             found.setdefault(site.block, site)
-    return [found[index] for index in range(len(context.layers))]
+    return [found[index] for index in range(len(context.blocks(part)))]
 
 
 def rounded_input(context: SearchContext, plan: Draft | RoundingPlan, site: Site, x: Tensor) -> Ranged:

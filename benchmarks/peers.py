@@ -1,0 +1,349 @@
+"""Our methods beside llm-compressor's, on the demo's decoder: what each loses, on the calibration's domain and off it.
+
+Weights of the decoder are rounded in groups of 64, at W8A8 for each output channel with activations per token. All
+rows are measured alike, on samples that none was fitted on: what decoder layers add to their full-precision inputs, the
+divergence of the answers' tokens, and that of every token of English text that is no question about a picture (Python's
+language reference, which comes with it).
+
+The peers run in an environment of their own, from the samples that the first command writes:
+
+python benchmarks/peers.py samples peers                     # in a folder with the stand-in data (`qvlm demo data .`)
+uv venv peers-env && uv pip install --python peers-env/bin/python llmcompressor==0.14.0.1
+peers-env/bin/python benchmarks/peers.py peer peers "$(qvlm demo build | tail -1)"   # each row in turn
+python benchmarks/peers.py table peers --json peers.json     # fits ours, measures all
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+Row = tuple[str, str]
+"""Method and scheme."""
+
+PEERS: tuple[Row, ...] = (
+    ("gptq", "w4a16"), ("awq", "w4a16"), ("gptq", "w3a16"), ("awq", "w3a16"), ("smoothquant+gptq", "w8a8"),
+)  # fmt: skip
+"""What llm-compressor is run for."""
+
+G64 = {"group_size": 64}
+OURS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
+    "w4a16": (
+        ("rtn", "rtn", G64), ("awq", "awq", G64 | {"weight_clip": "mse"}), ("gptq", "gptq", G64),
+        ("gptq, clipped", "gptq", G64 | {"weight_clip": "mse"}), ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
+    ),
+    "w3a16": (
+        ("rtn", "rtn", G64), ("awq", "awq", G64 | {"weight_clip": "mse"}), ("gptq", "gptq", G64),
+        ("gptq, clipped", "gptq", G64 | {"weight_clip": "mse"}), ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
+    ),
+    "w8a8": (
+        ("rtn, per channel", "rtn", {"group_size": -1}), ("smoothquant", "smoothquant", {}),
+        ("smoothquant, gptq", "smoothquant", {"rounding": "gptq"}),
+        ("qvlm_rotated", "qvlm_rotated", {"cdm": False, "group_size": -1}),
+    ),
+}  # fmt: skip
+"""Name, method and options of our rows, by scheme."""
+
+SAMPLES, HELD_OUT, TEXTS, TEXT_TOKENS = 32, 96, 12, 128
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all rows are measured on.
+
+    Attributes:
+        samples: encoded samples, one to a batch, with bool [1, T] where the answer's tokens are predicted.
+        texts: token ids, int64 [texts, tokens].
+        questions: documents to answer.
+    """
+
+    samples: Sequence[tuple[Mapping[str, Tensor], Tensor]]
+    texts: Tensor
+    questions: Sequence[Any]
+
+
+def write_samples(folder: Path) -> None:
+    """Write what calibrates everyone, encoded: the first draw of the stand-in train samples."""
+    from qvlm_plugin.demo import resolve_demo
+    from qvlm_plugin.models.loading import load
+
+    loaded = load(resolve_demo("demo"), dtype="float32")
+    tensors = {}
+    for index, (inputs, _) in enumerate(_calibration().batches(loaded.processor, 1)):
+        tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in inputs.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "samples.safetensors")
+
+
+def _calibration() -> Any:
+    from qvlm_plugin.calibration import CalibrationSet, read_conversations
+    from qvlm_plugin.demo import CALIBRATION
+
+    samples = read_conversations(Path(CALIBRATION), None, SAMPLES, 0)
+    return CalibrationSet(tuple(samples), f"{CALIBRATION}:{SAMPLES}", 0)
+
+
+# The peers' side: nothing of this package is there.
+
+
+def run_peers(folder: Path, checkpoint: str) -> None:
+    """Quantize the decoder by each of `PEERS`; keeps the weights that it would multiply by, and the time."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    tensors = load_file(folder / "samples.safetensors")
+    count = 1 + max(int(name.partition(".")[0]) for name in tensors)
+    samples = [
+        {name.partition(".")[2]: one for name, one in tensors.items() if name.startswith(f"{index}.")}
+        for index in range(count)
+    ]
+    for method, scheme in PEERS:
+        file = folder / f"{method}-{scheme}.safetensors"
+        if file.exists():
+            continue
+        model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+        start = time.process_time()
+        oneshot(
+            model=model,
+            processor=AutoProcessor.from_pretrained(checkpoint),
+            dataset=Dataset.from_list([{"index": index} for index in range(count)]),
+            data_collator=lambda batch: samples[batch[0]["index"]],
+            recipe=_recipe(method, scheme),
+            num_calibration_samples=count,
+            batch_size=1,
+            shuffle_calibration_samples=False,
+        )
+        seconds = time.process_time() - start
+        save_file(_rounded(model), file, {"seconds": str(seconds)})
+
+
+def _recipe(method: str, scheme: str) -> list[Any]:
+    """llm-compressor's modifiers with their defaults; at four and three bits asymmetric, as our integer weights are."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
+
+    bits = int(scheme[1])
+    if scheme == "w8a8":
+        weights = QuantizationArgs(num_bits=8, strategy="channel", symmetric=True)
+        inputs = QuantizationArgs(num_bits=8, strategy="token", symmetric=True, dynamic=True)
+    else:
+        weights, inputs = QuantizationArgs(num_bits=bits, strategy="group", group_size=64, symmetric=False), None
+    groups = {"all": QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)}
+    given = {"config_groups": groups, "ignore": ["re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"]}
+    if method == "awq":
+        return [AWQModifier(**given)]
+    if method == "rtn":
+        return [QuantizationModifier(**given)]
+    smoothing = [SmoothQuantModifier(smoothing_strength=0.5)] if method.startswith("smoothquant") else []
+    return [*smoothing, GPTQModifier(**given)]
+
+
+def _rounded(model: nn.Module) -> dict[str, Tensor]:
+    """The decoder's parameters; quantized weights as they are multiplied by."""
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+    found = {}
+    for name, module in model.model.language_model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            value = parameter.detach()
+            asked = getattr(module, "quantization_scheme", None)
+            if own == "weight" and asked is not None and asked.weights is not None:
+                order = getattr(module, "weight_g_idx", None)
+                zero = getattr(module, "weight_zero_point", None)
+                value = fake_quantize(value, module.weight_scale, zero, asked.weights, g_idx=order)
+            if not own.startswith(("weight_", "input_", "output_")):
+                found[f"{name}.{own}"] = value.float().contiguous().clone()
+    return found
+
+
+# Our side: fit our methods, and measure everyone.
+
+
+def table(folder: Path, json_file: Path | None, limit: int, schemes: Sequence[str]) -> None:
+    """Measure all rows that are there, and print them."""
+    from qvlm_plugin.report.results import Grid
+
+    found = []
+    for scheme in schemes:
+        for name, method, options in OURS[scheme]:
+            found.append({"scheme": scheme, "method": f"{name} (ours)", **_ours(method, scheme, options, limit)})
+        for method, named in PEERS:
+            file = folder / f"{method}-{scheme}.safetensors"
+            if named == scheme and file.exists():
+                found.append({"scheme": scheme, "method": f"{method}, llm-compressor", **_theirs(file, scheme, limit)})
+    if json_file:
+        from qvlm_plugin.atomic import write_file
+
+        write_file(json_file, json.dumps(found, indent=1).encode())
+    header = ("scheme", "method", "layer error", "KL", "KL off-domain", "correct", "CPU s")
+    rows = [
+        (row["scheme"], row["method"], *(f"{row[key]:.4f}" for key in ("layer_error", "kl", "kl_off_domain")),
+         " / ".join(f"{100 * share:.1f}" for share in row["correct"]), f"{row['seconds']:.0f}")
+        for row in found
+    ]  # fmt: skip
+    print(Grid(header, tuple(rows)).markdown())
+
+
+def _ours(method: str, scheme: str, options: Mapping[str, Any], limit: int) -> dict[str, Any]:
+    from qvlm_plugin import planning
+    from qvlm_plugin.plan_request import check_request
+
+    loaded, inputs = _subject(limit)
+    request = check_request(method, f"{scheme}+vision:w16a16+projector:w16a16", dict(options))
+    start = time.process_time()
+    plan = planning.obtain_plan(loaded, request, _calibration(), None)
+    seconds = time.process_time() - start
+    return _measured(loaded, inputs, lambda: planning.apply(plan, loaded)) | {"seconds": seconds}
+
+
+def _theirs(file: Path, scheme: str, limit: int) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    loaded, inputs = _subject(limit)
+    with safe_open(file, "pt") as stored:
+        seconds = float(stored.metadata()["seconds"])
+
+    def apply() -> None:
+        decoder = loaded.model.model.language_model
+        decoder.load_state_dict(load_file(file), strict=True)
+        for module in decoder.modules() if scheme == "w8a8" else ():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda _, given: (_symmetric(given[0]),))
+
+    return _measured(loaded, inputs, apply) | {"seconds": seconds}
+
+
+def _symmetric(x: Tensor) -> Tensor:
+    """x [..., C] in 8 bits with one scale for each token: what llm-compressor's W8A8 does to inputs."""
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / 127.5
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
+def _subject(limit: int) -> tuple[Any, Inputs]:
+    """The model in full precision, and what it is measured on."""
+    from teacher_forced import read_questions
+
+    from qvlm_plugin.calibration import CalibrationSet, read_conversations
+    from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
+    from qvlm_plugin.methods.hidden import predicting
+    from qvlm_plugin.models.loading import load
+
+    loaded = load(resolve_demo("demo"), dtype="float32")
+    known = set(_calibration().digests())
+    drawn = CalibrationSet(tuple(read_conversations(Path(CALIBRATION), None, HELD_OUT + SAMPLES, 1)))
+    apart = [one for one, digest in zip(drawn.samples, drawn.digests(), strict=True) if digest not in known]
+    batches = CalibrationSet(tuple(apart[:HELD_OUT])).batches(loaded.processor, 1)
+    samples = [(inputs, predicting(answer)) for inputs, answer in batches]
+    prose = " ".join(topics.topics[name] for name in sorted(topics.topics))
+    ids = loaded.processor.tokenizer(prose[:200_000], return_tensors="pt")["input_ids"][0]
+    stride = len(ids) // TEXTS
+    texts = torch.stack([ids[one * stride : one * stride + TEXT_TOKENS] for one in range(TEXTS)])
+    return loaded, Inputs(samples, texts, read_questions(loaded, TASKS, limit))
+
+
+@torch.inference_mode()
+def _measured(loaded: Any, inputs: Inputs, quantize: Callable[[], Any]) -> dict[str, Any]:
+    """Errors of a quantized model: of its layers, its answers, and other text; and which questions it gets right."""
+    from teacher_forced import exact_matches
+
+    from qvlm_plugin.demo import TASKS
+
+    model, questions = loaded.model, inputs.questions
+    with _recorded(model) as calls:
+        before = [_answer_logits(model, *one) for one in inputs.samples]
+        calls = [*calls]
+    prose = model(input_ids=inputs.texts).logits
+    quantize()
+    after = [_answer_logits(model, *one) for one in inputs.samples]
+    exact = exact_matches(model, questions)
+    return {
+        "layer_error": _layer_error(model, calls),
+        "kl": float(torch.stack([_divergence(*pair) for pair in zip(before, after, strict=True)]).mean()),
+        "kl_off_domain": float(_divergence(prose, model(input_ids=inputs.texts).logits)),
+        "correct": [
+            sum(exact[one.task, one.id] for one in questions if one.task == task)
+            / sum(one.task == task for one in questions)
+            for task in TASKS
+        ],
+    }
+
+
+def _answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], answer: Tensor) -> Tensor:
+    return model(**inputs, use_cache=False).logits[answer]
+
+
+def _divergence(target: Tensor, found: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence from ``target`` [..., V] in nats."""
+    own, other = target.log_softmax(dim=-1), found.log_softmax(dim=-1)
+    return (own.exp() * (own - other)).sum(dim=-1).mean()
+
+
+Call = tuple[int, tuple[Any, ...], dict[str, Any], Tensor]
+"""Of a decoder layer: its index, arguments and output."""
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[list[Call]]:
+    """Every call of a decoder layer."""
+    calls: list[Call] = []
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, given, named, output, index=index: calls.append((index, given, dict(named), output)),
+            with_kwargs=True,
+        )
+        for index, layer in enumerate(model.model.language_model.layers)
+    ]
+    yield calls
+    for hook in hooks:
+        hook.remove()
+
+
+def _layer_error(model: nn.Module, calls: Sequence[Call]) -> float:
+    """Squared error of what layers add to full precision's hidden states, relative to it; mean over tokens."""
+    layers, errors = model.model.language_model.layers, []
+    for index, given, named, output in calls:
+        hidden = given[0] if given else named["hidden_states"]
+        found, expected = (_tensor(one) - hidden for one in (layers[index](*given, **named), output))
+        distance, norm = ((found - expected).square().sum(dim=-1), expected.square().sum(dim=-1))
+        errors.append((distance / norm).mean())
+    return float(torch.stack(errors).mean())
+
+
+def _tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def main() -> None:
+    """Read the command line and do what it says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("samples", "peer", "table"):
+        commands.add_parser(name).add_argument("folder", type=Path)
+    commands.choices["peer"].add_argument("checkpoint", help="folder of the demo model")
+    shown = commands.choices["table"]
+    shown.add_argument("--json", type=Path, help="file to write the rows to")
+    shown.add_argument("--limit", type=int, default=200, help="documents of each task")
+    shown.add_argument("--schemes", type=lambda text: text.split(","), default=[*OURS])
+    asked = parser.parse_args()
+    if asked.command == "samples":
+        write_samples(asked.folder)
+    elif asked.command == "peer":
+        run_peers(asked.folder, asked.checkpoint)
+    else:
+        table(asked.folder, asked.json, asked.limit, asked.schemes)
+
+
+if __name__ == "__main__":
+    main()

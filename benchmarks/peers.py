@@ -15,6 +15,7 @@ python benchmarks/peers.py table peers --json peers.json     # fits ours, measur
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+_HERE = str(Path(__file__).parent)
 
 Row = tuple[str, str]
 """Method and scheme."""
@@ -97,10 +100,13 @@ def _calibration() -> Any:
 
 def run_peers(folder: Path, checkpoint: str) -> None:
     """Quantize the decoder by each of `PEERS`; keeps the weights that it would multiply by, and the time."""
-    from datasets import Dataset
+    sys.path.remove(_HERE)  # transformers would take the benchmark of that name for the package `kernels`
     from llmcompressor import oneshot
+    from torch.utils.data import DataLoader
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+    if not torch.cuda.is_available():
+        torch.Tensor.pin_memory = lambda self, *_: self  # llm-compressor pins memory for a GPU that need not be there
     tensors = load_file(folder / "samples.safetensors")
     count = 1 + max(int(name.partition(".")[0]) for name in tensors)
     samples = [
@@ -116,12 +122,8 @@ def run_peers(folder: Path, checkpoint: str) -> None:
         oneshot(
             model=model,
             processor=AutoProcessor.from_pretrained(checkpoint),
-            dataset=Dataset.from_list([{"index": index} for index in range(count)]),
-            data_collator=lambda batch: samples[batch[0]["index"]],
+            dataset=DataLoader(samples, batch_size=1, collate_fn=lambda batch: batch[0]),
             recipe=_recipe(method, scheme),
-            num_calibration_samples=count,
-            batch_size=1,
-            shuffle_calibration_samples=False,
         )
         seconds = time.process_time() - start
         save_file(_rounded(model), file, {"seconds": str(seconds)})
@@ -160,9 +162,9 @@ def _rounded(model: nn.Module) -> dict[str, Tensor]:
             value = parameter.detach()
             asked = getattr(module, "quantization_scheme", None)
             if own == "weight" and asked is not None and asked.weights is not None:
-                order = getattr(module, "weight_g_idx", None)
-                zero = getattr(module, "weight_zero_point", None)
-                value = fake_quantize(value, module.weight_scale, zero, asked.weights, g_idx=order)
+                value = fake_quantize(
+                    value, module.weight_scale, getattr(module, "weight_zero_point", None), asked.weights
+                )
             if not own.startswith(("weight_", "input_", "output_")):
                 found[f"{name}.{own}"] = value.float().contiguous().clone()
     return found

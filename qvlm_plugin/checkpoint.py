@@ -28,12 +28,15 @@ from qvlm_plugin.memory import trim_heap
 from qvlm_plugin.plan import share_within_sites
 from qvlm_plugin.plan_header import ModulePlan, Rotation, table_hash
 from qvlm_plugin.reading import inside, parsed_elsewhere
-from qvlm_plugin.rotation import factors
+from qvlm_plugin.rotation import factors, scaled
 
 FORMAT_VERSION = 3
 """The newest that this version reads. A folder is written in the oldest that says all: its plan's."""
 
 _GUARD = "weight"
+
+ROTATION_SCALE = "rotation_scale"
+"""The stored tensor that inputs are divided by before they are rotated: float32 [I]."""
 
 _MOST_ELEMENTS = 2**48
 """Of a tensor; with more, sizes in bytes overflow."""
@@ -169,6 +172,10 @@ def lay_out(record: CheckpointRecord, model: nn.Module) -> None:
             )
         if module.rotation and (reason := module.rotation.obstacle(plan)):
             raise QVLMError(f"the quantized checkpoint rotates the inputs of {plan.name}, which cannot be: {reason}")
+        if bool(module.rotation and module.rotation.scaled) != (ROTATION_SCALE in module.tensors):
+            raise QVLMError(
+                f"the quantized checkpoint's {plan.name} has a scale that it does not divide by, or the other way round"
+            )
         tensors = {name: _empty(text) for name, text in module.tensors.items()}
         try:
             layer = QuantLinear(tensors, plan.weight, plan.activation, kernels[module.kernel], plan.shape)
@@ -200,7 +207,7 @@ def pack(record: CheckpointRecord, model: nn.Module, compute_type: torch.dtype) 
         layer = model.get_submodule(module.plan.name)
         choice = _choose(module, kernels, next(layer.parameters()).device)
         neutral = {name: getattr(layer, name).detach() for name in layer.tensor_names}
-        guard = neutral.pop(_GUARD)
+        guard, scale = neutral.pop(_GUARD), neutral.pop(ROTATION_SCALE, None)
         if guard.numel():
             neutral[_GUARD] = guard.view(module.plan.shape)
         with parsed_elsewhere(f"the stored tensors of {module.plan.name} are not those of kernel {module.kernel}"):
@@ -209,7 +216,8 @@ def pack(record: CheckpointRecord, model: nn.Module, compute_type: torch.dtype) 
                 layer.kernel = choice.kernel
             layer.hold(choice.kernel.pack(neutral, layer.activation_format, guard.device))
         if module.rotation is not None:
-            layer.rotate_inputs(factors(module.rotation, guard.device))
+            matrices = factors(module.rotation, guard.device)
+            layer.rotate_inputs(matrices if scale is None else scaled(matrices, 1 / scale))
         layer.to(compute_type)
         trim_heap()
         choices[module.plan.name] = choice

@@ -7,15 +7,21 @@ from pathlib import Path
 
 from qvlm_plugin import __version__, backends
 from qvlm_plugin.atomic import require_vacant, staged
-from qvlm_plugin.checkpoint import CheckpointRecord, StoredModule, file_hash, specification, stored_form
+from qvlm_plugin.checkpoint import (
+    ROTATION_SCALE,
+    CheckpointRecord,
+    StoredModule,
+    file_hash,
+    specification,
+    stored_form,
+)
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.hf_quantizer import QVLMQuantizationConfig
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.loading import LoadedModel, load
-from qvlm_plugin.plan import RoundingPlan, begin_applying, parameters_of, rotated_linear
+from qvlm_plugin.plan import RoundingPlan, begin_applying, factors_of, parameters_of, rotated_linear
 from qvlm_plugin.plan_header import ModulePlan
-from qvlm_plugin.rotation import factors
 
 
 def export(
@@ -105,9 +111,11 @@ def _store(module: ModulePlan, plan: RoundingPlan, loaded: LoadedModel, choice: 
         return StoredModule(plan=module)
     linear, kernel, rotation = loaded.model.get_submodule(module.name), choice.kernel, plan.rotation_of(module)
     if rotation is not None:
-        linear = rotated_linear(linear, factors(rotation, linear.weight.device))
+        linear = rotated_linear(linear, factors_of(rotation, plan.tensors, linear.weight.device)[1])
     parameters = parameters_of(module, plan.tensors, linear.weight.device)
     neutral = kernel.prepare(linear.weight.detach(), linear.bias, module.weight, module.activation, parameters)
+    if rotation is not None and rotation.scaled:
+        neutral |= {ROTATION_SCALE: plan.tensors[f"{module.site}/scale"].float().to(linear.weight.device)}
     stored = stored_form(neutral)
     layer = QuantLinear(stored, module.weight, module.activation, kernel, module.shape)
     loaded.model.set_submodule(module.name, layer)

@@ -41,7 +41,7 @@ from qvlm_plugin.plan_header import (
     Rotation,
     read_header,
 )
-from qvlm_plugin.rotation import factors, rotate
+from qvlm_plugin.rotation import factors, rotate, scaled
 from qvlm_plugin.topology import linear_layers
 
 
@@ -266,11 +266,22 @@ def quantized_linear(
     parameters = parameters_of(module, tensors, linear.weight.device)
     if rotation is None:
         return QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
-    matrices = factors(rotation, linear.weight.device)
-    rotated = rotated_linear(linear, matrices)
+    of_inputs, of_weights = factors_of(rotation, tensors, linear.weight.device)
+    rotated = rotated_linear(linear, of_weights)
     layer = QuantLinear.from_linear(rotated, module.weight, module.activation, parameters, kernel)
-    layer.rotate_inputs(matrices)
+    layer.rotate_inputs(of_inputs)
     return layer
+
+
+def factors_of(
+    rotation: Rotation, tensors: Mapping[str, Tensor], device: torch.device | str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What inputs and weights are multiplied by, as `rotation.factors`; ``tensors`` are the plan's."""
+    matrices = factors(rotation, device)
+    if not rotation.scaled:
+        return matrices, matrices
+    scale = tensors[f"{rotation.site}/scale"].to(device, torch.float32)
+    return scaled(matrices, 1 / scale), scaled(matrices, scale)
 
 
 def rotated_linear(linear: nn.Linear, factors: Sequence[Tensor]) -> nn.Linear:
@@ -359,10 +370,13 @@ def _require_tensors(plan: RoundingPlan, model: nn.Module) -> None:
         if fold.producer not in modules or not plan.readers(fold.site):
             raise QVLMError(f"plan folds scales from {fold.producer} into {fold.site}, which the model does not have")
         sizes[f"{fold.site}/scale"] = len(modules[fold.producer].weight)
+    sizes |= {f"{rotation.site}/scale": rotation.channels for rotation in plan.rotations if rotation.scaled}
     for key, size in sizes.items():
         tensor = plan.tensors.get(key)
         if tensor is None or tensor.numel() != size or not tensor.isfinite().all():
             raise QVLMError(f"plan has no finite tensor {key} of {size} elements")
+        if key.endswith("/scale") and not (tensor > 0).all():
+            raise QVLMError(f"plan has a scale in {key} that is not positive")
 
 
 def _require_rotations(plan: RoundingPlan) -> None:
@@ -370,10 +384,13 @@ def _require_rotations(plan: RoundingPlan) -> None:
     readers: dict[str | None, list[ModulePlan]] = {}
     for module in plan.modules:
         readers.setdefault(module.site, []).append(module)
+    folded = {fold.site for fold in plan.folds}
     for rotation in plan.rotations:
         modules = readers.pop(rotation.site, None)
         if modules is None:
             obstacle = "no Linear of the model has this site, or the plan rotates it already"
+        elif rotation.scaled and rotation.site in folded:
+            obstacle = "its scale is folded into another module already"
         else:
             obstacle = next(filter(None, map(rotation.obstacle, modules)), None)
         if obstacle:

@@ -99,12 +99,16 @@ class Rotation(_Record):
     Weights of the site's Linears are multiplied by it when the plan is applied, after folds and before they are
     rounded: ``x Wᵀ = (x R) (W R)ᵀ``. Codes, means and clipping in the plan are of what has been multiplied.
 
+    Where it is ``scaled``, inputs are first divided by the plan's tensor ``<site>/scale`` [channels], and weights
+    multiplied by it: ``x Wᵀ = (x S⁻¹ R) (W S R)ᵀ``. Unlike a `Fold` that takes no module which produces the inputs.
+
     Attributes:
         site: whose inputs.
         kind: ``signed`` - R = S (M ⊗ H), see `rotation`.
         outer: order of M.
         block: order of the Hadamard matrix H, a power of two.
         seed: that the signs S are drawn from, and M where it has to be.
+        scaled: whether inputs are divided by a scale first.
     """
 
     site: str
@@ -112,6 +116,12 @@ class Rotation(_Record):
     outer: PositiveInt
     block: PositiveInt
     seed: int = Field(0, ge=0, lt=2**63)
+    scaled: bool = False
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``scaled`` unless it is true, so that plans without scales keep their hashes."""
+        return {name: value for name, value in serialize(self).items() if name != "scaled" or value}
 
     @field_validator("block")
     @classmethod
@@ -137,7 +147,7 @@ class Rotation(_Record):
         return None
 
     def __str__(self) -> str:
-        return f"rotated {self.outer}x{self.block}"
+        return f"{'scaled and ' if self.scaled else ''}rotated {self.outer}x{self.block}"
 
 
 class CalibrationRecord(_Record):

@@ -68,6 +68,13 @@ def _outer(order: int, generator: torch.Generator) -> Tensor:
     return (orthogonal * upper.diagonal().sign()).float().contiguous()
 
 
+def scaled(factors: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
+    """The `factors` of ``diag(scale) R``, for a scale [K]: inputs that are divided by it before they are rotated cost
+    nothing more, since the signs multiply them anyway."""
+    signs, *matrices = factors
+    return [signs * scale.to(signs), *matrices]
+
+
 def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """``x R`` for the `factors` of R: [..., K] → [..., K].
 

@@ -117,14 +117,20 @@ def test_a_folder_rotates_inputs(source, tmp_path, calibration, inputs, scheme, 
     record = quantizer_of(model).record
     assert record.format_version == 3 and {module.rotation for module in record.quantized} == set(plan.rotations)
     stored = {key for file in (tmp_path / "x").glob("*.safetensors") for key in load_file(file)}
-    assert not any("rotation" in key for key in stored)  # their matrices follow from sizes and seeds
+    scales = [key for key in stored if "rotation" in key]  # matrices follow from sizes and seeds
+    assert 0 < len(scales) == sum(one.rotation.scaled for one in record.quantized) < len(record.quantized)
+    assert all(key.endswith(".rotation_scale") for key in scales)
 
     config = json.loads((tmp_path / "x" / "config.json").read_text())
     module = next(each for each in config["quantization_config"]["modules"] if each["rotation"])
-    module["rotation"]["outer"] = 10**9
-    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(QVLMError, match=r"rotates the inputs of model.*, which cannot be: it is of \d+ channels"):
-        AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
+    for changes, message in (
+        ({"scaled": not module["rotation"].get("scaled", False)}, "has a scale that it does not divide by, or the"),
+        ({"outer": 10**9}, r"rotates the inputs of model.*, which cannot be: it is of \d+ channels"),
+    ):
+        module["rotation"] |= changes
+        (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(QVLMError, match=message):
+            AutoModelForImageTextToText.from_pretrained(tmp_path / "x")
 
 
 def test_checkpoints_of_version_0_1_load(source, tmp_path, calibration, inputs):

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, clipped_format, stored_format
 from qvlm_plugin.methods.context import SearchContext
-from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.plan import RoundingPlan, factors_of
 from qvlm_plugin.plan_header import CalibrationRecord, Fold, ModulePlan, Rotation
-from qvlm_plugin.rotation import factors, rotate
+from qvlm_plugin.rotation import rotate
 from qvlm_plugin.scheme import UNQUANTIZED, BitWidths
 from qvlm_plugin.topology import Site, Topology, kept_linears, linear_layers
 
@@ -95,7 +95,9 @@ def transformed(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tenso
 def transformed_gradient(plan: Draft | RoundingPlan, site: Site, gradient: Tensor) -> Tensor:
     """The gradient with respect to what `transformed` returns, from that with respect to what it is given."""
     scale = _scale(plan, site, gradient)
-    return rotated(plan, site, gradient if scale is None else gradient * scale)
+    gradient = gradient if scale is None else gradient * scale
+    found = _factors(plan, site, gradient)
+    return gradient if found is None else rotate(gradient, found[1])  # which a scale multiplies, as it does weights
 
 
 def centered(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
@@ -106,10 +108,15 @@ def centered(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
 
 def rotated(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
     """Tokens multiplied by the site's rotation, if there is one."""
+    found = _factors(plan, site, tokens)
+    return tokens if found is None else rotate(tokens, found[0])
+
+
+def _factors(plan: Draft | RoundingPlan, site: Site, x: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
     for rotation in plan.rotations:
         if rotation.site == site.name:
-            return rotate(tokens, factors(rotation, tokens.device))
-    return tokens
+            return factors_of(rotation, plan.tensors, x.device)
+    return None
 
 
 def _scale(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor | None:

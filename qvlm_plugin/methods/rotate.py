@@ -18,5 +18,6 @@ def rotate_inputs(context: SearchContext, draft: Draft) -> Draft:
     for site in context.sites:
         if site in quantized:
             channels = context.model.get_submodule(site.name).in_features
-            found.append(rotation_of(site.name, channels, context.options.rotation_seed))
+            rotation = rotation_of(site.name, channels, context.options.rotation_seed)
+            found.append(rotation.model_copy(update={"scaled": f"{site.name}/scale" in draft.tensors}))
     return replace(draft, rotations=(*draft.rotations, *found))

@@ -6,6 +6,10 @@ columns of its Linears are multiplied by it; the division is folded into the mod
 ``smooth_by=rms`` takes root mean squares in place of the largest magnitudes. A rotated token has errors of one size in
 all directions, in proportion to its norm; through the weight they come to about Σ (x_j/s_j)² · Σ (w_j s_j)², which is
 least for s_j = (rms x_j / rms w_j)^½: (Σ |x_j| |w_j|)², by Cauchy and Schwarz. The same holds for errors of the weight.
+
+Where inputs are rotated (``transform=smooth+rotate``) the division is part of the rotation, whose signs multiply each
+channel anyway: nothing is folded, so that sites behind a GELU, which no division passes, are smoothed as well, and of
+shared heads each reader has its own scale.
 """
 
 from dataclasses import replace
@@ -25,30 +29,29 @@ from qvlm_plugin.topology import Site
 
 @torch.no_grad()
 def smooth(context: SearchContext, draft: Draft) -> Draft:
-    """The scale of every site whose activations are rounded and whose producer can take it: ``<site>/scale``.
+    """The scale of every site whose activations are rounded and that can take it: ``<site>/scale``.
 
     Raises:
         QVLMError: an input is not finite.
     """
-    sites = [site for site in context.activation_sites if site.producer]
+    by_rms, rotates = context.options.smooth_by == "rms", "rotate" in context.options.transforms
+    sites = [site for site in context.activation_sites if rotates or site.producer]
     folds, tensors = [], {}
-    by_rms = context.options.smooth_by == "rms"
     statistics = observe(context, sites, draft, _with_squares if by_rms else None)
     for site in sites:
         if (seen := statistics.get(site.name)) is None:  # of an expert that no calibration token reached
             continue
-        fold = fold_of(site, context.model)
-        channels = len(context.model.get_submodule(site.producer).weight)
         if by_rms:
-            squares = _spread(context, site, seen), sum(_squares_of_columns(context, name) for name in site.linears)
-            found = (over_readers(one, fold, channels, torch.mean).sqrt() for one in squares)
+            both = _spread(context, site, seen), sum(_squares_of_columns(context, name) for name in site.linears)
         else:
             largest = torch.stack([_largest_of_columns(context, name) for name in site.linears]).amax(dim=0)
             both = torch.maximum(seen.upper, -seen.lower), largest
-            found = (over_readers(one, fold, channels, torch.amax) for one in both)
-        inputs, weights = (one.to(seen.total.device) for one in found)
+        if not rotates:
+            folds.append(fold_of(site, context.model))
+            channels = len(context.model.get_submodule(site.producer).weight)
+            both = (over_readers(one, folds[-1], channels, torch.mean if by_rms else torch.amax) for one in both)
+        inputs, weights = ((one.sqrt() if by_rms else one).to(seen.total.device) for one in both)
         tensors[f"{site.name}/scale"] = smoothing_scale(inputs, weights, context.options.smooth_alpha).cpu()
-        folds.append(fold)
     return replace(draft.adding(tensors), folds=(*draft.folds, *folds))
 
 

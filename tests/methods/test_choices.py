@@ -50,7 +50,7 @@ def test_the_error_that_was_searched_is_that_of_the_applied_plan(choices, loaded
     for named in context.layers:
         reference = reference.through(*named)
     plan = plan_of(loaded, calibration, **options, **choices)
-    assert bool(plan.folds) == (choices["transform"] != "none") and ("veo" in plan.record) == choices["veo"]
+    assert bool(plan.folds) == (choices["transform"] in ("awq", "smooth")) and ("veo" in plan.record) == choices["veo"]
     kinds = {module.activation.kind for module in plan.modules if module.part == "decoder"}
     assert kinds == {"static_channel" if choices["activations"] == "channel" else "dynamic_token"}
     planning.apply(plan, loaded)
@@ -99,18 +99,18 @@ def test_smoothing_leaves_full_precision_outputs_as_they_are_and_moves_magnitude
     before = logits_of(loaded.model, inputs)
     plan = plan_of(loaded, calibration, "w8a8", **options)
     weights = {name: linear.weight.clone() for name, linear in linear_layers(loaded.model).items()}
-    scales = {f"{fold.site}/scale": plan.tensors[f"{fold.site}/scale"] for fold in plan.folds}
     identity = replace(
         plan,
         modules=tuple(
             module.model_copy(update={"weight": type(module.weight)(), "activation": type(module.activation)()})
             for module in plan.modules
         ),
-        tensors=scales,
-        rotations=(),
+        tensors={name: tensor for name, tensor in plan.tensors.items() if name.endswith("/scale")},
     )
+    assert bool(plan.folds) == (options["transform"] == "smooth") != bool(plan.rotations)
+    assert all(rotation.scaled for rotation in plan.rotations)
     planning.apply(identity, loaded)
-    changed = [n for n, linear in linear_layers(loaded.model).items() if not torch.equal(linear.weight, weights[n])]
+    changed = [n for n, old in weights.items() if not torch.equal(loaded.model.get_submodule(n).weight, old)]
     assert len(changed) > 15 and torch.allclose(logits_of(loaded.model, inputs), before, rtol=1e-3, atol=1e-4)
 
 
@@ -120,18 +120,16 @@ def test_smoothing_by_root_mean_squares_has_the_least_product_of_norms(center, l
     options = {"transform": "smooth+rotate", "smooth_by": "rms", "activations": "token", "center": center}
     plan = plan_of(loaded, calibration, **options)
     context = context_of(loaded, calibration)
-    sites = [site for site in context.sites if any(fold.site == site.name for fold in plan.folds)]
+    sites = list(context.sites)
     seen = {site: ordinary(torch.cat(tokens)) for site, tokens in inputs_of(context, sites).items()}
-    assert len(plan.rotations) == len(context.sites) > len(sites) > 10
+    assert len(plan.rotations) == len(sites) > 10 and not plan.folds
     for site, tokens in seen.items():
-        fold = next(fold for fold in plan.folds if fold.site == site.name)
         scale = plan.tensors[f"{site.name}/scale"]
         weight = torch.cat([loaded.model.get_submodule(name).weight.detach() for name in site.linears])
         rest = tokens - tokens.mean(dim=0) if center else tokens
 
-        def product(scale, rest=rest, weight=weight, fold=fold):
-            columns = fold.spread(scale, weight.shape[1])
-            return float((rest / columns).square().sum() * (weight * columns).square().sum())
+        def product(scale, rest=rest, weight=weight):
+            return float((rest / scale).square().sum() * (weight * scale).square().sum())
 
         least = product(scale)
         assert least <= 1.0001 * product(torch.ones_like(scale))

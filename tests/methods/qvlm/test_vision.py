@@ -28,7 +28,6 @@ from qvlm_plugin.methods.qvlm.objective import (
     relative_error,
 )
 from qvlm_plugin.methods.qvlm.vision import train_tower
-from qvlm_plugin.methods.rotate import rotate_inputs
 from qvlm_plugin.methods.smooth import smooth
 from qvlm_plugin.methods.stand_ins import replaced, stand_ins
 from qvlm_plugin.plan import apply_plan
@@ -194,15 +193,15 @@ def test_the_full_precision_model_has_no_error(loaded, calibration):
 
 
 @pytest.mark.parametrize(
-    "scheme, transform", [("w3a3", "none"), ("w16a16+vision:w3a8", "smooth+rotate")], ids=["plain", "folded"]
+    "scheme, transform", [("w3a3", "none"), ("w16a16+vision:w3a8", "smooth")], ids=["plain", "folded"]
 )
 def test_training_lowers_the_objective_that_the_applied_plan_then_has(loaded, calibration, scheme, transform):
     options = {"veo_epochs": 8, "veo_train": "clip+norm", "veo_norm_rate": 0.005, "lambda1": 0.5}
     draft = Draft(initial_of(loaded, calibration, scheme))
-    if transform != "none":  # norms are divided by scales, and their readers' inputs rotated
+    if transform != "none":  # norms are divided by scales
         options |= {"transform": transform, "activations": "token"}
         context = context_of(loaded, calibration, scheme, **FAST | options)
-        draft = observe_extremes(context, rotate_inputs(context, smooth(context, Draft())))
+        draft = observe_extremes(context, smooth(context, Draft()))
         assert any("vision_tower" in fold.producer and "norm" in fold.producer for fold in draft.folds)
     result = optimize(loaded, calibration, scheme, draft=draft, **options)
     assert [row["epoch"] for row in result.curve] == list(range(1, 9)) and result.replaced

@@ -1,0 +1,153 @@
+"""By how much could a joint search gain? An oracle that chooses each layer's percentile by the answers themselves.
+
+Eq. 3 chooses by the distance of a block's output from full precision. The oracle chooses, layer by layer and bottom to
+top, the percentile with which the whole quantized model has the least loss of the answers, on stand-in train samples
+that no plan was fitted on. What it gains on documents that it has not seen either bounds what a choice among these
+percentiles can gain on this model, as far as a search layer by layer finds it.
+
+python benchmarks/oracle.py seeds-results/plans/qvlm_rotated-cdm-w4a4-64-0 seeds-results/plans/qvlm_rotated-w4a4-64-0
+
+The plans are a method's without its joint search, from which the oracle starts, and any to compare with. In a folder
+with the stand-in data (`qvlm demo data .`).
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from teacher_forced import Question, exact_matches, read_questions
+from torch import Tensor
+from tqdm import tqdm
+
+from qvlm_plugin import planning, plugins
+from qvlm_plugin.calibration import CalibrationSet, read_conversations
+from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
+from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.methods.context import SearchContext
+from qvlm_plugin.methods.hidden import HiddenCache, block_inputs
+from qvlm_plugin.methods.options import MethodOptions
+from qvlm_plugin.models.loading import LoadedModel, load
+from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.report.results import Grid
+from qvlm_plugin.scheme import Scheme
+
+SEED = 1000
+"""Of the samples that the oracle sees: another draw than any plan's; those that one was fitted on are left out."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The tokens that answers consist of.
+
+    Attributes:
+        loaded: the model, quantized or not.
+        ids: of each batch the tokens of its answers, int64 [N], in the order of `Batch.answer`.
+    """
+
+    loaded: LoadedModel
+    ids: Sequence[Tensor]
+
+    def loss(self, hidden: HiddenCache) -> float:
+        """Mean cross entropy of the answers' tokens, from the outputs of the decoder's last layer."""
+        model, total, count = self.loaded.model, 0.0, 0
+        for states, batch, ids in zip(hidden.states, hidden.batches, self.ids, strict=True):
+            logits = model.lm_head(model.model.language_model.norm(states)[batch.answer])
+            total += float(torch.nn.functional.cross_entropy(logits.float(), ids, reduction="sum"))
+            count += len(ids)
+        return total / count
+
+
+def context_of(loaded: LoadedModel, samples: CalibrationSet) -> SearchContext:
+    """What hidden states are made with."""
+    topology = plugins.topology(loaded.model.config)
+    return SearchContext(loaded, topology, Scheme.parse("w16a16"), MethodOptions(), samples)
+
+
+def answers_of(loaded: LoadedModel, samples: CalibrationSet) -> Answers:
+    """The answers of the samples, in batches as hidden states are."""
+    batches = samples.batches(loaded.processor, MethodOptions().calibration_batch_size)
+    return Answers(loaded, [inputs["input_ids"][answer] for inputs, answer in batches])
+
+
+@torch.no_grad()
+def choose(loaded: LoadedModel, samples: CalibrationSet, percentiles: Sequence[float]) -> list[float]:
+    """Give each decoder layer of a quantized model the percentile with which the answers' loss is least.
+
+    Args:
+        loaded: quantized by the reference arithmetic with dynamic ranges of tokens; its clip ratios are changed.
+        samples: with answers.
+        percentiles: shares of the ranges that it has, widest first; ties keep the wider.
+
+    Returns:
+        The percentile of each layer.
+    """
+    context, answers, chosen = context_of(loaded, samples), answers_of(loaded, samples), []
+    hidden = block_inputs(context)
+    for index, (name, layer) in enumerate(tqdm(context.layers, "oracle")):
+        ratios = {id(one.clip_ratio): one.clip_ratio for one in layer.modules() if isinstance(one, QuantLinear)}
+        whole = {key: ratio.clone() for key, ratio in ratios.items()}
+        losses = []
+        for percentile in percentiles:
+            for key, ratio in ratios.items():
+                ratio.copy_(whole[key] * percentile)
+            states = hidden
+            for named in context.layers[index:]:
+                states = states.through(*named)
+            losses.append(answers.loss(states))
+        best = losses.index(min(losses))
+        for key, ratio in ratios.items():
+            ratio.copy_(whole[key] * percentiles[best])
+        chosen.append(percentiles[best])
+        hidden = hidden.through(name, layer)
+    return chosen
+
+
+@torch.no_grad()
+def measured(loaded: LoadedModel, samples: CalibrationSet, questions: Sequence[Question]) -> tuple[str, str]:
+    """The answers' loss on the oracle's samples, and the share of documents that are answered exactly."""
+    context = context_of(loaded, samples)
+    hidden = block_inputs(context)
+    for named in context.layers:
+        hidden = hidden.through(*named)
+    exact = exact_matches(loaded.model, questions)
+    loss = answers_of(loaded, samples).loss(hidden)
+    return f"{loss:.4f}", f"{100 * sum(exact.values()) / len(exact):.1f}"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path, help="that the oracle starts from")
+    parser.add_argument("others", type=Path, nargs="*", help="to compare with")
+    parser.add_argument("--samples", type=int, default=64, help="that the oracle sees")
+    parser.add_argument("--limit", type=int, default=600, help="documents of each task")
+    parser.add_argument("--percentiles", type=lambda text: [*map(float, text.split(","))], default=[1.0, 0.95, 0.9])
+    asked = parser.parse_args()
+    plans = {path: RoundingPlan.load(path) for path in (asked.plan, *asked.others)}
+    fitted = {digest for plan in plans.values() for digest in plan.calibration.digests}
+    drawn = CalibrationSet(tuple(read_conversations(Path(CALIBRATION), None, 2 * asked.samples, SEED)))
+    apart = [one for one, digest in zip(drawn.samples, drawn.digests(), strict=True) if digest not in fitted]
+    samples = replace(drawn, samples=tuple(apart[: asked.samples]))
+    loaded = load(resolve_demo("demo"), dtype="float32")
+    questions = read_questions(loaded, TASKS, asked.limit)
+    rows = [("full precision", *measured(loaded, samples, questions))]
+    for path, plan in plans.items():
+        loaded = load(resolve_demo("demo"), dtype="float32")
+        planning.apply(plan, loaded)
+        rows.append((path.name, *measured(loaded, samples, questions)))
+    loaded = load(resolve_demo("demo"), dtype="float32")
+    planning.apply(plans[asked.plan], loaded)
+    chosen = choose(loaded, samples, asked.percentiles)
+    rows.append((f"{asked.plan.name}, oracle", *measured(loaded, samples, questions)))
+    print(
+        Grid(
+            ("plan", f"loss of {len(samples.samples)} answers that it sees", "exact match (%)"), tuple(rows)
+        ).markdown()
+    )
+    print(f"\nThe oracle's percentiles: {chosen}")
+
+
+if __name__ == "__main__":
+    main()

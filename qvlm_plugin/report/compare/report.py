@@ -67,7 +67,8 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
         "Flips: documents right→wrong / wrong→right (for soft scores lower / higher) / answered differently.",
         "Bits: effective ones of a decoder weight, scales included / of a decoder activation. Arithmetic: "
         f"{', '.join(backends)}"
-        + (" (simulated: its speed and memory are not those of low bits)." if "reference" in backends else "."),
+        + (" (simulated: memory and speed of quantized runs are left out)." if "reference" in backends else "."),
+        "Packed size: quantized weights as their formats say, scales included, and all else in 16 bits.",
     ]
     unknown = {one.of.task: one.comparison for one in compared if one.comparison and one.comparison.unknown}
     notes += [f"{task}: {unknown_note(row.unknown, row.documents)}." for task, row in unknown.items()]
@@ -99,7 +100,7 @@ def _cells(one: Compared) -> tuple[str, ...]:
         flips_text(row.flips) if row else "",
         f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else "",
         size(facts.packed_bytes if facts else None),
-        size(facts.peak_memory_bytes if facts else None),
+        "" if one.simulated else size(facts.peak_memory_bytes if facts else None),
         "" if one.tokens_per_second is None else f"{one.tokens_per_second:.1f}",
         f"{facts.search_seconds:.0f}" if facts and facts.calibration and facts.search_seconds is not None else "",
     )

@@ -30,6 +30,7 @@ const COLUMNS = [
   {name: "bits w / a", key: (run) => run.weight_bits, show: (bits, run) => `${fixed(bits, 2)} / ${fixed(run.activation_bits ?? 16, 0)}`},
   {name: "score", key: (run) => score(run)?.value ?? null, show: (_, run) => withError(score(run)), high: true},
   {name: "drop", key: (run) => score(run)?.drop ?? null, show: (drop, run) => (drop >= 0 ? "+" : "") + number(score(run), drop), high: true},
+  {name: "packed size", key: (run) => run.packed_bytes, show: bytes},
   {name: "weights", key: (run) => run.weight_bytes, show: bytes},
   {name: "peak memory", key: (run) => run.peak_memory_bytes, show: bytes},
   {name: "tokens/s", key: (run) => run.tokens_per_second, show: (speed) => fixed(speed, 1), high: true},
@@ -213,7 +214,7 @@ function draw() {
   at("apart").hidden = !evaluation().apart;
   at("sort").value = COLUMNS[state.sort].name;
   drawTable(runs);
-  drawPlot(at("memory"), "weight memory", "MB", (run) => run.weight_bytes === null ? null : run.weight_bytes / 1e6, runs);
+  drawPlot(at("memory"), "packed size", "GB", (run) => run.packed_bytes === null ? null : run.packed_bytes / 1e9, runs);
   drawPlot(at("speed"), "speed", "tokens/s", (run) => run.tokens_per_second, runs);
   at("simulated").hidden = !runs.some((run) => run.backend === "reference" && run.method !== "none");
   drawBreakdown(runs);

@@ -212,7 +212,10 @@ def _run_facts(run: Run) -> dict[str, Any]:
         arguments = parsed.config.model_args
         return facts | {"arguments": str(arguments) if arguments else None}
     decoder, vision = qvlm.bits.get("decoder", {}), qvlm.bits.get("vision", {})
-    copied = ("weight_bytes", "peak_memory_bytes", "search_seconds", "backend", "dtype", "device", "plan_hash")
+    copied = ("packed_bytes", "search_seconds", "backend", "dtype", "device", "plan_hash")
+    measured = ("weight_bytes", "peak_memory_bytes")
+    if qvlm.simulated:
+        facts["tokens_per_second"] = None
     return facts | {
         "model": f"{qvlm.pretrained or facts['model']}{f'@{qvlm.revision}' if qvlm.revision else ''}",
         "method": qvlm.method,
@@ -226,6 +229,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "model_fingerprint": qvlm.model_fingerprint,
         "versions": ", ".join(f"{key} {value}" for key, value in sorted(qvlm.versions.items())) or None,
         **{key: getattr(qvlm, key) for key in copied},
+        **{key: None if qvlm.simulated else getattr(qvlm, key) for key in measured},
     }
 
 

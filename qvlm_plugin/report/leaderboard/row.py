@@ -37,11 +37,14 @@ class Row(BaseModel):
     activation_bits: float | None = Field(None, description="bits of a decoder Linear's input")
     vision_weight_bits: float | None = Field(None, description="effective bits of a vision tower weight")
     vision_activation_bits: float | None = Field(None, description="bits of a vision tower Linear's input")
-    weight_bytes: int | None = Field(None, description="bytes of all parameters and buffers")
-    peak_memory_bytes: int | None = Field(None, description="peak memory of the run")
-    tokens_per_second: float | None = Field(None, description="generated tokens by the time that generating took")
+    packed_bytes: int | None = Field(None, description="size of the model: weights packed, all else in 16 bits")
+    weight_bytes: int | None = Field(None, description="bytes that the run's weights took; null where it simulates")
+    peak_memory_bytes: int | None = Field(None, description="peak memory of the run; null where it simulates")
+    tokens_per_second: float | None = Field(
+        None, description="generated tokens by the time that generating took; null where the run simulates"
+    )
     search_seconds: float | None = Field(None, description="seconds that finding the quantization took")
-    backend: str | None = Field(None, description="arithmetic; 'reference' simulates, so its speed says nothing")
+    backend: str | None = Field(None, description="arithmetic; 'reference' simulates: weights are rounded, not packed")
     dtype: str | None = Field(None, description="compute type")
     device: str | None = Field(None, description="what it ran on")
     calibration: str | None = Field(None, description="source of the calibration documents")

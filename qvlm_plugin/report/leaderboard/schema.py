@@ -74,6 +74,11 @@ class Provenance(_Part):
     peak_memory_bytes: int | None = None
     seal: str | None = None
 
+    @property
+    def simulated(self) -> bool:
+        """Whether weights were rounded and not packed: the run's memory and speed are then not those of its bits."""
+        return self.method != "none" and self.backend == "reference"
+
 
 class Command(_Part):
     """How the harness was called."""

@@ -16,8 +16,9 @@ from qvlm_plugin.report.shares import PERCENT, number_text, score_text
 READING = (
     "Ranks hold within a table: its rows share data, split, prompt and documents. Shares are in percent, other scores "
     "as lmms-eval gives them. ±: lmms-eval's standard error, which takes documents as independent; `qvlm compare` and "
-    "`qvlm paired` test differences. Drop: below (−) or above the same model in full precision. Memory: weights / peak "
-    "of the run."
+    "`qvlm paired` test differences. Drop: below (−) or above the same model in full precision. Size: quantized "
+    "weights as their formats say, scales included, and all else in 16 bits. Memory and speed are measured, memory as "
+    "weights / peak of the run; they are left out where low bits are simulated (backend reference)."
 )
 APART = "Stand-in data, or a part of the documents"
 APART_NOTE = "These rows say nothing about the real benchmarks and cannot be compared with the ones above."
@@ -77,7 +78,7 @@ def group_grid(group: Group) -> Grid:
     """An evaluation's runs, and their scores by every metric."""
     main, *others = group.metrics
     header = ("rank", "model", "method", "scheme", "bits", main, "drop", *others)
-    header = (*header, "memory", "tokens/s", "search", "notes")
+    header = (*header, "size", "memory", "tokens/s", "search", "notes")
     rows = (_cells(entry, main, others) for entry in group.entries)
     return Grid(tuple(map(plain, header)), tuple(tuple(map(plain, row)) for row in rows))
 
@@ -93,6 +94,7 @@ def _cells(entry: Entry, main: str, others: Sequence[str]) -> tuple[str, ...]:
         cell(score),
         "" if score is None or score.drop is None else _drop(score),
         *(cell(entry.scores.get(metric)) for metric in others),
+        size(row.packed_bytes) if row.packed_bytes else "",
         " / ".join(size(value) for value in (row.weight_bytes, row.peak_memory_bytes)) if row.weight_bytes else "",
         "" if row.tokens_per_second is None else f"{row.tokens_per_second:.1f}",
         "" if not row.calibration or row.search_seconds is None else f"{row.search_seconds:.0f} s",

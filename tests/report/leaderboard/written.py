@@ -23,7 +23,8 @@ def provenance(method="rtn", scheme="w4a4", **changes):
         "versions": {"torch": "2.15.0"},
         "data": {"quiz": {**DATA, "stand_in": False}},
         "stand_in": False,
-        "weight_bytes": 4_000_000,
+        "packed_bytes": 4_000_000,
+        "weight_bytes": 4_100_000,
         "peak_memory_bytes": 9_000_000,
         **changes,
     }

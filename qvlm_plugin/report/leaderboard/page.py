@@ -23,8 +23,8 @@ from qvlm_plugin.report.leaderboard.view import Entry, groups
 SHOWN = (
     "model", "method", "scheme", "notes", "weight_bits", "activation_bits", "vision_weight_bits",
     "vision_activation_bits", "packed_bytes", "weight_bytes", "peak_memory_bytes", "tokens_per_second",
-    "search_seconds", "backend", "dtype", "device", "calibration", "options", "arguments", "plan_hash", "model_fingerprint", "versions", "date",
-    "run",
+    "search_seconds", "backend", "dtype", "device", "calibration", "options", "arguments", "plan_hash",
+    "model_fingerprint", "versions", "date", "run",
 )  # fmt: skip
 """Fields of a row that the page tells of a run."""
 

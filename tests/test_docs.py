@@ -71,8 +71,8 @@ def check(words, monkeypatch):
             assert (ROOT / script).is_file()
         case ["pip", "install", *_, place] if not place.startswith("qvlm_plugin"):
             assert (ROOT / place).is_dir()
-        case ["git", "checkout", _, "&&", *rest]:
-            check(rest, monkeypatch)
+        case ["git", "checkout", _, "&&", "make" | "qvlm", *_]:
+            pass  # options are those of that commit
         case _:
             raise AssertionError(f"unknown program in {words}")
 

@@ -10,7 +10,6 @@ import json
 import math
 import platform
 import re
-import resource
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +32,7 @@ from qvlm_plugin.harness.generation import Generation
 from qvlm_plugin.harness.host import wrap_once
 from qvlm_plugin.harness.requests import Documents, Request
 from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.memory import peak_memory
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.report.seal import PARTS as SEALED
 from qvlm_plugin.report.seal import SEAL, seal
@@ -287,14 +287,9 @@ def memory(model: nn.Module) -> dict[str, Any]:
         if not tensor.is_meta:
             storage = tensor.untyped_storage()
             storages[tensor.device, storage.data_ptr()] = storage.nbytes()
-    if torch.cuda.is_available() and any(device.type == "cuda" for device, _ in storages):
-        peak = sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
-        source = "cuda"
-    else:
-        unit = 1 if platform.system() == "Darwin" else 1024
-        peak, source = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process"
+    on_gpu = torch.cuda.is_available() and any(device.type == "cuda" for device, _ in storages)
     held = {"weight_bytes": sum(storages.values()), "packed_bytes": packed_bytes(model)}
-    return held | {"peak_memory_bytes": peak, "peak_memory_of": source}
+    return held | {"peak_memory_bytes": peak_memory(on_gpu), "peak_memory_of": "cuda" if on_gpu else "process"}
 
 
 def packed_bytes(model: nn.Module) -> int:

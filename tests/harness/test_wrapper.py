@@ -470,6 +470,7 @@ def test_clean_frees_the_model(make):
     model.clean()
     assert not any(isinstance(value, torch.nn.Module) for value in vars(model).values())
     assert model.record.measured["weight_bytes"] > 0
+    assert model.record.facts["preparation_peak_bytes"] > 0
 
 
 def test_quantized_answers_do_not_depend_on_the_batch(tiny_llava, make, tmp_path):

@@ -63,11 +63,11 @@ demo: install  ## full precision, qlora and Q-VLM at W4A4 on 100 documents of ea
 RUNS = none-w16a16 \
 	$(foreach scheme,w4a4 w6a6 w8a8,rtn-$(scheme) qlora-$(scheme) awq-$(scheme)-nf qvlm-$(scheme) qvlm_jacobian-$(scheme))
 COMMA := ,
-results: install  ## every method at W4A4, W6A6 and W8A8 on 1,000 documents of each task (hours); goes on where it stopped
+results: install  ## every method at W4A4, W6A6 and W8A8 on 1,000 documents of each task (hours); resumes
 	@$(BIN)/qvlm demo run $(BACKEND)-results --runs $(subst $() ,$(COMMA),$(strip $(RUNS))) --limit 1000 --samples 64 \
 		--backend $(BACKEND) --processes $(PROCESSES)
 
-seeds: install  ## methods at W4A4 on three draws of 32 and of 64 calibration samples (hours); goes on where it stopped
+seeds: install  ## methods at W4A4 on three draws of 32 and of 64 calibration samples (hours); resumes
 	@$(BIN)/qvlm demo build && $(BIN)/qvlm demo data demo-data
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/seeds.py run seeds-results
 	$(BIN)/python benchmarks/seeds.py table seeds-results

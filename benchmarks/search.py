@@ -4,7 +4,7 @@ Decoder layers of real sizes with random weights; hidden states as random sample
 the methods' own. The joint search (`qvlm_plugin.methods.qvlm.mining`) includes dependencies and the runs that carry
 hidden states on, with the paper's five percentiles; all layers are one block, which the paper limits to three. A
 method's time is that of its whole search, tower and projector at full size included, with one epoch of training, over
-the number of layers. On a GPU its peak memory is told too.
+the number of layers. On a GPU its peak memory is measured, too.
 
 python benchmarks/search.py                                     # two layers of 7B
 python benchmarks/search.py --device cuda --samples 64 --layers 3 --json search.json

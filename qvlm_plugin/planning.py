@@ -31,7 +31,7 @@ def obtain_plan(
 ) -> RoundingPlan:
     """The plan of a request: from the cache when it is there, else searched and stored.
 
-    A search that was interrupted goes on where it stopped, if it had a cache to keep its steps in.
+    A search that was interrupted resumes, if it had a cache to keep its steps in.
 
     Args:
         loaded: the model in full precision.

@@ -110,8 +110,8 @@ def tell_quantized(loaded: "LoadedModel", plan: "RoundingPlan") -> None:
 def _ask(hook: str, newest_first: bool = False, **arguments: Any) -> Iterator[tuple[str, Any]]:
     """The name of each plugin that has the hook and what it answers, in the order of registration or the reverse.
 
-    One that raises is told and left out; a `QVLMError` about a model is for the user and passes. pluggy's wrappers
-    surround the answers of all plugins together, and each is asked by itself here: they are told and left out.
+    One that raises is reported and skipped; a `QVLMError` about a model is for the user and passes. pluggy's wrappers
+    surround the answers of all plugins together, and each is asked by itself here: they are reported and skipped.
     """
     implementations = getattr(plugin_manager().hook, hook).get_hookimpls()
     for implementation in reversed(implementations) if newest_first else implementations:
@@ -140,7 +140,7 @@ def provided(kind: str, type_: type, hook: str) -> dict[str, Any]:
 
     Args:
         kind: what it is, for messages.
-        type_: of which everything must be that a hook lists; what is not is told and left out.
+        type_: of which everything must be that a hook lists; anything else is reported and skipped.
         hook: that lists it.
 
     Raises:

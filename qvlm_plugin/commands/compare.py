@@ -44,8 +44,9 @@ def compare(
 ) -> None:
     """Run models × methods × schemes × seeds × tasks, each in its own process, and compare them with a baseline.
 
-    Full precision is run beside. Finished runs, known by what their results record, are not run again. It stops at the
-    first run without results, unless told to keep going. Ends with comparison.md, .json, .svg and .png, and a verdict.
+    Full precision is always run as well. Finished runs, recognized by what their results record, are not run again. It
+    stops at the first run without results, unless --keep-going is given. Ends with comparison.md, .json, .svg and .png,
+    and a verdict.
 
     Example: qvlm compare results --models demo --methods qlora,awq,qvlm --schemes w6a6,w4a4 --seeds 0,1,2
     --baseline qlora --tasks qvlm_scienceqa,qvlm_vizwiz,qvlm_vqav2 --data demo-data

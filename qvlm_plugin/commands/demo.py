@@ -68,8 +68,8 @@ def run(
 ) -> None:
     """Evaluate methods on the small LLaVA with the harness's own tasks: build, search, evaluate, compare.
 
-    Each step says what it does and how long it took. It goes on where it stopped. The first run is the one that the
-    others are compared with; the sentences at the end say what the differences mean.
+    Each step says what it does and how long it took. An interrupted demo resumes. The other runs are compared with the
+    first one; the sentences at the end say what the differences mean.
 
     Example: qvlm demo run demo-results --limit 200
     """

@@ -19,7 +19,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 class OneLineErrors(TyperGroup):
-    """Commands of which every exception is told in one line on stderr.
+    """Commands that report every exception in one line on stderr.
 
     The status is 2 for a `QVLMError`, which the user can mend, and 1 for what nobody expected.
     """

@@ -36,7 +36,7 @@ def write(
     """Write leaderboard.md, .csv, .json and .html; the word "write" may be left out.
 
     Rows are ranked against each other only where data, split, prompt and documents are the same. Files with problems
-    are told, and their rows left out or left unranked.
+    are reported, and their rows left out or left unranked.
 
     Example: qvlm leaderboard results/ --out leaderboard
     """

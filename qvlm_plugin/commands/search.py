@@ -53,7 +53,7 @@ def search(
 ) -> None:
     """Search a rounding plan and write it, without running an evaluation.
 
-    An interrupted search goes on where it stopped; a plan that was searched before is taken from the cache. Several
+    An interrupted search resumes; a plan that was searched before is taken from the cache. Several
     processes share the samples and find the plan that one would; torchrun starts them on several machines.
 
     Example: qvlm search plans/qlora-w4a4 --pretrained llava-hf/llava-1.5-7b-hf --method qlora --scheme w4a4

@@ -141,7 +141,7 @@ def vizwiz(question: Question, number: int, empty: Picture | None = None) -> Doc
 def scienceqa(question: Question, rng: random.Random, text_only: bool = False) -> Document:
     """A ScienceQA document about the question's picture, or (`text_only`) about its fact told in words.
 
-    The fact is told in the hint or, one time in three, in the question itself, so that documents with image, with text
+    The fact stands in the hint or, one time in three, in the question itself, so that documents with image, with text
     and with neither as context all occur, as in ScienceQA.
     """
     kind = "color" if question.answer in COLORS else "shape" if question.answer in SHAPES else "presence"

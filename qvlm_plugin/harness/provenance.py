@@ -377,8 +377,8 @@ def _saving_provenance(save: Callable) -> Callable:
 
 def _naming_images(save: Callable) -> Callable:
     # Questions about one image are not independent. The harness names images that lie in files, but not those that
-    # ``datasets`` decodes, so that samples do not tell which belong together. That a document has no image is told by
-    # an empty list: where there is none, nobody knows.
+    # ``datasets`` decodes, so that its samples do not show which questions share one. An empty list means that a
+    # document has no image; no list, that this is unknown.
     def save_results_samples(self: EvaluationTracker, task_name: str, samples: list[dict[str, Any]]) -> None:
         record = _record_of_this_run()
         for sample in samples if record else ():

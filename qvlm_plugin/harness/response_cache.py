@@ -2,8 +2,8 @@
 
 By itself it keys answers on the text of ``--model_args``, which does not change when a plan, a checkpoint or a local
 data set behind the same name does; it keeps answers only when all have come, and those of a run that failed are never
-looked at again. Here answers are told apart by content and kept batch by batch; a batch that fails does not keep the
-others from being answered; and the record of a run is told of the answers that were found, too.
+looked at again. Here answers are distinguished by content and kept batch by batch; a batch that fails does not keep the
+others from being answered; and a run's record counts the answers that were found, too.
 """
 
 import hashlib

@@ -91,7 +91,7 @@ def _scaled_sum(parts: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequ
 def _finished(
     total: Tensor, bias: Tensor | None, step: Tensor | None, offset: Tensor | None, row_sum: Tensor | None
 ) -> Tensor:
-    """The products of codes [N, O], written over by those of what the codes stand for, with the bias."""
+    """Turn products of codes [N, O] into products of the values that the codes represent, in place; adds the bias."""
     if offset is not None:
         total.mul_(step).addcmul_(offset, row_sum)
     return total if bias is None else total.add_(bias)

@@ -63,7 +63,7 @@ def _obstacle(
 
 @cache
 def _missing() -> str | None:
-    """What is amiss with the installed bitsandbytes.
+    """Why the installed bitsandbytes cannot be used.
 
     Before 0.50 its CUDA kernel for one token reads the codebook as float32, whatever type it has; here it is in the
     compute type.

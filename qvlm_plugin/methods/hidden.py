@@ -265,6 +265,6 @@ def quantized_inputs(context: SearchContext, plan: RoundingPlan, part: str = "de
 
 
 def _require_finite(states: Tensor, attended: Tensor, what: str) -> None:
-    # What attention makes of padding is nobody's concern.
+    # Padding may hold anything: no token that counts attends to it.
     if not states[attended.to(states.device)].isfinite().all():
         raise QVLMError(f"{what} is not finite on calibration data; try dtype=float32")

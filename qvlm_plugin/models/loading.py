@@ -1,6 +1,6 @@
 """Load a vision-language model and its processor, and account for every weight.
 
-Folders in the Hugging Face layout and in LLaVA's own are told apart by what their configuration says. Nothing is ever
+Whether a folder has the Hugging Face layout or LLaVA's own follows from its configuration. Nothing is ever
 silently initialised: keys that are missing from the checkpoint, left over in it or of another shape are errors. The
 fingerprint identifies the model by content, wherever it lies.
 """

@@ -40,13 +40,13 @@ class Flips:
     """How many documents one run changed.
 
     Attributes:
-        fell, rose: documents that score lower and higher than in the baseline; for scores of 0 and 1 these are
+        broke, fixed: documents that score lower and higher than in the baseline; for scores of 0 and 1 these are
             right→wrong and wrong→right.
         changed: documents with another answer, whatever its score.
     """
 
-    fell: int
-    rose: int
+    broke: int
+    fixed: int
     changed: int
 
 
@@ -168,8 +168,8 @@ def _paired_task(rows: Sequence[tuple[Document, ...]], metric: str, clusters: np
 def count_flips(tasks: Sequence[PairedTask]) -> Flips:
     """The changed documents, summed over tasks and pairs of runs."""
     return Flips(
-        fell=sum(int((task.differences < 0).sum()) for task in tasks),
-        rose=sum(int((task.differences > 0).sum()) for task in tasks),
+        broke=sum(int((task.differences < 0).sum()) for task in tasks),
+        fixed=sum(int((task.differences > 0).sum()) for task in tasks),
         changed=sum(task.changed for task in tasks),
     )
 
@@ -294,7 +294,7 @@ def paired_grid(comparisons: Sequence[Comparison]) -> Grid:
         )
         for row, adjusted in zip(comparisons, holm([row.p for row in comparisons]), strict=True)
     ]
-    header = ("run", "task", "baseline", "score", "difference", "p", "p (Holm)", "fell / rose / changed")
+    header = ("run", "task", "baseline", "score", "difference", "p", "p (Holm)", "broke / fixed / changed")
     return Grid(header, tuple(rows))
 
 
@@ -308,7 +308,7 @@ def paired_notes(baseline: RunSamples, comparisons: Sequence[Comparison], metric
         "same",
         f"p: sign-flip test (for 0/1 scores of independent documents McNemar's), exact or from {_DRAWS:,} draws (then "
         f"at least {1 / (_DRAWS + 1):.0e}); Holm over all {len(comparisons)} rows",
-        "fell, rose: documents that score lower, higher (right→wrong, wrong→right); changed: those with another answer",
+        "broke, fixed: documents that score lower, higher (right→wrong, wrong→right); changed: those answered otherwise",
         *(f"{task}: {_clusters(row)}" for task, row in compared.items()),
     ]
     if left_out := [task for task in baseline.tasks if task not in compared]:
@@ -349,7 +349,7 @@ def difference_text(estimate: Estimate, scale: int, decimals: int = 2) -> str:
 
 def flips_text(flips: Flips) -> str:
     """Counts of changed documents for a table."""
-    return f"{flips.fell} / {flips.rose} / {flips.changed}"
+    return f"{flips.broke} / {flips.fixed} / {flips.changed}"
 
 
 def p_text(p: float, unknown: int = 0) -> str:

@@ -149,9 +149,9 @@ def test_a_comparison_by_hand(tmp_path):
     assert [row.task for row in (quiz, soft, average)] == ["quiz", "soft", AVERAGE]
     assert (quiz.baseline.value, quiz.score.value) == pytest.approx((5 / 6, 3 / 6))
     assert (quiz.documents, quiz.clusters, average.documents, average.clusters) == (6, 6, 9, 9)
-    assert (quiz.flips.fell, quiz.flips.rose, quiz.flips.changed) == (3, 1, 2)
-    assert (soft.flips.fell, soft.flips.rose, soft.flips.changed) == (1, 1, 2)
-    assert (average.flips.fell, average.flips.rose, average.flips.changed) == (4, 2, 4)
+    assert (quiz.flips.broke, quiz.flips.fixed, quiz.flips.changed) == (3, 1, 2)
+    assert (soft.flips.broke, soft.flips.fixed, soft.flips.changed) == (1, 1, 2)
+    assert (average.flips.broke, average.flips.fixed, average.flips.changed) == (4, 2, 4)
     assert quiz.p == pytest.approx(10 / 16) and soft.p == 1.0
     assert average.difference.value == pytest.approx((-2 / 6 + -0.1 / 3) / 2)
     differences = [*((b - a) / 12 for a, b in zip(FIRST, SECOND, strict=True)), -0.7 / 6, 0.6 / 6]
@@ -165,14 +165,14 @@ def test_swapping_the_runs_negates(tmp_path):
         assert there.difference.value == pytest.approx(-back.difference.value) and there.difference.value != 0
         assert there.difference.low == pytest.approx(-back.difference.high)
         assert there.p == pytest.approx(back.p) and there.baseline == back.score
-        assert (there.flips.fell, there.flips.rose) == (back.flips.rose, back.flips.fell)
+        assert (there.flips.broke, there.flips.fixed) == (back.flips.fixed, back.flips.broke)
 
 
 def test_identical_runs_do_not_differ(tmp_path):
     one, other = write_runs(tmp_path, *({"a": scored(FIRST), "b": scored(SECOND)} for _ in range(2)))
     for row in compare(one, other, "exact_match"):
         assert (row.difference.value, row.difference.low, row.difference.high, row.p) == (0, 0, 0, 1)
-        assert (row.flips.fell, row.flips.rose, row.flips.changed) == (0, 0, 0)
+        assert (row.flips.broke, row.flips.fixed, row.flips.changed) == (0, 0, 0)
 
 
 def test_images_make_clusters_within_and_across_tasks(tmp_path):

@@ -108,7 +108,7 @@ def test_swapping_negates():
         assert row.difference.value == pytest.approx(-other.difference.value) and row.difference.value != 0
         assert row.difference.low == pytest.approx(-other.difference.high)
         assert (row.t_p, row.sign_flip_p) == pytest.approx((other.t_p, other.sign_flip_p))
-        assert (row.flips.fell, row.flips.rose) == (other.flips.rose, other.flips.fell)
+        assert (row.flips.broke, row.flips.fixed) == (other.flips.fixed, other.flips.broke)
 
 
 def test_equal_seeds_add_no_certainty():
@@ -117,7 +117,7 @@ def test_equal_seeds_add_no_certainty():
     for once, thrice in zip(pool([pair], "exact_match"), pool([pair] * 3, "exact_match"), strict=True):
         assert dataclasses.astuple(thrice.difference) == pytest.approx(dataclasses.astuple(once.difference))
         assert thrice.t_p == pytest.approx(once.t_p) and thrice.spread == pytest.approx(0)
-        assert thrice.flips.fell == 3 * once.flips.fell and thrice.documents == once.documents
+        assert thrice.flips.broke == 3 * once.flips.broke and thrice.documents == once.documents
 
 
 def test_a_document_that_names_its_image_in_one_run_only_is_still_of_its_cluster():

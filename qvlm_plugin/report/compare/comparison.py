@@ -76,8 +76,8 @@ class Compared:
             "documents": compared.documents if compared else None,
             "clusters": compared.clusters if compared else None,
             "images_unknown": compared.unknown if compared else None,
-            "right_to_wrong": compared.flips.fell if compared else None,
-            "wrong_to_right": compared.flips.rose if compared else None,
+            "right_to_wrong": compared.flips.broke if compared else None,
+            "wrong_to_right": compared.flips.fixed if compared else None,
             "changed": compared.flips.changed if compared else None,
             "bits": facts.bits if facts else None,
             "packed_bytes": facts.packed_bytes if facts else None,
@@ -127,8 +127,8 @@ class OverSeeds:
             "p_sign_flip": pooled.sign_flip_p,
             "seeds_of_same_sign": pooled.agreeing,
             "holds": pooled.holds,
-            "right_to_wrong": pooled.flips.fell,
-            "wrong_to_right": pooled.flips.rose,
+            "right_to_wrong": pooled.flips.broke,
+            "wrong_to_right": pooled.flips.fixed,
             "changed": pooled.flips.changed,
         }
 

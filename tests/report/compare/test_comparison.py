@@ -98,7 +98,7 @@ def test_comparison_with_full_precision(tmp_path):
     assert rows["none", "quiz"].comparison is None and rows["none", "quiz"].p is None
     qlora, awq, rtn = (rows[method, "quiz"] for method in ("qlora", "awq", "rtn"))
     assert (qlora.comparison.difference.value, awq.comparison.difference.value) == (-18 / 40, -6 / 40)
-    assert (qlora.comparison.flips.fell, qlora.comparison.flips.rose, qlora.comparison.flips.changed) == (18, 0, 0)
+    assert (qlora.comparison.flips.broke, qlora.comparison.flips.fixed, qlora.comparison.flips.changed) == (18, 0, 0)
     assert qlora.test == "McNemar" and qlora.p == pytest.approx(2 * 0.5**18) and awq.p == pytest.approx(2 * 0.5**6)
     assert [one.adjusted for one in (qlora, awq, rtn)] == holm([qlora.p, awq.p, rtn.p] * 2)[:3]  # of six tests
     row = awq.row()
@@ -150,7 +150,7 @@ def test_seeds_are_pooled(tmp_path):
     assert pooled["awq", "quiz"].pooled == expected and expected.scores == pytest.approx([0.8, 0.775, 0.75])
     average = pooled["awq", AVERAGE].pooled
     assert (average.documents, average.seeds, average.agreeing, average.holds) == (80, 3, 3, True)
-    assert average.flips.rose == 2 * 3 * 12
+    assert average.flips.fixed == 2 * 3 * 12
     ps = [one.pooled.t_p for one in pooled.values() if one.baseline]
     assert [one.adjusted for one in pooled.values() if one.baseline] == holm(ps) and len(ps) == 6
     assert pooled["qlora", "quiz"].baseline is None and pooled["qlora", "quiz"].pooled.spread == pytest.approx(0.025)

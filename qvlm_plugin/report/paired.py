@@ -308,7 +308,7 @@ def paired_notes(baseline: RunSamples, comparisons: Sequence[Comparison], metric
         "same",
         f"p: sign-flip test (for 0/1 scores of independent documents McNemar's), exact or from {_DRAWS:,} draws (then "
         f"at least {1 / (_DRAWS + 1):.0e}); Holm over all {len(comparisons)} rows",
-        "broke, fixed: documents that score lower, higher (right→wrong, wrong→right); changed: those answered otherwise",
+        "broke, fixed: documents that score lower, higher (right→wrong, wrong→right); changed: other answers",
         *(f"{task}: {_clusters(row)}" for task, row in compared.items()),
     ]
     if left_out := [task for task in baseline.tasks if task not in compared]:

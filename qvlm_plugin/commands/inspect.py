@@ -1,5 +1,6 @@
 """``qvlm inspect``: what a plan does."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -7,10 +8,13 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from qvlm_plugin.commands.shared import AsJSON
+
 
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A plan's folder.")],
     modules: Annotated[bool, typer.Option(help="List every Linear.")] = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Print what a plan does.
 
@@ -19,6 +23,11 @@ def inspect(
     from qvlm_plugin.plan_header import read_header
 
     plan = read_header(directory)
+    if as_json:
+        content = {**plan.facts, "model": plan.model, "folds": len(plan.folds), "rotations": len(plan.rotations)}
+        content |= {"modules": [module.model_dump() for module in plan.modules]} if modules else {}
+        typer.echo(json.dumps(content, indent=1))
+        return
     console = Console()
     facts = Table(show_header=False, box=None)
     facts.add_row("method", plan.method)

@@ -1,18 +1,22 @@
 """``qvlm results`` and ``qvlm paired``: scores of runs, and their differences over the same documents."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from qvlm_plugin.commands.shared import needs_report_packages
+from qvlm_plugin.commands.shared import AsJSON, needs_report_packages
 from qvlm_plugin.errors import QVLMError
+
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
 
 
 def results(
     paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that hold some.")],
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    markdown: Markdown = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Print one table of the scores in results files, with standard errors and precision.
 
@@ -20,7 +24,11 @@ def results(
     """
     from qvlm_plugin.report.results import read_results, results_grid
 
-    grid = results_grid(read_results(paths))
+    scores = read_results(paths)
+    if as_json:
+        typer.echo(json.dumps([score.row() for score in scores], indent=1))
+        return
+    grid = results_grid(scores)
     if markdown:
         typer.echo(grid.markdown())
     else:
@@ -31,7 +39,8 @@ def paired(
     baseline: Annotated[Path, typer.Argument(help="Results file of one run, or the folder that holds it.")],
     others: Annotated[list[Path], typer.Argument(help="Results files to compare with it, or folders that hold some.")],
     metric: Annotated[str, typer.Option(help="Metric of the tasks to compare.")] = "exact_match",
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    markdown: Markdown = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Compare runs with a baseline over the same documents: paired differences, intervals and tests.
 
@@ -44,7 +53,7 @@ def paired(
 
     with needs_report_packages():
         from qvlm_plugin.report.paired import compare as compare_runs
-        from qvlm_plugin.report.paired import paired_grid, paired_notes
+        from qvlm_plugin.report.paired import paired_grid, paired_notes, paired_rows
 
     first, *more = read_samples(baseline)
     if more:
@@ -54,6 +63,9 @@ def paired(
     if not runs:
         raise QVLMError(f"no run to compare with the baseline {first.file}")
     rows = [row for run in runs.values() for row in compare_runs(first, run, metric)]
+    if as_json:
+        typer.echo(json.dumps(paired_rows(rows), indent=1))
+        return
     grid = paired_grid(rows)
     if markdown:
         typer.echo(grid.markdown())

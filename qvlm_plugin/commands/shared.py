@@ -40,6 +40,7 @@ ImageAspectRatio = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="Torch device.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 KeepGoing = Annotated[
     bool, typer.Option("--keep-going", help="Run the others after a run that ended without results, and report them.")
 ]

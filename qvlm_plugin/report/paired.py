@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -276,6 +277,36 @@ def holm(ps: Sequence[float]) -> list[float]:
     order = np.argsort(ps)
     adjusted = np.maximum.accumulate(np.asarray(ps)[order] * np.arange(len(ps), 0, -1)).clip(max=1)
     return adjusted[np.argsort(order)].tolist()
+
+
+def paired_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """The comparisons as JSON data; Holm's adjustment is over all of them."""
+    return [
+        {
+            "run": row.run.name,
+            "file": str(row.run.file),
+            "task": row.task,
+            "documents": row.documents,
+            "clusters": row.clusters,
+            "images_unknown": row.unknown,
+            **estimate_data("baseline", row.baseline),
+            **estimate_data("score", row.score),
+            **estimate_data("difference", row.difference),
+            "p": row.p,
+            "p_holm": adjusted,
+            "broke": row.flips.broke,
+            "fixed": row.flips.fixed,
+            "changed": row.flips.changed,
+        }
+        for row, adjusted in zip(comparisons, holm([row.p for row in comparisons]), strict=True)
+    ]
+
+
+def estimate_data(name: str, estimate: Estimate) -> dict[str, float | None]:
+    """An estimate as JSON data; null where it is not known."""
+    values = {name: estimate.value, f"{name}_stderr": estimate.error}
+    values |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    return {key: value if np.isfinite(value) else None for key, value in values.items()}
 
 
 def paired_grid(comparisons: Sequence[Comparison]) -> Grid:

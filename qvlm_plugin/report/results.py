@@ -78,6 +78,13 @@ class Score:
         """By which tables show it, see `shares.scale`."""
         return scale(self.metric, self.value)
 
+    def row(self) -> dict[str, Any]:
+        """As JSON data; the run's facts are those that tables show."""
+        run = self.run or {}
+        facts = {name: run.get(name) for name in ("method", "scheme", "backend", "bits", "packed_bytes", "plan_hash")}
+        own = {name: getattr(self, name) for name in ("task", "metric", "value", "stderr", "documents", "limited")}
+        return {**facts, **own, "stand_in": run.get("stand_in"), "file": str(self.file)}
+
 
 def read_results(paths: Sequence[Path]) -> list[Score]:
     """The scores in results files, or in all ``*_results.json`` below folders.

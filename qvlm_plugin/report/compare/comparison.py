@@ -1,6 +1,5 @@
 """Every cell of a grid against the baseline on the same documents: scores, differences, tests, flips, costs."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import read_json
 from qvlm_plugin.report.compare.grid import CompareGrid, GridCell, cells
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
-from qvlm_plugin.report.paired import AVERAGE, Comparison, Estimate, compare, holm
+from qvlm_plugin.report.paired import AVERAGE, Comparison, Estimate, compare, estimate_data, holm
 from qvlm_plugin.report.pooled import Pooled, pool
 from qvlm_plugin.report.runs import Outcome
 from qvlm_plugin.report.samples import RunSamples, read_samples
@@ -68,8 +67,8 @@ class Compared:
             "scheme": self.of.scheme,
             "seed": self.of.seed,
             "task": self.of.task,
-            **_numbers("score", self.score),
-            **(_numbers("difference", compared.difference) if compared else {}),
+            **estimate_data("score", self.score),
+            **(estimate_data("difference", compared.difference) if compared else {}),
             "test": self.test or None,
             "p": self.p,
             "p_holm": self.adjusted,
@@ -113,14 +112,14 @@ class OverSeeds:
         """As JSON data."""
         pooled = self.pooled
         found = {"model": self.model, "method": self.method, "scheme": self.scheme, "task": self.task}
-        found |= {"seeds": pooled.seeds, **_numbers("score", pooled.score), "scores": [*pooled.scores]}
+        found |= {"seeds": pooled.seeds, **estimate_data("score", pooled.score), "scores": [*pooled.scores]}
         found |= {"spread": pooled.spread, "documents": pooled.documents, "clusters": pooled.clusters}
         found |= {"images_unknown": pooled.unknown}
         if self.baseline is None:
             return found | {"baseline": None}
         return found | {
             "baseline": self.baseline,
-            **_numbers("difference", pooled.difference),
+            **estimate_data("difference", pooled.difference),
             "differences": [*pooled.differences],
             "p_t": pooled.t_p,
             "p_t_holm": self.adjusted,
@@ -254,9 +253,3 @@ def choose_test(row: Comparison, baseline: RunSamples, other: RunSamples, metric
 
 def _fingerprint(parsed: ResultsFile) -> str | None:
     return parsed.qvlm.model_fingerprint if parsed.qvlm else None
-
-
-def _numbers(name: str, estimate: Estimate) -> dict[str, float | None]:
-    values = {name: estimate.value, f"{name}_stderr": estimate.error}
-    values |= {f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-    return {key: value if math.isfinite(value) else None for key, value in values.items()}

@@ -10,7 +10,7 @@ The peers run in an environment of their own, from the samples that the first co
 python benchmarks/peers.py samples peers                     # in a folder with the stand-in data (`qvlm demo data .`)
 uv venv peers-env && uv pip install --python peers-env/bin/python llmcompressor==0.14.0.1
 peers-env/bin/python benchmarks/peers.py peer peers "$(qvlm demo build | tail -1)"   # each row in turn
-python benchmarks/peers.py table peers --json peers.json     # fits ours, measures all
+python benchmarks/peers.py table peers                       # fits ours, measures all; resumes
 """
 
 import argparse
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -173,27 +174,30 @@ def _rounded(model: nn.Module) -> dict[str, Tensor]:
 # Our side: fit our methods, and measure everyone.
 
 
-def table(folder: Path, json_file: Path | None, limit: int, schemes: Sequence[str]) -> None:
-    """Measure all rows that are there, and print them."""
+def table(folder: Path, limit: int, schemes: Sequence[str]) -> None:
+    """Measure all rows that are there, and print them; those that an earlier call measured are kept in the folder."""
+    from qvlm_plugin.atomic import write_file
     from qvlm_plugin.report.results import Grid
 
-    found = []
+    todo: dict[str, Callable[[], dict[str, Any]]] = {}
     for scheme in schemes:
         for name, method, options in OURS[scheme]:
-            found.append({"scheme": scheme, "method": f"{name} (ours)", **_ours(method, scheme, options, limit)})
+            todo[f"{scheme} {name} (ours)"] = partial(_ours, method, scheme, options, limit)
         for method, named in PEERS:
             file = folder / f"{method}-{scheme}.safetensors"
             if named == scheme and file.exists():
-                found.append({"scheme": scheme, "method": f"{method}, llm-compressor", **_theirs(file, scheme, limit)})
-    if json_file:
-        from qvlm_plugin.atomic import write_file
-
-        write_file(json_file, json.dumps(found, indent=1).encode())
+                todo[f"{scheme} {method}, llm-compressor"] = partial(_theirs, file, scheme, limit)
+    kept = folder / f"rows-{limit}.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    for name, measure in todo.items():
+        if name not in found:
+            found[name] = measure()
+            write_file(kept, json.dumps(found, indent=1).encode())
     header = ("scheme", "method", "layer error", "KL", "KL off-domain", "correct", "CPU s")
     rows = [
-        (row["scheme"], row["method"], *(f"{row[key]:.4f}" for key in ("layer_error", "kl", "kl_off_domain")),
-         " / ".join(f"{100 * share:.1f}" for share in row["correct"]), f"{row['seconds']:.0f}")
-        for row in found
+        (*name.split(" ", 1), *(f"{found[name][key]:.4f}" for key in ("layer_error", "kl", "kl_off_domain")),
+         " / ".join(f"{100 * share:.1f}" for share in found[name]["correct"]), f"{found[name]['seconds']:.0f}")
+        for name in todo
     ]  # fmt: skip
     print(Grid(header, tuple(rows)).markdown())
 
@@ -335,7 +339,6 @@ def main() -> None:
         commands.add_parser(name).add_argument("folder", type=Path)
     commands.choices["peer"].add_argument("checkpoint", help="folder of the demo model")
     shown = commands.choices["table"]
-    shown.add_argument("--json", type=Path, help="file to write the rows to")
     shown.add_argument("--limit", type=int, default=200, help="documents of each task")
     shown.add_argument("--schemes", type=lambda text: text.split(","), default=[*OURS])
     asked = parser.parse_args()
@@ -344,7 +347,7 @@ def main() -> None:
     elif asked.command == "peer":
         run_peers(asked.folder, asked.checkpoint)
     else:
-        table(asked.folder, asked.json, asked.limit, asked.schemes)
+        table(asked.folder, asked.limit, asked.schemes)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
         (("--data", "missing"), "there is no such folder"),
         (("--tasks", "a,a"), "each must be there once"),
         (("--seeds", "0,x"), "seeds.1: input should be a valid integer"),
-        (("--baseline", "qlora"), "baseline: qlora is not among the methods; allowed are none, rtn, awq"),
+        (("--baseline", "qlora"), "baseline: qlora is not among the methods; allowed are none, previous, rtn, awq"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_runs(place, tmp_path, arguments, message):

@@ -13,17 +13,18 @@ with the stand-in data (`qvlm demo data .`).
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from teacher_forced import Question, exact_matches, read_questions
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from qvlm_plugin import planning, plugins
-from qvlm_plugin.calibration import CalibrationSet, read_conversations
+from qvlm_plugin.calibration import CalibrationSet, read_calibration
 from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
+from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.hidden import HiddenCache, block_inputs
@@ -35,6 +36,8 @@ from qvlm_plugin.scheme import Scheme
 
 SEED = 1000
 """Of the samples that the oracle sees: another draw than any plan's; those that one was fitted on are left out."""
+
+BATCH = MethodOptions().calibration_batch_size
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Answers:
     loaded: LoadedModel
     ids: Sequence[Tensor]
 
+    @torch.no_grad()
     def loss(self, hidden: HiddenCache) -> float:
         """Mean cross entropy of the answers' tokens, from the outputs of the decoder's last layer."""
         model, total, count = self.loaded.model, 0.0, 0
@@ -67,7 +71,7 @@ def context_of(loaded: LoadedModel, samples: CalibrationSet) -> SearchContext:
 
 def answers_of(loaded: LoadedModel, samples: CalibrationSet) -> Answers:
     """The answers of the samples, in batches as hidden states are."""
-    batches = samples.batches(loaded.processor, MethodOptions().calibration_batch_size)
+    batches = samples.batches(loaded.processor, BATCH)
     return Answers(loaded, [inputs["input_ids"][answer] for inputs, answer in batches])
 
 
@@ -92,10 +96,7 @@ def choose(loaded: LoadedModel, samples: CalibrationSet, percentiles: Sequence[f
         for percentile in percentiles:
             for key, ratio in ratios.items():
                 ratio.copy_(whole[key] * percentile)
-            states = hidden
-            for named in context.layers[index:]:
-                states = states.through(*named)
-            losses.append(answers.loss(states))
+            losses.append(answers.loss(_through(hidden, context.layers[index:])))
         best = losses.index(min(losses))
         for key, ratio in ratios.items():
             ratio.copy_(whole[key] * percentiles[best])
@@ -104,15 +105,18 @@ def choose(loaded: LoadedModel, samples: CalibrationSet, percentiles: Sequence[f
     return chosen
 
 
+def _through(hidden: HiddenCache, layers: Sequence[tuple[str, nn.Module]]) -> HiddenCache:
+    for named in layers:
+        hidden = hidden.through(*named)
+    return hidden
+
+
 @torch.no_grad()
 def measured(loaded: LoadedModel, samples: CalibrationSet, questions: Sequence[Question]) -> tuple[str, str]:
     """The answers' loss on the oracle's samples, and the share of documents that are answered exactly."""
     context = context_of(loaded, samples)
-    hidden = block_inputs(context)
-    for named in context.layers:
-        hidden = hidden.through(*named)
+    loss = answers_of(loaded, samples).loss(_through(block_inputs(context), context.layers))
     exact = exact_matches(loaded.model, questions)
-    loss = answers_of(loaded, samples).loss(hidden)
     return f"{loss:.4f}", f"{100 * sum(exact.values()) / len(exact):.1f}"
 
 
@@ -127,10 +131,9 @@ def main() -> None:
     asked = parser.parse_args()
     plans = {path: RoundingPlan.load(path) for path in (asked.plan, *asked.others)}
     fitted = {digest for plan in plans.values() for digest in plan.calibration.digests}
-    drawn = CalibrationSet(tuple(read_conversations(Path(CALIBRATION), None, 2 * asked.samples, SEED)))
-    apart = [one for one, digest in zip(drawn.samples, drawn.digests(), strict=True) if digest not in fitted]
-    samples = replace(drawn, samples=tuple(apart[: asked.samples]))
+    drawn = read_calibration(f"{CALIBRATION}:{2 * asked.samples}", None, SEED, draw_samples)
     loaded = load(resolve_demo("demo"), dtype="float32")
+    samples = CalibrationSet(drawn.without(fitted)[: asked.samples]).encoded(loaded.processor, BATCH)
     questions = read_questions(loaded, TASKS, asked.limit)
     rows = [("full precision", *measured(loaded, samples, questions))]
     for path, plan in plans.items():

@@ -40,15 +40,13 @@ PEERS: tuple[Row, ...] = (
 """What llm-compressor is run for."""
 
 G64 = {"group_size": 64}
+WEIGHTS_ALONE = (
+    ("rtn", "rtn", G64), ("awq", "awq", G64 | {"weight_clip": "mse"}), ("gptq", "gptq", G64),
+    ("gptq, clipped", "gptq", G64 | {"weight_clip": "mse"}), ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
+)  # fmt: skip
 OURS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
-    "w4a16": (
-        ("rtn", "rtn", G64), ("awq", "awq", G64 | {"weight_clip": "mse"}), ("gptq", "gptq", G64),
-        ("gptq, clipped", "gptq", G64 | {"weight_clip": "mse"}), ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
-    ),
-    "w3a16": (
-        ("rtn", "rtn", G64), ("awq", "awq", G64 | {"weight_clip": "mse"}), ("gptq", "gptq", G64),
-        ("gptq, clipped", "gptq", G64 | {"weight_clip": "mse"}), ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
-    ),
+    "w4a16": WEIGHTS_ALONE,
+    "w3a16": WEIGHTS_ALONE,
     "w8a8": (
         ("rtn, per channel", "rtn", {"group_size": -1}), ("smoothquant", "smoothquant", {}),
         ("smoothquant, gptq", "smoothquant", {"rounding": "gptq"}),
@@ -60,7 +58,11 @@ OURS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
 SAMPLES, HELD_OUT, TEXTS, TEXT_TOKENS = 32, 96, 12, 128
 
 
-@dataclass(frozen=True)
+Call = tuple[int, tuple[Any, ...], dict[str, Any], Tensor]
+"""Of a decoder layer: its index, arguments and output."""
+
+
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """What all rows are measured on.
 
@@ -75,25 +77,47 @@ class Inputs:
     questions: Sequence[Any]
 
 
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What full precision makes of the inputs.
+
+    Attributes:
+        inputs: these.
+        calls: every call of a decoder layer on the samples.
+        answers: logits at the tokens of each sample's answer, [N, V].
+        prose: logits at all tokens of the texts, [texts, tokens, V].
+    """
+
+    inputs: Inputs
+    calls: Sequence[Call]
+    answers: Sequence[Tensor]
+    prose: Tensor
+
+
 def write_samples(folder: Path) -> None:
     """Write what calibrates everyone, encoded: the first draw of the stand-in train samples."""
-    from qvlm_plugin.demo import resolve_demo
-    from qvlm_plugin.models.loading import load
-
-    loaded = load(resolve_demo("demo"), dtype="float32")
     tensors = {}
-    for index, (inputs, _) in enumerate(_calibration().batches(loaded.processor, 1)):
+    for index, (inputs, _) in enumerate(_drawn(SAMPLES, 0).batches(_full_precision().processor, 1)):
         tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in inputs.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "samples.safetensors")
 
 
-def _calibration() -> Any:
-    from qvlm_plugin.calibration import CalibrationSet, read_conversations
+def _drawn(count: int, seed: int) -> Any:
+    """Stand-in train samples; those of seed 0 calibrate everyone."""
+    from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.demo import CALIBRATION
+    from qvlm_plugin.harness.task_source import draw_samples
 
-    samples = read_conversations(Path(CALIBRATION), None, SAMPLES, 0)
-    return CalibrationSet(tuple(samples), f"{CALIBRATION}:{SAMPLES}", 0)
+    return read_calibration(f"{CALIBRATION}:{count}", None, seed, draw_samples)
+
+
+def _full_precision() -> Any:
+    """The demo model, freshly loaded."""
+    from qvlm_plugin.demo import resolve_demo
+    from qvlm_plugin.models.loading import load
+
+    return load(resolve_demo("demo"), dtype="float32")
 
 
 # The peers' side: nothing of this package is there.
@@ -134,7 +158,7 @@ def _recipe(method: str, scheme: str) -> list[Any]:
     """llm-compressor's modifiers with their defaults; at four and three bits asymmetric, as our integer weights are."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.awq import AWQModifier
-    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.quantization import GPTQModifier
     from llmcompressor.modifiers.smoothquant import SmoothQuantModifier
 
     bits = int(scheme[1])
@@ -147,8 +171,6 @@ def _recipe(method: str, scheme: str) -> list[Any]:
     given = {"config_groups": groups, "ignore": ["re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"]}
     if method == "awq":
         return [AWQModifier(**given)]
-    if method == "rtn":
-        return [QuantizationModifier(**given)]
     smoothing = [SmoothQuantModifier(smoothing_strength=0.5)] if method.startswith("smoothquant") else []
     return [*smoothing, GPTQModifier(**given)]
 
@@ -177,22 +199,24 @@ def _rounded(model: nn.Module) -> dict[str, Tensor]:
 def table(folder: Path, limit: int, schemes: Sequence[str]) -> None:
     """Measure all rows that are there, and print them; those that an earlier call measured are kept in the folder."""
     from qvlm_plugin.atomic import write_file
+    from qvlm_plugin.reading import read_json
     from qvlm_plugin.report.results import Grid
 
-    todo: dict[str, Callable[[], dict[str, Any]]] = {}
+    todo: dict[str, Callable[[Reference], dict[str, Any]]] = {}
     for scheme in schemes:
         for name, method, options in OURS[scheme]:
-            todo[f"{scheme} {name} (ours)"] = partial(_ours, method, scheme, options, limit)
+            todo[f"{scheme} {name} (ours)"] = partial(_ours, method, scheme, options)
         for method, named in PEERS:
             file = folder / f"{method}-{scheme}.safetensors"
             if named == scheme and file.exists():
-                todo[f"{scheme} {method}, llm-compressor"] = partial(_theirs, file, scheme, limit)
+                todo[f"{scheme} {method}, llm-compressor"] = partial(_theirs, file, scheme)
     kept = folder / f"rows-{limit}.json"
-    found = json.loads(kept.read_text()) if kept.exists() else {}
-    for name, measure in todo.items():
-        if name not in found:
-            found[name] = measure()
-            write_file(kept, json.dumps(found, indent=1).encode())
+    found = read_json(kept) if kept.exists() else {}
+    missing = [name for name in todo if name not in found]
+    reference = reference_of(*_subject(limit)) if missing else None
+    for name in missing:
+        found[name] = todo[name](reference)
+        write_file(kept, json.dumps(found, indent=1).encode())
     header = ("scheme", "method", "layer error", "KL", "KL off-domain", "correct", "CPU s")
     rows = [
         (*name.split(" ", 1), *(f"{found[name][key]:.4f}" for key in ("layer_error", "kl", "kl_off_domain")),
@@ -202,33 +226,31 @@ def table(folder: Path, limit: int, schemes: Sequence[str]) -> None:
     print(Grid(header, tuple(rows)).markdown())
 
 
-def _ours(method: str, scheme: str, options: Mapping[str, Any], limit: int) -> dict[str, Any]:
+def _ours(method: str, scheme: str, options: Mapping[str, Any], reference: Reference) -> dict[str, Any]:
     from qvlm_plugin import planning
     from qvlm_plugin.plan_request import check_request
 
-    loaded, inputs = _subject(limit)
+    loaded = _full_precision()
     request = check_request(method, f"{scheme}+vision:w16a16+projector:w16a16", dict(options))
     start = time.process_time()
-    plan = planning.obtain_plan(loaded, request, _calibration(), None)
+    plan = planning.obtain_plan(loaded, request, _drawn(SAMPLES, 0), None)
     seconds = time.process_time() - start
-    return _measured(loaded, inputs, lambda: planning.apply(plan, loaded)) | {"seconds": seconds}
+    planning.apply(plan, loaded)
+    return measured(loaded.model, reference) | {"seconds": seconds}
 
 
-def _theirs(file: Path, scheme: str, limit: int) -> dict[str, Any]:
+def _theirs(file: Path, scheme: str, reference: Reference) -> dict[str, Any]:
     from safetensors import safe_open
 
-    loaded, inputs = _subject(limit)
+    model = _full_precision().model
     with safe_open(file, "pt") as stored:
         seconds = float(stored.metadata()["seconds"])
-
-    def apply() -> None:
-        decoder = loaded.model.model.language_model
-        decoder.load_state_dict(load_file(file), strict=True)
-        for module in decoder.modules() if scheme == "w8a8" else ():
-            if isinstance(module, nn.Linear):
-                module.register_forward_pre_hook(lambda _, given: (_symmetric(given[0]),))
-
-    return _measured(loaded, inputs, apply) | {"seconds": seconds}
+    decoder = model.model.language_model
+    decoder.load_state_dict(load_file(file), strict=True)
+    for module in decoder.modules() if scheme == "w8a8" else ():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, given: (_symmetric(given[0]),))
+    return measured(model, reference) | {"seconds": seconds}
 
 
 def _symmetric(x: Tensor) -> Tensor:
@@ -237,52 +259,50 @@ def _symmetric(x: Tensor) -> Tensor:
     return (x / scale).round().clamp(-128, 127) * scale
 
 
-def _subject(limit: int) -> tuple[Any, Inputs]:
+def _subject(limit: int) -> tuple[nn.Module, Inputs]:
     """The model in full precision, and what it is measured on."""
     from teacher_forced import read_questions
 
-    from qvlm_plugin.calibration import CalibrationSet, read_conversations
-    from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
+    from qvlm_plugin.calibration import CalibrationSet
+    from qvlm_plugin.demo import TASKS
     from qvlm_plugin.methods.hidden import predicting
-    from qvlm_plugin.models.loading import load
 
-    loaded = load(resolve_demo("demo"), dtype="float32")
-    known = set(_calibration().digests())
-    drawn = CalibrationSet(tuple(read_conversations(Path(CALIBRATION), None, HELD_OUT + SAMPLES, 1)))
-    apart = [one for one, digest in zip(drawn.samples, drawn.digests(), strict=True) if digest not in known]
-    batches = CalibrationSet(tuple(apart[:HELD_OUT])).batches(loaded.processor, 1)
+    loaded = _full_precision()
+    apart = _drawn(HELD_OUT + SAMPLES, 1).without(set(_drawn(SAMPLES, 0).digests()))
+    batches = CalibrationSet(apart[:HELD_OUT]).batches(loaded.processor, 1)
     samples = [(inputs, predicting(answer)) for inputs, answer in batches]
     prose = " ".join(topics.topics[name] for name in sorted(topics.topics))
     ids = loaded.processor.tokenizer(prose[:200_000], return_tensors="pt")["input_ids"][0]
     stride = len(ids) // TEXTS
     texts = torch.stack([ids[one * stride : one * stride + TEXT_TOKENS] for one in range(TEXTS)])
-    return loaded, Inputs(samples, texts, read_questions(loaded, TASKS, limit))
+    return loaded.model, Inputs(samples, texts, read_questions(loaded, TASKS, limit))
 
 
 @torch.inference_mode()
-def _measured(loaded: Any, inputs: Inputs, quantize: Callable[[], Any]) -> dict[str, Any]:
+def reference_of(model: nn.Module, inputs: Inputs) -> Reference:
+    """What a model in full precision makes of the inputs."""
+    with _recorded(model) as calls:
+        answers = [_answer_logits(model, *one) for one in inputs.samples]
+    return Reference(inputs, calls, answers, model(input_ids=inputs.texts).logits)
+
+
+@torch.inference_mode()
+def measured(model: nn.Module, reference: Reference) -> dict[str, Any]:
     """Errors of a quantized model: of its layers, its answers, and other text; and which questions it gets right."""
     from teacher_forced import exact_matches
 
     from qvlm_plugin.demo import TASKS
 
-    model, questions = loaded.model, inputs.questions
-    with _recorded(model) as calls:
-        before = [_answer_logits(model, *one) for one in inputs.samples]
-        calls = [*calls]
-    prose = model(input_ids=inputs.texts).logits
-    quantize()
-    after = [_answer_logits(model, *one) for one in inputs.samples]
-    exact = exact_matches(model, questions)
+    inputs = reference.inputs
+    answers = [_answer_logits(model, *one) for one in inputs.samples]
+    exact = exact_matches(model, inputs.questions)
+    by_task = {task: [exact[one.task, one.id] for one in inputs.questions if one.task == task] for task in TASKS}
+    divergences = [_divergence(*pair) for pair in zip(reference.answers, answers, strict=True)]
     return {
-        "layer_error": _layer_error(model, calls),
-        "kl": float(torch.stack([_divergence(*pair) for pair in zip(before, after, strict=True)]).mean()),
-        "kl_off_domain": float(_divergence(prose, model(input_ids=inputs.texts).logits)),
-        "correct": [
-            sum(exact[one.task, one.id] for one in questions if one.task == task)
-            / sum(one.task == task for one in questions)
-            for task in TASKS
-        ],
+        "layer_error": _layer_error(model, reference.calls),
+        "kl": float(torch.stack(divergences).mean()),
+        "kl_off_domain": float(_divergence(reference.prose, model(input_ids=inputs.texts).logits)),
+        "correct": [sum(found) / len(found) for found in by_task.values()],
     }
 
 
@@ -296,10 +316,6 @@ def _divergence(target: Tensor, found: Tensor) -> Tensor:
     return (own.exp() * (own - other)).sum(dim=-1).mean()
 
 
-Call = tuple[int, tuple[Any, ...], dict[str, Any], Tensor]
-"""Of a decoder layer: its index, arguments and output."""
-
-
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[list[Call]]:
     """Every call of a decoder layer."""
@@ -311,9 +327,11 @@ def _recorded(model: nn.Module) -> Iterator[list[Call]]:
         )
         for index, layer in enumerate(model.model.language_model.layers)
     ]
-    yield calls
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _layer_error(model: nn.Module, calls: Sequence[Call]) -> float:

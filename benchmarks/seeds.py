@@ -15,7 +15,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import chdir
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from teacher_forced import Question, exact_matches, read_questions
 
 from qvlm_plugin import planning
 from qvlm_plugin.atomic import make_folder, write_file
-from qvlm_plugin.calibration import CalibrationSet, read_conversations
+from qvlm_plugin.calibration import read_calibration
 from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_request
@@ -115,8 +116,7 @@ def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
     if folder.exists():
         return RoundingPlan.load(folder)
     request = check_request(draw.method.partition("-")[0], draw.scheme, METHODS[draw.method])
-    samples = read_conversations(Path(CALIBRATION), None, draw.samples, draw.seed)
-    calibration = CalibrationSet(tuple(samples), f"{CALIBRATION}:{draw.samples}", draw.seed)
+    calibration = read_calibration(f"{CALIBRATION}:{draw.samples}", None, draw.seed, draw_samples)
     plan = planning.obtain_plan(loaded, request, calibration, output / "searches")
     plan.save(folder)
     return plan
@@ -155,22 +155,19 @@ def show_table(todo: Sequence[Draw], output: Path, baseline: str, tasks: Sequenc
     found = {draw: read_run(output, draw.name) for draw in todo if (output / f"{draw.name}.json").exists()}
     rows, sentences = [], []
     for scheme, count, method in dict.fromkeys((draw.scheme, draw.samples, draw.method) for draw in found):
-        seeds = [draw.seed for draw in found if (draw.scheme, draw.samples, draw.method) == (scheme, count, method)]
-        name = " ".join(filter(None, (method, scheme, f"{count} samples")))
-        runs = []
-        for draw in (Draw(method, scheme, count, seed) for seed in seeds):
-            other = Draw() if Draw() in (draw, Draw(baseline)) else Draw(baseline, scheme, count, draw.seed)
-            if other in found:
-                runs.append((found[other], found[draw]))
-        if len(runs) < len(seeds):
-            print(f"{name}: {len(seeds) - len(runs)} seeds have no {baseline} to compare with")
+        own = [draw for draw in found if (draw.scheme, draw.samples, draw.method) == (scheme, count, method)]
+        pairs = [(_compared_with(draw, baseline), draw) for draw in own]
+        runs = [(found[other], found[draw]) for other, draw in pairs if other in found]
+        if len(runs) < len(pairs):
+            print(
+                f"{method} {scheme} {count} samples: {len(pairs) - len(runs)} seeds have no {baseline} to compare with"
+            )
         if runs:
             pooled = pool(runs, METRIC)
-            own = method if Draw(method) == Draw() else f"{scheme} {method}"
             rows += [_row((method, scheme, _bits(runs[0][1]), str(count or "")), one) for one in pooled
                      if one.task in (tasks or (one.task,))]  # fmt: skip
             if method not in (baseline, FULL_PRECISION):
-                sentences.append(f"{count} samples: {verdict(pooled[-1], own, baseline)}")
+                sentences.append(f"{count} samples: {verdict(pooled[-1], f'{scheme} {method}', baseline)}")
     print(Grid(HEADER, tuple(rows)).markdown())
     print("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
 
@@ -179,6 +176,11 @@ HEADER = (
     "method", "scheme", "bits", "samples", "seeds", "task", "exact match", "spread over seeds", "difference (points)",
     "p", "sign-flip p",
 )  # fmt: skip
+
+
+def _compared_with(draw: Draw, baseline: str) -> Draw:
+    """The cell of the baseline's row; full precision, which has no draws, is its own."""
+    return Draw() if Draw() in (draw, Draw(baseline)) else replace(draw, method=baseline)
 
 
 def _bits(run: RunSamples) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ class CalibrationSet:
     def digests(self) -> tuple[str, ...]:
         """Content digest of each sample's document (`Conversation.digest`)."""
         return tuple(sample.conversation.digest() for sample in self.samples)
+
+    def without(self, digests: Collection[str]) -> tuple[Sample, ...]:
+        """The samples whose documents have none of these digests."""
+        pairs = zip(self.samples, self.digests(), strict=True)
+        return tuple(sample for sample, digest in pairs if digest not in digests)
 
     def content_hash(self) -> str:
         """SHA-256 over documents and answers, in order."""

@@ -25,10 +25,9 @@ from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.memory import trim_heap
-from qvlm_plugin.plan import share_within_sites
+from qvlm_plugin.plan import factors_of, share_within_sites
 from qvlm_plugin.plan_header import ModulePlan, Rotation, table_hash
 from qvlm_plugin.reading import inside, parsed_elsewhere
-from qvlm_plugin.rotation import factors, scaled
 
 FORMAT_VERSION = 3
 """The newest that this version reads. A folder is written in the oldest that says all: its plan's."""
@@ -216,8 +215,8 @@ def pack(record: CheckpointRecord, model: nn.Module, compute_type: torch.dtype) 
                 layer.kernel = choice.kernel
             layer.hold(choice.kernel.pack(neutral, layer.activation_format, guard.device))
         if module.rotation is not None:
-            matrices = factors(module.rotation, guard.device)
-            layer.rotate_inputs(matrices if scale is None else scaled(matrices, 1 / scale))
+            scales = {f"{module.rotation.site}/scale": scale}
+            layer.rotate_inputs(factors_of(module.rotation, scales, guard.device)[0])
         layer.to(compute_type)
         trim_heap()
         choices[module.plan.name] = choice

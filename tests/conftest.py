@@ -1,7 +1,9 @@
 """Fixtures that many tests share."""
 
+import importlib
 import os
 import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"  # read when torch and the hub's client are imported
 
@@ -47,6 +49,13 @@ def programs(shared):
 def warm_python(programs, monkeypatch):
     """Lets processes that are started with ``sys.executable`` start at once."""
     monkeypatch.setattr(sys, "executable", str(programs / "python"))
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """Imports a script of ``benchmarks/`` by its name."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The oracle of the joint search: it sees the answers' loss, and never makes that larger."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_llava import random_image
@@ -13,15 +11,10 @@ from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.hidden import block_inputs
 from qvlm_plugin.plan_request import check_request
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def oracle(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    import oracle
-
-    return oracle
+def oracle(benchmark_module):
+    return benchmark_module("oracle")
 
 
 @pytest.fixture

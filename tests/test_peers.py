@@ -1,7 +1,5 @@
 """The comparison with llm-compressor: what is measured of a quantized decoder."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_llava import random_image
@@ -13,15 +11,10 @@ from qvlm_plugin.demo import TASKS
 from qvlm_plugin.methods.hidden import predicting
 from qvlm_plugin.plan_request import check_request
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def peers(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    import peers
-
-    return peers
+def peers(benchmark_module):
+    return benchmark_module("peers")
 
 
 @pytest.fixture
@@ -31,9 +24,8 @@ def calibration():
 
 
 @pytest.fixture
-def inputs(peers, loaded, calibration):
-    from teacher_forced import question_of
-
+def reference(peers, benchmark_module, loaded, calibration):
+    question_of = benchmark_module("teacher_forced").question_of
     batches = calibration.batches(loaded.processor, 1)
     samples = [(inputs, predicting(answer)) for inputs, answer in batches]
     questions = [
@@ -41,16 +33,17 @@ def inputs(peers, loaded, calibration):
         for task in TASKS
         for index in range(2)
     ]
-    return peers.Inputs(samples, torch.randint(5, 50, (2, 9)), questions)
+    inputs = peers.Inputs(samples, torch.randint(5, 50, (2, 9)), questions)
+    return peers.reference_of(loaded.model, inputs)
 
 
-def test_full_precision_loses_nothing(peers, loaded, inputs):
-    found = peers._measured(loaded, inputs, lambda: None)
+def test_full_precision_loses_nothing(peers, loaded, reference):
+    found = peers.measured(loaded.model, reference)
     assert found["layer_error"] == found["kl"] == found["kl_off_domain"] == 0 and len(found["correct"]) == len(TASKS)
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq", "quarot"])
-def test_more_bits_lose_less_whatever_a_method_folds_or_rotates(method, peers, tiny_llava, inputs, calibration):
+def test_more_bits_lose_less_whatever_a_method_folds_or_rotates(method, peers, tiny_llava, reference, calibration):
     from qvlm_plugin.models.loading import load
 
     rows = []
@@ -58,7 +51,8 @@ def test_more_bits_lose_less_whatever_a_method_folds_or_rotates(method, peers, t
         own = load(str(tiny_llava), dtype="float32")
         request = check_request(method, f"{scheme}+vision:w16a16+projector:w16a16", {"calibration_batch_size": 4})
         plan = planning.obtain_plan(own, request, calibration, None)
-        rows.append(peers._measured(own, inputs, lambda plan=plan, own=own: planning.apply(plan, own)))
+        planning.apply(plan, own)
+        rows.append(peers.measured(own.model, reference))
     for key in ("layer_error", "kl", "kl_off_domain"):
         assert 0 < 20 * rows[1][key] < rows[0][key]
 
@@ -71,12 +65,9 @@ def test_eight_bits_for_each_token_are_rounded_to_its_own_steps(peers):
     assert peers._symmetric(torch.zeros(1, 4)).eq(0).all()
 
 
-def test_layers_are_measured_on_full_precision_inputs(peers, loaded, inputs):
+def test_layers_are_measured_on_full_precision_inputs(peers, loaded, reference):
     """A layer that adds nothing loses all it had to add, and those above lose nothing by that."""
     layers = loaded.model.model.language_model.layers
-
-    def skip():
-        layers[0].forward = lambda hidden_states, *_, **__: hidden_states
-
-    found = peers._measured(loaded, inputs, skip)
+    layers[0].forward = lambda hidden_states, *_, **__: hidden_states
+    found = peers.measured(loaded.model, reference)
     assert found["layer_error"] == pytest.approx(1 / len(layers)) and found["kl"] > 0

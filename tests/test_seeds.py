@@ -14,12 +14,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    import seeds
-    import teacher_forced
-
-    return seeds, teacher_forced
+def benchmarks(benchmark_module):
+    return benchmark_module("seeds"), benchmark_module("teacher_forced")
 
 
 def question(teacher_forced, loaded, index, image, answer):

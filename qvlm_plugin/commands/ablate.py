@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -29,9 +29,6 @@ from qvlm_plugin.commands.shared import (
     pairs,
     working_in,
 )
-
-if TYPE_CHECKING:
-    from qvlm_plugin.report.writing import Report
 
 app = typer.Typer(help="The paper's ablations: for each a table, its rows and a figure.", no_args_is_help=True)
 
@@ -117,7 +114,7 @@ def fig2(
         samples = read_calibration(calibration, None, seed, draw_from_task)
         loaded = load_weights(checkpoint, dtype=dtype, device=device)
         report = figure2(loaded, request, samples, layer, command_line())
-    _finish(output, report)
+    typer.echo(report.write(output))
 
 
 @app.command("fig3c")
@@ -163,7 +160,7 @@ def fig3c(
         others = read_calibration(held_out or calibration, None, seed + 1, draw_from_task)
         loaded, plans = obtain_plans(requests, calibration, None, seed, checkpoint, dtype=dtype, device=device)
         report = figure3c(loaded, plans, others, batch_size, command_line())
-    _finish(output, report)
+    typer.echo(report.write(output))
 
 
 @app.command("sources")
@@ -208,9 +205,4 @@ def sources(
         others = read_calibration(held_out or calibration, None, seed + 1, draw_from_task)
         loaded, plans = obtain_plans(requests, calibration, None, seed, checkpoint, dtype=dtype, device=device)
         report = sources_report(loaded, plans, others, batch_size, command_line())
-    _finish(output, report)
-
-
-def _finish(folder: Path, report: "Report") -> None:
-    """Write a report and print its name."""
-    typer.echo(report.write(folder))
+    typer.echo(report.write(output))

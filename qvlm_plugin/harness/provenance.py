@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
 from lmms_eval.models.model_utils.gen_metrics import get_logged_metrics_history, log_metrics
 from lmms_eval.utils import handle_non_serializable
@@ -287,9 +286,14 @@ def memory(model: nn.Module) -> dict[str, Any]:
         if not tensor.is_meta:
             storage = tensor.untyped_storage()
             storages[tensor.device, storage.data_ptr()] = storage.nbytes()
-    on_gpu = torch.cuda.is_available() and any(device.type == "cuda" for device, _ in storages)
     held = {"weight_bytes": sum(storages.values()), "packed_bytes": packed_bytes(model)}
-    return held | {"peak_memory_bytes": peak_memory(on_gpu), "peak_memory_of": "cuda" if on_gpu else "process"}
+    gpu = on_gpu(model)
+    return held | {"peak_memory_bytes": peak_memory(gpu), "peak_memory_of": "cuda" if gpu else "process"}
+
+
+def on_gpu(model: nn.Module) -> bool:
+    """Whether a part of the model is on a GPU: its peak is then that of the GPUs."""
+    return any(tensor.is_cuda for tensor in (*model.parameters(), *model.buffers()))
 
 
 def packed_bytes(model: nn.Module) -> int:

@@ -42,7 +42,7 @@ from qvlm_plugin.harness.requests import (
 from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.hf_quantizer import QUANT_METHOD, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
-from qvlm_plugin.memory import restart_peak
+from qvlm_plugin.memory import peak_memory, restart_peak
 from qvlm_plugin.models.decoding import plain_config, steering
 from qvlm_plugin.models.finite import finite
 from qvlm_plugin.models.loading import Checkpoint, LoadedModel, load_weights, open_checkpoint
@@ -138,19 +138,12 @@ class _QVLM(lmms):
         self._batch_size = arguments.batch_size
         self._max_new_tokens = arguments.max_new_tokens
         self._allow_overlap = arguments.allow_overlap
-        # What loading and searching took is a figure of its own: the next run finds the plan, and takes less.
-        before = {"preparation_peak_bytes": provenance.memory(self._model)["peak_memory_bytes"]}
-        restart_peak()
         self.record = provenance.RunRecord(
-            facts={
-                **facts,
-                **self._facts(arguments, loaded, execution),
-                **before,
-                "generation_config_ignored": ignored,
-            },
+            facts={**facts, **self._facts(arguments, loaded, execution), "generation_config_ignored": ignored},
             calibration_digests=frozenset(digests),
             documents=self.task_dict,
         )
+        restart_peak()
         processes.leave_at_exit()
         provenance.install()
         likelihood.install()
@@ -423,6 +416,8 @@ class _QVLM(lmms):
             "system_prompt": self._system_prompt,
             "eos_token_id": loaded.model.generation_config.eos_token_id,
             "versions": provenance.versions(),
+            # What loading and searching took is a figure of its own: the next run finds the plan, and takes less.
+            "preparation_peak_bytes": peak_memory(provenance.on_gpu(loaded.model)),
         }
 
 

@@ -216,6 +216,11 @@ class MiningOptions(_Options):
     relative_error: bool = False
 
     @property
+    def mined_parts(self) -> tuple[str, ...]:
+        """What ``cdm_parts`` names, from below."""
+        return tuple(self.cdm_parts.split("+"))
+
+    @property
     def percentiles(self) -> tuple[float, ...]:
         """The grid: 1, then those below it, then those above."""
         above = grid_from_one(2 - self.max_percentile, self.percentile_step)[1:]

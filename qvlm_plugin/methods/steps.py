@@ -121,7 +121,7 @@ BLOCKS = Step(
     "blocks",
     imported(f"{_PACKAGE}.qvlm.mining:search_blocks"),
     lambda scheme, options: (
-        options.cdm and any(getattr(scheme, part).activation != UNQUANTIZED for part in options.cdm_parts.split("+"))
+        options.cdm and any(getattr(scheme, part).activation != UNQUANTIZED for part in options.mined_parts)
     ),
     splits=True,
 )

@@ -7,7 +7,7 @@ from io import BytesIO
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 WIDTH = 7.0
@@ -60,7 +60,7 @@ class Panel:
         x_label, y_label: with units.
         series: what is drawn.
         joined: whether a line joins the points of a series.
-        log_x, log_y: logarithmic axes.
+        log_y: a logarithmic axis.
         integers: whether x takes whole numbers only.
         title: above the panel.
         borders: values of x with a line across.
@@ -71,7 +71,6 @@ class Panel:
     y_label: str
     series: tuple[Series, ...]
     joined: bool = True
-    log_x: bool = False
     log_y: bool = False
     integers: bool = False
     title: str = ""
@@ -149,11 +148,6 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
     if panel.x_range is not None:
         axes.set_xlim(panel.x_range)
-    if panel.log_x:
-        axes.set_xscale("log")
-        values = sorted({x for series in panel.series for x in series.x})
-        axes.set_xticks(values, [f"{value:g}" for value in values])
-        axes.xaxis.set_minor_locator(NullLocator())
     if panel.log_y:
         axes.set_yscale("log")
     if panel.integers:

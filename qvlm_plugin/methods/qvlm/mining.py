@@ -89,7 +89,7 @@ def search_blocks(context: SearchContext, draft: Draft) -> Draft:
 
     With ``cdm_parts=vision+decoder`` those of the tower's blocks are searched before, in the same way.
     """
-    for part in context.options.cdm_parts.split("+"):
+    for part in context.options.mined_parts:
         if getattr(context.scheme, part).activation != UNQUANTIZED:
             plan, weights = build_plan(context, draft), draft.token_weights if part == "decoder" else None
             # No variable holds the caches here: `mine` lets go of them as it climbs.

@@ -26,8 +26,7 @@ def held_apart(samples: CalibrationSet, plan: RoundingPlan) -> CalibrationSet:
     Raises:
         QVLMError: none is left.
     """
-    fitted = set(plan.calibration.digests if plan.calibration else ())
-    apart = tuple(s for s, digest in zip(samples.samples, samples.digests(), strict=True) if digest not in fitted)
+    apart = samples.without(set(plan.calibration.digests if plan.calibration else ()))
     if not apart:
         raise QVLMError(f"{samples.source!r} has no sample apart from those calibrated on; name others with --held-out")
     return replace(samples, samples=apart)

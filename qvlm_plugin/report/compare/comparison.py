@@ -47,17 +47,6 @@ class Compared:
     p: float | None = None
     adjusted: float | None = None
 
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Generated tokens by the time that generating them took; None where low bits are simulated."""
-        speed = (self.parsed.throughput or {}).get("avg_speed")
-        return speed if isinstance(speed, int | float) and speed > 0 and not self.simulated else None
-
-    @property
-    def simulated(self) -> bool:
-        """See `Provenance.simulated`."""
-        return self.parsed.qvlm is not None and self.parsed.qvlm.simulated
-
     def row(self) -> dict[str, Any]:
         """As JSON data."""
         compared, facts = self.comparison, self.parsed.qvlm
@@ -80,9 +69,8 @@ class Compared:
             "changed": compared.flips.changed if compared else None,
             "bits": facts.bits if facts else None,
             "packed_bytes": facts.packed_bytes if facts else None,
-            "weight_bytes": facts.weight_bytes if facts and not self.simulated else None,
-            "peak_memory_bytes": facts.peak_memory_bytes if facts and not self.simulated else None,
-            "tokens_per_second": self.tokens_per_second,
+            **(facts.measured_bytes if facts else {"weight_bytes": None, "peak_memory_bytes": None}),
+            "tokens_per_second": self.parsed.tokens_per_second,
             "search_seconds": facts.search_seconds if facts and facts.calibration else None,
             "plan_hash": facts.plan_hash if facts else None,
             "results": str(self.file),

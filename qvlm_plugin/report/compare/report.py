@@ -84,7 +84,7 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
 
 
 def _cells(one: Compared) -> tuple[str, ...]:
-    row, facts = one.comparison, one.parsed.qvlm
+    row, facts, speed = one.comparison, one.parsed.qvlm, one.parsed.tokens_per_second
     decoder = facts.bits.get("decoder", {}) if facts else {}
     return (
         one.of.model,
@@ -100,8 +100,8 @@ def _cells(one: Compared) -> tuple[str, ...]:
         flips_text(row.flips) if row else "",
         f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else "",
         size(facts.packed_bytes if facts else None),
-        "" if one.simulated else size(facts.peak_memory_bytes if facts else None),
-        "" if one.tokens_per_second is None else f"{one.tokens_per_second:.1f}",
+        "" if facts and facts.simulated else size(facts.peak_memory_bytes if facts else None),
+        "" if speed is None else f"{speed:.1f}",
         f"{facts.search_seconds:.0f}" if facts and facts.calibration and facts.search_seconds is not None else "",
     )
 

@@ -198,13 +198,12 @@ def _metric_list(parsed: ResultsFile, task: str) -> dict[str, dict[str, Any]]:
 
 def _run_facts(run: Run) -> dict[str, Any]:
     parsed, qvlm = run.parsed, run.parsed.qvlm
-    speed = (parsed.throughput or {}).get("avg_speed")
     facts = {
         "model": parsed.model_name or parsed.config.model or "?",
         "method": None,
         "scheme": None,
         "date": parsed.date,
-        "tokens_per_second": speed if isinstance(speed, int | float) and 0 < speed < math.inf else None,
+        "tokens_per_second": parsed.tokens_per_second,
     }
     if qvlm is None:
         if parsed.config.model and parsed.config.model != facts["model"]:
@@ -213,9 +212,6 @@ def _run_facts(run: Run) -> dict[str, Any]:
         return facts | {"arguments": str(arguments) if arguments else None}
     decoder, vision = qvlm.bits.get("decoder", {}), qvlm.bits.get("vision", {})
     copied = ("packed_bytes", "search_seconds", "backend", "dtype", "device", "plan_hash")
-    measured = ("weight_bytes", "peak_memory_bytes")
-    if qvlm.simulated:
-        facts["tokens_per_second"] = None
     return facts | {
         "model": f"{qvlm.pretrained or facts['model']}{f'@{qvlm.revision}' if qvlm.revision else ''}",
         "method": qvlm.method,
@@ -229,7 +225,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "model_fingerprint": qvlm.model_fingerprint,
         "versions": ", ".join(f"{key} {value}" for key, value in sorted(qvlm.versions.items())) or None,
         **{key: getattr(qvlm, key) for key in copied},
-        **{key: None if qvlm.simulated else getattr(qvlm, key) for key in measured},
+        **qvlm.measured_bytes,
     }
 
 

@@ -1,5 +1,6 @@
 """The parts of a results file that a leaderboard reads. Whatever else is there is left alone."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,6 +80,12 @@ class Provenance(_Part):
         """Whether weights were rounded and not packed: the run's memory and speed are then not those of its bits."""
         return self.method != "none" and self.backend == "reference"
 
+    @property
+    def measured_bytes(self) -> dict[str, int | None]:
+        """``weight_bytes`` and ``peak_memory_bytes``; null where they are not those of the run's bits."""
+        names = ("weight_bytes", "peak_memory_bytes")
+        return {name: None if self.simulated else getattr(self, name) for name in names}
+
 
 class Command(_Part):
     """How the harness was called."""
@@ -109,6 +116,13 @@ class ResultsFile(_Part):
     model_name: str | None = None
     system_instruction: str | None = None
     qvlm: Provenance | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Generated tokens by the time that generating them took; None where low bits are simulated."""
+        speed = (self.throughput or {}).get("avg_speed")
+        known = isinstance(speed, int | float) and 0 < speed < math.inf
+        return speed if known and not (self.qvlm and self.qvlm.simulated) else None
 
 
 def parse_results(content: Any, file: Path) -> ResultsFile:

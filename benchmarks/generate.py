@@ -16,7 +16,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from qvlm_plugin import backends, plugins
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.methods.options import MethodOptions
+from qvlm_plugin.methods.rotate import rotate_inputs
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
@@ -44,14 +45,19 @@ class Variant:
     Attributes:
         dtype: the compute type.
         scheme: None for full precision.
-        weights: ``int`` or ``nf``.
         backend: what computes a quantized model.
+        options: of the method, which decide formats and rotations.
     """
 
     dtype: str = "bfloat16"
     scheme: str | None = None
-    weights: str = "int"
     backend: str = "auto"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+NF = {"weights": "nf"}
+ROTATED = {"activations": "token", "transform": "rotate", "group_size": 64, "group_scales": "progressive"}
+"""As ``qvlm_rotated``, but for what costs nothing here: codes and ranges."""
 
 
 VARIANTS = {
@@ -60,12 +66,17 @@ VARIANTS = {
     "packed-w4a4": Variant(scheme="w4a4"),
     "packed-w4a16": Variant(scheme="w4a16"),
     "packed-w8a8": Variant(scheme="w8a8"),
-    "nf4": Variant(scheme="w4a16", weights="nf"),
-    "nf4a4": Variant(scheme="w4a4", weights="nf"),
+    "rotated-w4a4": Variant(scheme="w4a4", options=ROTATED),
+    "rotated-w4a8": Variant(scheme="w4a8", options=ROTATED),
+    "rotated-w8a8": Variant(scheme="w8a8", options=ROTATED),
+    "nf4": Variant(scheme="w4a16", options=NF),
+    "nf4a4": Variant(scheme="w4a4", options=NF),
     "reference-w4a4": Variant(scheme="w4a4", backend="reference"),
     "reference-w8a8": Variant(scheme="w8a8", backend="reference"),
+    "reference-rotated-w4a4": Variant(scheme="w4a4", backend="reference", options=ROTATED),
+    "fp32": Variant("float32"),
 }
-DEFAULT = ("bf16", "packed-w4a4", "packed-w4a16", "packed-w8a8", "nf4")
+DEFAULT = ("bf16", "packed-w4a4", "packed-w4a16", "packed-w8a8", "rotated-w4a4", "rotated-w4a8", "rotated-w8a8", "nf4")
 """What is compared unless asked otherwise; on a GPU ``fp16`` comes first."""
 
 
@@ -85,13 +96,15 @@ def make_plan(model: LlavaForConditionalGeneration, fingerprint: str, variant: V
     """A plan with made-up ranges, for a model that may be on the meta device."""
     loaded = LoadedModel(model, None, "random weights", fingerprint)
     topology, scheme = plugins.topology(model.config), Scheme.parse(variant.scheme)
-    context = SearchContext(loaded, topology, scheme, MethodOptions(weights=variant.weights), method="rtn")
+    options = MethodOptions(**variant.options)
+    context = SearchContext(loaded, topology, scheme, options, method="rtn")
     tensors = {}
     for site, fmt in context.activation_sites.items():
         width = model.get_submodule(site.name).in_features
         values = {"lower": -4 * torch.ones(width), "upper": 4 * torch.ones(width), "clip_ratio": torch.ones(1)}
         tensors |= {f"{site.name}/{name}": values[name] for name in fmt.parameters}
-    return build_plan(context, Draft(tensors))
+    draft = Draft(tensors)
+    return build_plan(context, rotate_inputs(context, draft) if "rotate" in options.transforms else draft)
 
 
 def serve(connection: Connection, setting: Setting, variant: Variant, fingerprint: str | None) -> None:

@@ -10,7 +10,7 @@ python benchmarks/kernels.py --device cuda --json kernels-cuda.json
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.int4 import INT4
+from qvlm_plugin.kernels.int4_codes import INT4_CODES
 from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.int8 import INT8
 from qvlm_plugin.kernels.nf4 import NF4
 from qvlm_plugin.kernels.reference import REFERENCE, quantized_values
 from qvlm_plugin.kernels.selftest import self_test
 from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.rotation import factors, rotate, rotation_of
 
 LAYOUTS = {
     "7b": {"attention": (4096, 4096), "gate, up": (11008, 4096), "down": (4096, 11008)},
@@ -40,28 +42,31 @@ INT4_WEIGHT = WeightFormat(kind="int", bits=4, group_size=128)
 INT8_WEIGHT = WeightFormat(kind="int", bits=8, group_size=128)
 NF4_WEIGHT = WeightFormat(kind="nf", bits=4, double_quantization=True)
 
-VARIANTS: dict[str, tuple[Kernel, WeightFormat, int]] = {
-    "reference w4a4": (REFERENCE, INT4_WEIGHT, 4),
-    "int4 w4a16": (INT4, INT4_WEIGHT, 16),
-    "int4 w4a4": (INT4, INT4_WEIGHT, 4),
-    "int4_folded w4a4": (INT4_FOLDED, INT4_WEIGHT, 4),
-    "nf4 w4a16": (NF4, NF4_WEIGHT, 16),
-    "int8 w8a16": (INT8, INT8_WEIGHT, 16),
-    "int8 w8a8": (INT8, INT8_WEIGHT, 8),
+PROGRESSIVE_WEIGHT = WeightFormat(kind="int", bits=4, group_size=64, progressive=True)
+A16, A4, A8 = (ActivationFormat(), *(ActivationFormat(kind="static_channel", bits=bits) for bits in (4, 8)))
+TOKEN4, TOKEN8 = (ActivationFormat(kind="dynamic_token", bits=bits) for bits in (4, 8))
+
+VARIANTS: dict[str, tuple[Kernel, WeightFormat, ActivationFormat]] = {
+    "reference w4a4": (REFERENCE, INT4_WEIGHT, A4),
+    "int4 w4a16": (INT4, INT4_WEIGHT, A16),
+    "int4 w4a4": (INT4, INT4_WEIGHT, A4),
+    "int4_folded w4a4": (INT4_FOLDED, INT4_WEIGHT, A4),
+    "int4_codes w4a4 token": (INT4_CODES, PROGRESSIVE_WEIGHT, TOKEN4),
+    "int4_codes w4a8 token": (INT4_CODES, PROGRESSIVE_WEIGHT, TOKEN8),
+    "nf4 w4a16": (NF4, NF4_WEIGHT, A16),
+    "int8 w8a16": (INT8, INT8_WEIGHT, A16),
+    "int8 w8a8": (INT8, INT8_WEIGHT, A8),
+    "int8 w8a8 token": (INT8, INT8_WEIGHT, TOKEN8),
 }
-"""Kernel, weights and bits of activations."""
+"""Kernel and formats; activations are rounded per channel unless the name says ``token``."""
+
+ROTATION = "rotation alone"
+"""What multiplying the input by its rotation takes, which ``transform=rotate`` adds once for each site."""
 
 BASELINE = "bf16"
 
 CACHE_BYTES = 2**27
 """Copies of a weight in bfloat16 take at least so much, several times what caches hold."""
-
-
-def activation_format(bits: int, layout: str) -> ActivationFormat:
-    """Tokens have ranges of their own in the tower, channels in decoders, as in plans."""
-    if bits == 16:
-        return ActivationFormat()
-    return ActivationFormat(kind="dynamic_token" if layout == "tower" else "static_channel", bits=bits)
 
 
 def parameters_of(activation: ActivationFormat, x: Tensor) -> dict[str, Tensor]:
@@ -86,8 +91,9 @@ def measure(
     copies = max(1, CACHE_BYTES // linear.weight.nbytes)
     modules: dict[str, list[nn.Module]] = {BASELINE: _copies(lambda: _copy(linear), copies)}
     references = {BASELINE: full}
-    for name, (kernel, weight, bits) in VARIANTS.items():
-        activation = activation_format(bits, layout)
+    for name, (kernel, weight, activation) in VARIANTS.items():
+        if layout == "tower" and activation.kind == "static_channel":
+            continue  # plans round per token there
         obstacle = kernel.obstacle(weight, activation, shape, device) or self_test(kernel, weight, activation, device)
         if obstacle:
             print(f"{name} is left out at {shape[0]} x {shape[1]}: {obstacle}")
@@ -98,6 +104,9 @@ def measure(
         exact = nn.Linear(columns, rows, bias=False, device=device)
         exact.weight.copy_(quantized_values(linear.weight, weight, {}))
         references[name] = QuantLinear.from_linear(exact, WeightFormat(), activation, parameters, REFERENCE)
+    turns = factors(rotation_of("", columns), device)
+    modules[ROTATION] = [_Rotating(turns)] * copies
+    references[ROTATION] = _Rotating(turns)
     errors = {
         name: [_error(layers[0], references[name], x[:count]) for count in tokens] for name, layers in modules.items()
     }
@@ -122,6 +131,17 @@ def measure(
                 }
             )
     return results
+
+
+class _Rotating(nn.Module):
+    """Multiplies inputs by the `factors` of a rotation."""
+
+    def __init__(self, turns: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.turns = nn.ParameterList(nn.Parameter(factor, requires_grad=False) for factor in turns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rotate(x, [*self.turns])
 
 
 def _copies(make: Callable[[], nn.Module], count: int) -> list[nn.Module]:

@@ -137,9 +137,10 @@ def qvlm_topology(config: "PretrainedConfig") -> "Topology | None":
 def qvlm_kernels() -> "list[Kernel]":
     """Packed arithmetics in order of preference, and the reference."""
     from qvlm_plugin.kernels.int4 import INT4
+    from qvlm_plugin.kernels.int4_codes import INT4_CODES
     from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
     from qvlm_plugin.kernels.int8 import INT8
     from qvlm_plugin.kernels.nf4 import NF4
     from qvlm_plugin.kernels.reference import REFERENCE
 
-    return [INT4, INT4_FOLDED, INT8, NF4, REFERENCE]
+    return [INT4_CODES, INT4, INT4_FOLDED, INT8, NF4, REFERENCE]

@@ -16,7 +16,7 @@ reading them takes; writing does not.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,7 @@ def _compress(module: ModulePlan, group: _Group, tensors: Mapping[str, Tensor], 
     if group.format == PACKED:
         fmt = module.weight
         quantized = int_weight(weight, fmt, parameters)
+        quantized = replace(quantized, scale=quantized.scale.to(dtype))  # progressive ones are of 32 bits
         rounded = quantized.dequantize()
         stored = {
             "weight_packed": pack_words(quantized.codes, fmt.bits),

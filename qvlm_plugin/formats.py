@@ -14,11 +14,20 @@ from pydantic import (
 
 from qvlm_plugin.scheme import MAX_BITS, MIN_BITS, UNQUANTIZED
 
+LARGEST_PRODUCT = 127
+"""Of a code, less its zero point, and the multiple of its group: the products are signed 8-bit integers."""
+
 NF_BLOCK = 64
 """Weights per normal-float scale (QLoRA, section 3)."""
 
 SCALE_BLOCK = 256
 """Normal-float scales per second-level scale under double quantization (QLoRA, section 3)."""
+
+PROGRESSIVE_BITS = 4
+"""Widest code whose groups may have multiples: of wider ones too few fit into 8 bits."""
+
+_NEWER = ("stored", "clip_magnitude", "progressive")
+"""What older versions of a weight's format do not have."""
 
 
 class _Format(BaseModel):
@@ -42,26 +51,38 @@ class WeightFormat(_Format):
         group_size: for ``int``: input channels that share a scale; None shares it along each output channel.
         symmetric: for ``int``: no fitted zero point.
         double_quantization: for ``nf``: the block scales are themselves quantized to 8 bits.
+        progressive: for ``int`` of up to 4 bits with groups: the scales of an output channel's groups are whole
+            multiples of one unit, small enough for ``multiple * (code - zero_point)`` to be a signed 8-bit integer
+            (after QServe, Lin et al., 2024, section 4.1). One integer product then serves all groups.
         clipped: the groups' ranges are narrowed by a parameter ``clip`` (one factor in (0, 1] for each group).
         clip_magnitude: for ``int`` without ``symmetric``: the factor is that of the group's largest magnitude, beyond
             which both ends are cut (as AWQ's code does); otherwise each end is multiplied by it.
         corrected: the bias makes up for what rounding the weight adds to the mean output; takes the site's parameter
             ``mean`` [in_features], the mean of the input that is rounded (after folds and rotations).
         stored: the plan holds the codes, as a parameter ``codes`` (uint8 [out_features, bytes], see `packing`), and
-            what they are multiples of: for ``int`` ``scales`` (floating [out_features, groups], positive) and, unless
-            ``symmetric``, ``zero_points`` (uint8 [out_features, groups]); for ``nf`` ``absmax`` (float32 [groups], not
-            negative), the block scales before double quantization. They are codes of the weight as it is when the
-            plan's folds and rotations are applied. Otherwise codes follow from the weight, by rounding to the nearest.
+            what they are multiples of. For ``int`` these are ``scales`` (floating [out_features, groups], positive), or
+            ``units`` (floating [out_features, 1], positive) and ``multiples`` (uint8 [out_features, groups]) where they
+            are ``progressive``, and, unless ``symmetric``, ``zero_points`` (uint8 [out_features, groups]); for ``nf``
+            ``absmax`` (float32 [groups], not negative), the block scales before double quantization. They are codes of
+            the weight as it is when the plan's folds and rotations are applied. Otherwise codes follow from the weight,
+            by rounding to the nearest.
     """
 
     kind: Literal["none", "int", "nf"] = "none"
     group_size: int | None = Field(None, ge=1)
     symmetric: bool = False
     double_quantization: bool = False
+    progressive: bool = False
     clipped: bool = False
     clip_magnitude: bool = False
     corrected: bool = False
     stored: bool = False
+
+    @model_validator(mode="after")
+    def _multiples_fit(self) -> "WeightFormat":
+        if self.progressive and (self.kind != "int" or self.bits > PROGRESSIVE_BITS):
+            raise ValueError(f"progressive scales are of integers of up to {PROGRESSIVE_BITS} bits")
+        return self
 
     @model_validator(mode="after")
     def _codes_have_scales(self) -> "WeightFormat":
@@ -75,7 +96,7 @@ class WeightFormat(_Format):
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without what is newer than the first formats unless it is true: older versions have hashed these."""
         content = serialize(self)
-        return {name: value for name, value in content.items() if name not in ("stored", "clip_magnitude") or value}
+        return {name: value for name, value in content.items() if name not in _NEWER or value}
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -83,7 +104,8 @@ class WeightFormat(_Format):
         if self.stored and self.kind == "nf":
             return ("codes", "absmax")
         if self.stored:
-            return ("codes", "scales") if self.symmetric else ("codes", "scales", "zero_points")
+            scales = ("units", "multiples") if self.progressive else ("scales",)
+            return ("codes", *scales) if self.symmetric else ("codes", *scales, "zero_points")
         return ("clip",) if self.clipped else ()
 
     @property
@@ -104,8 +126,9 @@ class WeightFormat(_Format):
         That is what kernels count, too; a plan's file has a byte for each stored code of 3, 5, 6 or 7 bits.
         """
         if self.kind == "int":
-            metadata = 16 + (0 if self.symmetric else self.bits)
-            return self.bits + metadata * self.groups(shape) / (shape[0] * shape[1])
+            scale, unit = (8, 16 * shape[0]) if self.progressive else (16, 0)
+            metadata = scale + (0 if self.symmetric else self.bits)
+            return self.bits + (metadata * self.groups(shape) + unit) / (shape[0] * shape[1])
         if self.kind == "nf":
             scale = 8 + 32 / SCALE_BLOCK if self.double_quantization else 32
             return self.bits + scale / NF_BLOCK
@@ -118,6 +141,7 @@ class WeightFormat(_Format):
             kind = f"nf{self.bits}" + (" double-quantized" if self.double_quantization else "")
         else:
             kind = f"int{self.bits} {'symmetric' if self.symmetric else 'asymmetric'} g{self.group_size or 'channel'}"
+            kind += " progressive" if self.progressive else ""
         return f"{kind} stored" if self.stored else kind
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from qvlm_plugin import __version__
 from qvlm_plugin.atomic import require_writable, staged
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.formats import LARGEST_PRODUCT
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Choice, Execution, choose
 from qvlm_plugin.linear import QuantLinear, share_parameters
@@ -404,11 +405,13 @@ def _require_codes(module: ModulePlan, tensors: Mapping[str, Tensor]) -> None:
     shapes = {
         "codes": (rows, packed_width(columns, fmt.bits)),
         "scales": (rows, groups),
+        "units": (rows, 1),
+        "multiples": (rows, groups),
         "zero_points": (rows, groups),
         "absmax": (fmt.groups(module.shape),),
     }
     for name in fmt.parameters:
-        key, floating = f"{module.name}/{name}", name in ("scales", "absmax")
+        key, floating = f"{module.name}/{name}", name in ("scales", "units", "absmax")
         tensor = tensors.get(key)
         right_type = tensor is not None and (tensor.is_floating_point() if floating else tensor.dtype == torch.uint8)
         if not right_type or tensor.shape != shapes[name]:
@@ -417,8 +420,21 @@ def _require_codes(module: ModulePlan, tensors: Mapping[str, Tensor]) -> None:
         if floating and not (tensor.isfinite() & ((tensor > 0) | (name == "absmax") & (tensor == 0))).all():
             raise QVLMError(f"plan has scales in {key} that are not positive and finite")
         # Every byte that several codes share is one of codes.
-        if not floating and (name == "zero_points" or codes_per_byte(fmt.bits) == 1) and int(tensor.max()) > largest:
+        of_codes = name == "zero_points" or (name == "codes" and codes_per_byte(fmt.bits) == 1)
+        if of_codes and int(tensor.max()) > largest:
             raise QVLMError(f"plan has a code in {key} that is larger than {largest}, the largest of {fmt.bits} bits")
+    if "multiples" in fmt.parameters:
+        _require_multiples(module, tensors)
+
+
+def _require_multiples(module: ModulePlan, tensors: Mapping[str, Tensor]) -> None:
+    """Products of a Linear's progressive multiples and codes fit 8 bits."""
+    levels, key = 2**module.weight.bits - 1, f"{module.name}/multiples"
+    multiples = tensors[key].int()
+    zero_points = tensors.get(f"{module.name}/zero_points", torch.tensor(2 ** (module.weight.bits - 1)))
+    farthest = torch.maximum(zero_points, levels - zero_points)
+    if not ((multiples > 0) & (multiples * farthest <= LARGEST_PRODUCT)).all():
+        raise QVLMError(f"plan has a multiple in {key} that is 0, or whose product with a code does not fit 8 bits")
 
 
 def _file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:

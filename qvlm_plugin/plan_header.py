@@ -195,7 +195,10 @@ class PlanFacts:
     def oldest_format(self) -> int:
         """The oldest `FORMAT_VERSION` that can say what the plan does."""
         newer = any(
-            module.weight.stored or module.weight.clip_magnitude or module.activation.centered
+            module.weight.stored
+            or module.weight.clip_magnitude
+            or module.weight.progressive
+            or module.activation.centered
             for module in self.modules
         )
         return FORMAT_VERSION if self.rotations or newer else 1

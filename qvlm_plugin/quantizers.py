@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from qvlm_plugin.formats import NF_BLOCK, SCALE_BLOCK, WeightFormat
+from qvlm_plugin.formats import LARGEST_PRODUCT, NF_BLOCK, SCALE_BLOCK, WeightFormat
 from qvlm_plugin.packing import pack_codes, unpack_codes
 
 # Activations
@@ -172,12 +172,20 @@ class IntWeight:
         scale: [O, G], positive; of 16 bits where the weight is, as in files, and as effective bits count them.
         zero_point: uint8 [O, G], the code that stands for 0.
         group_size: input channels per group.
+        unit: where scales are progressive: [O, 1], of 16 bits where the weight is; scales are whole multiples of it,
+            in float32.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
     group_size: int
+    unit: Tensor | None = None
+
+    @property
+    def multiples(self) -> Tensor:
+        """Of the ``unit``: uint8 [O, G]."""
+        return (self.scale / self.unit.float()).round().to(torch.uint8)
 
     def dequantize(self) -> Tensor:
         """``scale * (codes - zero_point)``: float32 [O, I]."""
@@ -220,13 +228,25 @@ def quantize_int(
             lower, upper = lower * narrowed, upper * narrowed
         scale = _stored_scale((upper - lower) / levels, scale_dtype)
         zero_point = (-lower / scale).round().clamp(0, levels)
+    unit = None
+    if weight_format.progressive:
+        unit, multiples = _progressive(scale, zero_point, levels, scale_dtype)
+        scale, scale_dtype = unit.float() * multiples, torch.float32
 
     def codes_of(groups: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         return (groups / scale).round_().add_(zero_point).clamp_(0, levels)
 
     codes = by_rows(codes_of, groups, (scale.unsqueeze(-1), zero_point.unsqueeze(-1)), torch.uint8)
     codes = codes.view(rows, -1)[:, :columns].contiguous()
-    return IntWeight(codes, scale.to(scale_dtype), zero_point.to(torch.uint8), size)
+    return IntWeight(codes, scale.to(scale_dtype), zero_point.to(torch.uint8), size, unit)
+
+
+def _progressive(scale: Tensor, zero_point: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The unit of each output channel, [O, 1] in ``dtype``, and the multiples of it that are nearest to the groups'
+    scales [O, G]: the smallest unit for which a multiple times any code, less its zero point, fits 8 bits."""
+    limit = LARGEST_PRODUCT // torch.maximum(zero_point, levels - zero_point)
+    unit = _stored_scale((scale / limit).amax(dim=1, keepdim=True), dtype)
+    return unit.to(dtype), (scale / unit).round().clamp_min(1).minimum(limit)
 
 
 def int_weight(weight: Tensor, weight_format: WeightFormat, parameters: Mapping[str, Tensor]) -> IntWeight:
@@ -240,11 +260,16 @@ def int_weight(weight: Tensor, weight_format: WeightFormat, parameters: Mapping[
     fmt = weight_format
     if not fmt.stored:
         return quantize_int(weight, fmt, parameters.get("clip"))
-    columns = weight.shape[1]
-    codes, scale = unpack_codes(parameters["codes"], fmt.bits, columns), parameters["scales"].to(weight.dtype)
+    columns, unit = weight.shape[1], None
+    if fmt.progressive:
+        unit = parameters["units"].to(weight.dtype)
+        scale = unit.float() * parameters["multiples"]
+    else:
+        scale = parameters["scales"].to(weight.dtype)
+    codes = unpack_codes(parameters["codes"], fmt.bits, columns)
     middle = torch.full_like(scale, 2 ** (fmt.bits - 1), dtype=torch.uint8)
     zero_point = middle if fmt.symmetric else parameters["zero_points"]
-    return IntWeight(codes, scale, zero_point, min(fmt.group_size or columns, columns))
+    return IntWeight(codes, scale, zero_point, min(fmt.group_size or columns, columns), unit)
 
 
 def nearest_codes(
@@ -264,6 +289,8 @@ def stored_parameters(quantized: "IntWeight | NormalFloatWeight", weight_format:
     values = {"codes": pack_codes(quantized.codes, weight_format.bits)}
     if isinstance(quantized, IntWeight):
         values |= {"scales": quantized.scale, "zero_points": quantized.zero_point}
+        if quantized.unit is not None:
+            values |= {"units": quantized.unit, "multiples": quantized.multiples}
     else:
         values |= {"absmax": quantized.absmax}
     return {name: values[name] for name in weight_format.parameters}

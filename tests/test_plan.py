@@ -32,8 +32,8 @@ def plan(loaded, calibration):
     return planning.obtain_plan(loaded, request, calibration, cache=None)
 
 
-def apply(plan, loaded):
-    apply_plan(plan, loaded.model, loaded.fingerprint, backends.kernels("reference"))
+def apply(plan, loaded, backend="reference"):
+    return apply_plan(plan, loaded.model, loaded.fingerprint, backends.kernels(backend))
 
 
 def test_saving_and_loading_keeps_everything(plan, tmp_path):
@@ -277,6 +277,25 @@ def test_what_cannot_be_codes_of_the_model_is_refused(awq_plan, loaded, tiny_lla
     refuses(zeros, None, rf"no uint8 tensor {zeros}")
     refuses(zeros, values[zeros] + 200, rf"a code in {zeros} that is larger than 7")
     apply(plan, loaded)
+
+
+def test_progressive_codes_are_saved_and_multiples_that_do_not_fit_refused(loaded, calibration, tiny_llava, tmp_path):
+    options = {"group_size": 16, "activations": "token", "group_scales": "progressive", "rounding": "gptq"}
+    plan = planning.obtain_plan(loaded, check_request("rtn", "w4a8", options), calibration, cache=None)
+    again = RoundingPlan.load(plan.save(tmp_path / "plan"))
+    assert again.hash == plan.hash and all(module.weight.progressive for module in plan.quantized)
+    key = f"{plan.quantized[0].name}/multiples"
+    inputs, _ = next(calibration.batches(loaded.processor, 5))
+    outputs = []
+    for backend in ("reference", "packed"):
+        model = load(str(tiny_llava), dtype="float32")
+        apply(again, model, backend)
+        outputs.append(logits_of(model.model, inputs))
+    assert relative(*outputs) < 1e-4
+    for wrong in (0, 17):
+        tensors = {**plan.tensors, key: torch.full_like(plan.tensors[key], wrong)}
+        with pytest.raises(QVLMError, match=f"plan has a multiple in {key} that is 0, or"):
+            apply(dataclasses.replace(plan, tensors=tensors), load(str(tiny_llava), dtype="float32"))
 
 
 def test_the_tensors_are_hashed_and_written_without_a_copy(plan, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from qvlm_plugin.quantizers import (
     quantize_int,
     quantize_normal_float,
     shrink_range,
+    stored_parameters,
     through_zero,
     token_range,
 )
@@ -131,6 +132,37 @@ def test_integer_weights_err_at_most_half_a_step(bits, group_size, symmetric):
     # A fitted zero point is itself rounded, which may move the far end by another half step.
     assert (error <= step * (0.5 if symmetric else 1.0) + 1e-6).all()
     assert quantized.codes.int().max() < 2**bits and quantized.codes.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_progressive_scales_are_multiples_whose_products_with_codes_fit_a_byte(bits, symmetric, dtype):
+    weight = (torch.randn(12, 128) + torch.randn(12, 1) * (torch.rand(12, 1) > 0.5)).to(dtype)
+    weight[:, :16] *= 30
+    weight[0] = 0
+    fmt = int_format(bits, 16, symmetric, progressive=True)
+    quantized = quantize_int(weight, fmt)
+    assert quantized.unit.shape == (12, 1) and quantized.unit.dtype == dtype and quantized.scale.dtype == torch.float32
+    assert torch.equal(quantized.unit.float() * quantized.multiples, quantized.scale)
+    zero_point = quantized.zero_point.int()
+    products = quantized.multiples.int() * torch.maximum(zero_point, 2**bits - 1 - zero_point)
+    assert products.max() <= 127 and quantized.multiples.min() >= 1
+    assert (products[1:].amax(dim=1) > 127 - 2**bits).all()  # no unit is larger than it must be
+    again = int_weight(weight, stored(fmt), stored_parameters(quantized, stored(fmt)))
+    assert torch.equal(again.dequantize(), quantized.dequantize())
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_progressive_scales_cost_little_where_groups_are_alike(bits):
+    weight = torch.randn(64, 1024)
+    free, progressive = (
+        quantize_int(weight, int_format(bits, 64, False, progressive=flag)).dequantize() - weight
+        for flag in (False, True)
+    )
+    assert progressive.square().mean() < 1.05 * free.square().mean()
+    alone = quantize_int(weight, int_format(bits, None, False, progressive=True))  # one group: one multiple of it
+    assert alone.multiples.unique().numel() <= 3
 
 
 def test_clipping_narrows_the_range_and_one_changes_nothing():

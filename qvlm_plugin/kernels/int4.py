@@ -46,7 +46,7 @@ def _prepare(
     of_group = starts // quantized.group_size
     tensors = {
         "codes": pack_codes(quantized.codes, WIDTH),
-        "scale": quantized.scale[:, of_group],
+        "scale": quantized.scale[:, of_group].to(weight.dtype),
         "zero_point": quantized.zero_point[:, of_group],
     }
     return with_parameters(tensors, bias, activation_format, parameters)

@@ -7,6 +7,8 @@ dequantized weight as a whole. A weight is ``scale * (code - zero_point)``; for 
 zero``, where the zero is a multiple of the scale that is rounded to the compute type.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,8 @@ GROUP_SIZES = (256, 128, 64, 32)
 """Input channels to a scale that the operators know, largest first."""
 
 FEW_TOKENS = 64
-"""Up to so many tokens the CPU's packed operator is used (measured at 4096 x 4096, bfloat16, AVX-512, two threads:
-operator 0.20 ms per token; dequantizing 6 ms and then 0.09 ms per token)."""
+"""Up to so many tokens of 16 bits the CPU's packed operator is used (measured at 4096 x 4096, bfloat16, AVX-512, two
+threads: operator 0.20 ms per token; dequantizing 6 ms and then 0.09 ms per token). In float32 it is not vectorized."""
 
 
 def operator_group(group_size: int | None, columns: int) -> int | None:
@@ -85,7 +87,7 @@ def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tenso
     """
     group = x.shape[1] // scales_and_zeros.shape[0]
     x = x.to(scales_and_zeros.dtype).contiguous()
-    if x.device.type == "cpu" and len(x) > FEW_TOKENS:
+    if x.device.type == "cpu" and (len(x) > FEW_TOKENS or x.dtype == torch.float32):
         return _times_dequantized(x, packed, scales_and_zeros, bias)
     operators = torch.ops.aten
     operator = operators._weight_int4pack_mm if x.device.type == "cuda" else operators._weight_int4pack_mm_for_cpu
@@ -95,26 +97,58 @@ def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tenso
 
 def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None) -> Tensor:
     """`int4_linear` for many tokens on a CPU."""
-    rows, columns, block = len(packed), x.shape[1], _block_rows()
-    some = rows_at_once(rows, columns, block)
-    scale, zero = (pair.t().contiguous() for pair in scales_and_zeros.unbind(-1))
-    zero_point = (8 - zero.float() / scale.float()).round().to(torch.int8)  # exact again
-    # All parts use the same memory: new memory costs as much as the arithmetic.
-    weight, codes = x.new_empty(some, columns), x.new_empty(some, columns, dtype=torch.uint8)
-    by_row = x.new_empty(some, columns // 2, dtype=torch.uint8)
+    unpacked = UnpackedRows.of(packed, scales_and_zeros)
+    scale = scales_and_zeros[..., 0].t().contiguous()
+    weight = x.new_empty(unpacked.at_once, x.shape[1])  # one for all parts, as new memory costs as much as arithmetic
 
     def dequantize(span: slice) -> Tensor:
-        count = span.stop - span.start
+        grouped = unpacked[span]
+        weight[: len(grouped)].view_as(grouped).copy_(grouped).mul_(scale[span].unsqueeze(2))
+        return weight[: len(grouped)]
+
+    return product_by_rows(x, len(packed), unpacked.at_once, dequantize, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class UnpackedRows:
+    """Codes of a weight in the CPU's layout, less their zero points, some rows at a time.
+
+    Attributes:
+        packed: uint8 [O, I / 2].
+        zero_point: int8 [O, G].
+        codes: uint8 [``at_once``, I], memory to use: that of the rows that were asked for last.
+        by_row: uint8 [``at_once``, I / 2], memory to use.
+    """
+
+    packed: Tensor
+    zero_point: Tensor
+    codes: Tensor
+    by_row: Tensor
+
+    @classmethod
+    def of(cls, packed: Tensor, scales_and_zeros: Tensor) -> "UnpackedRows":
+        """Those of a weight as `pack_weight` lays it out."""
+        scale, zero = (pair.t() for pair in scales_and_zeros.unbind(-1))
+        zero_point = (8 - zero.float() / scale.float()).round().to(torch.int8).contiguous()  # exact again
+        rows, half = packed.shape
+        some = rows_at_once(rows, 2 * half, _block_rows())
+        memory = (packed.new_empty(some, width) for width in (2 * half, half))
+        return cls(packed, zero_point, *memory)
+
+    @property
+    def at_once(self) -> int:
+        """The most rows to ask for, a multiple of a block or all."""
+        return len(self.codes)
+
+    def __getitem__(self, span: slice) -> Tensor:
+        """These rows: int8 [their number, G, I / G]."""
+        count, block = span.stop - span.start, _block_rows()
         whole = count // block * block
         for part, width in ((slice(whole), block), (slice(whole, count), count - whole)):
             if width and part.stop:
-                _unpack_blocks(packed[span][part], width, by_row[part], codes[part])
-        grouped = codes[:count].view(torch.int8).view(count, scale.shape[1], -1)
-        grouped.sub_(zero_point[span].unsqueeze(2))
-        weight[:count].view_as(grouped).copy_(grouped).mul_(scale[span].unsqueeze(2))
-        return weight[:count]
-
-    return product_by_rows(x, rows, some, dequantize, bias)
+                _unpack_blocks(self.packed[span][part], width, self.by_row[part], self.codes[part])
+        grouped = self.codes[:count].view(torch.int8).view(count, self.zero_point.shape[1], -1)
+        return grouped.sub_(self.zero_point[span].unsqueeze(2))
 
 
 def _block_rows() -> int:

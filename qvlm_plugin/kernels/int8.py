@@ -19,8 +19,7 @@ from qvlm_plugin.kernels.folding import encode, fold, unfold, with_encoding
 from qvlm_plugin.kernels.int8_product import int8_linear, int8_weight_linear, round_to_int8
 from qvlm_plugin.kernels.reference import quantized_values
 from qvlm_plugin.kernels.segments import segment_widths
-from qvlm_plugin.kernels.sharing import once
-from qvlm_plugin.quantizers import by_rows, quantization_step, round_to_codes, token_range
+from qvlm_plugin.kernels.token_codes import token_codes
 
 NARROWEST, WIDEST = 5, 8
 """Bits of a weight's code: below, `int4` and `nf4` are smaller."""
@@ -125,7 +124,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     if activation_format.kind == "static_channel":
         codes = encode(x, tensors, bits, torch.int8)
     else:
-        codes, step, offset = _token_codes(x, tensors, bits)
+        codes, step, offset = token_codes(x, tensors, bits)
         codes = _pad(codes, tensors["codes_0"].shape[1])
     output = int8_linear(
         codes, _segments(tensors), tensors["scale"], tensors.get("bias"), x.dtype, step, offset, tensors.get("row_sum")
@@ -134,24 +133,6 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
         # NaN has a code like every number, and an overflow above would end here unseen.
         output.add_(tokens.sum(dim=-1, keepdim=True, dtype=torch.float32), alpha=0)
     return like_input(output, x)
-
-
-def _token_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Signed codes [N, I] with each token's ``step`` and ``offset`` [N, 1]: ``x̂ = offset + step * code``."""
-    zero_point = 2 ** (bits - 1)
-
-    def signed(x: Tensor, lower: Tensor, inverse: Tensor) -> Tensor:
-        return round_to_codes(x, lower, inverse, bits).sub_(zero_point)
-
-    def compute() -> tuple[Tensor, Tensor, Tensor]:
-        tokens = x.reshape(-1, x.shape[-1])
-        tokens = tokens.float() - tensors["center"] if "center" in tensors else tokens
-        lower, upper = token_range(tokens, tensors["clip_ratio"])
-        step, inverse = quantization_step(lower, upper, bits)
-        return by_rows(signed, tokens, (lower, inverse), torch.int8), step, lower + zero_point * step
-
-    names = tuple(name for name in ("clip_ratio", "center") if name in tensors)
-    return once(x, tensors, names, ("token codes", bits), compute)
 
 
 def _segments(tensors: Mapping[str, Tensor]) -> list[Tensor]:

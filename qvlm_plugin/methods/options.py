@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.formats import PROGRESSIVE_BITS, ActivationFormat, WeightFormat
 from qvlm_plugin.scheme import UNQUANTIZED
 
 CLIP_STEP = 0.05
@@ -44,6 +44,8 @@ class FormatOptions(_Options):
         weights: number format of the weights: uniform integers (``int``), or a normal-float codebook (``nf``).
         group_size: for ``int`` weights: input channels that share a scale; -1 shares it along an output channel.
         symmetric: for ``int`` weights: no fitted zero point.
+        group_scales: for ``int`` weights of up to 4 bits: scales of groups are ``free``, or ``progressive``: whole
+            multiples of their output channel's unit, so that one integer product serves all groups.
         double_quantization: for ``nf`` weights: quantize the block scales too.
         activations: how the language model's activations are rounded: each ``channel`` within bounds fixed in
             calibration (paper, section 4.3), or each ``token`` within its own extremes, as in the visual part.
@@ -53,6 +55,7 @@ class FormatOptions(_Options):
     weights: Literal["int", "nf"] = "int"
     group_size: int = Field(128, ge=-1)
     symmetric: bool = False
+    group_scales: Literal["free", "progressive"] = "free"
     double_quantization: bool = True
     activations: Literal["channel", "token"] = "channel"
     center: bool = False
@@ -64,7 +67,10 @@ class FormatOptions(_Options):
         if self.weights == "nf":
             return WeightFormat(kind="nf", bits=bits, double_quantization=self.double_quantization)
         group_size = self.group_size if self.group_size > 0 else None
-        return WeightFormat(kind="int", bits=bits, group_size=group_size, symmetric=self.symmetric)
+        progressive = self.group_scales == "progressive" and group_size is not None and bits <= PROGRESSIVE_BITS
+        return WeightFormat(
+            kind="int", bits=bits, group_size=group_size, symmetric=self.symmetric, progressive=progressive
+        )
 
     def activation_format(self, part: str, bits: int) -> ActivationFormat:
         """The format of a part's activations of ``bits`` bits.

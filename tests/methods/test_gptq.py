@@ -41,7 +41,14 @@ def output_error(weight, quantized, weight_format, inputs):
 
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize(
-    "weight_format", [INT, NF, INT.model_copy(update={"group_size": None, "symmetric": True})], ids=str
+    "weight_format",
+    [
+        INT,
+        NF,
+        INT.model_copy(update={"group_size": None, "symmetric": True}),
+        INT.model_copy(update={"progressive": True}),
+    ],
+    ids=str,
 )
 def test_outputs_err_much_less_than_with_the_nearest_codes(weight_format, act_order):
     weight, inputs = problem()

@@ -1,0 +1,91 @@
+"""Integer weights of up to 4 bits with progressive scales, multiplied with the integer codes of tokens.
+
+A weight is ``unit · multiple · (code - zero_point)``, where each output channel has a unit and each of its groups a
+multiple. A multiple times a code is an integer of 8 bits, so one integer product serves all groups. It is exact; units
+and the tokens' steps scale its result in float32.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
+from qvlm_plugin.kernels.int4_integers import int4_codes_linear, whole_numbers
+from qvlm_plugin.kernels.int4_product import WIDTH, obstacle_of_product, operator_group, pack_weight
+from qvlm_plugin.kernels.token_codes import token_codes
+from qvlm_plugin.packing import pack_codes, unpack_codes
+from qvlm_plugin.quantizers import IntWeight, int_weight
+
+
+def _obstacle(
+    weight_format: WeightFormat, activation_format: ActivationFormat, shape: tuple[int, int], device: torch.device
+) -> str | None:
+    if not weight_format.progressive:
+        return "it is for integer weights with progressive scales"
+    if activation_format.kind != "dynamic_token":
+        return "it is for activations that are rounded per token"
+    if device.type != "cpu":
+        return f"it has no product on {device.type}"
+    if reason := obstacle_of_product(*shape, device):
+        return reason
+    if operator_group(weight_format.group_size, shape[1]) is None:
+        return f"groups of {weight_format.group_size} input channels are not a multiple of 32"
+    return None
+
+
+def _prepare(
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_format: WeightFormat,
+    activation_format: ActivationFormat,
+    parameters: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    columns = weight.shape[1]
+    quantized = int_weight(weight, weight_format, parameters)
+    if "mean" in parameters:
+        bias = corrected_bias(weight, quantized.dequantize().to(weight.dtype), bias, parameters["mean"])
+    starts = torch.arange(0, columns, operator_group(weight_format.group_size, columns), device=weight.device)
+    of_group = starts // quantized.group_size
+    tensors = {
+        "codes": pack_codes(quantized.codes, WIDTH),
+        "unit": quantized.unit,
+        "multiple": quantized.multiples[:, of_group],
+        "zero_point": quantized.zero_point[:, of_group],
+    }
+    return with_parameters(tensors, bias, activation_format, parameters)
+
+
+def _pack(
+    tensors: Mapping[str, Tensor], activation_format: ActivationFormat, device: torch.device
+) -> dict[str, Tensor]:
+    kept = {name: tensor.to(device) for name, tensor in tensors.items()}
+    codes, multiple, zero_point = (kept.pop(name) for name in ("codes", "multiple", "zero_point"))
+    unit = kept["unit"] = kept["unit"].float().squeeze(1)
+    # The operator gets whole numbers for scales, which bfloat16 holds exactly.
+    packed = pack_weight(codes, multiple.bfloat16(), zero_point, device)
+    sums = torch.cat([rows.sum(dim=(1, 2)) for rows in whole_numbers(packed)])
+    kept["row_sum"] = sums * unit
+    if activation_format.centered:  # the product is with distances from the center
+        center = kept["center"].float()
+        bias = torch.cat([rows.flatten(1).float() @ center for rows in whole_numbers(packed)]) * unit
+        kept["bias"] = bias + kept["bias"].float() if "bias" in kept else bias
+    return {**packed, **kept}
+
+
+def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
+    codes, step, offset = token_codes(x, tensors, activation_format.bits)
+    weight = (tensors[name] for name in ("packed", "scales_and_zeros", "unit", "row_sum"))
+    return like_input(int4_codes_linear(codes, step, offset, *weight, tensors.get("bias"), x.dtype), x)
+
+
+def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:
+    codes, unit = unpack_codes(tensors["codes"], WIDTH), tensors["unit"]
+    scale = unit.float() * tensors["multiple"]
+    weight = IntWeight(codes, scale, tensors["zero_point"], codes.shape[1] // scale.shape[1]).dequantize()
+    return with_parameters({"weight": weight.to(unit.dtype)}, tensors.get("bias"), activation_format, tensors)
+
+
+INT4_CODES = Kernel("int4_codes", _obstacle, _prepare, _pack, _forward, _restore)
+"""4-bit weights and codes of tokens, multiplied as integers."""

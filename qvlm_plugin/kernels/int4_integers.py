@@ -1,0 +1,88 @@
+"""Products of tokens' integer codes with packed 4-bit weights whose scales are whole numbers."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from qvlm_plugin.kernels.int4_product import UnpackedRows
+from qvlm_plugin.kernels.operators import operator
+
+FEW_TOKENS = 16
+"""Up to so many tokens of a 16-bit model torch's operator for packed weights is used on a CPU, which rounds sums to
+bfloat16. That of float32 models is many times slower than unpacking the weight."""
+
+_TOKENS = 640
+"""Tokens that are multiplied at a time: few enough for their sums to stay in the cache."""
+
+
+def whole_numbers(packed: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """A weight in its units, ``multiple * (code - zero_point)``, some rows at a time: int8 [rows, G, I / G].
+
+    Args:
+        packed: what `pack_weight` makes of codes, multiples (as scales) and zero points, for a CPU.
+
+    Yields:
+        The same memory for all parts.
+    """
+    unpacked = UnpackedRows.of(packed["packed"], packed["scales_and_zeros"])
+    multiple = packed["scales_and_zeros"][..., 0].t().to(torch.int8).contiguous()
+    for start in range(0, len(multiple), unpacked.at_once):
+        span = slice(start, min(start + unpacked.at_once, len(multiple)))
+        yield unpacked[span].mul_(multiple[span].unsqueeze(2))
+
+
+@operator(
+    "int4_codes_linear",
+    like=lambda codes, step, offset, packed, pairs, unit, row_sum, bias, dtype: unit.new_empty(
+        codes.shape[0], unit.shape[0], dtype=dtype
+    ),
+    schema="(Tensor codes, Tensor step, Tensor offset, Tensor packed, Tensor scales_and_zeros, Tensor unit, "
+    "Tensor row_sum, Tensor? bias, ScalarType dtype) -> Tensor",
+)
+def int4_codes_linear(
+    codes: Tensor,
+    step: Tensor,
+    offset: Tensor,
+    packed: Tensor,
+    scales_and_zeros: Tensor,
+    unit: Tensor,
+    row_sum: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Multiply tokens ``offset + step * code`` with the transpose of a weight, and add a bias.
+
+    Args:
+        codes: int8 [N, I].
+        step, offset: float32 [N, 1].
+        packed, scales_and_zeros: of the weight in its units, see `whole_numbers`.
+        unit, row_sum: float32 [O], the weight's units and the sums of its rows.
+        bias: [O] or None.
+        dtype: of the result.
+
+    Returns:
+        [N, O].
+    """
+    if len(codes) <= FEW_TOKENS and dtype != torch.float32:
+        group = codes.shape[1] // scales_and_zeros.shape[0]
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(codes.bfloat16(), packed, group, scales_and_zeros)
+        return _scaled(product, step, offset, unit, row_sum, bias).to(dtype)
+    out, row = unit.new_empty(len(codes), len(unit), dtype=dtype), 0
+    for weight in whole_numbers({"packed": packed, "scales_and_zeros": scales_and_zeros}):
+        rows = slice(row, row + len(weight))
+        constants = unit[rows], row_sum[rows], None if bias is None else bias[rows]
+        for token in range(0, len(codes), _TOKENS):
+            tokens = slice(token, token + _TOKENS)
+            product = torch._int_mm(codes[tokens], weight.flatten(1).t())
+            out[tokens, rows] = _scaled(product, step[tokens], offset[tokens], *constants)
+        row = rows.stop
+    return out
+
+
+def _scaled(
+    product: Tensor, step: Tensor, offset: Tensor, unit: Tensor, row_sum: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Products of codes [N, O] as those of what they stand for: float32."""
+    total = (product * unit).mul_(step).addcmul_(offset, row_sum)
+    return total if bias is None else total.add_(bias)

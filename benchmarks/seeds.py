@@ -49,8 +49,9 @@ METHODS = {
     "qvlm_rotated": {},
     "qvlm_rotated-cdm": {"cdm": False},
     "qvlm_rotated-groups": {"group_size": -1},
+    "qvlm_rotated-progressive": {"group_scales": "progressive"},
 }
-"""Rows: a method, and behind a hyphen what of it is left out; with their options."""
+"""Rows: a method, and behind a hyphen what of it is left out or other; with their options."""
 
 METRIC = "exact_match"
 FULL_PRECISION = "full-precision"

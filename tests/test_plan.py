@@ -281,6 +281,7 @@ def test_what_cannot_be_codes_of_the_model_is_refused(awq_plan, loaded, tiny_lla
 
 def test_progressive_codes_are_saved_and_multiples_that_do_not_fit_refused(loaded, calibration, tiny_llava, tmp_path):
     options = {"group_size": 16, "activations": "token", "group_scales": "progressive", "rounding": "gptq"}
+    options |= {"calibration_batch_size": 5}
     plan = planning.obtain_plan(loaded, check_request("rtn", "w4a8", options), calibration, cache=None)
     again = RoundingPlan.load(plan.save(tmp_path / "plan"))
     assert again.hash == plan.hash and all(module.weight.progressive for module in plan.quantized)

@@ -9,8 +9,8 @@ from qvlm_plugin.kernels.int4_product import UnpackedRows
 from qvlm_plugin.kernels.operators import operator
 
 FEW_TOKENS = 16
-"""Up to so many tokens of a 16-bit model torch's operator for packed weights is used on a CPU, which rounds sums to
-bfloat16. That of float32 models is many times slower than unpacking the weight."""
+"""Up to so many tokens of a bfloat16 model torch's operator for packed weights is used on a CPU, which rounds sums to
+that type. In float32 the operator is many times slower than unpacking the weight."""
 
 _TOKENS = 640
 """Tokens that are multiplied at a time: few enough for their sums to stay in the cache."""
@@ -64,7 +64,7 @@ def int4_codes_linear(
     Returns:
         [N, O].
     """
-    if len(codes) <= FEW_TOKENS and dtype != torch.float32:
+    if len(codes) <= FEW_TOKENS and dtype == torch.bfloat16:
         group = codes.shape[1] // scales_and_zeros.shape[0]
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(codes.bfloat16(), packed, group, scales_and_zeros)
         return _scaled(product, step, offset, unit, row_sum, bias).to(dtype)

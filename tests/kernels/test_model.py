@@ -56,7 +56,7 @@ def test_strict_refuses_to_fall_back_and_keeps_the_model(loaded, calibration):
     plan = planning.obtain_plan(loaded, check_request("rtn", "w4a4", OPTIONS), calibration, cache=None)
     before = list(loaded.model.modules())
     with pytest.raises(
-        QVLMError, match=r"strict=true: model\.vision_tower.* would fall back to reference \(int4: 24 ou"
+        QVLMError, match=r"strict=true: model\.vision_tower.* would fall back to reference \(.*int4: 24 ou"
     ) as caught:
         planning.apply(plan, loaded, "packed", strict=True)
     assert "\n" not in str(caught.value) and list(loaded.model.modules()) == before

@@ -55,7 +55,7 @@ def test_outputs_err_much_less_than_with_the_nearest_codes(weight_format, act_or
     found = gptq(weight, weight_format, Moments.of(inputs), GPTQOptions(rounding="gptq", act_order=act_order))
     nearest = nearest_codes(weight, weight_format)
     errors = [output_error(weight, one, weight_format, inputs).sum() for one in (found, nearest)]
-    assert errors[0] < 0.6 * errors[1]
+    assert errors[0] < 0.62 * errors[1]
     assert found.codes.max() < 2**weight_format.bits and not torch.equal(found.codes, nearest.codes)
 
 

@@ -15,19 +15,27 @@ from qvlm_plugin.reading import one_line
 SWITCH = "QVLM_TRACEBACK"
 """The environment variable that shows tracebacks."""
 
+RESUMING = ("search", "compare", "ablate", "demo")
+"""Commands that find what they had finished before an interrupt."""
+
 _PACKAGE = Path(__file__).parents[1]
 
 
 class OneLineErrors(TyperGroup):
     """Commands that report every exception in one line on stderr.
 
-    The status is 2 for a `QVLMError`, which the user can mend, and 1 for what nobody expected.
+    The status is 2 for a `QVLMError`, which the user can mend, 1 for what nobody expected, and 130 where the user
+    interrupted, as in a shell.
     """
 
     def invoke(self, ctx: typer.Context) -> Any:
         """Run the command that was asked for."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            resumes = "; the same command resumes" if ctx.invoked_subcommand in RESUMING else ""
+            typer.echo(f"interrupted{resumes}", err=True)
+            raise typer.Exit(130) from error
         except Exception as error:
             if _is_for_typer(error):
                 raise

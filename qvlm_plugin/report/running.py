@@ -17,7 +17,7 @@ from qvlm_plugin.report.results import read_results
 from qvlm_plugin.report.runs import POLL, RUNNING, Cell, Outcome, Setting, finished_cells, log_end, steps
 from qvlm_plugin.report.shares import number_text
 
-FRESH, DONE, FOUND, FAILED = "waiting", "done", "finished before", "failed"
+FRESH, DONE, FOUND, FAILED, INTERRUPTED = "waiting", "done", "finished before", "failed", "interrupted"
 
 
 @dataclass
@@ -168,6 +168,11 @@ def run_cells(
                 standing.go_on()
                 if running:
                     time.sleep(POLL)
+        except KeyboardInterrupt:
+            for run in running:
+                run.change(INTERRUPTED)
+                standing.changed(run)
+            raise
         finally:
             for run in running:
                 run.steps.close()

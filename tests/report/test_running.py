@@ -115,22 +115,23 @@ def test_a_terminal_shows_a_table(setting):
 def test_an_interrupt_ends_the_harness_too(setting, place, tmp_path):
     (place / "lmms_eval.py").write_text(SLEEPING)
     script = (
-        "import pathlib, signal, sys\nfrom qvlm_plugin.report.running import run_cells\n"
+        "import signal, sys\nfrom qvlm_plugin.cli import app\n"
         # What a shell starts in the background ignores interrupts, and so do its children.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from qvlm_plugin.report.runs import Cell, Setting\n"
-        "cells = [Cell(name, {'pretrained': name}, ('quiz',)) for name in 'abc']\n"
-        "run_cells(cells, Setting(*map(pathlib.Path, sys.argv[1:]), jobs=2))\n"
+        "app(['compare', sys.argv[1], '--models', 'a,b,c', '--methods', 'none', '--schemes', 'w4a4', '--tasks', "
+        "'quiz', '--data', sys.argv[2], '--jobs', '2'])\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(setting.output), str(place)], stderr=subprocess.DEVNULL
+        [sys.executable, "-c", script, str(setting.output), str(place)], stderr=subprocess.PIPE, text=True
     )
     pids = place / "pids.txt"
     while not (pids.is_file() and len(pids.read_text().split()) == 2):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)  # to it alone, as `kill -INT` does; a terminal tells the whole group
-    assert process.wait(120) != 0
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode == 130, shown
+    assert shown.count(": interrupted\n") == 2 and shown.endswith("interrupted; the same command resumes\n")
     for pid in pids.read_text().split():
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid), 0)

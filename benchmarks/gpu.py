@@ -1,0 +1,93 @@
+"""All that there is to measure on a machine with a GPU, in one command of at most nine minutes.
+
+It takes this package, torch and transformers. Each step is a benchmark of this folder with a share of the time; one that
+fails or takes too long does not keep the others from running. Rows go to a folder, for `markdown.py`.
+
+python benchmarks/gpu.py
+python benchmarks/gpu.py --steps selftests,kernels --output /tmp/gpu
+python benchmarks/gpu.py --device cpu --layout tiny --output /tmp/gpu                # try the command itself
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Step:
+    """A benchmark.
+
+    Attributes:
+        script: in this folder.
+        arguments: beside ``--device`` and ``--json``.
+        seconds: it may take at most.
+        has_layout: it takes ``--layout``, of the whole model.
+    """
+
+    script: str
+    arguments: tuple[str, ...]
+    seconds: int
+    has_layout: bool = False
+
+
+VARIANTS = "fp16,rotated-w4a4,packed-w4a16,rotated-w8a8,nf4"
+STEPS = {
+    "selftests": Step("selftests.py", (), 60),
+    "kernels": Step("kernels.py", ("--layouts", "7b,13b", "--seconds", "0.2"), 90),
+    "generate": Step("generate.py", ("--variants", VARIANTS, "--rounds", "2"), 210, True),
+    "generate-compiled": Step(
+        "generate.py", ("--variants", VARIANTS, "--rounds", "2", "--layers", "4", "--compile"), 120, True
+    ),
+    "search": Step("search.py", ("--layers", "1", "--samples", "4", "--methods", "qvlm_rotated"), 60),
+}
+
+
+def run(name: str, asked: argparse.Namespace) -> str:
+    """Run a step, and say how it ended."""
+    step, file = STEPS[name], asked.output / f"{name}-{asked.device}.json"
+    command = [
+        sys.executable,
+        str(FOLDER / step.script),
+        *step.arguments,
+        "--device",
+        asked.device,
+        "--json",
+        str(file),
+    ]
+    if step.has_layout:
+        command += ["--layout", asked.layout]
+    print(f"\n{name}: {' '.join(command[1:])}", flush=True)
+    start = time.perf_counter()
+    try:
+        status = subprocess.run(command, timeout=step.seconds).returncode
+    except subprocess.TimeoutExpired:
+        return f"{name}: not done in {step.seconds} s"
+    ended = "done" if status == 0 else f"ended with status {status}"
+    return f"{name}: {ended} in {time.perf_counter() - start:.0f} s" + (f", {file}" if file.exists() else "")
+
+
+def main() -> int:
+    """Run the steps; 1 where one has not ended well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--layout", default="llava-1.5-13b", help="of generate.py")
+    parser.add_argument("--steps", default=",".join(STEPS), help="which to run")
+    parser.add_argument(
+        "--output", type=Path, default=FOLDER.parent / "docs" / "performance", help="folder of the rows"
+    )
+    asked = parser.parse_args()
+    if unknown := set(asked.steps.split(",")) - set(STEPS):
+        parser.error(f"--steps: no {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
+    asked.output.mkdir(parents=True, exist_ok=True)
+    ends = [run(name, asked) for name in asked.steps.split(",")]
+    print("", *ends, sep="\n")
+    return 0 if all(": done" in end for end in ends) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

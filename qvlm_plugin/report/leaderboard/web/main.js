@@ -1,0 +1,63 @@
+// Everything together: a change of state is written to the address and drawn.
+
+function draw() {
+  const view = viewOf();
+  const rows = rowsOf(view);
+  const shown = passing(rows, filters());
+  const {columns, score, sort} = columnsOf(view);
+  const visible = columns.filter((column) => isShown(column));
+  const order = sortNow(visible, sort);
+  at("view").value = view.id;
+  at("apart").hidden = !view.apart;
+  drawFilters(view, columns);
+  drawCount(rows, shown);
+  drawTable(view, sorted(shown, order), visible, order);
+  drawPlots(shown, score);
+  at("simulated").hidden = !shown.some((row) => row.run.backend === "reference" && row.method !== "none");
+  drawCompare(view);
+}
+
+function update(change) {
+  const had = pairNow(viewOf()).length === 2;
+  Object.assign(state, change);
+  writeAddress();
+  draw();
+  if (!had && change.compare?.length === 2) at("compare-title").focus();
+}
+
+function start() {
+  for (const [apart, label] of [
+    [false, "Whole benchmarks"],
+    [true, "Stand-in data or a part"],
+  ]) {
+    const own = VIEWS.filter((view) => view.apart === apart).map((view) =>
+      element("option", view.title, {value: view.id}),
+    );
+    if (own.length) at("view").append(element("optgroup", own, {label}));
+  }
+  on(at("view"), "change", (event) =>
+    update({view: event.target.value, metric: "", sort: "", columns: [], compare: []}),
+  );
+  on(at("metric"), "change", (event) => update({metric: event.target.value}));
+  for (const name of ["bits", "size", "search"]) on(at(name), "input", (event) => update({[name]: event.target.value}));
+  on(at("controls"), "submit", (event) => event.preventDefault());
+  on(at("clear"), "click", () => {
+    update({model: [], method: [], scheme: [], bits: "", size: "", search: ""});
+    at("search").focus();
+  });
+  on(window, "hashchange", () => {
+    readAddress();
+    draw();
+  });
+  on(window, "resize", () => drawPlots(table.rows, columnsOf(viewOf()).score));
+  watchMenus();
+  watchTable();
+  watchDetails();
+  watchCompare();
+  watchDownloads();
+  for (const id of ["plot-size", "plot-speed"]) watchPlot(id);
+  readAddress();
+  draw();
+}
+
+start();

@@ -60,7 +60,9 @@ def write_runs(folder: Path, rows: int, documents: int) -> None:
 def _question(generator: random.Random, index: int) -> dict[str, Any]:
     colour, shape = generator.choice(COLOURS), generator.choice(("circle", "rectangle"))
     image = Image.new("RGB", (64, 64), "white")
-    getattr(ImageDraw.Draw(image), {"circle": "ellipse"}.get(shape, shape))((12, 12, 50, 46), fill=colour)
+    left, top = generator.randrange(30), generator.randrange(30)  # nearly every question has a picture of its own
+    box = (left, top, left + generator.randrange(10, 34), top + generator.randrange(10, 34))
+    getattr(ImageDraw.Draw(image), {"circle": "ellipse"}.get(shape, shape))(box, fill=colour)
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return {
@@ -145,23 +147,27 @@ SCENES = {
 }
 
 
-def pictures(output: Path) -> None:
-    """Write a picture of each scene, number of rows, width and theme."""
+def scenes(output: Path) -> Iterator[tuple[str, Page, int]]:
+    """Each scene with 3 and with 116 rows, at each width, in both themes: a name, the page, and the width."""
     for rows, (width, height) in itertools.product((3, 116), WIDTHS.items()):
         file = page_of(output, rows, 200)
-        for theme, (scene, script) in itertools.product(("light", "dark"), SCENES.items()):
-            with opened(file, output / "profile", width=width, height=height, mobile=width < 500) as page:
-                _theme(page, theme)
+        with opened(file, output / "profile", width=width, height=height, mobile=width < 500) as page:
+            for theme, (scene, script) in itertools.product(("light", "dark"), SCENES.items()):
+                media = [{"name": "prefers-color-scheme", "value": theme}]
+                page.send("Emulation.setEmulatedMedia", features=media)
+                page.load(file.resolve().as_uri())
                 page.run(script)
-                overflow = page.run("document.documentElement.scrollWidth") - width
-                page.screenshot(output / f"{rows}-{width}-{theme}-{scene}.png")
-                assert overflow <= 0, f"{scene} with {rows} rows at {width}: {overflow} pixels too wide"
-                assert not page.trouble(), page.trouble()
+                yield f"{rows}-{width}-{theme}-{scene}", page, width
+
+
+def pictures(output: Path) -> None:
+    """Write a picture of each scene; fails where one is too wide or has an error."""
+    for name, page, width in scenes(output):
+        overflow = page.run("document.documentElement.scrollWidth") - width
+        page.screenshot(output / f"{name}.png")
+        assert overflow <= 0, f"{name}: {overflow} pixels too wide"
+        assert not page.trouble(), page.trouble()
     print(f"pictures are in {output}")
-
-
-def _theme(page: Page, theme: str) -> None:
-    page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
 
 
 TIMED = """(async () => {
@@ -201,17 +207,11 @@ def times(output: Path, rows: int) -> None:
 
 
 def rules(output: Path, axe: Path) -> None:
-    """Check each scene by axe-core's rules of WCAG 2.2 AA and good practice."""
+    """Check each scene by axe-core's rules: WCAG 2.2 AA, and good practice."""
     found = []
-    for rows, width, theme, (scene, script) in itertools.product((3, 116), WIDTHS, ("light", "dark"), SCENES.items()):
-        with opened(
-            page_of(output, rows, 200), output / "profile", width=width, height=900, mobile=width < 500
-        ) as page:
-            _theme(page, theme)
-            page.run(script)
-            page.run(axe.read_text())
-            violations = page.run("axe.run().then((result) => result.violations)")
-        found += [f"{rows} rows, {width}, {theme}, {scene}: {_told(one)}" for one in violations]
+    for name, page, _ in scenes(output):
+        page.run(axe.read_text())
+        found += [f"{name}: {_told(one)}" for one in page.run("axe.run().then((result) => result.violations)")]
     print("\n".join(found) or "no rule is broken")
     assert not found
 

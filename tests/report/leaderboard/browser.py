@@ -56,9 +56,17 @@ class Page:
             self.send(f"{domain}.enable")
         self.send("Emulation.setDeviceMetricsOverride", deviceScaleFactor=1, **screen)
         self.send("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+        self.load(url)
+
+    def load(self, url):
+        """Open another page; what events told of the one before is forgotten."""
+        self.send("Page.navigate", url="about:blank")
+        self.events.clear()
         self.send("Page.navigate", url=url)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._receive()
+        while self.run("document.readyState !== 'complete' || location.href === 'about:blank'"):
+            pass
 
     def send(self, method, **params):
         """Run a command of the DevTools protocol; returns its result."""

@@ -5,7 +5,8 @@ function draw() {
   const rows = rowsOf(view);
   const shown = passing(rows, filters());
   const {columns, score, sort} = columnsOf(view);
-  const visible = columns.filter((column) => isShown(column));
+  const isNoted = rows.some((row) => row.notes.length);
+  const visible = columns.filter((column) => isShown(column) && (column.key !== "notes" || isNoted));
   const order = sortNow(visible, sort);
   at("view").value = view.id;
   at("apart").hidden = !view.apart;

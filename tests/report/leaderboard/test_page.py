@@ -231,13 +231,13 @@ def test_marks_do_not_change_with_filters(science):
 def test_the_line_joins_what_nothing_beats(science):
     label = science.run("document.querySelector('#plot-size svg').getAttribute('aria-label')")
     best = label.partition("Pareto line: ")[2].split("; ")
-    sizes = {(row["method"], row["scheme"]): row for row in science.table()}
-    chosen = [sizes[tuple(one.split(",")[0].split(" "))] for one in best]
-    values = [(float(row["packed"].split()[0]), float(row["score"].split()[0])) for row in chosen]
-    everyone = [(float(row["packed"].split()[0]), float(row["score"].split()[0]))
-                for row in science.table() if row["packed"]]  # fmt: skip
-    beaten = [one for one in everyone if any(a <= one[0] and b > one[1] for a, b in everyone)]
-    assert values == sorted(values) and not set(values) & set(beaten)
+    runs = science.run("JSON.parse(document.getElementById('data').textContent).runs")
+    sizes = {(run["method"], run["scheme"]): run["packed_bytes"] for run in runs}
+    scores = {(row["method"], row["scheme"]): float(row["score"].split()[0]) for row in science.table()}
+    everyone = [(sizes[run], score) for run, score in scores.items() if sizes.get(run)]
+    unbeaten = [one for one in everyone if not any(a <= one[0] and b >= one[1] and (a, b) != one for a, b in everyone)]
+    shown = [(sizes[run], scores[run]) for run in (tuple(one.split(",")[0].split(" ")) for one in best)]
+    assert shown == sorted(unbeaten) and len(shown) > 2
 
 
 # Details, comparison, downloads
@@ -267,7 +267,7 @@ def test_two_rows_side_by_side_with_the_documents_that_flipped(desk):
     assert "exact_match: −10.0 (95 % interval −16.2 to −3.8) on 100 documents" in desk.text("#flips-sum")
     documents = desk.run("[...document.querySelectorAll('#documents > li')].map((one) => one.textContent)")
     assert len(documents) == 10 and all("red scores 1" in one and "blue scores 0" in one for one in documents)
-    assert "question 80" in documents[0] and "document 80" in documents[0]
+    assert "question 10" in documents[0] and "document 10" in documents[0]
     desk.click("#swap")
     assert desk.text("#count-fixed") == "10" and desk.text("#count-broke") == "0" and desk.is_shown("#no-documents")
     assert "compare=" in desk.run("location.hash")
@@ -275,11 +275,11 @@ def test_two_rows_side_by_side_with_the_documents_that_flipped(desk):
     assert not desk.is_shown("#compare") and "compare=" not in desk.run("location.hash")
 
 
-def test_answers_that_nobody_logged_are_not_shown(science):
-    places = [row["model"] for row in science.table()]
+def test_another_packages_model_can_be_compared(science):
+    models = column(science, "model")
     tick_row(science, 0)
-    tick_row(science, next(place for place, name in enumerate(places) if name == HOSTILE))
-    assert science.is_shown("#flips")  # another package's model with samples can be compared as well
+    tick_row(science, next(place for place, name in enumerate(models) if HOSTILE in name))
+    assert science.is_shown("#flips") and not science.is_shown("#no-flips")
     science.click("#compare-close")
 
 
@@ -361,9 +361,10 @@ def test_every_control_has_a_name(desk):
     tick_row(desk, 0)
     tick_row(desk, 1)
     tree = desk.send("Accessibility.getFullAXTree")["nodes"]
-    roles = {"button", "checkbox", "combobox", "link", "radio", "searchbox", "spinbutton", "textbox", "region", "table"}
+    roles = {"button", "checkbox", "combobox", "link", "radio", "searchbox", "spinbutton", "textbox", "region"}
     controls = [node for node in tree if node.get("role", {}).get("value") in roles and not node["ignored"]]
-    assert len(controls) > 60 and all(node["name"]["value"].strip() for node in controls)
+    nameless = [node["role"]["value"] for node in controls if not node["name"]["value"].strip()]
+    assert len(controls) > 40 and nameless == []
     desk.click("#compare-close")
 
 

@@ -70,6 +70,14 @@ function differenceColumn(of, percent, title) {
 const DIFFERENCE = "To the same model in full precision, with its sign";
 const PLACES = "An interval holds the places that the documents do not exclude";
 
+// Means that were computed, by the benchmarks that they are over; drawing again takes them from here.
+const meansKept = new Map();
+function meansOver(indices) {
+  const key = indices.join(" ");
+  if (!meansKept.has(key)) meansKept.set(key, new Map());
+  return meansKept.get(key);
+}
+
 function overviewColumns(overview) {
   const own = [...overview.benchmarks, ...overview.others].map((index) =>
     scoreColumn(index, mainOf(index), {
@@ -84,7 +92,7 @@ function overviewColumns(overview) {
   const averaged = shown.filter((index) => mainOf(index).percent && mainOf(index).higher);
   const isUsual =
     shown.length === overview.benchmarks.length && overview.benchmarks.every((index) => shown.includes(index));
-  const means = new Map();
+  const means = meansOver(averaged);
   const mean = (row) => {
     if (!means.has(row)) means.set(row, meanOf(row, averaged));
     return means.get(row);

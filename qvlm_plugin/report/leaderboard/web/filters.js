@@ -40,6 +40,11 @@ function drawCount(rows, shown) {
       ? counted(rows.length, "row")
       : `${shown.length.toLocaleString("en")} of ${counted(rows.length, "row")}`;
   at("clear").hidden = !chosen.length;
+  at("empty").hidden = shown.length > 0;
+  if (!shown.length) drawReasons(rows, chosen);
+}
+
+function drawReasons(rows, chosen) {
   const reasons = chosen.map((filter) => {
     const others = chosen.filter((other) => other !== filter);
     const left = passing(rows, others).length;
@@ -50,9 +55,8 @@ function drawCount(rows, shown) {
     });
     return element("li", [button, ` leaves ${counted(left, "row")}`]);
   });
-  at("empty").hidden = shown.length > 0;
   at("empty-why").textContent = chosen.length ? "No row passes the filters." : "There is no row here.";
-  at("empty-list").replaceChildren(...(shown.length ? [] : reasons));
+  at("empty-list").replaceChildren(...reasons);
 }
 
 // A button that opens a list of checkboxes. choices: [value, name, checked]
@@ -63,7 +67,9 @@ function drawMenu(id, title, choices, choose) {
   const boxes = [...menu.querySelectorAll("input")];
   if (boxes.length === choices.length && boxes.every((box, place) => box.value === choices[place][0])) {
     boxes.forEach((box, place) => {
-      [, box.nextSibling.textContent, box.checked] = choices[place];
+      const [, name, checked] = choices[place];
+      if (box.nextSibling.textContent !== name) box.nextSibling.textContent = name;
+      box.checked = checked;
     });
     return;
   }

@@ -44,17 +44,21 @@ function symbol(shape, look) {
 
 const icon = ({model, method}) => symbol(shapeOf(model), colourOf(method));
 
+const NAMED = 16; // so many models the legend names
+const HOLLOW = {colour: "var(--text)", hollow: true};
+
 function drawLegend(rows) {
-  const methods = ["none", ...METHODS].filter((method) => rows.some((row) => row.method === method));
-  const models = MODELS.filter((model) => rows.some((row) => row.model === model));
+  const [shownMethods, shownModels] = ["method", "model"].map((name) => new Set(rows.map((row) => row[name])));
+  const methods = ["none", ...METHODS].filter((method) => shownMethods.has(method));
+  const models = MODELS.filter((model) => shownModels.has(model));
   const entry = (mark, name) => element("li", [mark, name]);
   at("legend-methods").replaceChildren(
     ...methods.map((method) =>
       entry(symbol(SHAPES[0], colourOf(method)), method === "none" ? "none (full precision)" : method),
     ),
   );
-  at("legend-models").replaceChildren(
-    ...models.map((model) => entry(symbol(shapeOf(model), {colour: "var(--text)", hollow: true}), model)),
-  );
+  const named = models.slice(0, NAMED).map((model) => entry(symbol(shapeOf(model), HOLLOW), model));
+  const more = models.length > NAMED ? [element("li", `and ${models.length - NAMED} more, whose shapes repeat`)] : [];
+  at("legend-models").replaceChildren(...named, ...more);
   at("legend-models").parentElement.hidden = MODELS.length < 2;
 }

@@ -25,7 +25,8 @@ function colourOf(method) {
     : {colour: `var(--c${place % COLOURS})`, hollow: Math.floor(place / COLOURS) % 2 === 1};
 }
 
-const shapeOf = (model) => SHAPES[Math.max(0, MODELS.indexOf(model)) % SHAPES.length];
+const shapePlaces = new Map(MODELS.map((model, place) => [model, place % SHAPES.length]));
+const shapeOf = (model) => SHAPES[shapePlaces.get(model)];
 
 function paint(shape, {colour, hollow}) {
   shape.style.fill = hollow ? "var(--back)" : colour;

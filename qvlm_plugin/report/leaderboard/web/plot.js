@@ -1,4 +1,4 @@
-// Score against a cost: one path for each method and model, so that thousands of points are drawn at once.
+// Score against a cost: one path for each colour and shape, so that thousands of points are drawn at once.
 
 const EDGE = {left: 46, right: 14, top: 12, bottom: 42};
 
@@ -93,7 +93,7 @@ function drawPlot(id, {title, unit, cost, lessCost}, rows, score) {
 function series(points) {
   const found = new Map();
   for (const point of points) {
-    const key = JSON.stringify([point.row.method, point.row.model]);
+    const key = `${shapePlaces.get(point.row.model)} ${point.row.method}`;
     if (!found.has(key)) found.set(key, []);
     found.get(key).push(point);
   }

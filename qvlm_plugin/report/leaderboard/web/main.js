@@ -1,5 +1,7 @@
 // Everything together: a change of state is written to the address and drawn.
 
+const plotted = {key: "", rows: []};
+
 function draw() {
   const view = viewOf();
   const rows = rowsOf(view);
@@ -13,7 +15,12 @@ function draw() {
   drawFilters(view, columns);
   drawCount(rows, shown);
   drawTable(view, sorted(shown, order), visible, order);
-  drawPlots(shown, score);
+  // Sorting and choosing rows leave the plots as they are.
+  const key = JSON.stringify([view.id, state.metric, state.columns]);
+  if (key !== plotted.key || shown.length !== plotted.rows.length || shown.some((row, at) => row !== plotted.rows[at])) {
+    Object.assign(plotted, {key, rows: shown});
+    drawPlots(shown, score);
+  }
   at("simulated").hidden = !shown.some((row) => row.run.backend === "reference" && row.method !== "none");
   drawCompare(view);
 }

@@ -1,4 +1,4 @@
-// Columns of a view. value: what is sorted by, null goes last; high: whether much is good; rare: hidden unless asked for.
+// Columns of a view. value: what is sorted by, null goes last; high: whether much is good; rare: hidden at first.
 
 const cost = (key, name, value, show, title, more) => ({key, name, value, show, title, ...more});
 const fact = (key, name, field, title, show = String) =>

@@ -17,7 +17,8 @@ function draw() {
   drawTable(view, sorted(shown, order), visible, order);
   // Sorting and choosing rows leave the plots as they are.
   const key = JSON.stringify([view.id, state.metric, state.columns]);
-  if (key !== plotted.key || shown.length !== plotted.rows.length || shown.some((row, at) => row !== plotted.rows[at])) {
+  const {rows: last} = plotted;
+  if (key !== plotted.key || shown.length !== last.length || shown.some((row, place) => row !== last[place])) {
     Object.assign(plotted, {key, rows: shown});
     drawPlots(shown, score);
   }

@@ -8,7 +8,7 @@ PROCESSES ?= 1
 # Another arithmetic for results, such as packed; plans are those of any.
 BACKEND ?= reference
 
-.PHONY: help install lock newest test lint oldest fuzz demo results seeds bench clean
+.PHONY: help install lock newest test lint oldest fuzz demo results seeds bench page clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -80,6 +80,12 @@ bench: install  ## speed and memory of packed execution on this machine, beside 
 		--json docs/performance/generate-demo-cpu.json
 	$(BIN)/python benchmarks/search.py --json docs/performance/search-cpu.json
 	$(BIN)/python benchmarks/markdown.py docs/performance/*.json
+
+page: install  ## pictures of the leaderboard's page, its pauses with 5,000 rows, and axe-core's rules; needs a Chromium and npm
+	$(BIN)/python benchmarks/page.py pictures page-results
+	$(BIN)/python benchmarks/page.py times page-results
+	npm install --silent --no-save --no-package-lock --prefix page-results axe-core@4.14.1
+	$(BIN)/python benchmarks/page.py rules page-results --axe page-results/node_modules/axe-core/axe.min.js
 
 clean:  ## remove the environment, the demo's data and results
 	rm -rf $(VENV) .venv-oldest .venv-newest demo-data *-results

@@ -51,6 +51,7 @@ from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_calibration, check_request
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
+from qvlm_plugin.source import source_commit
 
 T = TypeVar("T")
 
@@ -416,6 +417,7 @@ class _QVLM(lmms):
             "system_prompt": self._system_prompt,
             "eos_token_id": loaded.model.generation_config.eos_token_id,
             "versions": provenance.versions(),
+            "commit": source_commit(),
             # What loading and searching took is a figure of its own: the next run finds the plan, and takes less.
             "preparation_peak_bytes": peak_memory(provenance.on_gpu(loaded.model)),
         }

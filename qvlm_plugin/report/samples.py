@@ -142,12 +142,17 @@ def _read_file(file: Path) -> Iterator[Document]:
     try:
         with file.open(encoding="utf-8", newline="\n") as lines:  # answers may hold any other line separator
             for number, line in enumerate(lines, 1):  # noqa: B007
-                yield _document(parse_json(line))
+                yield document(parse_json(line))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise QVLMError(f"{file} is not a samples file of lmms-eval: line {number}: {error!r}") from error
 
 
-def _document(sample: dict[str, Any]) -> Document:
+def document(sample: dict[str, Any]) -> Document:
+    """One line of a samples file.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
     return Document(
         id=operator.index(sample["doc_id"]),
         target=str(sample["target"]),

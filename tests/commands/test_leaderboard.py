@@ -21,7 +21,7 @@ def test_the_plain_form_writes_all_four_files(tmp_path):
     assert set(content["rows"][0]) == set(content["fields"]) and all(content["fields"].values())
     assert len(content["reported"]["tables"]) == 0  # none is about this task
     header, line = (tmp_path / "out" / "leaderboard.csv").read_text().splitlines()
-    assert header.split(",") == list(content["fields"]) and line.startswith("1,org/model,rtn,w4a4,quiz,exact_match")
+    assert header.split(",") == list(content["fields"]) and line.startswith("1,,,org/model,rtn,w4a4,quiz,exact_match")
     assert (tmp_path / "out" / "leaderboard.html").stat().st_size > 10_000
 
 

@@ -205,7 +205,7 @@ def test_their_leaderboard(place, full_precision, printed, tmp_path):
     refused, part = rows["scienceqa", "rtn", "w8a8", 9], rows["scienceqa", "rtn", "w3a16", 4]
     assert len({row.evaluation for row in (*whole, refused)}) == 1 and part.evaluation != whole[0].evaluation
     assert all(row.rank and "stand-in data" in row.notes for row in whole) and refused.rank is None
-    assert whole[2].drop == whole[2].value - whole[1].value
+    assert whole[2].difference == whole[2].value - whole[1].value
     assert all((tmp_path / row.samples).is_file() for row in whole)
     content = results_of(place, "full")
     assert content["qvlm"]["seal"] == seal(content)

@@ -1,13 +1,38 @@
 """What a samples file covers: which documents, and the scores it gives them."""
 
 import hashlib
+import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import parse_json
+
+
+@dataclass(frozen=True)
+class Marks:
+    """The documents of one run that have its main metric, by ascending id.
+
+    Attributes:
+        metric: its name.
+        ids: int64[n].
+        scores: by the main metric, float32[n].
+        images: hash of each document's images, int64[n]; equal hashes are the same images. A document without images,
+            or whose images nobody tells, has a hash of its own.
+        outcomes: hash of each document's answer and score, int64[n].
+    """
+
+    metric: str
+    ids: np.ndarray
+    scores: np.ndarray
+    images: np.ndarray
+    outcomes: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -19,16 +44,22 @@ class Coverage:
         digest: SHA-256 over their ids, targets and prompts, whatever their order.
         means: of each numeric metric, over the documents that have it.
         untold: of how many documents it does not tell the images, nor that there are none.
+        marks: its documents by the main metric; None where none has it.
     """
 
     count: int
     digest: str
     means: dict[str, float]
     untold: int = 0
+    marks: Marks | None = field(default=None, compare=False)
 
 
-def read_coverage(file: Path) -> Coverage:
+def read_coverage(file: Path, metric: str | None = None) -> Coverage:
     """Read a samples file row by row.
+
+    Args:
+        file: the samples file.
+        metric: the main metric, whose scores are kept document by document; None keeps none.
 
     Raises:
         QVLMError: it is not a whole samples file, or has a document twice, or a score that is no number.
@@ -37,6 +68,7 @@ def read_coverage(file: Path) -> Coverage:
     total, number, untold = 0, 0, 0
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
+    marks: list[tuple[int, float, int, int]] = []
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):  # noqa: B007
@@ -53,10 +85,28 @@ def read_coverage(file: Path) -> Coverage:
                     if isinstance(value, int | float) and name != "doc_id":
                         sums[name] += value
                         counts[name] += 1
-    except (OSError, ValueError, KeyError, TypeError) as error:
+                if metric is not None and isinstance(score := sample.get(metric), int | float):
+                    image = sample.get("input_media") or f"document {index}"
+                    marks.append((index, score, _short_hash(image), _short_hash([sample.get("filtered_resps"), score])))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise QVLMError(f"{file} is not a samples file of lmms-eval: line {number}: {error!r}") from error
     if wrong := [name for name, value in sums.items() if not math.isfinite(value)]:
         raise QVLMError(f"{file} has a score that is no number: {wrong[0]}")
     content = f"{len(seen)} {total % 2**256:064x}"
     means = {name: value / counts[name] for name, value in sums.items()}
-    return Coverage(len(seen), hashlib.sha256(content.encode()).hexdigest(), means, untold)
+    return Coverage(len(seen), hashlib.sha256(content.encode()).hexdigest(), means, untold, _marks(metric, marks))
+
+
+def _marks(metric: str | None, rows: Sequence[tuple[int, float, int, int]]) -> Marks | None:
+    if metric is None or not rows or not all(isinstance(row[0], int) and 0 <= row[0] < 2**63 for row in rows):
+        return None
+    ids, scores, images, outcomes = zip(*sorted(rows), strict=True)
+    ids, images, outcomes = (np.array(values, np.int64) for values in (ids, images, outcomes))
+    with np.errstate(over="ignore"):
+        scores = np.array(scores, np.float32)
+    return Marks(metric, ids, scores, images, outcomes) if np.isfinite(scores).all() else None
+
+
+def _short_hash(value: Any) -> int:
+    digest = hashlib.blake2b(json.dumps(value).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)

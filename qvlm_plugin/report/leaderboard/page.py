@@ -8,49 +8,72 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
 
+from qvlm_plugin import __version__
+from qvlm_plugin.report.leaderboard.answers import Answers, answers_of
+from qvlm_plugin.report.leaderboard.overview import Overview, overviews
 from qvlm_plugin.report.leaderboard.paper import ReportedTable, paper_source
 from qvlm_plugin.report.leaderboard.reading import Board
 from qvlm_plugin.report.leaderboard.row import Row
 from qvlm_plugin.report.leaderboard.tables import APART, APART_NOTE, READING, REPORTED_NOTE
-from qvlm_plugin.report.leaderboard.view import Entry, groups
+from qvlm_plugin.report.leaderboard.view import Entry, Group, groups
+from qvlm_plugin.source import source_commit
 
-SHOWN = (
-    "model", "method", "scheme", "notes", "weight_bits", "activation_bits", "vision_weight_bits",
+SCRIPTS = (
+    "text",
+    "rows",
+    "state",
+    "columns",
+    "marks",
+    "filters",
+    "table",
+    "plot",
+    "details",
+    "compare",
+    "download",
+    "main",
+)
+"""The page's script, in parts that use what stands in earlier ones."""
+
+FACTS = (
+    "run", "model", "method", "scheme", "weight_bits", "activation_bits", "vision_weight_bits",
     "vision_activation_bits", "packed_bytes", "weight_bytes", "peak_memory_bytes", "tokens_per_second",
-    "search_seconds", "backend", "dtype", "device", "calibration", "options", "arguments", "plan_hash",
-    "model_fingerprint", "versions", "date", "run",
+    "search_seconds", "backend", "dtype", "device", "calibration", "seed", "options", "arguments", "plan_hash",
+    "model_fingerprint", "versions", "date",
 )  # fmt: skip
 """Fields of a row that the page tells of a run."""
 
+SCORES = ("value", "stderr", "difference", "rank", "rank_low", "rank_high")
+"""Fields of a row that the page tells of a score; the script knows them by their places."""
 
-def html_text(board: Board, reported: Sequence[ReportedTable]) -> str:
-    """The page."""
-    script = _resource("page.js")
-    data = {
-        "evaluations": [
-            {
-                "title": group.title,
-                "apart": group.apart,
-                "metrics": [
-                    {"name": name, "higher": _any(group.entries, name).higher_is_better} for name in group.metrics
-                ],
-                "runs": [_run(entry) for entry in group.entries],
-            }
-            for group in groups(board.rows)
-        ]
-    }
+
+def html_text(board: Board, reported: Sequence[ReportedTable], base: Path) -> str:
+    """The page.
+
+    Args:
+        board: ranked rows.
+        reported: tables of the paper that are shown beside.
+        base: folder that file names in rows start from, and that the page will be in.
+    """
+    found = groups(board.rows)
+    numbers = {run: number for number, run in enumerate(dict.fromkeys(row.run for row in board.rows))}
+    script = script_text()
+    answers = [answers_of(group, board.marks, base) for group in found]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(_resource("page.html.j2")).render(
         style=Markup(_resource("page.css")),
         script=Markup(script),
         policy=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=Markup(_embedded(data)),
+        data=Markup(_embedded(_data(board, found, numbers))),
+        answers=Markup(_embedded([one and _answers(one, numbers) for one in answers])),
         reading=READING.replace("`", ""),
         apart=APART,
         apart_note=APART_NOTE,
@@ -58,31 +81,94 @@ def html_text(board: Board, reported: Sequence[ReportedTable]) -> str:
         reported_note=REPORTED_NOTE,
         source=paper_source(),
         problems=board.problems,
+        made=datetime.now(UTC).date().isoformat(),
+        version=__version__,
+        commit=source_commit(),
     )
 
 
-def _run(entry: Entry) -> dict:
-    row = entry.main
+def script_text() -> str:
+    """The page's script: its parts in a scope of their own."""
+    parts = "\n".join(_resource(f"{name}.js") for name in SCRIPTS)
+    return f'"use strict";\n(() => {{\n{parts}}})();\n'
+
+
+def _data(board: Board, found: Sequence[Group], numbers: dict[str, int]) -> dict[str, Any]:
+    rows = {row.run: row for row in board.rows}
     return {
-        **{name: getattr(row, name) for name in SHOWN},
-        "scores": {
-            name: {field: getattr(one, field) for field in ("value", "percent", "stderr", "rank", "drop")}
-            for name, one in entry.scores.items()
-        },
-        "file": quote(row.file, errors="replace"),
-        "samples": row.samples and quote(row.samples, errors="replace"),
+        "runs": [_run(rows[run]) for run in numbers],
+        "evaluations": [_evaluation(group, numbers) for group in found],
+        "overviews": [_overview(one, found) for one in overviews(found, board.marks)],
     }
 
 
-def _any(entries: Sequence[Entry], metric: str) -> Row:
-    return next(entry.scores[metric] for entry in entries if metric in entry.scores)
+def _run(row: Row) -> dict[str, Any]:
+    version = dict(part.split(" ", 1) for part in (row.versions or "").split(", ") if " " in part).get("qvlm_plugin")
+    package = " ".join(filter(None, (version, row.commit and f"({row.commit})"))) or None
+    return {name: getattr(row, name) for name in FACTS} | {"package": package}
 
 
-def _embedded(data: dict) -> str:
+def _evaluation(group: Group, numbers: dict[str, int]) -> dict[str, Any]:
+    own = {name: [entry.scores[name] for entry in group.entries if name in entry.scores] for name in group.metrics}
+    return {
+        "name": group.name,
+        "title": group.title,
+        "label": group.label,
+        "apart": group.apart,
+        "documents": group.entries[0].main.documents,
+        "metrics": [
+            {"name": name, "higher": rows[0].higher_is_better, "percent": all(row.percent for row in rows)}
+            for name, rows in own.items()
+        ],
+        "entries": [_entry(entry, numbers) for entry in group.entries],
+    }
+
+
+def _entry(entry: Entry, numbers: dict[str, int]) -> dict[str, Any]:
+    row = entry.main
+    return {
+        "run": numbers[row.run],
+        "notes": row.notes,
+        "file": quote(row.file, errors="replace"),
+        "samples": row.samples and quote(row.samples, errors="replace"),
+        "scores": {name: [getattr(one, field) for field in SCORES] for name, one in entry.scores.items()},
+    }
+
+
+def _overview(one: Overview, found: Sequence[Group]) -> dict[str, Any]:
+    places = {
+        place: {id(entry): number for number, entry in enumerate(found[place].entries)} for place in range(len(found))
+    }
+    return {
+        "apart": one.apart,
+        "benchmarks": one.benchmarks,
+        "others": one.others,
+        "rows": [
+            {
+                "id": row.name,
+                "variant": row.variant,
+                "cells": {place: [places[place][id(entry)] for entry in own] for place, own in row.entries.items()},
+                "place": one.places.get(row.name),
+            }
+            for row in one.configurations
+        ],
+    }
+
+
+def _answers(one: Answers, numbers: dict[str, int]) -> dict[str, Any]:
+    return {
+        "differing": one.differing,
+        "questions": [[q.id, q.text, q.target, q.image, q.outcomes] for q in one.questions],
+        "pictures": one.pictures,
+        "picks": {numbers[run]: own for run, own in one.picks.items()},
+    }
+
+
+def _embedded(data: Any) -> str:
     """JSON that holds no character with a meaning in HTML."""
-    text = json.dumps(data, allow_nan=False)
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _resource(name: str) -> str:
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return files(__package__).joinpath("web", name).read_text(encoding="utf-8")

@@ -2,10 +2,15 @@
 
 import hashlib
 import json
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from qvlm_plugin.report.leaderboard.documents import Marks
+from qvlm_plugin.report.leaderboard.intervals import TaskScores, rank_intervals
 from qvlm_plugin.report.leaderboard.reading import STAND_IN, UNRANKED, Board, Problem
 from qvlm_plugin.report.leaderboard.row import Row
 
@@ -51,7 +56,7 @@ class Evaluation:
 
 
 def rank(board: Board) -> Board:
-    """The rows with their evaluations, drops from full precision and ranks, best first within each evaluation.
+    """The rows with their evaluations, differences from full precision and ranks, best first within each evaluation.
 
     Of runs that repeat another one with the same result or not, the newest stays.
     """
@@ -64,7 +69,7 @@ def rank(board: Board) -> Board:
         groups[row.apart, row.task, row.evaluation or "", row.metric].append(row)
     ranked = []
     for key in sorted(groups, key=lambda key: key[:3]):  # metrics stay in the tasks' order
-        ranked += _ranked(groups[key])
+        ranked += _ranked(groups[key], board.marks)
     return replace(board, rows=ranked, problems=problems)
 
 
@@ -133,7 +138,7 @@ def _version_notes(rows: Sequence[Row]) -> list[Problem]:
     return notes
 
 
-def _ranked(group: Sequence[Row]) -> list[Row]:
+def _ranked(group: Sequence[Row], marks: Mapping[tuple[str, str], Marks]) -> list[Row]:
     """Rows of one evaluation and metric, best first, those without a rank last."""
     sign = -1 if group[0].higher_is_better else 1
     rankable = [row for row in group if row.evaluation and not UNRANKED & set(row.notes)]
@@ -141,15 +146,36 @@ def _ranked(group: Sequence[Row]) -> list[Row]:
     for row in rankable:
         if row.method == "none":
             baselines[row.model_fingerprint or row.model].add(row.value)
+    intervals = _intervals(rankable, marks)
+    rankable_runs = {row.run for row in rankable}
+    values = sorted(sign * row.value for row in rankable)
     rows = []
     for row in group:
         update = {}
-        if row in rankable:
-            update["rank"] = 1 + sum(sign * other.value < sign * row.value for other in rankable)
+        if row.run in rankable_runs:
+            update |= dict(zip(("rank_low", "rank_high"), intervals.get(row.run, (None, None)), strict=True))
+            update["rank"] = 1 + bisect_left(values, sign * row.value)
         elif row.evaluation is None:
             update["notes"] = (*row.notes, UNKNOWN)
         baseline = baselines.get(row.model_fingerprint or row.model, set())
         if row.method not in (None, "none") and len(baseline) == 1:
-            update["drop"] = row.value - next(iter(baseline))
+            update["difference"] = row.value - next(iter(baseline))
         rows.append(row.model_copy(update=update))
     return sorted(rows, key=lambda row: (row.rank is None, sign * row.value, row.model, row.method or ""))
+
+
+def _intervals(rankable: Sequence[Row], marks: Mapping[tuple[str, str], Marks]) -> dict[str, tuple[int, int]]:
+    """Rank intervals by run, of the rows whose documents are known.
+
+    The others are never significantly better nor worse: they widen the intervals at their upper end.
+    """
+    found = {row.run: marks[row.run, row.task] for row in rankable if row.main and (row.run, row.task) in marks}
+    found = {run: own for run, own in found.items() if own.metric == rankable[0].metric}
+    first = next(iter(found.values()), None)
+    known = {run: own for run, own in found.items() if np.array_equal(own.ids, first.ids)}
+    if len(known) < 2:
+        return {}
+    task = TaskScores(np.stack([own.scores for own in known.values()]), first.images)
+    intervals = rank_intervals([task], higher_is_better=rankable[0].higher_is_better)
+    others = len(rankable) - len(known)
+    return {run: (low, high + others) for run, (low, high) in zip(known, intervals, strict=True)}

@@ -12,7 +12,7 @@ from typing import Any
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import concerning, parse_json
-from qvlm_plugin.report.leaderboard.documents import Coverage, read_coverage
+from qvlm_plugin.report.leaderboard.documents import Coverage, Marks, read_coverage
 from qvlm_plugin.report.leaderboard.row import Row
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
 from qvlm_plugin.report.results import BYPASS
@@ -41,10 +41,17 @@ class Problem:
 
 @dataclass
 class Board:
-    """Rows, and what was found wrong while they were read."""
+    """Rows, and what was found wrong while they were read.
+
+    Attributes:
+        rows: of all runs.
+        problems: file by file.
+        marks: documents by a row's ``run`` and ``task``, where usable samples lie beside the results.
+    """
 
     rows: list[Row] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    marks: dict[tuple[str, str], Marks] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def read_run(file: Path) -> Run:
         if "/" in task or not samples.is_file():
             continue
         try:
-            coverage[task] = read_coverage(samples)
+            coverage[task] = read_coverage(samples, main_metric(parsed, task))
         except QVLMError as error:
             problems.append(str(error))
             coverage[task] = Coverage(-1, "", {})
@@ -137,6 +144,9 @@ def read_board(files: Sequence[Path], base: Path) -> Board:
             if not rows:
                 board.problems.append(Problem(name, "holds no score"))
             board.rows += rows
+            usable = {row.task for row in rows if row.samples_digest}
+            kept = {task: one.marks for task, one in run.coverage.items() if task in usable}
+            board.marks |= {(run.hash[:16], task): marks for task, marks in kept.items() if marks}
         except QVLMError as error:
             board.problems.append(Problem(name, str(error).removeprefix(f"{file} ")))
     return board
@@ -151,10 +161,10 @@ def _rows(run: Run, base: Path, problems: list[Problem]) -> Iterator[Row]:
     for task, metrics in parsed.results.items():
         if task not in parsed.counts:  # a group: its members have rows of their own
             continue
-        order = [*_metric_list(parsed, task)]
+        main = main_metric(parsed, task)
+        order = [main, *_metric_list(parsed, task)]
         scores = [*_scores(task, metrics, name, problems)]
         scores.sort(key=lambda score: order.index(score[0]) if score[0] in order else len(order))
-        main = scores[0][0] if scores else None
         facts = _task_facts(run, task, base, name, problems)
         directions = parsed.higher_is_better.get(task) or {}
         for metric, value, stderr in scores:
@@ -174,10 +184,7 @@ def _rows(run: Run, base: Path, problems: list[Problem]) -> Iterator[Row]:
 def _scores(
     task: str, metrics: Mapping[str, Any], name: str, problems: list[Problem]
 ) -> Iterator[tuple[str, float, float | None]]:
-    for key, value in metrics.items():
-        metric, _, kind = key.partition(",")
-        if not kind or "_stderr" in metric or isinstance(value, bool) or not isinstance(value, int | float):
-            continue
+    for metric, kind, value in _numbers(metrics):
         if metric == BYPASS:
             problems.append(Problem(name, f"{task} was not scored (--predict_only)"))
             continue
@@ -187,6 +194,20 @@ def _scores(
         stderr = metrics.get(f"{metric}_stderr,{kind}")
         known = isinstance(stderr, int | float) and math.isfinite(stderr)
         yield metric, value, stderr if known else None
+
+
+def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """A task's scores with the names of their metrics and filters."""
+    for key, value in metrics.items():
+        metric, _, kind = key.partition(",")
+        if kind and "_stderr" not in metric and isinstance(value, int | float) and not isinstance(value, bool):
+            yield metric, kind, value
+
+
+def main_metric(parsed: ResultsFile, task: str) -> str | None:
+    """The first of a task's metrics, in its own order, that has a score."""
+    scored = [metric for metric, _, value in _numbers(parsed.results.get(task, {})) if math.isfinite(value)]
+    return next((metric for metric in _metric_list(parsed, task) if metric in scored), next(iter(scored), None))
 
 
 def _metric_list(parsed: ResultsFile, task: str) -> dict[str, dict[str, Any]]:
@@ -211,7 +232,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
         arguments = parsed.config.model_args
         return facts | {"arguments": str(arguments) if arguments else None}
     decoder, vision = qvlm.bits.get("decoder", {}), qvlm.bits.get("vision", {})
-    copied = ("packed_bytes", "search_seconds", "backend", "dtype", "device", "plan_hash")
+    copied = ("packed_bytes", "search_seconds", "backend", "dtype", "device", "plan_hash", "commit")
     return facts | {
         "model": f"{qvlm.pretrained or facts['model']}{f'@{qvlm.revision}' if qvlm.revision else ''}",
         "method": qvlm.method,
@@ -221,6 +242,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "vision_weight_bits": vision.get("weight"),
         "vision_activation_bits": vision.get("activation"),
         "calibration": qvlm.calibration and qvlm.calibration.source,
+        "seed": qvlm.calibration and qvlm.calibration.seed,
         "options": ", ".join(f"{key}={value}" for key, value in qvlm.options.items()) or None,
         "model_fingerprint": qvlm.model_fingerprint,
         "versions": ", ".join(f"{key} {value}" for key, value in sorted(qvlm.versions.items())) or None,

@@ -9,6 +9,10 @@ class Row(BaseModel):
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
     rank: int | None = Field(None, description="place among the rows of the same evaluation and metric; ties share it")
+    rank_low: int | None = Field(
+        None, description="best place that the documents do not exclude, by paired tests; main metric with samples only"
+    )
+    rank_high: int | None = Field(None, description="worst place that they do not exclude")
     model: str = Field(description="checkpoint, with its revision where one was named")
     method: str | None = Field(description="quantization method; null for models of other packages")
     scheme: str | None = Field(description="bit widths of weights and activations; null for models of other packages")
@@ -19,7 +23,7 @@ class Row(BaseModel):
     percent: bool = Field(False, description="whether it is known to be a share, from 0 to 1, and shown in percent")
     stderr: float | None = Field(description="its standard error by lmms-eval, which takes documents as independent")
     higher_is_better: bool = Field(description="which values rank first")
-    drop: float | None = Field(None, description="value minus that of the same model in full precision")
+    difference: float | None = Field(None, description="value minus that of the same model in full precision")
     documents: int = Field(description="documents evaluated")
     documents_total: int = Field(description="documents that the task has")
     evaluation: str | None = Field(
@@ -48,11 +52,13 @@ class Row(BaseModel):
     dtype: str | None = Field(None, description="compute type")
     device: str | None = Field(None, description="what it ran on")
     calibration: str | None = Field(None, description="source of the calibration documents")
+    seed: int | None = Field(None, description="of the draw of calibration documents")
     options: str | None = Field(None, description="options of the method")
     arguments: str | None = Field(None, description="model arguments of lmms-eval, for models of other packages")
     plan_hash: str | None = Field(None, description="SHA-256 of the plan")
     model_fingerprint: str | None = Field(None, description="SHA-256 of the checkpoint")
     versions: str | None = Field(None, description="of the packages that compute")
+    commit: str | None = Field(None, description="of this package's source, where it is known")
     date: str | None = Field(None, description="when lmms-eval began, as it writes it")
     run: str = Field(description="hash of the results file")
     file: str = Field(description="the results file, from the leaderboard's folder")

@@ -67,6 +67,7 @@ class Provenance(_Part):
     prompt_format: str | None = None
     system_prompt: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+    commit: str | None = None
     data: dict[str, DataOrigin] = Field(default_factory=dict)
     stand_in: bool = False
     answers: dict[str, dict[str, int]] = Field(default_factory=dict)

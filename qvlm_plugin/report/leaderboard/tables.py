@@ -14,11 +14,12 @@ from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.shares import PERCENT, number_text, score_text
 
 READING = (
-    "Ranks hold within a table: its rows share data, split, prompt and documents. Shares are in percent, other scores "
-    "as lmms-eval gives them. ±: lmms-eval's standard error, which takes documents as independent; `qvlm compare` and "
-    "`qvlm paired` test differences. Drop: below (−) or above the same model in full precision. Size: quantized "
-    "weights as their formats say, scales included, and all else in 16 bits. Memory and speed are measured, memory as "
-    "weights / peak of the run; they are left out where low bits are simulated (backend reference)."
+    "Ranks hold within a table: its rows share data, split, prompt and documents. A rank such as 2–7 names the places "
+    "that the documents do not exclude, by paired tests of all runs. Shares are in percent, other scores as lmms-eval "
+    "gives them. ±: lmms-eval's standard error, which takes documents as independent; `qvlm compare` and `qvlm paired` "
+    "test differences. Difference: below (−) or above the same model in full precision. Size: quantized weights as "
+    "their formats say, scales included, and all else in 16 bits. Memory and speed are measured, memory as weights / "
+    "peak of the run; they are left out where low bits are simulated (backend reference)."
 )
 APART = "Stand-in data, or a part of the documents"
 APART_NOTE = "These rows say nothing about the real benchmarks and cannot be compared with the ones above."
@@ -77,7 +78,7 @@ def markdown_text(board: Board, reported: Sequence[ReportedTable]) -> str:
 def group_grid(group: Group) -> Grid:
     """An evaluation's runs, and their scores by every metric."""
     main, *others = group.metrics
-    header = ("rank", "model", "method", "scheme", "bits", main, "drop", *others)
+    header = ("rank", "model", "method", "scheme", "bits", main, "difference", *others)
     header = (*header, "size", "memory", "tokens/s", "search", "notes")
     rows = (_cells(entry, main, others) for entry in group.entries)
     return Grid(tuple(map(plain, header)), tuple(tuple(map(plain, row)) for row in rows))
@@ -86,13 +87,13 @@ def group_grid(group: Group) -> Grid:
 def _cells(entry: Entry, main: str, others: Sequence[str]) -> tuple[str, ...]:
     row, score = entry.main, entry.scores.get(main)
     return (
-        "–" if score is None or score.rank is None else str(score.rank),
+        "–" if score is None or score.rank is None else _rank(score),
         row.model,
         row.method or "–",
         row.scheme or "–",
         bits(row),
         cell(score),
-        "" if score is None or score.drop is None else _drop(score),
+        "" if score is None or score.difference is None else _difference(score),
         *(cell(entry.scores.get(metric)) for metric in others),
         size(row.packed_bytes) if row.packed_bytes else "",
         " / ".join(size(value) for value in (row.weight_bytes, row.peak_memory_bytes)) if row.weight_bytes else "",
@@ -107,8 +108,12 @@ def cell(row: Row | None) -> str:
     return "" if row is None else score_text(row.value, row.stderr, PERCENT if row.percent else 1)
 
 
-def _drop(row: Row) -> str:
-    return number_text(row.drop, PERCENT if row.percent else 1, signed=True).replace("-", "−")
+def _rank(row: Row) -> str:
+    return str(row.rank) if row.rank_low in (None, row.rank_high) else f"{row.rank_low}–{row.rank_high}"
+
+
+def _difference(row: Row) -> str:
+    return number_text(row.difference, PERCENT if row.percent else 1, signed=True).replace("-", "−")
 
 
 def bits(row: Row) -> str:

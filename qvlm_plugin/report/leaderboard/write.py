@@ -36,7 +36,7 @@ def write_leaderboard(paths: Sequence[Path], output: Path, *, with_reported: boo
         "json": json_text(board, reported),
         "csv": csv_text(board),
         "md": markdown_text(board, reported),
-        "html": html_text(board, reported),
+        "html": html_text(board, reported, output),
     }
     for suffix, text in texts.items():
         write_file(output / f"leaderboard.{suffix}", text.encode("utf-8", "replace"))

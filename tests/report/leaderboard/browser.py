@@ -11,11 +11,16 @@ from pathlib import Path
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 
 
+def find_browser():
+    """The browser's program; None where there is none."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
 @contextmanager
-def opened(file: Path, profile: Path, *, width=1200, height=900, mobile=False):
-    """While active, a browser that shows the file and has no network."""
-    program = next(filter(None, map(shutil.which, NAMES)), None)
-    assert program, f"the page is tested in a browser: install one of {', '.join(NAMES)}"
+def opened(file: Path, profile: Path, *, width=1200, height=900, mobile=False, address=""):
+    """While active, a browser that shows the file and has no network; ``address`` goes behind the file's name."""
+    program = find_browser()
+    assert program, f"the page needs a browser: install one of {', '.join(NAMES)}"
     (commands_out, commands), (answers, answers_in) = os.pipe(), os.pipe()
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
     redirected = f'exec "$@" 3<&{commands_out} 4>&{answers_in}'  # where the browser looks for its pipe
@@ -28,7 +33,8 @@ def opened(file: Path, profile: Path, *, width=1200, height=900, mobile=False):
     os.close(answers_in)
     try:
         with os.fdopen(commands, "wb") as sending, os.fdopen(answers, "rb") as receiving:
-            yield Page(sending, receiving, file, {"width": width, "height": height, "mobile": mobile})
+            screen = {"width": width, "height": height, "mobile": mobile}
+            yield Page(sending, receiving, f"{file.resolve().as_uri()}{address}", screen)
     finally:
         process.terminate()
         process.wait(30)
@@ -41,7 +47,7 @@ class Page:
         events: what the browser told while commands ran: exceptions, log entries, requests.
     """
 
-    def __init__(self, sending, receiving, file, screen):
+    def __init__(self, sending, receiving, url, screen):
         self._sending, self._receiving, self._number, self._session = sending, receiving, 0, None
         self.events = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
@@ -50,9 +56,17 @@ class Page:
             self.send(f"{domain}.enable")
         self.send("Emulation.setDeviceMetricsOverride", deviceScaleFactor=1, **screen)
         self.send("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
-        self.send("Page.navigate", url=file.resolve().as_uri())
+        self.load(url)
+
+    def load(self, url):
+        """Open another page; what events told of the one before is forgotten."""
+        self.send("Page.navigate", url="about:blank")
+        self.events.clear()
+        self.send("Page.navigate", url=url)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._receive()
+        while self.run("document.readyState !== 'complete' || location.href === 'about:blank'"):
+            pass
 
     def send(self, method, **params):
         """Run a command of the DevTools protocol; returns its result."""
@@ -100,10 +114,28 @@ class Page:
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **box)
 
+    def press(self, key, code):
+        """Press a key."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def text(self, selector):
+        """The text of an element."""
+        return self.run(f"document.querySelector({json.dumps(selector)}).textContent")
+
+    def is_shown(self, selector):
+        """Whether an element can be seen."""
+        return self.run(f"document.querySelector({json.dumps(selector)}).checkVisibility()")
+
     def table(self):
-        """The text of the runs' rows, cell by cell."""
+        """The text of the rows by column."""
         return self.run(
-            "[...document.querySelectorAll('#runs tr.run')].map(row => [...row.cells].map(cell => cell.textContent))"
+            "(() => { const keys = [...document.querySelectorAll('#runs thead th:not(.run) button')]"
+            ".map((one) => one.dataset.key);"
+            "return [...document.querySelectorAll('#runs tbody tr.run')].map((row) => ({"
+            "method: row.querySelector('.more').textContent, scheme: row.querySelector('.scheme').textContent,"
+            "model: row.querySelector('.model').textContent,"
+            "...Object.fromEntries(keys.map((key, place) => [key, row.cells[place + 1].textContent]))})); })()"
         )
 
     def trouble(self):
@@ -112,9 +144,11 @@ class Page:
         found = [event for event in self.events if event["method"] in kinds]
         requests = [event for event in self.events if event["method"] == "Network.requestWillBeSent"]
         urls = {event["params"]["request"]["url"] for event in requests}
-        return found + sorted(url for url in urls if not url.endswith("leaderboard.html"))
+        return found + sorted(url for url in urls if "leaderboard.html" not in url and not url.startswith("data:"))
 
     def screenshot(self, file):
         """Write a picture of the whole page."""
-        picture = self.send("Page.captureScreenshot", captureBeyondViewport=True, format="png")
+        size = self.send("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        picture = self.send("Page.captureScreenshot", captureBeyondViewport=True, format="png", clip=clip)
         file.write_bytes(base64.b64decode(picture["data"]))

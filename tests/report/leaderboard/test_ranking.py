@@ -29,7 +29,8 @@ def test_ranks_are_the_order_of_scores(tmp_path):
     rows = by_run(found)
     assert {name: row.rank for name, row in rows.items()} == {"none": 1, "b": 2, "a": 3, "c": 3}
     assert [row.rank for row in found.rows] == [1, 2, 3, 3]
-    assert rows["none"].drop is None and rows["a"].drop == -0.5 and rows["b"].drop == -0.25
+    assert rows["none"].difference is None and rows["a"].difference == -0.5 and rows["b"].difference == -0.25
+    assert {name: (row.rank_low, row.rank_high) for name, row in rows.items()} == dict.fromkeys(rows, (1, 4))
     assert len({row.evaluation for row in found.rows}) == 1
 
 

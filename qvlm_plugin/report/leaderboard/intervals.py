@@ -1,0 +1,75 @@
+"""Rank intervals: which places a run may have, given that documents were drawn by chance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+LEVEL = 0.05
+
+_BLOCK = 256
+"""Runs that are compared with all others at a time."""
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """The documents of one task in several runs.
+
+    Attributes:
+        scores: float[runs, n].
+        clusters: which documents share an image, int64[n]; the same number is the same image in any task.
+    """
+
+    scores: np.ndarray
+    clusters: np.ndarray
+
+
+def rank_intervals(tasks: Sequence[TaskScores], *, higher_is_better: bool) -> list[tuple[int, int]]:
+    """Of each run the best and the worst rank that the data do not exclude, by the mean of the tasks' means.
+
+    A run is below another one where the difference of the two is significant: the sign-flip test of `report.paired`,
+    by its normal approximation with a correction for continuity (for 0/1 scores of independent documents, McNemar's
+    corrected test), because all pairs of runs are tested. Each run's tests are adjusted by Bonferroni for the number of
+    other runs, so that a run's interval holds its true rank with a probability of at least 1 - `LEVEL` (Mogstad,
+    Romano, Shaikh and Wilhelm 2024, marginal confidence sets).
+
+    Args:
+        tasks: at least one, with the same runs.
+        higher_is_better: which means rank first.
+    """
+    runs = len(tasks[0].scores)
+    if runs == 1:
+        return [(1, 1)]
+    means = np.mean([task.scores.mean(axis=1, dtype=np.float64) for task in tasks], axis=0)
+    means = means if higher_is_better else -means
+    step = min(_step(task.scores) / (task.scores.shape[1] * len(tasks)) for task in tasks)
+    quantile = NormalDist().inv_cdf(1 - LEVEL / (2 * (runs - 1)))
+    sums = _cluster_sums(tasks)
+    squares = (sums**2).sum(axis=1)
+    intervals = []
+    for start in range(0, runs, _BLOCK):
+        own = slice(start, start + _BLOCK)
+        # Of a pair, the variance of the difference if all signs of clusters are equally likely.
+        variances = squares[own, None] + squares - 2 * sums[own] @ sums.T
+        margin = quantile * np.sqrt(np.maximum(variances, 0)) + step
+        gains = means[own, None] - means
+        better, worse = (gains < -margin).sum(axis=1), (gains > margin).sum(axis=1)
+        intervals += [(1 + int(low), runs - int(high)) for low, high in zip(better, worse, strict=True)]
+    return intervals
+
+
+def _cluster_sums(tasks: Sequence[TaskScores]) -> np.ndarray:
+    """What each cluster contributes to each run's mean, float64[runs, clusters]."""
+    _, labels = np.unique(np.concatenate([task.clusters for task in tasks]), return_inverse=True)
+    sums = np.zeros((len(tasks[0].scores), labels.max() + 1))
+    for task, own in zip(tasks, np.split(labels, np.cumsum([len(task.clusters) for task in tasks])[:-1]), strict=True):
+        for run, values in enumerate(task.scores / (len(own) * len(tasks))):
+            sums[run] += np.bincount(own, weights=values, minlength=sums.shape[1])
+    return sums
+
+
+def _step(scores: np.ndarray) -> float:
+    """The smallest difference between two scores that a document can have; 0 where all have the same."""
+    values = np.unique(scores.round(6))
+    return float(np.diff(values).min()) if len(values) > 1 else 0.0

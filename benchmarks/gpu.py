@@ -1,7 +1,7 @@
 """All that there is to measure on a machine with a GPU, in one command of at most nine minutes.
 
-It takes this package, torch and transformers. Each step is a benchmark of this folder with a share of the time; one that
-fails or takes too long does not keep the others from running. Rows go to a folder, for `markdown.py`.
+It takes this package, torch and transformers. Each step is a benchmark of this folder with a share of the time; the
+others run even where one fails or takes too long. Rows go to a folder, for `markdown.py`.
 
 python benchmarks/gpu.py
 python benchmarks/gpu.py --steps selftests,kernels --output /tmp/gpu

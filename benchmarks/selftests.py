@@ -1,4 +1,4 @@
-"""Whether every kernel computes on a device what the reference computes: each one's self-test, for each format it takes.
+"""Whether kernels compute on a device what the reference computes: the self-test of each, for each format it takes.
 
 python benchmarks/selftests.py
 python benchmarks/selftests.py --device cuda --json selftests-cuda.json

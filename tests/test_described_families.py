@@ -67,6 +67,18 @@ def answers(loaded):
     return loaded.model.generate(**placed, max_new_tokens=2, do_sample=False)[:, inputs["input_ids"].shape[1] :]
 
 
+@torch.no_grad()
+def outputs_of(model, blocks, inputs):
+    """What each block writes in one forward pass, by name."""
+    seen = {}
+    with ExitStack() as stack:
+        for name, block in blocks:
+            handle = block.register_forward_hook(lambda _, args, output, name=name: seen.update({name: output}))
+            stack.callback(handle.remove)
+        model(**inputs)
+    return seen
+
+
 def test_every_model_type_has_a_description():
     assert tuple(DESCRIPTIONS) == MODEL_TYPES
 
@@ -118,14 +130,7 @@ def test_blocks_one_by_one_equal_the_whole_model(family, samples, rows):
     inputs, _ = next(samples.batches(family.processor, 3))
     for part in ORDER:
         for blocks in chains_of(context.topology, family.model, part):
-            expected = {}
-            with ExitStack() as stack:
-                for name, block in blocks:
-                    handle = block.register_forward_hook(
-                        lambda _, args, output, name=name: expected.update({name: output})
-                    )
-                    stack.callback(handle.remove)
-                family.model(**inputs)
+            expected = outputs_of(family.model, blocks, inputs)
             hidden = block_inputs(context, part, blocks)
             for name, block in blocks:
                 hidden = hidden.through(name, block)

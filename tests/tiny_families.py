@@ -3,6 +3,7 @@
 import torch
 from tiny_llava import CHAT_TEMPLATE, byte_tokenizer, randomized
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -29,6 +30,7 @@ from transformers import (
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PaliGemmaConfig,
@@ -56,6 +58,8 @@ from transformers import (
     SmolVLMImageProcessorPil,
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 TEXT = {
@@ -112,6 +116,28 @@ def write_tiny_llava_onevision(directory, seed=0):
         vision_feature_select_strategy="full", chat_template=CHAT_TEMPLATE, vision_aspect_ratio="anyres_max_9",
     )  # fmt: skip
     return _save(directory, LlavaOnevisionForConditionalGeneration(config), processor)
+
+
+def write_tiny_vip_llava(directory, seed=0):
+    """A family that the package does not know: features of two layers side by side, a norm in the projector."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    config = VipLlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION | {"num_hidden_layers": 2}, projection_dim=16),
+        text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT),
+        image_token_index=3,
+        vision_feature_layer=[-1, -2],
+        image_seq_length=4,
+    )
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    )
+    return _save(directory, VipLlavaForConditionalGeneration(config), processor)
 
 
 SMALL = VISION | {"num_hidden_layers": 2, "patch_size": 7}

@@ -177,7 +177,7 @@ def encode(
     special = {"add_special_tokens": not (tokenizer.bos_token and prompts[0].startswith(tokenizer.bos_token))}
     with _marks_removed(processor.tokenizer, texts):
         inputs = processor(
-            images=images if any(images) else None,
+            images=images,
             text=texts,
             padding=True,
             padding_side="left",

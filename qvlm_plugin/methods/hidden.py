@@ -322,6 +322,9 @@ def quantized_inputs(
 
 
 def _require_finite(states: Tensor, attended: Tensor, what: str) -> None:
-    # Padding may hold anything: no token that counts attends to it.
-    if not states[attended.to(states.device)].isfinite().all():
+    # Padding may hold anything: no token that counts attends to it. A projector that joins patches writes fewer tokens
+    # than it reads, and none of them is padding.
+    if attended.shape == states.shape[:-1]:
+        states = states[attended.to(states.device)]
+    if not states.isfinite().all():
         raise QVLMError(f"{what} is not finite on calibration data; try dtype=float32")

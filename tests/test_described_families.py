@@ -3,6 +3,7 @@
 import copy
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -138,20 +139,33 @@ def test_blocks_one_by_one_equal_the_whole_model(family, samples, rows):
                 assert torch.allclose(hidden.states[0][kept], expected[name][kept], atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def plans(family, samples):
+    """Searches plans of the family, each once."""
+
+    @cache
+    def search(method, scheme):
+        request = check_request(method, scheme, {**OPTIONS[method], "calibration_batch_size": 3})
+        return planning.obtain_plan(family, request, samples, None)
+
+    return search
+
+
+def quantized(loaded, plan, backend="reference"):
+    """The model quantized by the plan; ``loaded`` itself stays as it is."""
+    twin = replace(loaded, model=copy.deepcopy(loaded.model))
+    planning.apply(plan, twin, backend)
+    return twin
+
+
 @pytest.mark.parametrize("method", OPTIONS)
-def test_presets_quantize_and_a_saved_plan_answers_alike(family, samples, method, tmp_path):
+def test_presets_quantize_and_a_saved_plan_answers_alike(family, plans, method, tmp_path):
     inputs, _ = encode(family.processor, CONVERSATIONS)
     exact, errors = logits_of(family.model, inputs), {}
     for scheme in ("w8a8", "w4a4"):
-        request = check_request(method, scheme, {**OPTIONS[method], "calibration_batch_size": 2})
-        plan = planning.obtain_plan(family, request, samples, None)
-        plan.save(tmp_path / scheme)
-        twins = [replace(family, model=copy.deepcopy(family.model)) for _ in range(2)]
-        planning.apply(plan, twins[0])
-        planning.apply(RoundingPlan.load(tmp_path / scheme), twins[1])
-        logits = logits_of(twins[0].model, inputs)
-        assert torch.equal(logits_of(twins[1].model, inputs), logits)
-        assert torch.equal(answers(twins[1]), answers(twins[0]))
+        plan = plans(method, scheme)
+        twin = quantized(family, plan)
+        logits = logits_of(twin.model, inputs)
         errors[scheme] = float((logits - exact).norm() / exact.norm())
         bits = plan.effective_bits()
         assert {"vision", "decoder"} <= bits.keys() <= {*ORDER, "other"}
@@ -159,15 +173,16 @@ def test_presets_quantize_and_a_saved_plan_answers_alike(family, samples, method
             assert bits[part]["activation"] == int(scheme[1]) <= bits[part]["weight"] < int(scheme[1]) + 2
     assert 0 < errors["w8a8"] < 0.15
     assert errors["w8a8"] < errors["w4a4"]
+    plan.save(tmp_path / "plan")
+    again = quantized(family, RoundingPlan.load(tmp_path / "plan"))
+    assert torch.equal(logits_of(again.model, inputs), logits)
+    assert torch.equal(answers(again), answers(twin))
 
 
-def test_an_exported_folder_answers_alike(family, samples, tmp_path):
-    request = check_request("qvlm_rotated", "w4a4+vision:w8a8", {**SMALL, "calibration_batch_size": 2})
-    plan = planning.obtain_plan(family, request, samples, None)
-    quantized, exported = (replace(family, model=copy.deepcopy(family.model)) for _ in range(2))
-    planning.apply(plan, quantized, "packed")
+def test_an_exported_folder_answers_alike(family, plans, tmp_path):
+    plan, exported = plans("qvlm_rotated", "w4a4"), replace(family, model=copy.deepcopy(family.model))
     export(plan, exported, tmp_path / "packed", backend="packed")
-    again = load(str(tmp_path / "packed"), dtype="float32", check_config=plugins.topology)
+    again, twin = load(str(tmp_path / "packed"), dtype="float32"), quantized(family, plan, "packed")
     inputs, _ = encode(again.processor, CONVERSATIONS)
-    assert torch.equal(logits_of(again.model, inputs), logits_of(quantized.model, inputs))
-    assert torch.equal(answers(again), answers(quantized))
+    assert torch.equal(logits_of(again.model, inputs), logits_of(twin.model, inputs))
+    assert torch.equal(answers(again), answers(twin))

@@ -127,10 +127,10 @@ def qvlm_methods() -> list[Method]:
 
 @hookimpl(trylast=True)
 def qvlm_topology(config: "PretrainedConfig") -> "Topology | None":
-    """The LLaVA family; asked after other packages, so that they may describe a family better."""
-    from qvlm_plugin.families.llava import llava_topology
+    """The families that come with the package; asked after other packages, so that they may describe one better."""
+    from qvlm_plugin.families.described import described_topology
 
-    return llava_topology(config)
+    return described_topology(config)
 
 
 @hookimpl

@@ -170,13 +170,19 @@ def encode(
     tokenizer = processor.tokenizer
     prompts = [render(processor, conversation) for conversation in conversations]
     texts = [prompt + tail for prompt, tail in zip(prompts, continuations or [""] * len(prompts), strict=True)]
-    # By conversation: LLaVA-OneVision crops an image only where it is the conversation's only one.
-    images = [list(each.images) for each in conversations if each.images]
+    # By conversation: LLaVA-OneVision crops an image only where it is the conversation's only one, and Idefics3 counts
+    # the images of each.
+    images = [list(each.images) for each in conversations] if any(each.images for each in conversations) else None
     # A template that writes the beginning-of-sequence token itself must not get a second one from the tokenizer.
     special = {"add_special_tokens": not (tokenizer.bos_token and prompts[0].startswith(tokenizer.bos_token))}
     with _marks_removed(processor.tokenizer, texts):
         inputs = processor(
-            images=images or None, text=texts, padding=True, padding_side="left", return_tensors="pt", **special
+            images=images,
+            text=texts,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **special,
         )
         mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         if continuations is not None:
@@ -186,6 +192,9 @@ def encode(
                 if added < 1:
                     raise QVLMError(f"continuation {text[len(prompt) :]!r} adds no token to its prompt")
                 mask[row, -added:] = True
+    kind = getattr(processor, "answer_token_type", None)
+    if kind is not None:
+        inputs["token_type_ids"][mask] = kind
     return inputs, mask
 
 

@@ -51,17 +51,26 @@ class Topology:
     """A family of vision-language models.
 
     Attributes:
-        vision_path, projector_path, decoder_path: attribute paths of the parts, from the top of the model.
-        vision, projector, decoder: what the parts are made of.
+        vision_path, projector_path, decoder_path: attribute paths of the parts, from the top of the model. A model with
+            several projectors, each of which reads features of its own, has several paths; that of a ModuleList stands
+            for its members.
+        vision, projector, decoder: what the parts are made of; of several projectors, each of them.
     """
 
     vision_path: str
     vision: Stack
-    projector_path: str
+    projector_path: str | tuple[str, ...]
     projector: Stack
     decoder_path: str
     decoder: Stack
 
+    def paths(self, part: str) -> tuple[str, ...]:
+        """The attribute paths of a part: one, or those of several projectors."""
+        path = getattr(self, f"{part}_path")
+        return (path,) if isinstance(path, str) else path
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 ORDER = ("vision", "projector", "decoder")
 """The parts in the order of the computation."""
@@ -94,7 +103,8 @@ def resolve(topology: Topology, model: PreTrainedModel) -> tuple[Site, ...]:
     Vision blocks above the deepest feature layer that the projector reads do not affect the output and have no site.
 
     Raises:
-        QVLMError: a described module is not in the model, or a block holds a Linear that the topology does not name.
+        QVLMError: a described module is not in the model, or a block holds a Linear that the topology does not name, or
+            weights of another kind.
     """
     return tuple(site for part in ORDER for site in _sites(topology, model, part))
 
@@ -114,10 +124,20 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
-def blocks_of(topology: Topology, model: PreTrainedModel, part: str) -> list[tuple[str, nn.Module]]:
+Blocks = list[tuple[str, nn.Module]]
+"""Blocks with their full names."""
+
+
+def blocks_of(topology: Topology, model: PreTrainedModel, part: str) -> Blocks:
     """The blocks of a part that have sites, with their full names, bottom to top."""
-    blocks = _blocks(model, getattr(topology, f"{part}_path"), getattr(topology, part))
-    return blocks[: _used_vision_blocks(model.config, len(blocks))] if part == "vision" else blocks
+    return [block for chain in chains_of(topology, model, part) for block in chain]
+
+
+def chains_of(topology: Topology, model: PreTrainedModel, part: str) -> list[Blocks]:
+    """The same, with those together of which each reads what the one before writes: a stack, or a projector."""
+    stack = getattr(topology, part)
+    chains = [chain for path in topology.paths(part) for chain in _chains(model, path, stack)]
+    return [chain[: _used_vision_blocks(model.config, len(chain))] for chain in chains] if part == "vision" else chains
 
 
 def _used_vision_blocks(config: PretrainedConfig, depth: int) -> int:
@@ -127,18 +147,33 @@ def _used_vision_blocks(config: PretrainedConfig, depth: int) -> int:
     return max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
 
 
-def _blocks(model: nn.Module, part_path: str, stack: Stack) -> list[tuple[str, nn.Module]]:
+def _chains(model: nn.Module, part_path: str, stack: Stack) -> list[Blocks]:
     path = f"{part_path}.{stack.blocks}" if stack.blocks else part_path
     try:
         module = model.get_submodule(path)
     except AttributeError as error:
         raise QVLMError(f"the topology names {path!r}, which {type(model).__name__} does not have") from error
-    return [(f"{path}.{index}", block) for index, block in enumerate(module)] if stack.blocks else [(path, module)]
+    if not isinstance(module, nn.ModuleList):
+        return [[(path, module)]]
+    members = [(f"{path}.{index}", block) for index, block in enumerate(module)]
+    return [members] if stack.blocks else [[member] for member in members]
+
+
+def _require_only_linears(path: str, block: nn.Module) -> None:
+    """Check that a block has no weights of other kinds that are multiplied: experts in one Parameter."""
+    for name, parameter in block.named_parameters():
+        owner = block.get_submodule(name.rpartition(".")[0])
+        if parameter.dim() > 2 and not isinstance(owner, _CONVOLUTIONS):
+            raise QVLMError(
+                f"{path}: {name} is a Parameter of shape {tuple(parameter.shape)}, not a Linear: models whose experts "
+                "are kept together in one Parameter cannot be quantized"
+            )
 
 
 def _sites(topology: Topology, model: PreTrainedModel, part: str) -> Iterator[Site]:
     stack = getattr(topology, part)
     for index, (path, block) in enumerate(blocks_of(topology, model, part)):
+        _require_only_linears(path, block)
         linears = linear_layers(block)
         undescribed = linears.keys() - set(stack.kept)
         for group in stack.groups:

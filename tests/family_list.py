@@ -4,7 +4,20 @@ from functools import partial
 
 from moe_llava import write_moe_llava
 from original_llava import write_original_llava
-from tiny_families import write_tiny_llava_next, write_tiny_llava_onevision
+from tiny_families import (
+    write_tiny_gemma3,
+    write_tiny_idefics3,
+    write_tiny_internvl,
+    write_tiny_llava_next,
+    write_tiny_llava_onevision,
+    write_tiny_mistral3,
+    write_tiny_paligemma2,
+    write_tiny_pixtral,
+    write_tiny_qwen2_5_vl,
+    write_tiny_qwen2_vl,
+    write_tiny_qwen3_vl,
+    write_tiny_smolvlm,
+)
 from tiny_llava import write_tiny_llava
 
 FAMILIES = {
@@ -15,3 +28,17 @@ FAMILIES = {
     "llava-next": write_tiny_llava_next,
     "llava-onevision": write_tiny_llava_onevision,
 }
+
+DESCRIBED = {
+    "gemma3": write_tiny_gemma3,
+    "idefics3": write_tiny_idefics3,
+    "internvl": write_tiny_internvl,
+    "mistral3": write_tiny_mistral3,
+    "paligemma2": write_tiny_paligemma2,
+    "pixtral": write_tiny_pixtral,
+    "qwen2-vl": write_tiny_qwen2_vl,
+    "qwen2.5-vl": write_tiny_qwen2_5_vl,
+    "qwen3-vl": write_tiny_qwen3_vl,
+    "smolvlm": write_tiny_smolvlm,
+}
+"""Those of the Hugging Face layout beside LLaVA's."""

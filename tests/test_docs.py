@@ -18,6 +18,7 @@ from qvlm_plugin.calibration import parse_sources
 from qvlm_plugin.cli import app
 from qvlm_plugin.commands.arguments import reference
 from qvlm_plugin.harness.arguments import ModelArguments, parse_arguments
+from qvlm_plugin.harness.manifest import MODEL_IDS
 from qvlm_plugin.models.prompts import PROMPT_FORMATS
 from qvlm_plugin.scheme import Scheme
 
@@ -63,7 +64,7 @@ def check(words, monkeypatch):
         case ["lmms-eval", *rest] | ["torchrun", "--nproc_per_node", _, "-m", "lmms_eval", *rest]:
             monkeypatch.setattr(sys, "argv", ["lmms-eval", *rest])
             _, given = parse_eval_args()
-            assert given.model == "qvlm_llava" and given.tasks
+            assert given.model in MODEL_IDS and given.tasks
             parse_arguments(dict(pair.split("=", 1) for pair in given.model_args.split(",")))
         case ["make", target, *_]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -104,11 +104,11 @@ import sys
 import lmms_eval.models.registry_v2
 before = set(sys.modules)
 from qvlm_plugin.harness.manifest import manifests
-(manifest,) = manifests()
-print(manifest.model_id, *sorted(set(sys.modules) - before))
+one, other = manifests()
+print(one.model_id, other.model_id, *sorted(set(sys.modules) - before))
 """
-    name, *modules = python(code).splitlines()[-1].split()
-    assert name == "qvlm_llava"
+    one, other, *modules = python(code).splitlines()[-1].split()
+    assert (one, other) == ("qvlm", "qvlm_llava")
     # Where transformers is imported already, the quantizer is entered there.
     ours = {"qvlm_plugin", "qvlm_plugin.registration", "qvlm_plugin.hf_quantizer", "qvlm_plugin.errors"}
     ours |= {"qvlm_plugin.models", "qvlm_plugin.models.moe_stablelm_config"}

@@ -1,4 +1,4 @@
-"""A family that the package does not know, described by another package as docs/add-a-family.md says: Qwen2.5-VL."""
+"""A family that the package does not know, described by another package as docs/add-a-family.md says: ViP-LLaVA."""
 
 import re
 import types
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import write_tiny_qwen2_5_vl
+from tiny_families import write_tiny_vip_llava
 from tiny_llava import logits_of, random_image
 
 from qvlm_plugin import builtin, planning, plugins
@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "add-a-family.md"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_qwen2_5_vl(tmp_path_factory.mktemp("qwen") / "model")
+    return write_tiny_vip_llava(tmp_path_factory.mktemp("vip") / "model")
 
 
 @pytest.fixture
@@ -35,14 +35,14 @@ def described(monkeypatch):
 
 
 def test_without_a_plugin_it_is_refused_before_its_weights(folder):
-    with pytest.raises(QVLMError, match=r"'qwen2_5_vl' is not supported; .*docs/add-a-family\.md"):
+    with pytest.raises(QVLMError, match=r"'vipllava' is not supported; .*docs/add-a-family\.md"):
         load(str(folder), check_config=plugins.topology)
 
 
 def test_a_model_can_be_looked_at_before_it_is_described(folder, capsys):
     (code,) = re.findall(r"```python\n(from qvlm_plugin\.models.*?)```", PAGE.read_text(), re.DOTALL)
     exec(code.replace("path/to/model", str(folder)), {})
-    assert "model.visual.blocks.0.attn.qkv (48, 16)\n" in capsys.readouterr().out
+    assert "model.multi_modal_projector.linear_1 (32, 48)\n" in capsys.readouterr().out
 
 
 def test_linears_of_a_group_read_the_same_tensor(folder, described):

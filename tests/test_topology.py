@@ -69,3 +69,11 @@ def test_unknown_families_are_named(loaded):
     loaded.model.config.model_type = "gpt-image"
     with pytest.raises(QVLMError, match="'gpt-image' is not supported"):
         plugins.topology(loaded.model.config)
+
+
+def test_experts_in_one_parameter_are_an_error(loaded):
+    loaded.model.model.language_model.layers[1].mlp.gate_up_proj = nn.Parameter(torch.zeros(4, 8, 2))
+    with pytest.raises(
+        QVLMError, match=r"layers\.1: mlp\.gate_up_proj is a Parameter of shape \(4, 8, 2\), not a Linear"
+    ):
+        resolve(llava_topology(loaded.model.config), loaded.model)

@@ -26,7 +26,7 @@ Written by `qvlm arguments`, which also lists what installed plugins add. `true`
 
 ## Model arguments
 
-Of `lmms-eval --model qvlm_llava --model_args NAME=VALUE,…`. Any other name is an option of the method.
+Of `lmms-eval --model qvlm --model_args NAME=VALUE,…`. Any other name is an option of the method.
 
 {arguments}
 

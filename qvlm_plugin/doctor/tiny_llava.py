@@ -24,8 +24,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer(*more_specials: str) -> PreTrainedTokenizerFast:
-    """A token for each byte, after <pad>, <s>, </s>, <image> and more special tokens."""
+def byte_tokenizer(*more_specials: str, **named: str) -> PreTrainedTokenizerFast:
+    """A token for each byte, after <pad>, <s>, </s>, <image> and more special tokens.
+
+    Args:
+        more_specials: in this order.
+        named: those of them that a processor asks for by name, as ``boi_token="<begin>"``.
+    """
     specials = ["<pad>", "<s>", "</s>", "<image>", *more_specials]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(specials + alphabet)}
@@ -39,6 +44,7 @@ def byte_tokenizer(*more_specials: str) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         additional_special_tokens=specials[3:],
         padding_side="left",
+        **named,
     )
 
 

@@ -1,4 +1,7 @@
 """Families of vision-language models, each described by a short file; see docs/add-a-family.md."""
 
-MODEL_TYPES = ("llava", "llava_next", "llava_onevision")
-"""How configurations of transformers name them."""
+MODEL_TYPES = (
+    "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma", "qwen2_5_vl",
+    "qwen2_vl", "qwen3_vl", "smolvlm",
+)  # fmt: skip
+"""How configurations of transformers name them; `qvlm_plugin.families.described` has their descriptions."""

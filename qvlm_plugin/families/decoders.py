@@ -1,5 +1,8 @@
 """Language models, by ``config.text_config.model_type``."""
 
+from transformers import PretrainedConfig
+
+from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.topology import Group, Stack
 
 ATTENTION = (
@@ -15,12 +18,41 @@ GATED_EXPERTS = (
     Group(("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")),
     Group(("mlp.experts.*.down_proj",), producer="mlp.experts.*.up_proj"),
 )
+GEMMA_BLOCK = (
+    # Gemma's norms multiply by 1 + weight, so that dividing the weight does not divide what they write.
+    Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Group(("self_attn.o_proj",), producer="self_attn.v_proj"),
+    Group(("mlp.gate_proj", "mlp.up_proj")),
+    Group(("mlp.down_proj",), producer="mlp.up_proj"),
+)
 
 DENSE = Stack("layers", ATTENTION + GATED_MLP)
+GEMMA = Stack("layers", GEMMA_BLOCK)
 
 DECODERS = {
+    "gemma": GEMMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "llama": DENSE,
     "mistral": DENSE,
-    "qwen2": DENSE,
     "moe_stablelm": Stack("layers", ATTENTION + GATED_MLP + GATED_EXPERTS, kept=("mlp.router",)),
+    "qwen2": DENSE,
+    "qwen2_5_vl_text": DENSE,
+    "qwen2_vl_text": DENSE,
+    "qwen3": DENSE,
+    "qwen3_vl_text": DENSE,
 }
+
+
+def decoder_of(config: PretrainedConfig) -> Stack:
+    """The language model of a vision-language model.
+
+    Raises:
+        QVLMError: it is none of these.
+    """
+    kind = config.text_config.model_type
+    if kind not in DECODERS:
+        raise QVLMError(
+            f"{config.model_type} model with language model {kind!r}: known language models are {', '.join(DECODERS)}"
+        )
+    return DECODERS[kind]

@@ -1,5 +1,8 @@
 """Vision towers, by ``config.vision_config.model_type``."""
 
+from transformers import PretrainedConfig
+
+from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.topology import Group, Stack
 
 CLIP_BLOCK = (
@@ -16,8 +19,53 @@ DINOV2_BLOCK = (
     Group(("mlp.fc2",)),
 )
 
+INTERNVL_BLOCK = (
+    Group(("attention.q_proj", "attention.k_proj", "attention.v_proj"), producer="layernorm_before"),
+    Group(("attention.projection_layer",), producer="attention.v_proj"),
+    Group(("mlp.fc1",), producer="layernorm_after"),
+    Group(("mlp.fc2",)),
+)
+
+PIXTRAL_BLOCK = (
+    Group(("attention.q_proj", "attention.k_proj", "attention.v_proj"), producer="attention_norm"),
+    Group(("attention.o_proj",), producer="attention.v_proj"),
+    Group(("feed_forward.gate_proj", "feed_forward.up_proj"), producer="ffn_norm"),
+    Group(("feed_forward.down_proj",), producer="feed_forward.up_proj"),
+)
+
+# Queries, keys and values are one Linear: scales of the values alone cannot be folded into it.
+FUSED_ATTENTION = (Group(("attn.qkv",), producer="norm1"), Group(("attn.proj",)))
+QWEN2_BLOCK = (*FUSED_ATTENTION, Group(("mlp.fc1",), producer="norm2"), Group(("mlp.fc2",)))
+QWEN2_5_BLOCK = (
+    *FUSED_ATTENTION,
+    Group(("mlp.gate_proj", "mlp.up_proj"), producer="norm2"),
+    Group(("mlp.down_proj",), producer="mlp.up_proj"),
+)
+QWEN3_BLOCK = (*FUSED_ATTENTION, Group(("mlp.linear_fc1",), producer="norm2"), Group(("mlp.linear_fc2",)))
+
 VISION_TOWERS = {
     "clip_vision_model": Stack("encoder.layers", CLIP_BLOCK),
-    "siglip_vision_model": Stack("encoder.layers", CLIP_BLOCK),
     "dinov2": Stack("encoder.layer", DINOV2_BLOCK),
+    "idefics3_vision": Stack("encoder.layers", CLIP_BLOCK),
+    "internvl_vision": Stack("encoder.layer", INTERNVL_BLOCK),
+    "pixtral": Stack("transformer.layers", PIXTRAL_BLOCK),
+    "qwen2_5_vl_vision": Stack("blocks", QWEN2_5_BLOCK),
+    "qwen2_vl_vision": Stack("blocks", QWEN2_BLOCK),
+    "qwen3_vl_vision": Stack("blocks", QWEN3_BLOCK),
+    "siglip_vision_model": Stack("encoder.layers", CLIP_BLOCK),
+    "smolvlm_vision": Stack("encoder.layers", CLIP_BLOCK),
 }
+
+
+def tower_of(config: PretrainedConfig) -> Stack:
+    """The vision tower of a vision-language model.
+
+    Raises:
+        QVLMError: it is none of these.
+    """
+    kind = config.vision_config.model_type
+    if kind not in VISION_TOWERS:
+        raise QVLMError(
+            f"{config.model_type} model with vision tower {kind!r}: known towers are {', '.join(VISION_TOWERS)}"
+        )
+    return VISION_TOWERS[kind]

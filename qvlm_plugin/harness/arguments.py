@@ -22,7 +22,7 @@ _OF_THE_SEARCH = ("method", "scheme", "calibration", "images", "seed", "cache")
 
 
 class ModelArguments(BaseModel):
-    """The arguments of ``--model qvlm_llava``.
+    """The arguments of ``--model qvlm``.
 
     Excluded ones are not written in ``--model_args``: they are lmms-eval's own options, which it hands over.
     """

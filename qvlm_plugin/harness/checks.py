@@ -15,13 +15,13 @@ from lmms_eval.utils import load_yaml_config
 
 from qvlm_plugin.doctor.finding import Finding, Status
 from qvlm_plugin.harness import tasks
-from qvlm_plugin.harness.manifest import MODEL_ID
+from qvlm_plugin.harness.manifest import MODEL_IDS
 
 GROUP = "lmms_eval.models"
 
 
 def check_registration() -> list[Finding]:
-    """Whether ``--model qvlm_llava`` is known, and which entry points of other packages raise."""
+    """Whether ``--model qvlm`` is known, and which entry points of other packages raise."""
     broken = []
     for entry in metadata.entry_points(group=GROUP):
         try:
@@ -33,16 +33,17 @@ def check_registration() -> list[Finding]:
             broken.append(
                 (owner, f"entry point {entry.name} of package {owner} raises {type(error).__name__}: {error}")
             )
-    visible = MODEL_ID in list_available_models()
+    visible = set(MODEL_IDS) <= set(list_available_models())
     status = Status.WARN if visible else Status.FAIL
     findings = [
         Finding("lmms-eval", status, f"{message}; it can hide the models of all plugins", f"pip uninstall {owner}")
         for owner, message in broken
     ]
     if visible:
-        findings.insert(0, Finding("lmms-eval", Status.OK, f"{metadata.version('lmms_eval')} knows --model {MODEL_ID}"))
+        message = f"{metadata.version('lmms_eval')} knows --model {' and '.join(MODEL_IDS)}"
+        findings.insert(0, Finding("lmms-eval", Status.OK, message))
     elif not broken:
-        message = f"does not know --model {MODEL_ID}: there is no entry point {GROUP} of qvlm_plugin"
+        message = f"does not know --model {MODEL_IDS[0]}: there is no entry point {GROUP} of qvlm_plugin"
         findings.append(Finding("lmms-eval", Status.FAIL, message, "pip install qvlm_plugin again"))
     return findings
 

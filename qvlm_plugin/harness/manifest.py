@@ -1,4 +1,4 @@
-"""The payload of the entry point ``lmms_eval.models``: what makes ``--model qvlm_llava`` known to the harness."""
+"""The payload of the entry point ``lmms_eval.models``: what makes ``--model qvlm`` known to the harness."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
 MODEL_ID = "qvlm_llava"
+MODEL_IDS = ("qvlm", MODEL_ID)
+"""Names of one and the same model: any of them runs every family."""
 
 
 def manifests() -> "list[ModelManifest]":
@@ -22,10 +24,11 @@ def manifests() -> "list[ModelManifest]":
         _install_tasks()
     return [
         ModelManifest(
-            model_id=MODEL_ID,
+            model_id=name,
             simple_class_path="qvlm_plugin.harness.wrapper.QVLMSimple",
             chat_class_path="qvlm_plugin.harness.wrapper.QVLMChat",
         )
+        for name in MODEL_IDS
     ]
 
 

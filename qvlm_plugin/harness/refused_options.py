@@ -12,7 +12,7 @@ from lmms_eval.evaluator_utils import get_task_list
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness.host import wrap_once
-from qvlm_plugin.harness.manifest import MODEL_ID
+from qvlm_plugin.harness.manifest import MODEL_IDS
 
 
 def install() -> None:
@@ -39,7 +39,7 @@ def _installing(initialize: Callable) -> Callable:
 def _refusing(evaluate: Callable) -> Callable:
     def refusing(*args: Any, **kwargs: Any) -> Any:
         model = args[0] if args else kwargs.get("model", kwargs.get("lm"))
-        if model == MODEL_ID or type(model).__module__.startswith("qvlm_plugin."):
+        if model in MODEL_IDS or type(model).__module__.startswith("qvlm_plugin."):
             _check(model, kwargs)
         return evaluate(*args, **kwargs)
 

@@ -21,7 +21,7 @@ from loguru import logger
 from qvlm_plugin.harness import processes
 from qvlm_plugin.harness.host import set_response_key, wrap_once
 from qvlm_plugin.harness.likelihood import Likelihood
-from qvlm_plugin.harness.manifest import MODEL_ID
+from qvlm_plugin.harness.manifest import MODEL_IDS
 from qvlm_plugin.models.finite import OverflowingModelError
 from qvlm_plugin.progress import Progress
 
@@ -36,7 +36,7 @@ def install() -> None:
 
 def _with_what_was_left(create: Callable) -> Callable:
     def create_with_what_was_left(cache_root: str, *, model: str = "", **more: Any) -> ResponseCache:
-        if model != MODEL_ID:
+        if model not in MODEL_IDS:
             return create(cache_root, model=model, **more)
         with processes.first_process_first():
             if processes.rank() == 0:

@@ -43,7 +43,7 @@ from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.hf_quantizer import QUANT_METHOD, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.memory import peak_memory, restart_peak
-from qvlm_plugin.models.decoding import plain_config, steering
+from qvlm_plugin.models.decoding import plain_config, positions, steering
 from qvlm_plugin.models.finite import finite
 from qvlm_plugin.models.loading import Checkpoint, LoadedModel, load_weights, open_checkpoint
 from qvlm_plugin.models.placement import check_placement, device_name, execution_device
@@ -356,12 +356,12 @@ class _QVLM(lmms):
             continuations = [as_text(self._processor.tokenizer, item.continuation) for item in batch]
             inputs, mask = encode(self._processor, conversations, continuations)
             self._measured(batch, inputs)
-            positions = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
             kept = int(mask.sum(dim=1).max())  # padding is on the left, so every continuation ends the row
+            placed = to_device(inputs, self._device, self._model.dtype)
             forward = partial(
                 self._model,
-                **to_device(inputs, self._device, self._model.dtype),
-                position_ids=positions.to(self._device),
+                **placed,
+                position_ids=positions(self._model, placed),
                 logits_to_keep=kept + 1,
                 use_cache=False,
             )

@@ -13,7 +13,7 @@ from qvlm_plugin.plan import RoundingPlan, factors_of
 from qvlm_plugin.plan_header import CalibrationRecord, Fold, ModulePlan, Rotation
 from qvlm_plugin.rotation import rotate
 from qvlm_plugin.scheme import UNQUANTIZED, BitWidths
-from qvlm_plugin.topology import Site, Topology, kept_linears, linear_layers
+from qvlm_plugin.topology import ORDER, Site, Topology, kept_linears, linear_layers
 
 TokenWeights = list[list[Tensor]]
 """For each decoder layer and batch, how much each token of the layer's output matters: float32 [B, T]."""
@@ -191,5 +191,5 @@ def _calibration_record(context: SearchContext) -> CalibrationRecord | None:
 
 def _part_of(name: str, topology: Topology) -> str:
     """The part of a Linear without a site: ``unused`` in a part (blocks above the feature layer), else ``other``."""
-    paths = (topology.vision_path, topology.projector_path, topology.decoder_path)
+    paths = [path for part in ORDER for path in topology.paths(part)]
     return "unused" if any(name.startswith(f"{path}.") for path in paths) else "other"

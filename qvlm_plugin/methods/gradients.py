@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.methods.stand_ins import other_forward
 
 LOSS_SCALE = 2.0**12
 """Factor of losses while going backwards, so that float16 does not lose small gradients; exact in the other types."""
@@ -60,18 +61,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """While active, the backward pass runs each block again. (transformers' own switch works in train mode only.)"""
-    own: list[Any] = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        with set_checkpoint_early_stop(False):  # stopping within a module would leave its offloaded weights here
-            yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            if forward is None:
-                vars(block).pop("forward", None)
-            else:
-                block.forward = forward
+
+    def checkpointing(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+
+    # Stopping within a module would leave its offloaded weights here.
+    with other_forward(blocks, checkpointing), set_checkpoint_early_stop(False):
+        yield
 
 
 def last_positions(tokens: Tensor, count: int) -> Tensor:

@@ -3,6 +3,9 @@
 The cached states lie where the decoder's input does, so that a model that fits on its devices is searched there. Where
 weights are offloaded, or memory has run out (`Footprint`), they lie on the CPU (13B, 64 samples of 700 tokens: 0.5 GB
 for each copy, and a search keeps about ten), and come to the device as few rows at a time as the footprint says.
+
+What a model does between its blocks is noted before (`block_inputs`): which masks and positions it gives to each, and
+what it adds to the hidden states before one (the visual features of DeepStack).
 """
 
 import inspect
@@ -23,24 +26,26 @@ from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.options import MiningOptions
 from qvlm_plugin.methods.shard import Shard
-from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
+from qvlm_plugin.methods.stand_ins import StandIns, other_forward, replaced, stand_ins
 from qvlm_plugin.models.placement import execution_device, is_offloaded, materialized
 from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.topology import ORDER, Site
+from qvlm_plugin.topology import ORDER, Blocks, Site
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What every decoder layer gets besides the hidden states of one calibration batch.
+    """What blocks get besides the hidden states of one calibration batch.
 
     Attributes:
-        arguments: keyword arguments of the layer (attention mask, rotary embeddings, …).
+        arguments: keyword arguments of each block (attention mask, rotary embeddings, …), by its full name.
+        added: what is added to the hidden states before a block reads them, by its full name; nothing to most.
         attended: bool [B, T], false at padding.
         text: bool [B, T], true at positions that are neither padding nor part of an image.
         answer: bool [B, T], true where the model's output predicts a token of the answer.
     """
 
-    arguments: Mapping[str, Any]
+    arguments: Mapping[str, Mapping[str, Any]]
+    added: Mapping[str, Tensor]
     attended: Tensor
     text: Tensor
     answer: Tensor
@@ -51,6 +56,13 @@ class Batch:
         return (
             self if whole else Batch(*(rows_of(part, start, stop, len(self.attended)) for part in vars(self).values()))
         )
+
+    def read_by(self, name: str, states: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+        """What a block of this name is called with on a device: the hidden states, and other arguments."""
+        states = states.to(device)
+        if name in self.added:
+            states = states + self.added[name].to(device)
+        return states, send_to_device(dict(self.arguments[name]), device)
 
 
 def rows_of(arguments: Any, start: int, stop: int, count: int) -> Any:
@@ -114,7 +126,7 @@ class HiddenCache:
     def pieces(self) -> Iterator["HiddenCache"]:
         """As few samples at a time as ``rows`` says, in their order."""
         for states, batch in zip(self.states, self.batches, strict=True):
-            step = self.rows or len(states)
+            step = self._step(states)
             for start in range(0, len(states), step):
                 yield HiddenCache([states[start : start + step]], [batch.rows(start, start + step)])
 
@@ -123,9 +135,13 @@ class HiddenCache:
         waiting = iter(pieces)
         states = []
         for before in self.states:
-            parts = [next(waiting).states[0] for _ in range(0, len(before), self.rows or len(before))]
+            parts = [next(waiting).states[0] for _ in range(0, len(before), self._step(before))]
             states.append(parts[0] if len(parts) == 1 else torch.cat(parts))
         return replace(self, states=states)
+
+    def _step(self, states: Tensor) -> int:
+        """Rows of a batch that go through a layer together. Those of [N, C] are not samples, and stay together."""
+        return self.rows if self.rows and states.dim() > 2 else len(states)
 
     @torch.no_grad()
     def through(self, name: str, layer: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> "HiddenCache":
@@ -140,8 +156,8 @@ class HiddenCache:
         with materialized(layer):
             for piece in self.pieces():
                 (states,), (batch,) = piece.states, piece.batches
-                arguments = send_to_device(dict(batch.arguments), device)
-                output = torch.func.functional_call(layer, dict(parameters or {}), (states.to(device),), arguments)
+                read, arguments = batch.read_by(name, states, device)
+                output = torch.func.functional_call(layer, dict(parameters or {}), (read,), arguments)
                 output = output[0] if isinstance(output, tuple) else output
                 _require_finite(output, batch.attended, f"the output of {name}")
                 outputs.append(replace(piece, states=[output.to(states.device)]))
@@ -180,7 +196,8 @@ class HiddenCache:
                     (states,), (batch,) = piece.states, piece.batches
                     waiting.update(site.name for site in sites)
                     with watching(layer, sites, batch.attended, look, f"{name}."), suppress(_Reached):
-                        layer(states.to(device), **send_to_device(dict(batch.arguments), device))
+                        read, arguments = batch.read_by(name, states, device)
+                        layer(read, **arguments)
             yield {site: torch.cat(parts) for site, parts in found.items()}
 
     def tokens(self) -> Tensor:
@@ -217,54 +234,97 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def block_inputs(context: SearchContext, part: str = "decoder") -> HiddenCache:
-    """The input of the first block of a part, in the model as it is now.
+def block_inputs(context: SearchContext, part: str = "decoder", blocks: Blocks | None = None) -> HiddenCache:
+    """The input of the first block of a part, in the model as it is now, and what goes with it to each of its blocks.
 
     Batches without an image show the visual parts nothing and are left out there. What these read has no padding, and
     an image is what a sample is to the decoder.
 
+    Args:
+        context: the search.
+        part: of the model.
+        blocks: one of the part's chains (`topology.chains_of`), where it has several; None for its only one.
+
     Raises:
         QVLMError: it is not finite.
     """
-    model, path = context.model, getattr(context.topology, f"{part}_path")
-    on_cpu = context.footprint.caches_on_cpu or is_offloaded(model.get_submodule(path))
+    model, blocks = context.model, context.blocks(part) if blocks is None else blocks
+    on_cpu = context.footprint.caches_on_cpu or any(is_offloaded(block) for _, block in blocks)
     hidden: list[Tensor] = []
     batches: list[Batch] = []
-    name, first = context.blocks(part)[0]
-
-    def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        names = [*inspect.signature(module.forward).parameters]
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        states = arguments.pop(names[0])
+    for inputs, answer in context.batches("hidden states"):
+        attended = inputs["attention_mask"].bool()
+        text, predicts = attended & (inputs["input_ids"] != model.config.image_token_id), predicting(answer)
+        if part != "decoder" and torch.equal(text, attended):
+            continue
+        given = _given(model, to_device(inputs, context.device, model.dtype), blocks)
+        states, _ = given[blocks[0][0]]
         masks = (attended, text, predicts)
         if part != "decoder":
             masks = (torch.ones(states.shape[:-1], dtype=torch.bool),) * 3
-        _require_finite(states, masks[0], f"the input of {name}")
+        _require_finite(states, masks[0], f"the input of {blocks[0][0]}")
+        later = {name: seen for name, (seen, _) in given.items() if name != blocks[0][0] and seen.any()}
+        beside = {name: arguments for name, (_, arguments) in given.items()}, later
         hidden.append(states.to("cpu" if on_cpu else states.device, copy=True))
-        batches.append(Batch(send_to_device(arguments, "cpu") if on_cpu else arguments, *masks))
-        raise _Reached
-
-    handle = first.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        for inputs, answer in context.batches("hidden states"):
-            attended = inputs["attention_mask"].bool()
-            text, predicts = attended & (inputs["input_ids"] != model.config.image_token_id), predicting(answer)
-            if part == "decoder" or not torch.equal(text, attended):
-                with suppress(_Reached):
-                    model(**to_device(inputs, context.device, model.dtype), use_cache=False)
-    finally:
-        handle.remove()
+        batches.append(Batch(*(_on_cpu(beside) if on_cpu else beside), *masks))
     return HiddenCache(hidden, batches, context.footprint.rows, context.shard, context.share.start, part)
 
 
-def quantized_inputs(context: SearchContext, plan: RoundingPlan, part: str = "decoder") -> HiddenCache:
+_Given = dict[str, tuple[Tensor, dict[str, Any]]]
+"""The hidden states and the other arguments that each block is called with, by its full name."""
+
+
+def _given(model: nn.Module, inputs: Mapping[str, Tensor], blocks: Blocks) -> _Given:
+    """What a model gives to a chain of blocks: to the first one its input, to each other what is added before it.
+
+    The first block is run, for the form of what blocks return; zeros of this form go on, from it and from the others,
+    which are not run.
+    """
+    given: _Given = {}
+    form: list[Any] = []
+
+    def noting(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        names = [*inspect.signature(forward).parameters]
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            given[blocks[index][0]] = arguments.pop(names[0]), arguments
+            if index == len(blocks) - 1:
+                raise _Reached
+            if not form:
+                form.append(forward(*args, **kwargs))
+            return tree_map(lambda x: torch.zeros_like(x) if isinstance(x, Tensor) else x, form[0])
+
+        return note
+
+    with suppress(_Reached), other_forward([block for _, block in blocks], noting):
+        model(**inputs, use_cache=False)
+    return given
+
+
+def _on_cpu(values: Any) -> Any:
+    """Nested tensors on the CPU; one that blocks have in common is copied once."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(value: Any) -> Any:
+        return copies.setdefault(id(value), value.cpu()) if isinstance(value, Tensor) else value
+
+    return tree_map(copied, values)
+
+
+def quantized_inputs(
+    context: SearchContext, plan: RoundingPlan, part: str = "decoder", blocks: Blocks | None = None
+) -> HiddenCache:
     """`block_inputs` above the parts below as the plan makes them."""
-    below = [getattr(context.topology, f"{lower}_path") for lower in ORDER[: ORDER.index(part)]]
+    below = [path for lower in ORDER[: ORDER.index(part)] for path in context.topology.paths(lower)]
     with replaced(context.model, stand_ins(plan, context.model, REFERENCE, below) if below else StandIns()):
-        return block_inputs(context, part)
+        return block_inputs(context, part, blocks)
 
 
 def _require_finite(states: Tensor, attended: Tensor, what: str) -> None:
-    # Padding may hold anything: no token that counts attends to it.
-    if not states[attended.to(states.device)].isfinite().all():
+    # Padding may hold anything: no token that counts attends to it. A projector that joins patches writes fewer tokens
+    # than it reads, and none of them is padding.
+    if attended.shape == states.shape[:-1]:
+        states = states[attended.to(states.device)]
+    if not states.isfinite().all():
         raise QVLMError(f"{what} is not finite on calibration data; try dtype=float32")

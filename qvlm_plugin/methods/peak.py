@@ -18,7 +18,7 @@ rounding works on slices (`qvlm_plugin.quantizers.by_rows`), and what waits ther
 rest.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm import dependency, mining
 from qvlm_plugin.rotation import rotation_of
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
-from qvlm_plugin.topology import Topology, resolve
+from qvlm_plugin.topology import ORDER, Site, Topology, blocks_of, resolve
 
 ANSWER = 16
 """Tokens of an answer, roughly: what logits are computed of."""
@@ -58,7 +58,7 @@ class Part:
     @property
     def widest(self) -> int:
         """I."""
-        return max(self.sites)
+        return max(self.sites, default=0)
 
     @property
     def rounded(self) -> int:
@@ -68,7 +68,7 @@ class Part:
     @property
     def largest(self) -> int:
         """Elements of the largest Linear."""
-        return max(rows * columns for rows, columns in self.linears)
+        return max((rows * columns for rows, columns in self.linears), default=0)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Shapes:
 
     Attributes:
         elements: of all weights.
-        vision, projector, decoder: its parts.
+        vision, projector, decoder: its parts; a projector without Linears is empty.
         tower: elements of the whole vision tower.
         head: elements of the embeddings of words, as large as the head.
         vocabulary: words.
@@ -98,20 +98,20 @@ class Shapes:
     @classmethod
     def of(cls, model: Any, topology: Topology) -> "Shapes":
         """The shapes of a transformers model, which may be empty (`qvlm_plugin.models.placement.empty_model`)."""
-        sites = resolve(topology, model)
+        vision_part, projector, decoder = (_part(model, topology, part) for part in ORDER)
         embeddings = model.get_input_embeddings().weight
         text, vision = model.config.get_text_config(), model.config.vision_config
         heads = getattr(text, "num_attention_heads", 1)
         return cls(
             elements=_elements(model),
-            vision=_part(model, [site for site in sites if site.part == "vision"]),
-            projector=_part(model, [site for site in sites if site.part == "projector"]),
-            decoder=_part(model, [site for site in sites if site.part == "decoder"]),
+            vision=vision_part,
+            projector=projector,
+            decoder=decoder,
             tower=_elements(model.get_submodule(topology.vision_path)),
             head=embeddings.numel(),
             vocabulary=len(embeddings),
             head_width=getattr(text, "head_dim", None) or embeddings.shape[1] // heads,
-            positions=(getattr(vision, "image_size", 336) // getattr(vision, "patch_size", 14)) ** 2 + 1,
+            positions=(_side(vision, "image_size", 336) // _side(vision, "patch_size", 14)) ** 2 + 1,
         )
 
 
@@ -119,19 +119,26 @@ def _elements(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _part(model: Any, sites: Sequence[Any]) -> Part:
-    blocks: dict[int, list[Any]] = {}
-    for site in sites:
-        blocks.setdefault(site.block, []).append(site)
+def _side(config: Any, name: str, otherwise: int) -> int:
+    """A size of a configuration, of which some have one for each side; towers that see any size have no image's."""
+    size = getattr(config, name, otherwise)
+    return size if isinstance(size, int) else size[0]
+
+
+def _part(model: Any, topology: Topology, part: str) -> Part:
+    blocks: dict[int, list[Site]] = {}
+    for site in resolve(topology, model):
+        if site.part == part:
+            blocks.setdefault(site.block, []).append(site)
+    if not blocks:
+        return Part(0, 0, (), (), 0)
     fullest = max(blocks.values(), key=len)
     names = [name for site in fullest for name in site.linears]
-    first = model.get_submodule(fullest[0].name).weight
-    path = fullest[0].name.split(f".{fullest[0].block}.")[0]
-    owner = model.get_submodule(f"{path}.{fullest[0].block}") if len(blocks) > 1 else None
     linears = tuple(tuple(model.get_submodule(name).weight.shape) for name in names)
     widths = tuple(model.get_submodule(site.name).weight.shape[1] for site in fullest)
-    elements = _elements(owner) if owner is not None else sum(rows * columns for rows, columns in linears)
-    return Part(len(blocks), first.shape[1], widths, linears, elements)
+    _, owner = blocks_of(topology, model, part)[fullest[0].block]
+    elements = _elements(owner) if len(blocks) > 1 else sum(rows * columns for rows, columns in linears)
+    return Part(len(blocks), widths[0], widths, linears, elements)
 
 
 @dataclass(frozen=True)
@@ -416,7 +423,8 @@ class _Search:
 
     @property
     def _parts(self) -> tuple[Part, ...]:
-        return self.shapes.vision, self.shapes.projector, self.shapes.decoder
+        parts = self.shapes.vision, self.shapes.projector, self.shapes.decoder
+        return tuple(part for part in parts if part.sites)
 
     def vision(self) -> Iterator[Phase]:
         """The quantized model forwards and backwards: of every decoder layer the output and its gradient, of one block

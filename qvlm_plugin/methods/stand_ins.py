@@ -1,9 +1,10 @@
 """Another model for a while: what stands in for modules under a plan, and how it takes their place."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +132,24 @@ def replaced(model: nn.Module, other: StandIns) -> Iterator[None]:
             yield
         finally:
             _put(model, originals, kept)
+
+
+@contextmanager
+def other_forward(
+    modules: Sequence[nn.Module], other: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """While active, each of the modules computes ``other(index, forward)`` in place of its own ``forward``."""
+    own: list[Any] = [vars(module).get("forward") for module in modules]
+    try:
+        for index, module in enumerate(modules):
+            module.forward = other(index, module.forward)
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from qvlm_plugin.plan_header import ModulePlan
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantizers import stored_parameters
 from qvlm_plugin.scheme import UNQUANTIZED
-from qvlm_plugin.topology import ORDER, Site, blocks_of
+from qvlm_plugin.topology import ORDER, Blocks, Site, chains_of
 
 
 def round_weights(context: SearchContext, draft: Draft) -> Draft:
@@ -36,15 +36,15 @@ def round_weights(context: SearchContext, draft: Draft) -> Draft:
     """
     for part in ORDER:
         if getattr(context.scheme, part).weight != UNQUANTIZED:
-            draft = _round_part(context, draft, part)
+            for blocks in chains_of(context.topology, context.model, part):
+                draft = _round_chain(context, draft, part, blocks)
     return draft
 
 
-def _round_part(context: SearchContext, draft: Draft, part: str) -> Draft:
-    blocks = blocks_of(context.topology, context.model, part)
+def _round_chain(context: SearchContext, draft: Draft, part: str, blocks: Blocks) -> Draft:
     plan = build_plan(context, draft)
-    reference = block_inputs(context, part) if context.options.correction else None
-    hidden = quantized_inputs(context, plan, part)
+    reference = block_inputs(context, part, blocks) if context.options.correction else None
+    hidden = quantized_inputs(context, plan, part, blocks)
     with Progress(f"rounding weights, {part}", len(blocks)) as progress:
         for index, (name, layer) in enumerate(blocks):
             if (kept := context.recalled(f"rounding-{name}")) is None:

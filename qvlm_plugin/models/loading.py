@@ -16,9 +16,7 @@ from accelerate import cpu_offload
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageTextToText,
-    AutoProcessor,
     GenerationConfig,
     LlavaForConditionalGeneration,
     PretrainedConfig,
@@ -35,6 +33,7 @@ from qvlm_plugin.models.dtypes import AUTO
 from qvlm_plugin.models.hub import local_folder, small_files, with_weights
 from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoint, is_original, read_original
 from qvlm_plugin.models.placement import check_placement, empty_model
+from qvlm_plugin.models.processors import read_processor
 from qvlm_plugin.models.prompts import IMAGE, PROMPT_FORMATS, chat_template, name_of, origin_of, prompt_format
 from qvlm_plugin.models.weights import SAFETENSORS, SAFETENSORS_OR_BIN, weight_files
 from qvlm_plugin.reading import one_line, parsed_elsewhere, read_json
@@ -140,7 +139,7 @@ def open_checkpoint(
     if check_config is not None:
         check_config(config)
     with parsed_elsewhere(f"{source}: the processor does not load"):
-        processor = original.processor() if original else _read_processor(folder, trust_remote_code)
+        processor = original.processor() if original else read_processor(folder, trust_remote_code)
     if prompt is not None:
         origin = origin_of(getattr(processor, "chat_template", None) or "")
         processor.chat_template = chat_template(prompt, origin and origin[1])
@@ -290,16 +289,6 @@ def _set_router_noise(config: PretrainedConfig, seed: int | None, source: str) -
             f"{source}: router_noise_seed is for models with experts that are chosen with noise (MoE-LLaVA)"
         )
     text.router_noise_seed = seed
-
-
-def _read_processor(folder: Path, trust_remote_code: bool) -> ProcessorMixin:
-    # Asking for the PIL backend here would ask the video processor for it too, which has none.
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    # The PIL image processor: the same pixels whether or not, and whichever, torchvision is installed.
-    processor.image_processor = AutoImageProcessor.from_pretrained(
-        folder, backend="pil", trust_remote_code=trust_remote_code
-    )
-    return processor
 
 
 def _prepare(processor: ProcessorMixin, source: str, conv: str | None) -> None:

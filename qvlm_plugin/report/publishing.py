@@ -32,7 +32,7 @@ def publishable(paths: Sequence[Path]) -> list[Row]:
         raise QVLMError(f"{first.file}: {first.message}")
     for row in board.rows:
         if row.method is None:
-            raise QVLMError(f"{row.file} is of another package's model; publish results of --model qvlm_llava")
+            raise QVLMError(f"{row.file} is of another package's model; publish results of --model qvlm")
         if row.notes:
             raise QVLMError(f"{row.file}: {row.task}: {'; '.join(row.notes)}: this must not be published")
     if len({row.plan_hash for row in board.rows}) != 1:

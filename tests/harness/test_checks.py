@@ -27,7 +27,7 @@ def test_this_installation_is_seen():
 @pytest.mark.parametrize(("visible", "status"), [(True, "warn"), (False, "fail")])
 def test_a_broken_plugin_of_another_package_is_named(monkeypatch, visible, status):
     monkeypatch.setattr(metadata, "entry_points", lambda group: [Entry()])
-    monkeypatch.setattr(checks, "list_available_models", lambda: ["qvlm_llava"] if visible else [])
+    monkeypatch.setattr(checks, "list_available_models", lambda: ["qvlm", "qvlm_llava"] if visible else [])
     finding = checks.check_registration()[-1]
     assert (
         finding.status == status and "entry point other of package other-package raises ImportError" in finding.message

@@ -89,19 +89,19 @@ def test_padding_may_be_anything(started):
         def forward(self, states, **arguments):
             return states
 
-    _, hidden = started
+    (named, *_), hidden = started
     spoiled = [
         states.masked_fill(~batch.attended.unsqueeze(-1), float("nan"))
         for states, batch in zip(hidden.states, hidden.batches, strict=True)
     ]
-    outputs = replace(hidden, states=spoiled).through("passing", Passing(1, 1))
+    outputs = replace(hidden, states=spoiled).through(named[0], Passing(1, 1))
     assert any(states.isnan().any() for states in outputs.states)
 
 
 def test_the_error_counts_the_tokens_asked_for():
     attended = torch.tensor([[False, True, True, True]])
     text, answer = torch.tensor([[False, False, True, True]]), torch.tensor([[False, False, False, True]])
-    batch = Batch({}, attended, text, answer)
+    batch = Batch({}, {}, attended, text, answer)
     target, output = torch.ones(1, 4, 3), torch.ones(1, 4, 3) + torch.tensor([9.0, 1.0, 2.0, 3.0]).view(1, 4, 1)
     states, wanted = HiddenCache([output], [batch]), HiddenCache([target], [batch])
     expected = {"all": 3 * (1 + 4 + 9), "text": 3 * (4 + 9), "answer": 3 * 9}

@@ -148,7 +148,7 @@ def test_a_configuration_can_be_refused_before_the_weights(folder):
     config["text_config"]["model_type"] = "gpt2"
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"not read")
-    fails(folder, "language model 'gpt2': .* known language models are", check_config=plugins.topology)
+    fails(folder, "language model 'gpt2': known language models are", check_config=plugins.topology)
 
 
 def test_a_broken_configuration_is_named(folder):

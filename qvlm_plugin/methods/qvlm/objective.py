@@ -102,7 +102,7 @@ class Reference:
     Attributes:
         inputs: of the model.
         answer: bool [B, T], the answers' tokens.
-        features: vision features that the projector reads.
+        features: vision features that the projector reads, the first where there are several.
         hidden: last hidden state [N, C] of the N tokens that are not padding.
         elements: int64 [E], positions in flattened hidden states [B, T, C], for entropies.
     """
@@ -134,7 +134,7 @@ def run(context: SearchContext, inputs: Mapping[str, Tensor], answer: Tensor) ->
     """The model, as it is now, on a batch; logits of the answers and of the token before them."""
     model, topology, seen = context.model, context.topology, {"reads": [], "layers": []}
     handles = [
-        model.get_submodule(topology.projector_path).register_forward_pre_hook(
+        model.get_submodule(topology.paths("projector")[0]).register_forward_pre_hook(
             lambda _, args: seen.__setitem__("features", args[0])
         ),
         model.get_submodule(topology.decoder_path).register_forward_hook(

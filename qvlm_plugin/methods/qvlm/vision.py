@@ -64,7 +64,7 @@ def train(context: SearchContext, draft: Draft) -> Draft:
         objective = Objective.of(context, draft)
         # Tensors made in inference mode cannot take part in gradients; their copies can.
         started = replace(draft, tensors={name: tensor.clone() for name, tensor in draft.tensors.items()})
-        paths = (topology.vision_path, topology.projector_path)
+        paths = (*topology.paths("vision"), *topology.paths("projector"))
         if options.veo_decoder == "quantized":
             paths = (*paths, topology.decoder_path)
         others = stand_ins(build_plan(context, started), model, STRAIGHT_THROUGH, paths, stack)

@@ -51,7 +51,7 @@ def add_run(file: Path, folder: Path) -> Path:
 def _check_provenance(run: Run) -> None:
     facts = run.parsed.qvlm
     if facts is None:
-        raise QVLMError(f"{run.file} has no provenance: only runs of --model qvlm_llava can be added")
+        raise QVLMError(f"{run.file} has no provenance: only runs of --model qvlm can be added")
     if missing := [name for name in NEEDED if not re.fullmatch(r"[0-9a-f]{64}", getattr(facts, name) or "")]:
         raise QVLMError(f"{run.file}: qvlm.{missing[0]} is no SHA-256: an older version wrote it; run it again")
     if not run.is_intact:

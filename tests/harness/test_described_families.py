@@ -1,0 +1,97 @@
+"""``--model qvlm`` on the families beside LLaVA's: the same answers as transformers alone, whatever the batch."""
+
+import pytest
+import torch
+import transformers
+from family_list import DESCRIBED
+from harness.test_wrapper import ask, instance, score, texts, unprintable
+from lmms_eval.models import get_model
+from tiny_llava import random_image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness.wrapper import QVLMChat, QVLMSimple
+
+SHAPES = [(50, 30), (30, 60), (40, 40), (28, 90)]
+DOCUMENTS = [
+    {
+        "text": f"{'why ' * (index % 3)}what is number {index}?",
+        "images": [
+            random_image(10 * index + k, 32).resize(SHAPES[(index + k) % 4]) for k in range((1, 0, 2, 1)[index % 4])
+        ],
+    }
+    for index in range(8)
+]
+
+
+@pytest.fixture(scope="module", params=DESCRIBED)
+def model(request, tmp_path_factory):
+    folder = DESCRIBED[request.param](tmp_path_factory.mktemp("family") / "model")
+    return QVLMChat(pretrained=str(folder), dtype="float32", device="cpu", batch_size=8)
+
+
+def plainly(model, doc):
+    """Ids of the prompt and text of the answer, by transformers alone."""
+    processor = AutoProcessor.from_pretrained(model.record.facts["pretrained"])
+    processor.image_processor = model._processor.image_processor
+    text, images = doc["text"], doc["images"]
+    if isinstance(processor, transformers.PaliGemmaProcessor):  # has no chat template
+        inputs = processor(text="<image>" * len(images) + text, images=[images], return_tensors="pt")
+        del inputs["labels"]
+    else:
+        content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+        how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        inputs = processor.apply_chat_template([{"role": "user", "content": content}], **how)
+    bare = AutoModelForImageTextToText.from_pretrained(model.record.facts["pretrained"], dtype=torch.float32)
+    output = bare.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=unprintable(model))
+    ids, answer = inputs["input_ids"][0], output[0, inputs["input_ids"].shape[1] :]
+    return ids, processor.tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_the_harness_knows_it_in_both_formats():
+    for name in ("qvlm", "qvlm_llava"):
+        assert get_model(name) is QVLMChat
+        assert get_model(name, force_simple=True) is QVLMSimple
+
+
+def test_prompts_and_answers_equal_those_of_plain_transformers(model, monkeypatch):
+    seen, generate = [], model._model.generate
+
+    def spy(**arguments):
+        seen.append(arguments["input_ids"][0])
+        return generate(**arguments)
+
+    monkeypatch.setattr(model._model, "generate", spy)
+    monkeypatch.setattr(model, "_batch_size", 1)
+    for index in (0, 1, 2):
+        if not DOCUMENTS[index]["images"] and model._model.config.model_type == "paligemma":
+            continue  # its own processor takes no prompt without an image
+        found = texts(model.generate_until(ask(model, DOCUMENTS, [index], max_new_tokens=6)))
+        ids, expected = plainly(model, DOCUMENTS[index])
+        assert torch.equal(seen[-1], ids)
+        assert found == [expected]
+
+
+def test_batches_of_any_size_answer_alike(model, monkeypatch):
+    answers = []
+    for size in (1, 3, 8):
+        monkeypatch.setattr(model, "_batch_size", size)
+        answers.append(texts(model.generate_until(ask(model, DOCUMENTS, max_new_tokens=6))))
+    assert answers[0] == answers[1] == answers[2]
+    assert len(set(answers[0])) > 1
+
+
+def test_batches_of_any_size_score_alike(model, monkeypatch):
+    continuations, scores = ["red", "a big key", "no"] * 3, []
+    for size in (1, 8):
+        monkeypatch.setattr(model, "_batch_size", size)
+        scores.append([value for value, _ in score(model, DOCUMENTS, continuations[:8])])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+
+
+def test_videos_are_refused(model):
+    model.task_dict["toy"] = {"test": [{}]}
+    messages = [{"role": "user", "content": [{"type": "video", "url": "clip.mp4"}]}]
+    request = instance("generate_until", ("what?", lambda doc: messages, {}, 0, "toy", "test"), 0)
+    with pytest.raises(QVLMError, match=r"document 0 of task toy .* shows video; this model reads text and images"):
+        model.generate_until([request])

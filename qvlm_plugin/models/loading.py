@@ -33,6 +33,7 @@ from qvlm_plugin.models.dtypes import AUTO
 from qvlm_plugin.models.hub import local_folder, small_files, with_weights
 from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoint, is_original, read_original
 from qvlm_plugin.models.placement import check_placement, empty_model
+from qvlm_plugin.models.pre_quantized import check_quantizer, loading_hint, put_ignored_right
 from qvlm_plugin.models.processors import read_processor
 from qvlm_plugin.models.prompts import IMAGE, PROMPT_FORMATS, chat_template, name_of, origin_of, prompt_format
 from qvlm_plugin.models.weights import SAFETENSORS, SAFETENSORS_OR_BIN, weight_files
@@ -136,6 +137,8 @@ def open_checkpoint(
     folder = local_folder(pretrained, source, revision)
     original, config = _read_layout(folder, source, trust_remote_code, image_aspect_ratio)
     _set_router_noise(config, router_noise_seed, source)
+    check_quantizer(config, source)
+    put_ignored_right(config, source)
     if check_config is not None:
         check_config(config)
     with parsed_elsewhere(f"{source}: the processor does not load"):
@@ -214,7 +217,8 @@ def load_weights(
     if quantize is not None:
         quantize.fingerprint, quantize.device = fingerprint, torch.device(device)
         placement |= {"quantization_config": quantize, "device_map": {"": device} if device_map is None else device_map}
-    with parsed_elsewhere(f"{source}: the weights do not load"):
+    hint = loading_hint(config)
+    with parsed_elsewhere(f"{source}: the weights do not load{hint}"):
         if original:
             model, info = _load_original(original, processor, compute_type, placement)
         elif quantize is not None:
@@ -228,7 +232,7 @@ def load_weights(
                 use_safetensors=True,
                 **placement,
             )
-    _require_matching_keys(source, info)
+    _require_matching_keys(source, info, hint)
     if device_map is None:
         model.to(device)
     elif device_map == OFFLOAD:
@@ -344,7 +348,7 @@ def _load_by_tensor(
     return model, info
 
 
-def _require_matching_keys(source: str, info: dict[str, Any]) -> None:
+def _require_matching_keys(source: str, info: dict[str, Any], hint: str) -> None:
     problems = {
         "missing in the checkpoint": info.get("missing_keys"),
         "unknown to the model": info.get("unexpected_keys"),
@@ -353,7 +357,7 @@ def _require_matching_keys(source: str, info: dict[str, Any]) -> None:
     for what, keys in problems.items():
         if keys:
             names = sorted(key if isinstance(key, str) else key[0] for key in keys)
-            raise QVLMError(f"{source}: {len(names)} weights are {what}, for example {', '.join(names[:3])}")
+            raise QVLMError(f"{source}: {len(names)} weights are {what}, for example {', '.join(names[:3])}{hint}")
 
 
 def _fingerprint(folders: list[Path], weights: list[Path], changes: Mapping[str, Any]) -> str:

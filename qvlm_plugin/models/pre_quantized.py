@@ -1,0 +1,150 @@
+"""Checkpoints that other programs quantized: what their ``quantization_config`` takes, before weights are loaded.
+
+transformers runs them with its own quantizers, each with a package of its own. What is here finds out which, and puts
+names right that stand in the configuration as they are in the weight files.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.version import Version
+from rich.console import Console
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.models.placement import empty_model
+from qvlm_plugin.reading import one_line
+
+OWN = "qvlm"
+"""The ``quant_method`` of this package's own checkpoints."""
+
+PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "awq": ("gptqmodel>=5.0",),
+    "gptq": ("gptqmodel>=5.0", "optimum>=1.24"),
+    "auto-round": ("auto-round>=0.5",),
+    "bitsandbytes": ("bitsandbytes>=0.46.1",),
+    "compressed-tensors": ("compressed-tensors>=0.15",),
+}
+"""What the quantizers of transformers need for a ``quant_method``; others say it themselves."""
+
+_REGEX = "re:"
+
+
+def foreign_method(config: PretrainedConfig) -> str | None:
+    """The ``quant_method`` of a checkpoint that another program quantized; None for all others."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    values = stored if isinstance(stored, Mapping) else stored.to_dict()
+    method = str(values.get("quant_method") or ("bitsandbytes" if _has_bits(values) else "not named"))
+    return None if method == OWN else method
+
+
+def check_quantizer(config: PretrainedConfig, source: str) -> None:
+    """Check that transformers can run a checkpoint that another program quantized, before its weights are read.
+
+    Args:
+        config: of the model.
+        source: what named it, for messages.
+
+    Raises:
+        QVLMError: transformers has no quantizer for it, a package is missing or too old, or the configuration is not
+            the quantizer's.
+    """
+    method = foreign_method(config)
+    if method is None:
+        return
+    names = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING}
+    if method not in names:
+        raise QVLMError(
+            f"{source}: quant_method={method!r} of its quantization_config is not one that transformers runs; it runs "
+            f"{', '.join(sorted(names - {OWN, 'qvlm-plan'}))}"
+        )
+    for wanted in PACKAGES.get(method, ()):
+        _require_package(wanted, method, source)
+    try:
+        quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    except Exception as error:
+        raise QVLMError(f"{source}: quantized by {method}, which cannot be run here: {one_line(error)}") from error
+
+
+def _has_bits(values: Mapping[str, Any]) -> bool:
+    return bool(values.get("load_in_4bit") or values.get("load_in_8bit"))
+
+
+def _require_package(wanted: str, method: str, source: str) -> None:
+    name, _, least = wanted.partition(">=")
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        found = None
+    if found is None or Version(found) < Version(least):
+        there = "is not installed" if found is None else f"is {found} here"
+        raise QVLMError(f"{source}: quantized by {method}, which takes {name} {least} or newer, and that {there}: "
+                        f"pip install '{wanted}'")  # fmt: skip
+
+
+def put_ignored_right(config: PretrainedConfig, source: str) -> None:
+    """Replace names under ``ignore`` that are those of weights in files by those of the model's modules.
+
+    llm-compressor writes the names that weights have in files (``vision_tower.…``); transformers renames weights when
+    it reads them (``model.vision_tower.…``), and not what is ignored.
+
+    Args:
+        config: of the model; its ``quantization_config`` is changed.
+        source: what named it, for the log.
+    """
+    if not (unknown := _unknown_ignored(config)):
+        return
+    model = empty_model(config)
+    modules, changed = dict(model.named_modules()), {}
+    for name in unknown:
+        for candidate in (_renamed(name, model), f"{model.base_model_prefix}.{name}"):
+            if candidate in modules:
+                changed.setdefault(name, candidate)
+    if changed:
+        stored = config.quantization_config
+        stored["ignore"] = [changed.get(name, name) for name in stored["ignore"]]
+        old, new = next(iter(changed.items()))
+        Console(stderr=True).print(
+            f"{source}: {len(changed)} names that its quantization_config ignores are those of weight files, and were "
+            f"replaced by the model's, for example {old} by {new}",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def loading_hint(config: PretrainedConfig) -> str:
+    """What to say where loading fails: that names are ignored which no module has; empty where there are none."""
+    if not (unknown := _unknown_ignored(config)):
+        return ""
+    return f" (its quantization_config ignores {len(unknown)} names that no module has, for example {unknown[0]})"
+
+
+def _unknown_ignored(config: PretrainedConfig) -> list[str]:
+    """Names under ``ignore`` that are neither those of a module or a class of modules, nor regular expressions."""
+    stored = getattr(config, "quantization_config", None)
+    if foreign_method(config) is None or not isinstance(stored, dict) or not stored.get("ignore"):
+        return []
+    model = empty_model(config)
+    known = {name for name, _ in model.named_modules()} | {_kind(module) for module in model.modules()}
+    return [name for name in stored["ignore"] if not (name.startswith(_REGEX) or name in known)]
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _renamed(name: str, model: PreTrainedModel) -> str:
+    """What transformers calls a module whose weight in a file has this name."""
+    key = f"{name}.weight"
+    for change in get_model_conversion_mapping(model):
+        if isinstance(change, WeightRenaming):
+            key, _ = change.rename_source_key(key)
+    return key.removesuffix(".weight")

@@ -20,6 +20,9 @@ from qvlm_plugin.models.placement import empty_model
 from qvlm_plugin.scheme import PARTS, UNQUANTIZED
 from qvlm_plugin.topology import ORDER, Topology, resolve
 
+UNKNOWN = "unknown"
+"""What is known of the samples that another program calibrated on."""
+
 _SCALE_BITS = 16
 
 Shape = tuple[int, int]
@@ -89,12 +92,16 @@ def stored_facts(model: PreTrainedModel, topology: Topology, method: str) -> dic
             if part in by_part
         },
         "table_hash": hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest(),
-        "calibration": {"source": "unknown", "seed": None, "documents": None, "conv": None, "over_context": None},
+        "calibration": {"source": UNKNOWN, "seed": None, "documents": None, "conv": None, "over_context": None},
         "uncalibrated_expert_inputs": 0,
         "search_seconds": 0.0,
-        "kernels": dict(Counter(one.kernel for one in linears.values() if one.bits < UNQUANTIZED).most_common()),
-        "fallbacks": 0,
     }
+
+
+def stored_kernels(model: nn.Module) -> dict[str, int]:
+    """How many quantized modules each kernel serves."""
+    quantized = [one for one in stored_linears(model).values() if one.bits < UNQUANTIZED]
+    return dict(Counter(one.kernel for one in quantized).most_common())
 
 
 def _mean(linears: list[StoredLinear], what: str) -> float:

@@ -35,7 +35,8 @@ from qvlm_plugin.memory import peak_memory
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.report.seal import PARTS as SEALED
 from qvlm_plugin.report.seal import SEAL, seal
-from qvlm_plugin.scheme import PARTS
+from qvlm_plugin.scheme import PARTS, UNQUANTIZED
+from qvlm_plugin.stored_bits import UNKNOWN, stored_linears
 
 T = TypeVar("T")
 
@@ -72,6 +73,8 @@ class Counts:
         compared: what was compared with the calibration documents: task, document id and context.
         overlapping: names of those that are among them.
         tokens, seconds: generated tokens, and the time that generating them took.
+        first_seconds, answered: sum of the time until the first token of each answer's batch, and number of answers.
+        further_seconds, further_steps: time after the first token of batches, and decoding steps in it.
         images: digest of each asked document's images, by task and document id; None where it has no image.
         generation: per task, how answers were generated: `Generation.settings`, each once.
     """
@@ -84,8 +87,41 @@ class Counts:
     overlapping: list[str] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
+    first_seconds: float = 0.0
+    answered: int = 0
+    further_seconds: float = 0.0
+    further_steps: int = 0
     images: dict[tuple[str, int], str | None] = field(default_factory=dict)
     generation: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def time_batch(self, answers: int, seconds: float, first: float | None, steps: int) -> None:
+        """Note how long a batch took.
+
+        Args:
+            answers: how many it gave.
+            seconds: in all.
+            first: of these, until its first tokens were known; None where there were none.
+            steps: tokens of its longest answer.
+        """
+        self.seconds += seconds
+        if first is not None:
+            self.first_seconds += first * answers
+            self.answered += answers
+            self.further_seconds += seconds - first
+            self.further_steps += max(steps - 1, 0)
+
+    @property
+    def latencies(self) -> dict[str, float]:
+        """Mean seconds to an answer's first token, and from one token to the next; what was not measured is left out.
+
+        The first is of whole batches, decoding images and forming the prompt included.
+        """
+        found = {}
+        if self.answered:
+            found["ttft"] = self.first_seconds / self.answered
+        if self.further_steps:
+            found["tpot"] = self.further_seconds / self.further_steps
+        return found
 
     @classmethod
     def total(cls, counts: Sequence["Counts"]) -> "Counts":
@@ -103,6 +139,10 @@ class Counts:
             overlapping=[name for count in counts for name in count.overlapping],
             tokens=sum(count.tokens for count in counts),
             seconds=max(count.seconds for count in counts),
+            first_seconds=sum(count.first_seconds for count in counts),
+            answered=sum(count.answered for count in counts),
+            further_seconds=sum(count.further_seconds for count in counts),
+            further_steps=sum(count.further_steps for count in counts),
             images={document: digest for count in counts for document, digest in count.images.items()},
             generation=generation,
         )
@@ -222,7 +262,7 @@ class RunRecord:
             total_elapsed_time=seconds,
             total_gen_tokens=tokens,
             avg_speed=tokens / seconds if seconds else 0.0,
-            additional_metrics={**self._numbers(), RESULT_KEY: self},
+            additional_metrics={**self.counts.latencies, **self._numbers(), RESULT_KEY: self},
         )
 
     def _numbers(self) -> dict[str, float]:
@@ -244,7 +284,8 @@ class RunRecord:
             "calibration": self.facts["calibration"]
             and {
                 **self.facts["calibration"],
-                "documents_compared": len(counts.compared),
+                # What another program calibrated on is not known, and nothing could be compared with it.
+                "documents_compared": None if self.facts["calibration"]["source"] == UNKNOWN else len(counts.compared),
                 "documents_also_evaluated": len(counts.overlapping),
             },
             "data": data,
@@ -263,6 +304,8 @@ class RunRecord:
                 for task in counts.generated | counts.found | counts.over_context
             },
             **self.measured,
+            "seconds_to_first_token": counts.latencies.get("ttft"),
+            "seconds_per_output_token": counts.latencies.get("tpot"),
         }
 
 
@@ -305,6 +348,11 @@ def packed_bytes(model: nn.Module) -> int:
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     bits = sum(one.weight_format.effective_bits(one.shape) * math.prod(one.shape) for one in layers)
     counted = {id(getattr(one, name)) for one in layers for name in one.tensor_names if name != "bias"}
+    for name, stored in stored_linears(model).items():
+        if stored.bits < UNQUANTIZED:  # by another program
+            bits += stored.weight * stored.elements
+            module = model.get_submodule(name)
+            counted |= {id(tensor) for own, tensor in module.named_parameters(recurse=False) if own != "bias"}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in counted]
     return round((bits + sum(min(8 * one.element_size(), 16) * one.numel() for one in rest)) / 8)
 

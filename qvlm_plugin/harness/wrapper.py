@@ -4,7 +4,6 @@
 """
 
 import json
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
-from transformers import BatchFeature, PretrainedConfig, StoppingCriteriaList
+from transformers import BatchFeature, LogitsProcessorList, PretrainedConfig, StoppingCriteriaList
 
 from qvlm_plugin import backends, planning, plugins
 from qvlm_plugin.cache import sources_digest
@@ -40,6 +39,7 @@ from qvlm_plugin.harness.requests import (
     with_system_prompt,
 )
 from qvlm_plugin.harness.task_source import draw_samples
+from qvlm_plugin.harness.timing import FirstToken, now
 from qvlm_plugin.hf_quantizer import QUANT_METHOD, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.memory import peak_memory, restart_peak
@@ -47,11 +47,13 @@ from qvlm_plugin.models.decoding import plain_config, positions, steering
 from qvlm_plugin.models.finite import finite
 from qvlm_plugin.models.loading import Checkpoint, LoadedModel, load_weights, open_checkpoint
 from qvlm_plugin.models.placement import check_placement, device_name, execution_device
+from qvlm_plugin.models.pre_quantized import foreign_method
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_calibration, check_request
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
 from qvlm_plugin.source import source_commit
+from qvlm_plugin.stored_bits import stored_facts, stored_kernels
 
 T = TypeVar("T")
 
@@ -105,8 +107,21 @@ class _QVLM(lmms):
             attn_implementation=arguments.attn_implementation,
             quantize=quantize,
         )
-        stored = quantizer_of(loaded.model)
-        if stored is None:
+        stored, foreign = quantizer_of(loaded.model), foreign_method(loaded.model.config)
+        if foreign is not None:
+            execution, digests, kernels = Execution({}), (), stored_kernels(loaded.model)
+            facts = {
+                **stored_facts(loaded.model, plugins.topology(loaded.model.config), foreign),
+                "plan_hash": loaded.fingerprint,
+                "backend": foreign,
+                "quantized_from": None,
+            }
+            if self._rank == 0:
+                logger.warning(
+                    f"pretrained={arguments.pretrained!r}: quantized by {foreign} on samples that are not known; "
+                    "whether evaluated documents are among them cannot be told"
+                )
+        elif stored is None:
             if request is not None:
                 plan = planning.obtain_plan(loaded, request, calibration, arguments.cache)
             if quantize is None:
@@ -122,6 +137,8 @@ class _QVLM(lmms):
                 execution.require_no_fallback()
             digests = record.calibration_digests
             facts = {**record.plan, "backend": record.backend, "quantized_from": record.model}
+        if foreign is None:
+            kernels = execution.counts
         if self._rank == 0 and execution.choices:
             logger.info(f"backend={facts['backend']}: {execution}")
         searched = (facts["calibration"] or {}).get("conv")
@@ -140,7 +157,7 @@ class _QVLM(lmms):
         self._max_new_tokens = arguments.max_new_tokens
         self._allow_overlap = arguments.allow_overlap
         self.record = provenance.RunRecord(
-            facts={**facts, **self._facts(arguments, loaded, execution), "generation_config_ignored": ignored},
+            facts={**facts, **self._facts(arguments, loaded, kernels, execution), "generation_config_ignored": ignored},
             calibration_digests=frozenset(digests),
             documents=self.task_dict,
         )
@@ -321,7 +338,7 @@ class _QVLM(lmms):
         tokenizer = self._processor.tokenizer
         if generation.seed is not None:
             torch.manual_seed(generation.seed)
-        start = time.perf_counter()
+        first = FirstToken(self._device)
         try:
             inputs, _ = encode(self._processor, conversations)
             prompt_lengths, width = self._measured(batch, inputs), inputs["input_ids"].shape[1]
@@ -332,12 +349,13 @@ class _QVLM(lmms):
                 **generation.arguments,
                 pad_token_id=tokenizer.pad_token_id,
                 stopping_criteria=StoppingCriteriaList(stops),
+                logits_processor=LogitsProcessorList([first]),
             )
             output = finite(self._model, generate)
             tokens = output[:, width:].cpu()
         except Exception as error:
             raise _failure("generation", batch, error) from error
-        self.record.counts.seconds += time.perf_counter() - start
+        self.record.counts.time_batch(len(batch), now(self._device) - first.start, first.seconds, tokens.shape[1])
         texts = tokenizer.batch_decode(
             tokens, skip_special_tokens=generation.skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -398,9 +416,11 @@ class _QVLM(lmms):
             check_config=partial(_check_config, arguments),
         )
 
-    def _facts(self, arguments: ModelArguments, loaded: LoadedModel, execution: Execution) -> dict[str, Any]:
+    def _facts(
+        self, arguments: ModelArguments, loaded: LoadedModel, kernels: Mapping[str, int], execution: Execution
+    ) -> dict[str, Any]:
         return {
-            "kernels": execution.counts,
+            "kernels": kernels,
             "fallbacks": len(execution.fallbacks),
             "pretrained": arguments.pretrained,
             "revision": arguments.revision,
@@ -443,6 +463,8 @@ def _check_config(arguments: ModelArguments, config: PretrainedConfig) -> None:
     stored = getattr(config, "quantization_config", None)
     if stored is not None and stored.get("quant_method") == QUANT_METHOD:
         check_stored(arguments, CheckpointRecord.read(stored).backend)
+    elif (foreign := foreign_method(config)) is not None:
+        check_stored(arguments, foreign)
 
 
 def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:

@@ -33,7 +33,13 @@ from qvlm_plugin.models.dtypes import AUTO
 from qvlm_plugin.models.hub import local_folder, small_files, with_weights
 from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoint, is_original, read_original
 from qvlm_plugin.models.placement import check_placement, empty_model
-from qvlm_plugin.models.pre_quantized import check_quantizer, loading_hint, put_ignored_right
+from qvlm_plugin.models.pre_quantized import (
+    check_quantizer,
+    dequantize_asymmetric,
+    loading_hint,
+    note_schemes,
+    put_ignored_right,
+)
 from qvlm_plugin.models.processors import read_processor
 from qvlm_plugin.models.prompts import IMAGE, PROMPT_FORMATS, chat_template, name_of, origin_of, prompt_format
 from qvlm_plugin.models.weights import SAFETENSORS, SAFETENSORS_OR_BIN, weight_files
@@ -139,6 +145,7 @@ def open_checkpoint(
     _set_router_noise(config, router_noise_seed, source)
     check_quantizer(config, source)
     put_ignored_right(config, source)
+    dequantize_asymmetric(config)
     if check_config is not None:
         check_config(config)
     with parsed_elsewhere(f"{source}: the processor does not load"):
@@ -233,6 +240,7 @@ def load_weights(
                 **placement,
             )
     _require_matching_keys(source, info, hint)
+    note_schemes(model)
     if device_map is None:
         model.to(device)
     elif device_map == OFFLOAD:

@@ -120,6 +120,32 @@ def put_ignored_right(config: PretrainedConfig, source: str) -> None:
         )
 
 
+def dequantize_asymmetric(config: PretrainedConfig) -> None:
+    """Have packed weights with zero points dequantized as they are read.
+
+    transformers lays out packed zero points in another shape than compressed-tensors packs them in, and cannot read
+    them. Either way the weights are in floating point when the model runs.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if foreign_method(config) == "compressed-tensors" and isinstance(stored, dict):
+        groups = [group for group in stored.get("config_groups", {}).values() if isinstance(group, dict)]
+        weights_alone = not any(group.get("input_activations") for group in groups)
+        if weights_alone and any((group.get("weights") or {}).get("symmetric") is False for group in groups):
+            stored["dequantize"] = True
+
+
+def note_schemes(model: PreTrainedModel) -> None:
+    """Note at Linears that were dequantized as they were read what they were read from, as elsewhere."""
+    wrapped = getattr(model.config, "quantization_config", None)
+    if getattr(wrapped, "dequantize", False) and foreign_method(model.config) == "compressed-tensors":
+        from compressed_tensors.utils.match import match_named_modules
+
+        content = wrapped.quantization_config
+        for scheme in content.config_groups.values():
+            for _, module in match_named_modules(model, scheme.targets, content.ignore):
+                module.quantization_scheme = scheme
+
+
 def loading_hint(config: PretrainedConfig) -> str:
     """What to say where loading fails: that names are ignored which no module has; empty where there are none."""
     if not (unknown := _unknown_ignored(config)):

@@ -38,6 +38,7 @@ from qvlm_plugin.models.pre_quantized import (
     dequantize_asymmetric,
     loading_hint,
     note_schemes,
+    put_blocks_right,
     put_ignored_right,
 )
 from qvlm_plugin.models.processors import read_processor
@@ -145,6 +146,7 @@ def open_checkpoint(
     _set_router_noise(config, router_noise_seed, source)
     check_quantizer(config, source)
     put_ignored_right(config, source)
+    put_blocks_right(config)
     dequantize_asymmetric(config)
     if check_config is not None:
         check_config(config)
@@ -240,7 +242,7 @@ def load_weights(
                 **placement,
             )
     _require_matching_keys(source, info, hint)
-    note_schemes(model)
+    note_schemes(model, config)
     if device_map is None:
         model.to(device)
     elif device_map == OFFLOAD:

@@ -41,7 +41,8 @@ def foreign_method(config: PretrainedConfig) -> str | None:
     if stored is None:
         return None
     values = stored if isinstance(stored, Mapping) else stored.to_dict()
-    method = str(values.get("quant_method") or ("bitsandbytes" if _has_bits(values) else "not named"))
+    method = values.get("quant_method") or ("bitsandbytes" if _has_bits(values) else "not named")
+    method = str(getattr(method, "value", method))
     return None if method == OWN else method
 
 
@@ -120,6 +121,19 @@ def put_ignored_right(config: PretrainedConfig, source: str) -> None:
         )
 
 
+def put_blocks_right(config: PretrainedConfig) -> None:
+    """Replace what AutoRound calls ``block_name_to_quantize`` by the model's name, where it is that of older layouts."""
+    stored = getattr(config, "quantization_config", None)
+    if foreign_method(config) is None or not isinstance(stored, dict) or not stored.get("block_name_to_quantize"):
+        return
+    modules = {name for name, _ in empty_model(config).named_modules()}
+    given = stored["block_name_to_quantize"]
+    names = given.split(",") if isinstance(given, str) else given
+    moved = [name.strip().replace("language_model.model.", "model.language_model.") for name in names]
+    if all(name in modules for name in moved):
+        stored["block_name_to_quantize"] = ",".join(moved) if isinstance(given, str) else moved
+
+
 def dequantize_asymmetric(config: PretrainedConfig) -> None:
     """Have packed weights with zero points dequantized as they are read.
 
@@ -134,20 +148,30 @@ def dequantize_asymmetric(config: PretrainedConfig) -> None:
             stored["dequantize"] = True
 
 
-def note_schemes(model: PreTrainedModel) -> None:
-    """Note at Linears that were dequantized as they were read what they were read from, as elsewhere."""
-    wrapped = getattr(model.config, "quantization_config", None)
-    if getattr(wrapped, "dequantize", False) and foreign_method(model.config) == "compressed-tensors":
+def note_schemes(model: PreTrainedModel, config: PretrainedConfig) -> None:
+    """Note at Linears that were dequantized as they were read what they were read from; transformers forgets it.
+
+    Args:
+        model: loaded.
+        config: that it was loaded by.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if foreign_method(config) == "compressed-tensors" and isinstance(stored, dict) and stored.get("dequantize"):
+        from compressed_tensors.quantization import QuantizationScheme
         from compressed_tensors.utils.match import match_named_modules
 
-        content = wrapped.quantization_config
-        for scheme in content.config_groups.values():
-            for _, module in match_named_modules(model, scheme.targets, content.ignore):
+        for group in stored["config_groups"].values():
+            scheme = QuantizationScheme.model_validate(group)
+            for _, module in match_named_modules(model, scheme.targets, stored.get("ignore")):
                 module.quantization_scheme = scheme
+        model.config.quantization_config = stored
 
 
 def loading_hint(config: PretrainedConfig) -> str:
-    """What to say where loading fails: that names are ignored which no module has; empty where there are none."""
+    """What to say of the likely cause where loading fails; empty where none is known."""
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("dequantize"):
+        return " (packed weights with zero points; transformers cannot read them beside others that it converts)"
     if not (unknown := _unknown_ignored(config)):
         return ""
     return f" (its quantization_config ignores {len(unknown)} names that no module has, for example {unknown[0]})"

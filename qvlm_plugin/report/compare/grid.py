@@ -34,7 +34,8 @@ class CompareGrid(BaseModel):
         schemes: bit widths.
         tasks: lmms-eval's names.
         calibration: ``task:split:n`` or ``file.json:n``, joined by +.
-        options: of methods, by method or name of a row.
+        options: of methods, by method or name of a row; ``pretrained`` names a checkpoint that is quantized already,
+            which is compared with the model.
         model_args: further model arguments of every run.
         seeds: of the calibration draw; methods that need no samples are run once.
         baseline: method that the others are compared with, at the same scheme, task and seed; ``none`` is full
@@ -99,12 +100,13 @@ class CompareGrid(BaseModel):
         return self.seeds if self._request(method, scheme).needs_calibration else (None,)
 
     def row(self, name: str) -> tuple[str, dict[str, str | int | float | bool]]:
-        """The quantization method of a row and its options."""
+        """The quantization method of a row and its options; a row with a checkpoint of its own is not quantized here."""
         options = dict(self.options.get(name, {}))
-        return str(options.pop("method", name)), options
+        return str(options.pop("method", "none" if "pretrained" in options else name)), options
 
     def _request(self, name: str, scheme: str) -> PlanRequest:
         method, options = self.row(name)
+        options.pop("pretrained", None)
         known = check_request(method, scheme, {}).method.options.model_fields
         shared = {option: value for option, value in self.model_args.items() if option in known}
         return check_request(method, scheme, {**options, **shared})
@@ -188,7 +190,9 @@ def cells(grid: CompareGrid) -> list[GridCell]:
         for method, scheme, seed in combinations:
             named, options = grid.row(method)
             arguments: dict[str, Any] = {"pretrained": model, "method": named, "scheme": scheme}
-            if method != "none":
+            if "pretrained" in options:  # quantized by another program, or exported: nothing more is asked of it
+                arguments = options
+            elif method != "none":
                 arguments |= {"calibration": grid.calibration, **options}
             if seed:  # 0 is the model's default: a run is the same whether it was asked for or not
                 arguments |= {"seed": seed}

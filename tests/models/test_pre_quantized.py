@@ -1,0 +1,117 @@
+"""Checkpoints that other programs quantized: written here in each format by its own specification."""
+
+import json
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized import pack_to_int32
+from safetensors.torch import load_file, save_file
+from tiny_llava import logits_of, write_tiny_llava
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+from qvlm_plugin import plugins
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness.provenance import packed_bytes
+from qvlm_plugin.models import pre_quantized
+from qvlm_plugin.models.loading import load, open_checkpoint
+from qvlm_plugin.stored_bits import stored_facts, stored_kernels
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_tiny_llava(tmp_path_factory.mktemp("theirs") / "tiny", hidden=64)
+
+
+def configured(folder, quantization):
+    """The folder with a ``quantization_config``."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))
+    return folder
+
+
+def compressed(folder, ignored, symmetric=True, group_size=16):
+    """The tiny model's decoder in 4 bits, packed as compressed-tensors does; and the weights that it stands for."""
+    write_tiny_llava(folder, hidden=64)
+    file, tensors, rounded = folder / "model.safetensors", load_file(folder / "model.safetensors"), {}
+    for key in [key for key in tensors if "layers" in key and "language_model" in key and key.endswith("proj.weight")]:
+        weight, name = tensors.pop(key).float(), key.removesuffix(".weight")
+        groups = weight.unflatten(1, (-1, group_size))
+        scale = groups.abs().amax(dim=-1) / 7
+        codes = (groups / scale[..., None]).round().clamp(-8, 7)
+        rounded[name] = (codes * scale[..., None]).flatten(1)
+        tensors[f"{name}.weight_packed"] = pack_to_int32(codes.flatten(1).to(torch.int8), 4)
+        tensors[f"{name}.weight_scale"], tensors[f"{name}.weight_shape"] = scale, torch.tensor(weight.shape)
+        if not symmetric:
+            zeros = torch.zeros(scale.shape, dtype=torch.int8)
+            tensors[f"{name}.weight_zero_point"] = pack_to_int32(zeros, 4, packed_dim=0).contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group_size}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    return configured(folder, quantization | {"quantization_status": "compressed", "ignore": ignored}), rounded
+
+
+def ignored_names(source, prefix):
+    model = load(str(source), dtype="float32").model
+    names = [name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
+    return [name.removeprefix(prefix) for name in names if "language_model" not in name]
+
+
+def facts_of(loaded, method):
+    return stored_facts(loaded.model, plugins.topology(loaded.model.config), method)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_compressed_tensors_with_either_kind_of_ignored_names(source, tmp_path, capsys, prefix, symmetric, calibration):
+    folder, rounded = compressed(tmp_path / "x", ignored_names(source, prefix), symmetric)
+    loaded = load(str(folder), dtype="float32")
+    said = "names that its quantization_config ignores are those of weight files" in capsys.readouterr().err
+    assert said == bool(prefix)
+    expected = load(str(source), dtype="float32")
+    with torch.no_grad():
+        for name, module in expected.model.named_modules():
+            for key, value in rounded.items():
+                if key.split("layers")[-1] == name.split("layers")[-1] and "language_model" in name:
+                    module.weight.copy_(value)
+    inputs, _ = next(calibration.batches(loaded.processor, 5))
+    torch.testing.assert_close(logits_of(loaded.model, inputs), logits_of(expected.model, inputs), rtol=1e-4, atol=1e-4)
+    facts = facts_of(loaded, "compressed-tensors")
+    assert facts["bits"]["decoder"]["weight"] == pytest.approx(4 + (16 if symmetric else 20) / 16)
+    assert facts["bits"]["vision"] == {"weight": 16, "activation": 16}
+    assert facts["scheme"] == "w4a16+projector:w16a16+vision:w16a16" and facts["calibration"]["source"] == "unknown"
+    assert stored_kernels(loaded.model) == {"compressed-tensors, dequantized": len(rounded)}
+    assert packed_bytes(loaded.model) < packed_bytes(expected.model)
+
+
+def test_bitsandbytes(source, tmp_path, calibration):
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=how, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "x")
+    AutoProcessor.from_pretrained(source).save_pretrained(tmp_path / "x")
+    loaded = load(str(tmp_path / "x"), dtype="float32")
+    inputs, _ = next(calibration.batches(loaded.processor, 5))
+    torch.testing.assert_close(logits_of(loaded.model, inputs), logits_of(model, inputs), rtol=1e-4, atol=1e-4)
+    facts = facts_of(loaded, "bitsandbytes")
+    assert facts["bits"]["decoder"] == {"weight": 4.5, "activation": 16}
+    assert list(stored_kernels(loaded.model)) == ["bitsandbytes Linear4bit"]
+
+
+@pytest.mark.parametrize(
+    ("method", "missing"), [("awq", "gptqmodel"), ("gptq", "gptqmodel"), ("auto-round", "auto-round")]
+)
+def test_a_missing_package_is_named_before_weights_are_read(tmp_path, monkeypatch, method, missing):
+    def nothing(name):
+        raise pre_quantized.PackageNotFoundError(name)
+
+    monkeypatch.setattr(pre_quantized, "version", nothing)
+    folder = configured(write_tiny_llava(tmp_path / "x", hidden=64), {"quant_method": method, "bits": 4})
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(QVLMError, match=rf"quantized by {method}, which takes {missing} .* is not installed: pip inst"):
+        open_checkpoint(str(folder))
+
+
+def test_an_unknown_method_is_refused(tmp_path):
+    folder = configured(write_tiny_llava(tmp_path / "x", hidden=64), {"quant_method": "theirs"})
+    with pytest.raises(QVLMError, match=r"quant_method='theirs' .* not one that transformers runs; it runs .*awq"):
+        open_checkpoint(str(folder))

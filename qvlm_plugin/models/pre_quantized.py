@@ -122,7 +122,7 @@ def put_ignored_right(config: PretrainedConfig, source: str) -> None:
 
 
 def put_blocks_right(config: PretrainedConfig) -> None:
-    """Replace what AutoRound calls ``block_name_to_quantize`` by the model's name, where it is that of older layouts."""
+    """Replace what AutoRound calls ``block_name_to_quantize`` by the model's name, where it is an older one."""
     stored = getattr(config, "quantization_config", None)
     if foreign_method(config) is None or not isinstance(stored, dict) or not stored.get("block_name_to_quantize"):
         return

@@ -100,7 +100,7 @@ class CompareGrid(BaseModel):
         return self.seeds if self._request(method, scheme).needs_calibration else (None,)
 
     def row(self, name: str) -> tuple[str, dict[str, str | int | float | bool]]:
-        """The quantization method of a row and its options; a row with a checkpoint of its own is not quantized here."""
+        """The quantization method of a row and its options; none where it has a checkpoint of its own."""
         options = dict(self.options.get(name, {}))
         return str(options.pop("method", "none" if "pretrained" in options else name)), options
 

@@ -117,3 +117,11 @@ def test_mistakes(tmp_path, text, message):
     with pytest.raises(QVLMError) as caught:
         read_grid(file, {})
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_quantized_checkpoint_is_a_row_of_its_own():
+    flags = {"models": ("demo",), "methods": ("rtn", "theirs"), "schemes": ("w4a16",), "tasks": ("quiz",)}
+    flags |= {"options": {"theirs": {"pretrained": "a/folder"}}, "model_args": {"dtype": "float16"}}
+    found = {one.method: one for one in cells(read_grid(None, flags))}
+    assert found["theirs"].cell.model_args == {"pretrained": "a/folder", "dtype": "float16"}
+    assert found["theirs"].seed is None and found["rtn"].cell.model_args["pretrained"] == "demo"

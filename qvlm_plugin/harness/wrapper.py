@@ -26,7 +26,14 @@ from qvlm_plugin.checkpoint import CheckpointRecord
 from qvlm_plugin.conversation import Conversation, as_text, encode, to_device
 from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.harness import likelihood, processes, provenance, refused_options, response_cache
+from qvlm_plugin.harness import (
+    document_scores,
+    likelihood,
+    processes,
+    provenance,
+    refused_options,
+    response_cache,
+)
 from qvlm_plugin.harness.arguments import ModelArguments, check_stored, merge_arguments, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, read_generation
 from qvlm_plugin.harness.host import require_whole_images
@@ -148,6 +155,7 @@ class _QVLM(lmms):
         processes.leave_at_exit()
         provenance.install()
         likelihood.install()
+        document_scores.install()
         response_cache.install()
         refused_options.install()
 

@@ -1,6 +1,7 @@
 """Tiny local mirrors of eight more data sets of the harness, in their schemas, and a model that answers in words."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,13 +14,6 @@ from qvlm_plugin.models.loading import LoadedModel, load
 TEXT, NUMBER, WHOLE = Value("string"), Value("int32"), Value("int64")
 WORDS = ("yes", "no", "red", "7")
 """What the questions that are not answered by a letter are answered by."""
-
-ENDS = (
-    "Answer the question using a single word or phrase.",
-    "Answer the question with a single word.",
-    "Answer with the option's letter from the given choices directly.",
-)
-"""How the tasks' prompts end."""
 
 TEXTVQA = {
     "image_id": TEXT, "question_id": NUMBER, "question": TEXT, "question_tokens": List(TEXT), "image": Image(),
@@ -157,7 +151,7 @@ def write_answering_llava(directory: Path, *pairs: tuple[str, str]) -> Path:
 
     Longer words take the places of control characters in its vocabulary. Rows of the output layer are 0 but for the
     opposite ones of a pair, so that one word has a logit above 0. They are orthogonal to what the last states have in
-    common of prompts that end alike, so that answers differ.
+    common of a data set's prompts, so that answers differ.
     """
     write_tiny_llava(directory)
     file = directory / "tokenizer.json"
@@ -168,7 +162,7 @@ def write_answering_llava(directory: Path, *pairs: tuple[str, str]) -> Path:
         vocabulary[word] = vocabulary.pop(token)
     file.write_text(json.dumps(content))
     loaded = load(str(directory), dtype="float32")
-    common = torch.stack([_last_states(loaded, end).mean(dim=0) for end in ENDS])
+    common = torch.stack([_last_states(loaded, row, end).mean(dim=0) for row, end in PROMPTS])
     rows = torch.randn(len(pairs), common.shape[1], generator=torch.Generator().manual_seed(0))
     rows -= rows @ torch.linalg.pinv(common) @ common
     weight = loaded.model.lm_head.weight.data.zero_()
@@ -178,9 +172,26 @@ def write_answering_llava(directory: Path, *pairs: tuple[str, str]) -> Path:
     return directory
 
 
+WORD = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+PROMPTS = [
+    *((row, WORD) for row in (textvqa_row, pope_row, mme_row)),
+    (chartqa_row, "Answer the question with a single word."),
+    *((row, LETTER) for row in (ai2d_row, seed_row)),
+]
+"""Whose questions end how."""
+
+
 @torch.inference_mode()
-def _last_states(loaded: LoadedModel, end: str) -> torch.Tensor:
-    """Of 16 prompts that end in this way, float32[16, hidden]."""
-    prompts = [Conversation.from_prompt(f"What is {index}?\n{end}", [random_image(index)]) for index in range(16)]
+def _last_states(loaded: LoadedModel, row: Callable[[int], dict], end: str) -> torch.Tensor:
+    """Of a data set's questions, the options left out, float32[12, hidden]."""
+    rows = [row(index) for index in range(12)]
+    prompts = [
+        Conversation.from_prompt(
+            f"{one['question'].replace(' Please answer yes or no.', '')}\n{end}",
+            one["image"] if isinstance(one["image"], list) else [one["image"]],
+        )
+        for one in rows
+    ]
     inputs, _ = encode(loaded.processor, prompts)
     return loaded.model(**inputs, output_hidden_states=True).hidden_states[-1][:, -1]

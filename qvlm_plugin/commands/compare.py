@@ -32,7 +32,9 @@ def compare(
     metric: Annotated[str | None, typer.Option(help="What is compared; default: exact_match.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Documents per forward pass.")] = 8,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the documents of a run.")] = 1,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one for each device.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; default: one for each device, on Slurm all.")
+    ] = None,
     devices: Annotated[str | None, typer.Option(help="CUDA devices, separated by commas; jobs take turns.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Working directory of the runs, with local mirrors of data.")
@@ -54,13 +56,12 @@ def compare(
 
     Full precision is always run as well. Finished runs, recognized by what their results record, are not run again. It
     stops at the first run without results, unless --keep-going is given. Ends with comparison.md, .json, .svg and .png,
-    and a verdict. With --executor slurm runs are jobs, which go on where this command is ended; it finds them again.
+    and a verdict. With --executor slurm --partition gpu --gpus 1 --time 240 each run is a job of Slurm; jobs go on where
+    this command is ended, and it finds them again.
 
     Example: qvlm compare results --models demo --methods qlora,awq,qvlm --schemes w6a6,w4a4 --seeds 0,1,2
     --baseline qlora --tasks qvlm_scienceqa,qvlm_vizwiz,qvlm_vqav2 --data demo-data
     --calibration calibration/train.json:64
-
-    Example: qvlm compare results grid.yaml --executor slurm --partition gpu --gpus 1 --time 240 --memory 64
     """
     from qvlm_plugin.atomic import make_folder
     from qvlm_plugin.report.cluster import Jobs

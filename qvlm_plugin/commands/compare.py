@@ -56,8 +56,8 @@ def compare(
 
     Full precision is always run as well. Finished runs, recognized by what their results record, are not run again. It
     stops at the first run without results, unless --keep-going is given. Ends with comparison.md, .json, .svg and .png,
-    and a verdict. With --executor slurm --partition gpu --gpus 1 --time 240 each run is a job of Slurm; jobs go on where
-    this command is ended, and it finds them again.
+    and a verdict. With --executor slurm --partition gpu --gpus 1 --time 240 each run is a job of Slurm; its jobs go on
+    where this command is ended, and it finds them again.
 
     Example: qvlm compare results --models demo --methods qlora,awq,qvlm --schemes w6a6,w4a4 --seeds 0,1,2
     --baseline qlora --tasks qvlm_scienceqa,qvlm_vizwiz,qvlm_vqav2 --data demo-data

@@ -56,7 +56,7 @@ def _check(model: Any, options: Mapping[str, Any]) -> None:
     for output in get_task_list(options.get("task_dict") or {}):
         if output.task is None:
             continue
-        if output.task.OUTPUT_TYPE in ("loglikelihood", "multiple_choice"):
+        if output.task.get_config("output_type") in ("loglikelihood", "multiple_choice"):
             raise QVLMError(
                 f"task {output.task_name} scores by likelihood, which lmms-eval does in its simple format only; add "
                 "--force_simple"

@@ -1,7 +1,7 @@
 """``qvlm compare``: run a grid of methods and test the differences."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -40,8 +40,10 @@ def compare(
         Path | None, typer.Option(help="Working directory of the runs, with local mirrors of data.")
     ] = None,
     executor: Annotated[
-        Literal["local", "slurm"] | None,
-        typer.Option(help="Each run as a job through submitit, on this machine or on Slurm; default: processes here."),
+        str | None,
+        typer.Option(
+            help="Each run as a job through submitit: local (this machine) or slurm; default: processes here."
+        ),
     ] = None,
     partition: Annotated[str | None, typer.Option(help="Of Slurm; default: the cluster's.")] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of a job; default: none.")] = None,
@@ -105,7 +107,11 @@ def compare(
 
 def _request(executor: str | None, devices: str | None, flags: dict[str, Any]) -> dict[str, Any]:
     """Of what a job asks for, the flags that are given."""
+    from qvlm_plugin.report.cluster import EXECUTORS
+
     given = {name: value for name, value in flags.items() if value is not None}
+    if executor not in (None, *EXECUTORS):
+        raise QVLMError(f"--executor {executor} is not known; allowed are {', '.join(EXECUTORS)}")
     if executor is None and given:
         raise QVLMError(f"--{next(iter(given))} is of jobs; name their --executor, local or slurm")
     if executor is not None and devices is not None:

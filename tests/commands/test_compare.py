@@ -85,7 +85,7 @@ def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
         (("--data", "missing"), "there is no such folder"),
         (("--tasks", "a,a"), "each must be there once"),
         (("--seeds", "0,x"), "seeds.1: input should be a valid integer"),
-        (("--executor", "pbs"), "'pbs' is not one of 'local', 'slurm'"),
+        (("--executor", "pbs"), "--executor pbs is not known; allowed are local, slurm"),
         (("--gpus", "2", "--time", "9"), "--gpus is of jobs; name their --executor, local or slurm"),
         (("--executor", "local", "--devices", "0,1"), "--devices is of processes here; a job gets --gpus"),
         (("--executor", "local", "--memory", "0"), "cluster.memory: input should be greater than 0"),

@@ -143,7 +143,8 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
-    name, allowed = ".".join(map(str, problem["loc"])), ", ".join(CompareGrid.model_fields)
+    fields = JobRequest.model_fields if problem["loc"][:1] == ("cluster",) else CompareGrid.model_fields
+    name, allowed = ".".join(map(str, problem["loc"])), ", ".join(fields)
     match problem["type"]:
         case "missing":
             return f"{name}: is missing; allowed are {allowed}"

@@ -116,7 +116,7 @@ GRID = "models: [a]\nmethods: [qlora]\nschemes: [w4a4]\ntasks: [c]\n"
         (GRID + "options: {awq: {}}", "options: awq is not among the methods; allowed are qlora"),
         (GRID + "cluster: slurm", "cluster: input should be a valid dictionary or instance of jobrequest"),
         (GRID + "cluster: {time: 4h}", "cluster.time: input should be a valid integer"),
-        (GRID + "cluster: {gpu: 1}", "cluster.gpu: is no key; allowed are"),
+        (GRID + "cluster: {gpu: 1}", "cluster.gpu: is no key; allowed are partition, gpus, time"),
         (GRID + "model_args: {seed: 1}", "model_args: name seed=1 as one of the seeds"),
         ("modells: [a]\nmodels: [a]\nmethods: [b]\nschemes: [w4a4]\ntasks: [c]", "modells: is no key"),
         ("[1, 2]", "must hold keys and values"),

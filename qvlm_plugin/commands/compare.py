@@ -41,9 +41,7 @@ def compare(
     ] = None,
     executor: Annotated[
         str | None,
-        typer.Option(
-            help="Each run as a job through submitit: local (this machine) or slurm; default: processes here."
-        ),
+        typer.Option(help="Each run as a job through submitit: local (this machine) or slurm; default: processes."),
     ] = None,
     partition: Annotated[str | None, typer.Option(help="Of Slurm; default: the cluster's.")] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of a job; default: none.")] = None,

@@ -48,6 +48,7 @@ METHODS = {
     "quarot": {},
     "qvlm_rotated": {},
     "qvlm_rotated-cdm": {"cdm": False},
+    "qvlm_rotated-blocks": {"max_depth": 1},
     "qvlm_rotated-groups": {"group_size": -1},
     "qvlm_rotated-progressive": {"group_scales": "progressive"},
 }

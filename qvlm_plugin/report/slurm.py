@@ -15,7 +15,12 @@ WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPEC
 ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT"}
 )
-NEVER = frozenset({"PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS"})
+NEVER = frozenset(
+    {
+        "PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "InvalidAccount", "InvalidQOS",
+        "QOSMaxWallDurationPerJobLimit", "AssocMaxWallDurationPerJobLimit",
+    }
+)  # fmt: skip
 """Why a job waits that will never start as it is."""
 
 

@@ -58,7 +58,7 @@ class Jobs:
         """Check that jobs can be submitted.
 
         Args:
-            executor: ``slurm``, or ``local`` for submitit's processes on this machine, all at once.
+            executor: ``slurm``, or ``local`` for submitit's processes on this machine.
             request: what each job asks for; ``local`` looks at ``gpus`` and ``time`` alone.
             setting: where and how cells run.
 

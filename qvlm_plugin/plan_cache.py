@@ -35,6 +35,7 @@ def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: Calibratio
         "dtype": str(loaded.model.dtype),
         "device": device_name(execution_device(loaded.model)),
         "attention": loaded.model.config._attn_implementation,
+        "topology": repr(loaded.topology),
         "prompts": loaded.processor.chat_template,
         "method": request.method.name,
         "options": request.options.model_dump(mode="json"),

@@ -39,11 +39,14 @@ class Stack:
         blocks: path of the ModuleList, relative to the part; empty when the part is itself the one block.
         groups: the Linears of the blocks, in the order of the computation. Blocks may differ: one has a group or not.
         kept: Linears that stay in the compute type whatever the scheme says (routers, a unit matrix).
+        depth: of the tower, how many blocks, from the bottom, the output depends on; None: as many as the
+            configuration's ``vision_feature_layer`` says, all where it says nothing.
     """
 
     blocks: str
     groups: tuple[Group, ...]
     kept: tuple[str, ...] = ()
+    depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,9 @@ def chains_of(topology: Topology, model: PreTrainedModel, part: str) -> list[Blo
     """The same, with those together of which each reads what the one before writes: a stack, or a projector."""
     stack = getattr(topology, part)
     chains = [chain for path in topology.paths(part) for chain in _chains(model, path, stack)]
-    return [chain[: _used_vision_blocks(model.config, len(chain))] for chain in chains] if part == "vision" else chains
+    if part != "vision":
+        return chains
+    return [chain[: stack.depth or _used_vision_blocks(model.config, len(chain))] for chain in chains]
 
 
 def _used_vision_blocks(config: PretrainedConfig, depth: int) -> int:
@@ -159,8 +164,12 @@ def _chains(model: nn.Module, part_path: str, stack: Stack) -> list[Blocks]:
     return [members] if stack.blocks else [[member] for member in members]
 
 
-def _require_only_linears(path: str, block: nn.Module) -> None:
-    """Check that a block has no weights of other kinds that are multiplied: experts in one Parameter."""
+def require_only_linears(path: str, block: nn.Module) -> None:
+    """Check that a block has no weights of other kinds that are multiplied: experts in one Parameter.
+
+    Raises:
+        QVLMError: it has; ``path`` names the block.
+    """
     for name, parameter in block.named_parameters():
         owner = block.get_submodule(name.rpartition(".")[0])
         if parameter.dim() > 2 and not isinstance(owner, _CONVOLUTIONS):
@@ -173,7 +182,7 @@ def _require_only_linears(path: str, block: nn.Module) -> None:
 def _sites(topology: Topology, model: PreTrainedModel, part: str) -> Iterator[Site]:
     stack = getattr(topology, part)
     for index, (path, block) in enumerate(blocks_of(topology, model, part)):
-        _require_only_linears(path, block)
+        require_only_linears(path, block)
         linears = linear_layers(block)
         undescribed = linears.keys() - set(stack.kept)
         for group in stack.groups:

@@ -59,6 +59,7 @@ def test_search_writes_a_plan_that_inspect_prints(tiny_llava, rows, tmp_path):
         (("search", "tests", "--pretrained", "/absent"), "'tests' holds other files than a plan"),
         (("search", "out", "--pretrained", "/absent", "--scheme", "w4a16"), "no such folder"),
         (("inspect", "/absent"), "plan.json is missing"),
+        (("trace", "/absent"), "no such folder"),
         (("results", "/absent"), "is not a results file"),
         (("paired", "/absent", "/other"), "is not a results file"),
     ],

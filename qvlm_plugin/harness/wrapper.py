@@ -60,6 +60,7 @@ from qvlm_plugin.plan_request import check_calibration, check_request
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
 from qvlm_plugin.source import source_commit
+from qvlm_plugin.tracing.trace import traced
 
 T = TypeVar("T")
 
@@ -400,7 +401,7 @@ class _QVLM(lmms):
     def _open(self, arguments: ModelArguments) -> Checkpoint:
         with processes.first_process_first():  # which may have to build the embedded model
             pretrained = resolve_demo(arguments.pretrained)
-        return open_checkpoint(
+        checkpoint = open_checkpoint(
             pretrained,
             revision=arguments.revision,
             trust_remote_code=arguments.trust_remote_code,
@@ -409,6 +410,7 @@ class _QVLM(lmms):
             image_aspect_ratio=arguments.image_aspect_ratio,
             check_config=partial(_check_config, arguments),
         )
+        return traced(checkpoint) if arguments.topology == "traced" and arguments.plan is None else checkpoint
 
     def _facts(self, arguments: ModelArguments, loaded: LoadedModel, execution: Execution) -> dict[str, Any]:
         return {
@@ -451,7 +453,8 @@ class QVLMChat(_QVLM):
 
 def _check_config(arguments: ModelArguments, config: PretrainedConfig) -> None:
     """Check that the model can be used as the arguments say, before its weights are loaded."""
-    plugins.topology(config)
+    if arguments.topology == "described":
+        plugins.topology(config)
     stored = getattr(config, "quantization_config", None)
     if stored is not None and stored.get("quant_method") == QUANT_METHOD:
         check_stored(arguments, CheckpointRecord.read(stored).backend)

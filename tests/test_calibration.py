@@ -167,7 +167,7 @@ def test_empty_and_imageless_sets_are_errors():
 def test_unusable_files_are_named(folder):
     with pytest.raises(QVLMError, match="no such file"):
         read_conversations(folder / "absent.json", None, 1, 0)
-    with pytest.raises(QVLMError, match="has 6 rows with an image under the key 'image'; 7 were asked for"):
+    with pytest.raises(QVLMError, match="has 6 rows with an image under the key 'image', but 7 were asked for"):
         read_conversations(folder / "rows.json", None, 7, 0)
     (folder / "broken.json").write_text("[{")
     with pytest.raises(QVLMError, match="not readable JSON"):

@@ -12,7 +12,7 @@ from qvlm_plugin.plan_request import check_request
 def test_calibration_data_are_checked_before_work(loaded, calibration, monkeypatch):
     monkeypatch.setattr(loaded.model, "forward", lambda *args, **kwargs: pytest.fail("ran the model"))
     request = check_request("qvlm", "w4a4", {"calibration_batch_size": 6})
-    with pytest.raises(QVLMError, match="5 samples, less than calibration_batch_size=6"):
+    with pytest.raises(QVLMError, match="5 samples, fewer than calibration_batch_size=6"):
         planning.obtain_plan(loaded, request, calibration, None)
 
 

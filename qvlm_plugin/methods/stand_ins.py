@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.placement import materialized, place_like
-from qvlm_plugin.plan import RoundingPlan, edit, quantized_linear
+from qvlm_plugin.plan import RoundingPlan, quantized_linear, replace_and_fold
 from qvlm_plugin.plan_header import ModulePlan
 
 
@@ -106,7 +106,7 @@ def edited(plan: RoundingPlan, model: nn.Module, name: str) -> nn.Module:
     if not folded and not any(value.rpartition(".")[0] == name for value in plan.replaced):
         return module
     module = copied(module)
-    edit(plan, {name: module})
+    replace_and_fold(plan, {name: module})
     return module
 
 

@@ -175,7 +175,7 @@ def lay_out(record: CheckpointRecord, model: nn.Module) -> None:
             raise QVLMError(f"the quantized checkpoint rotates the inputs of {plan.name}, which cannot be: {reason}")
         if bool(module.rotation and module.rotation.scaled) != (ROTATION_SCALE in module.tensors):
             raise QVLMError(
-                f"the quantized checkpoint's {plan.name} has a {ROTATION_SCALE} without a scaled rotation, or vice versa"
+                f"the quantized checkpoint's {plan.name} has {ROTATION_SCALE} without a scaled rotation, or vice versa"
             )
         tensors = {name: _empty(text) for name, text in module.tensors.items()}
         try:

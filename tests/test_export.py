@@ -126,7 +126,7 @@ def test_a_folder_rotates_inputs(source, tmp_path, calibration, inputs, scheme, 
     for changes, message in (
         (
             {"scaled": not module["rotation"].get("scaled", False)},
-            "has a rotation_scale without a scaled",
+            "has rotation_scale without a scaled",
         ),
         ({"outer": 10**9}, r"rotates the inputs of model.*, which cannot be: it is of \d+ channels"),
     ):

@@ -59,6 +59,10 @@ class Progress:
         self.description, self.total = description, total or self.total
         self._bars.update(self._bar, description=description, total=self.total)
 
+    def print(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     def _print_line(self) -> None:
         if self._lines is not None:
             self._printed = time.monotonic()

@@ -139,7 +139,7 @@ def train(output: Path, recipe: Recipe | None = None) -> Path:
             if step % 50 == 49 or step + 1 == recipe.steps:
                 _save(checkpoint, step + 1, recipe, parameters, optimizer)
                 scores = _examine(model, features, processor.tokenizer, exam)
-                progress.console.print(f"step {step + 1}: held-out images: {scores}")
+                progress.print(f"step {step + 1}: held-out images: {scores}")
     _write(output, {name: p.detach().half().contiguous() for name, p in parameters.items()}, {})
     checkpoint.unlink()
     return output

@@ -237,8 +237,8 @@ def read_conversations(path: Path, image_folder: Path | None, count: int, seed: 
     if len(rows) < count:
         keys = ", ".join(sorted({str(key) for row in every for key in row}))[:200] or "none"
         raise QVLMError(
-            f"calibration={str(path)!r} has {len(rows)} rows with an image under the key {IMAGE_KEY!r}, but {count} "
-            f"were asked for; the keys of its {len(every)} rows are {keys}"
+            f"calibration={str(path)!r} has {len(rows)} rows with an image under the key {IMAGE_KEY!r}, but needs "
+            f"{count}; the keys of its {len(every)} rows are {keys}"
         )
     folder = image_folder or path.parent
     return [_sample(row, folder, path) for row in draw(rows, count, seed)]

@@ -68,7 +68,7 @@ def required_to_pass(kernel: Kernel) -> Kernel:
     ) -> str:
         raise QVLMError(
             f"backend=packed: kernel {kernel.name} fails its self-test on {device} ({weight_format}, "
-            f"{activation_format}): {failure}; backend=auto does without it"
+            f"{activation_format}): {failure}; backend=auto skips it"
         )
 
     return _tested(kernel, refuse)

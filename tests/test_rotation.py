@@ -253,7 +253,7 @@ def test_what_cannot_be_rotated_is_refused(loaded, calibration, identity):
     fold = Fold(site=first.site, producer=first.site)
     before = list(loaded.model.modules())
     for wrong, reason in [
-        (rotated(plan, {site}), rf"rotates the inputs of {site}, which cannot be: its ranges .*static_channel"),
+        (rotated(plan, {site}), rf"rotates the inputs of {site}, which cannot be: .*static ranges per channel"),
         (replace(identity, rotations=other), "rotates the inputs of nowhere, .*no Linear of the model has this site"),
         (replace(identity, rotations=(plain, plain)), "the plan rotates it already"),
         (replace(identity, rotations=(first,)), f"no finite tensor {first.site}/scale of "),

@@ -194,7 +194,7 @@ def _text_only_documents(pool: Sequence[Question], count: int, rng: random.Rando
 
 
 def _put(target: Path, documents: Iterable[Document], write: Callable[[Path], None]) -> None:
-    """Write the folder `target` of the documents with `write`, in one step, unless its marker shows that it has them."""
+    """Write the documents' folder `target` with `write`, in one step, unless its marker shows that it has them."""
     sha = hashlib.sha256()
     for doc in documents:
         sha.update(json.dumps({**doc, "image": None}, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""The plugin manager: what the hooks provide, looked up by name."""
+"""The plugin manager, and look-up of methods, topologies and kernels that plugins provide."""
 
 import logging
 from collections.abc import Iterator

@@ -59,7 +59,7 @@ def _round_chain(context: SearchContext, draft: Draft, part: str, blocks: Blocks
             with replaced(layer, finished):
                 hidden = hidden.through(name, layer)
             reference = reference and reference.through(name, layer)
-            del finished  # which would lie beside the copies of the next block
+            del finished  # frees its weights before the next block is copied
             progress.advance()
     return draft
 

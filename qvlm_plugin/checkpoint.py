@@ -3,9 +3,9 @@
 In addition to a usual config.json, the folder's has a ``quantization_config``: the plan's facts and table, the kernel
 and tensors of each module, and the hashes of the weight files.
 
-The weight file has a flat tensor ``weight`` for every quantized Linear, empty where its kernel has no tensor of that
-name. A loader that does not know the format expects a matrix there and stops; if it found nothing, it would fill the
-layers with random numbers.
+Every quantized Linear has a flat tensor ``weight`` in the file, empty where its kernel has no tensor of that name. A
+loader that does not know the format expects a matrix there and stops, where it would otherwise find nothing and fill
+the layers with random numbers.
 """
 
 import hashlib

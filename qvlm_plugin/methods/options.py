@@ -189,9 +189,9 @@ class MiningOptions(_Options):
 
     Attributes:
         cdm: mine cross-layer dependency and search blocks jointly.
-        cdm_parts: the parts whose blocks are searched: the ``decoder``, as in the paper, or the vision tower before it.
-        dependency: the codes that dependency is computed from: those of each layer's first ``site``, within its own
-            bounds, or of each layer's ``output`` within its channels' extremes, which the model does not round.
+        cdm_parts: search the blocks of the ``decoder``, as in the paper, or first those of the vision tower, too.
+        dependency: compute dependency from the codes of each layer's first ``site``, within its own bounds, or from
+            codes of each layer's ``output`` within its channels' extremes, although the model does not round it.
         min_percentile: lower end of the grid (paper, section 4.1: 0.98).
         max_percentile: upper end of the grid; above 1 it widens ranges (per-token ranges at most to the extremes).
         percentile_step: distance between candidates (paper: 0.005).

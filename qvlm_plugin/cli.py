@@ -1,4 +1,4 @@
-"""The ``qvlm`` command. Commands import what needs torch themselves, so that ``--help`` answers at once."""
+"""The ``qvlm`` command. Commands import torch only when they run, so that ``--help`` answers at once."""
 
 from typing import Annotated
 

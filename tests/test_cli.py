@@ -56,7 +56,7 @@ def test_search_writes_a_plan_that_inspect_prints(tiny_llava, rows, tmp_path):
         (("export", "out", "--pretrained", "/absent", "--method", "rtn", "--device", "hip:x"), "is not a device"),
         (("search", "/dev/null/plan", "--pretrained", "/absent"), "'/dev/null' cannot be written"),
         (("export", "/proc/out", "--pretrained", "/absent", "--method", "rtn"), "'/proc/out' cannot be written"),
-        (("search", "tests", "--pretrained", "/absent"), "'tests' holds other files than a plan"),
+        (("search", "tests", "--pretrained", "/absent"), "'tests' holds files other than a plan"),
         (("search", "out", "--pretrained", "/absent", "--scheme", "w4a16"), "no such folder"),
         (("inspect", "/absent"), "plan.json is missing"),
         (("trace", "/absent"), "no such folder"),

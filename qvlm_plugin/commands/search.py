@@ -62,11 +62,11 @@ def search(
     --calibration llava_mix.json:64 --images images/ --device cuda
     """
     from qvlm_plugin.methods.shard import join_processes
-    from qvlm_plugin.plan import require_place
+    from qvlm_plugin.plan import require_plan_folder
     from qvlm_plugin.plan_request import check_request
 
     request = check_request(method, scheme, pairs(option))
-    require_place(output)
+    require_plan_folder(output)
     checkpoint = opened(
         pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
         image_aspect_ratio=image_aspect_ratio,

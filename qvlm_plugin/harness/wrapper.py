@@ -122,7 +122,7 @@ class _QVLM(lmms):
                 execution = planning.apply(plan, loaded, arguments.backend, arguments.strict)
             else:
                 execution = quantize.execution
-                plugins.tell_quantized(loaded, plan)
+                plugins.notify_quantized(loaded, plan)
             digests = plan.calibration.digests if plan.calibration else ()
             facts = {**plan.facts, "backend": arguments.backend, "quantized_from": None}
         else:

@@ -29,6 +29,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import processes
 from qvlm_plugin.harness.generation import Generation
 from qvlm_plugin.harness.host import wrap_once
+from qvlm_plugin.harness.latency import Latency, summary
 from qvlm_plugin.harness.requests import Documents, Request
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.memory import peak_memory
@@ -73,8 +74,7 @@ class Counts:
         compared: what was compared with the calibration documents: task, document id and context.
         overlapping: names of those that are among them.
         tokens, seconds: generated tokens, and the time that generating them took.
-        first_seconds, answered: sum of the time until the first token of each answer's batch, and number of answers.
-        further_seconds, further_steps: time after the first token of batches, and decoding steps in it.
+        latencies: of each batch.
         images: digest of each asked document's images, by task and document id; None where it has no image.
         generation: per task, how answers were generated: `Generation.settings`, each once.
     """
@@ -87,41 +87,9 @@ class Counts:
     overlapping: list[str] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
-    first_seconds: float = 0.0
-    answered: int = 0
-    further_seconds: float = 0.0
-    further_steps: int = 0
+    latencies: list[Latency] = field(default_factory=list)
     images: dict[tuple[str, int], str | None] = field(default_factory=dict)
     generation: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-
-    def time_batch(self, answers: int, seconds: float, first: float | None, steps: int) -> None:
-        """Note how long a batch took.
-
-        Args:
-            answers: how many it gave.
-            seconds: in all.
-            first: of these, until its first tokens were known; None where there were none.
-            steps: tokens of its longest answer.
-        """
-        self.seconds += seconds
-        if first is not None:
-            self.first_seconds += first * answers
-            self.answered += answers
-            self.further_seconds += seconds - first
-            self.further_steps += max(steps - 1, 0)
-
-    @property
-    def latencies(self) -> dict[str, float]:
-        """Mean seconds to an answer's first token, and from one token to the next; what was not measured is left out.
-
-        The first is of whole batches, decoding images and forming the prompt included.
-        """
-        found = {}
-        if self.answered:
-            found["ttft"] = self.first_seconds / self.answered
-        if self.further_steps:
-            found["tpot"] = self.further_seconds / self.further_steps
-        return found
 
     @classmethod
     def total(cls, counts: Sequence["Counts"]) -> "Counts":
@@ -139,10 +107,7 @@ class Counts:
             overlapping=[name for count in counts for name in count.overlapping],
             tokens=sum(count.tokens for count in counts),
             seconds=max(count.seconds for count in counts),
-            first_seconds=sum(count.first_seconds for count in counts),
-            answered=sum(count.answered for count in counts),
-            further_seconds=sum(count.further_seconds for count in counts),
-            further_steps=sum(count.further_steps for count in counts),
+            latencies=[latency for count in counts for latency in count.latencies],
             images={document: digest for count in counts for document, digest in count.images.items()},
             generation=generation,
         )
@@ -262,12 +227,16 @@ class RunRecord:
             total_elapsed_time=seconds,
             total_gen_tokens=tokens,
             avg_speed=tokens / seconds if seconds else 0.0,
-            additional_metrics={**self.counts.latencies, **self._numbers(), RESULT_KEY: self},
+            additional_metrics={**self._numbers(), RESULT_KEY: self},
         )
 
     def _numbers(self) -> dict[str, float]:
         bits = {part: self.facts["bits"][part] for part in PARTS if part in self.facts["bits"]}
+        latency = summary(self.counts.latencies) or {}
+        means = {name: spread["mean"] for name, spread in latency.items() if isinstance(spread, dict)}
         return {
+            **({"total_requests": latency["requests"]} if latency else {}),
+            **{f"qvlm_{name}": seconds for name, seconds in means.items()},
             "qvlm_weight_bytes": self.measured["weight_bytes"],
             "qvlm_peak_memory_bytes": self.measured["peak_memory_bytes"],
             "qvlm_search_seconds": self.facts["search_seconds"],
@@ -298,14 +267,13 @@ class RunRecord:
                 }
                 for task in counts.generated | counts.found
             },
+            "latency": summary(counts.latencies),
             "generation": counts.generation,
             "prompts_over_context": {
                 task: None if counts.found[task] else counts.over_context[task]
                 for task in counts.generated | counts.found | counts.over_context
             },
             **self.measured,
-            "seconds_to_first_token": counts.latencies.get("ttft"),
-            "seconds_per_output_token": counts.latencies.get("tpot"),
         }
 
 

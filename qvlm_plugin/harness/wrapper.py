@@ -4,6 +4,7 @@
 """
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
 from loguru import logger
-from transformers import BatchFeature, LogitsProcessorList, PretrainedConfig, StoppingCriteriaList
+from transformers import BatchFeature, PretrainedConfig, StoppingCriteriaList
 
 from qvlm_plugin import backends, planning, plugins
 from qvlm_plugin.cache import sources_digest
@@ -25,10 +26,18 @@ from qvlm_plugin.checkpoint import CheckpointRecord
 from qvlm_plugin.conversation import Conversation, as_text, encode, to_device
 from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.harness import likelihood, processes, provenance, refused_options, response_cache
+from qvlm_plugin.harness import (
+    document_scores,
+    likelihood,
+    processes,
+    provenance,
+    refused_options,
+    response_cache,
+)
 from qvlm_plugin.harness.arguments import ModelArguments, check_stored, merge_arguments, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, read_generation
 from qvlm_plugin.harness.host import require_whole_images
+from qvlm_plugin.harness.latency import FirstToken, Latency
 from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.requests import (
     Documents,
@@ -39,7 +48,6 @@ from qvlm_plugin.harness.requests import (
     with_system_prompt,
 )
 from qvlm_plugin.harness.task_source import draw_samples
-from qvlm_plugin.harness.timing import FirstToken, now
 from qvlm_plugin.hf_quantizer import QUANT_METHOD, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.memory import peak_memory, restart_peak
@@ -54,6 +62,7 @@ from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
 from qvlm_plugin.source import source_commit
 from qvlm_plugin.stored_bits import stored_facts, stored_kernels
+from qvlm_plugin.tracing.trace import traced
 
 T = TypeVar("T")
 
@@ -128,7 +137,7 @@ class _QVLM(lmms):
                 execution = planning.apply(plan, loaded, arguments.backend, arguments.strict)
             else:
                 execution = quantize.execution
-                plugins.tell_quantized(loaded, plan)
+                plugins.notify_quantized(loaded, plan)
             digests = plan.calibration.digests if plan.calibration else ()
             facts = {**plan.facts, "backend": arguments.backend, "quantized_from": None}
         else:
@@ -165,6 +174,7 @@ class _QVLM(lmms):
         processes.leave_at_exit()
         provenance.install()
         likelihood.install()
+        document_scores.install()
         response_cache.install()
         refused_options.install()
 
@@ -338,24 +348,26 @@ class _QVLM(lmms):
         tokenizer = self._processor.tokenizer
         if generation.seed is not None:
             torch.manual_seed(generation.seed)
-        first = FirstToken(self._device)
+        start = time.perf_counter()
         try:
             inputs, _ = encode(self._processor, conversations)
             prompt_lengths, width = self._measured(batch, inputs), inputs["input_ids"].shape[1]
+            first = FirstToken()
             stops = [StopAtText(generation.stops, tokenizer, width)] if generation.stops else []
             generate = partial(
                 self._model.generate,
                 **to_device(inputs, self._device, self._model.dtype),
                 **generation.arguments,
                 pad_token_id=tokenizer.pad_token_id,
-                stopping_criteria=StoppingCriteriaList(stops),
-                logits_processor=LogitsProcessorList([first]),
+                stopping_criteria=StoppingCriteriaList([first, *stops]),
             )
             output = finite(self._model, generate)
             tokens = output[:, width:].cpu()
         except Exception as error:
             raise _failure("generation", batch, error) from error
-        self.record.counts.time_batch(len(batch), now(self._device) - first.start, first.seconds, tokens.shape[1])
+        end = time.perf_counter()
+        self.record.counts.seconds += end - start
+        self.record.counts.latencies.append(Latency.of(len(batch), (start, first.time, end), tokens.shape[1]))
         texts = tokenizer.batch_decode(
             tokens, skip_special_tokens=generation.skip_special_tokens, clean_up_tokenization_spaces=False
         )
@@ -406,7 +418,7 @@ class _QVLM(lmms):
     def _open(self, arguments: ModelArguments) -> Checkpoint:
         with processes.first_process_first():  # which may have to build the embedded model
             pretrained = resolve_demo(arguments.pretrained)
-        return open_checkpoint(
+        checkpoint = open_checkpoint(
             pretrained,
             revision=arguments.revision,
             trust_remote_code=arguments.trust_remote_code,
@@ -415,6 +427,7 @@ class _QVLM(lmms):
             image_aspect_ratio=arguments.image_aspect_ratio,
             check_config=partial(_check_config, arguments),
         )
+        return traced(checkpoint) if arguments.topology == "traced" and arguments.plan is None else checkpoint
 
     def _facts(
         self, arguments: ModelArguments, loaded: LoadedModel, kernels: Mapping[str, int], execution: Execution
@@ -459,7 +472,8 @@ class QVLMChat(_QVLM):
 
 def _check_config(arguments: ModelArguments, config: PretrainedConfig) -> None:
     """Check that the model can be used as the arguments say, before its weights are loaded."""
-    plugins.topology(config)
+    if arguments.topology == "described":
+        plugins.topology(config)
     stored = getattr(config, "quantization_config", None)
     if stored is not None and stored.get("quant_method") == QUANT_METHOD:
         check_stored(arguments, CheckpointRecord.read(stored).backend)

@@ -120,7 +120,7 @@ class _QVLM(lmms):
         if foreign is not None:
             execution, digests, kernels = Execution({}), (), stored_kernels(loaded.model)
             facts = {
-                **stored_facts(loaded.model, plugins.topology(loaded.model.config), foreign),
+                **stored_facts(loaded.model, loaded.topology or plugins.topology(loaded.model.config), foreign),
                 "plan_hash": loaded.fingerprint,
                 "backend": foreign,
                 "quantized_from": None,

@@ -1,7 +1,7 @@
 """onnxruntime's product with 4-bit weights as a kernel, to be measured by kernels.py where onnxruntime is installed.
 
 MatMulNBits with ``accuracy_level=4`` rounds inputs to 8 bits by itself, in blocks as long as the weight's groups: it
-stands for W4A8, and not for W4A16, whose results it changes. A session computes one Linear; all share a pool of threads.
+stands for W4A8, and not for W4A16, whose results it changes. A session computes one Linear; all share their threads.
 
 python benchmarks/matmulnbits.py                   # memory, time to load, and time of a call
 python benchmarks/matmulnbits.py --linears 32

@@ -1,14 +1,14 @@
 """Rotations of inputs in the ``compressed-tensors`` format, as far as vLLM's transforms can express them.
 
 The package's transform configuration has no Kronecker products: a transform is one square matrix that inputs are
-multiplied by, of a kind that a reader makes itself (``hadamard``: Sylvester's, of a power of two, without signs) or reads
-from the folder. A rotation R of K channels is stored as √K R, of kind ``random-hadamard``, which readers divide by √K:
-entries are 1 and -1 wherever R is made of Hadamard matrices, exact in every type. It is stored once for all Linears of
-one width, with the first of them, as the package does.
+multiplied by. A reader makes it (``hadamard``: Sylvester's, of a power of two, without signs) or reads it from the
+folder. A rotation R of K channels is stored as √K R, of kind ``random-hadamard``, which readers divide by √K: entries
+are 1 and -1 wherever R is made of Hadamard matrices, exact in every type. It is stored once for all Linears of one
+width, with the first of them, as the package does.
 
-vLLM computes K² multiplications for each token so, in place of K (outer + 64 + …); it refuses biases where it transforms
-inputs, and runs transforms on one GPU only. It matches them with modules by its own names, which have the decoder's
-layers below ``language_model``, too.
+vLLM computes K² multiplications for each token so, in place of K (outer + 64 + …). It refuses biases where it
+transforms inputs, and runs transforms on one GPU only. It matches them with modules by its own names, which have the
+decoder's layers below ``language_model``, too.
 """
 
 import re
@@ -33,7 +33,7 @@ class Rotations:
     """The transforms of a folder.
 
     Attributes:
-        readers: of each matrix, by its name: the rotation (of one site of many), and the Linears whose inputs it rotates.
+        readers: by a matrix's name, the rotation of one of its sites, and the Linears whose inputs it rotates.
     """
 
     readers: Mapping[str, tuple[Rotation, list[str]]]
@@ -58,6 +58,8 @@ class Rotations:
         """Put each matrix below its first reader, in the model's type."""
         for name, (rotation, readers) in self.readers.items():
             matrix = rotate(torch.eye(rotation.channels), factors(rotation)) * rotation.channels**0.5
+            signs = matrix.sign()
+            matrix = signs if torch.allclose(matrix, signs, atol=1e-3) else matrix
             weight = nn.Parameter(matrix.to(model.dtype), requires_grad=False)
             model.get_submodule(readers[0]).add_module(f"{name}_input", nn.ParameterDict({"weight": weight}))
 
@@ -88,7 +90,7 @@ def _obstacle(module: ModulePlan, rotation: Rotation, model: nn.Module) -> str |
             "as in --scheme w4a8+vision:w16a16+projector:w16a16"
         )
     if model.get_submodule(module.name).bias is not None:
-        return "its inputs are rotated and it has a bias, which vLLM does not add where it transforms inputs"
+        return "its inputs are rotated and it has a bias, which vLLM refuses where it transforms inputs"
     return None
 
 

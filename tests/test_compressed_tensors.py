@@ -138,11 +138,12 @@ def test_what_the_format_cannot_express_is_refused(source, tmp_path, calibration
     assert list(loaded.model.modules()) == before and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("scheme", ["w4a16", "w8a8", "w4a8"])
-def test_rotations_are_the_packages_transforms(source, tmp_path, calibration, scheme):
+@pytest.mark.parametrize(("scheme", "bound"), [("w4a16", 1e-5), ("w8a8", 5e-3), ("w4a8", 5e-3)])
+def test_rotations_are_the_packages_transforms(source, tmp_path, calibration, scheme, bound):
     """transformers leaves them out; `apply_transform_config` is what reads them in the package."""
     loaded = load(str(source), dtype="float32")
-    plan = plan_of(loaded, calibration, f"{scheme}+vision:w16a16+projector:w16a16", group_size=-1, symmetric=True)
+    options = {"group_size": -1, "symmetric": True, "activations": "token"}
+    plan = plan_of(loaded, calibration, f"{scheme}+vision:w16a16+projector:w16a16", **options)
     plan = with_rotations(plan, {module.site for module in plan.quantized})
     export_compressed_tensors(plan, loaded, tmp_path / "x")
     loaded = as_served(plan, source)
@@ -161,7 +162,8 @@ def test_rotations_are_the_packages_transforms(source, tmp_path, calibration, sc
     assert len(transforms) == len(plan.quantized)
     for transform in transforms.values():
         transform.weight.data = next(matrix for matrix in stored.values() if len(matrix) == len(transform.weight))
-    assert relative(logits_of(model, inputs), expected) < 1e-4
+    # A last digit of a rotated input can be another code of 8 bits.
+    assert relative(logits_of(model, inputs), expected) < bound
 
 
 def test_transforms_match_names_of_vllm(source, tmp_path, calibration):
@@ -188,7 +190,8 @@ def test_transforms_match_names_of_vllm(source, tmp_path, calibration):
 def test_other_rotations_are_refused(source, tmp_path, calibration, scheme, scaled, reason):
     loaded = load(str(source), dtype="float32")
     plan = plan_of(loaded, calibration, scheme, group_size=8)
-    plan = rotated(plan) if scaled else with_rotations(plan, {module.site for module in plan.quantized})
+    sites = {module.site for module in plan.quantized}
+    plan = rotated(plan, sites) if scaled else with_rotations(plan, sites)
     before = list(loaded.model.modules())
     with pytest.raises(QVLMError, match=rf"--format compressed-tensors cannot express model\..*{reason}") as caught:
         export_compressed_tensors(plan, loaded, tmp_path / "x")

@@ -61,14 +61,13 @@ def export(
 
     It is a checkpoint like any other where this package is imported: from_pretrained loads it packed, and lmms-eval
     runs it as pretrained=DIR. Without this package loading it is an error.
-    With --format compressed-tensors it is for vLLM: schemes w4a16 and w8a8, the latter with activations rounded per
-    token.
+    With --format compressed-tensors it is for vLLM: schemes w4a16, w8a16, w4a8 and w8a8, the latter two with
+    activations rounded per token.
 
     Example: qvlm export llava-w4a16 --pretrained llava-hf/llava-1.5-7b-hf --method rtn --scheme w4a16
     """
     from qvlm_plugin import backends, planning
     from qvlm_plugin.atomic import require_vacant
-    from qvlm_plugin.compressed_tensors import INTEGER, export_compressed_tensors
     from qvlm_plugin.export import export as write
     from qvlm_plugin.models.loading import load_weights
     from qvlm_plugin.plan import RoundingPlan
@@ -78,6 +77,13 @@ def export(
         raise QVLMError("name one of --plan DIR (a saved plan) and --method NAME (searched now)")
     require_vacant(output)
     backends.kernels(backend)
+    if format_ is Format.COMPRESSED_TENSORS:
+        try:
+            from qvlm_plugin.compressed_tensors import export_compressed_tensors
+        except ImportError as error:
+            raise QVLMError(
+                f"{error}; --format compressed-tensors needs: pip install 'qvlm_plugin[compressed-tensors]'"
+            ) from error
     found = None if plan is None else RoundingPlan.load(plan)
     request = check_request(method, scheme, pairs(option)) if found is None else None
     checkpoint = opened(
@@ -97,7 +103,7 @@ def export(
         typer.echo(write(found, loaded, output, backend=backend, strict=strict, shard_size=shard_size))
     else:
         counts = export_compressed_tensors(found, loaded, output, shard_size=shard_size)
-        typer.echo(f"quantized Linear layers by format: {', '.join(f'{n} {count}' for n, count in counts.items())}")
-        if INTEGER in counts:
-            typer.echo("in int-quantized layers activations are rounded per token, not with the plan's ranges")
+        typer.echo(f"quantized Linear layers by format: {', '.join(f'{group} {n}' for group, n in counts.items())}")
+        if any(group.rounds_tokens for group in counts):
+            typer.echo("activations are rounded per token to symmetric codes of 8 bits, not with the plan's ranges")
     typer.echo(output)

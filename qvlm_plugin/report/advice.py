@@ -1,0 +1,283 @@
+"""Which quantized scheme to choose: its loss of accuracy against its packed size, as far as the runs decide it."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.report.leaderboard.tables import size
+from qvlm_plugin.report.paired import difference_text
+from qvlm_plugin.report.pooled import Pooled, pool
+from qvlm_plugin.report.results import Grid
+from qvlm_plugin.report.samples import RunSamples
+from qvlm_plugin.report.shares import PERCENT, unit_text
+
+SAME = ("model_fingerprint", "method", "scheme", "options", "backend", "dtype", "device")
+"""Facts that the runs of one choice share. They may differ in tasks and in the seed of the calibration draw."""
+
+HEADER = ("method", "scheme", "calibration", "packed size", "tokens/s", "seeds", "documents", "difference", "verdict")
+
+_NONE_SEEN = -math.log(0.025)
+"""Among n documents without a change, a share of changes up to this number divided by n cannot be excluded (95 %)."""
+
+
+class Verdict(Enum):
+    """Whether a choice loses more than the tolerance."""
+
+    RECOMMENDED = "recommended"
+    UNDECIDED = "undecided"
+    WORSE = "loses more"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to quantize a model, with what its runs say about it.
+
+    Attributes:
+        model: the checkpoint's name.
+        method, scheme: what was evaluated.
+        calibration: source of the samples; empty where none were drawn.
+        variant: options in which it differs from other choices of the same method, scheme and calibration.
+        simulated: whether its runs simulate low bits, so that nothing is known about their speed.
+        packed_bytes: size of the weights under the scheme; None where no run says.
+        tokens_per_second: mean over packed runs; None where there are none.
+        tasks: over which it is compared.
+        pooled: score and difference from full precision, averaged over tasks and seeds.
+    """
+
+    model: str
+    method: str
+    scheme: str
+    calibration: str
+    variant: str
+    simulated: bool
+    packed_bytes: int | None
+    tokens_per_second: float | None
+    tasks: tuple[str, ...]
+    pooled: Pooled
+
+    @property
+    def name(self) -> str:
+        """For sentences."""
+        details = ", ".join(filter(None, (self.variant, self.calibration)))
+        return f"{self.method} {self.scheme}" + (f" ({details})" if details else "")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the difference from full precision.
+
+        For shares it reaches at least as far as `_NONE_SEEN` divided by the number of clusters: where few documents
+        change, the t interval is too narrow, and it has no width where none do.
+        """
+        difference = self.pooled.difference
+        reach = _NONE_SEEN / self.pooled.clusters if self.pooled.scale == PERCENT else 0.0
+        return min(difference.low, difference.value - reach), max(difference.high, difference.value + reach)
+
+    def verdict(self, tolerance: float) -> Verdict:
+        """Whether the interval excludes a drop above ``tolerance``, given in the unit of tables (points for shares)."""
+        low, high = (self.pooled.scale * edge for edge in self.interval)
+        if low >= -tolerance:
+            return Verdict.RECOMMENDED
+        return Verdict.WORSE if high < -tolerance else Verdict.UNDECIDED
+
+    def row(self, tolerance: float) -> dict[str, Any]:
+        """As JSON data; differences are in the metric's own unit."""
+        low, high = self.interval
+        names = ("model", "method", "scheme", "calibration", "variant", "simulated", "packed_bytes")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "tokens_per_second": self.tokens_per_second,
+            "tasks": [*self.tasks],
+            "seeds": self.pooled.seeds,
+            "documents": self.pooled.documents,
+            "score": self.pooled.score.value,
+            "difference": self.pooled.difference.value,
+            "difference_low": None if math.isnan(low) else low,
+            "difference_high": None if math.isnan(high) else high,
+            "verdict": self.verdict(tolerance).value,
+        }
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The runs of one choice by seed, their tasks joined."""
+
+    facts: Mapping[str, Any]
+    by_seed: Mapping[Any, RunSamples]
+    speeds: tuple[float, ...]
+
+
+def find_choices(
+    runs: Sequence[RunSamples], metric: str, speeds: Mapping[Path, float | None]
+) -> tuple[list[Choice], list[str]]:
+    """Compare each quantized choice with full precision of the same model, on the same documents.
+
+    Args:
+        runs: of any models, methods, tasks and seeds; those of other packages' models are left out.
+        metric: of the tasks.
+        speeds: generated tokens per second by results file, None where low bits are simulated.
+
+    Returns:
+        The choices by packed size, and a line for each that cannot be compared.
+    """
+    known = [_joined(own, speeds) for own in _grouped(run for run in runs if run.run)]
+    baselines = [one for one in known if one.facts["method"] == "none"]
+    found, trouble = [], [f"{run.file}: a model of another package; left out" for run in runs if not run.run]
+    for one in known:
+        if one.facts["method"] == "none":
+            continue
+        try:
+            found.append(_choice(one, baselines, metric))
+        except QVLMError as error:
+            trouble.append(f"{one.facts['method']} {one.facts['scheme']}: {error}")
+    return _with_variants(sorted(found, key=lambda pair: pair[0].packed_bytes or math.inf)), trouble
+
+
+def _grouped(runs: Iterable[RunSamples]) -> list[list[RunSamples]]:
+    groups: dict[str, list[RunSamples]] = defaultdict(list)
+    for run in runs:
+        key = {name: run.run.get(name) for name in SAME} | {"source": _calibration(run.run).get("source")}
+        groups[json.dumps(key, sort_keys=True, default=str)].append(run)
+    return [*groups.values()]
+
+
+def _calibration(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    return facts.get("calibration") or {}
+
+
+def _joined(runs: Sequence[RunSamples], speeds: Mapping[Path, float | None]) -> _Runs:
+    by_seed: dict[Any, RunSamples] = {}
+    for run in sorted(runs, key=lambda run: run.file.name):  # names begin with the time: the newest run of a task stays
+        seed = _calibration(run.run).get("seed")
+        tasks = {**by_seed[seed].tasks, **run.tasks} if seed in by_seed else run.tasks
+        by_seed[seed] = replace(run, tasks=tasks)
+    return _Runs(runs[0].run, by_seed, tuple(speed for run in runs if (speed := speeds.get(run.file))))
+
+
+def _choice(one: _Runs, baselines: Sequence[_Runs], metric: str) -> tuple[Choice, Mapping[str, Any]]:
+    facts, runs = one.facts, one.by_seed.values()
+    if any(_calibration(run.run).get("documents_also_evaluated") for run in runs):
+        raise QVLMError("calibrated on evaluated documents; left out")
+    baseline = _baseline(facts, baselines)
+    shared = set(baseline.tasks).intersection(*(run.tasks for run in runs))
+    if not shared:
+        raise QVLMError("full precision was not evaluated on its tasks; left out")
+    only = [replace(run, tasks={task: run.tasks[task] for task in sorted(shared)}) for run in (baseline, *runs)]
+    *_, pooled = pool([(only[0], run) for run in only[1:]], metric)
+    choice = Choice(
+        model=str(facts.get("pretrained") or "model"),
+        method=facts["method"],
+        scheme=facts["scheme"],
+        calibration=str(_calibration(facts).get("source") or ""),
+        variant="",
+        simulated=facts.get("backend") == "reference",
+        packed_bytes=facts.get("packed_bytes"),
+        tokens_per_second=sum(one.speeds) / len(one.speeds) if one.speeds else None,
+        tasks=tuple(sorted(shared)),
+        pooled=pooled,
+    )
+    return choice, facts
+
+
+def _baseline(facts: Mapping[str, Any], baselines: Sequence[_Runs]) -> RunSamples:
+    """Full precision of the same checkpoint, if possible in the same compute type and on the same device."""
+    own = [one for one in baselines if one.facts.get("model_fingerprint") == facts.get("model_fingerprint")]
+    if not own:
+        raise QVLMError("there is no run of method=none with the same checkpoint; left out")
+    alike = lambda one: sum(one.facts.get(name) == facts.get(name) for name in ("dtype", "device"))  # noqa: E731
+    return next(iter(max(own, key=alike).by_seed.values()))
+
+
+def _with_variants(found: Sequence[tuple[Choice, Mapping[str, Any]]]) -> list[Choice]:
+    """The choices, those of the same name told apart by their options, backend, compute type or device."""
+    named: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    every = [{**(facts.get("options") or {}), **{name: facts.get(name) for name in SAME[4:]}} for _, facts in found]
+    for (choice, _), options in zip(found, every, strict=True):
+        named[choice.model, choice.name].append(options)
+    choices = []
+    for (choice, _), options in zip(found, every, strict=True):
+        others = named[choice.model, choice.name]
+        differing = [name for name in options if any(other.get(name) != options[name] for other in others)]
+        choices.append(replace(choice, variant=", ".join(f"{name}={options[name]}" for name in differing)))
+    return choices
+
+
+def choices_grid(choices: Sequence[Choice], tolerance: float) -> Grid:
+    """One row for each choice."""
+    return Grid(HEADER, tuple(_cells(choice, tolerance) for choice in choices))
+
+
+def _cells(choice: Choice, tolerance: float) -> tuple[str, ...]:
+    pooled, speed = choice.pooled, choice.tokens_per_second
+    low, high = choice.interval
+    return (
+        f"{choice.method} ({choice.variant})" if choice.variant else choice.method,
+        choice.scheme,
+        choice.calibration,
+        size(choice.packed_bytes),
+        "simulated" if choice.simulated else "" if speed is None else f"{speed:.1f}",
+        str(pooled.seeds),
+        f"{pooled.documents:,}",
+        difference_text(replace(pooled.difference, low=low, high=high), pooled.scale, decimals=1),
+        choice.verdict(tolerance).value,
+    )
+
+
+def advice(choices: Sequence[Choice], memory: float | None, tolerance: float) -> list[str]:
+    """What to choose for one model, in sentences.
+
+    Args:
+        choices: of one model.
+        memory: bytes that weights may take; None for any.
+        tolerance: drop that is accepted, in the unit of tables (points for shares).
+    """
+    fitting = [one for one in choices if memory is None or (one.packed_bytes or math.inf) <= memory]
+    if not fitting:
+        return [_nothing_fits(choices, memory)]
+    by_verdict = {verdict: [one for one in fitting if one.verdict(tolerance) is verdict] for verdict in Verdict}
+    recommended = sorted(by_verdict[Verdict.RECOMMENDED], key=lambda one: (one.packed_bytes or math.inf, -one.interval[0]))
+    unit = " points" if fitting[0].pooled.scale == PERCENT else ""
+    budget = "" if memory is None else f" for {size(memory)}"
+    if recommended:
+        best, *others = recommended
+        said = [f"Choose {_described(best)}{budget}: the smallest whose interval excludes a drop above {tolerance:g}{unit}."]
+        said += [f"Also recommended: {', '.join(map(_described, others))}."] * bool(others)
+        if best.simulated:
+            said.append("Its runs simulate low bits: evaluate it with backend=auto for answers and speed as deployed.")
+        if best.pooled.drawn and best.pooled.seeds == 1:
+            said.append("It was evaluated with one draw of calibration samples; another draw can change the result.")
+    else:
+        said = [f"No choice is recommended{budget}: no interval excludes a drop above {tolerance:g}{unit}."]
+    if undecided := by_verdict[Verdict.UNDECIDED]:
+        said.append(f"Undecided, for want of documents or seeds: {', '.join(map(_described, undecided))}.")
+    return said
+
+
+def _described(choice: Choice) -> str:
+    return f"{choice.name}, {size(choice.packed_bytes)}"
+
+
+def _nothing_fits(choices: Sequence[Choice], memory: float | None) -> str:
+    sized = [one for one in choices if one.packed_bytes is not None]
+    if not sized:
+        return "No run states its packed size: an older version wrote it. Run it again."
+    return f"Nothing that was evaluated fits into {size(memory)}; the smallest is {_described(sized[0])}."
+
+
+def notes(choices: Sequence[Choice]) -> list[str]:
+    """How to read the table."""
+    tasks = sorted({", ".join(one.tasks) for one in choices})
+    unit = "points" if all(one.pooled.scale == PERCENT for one in choices) else unit_text(1)
+    found = [
+        f"Difference from full precision, {unit}, averaged over {' / '.join(tasks)}, with its 95 % interval: documents "
+        "are clustered by image, and with several seeds the draw of calibration samples counts as chance too.",
+        "Packed size is that of the weights. Activations and the cache of keys and values come on top.",
+    ]
+    if len(tasks) > 1:
+        found.append("Not all rows are over the same tasks; do not compare those that are not.")
+    return found

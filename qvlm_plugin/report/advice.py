@@ -240,12 +240,16 @@ def advice(choices: Sequence[Choice], memory: float | None, tolerance: float) ->
     if not fitting:
         return [_nothing_fits(choices, memory)]
     by_verdict = {verdict: [one for one in fitting if one.verdict(tolerance) is verdict] for verdict in Verdict}
-    recommended = sorted(by_verdict[Verdict.RECOMMENDED], key=lambda one: (one.packed_bytes or math.inf, -one.interval[0]))
+    recommended = sorted(
+        by_verdict[Verdict.RECOMMENDED], key=lambda one: (one.packed_bytes or math.inf, -one.interval[0])
+    )
     unit = " points" if fitting[0].pooled.scale == PERCENT else ""
     budget = "" if memory is None else f" for {size(memory)}"
     if recommended:
         best, *others = recommended
-        said = [f"Choose {_described(best)}{budget}: the smallest whose interval excludes a drop above {tolerance:g}{unit}."]
+        said = [
+            f"Choose {_described(best)}{budget}: the smallest whose interval excludes a drop above {tolerance:g}{unit}."
+        ]
         said += [f"Also recommended: {', '.join(map(_described, others))}."] * bool(others)
         if best.simulated:
             said.append("Its runs simulate low bits: evaluate it with backend=auto for answers and speed as deployed.")

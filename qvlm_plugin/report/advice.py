@@ -243,7 +243,7 @@ def advice(choices: Sequence[Choice], memory: float | None, tolerance: float) ->
     recommended = sorted(
         by_verdict[Verdict.RECOMMENDED], key=lambda one: (one.packed_bytes or math.inf, -one.interval[0])
     )
-    unit = " points" if fitting[0].pooled.scale == PERCENT else ""
+    unit = f" point{'s' * (tolerance != 1)}" if fitting[0].pooled.scale == PERCENT else ""
     budget = "" if memory is None else f" for {size(memory)}"
     if recommended:
         best, *others = recommended
@@ -280,7 +280,8 @@ def notes(choices: Sequence[Choice]) -> list[str]:
     found = [
         f"Difference from full precision, {unit}, averaged over {' / '.join(tasks)}, with its 95 % interval: documents "
         "are clustered by image, and with several seeds the draw of calibration samples counts as chance too.",
-        "Packed size is that of the weights. Activations and the cache of keys and values come on top.",
+        "Packed size is that of the weights as stored. Kernels hold 2- and 3-bit weights in 4 bits and 5- to 7-bit "
+        "weights in 8; activations and the cache of keys and values come on top.",
     ]
     if len(tasks) > 1:
         found.append("Not all rows are over the same tasks; do not compare those that are not.")

@@ -78,7 +78,7 @@ def run(*arguments):
 
 def test_the_smallest_recommended_scheme_that_fits_is_chosen(runs):
     shown = run(runs).stdout
-    assert "Choose rtn w4a4, 100.0 MB: the smallest whose interval excludes a drop above 1 points" in shown
+    assert "Choose rtn w4a4, 100.0 MB: the smallest whose interval excludes a drop above 1 point" in shown
     assert "Also recommended: rtn w8a8, 200.0 MB" in shown and "Undecided" in shown and "train:64" in shown
     assert "for 95.0 MB: no interval excludes a drop" in run(runs, "--memory", "95MB").stdout
     assert "fits into 50.0 MB; the smallest is rtn w3a3, 75.0 MB" in run(runs, "--memory", "50MB").stdout

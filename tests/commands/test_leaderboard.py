@@ -71,7 +71,9 @@ def test_the_ci_job_validates_and_renders_what_was_added(tmp_path):
             ["bash", "-eo", "pipefail", "-c", scripts[name]], cwd=tmp_path, env=environment
         ).returncode
 
-    file = write_run(tmp_path / "in", [1, 0, 1], provenance())
+    hashes = {"plan_hash": "1" * 64, "table_hash": "2" * 64, "model_fingerprint": "3" * 64}
+    calibration = {"source": "x:train:4", "seed": 0, "documents_compared": 3, "documents_also_evaluated": 0}
+    file = write_run(tmp_path / "in", [1, 0, 1], provenance("rtn", **hashes, calibration=calibration))
     assert run("leaderboard", "add", file, "--to", tmp_path / "runs").exit_code == 0
     assert job_step("Validate every run") == 0 and job_step("Render") == 0
     assert (tmp_path / "site" / "leaderboard.html").stat().st_size > 10_000

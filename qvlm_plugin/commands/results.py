@@ -14,7 +14,7 @@ Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as M
 
 
 def results(
-    paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that hold some.")],
+    paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that contain them.")],
     markdown: Markdown = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -36,8 +36,8 @@ def results(
 
 
 def paired(
-    baseline: Annotated[Path, typer.Argument(help="Results file of one run, or the folder that holds it.")],
-    others: Annotated[list[Path], typer.Argument(help="Results files to compare with it, or folders that hold some.")],
+    baseline: Annotated[Path, typer.Argument(help="Results file of one run, or the folder that contains it.")],
+    others: Annotated[list[Path], typer.Argument(help="Results files to compare with it, or folders that contain them.")],
     metric: Annotated[str, typer.Option(help="Metric of the tasks to compare.")] = "exact_match",
     markdown: Markdown = False,
     as_json: AsJSON = False,

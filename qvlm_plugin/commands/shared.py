@@ -39,7 +39,7 @@ ImageAspectRatio = Annotated[
     str | None, typer.Option(help="square or pad instead of what a checkpoint in LLaVA's own layout says.")
 ]
 Topology = Annotated[
-    str, typer.Option(help="described; or traced: parts are found by a run, for a family that nobody described.")
+    str, typer.Option(help="described; or traced: parts are found by a run, for a family without a description.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Device = Annotated[str, typer.Option(help="Torch device.")]

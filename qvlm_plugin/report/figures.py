@@ -43,13 +43,15 @@ class Series:
     Attributes:
         name: for the legend.
         x, y: as many of each.
-        errors: standard errors of y; None draws no bars, and so does a None in it.
+        errors: of y, drawn as bars; None draws no bars, and so does a None in it.
+        labels: texts beside the points; None writes none.
     """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     errors: Sequence[float | None] | None = None
+    labels: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
             for artist in drawn.get_children():
                 artist.set_transform(axes.transData + aside)
+        for number, text in enumerate(series.labels or ()):  # above and below in turn, so that neighbours stay apart
+            where, offset = (series.x[number], series.y[number]), (6, -9 if number % 2 else 3)
+            axes.annotate(text, where, xytext=offset, textcoords="offset points", fontsize=8)
     for border in panel.borders:
         axes.axvline(border, color="0.4", linestyle=(0, (3, 2)), linewidth=0.8, zorder=0)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)

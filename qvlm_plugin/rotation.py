@@ -81,7 +81,7 @@ def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     Differentiable; computed in float32 (float64 for such inputs), in the dtype of ``x``.
     """
     signs, *matrices = factors
-    return _multiplied(widen(x) * signs, matrices).to(x.dtype)
+    return _multiplied(x * signs, matrices).to(x.dtype)  # float32 signs widen it
 
 
 def rotate_back(x: Tensor, factors: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,289 @@
+"""CUDA devices without a GPU: tensors with data on the CPU that say they are on cuda:0 or cuda:1.
+
+While `EmulatedCUDA` is active, torch makes such tensors wherever that device is asked for. Operators compute on the
+CPU, but as on CUDA: tensors of different devices do not mix, CUDA's own operators have their preconditions and layouts
+(`cuda_operators`), and what a GPU's driver would be asked for is counted, each with the line that asked for it:
+
+* launches: operators that start a kernel. Views, allocations and metadata start none. Composite operators are counted
+  by what they are made of; attention is one, as the fused kernel of CUDA is.
+* synchronizations: what waits for the device, to read a number or the size of a result.
+* uploads: copies of CPU tensors to a device, which wait for the device, too, unless memory is pinned.
+
+    with EmulatedCUDA() as cuda, cuda.counting():
+        x = torch.ones(3, device="cuda:0")
+    assert cuda.launches.total() == 1
+"""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from cuda_operators import LAUNCHES, OPERATORS, attention
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+from triton.runtime.jit import JITFunction
+
+aten = torch.ops.aten
+CPU = torch.device("cpu")
+DEVICES = 2
+
+_NO_LAUNCH = {
+    aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default,
+    aten.new_empty_strided.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default,
+    aten._unsafe_view.default, aten._reshape_alias.default, aten._local_scalar_dense.default, aten.is_same_size.default,
+}  # fmt: skip
+_WAITING = {
+    aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default,
+    aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default, aten.bincount.default,
+    aten.repeat_interleave.Tensor,
+}  # fmt: skip
+_COPIES = {aten._to_copy.default, aten.copy_.default}
+_INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+
+
+class Call(NamedTuple):
+    """An operator and the line that asked for it."""
+
+    operator: str
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.operator} at {self.file}:{self.line}"
+
+
+class EmulatedTensor(torch.Tensor):
+    """A tensor that says it is on a CUDA device, with its data on the CPU."""
+
+    data_on_cpu: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, data: Tensor, device: torch.device) -> "EmulatedTensor":
+        wrapper = torch.Tensor._make_wrapper_subclass(
+            cls, data.shape, strides=data.stride(), storage_offset=data.storage_offset(), dtype=data.dtype,
+            device=device, requires_grad=False,
+        )  # fmt: skip
+        wrapper.data_on_cpu = data
+        return wrapper
+
+    @property
+    def data(self) -> Tensor:
+        """As any tensor's; what is assigned brings its data."""
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: "EmulatedTensor") -> None:
+        Tensor.data.__set__(self, value)
+        self.data_on_cpu = value.data_on_cpu
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if EmulatedCUDA.active is None:
+            raise RuntimeError(f"{func} on a tensor of an emulated device, which is no longer there")
+        return EmulatedCUDA.active.run(func, args, kwargs or {})
+
+    def tolist(self) -> list:
+        """Which C++ refuses to subclasses."""
+        return self.cpu().tolist()
+
+    def __repr__(self) -> str:
+        return f"EmulatedTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+
+class _Dispatch(TorchDispatchMode):
+    """Sends every operator to the emulated devices, those that make tensors among them."""
+
+    def __init__(self, devices: "EmulatedCUDA") -> None:
+        super().__init__()
+        self.devices = devices
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.devices.run(func, args, kwargs or {})
+
+
+class EmulatedCUDA:
+    """A machine with CUDA devices, as long as its context is active.
+
+    Attributes:
+        launches, synchronizations, uploads: how often each `Call` was made in the last context of `counting`.
+    """
+
+    active: "EmulatedCUDA | None" = None
+
+    def __init__(self) -> None:
+        self.launches, self.synchronizations, self.uploads = Counter(), Counter(), Counter()
+        self._counts, self._dispatch, self._patches = False, _Dispatch(self), ExitStack()
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what is done in the context, and nothing else."""
+        self.launches, self.synchronizations, self.uploads = Counter(), Counter(), Counter()
+        self._counts = True
+        try:
+            yield
+        finally:
+            self._counts = False
+
+    def __enter__(self) -> "EmulatedCUDA":
+        torch._C._ensureCUDADeviceGuardSet()
+        torch._C._set_only_lift_cpu_tensors(True)
+        self._patches.callback(torch._C._set_only_lift_cpu_tensors, False)
+        # `module.to` would put such a tensor's metadata into a parameter of another class.
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        self._patches.callback(torch.__future__.set_overwrite_module_params_on_conversion, False)
+        cuda = {
+            "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: DEVICES,
+            "current_device": lambda: 0, "is_initialized": lambda: False, "synchronize": lambda *_: None,
+            "empty_cache": lambda: None, "mem_get_info": lambda *_: (2**36, 2**36),
+            "device": lambda *_: nullcontext(),
+            "get_device_name": lambda *_: "emulated", "get_device_capability": lambda *_: (9, 0),
+        }  # fmt: skip
+        for name, value in cuda.items():
+            self._patches.enter_context(mock.patch.object(torch.cuda, name, value))
+        self._patches.enter_context(mock.patch.object(JITFunction, "run", self._triton()))
+        self._patches.enter_context(mock.patch.object(JITFunction, "__call__", _interpreted))
+        # Weights are loaded, and gradients taken, by the thread that sees the devices.
+        self._patches.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
+        self._patches.enter_context(torch.autograd.set_multithreading_enabled(False))
+        self._patches.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
+        self._patches.enter_context(mock.patch.object(EmulatedCUDA, "active", self))
+        self._patches.enter_context(self._dispatch)
+        return self
+
+    def _triton(self) -> Callable[..., None]:
+        """What starts a kernel in Triton: its interpreter, on the CPU."""
+
+        def run(kernel: JITFunction, *args: object, grid: tuple, warmup: bool = False, **options: object) -> None:
+            self._device(kernel, [arg for arg in args if isinstance(arg, Tensor)], {})
+            if self._counts:
+                self.launches[_caller(kernel.__name__)] += 1
+            data = [arg.data_on_cpu if isinstance(arg, EmulatedTensor) else arg for arg in args]
+            # The interpreter truncates to bfloat16, where devices round to the nearest: let torch round.
+            narrow = {id(arg): arg for arg in data if isinstance(arg, Tensor) and arg.dtype == torch.bfloat16}
+            wide = {key: arg.float() for key, arg in narrow.items()}
+            data = [wide.get(id(arg), arg) for arg in data]
+            InterpretedFunction(kernel.fn).run(*data, grid=grid, warmup=warmup, **options)
+            for key, arg in narrow.items():
+                arg.copy_(wide[key])
+
+        return run
+
+    def __exit__(self, *_: object) -> None:
+        self._patches.close()
+
+    def run(self, func, args: tuple, kwargs: dict):
+        """An operator, on the devices of its arguments."""
+        leaves, structure = tree_flatten((args, kwargs))
+        if not any(map(_is_emulated, leaves)):
+            return func(*args, **kwargs)
+        if func._can_decompose() and str(func) not in OPERATORS:
+            with self._dispatch:
+                return func.decompose(*args, **kwargs)
+        device = self._device(func, leaves, kwargs)
+        if self._counts:
+            self._count(func, args, kwargs)
+        wrappers = {id(leaf.data_on_cpu): leaf for leaf in leaves if isinstance(leaf, EmulatedTensor)}
+        inner = [leaf.data_on_cpu if isinstance(leaf, EmulatedTensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(inner, structure)
+        if kwargs.get("device") is not None:
+            kwargs["device"] = CPU
+        if func is aten.detach_.default:
+            return leaves[0]
+        if torch.Tag.inplace_view in func.tags:
+            raise NotImplementedError(f"{func}: metadata that changes in place")
+        result = OPERATORS.get(str(func), func)(*args, **kwargs)
+
+        def wrapped(value: object) -> object:
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) in wrappers:  # written to in place
+                return wrappers[id(value)]
+            return EmulatedTensor(value, device) if device.type == "cuda" else value
+
+        return tree_map(wrapped, result)
+
+    def _device(self, func: Callable, leaves: list, kwargs: dict) -> torch.device:
+        """Of the results."""
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        emulated = {tensor.device for tensor in tensors if isinstance(tensor, EmulatedTensor)}
+        asked = kwargs.get("device")
+        if asked is not None and asked.type == "cuda":
+            asked = torch.device("cuda", asked.index or 0)
+        if func in _COPIES or not emulated:
+            return asked or tensors[0].device
+        others = [tensor for tensor in self._checked(func, tensors) if not isinstance(tensor, EmulatedTensor)]
+        if len(emulated) > 1 or others:
+            devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+            raise RuntimeError(f"Expected all tensors to be on the same device, found {devices}: {_caller(func)}")
+        return asked or next(iter(emulated))
+
+    @staticmethod
+    def _checked(func, tensors: list[Tensor]) -> list[Tensor]:
+        """Those that have to be on one device: numbers on the CPU go with all, and so do indices."""
+        if torch.Tag.pointwise in getattr(func, "tags", ()) or func in (aten.where.self, aten.fill_.Tensor):
+            return [tensor for tensor in tensors if tensor.dim()]
+        return tensors[:1] if func in _INDEXING else tensors
+
+    def _count(self, func: Callable, args: tuple, kwargs: dict) -> None:
+        call = _caller(func)
+        moved = None
+        if func in _COPIES:
+            target = args[0] if func is aten.copy_.default else kwargs.get("device") or args[0].device
+            target = target.device if isinstance(target, Tensor) else torch.device(target)
+            source = args[1] if func is aten.copy_.default else args[0]
+            moved = (source.device.type, target.type) if source.device.type != target.type else None
+        if moved == ("cpu", "cuda"):
+            self.uploads[call] += 1
+        elif moved and not kwargs.get("non_blocking"):
+            self.synchronizations[call] += 1
+        if func in _WAITING and not (func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is not None):
+            self.synchronizations[call] += 1
+        if func in _INDEXING:
+            indices = [index for index in args[1] if index is not None]
+            masks = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+            number = func is not aten.index.Tensor and args[2].numel() == 1 and not (args[3:] and args[3])
+            if masks and not number:
+                self.synchronizations[call] += 1
+            if any(index.device.type == "cpu" and index.dim() for index in indices):
+                self.uploads[call] += 1
+        if not func.is_view and func not in _NO_LAUNCH and moved is None:
+            self.launches[call] += LAUNCHES.get(str(func), 1)
+
+
+def _interpreted(function: JITFunction, *args: object, **named: object) -> object:
+    """A function of Triton that a kernel calls, in the interpreter."""
+    scope = _patch_lang(function.fn)
+    try:
+        return InterpretedFunction(function.fn).rewrite()(*args, **named)
+    finally:
+        scope.restore()
+
+
+def _is_emulated(value: object) -> bool:
+    """An emulated tensor, or a device that is asked for."""
+    return isinstance(value, EmulatedTensor) or (isinstance(value, torch.device) and value.type == "cuda")
+
+
+def _caller(func: object) -> Call:
+    """The operator, and the line outside torch and these modules that asked for it."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_torch(frame.f_code.co_filename):
+        frame = frame.f_back
+    return Call(str(func), frame.f_code.co_filename, frame.f_lineno)
+
+
+_OWN = (__file__, sys.modules["cuda_operators"].__file__)
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+def _is_torch(file: str) -> bool:
+    return file.startswith(_TORCH) or file in _OWN or file.endswith("contextlib.py")

@@ -90,7 +90,9 @@ def quantize(
     **options: Any,
 ) -> PreTrainedModel:
     """`search`, and `apply` what it finds with the fastest kernels that work here."""
-    return apply(search(model, processor, method, scheme, calibration, **options), model)
+    plan = search(model, processor, method, scheme, calibration, **options)
+    apply_plan(plan, model, plan.model, backends.kernels("auto"))  # whose tensors were hashed for the search
+    return model
 
 
 @torch.no_grad()

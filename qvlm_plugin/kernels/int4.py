@@ -12,7 +12,14 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
-from qvlm_plugin.kernels.int4_product import WIDTH, int4_linear, obstacle_of_product, operator_group, pack_weight
+from qvlm_plugin.kernels.int4_product import (
+    WIDTH,
+    groups_of_operator,
+    int4_linear,
+    obstacle_of_product,
+    operator_group,
+    pack_weight,
+)
 from qvlm_plugin.kernels.rounding import round_input, with_rounding
 from qvlm_plugin.packing import pack_codes, unpack_codes
 from qvlm_plugin.quantizers import IntWeight, int_weight
@@ -37,13 +44,10 @@ def _prepare(
     activation_format: ActivationFormat,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    fmt, columns = weight_format, weight.shape[1]
-    quantized = int_weight(weight, fmt, parameters)
+    quantized = int_weight(weight, weight_format, parameters)
     if "mean" in parameters:
         bias = corrected_bias(weight, quantized.dequantize().to(weight.dtype), bias, parameters["mean"])
-    # A group of the operator lies within one group of the weight, whose scale it repeats.
-    starts = torch.arange(0, columns, operator_group(fmt.group_size, columns), device=weight.device)
-    of_group = starts // quantized.group_size
+    of_group = groups_of_operator(quantized)
     tensors = {
         "codes": pack_codes(quantized.codes, WIDTH),
         "scale": quantized.scale[:, of_group].to(weight.dtype),

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
+from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.kernels.int4_integers import int4_codes_linear, whole_numbers
-from qvlm_plugin.kernels.int4_product import WIDTH, obstacle_of_product, operator_group, pack_weight
+from qvlm_plugin.kernels.int4_product import WIDTH, groups_of_operator, pack_weight
 from qvlm_plugin.kernels.token_codes import token_codes
 from qvlm_plugin.packing import pack_codes, unpack_codes
 from qvlm_plugin.quantizers import IntWeight, int_weight
@@ -28,11 +29,7 @@ def _obstacle(
         return "it is for activations that are rounded per token"
     if device.type != "cpu":
         return f"it has no product on {device.type}"
-    if reason := obstacle_of_product(*shape, device):
-        return reason
-    if operator_group(weight_format.group_size, shape[1]) is None:
-        return f"groups of {weight_format.group_size} input channels are not a multiple of 32"
-    return None
+    return INT4.obstacle(weight_format, activation_format, shape, device)
 
 
 def _prepare(
@@ -42,12 +39,10 @@ def _prepare(
     activation_format: ActivationFormat,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    columns = weight.shape[1]
     quantized = int_weight(weight, weight_format, parameters)
     if "mean" in parameters:
         bias = corrected_bias(weight, quantized.dequantize().to(weight.dtype), bias, parameters["mean"])
-    starts = torch.arange(0, columns, operator_group(weight_format.group_size, columns), device=weight.device)
-    of_group = starts // quantized.group_size
+    of_group = groups_of_operator(quantized)
     tensors = {
         "codes": pack_codes(quantized.codes, WIDTH),
         "unit": quantized.unit,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.kernels.int4_product import UnpackedRows
+from qvlm_plugin.kernels.int8_product import finished
 from qvlm_plugin.kernels.operators import operator
 
 FEW_TOKENS = 16
@@ -67,22 +68,14 @@ def int4_codes_linear(
     if len(codes) <= FEW_TOKENS and dtype == torch.bfloat16:
         group = codes.shape[1] // scales_and_zeros.shape[0]
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(codes.bfloat16(), packed, group, scales_and_zeros)
-        return _scaled(product, step, offset, unit, row_sum, bias).to(dtype)
+        return finished(product * unit, bias, step, offset, row_sum).to(dtype)
     out, row = unit.new_empty(len(codes), len(unit), dtype=dtype), 0
     for weight in whole_numbers({"packed": packed, "scales_and_zeros": scales_and_zeros}):
         rows = slice(row, row + len(weight))
-        constants = unit[rows], row_sum[rows], None if bias is None else bias[rows]
+        some_bias = None if bias is None else bias[rows]
         for token in range(0, len(codes), _TOKENS):
             tokens = slice(token, token + _TOKENS)
-            product = torch._int_mm(codes[tokens], weight.flatten(1).t())
-            out[tokens, rows] = _scaled(product, step[tokens], offset[tokens], *constants)
+            product = torch._int_mm(codes[tokens], weight.flatten(1).t()) * unit[rows]
+            out[tokens, rows] = finished(product, some_bias, step[tokens], offset[tokens], row_sum[rows])
         row = rows.stop
     return out
-
-
-def _scaled(
-    product: Tensor, step: Tensor, offset: Tensor, unit: Tensor, row_sum: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Products of codes [N, O] as those of what they stand for: float32."""
-    total = (product * unit).mul_(step).addcmul_(offset, row_sum)
-    return total if bias is None else total.add_(bias)

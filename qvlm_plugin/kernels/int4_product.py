@@ -16,6 +16,7 @@ from torch import Tensor
 from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
 from qvlm_plugin.kernels.operators import operator
 from qvlm_plugin.packing import unpack_codes
+from qvlm_plugin.quantizers import IntWeight
 
 WIDTH = 4
 """Bits that the operators keep a code in, whatever its own."""
@@ -36,6 +37,13 @@ def operator_group(group_size: int | None, columns: int) -> int | None:
     """
     group = columns if group_size is None or group_size >= columns else group_size
     return next((size for size in GROUP_SIZES if group % size == 0 and columns % size == 0), None)
+
+
+def groups_of_operator(quantized: IntWeight) -> Tensor:
+    """Of each group of the operator, which lies within one of the weight, the weight's group: int64 [G]."""
+    columns = quantized.codes.shape[1]
+    starts = torch.arange(0, columns, operator_group(quantized.group_size, columns), device=quantized.codes.device)
+    return starts // quantized.group_size
 
 
 def obstacle_of_product(rows: int, columns: int, device: torch.device) -> str | None:

@@ -71,7 +71,7 @@ def int8_linear(
     parts = [part.contiguous() for part in codes.split([weight.shape[1] for weight in weights], dim=1)]
     if codes.device.type != "cpu" or (count <= _TOKENS and count * rows <= _OUTPUTS):
         total = _scaled_sum(parts, weights, scale.unbind())[:count]
-        return _finished(total, bias, step, offset, row_sum).to(dtype)
+        return finished(total, bias, step, offset, row_sum).to(dtype)
     out, some = scale.new_empty(count, rows, dtype=dtype), max(1, _OUTPUTS // min(count, _TOKENS))
     for row in range(0, rows, some):
         of_rows = slice(row, row + some)
@@ -81,7 +81,7 @@ def int8_linear(
             of_tokens = slice(token, token + _TOKENS)
             total = _scaled_sum([part[of_tokens] for part in parts], some_weights, some_scales)
             steps = (None if tensor is None else tensor[of_tokens] for tensor in (step, offset))
-            out[of_tokens, of_rows] = _finished(total, some_bias, *steps, some_sums)
+            out[of_tokens, of_rows] = finished(total, some_bias, *steps, some_sums)
     return out
 
 
@@ -93,7 +93,7 @@ def _scaled_sum(parts: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequ
     return total
 
 
-def _finished(
+def finished(
     total: Tensor, bias: Tensor | None, step: Tensor | None, offset: Tensor | None, row_sum: Tensor | None
 ) -> Tensor:
     """Turn products of codes [N, O] into products of the values that the codes represent, in place; adds the bias."""

@@ -49,7 +49,7 @@ def test_another_command_in_a_group_does_the_same(tmp_path, monkeypatch):
 
 def test_a_row_of_samples_is_named(tmp_path, monkeypatch):
     write_run(tmp_path, {"quiz": scored([1, 0])})
-    monkeypatch.setattr("qvlm_plugin.report.samples._document", lambda sample: sample["doc_id"].absent)
+    monkeypatch.setattr("qvlm_plugin.report.samples.document", lambda sample: sample["doc_id"].absent)
     assert "_results.json; qvlm_plugin/report/samples.py" in one_line(run("paired", tmp_path, tmp_path))
 
 

@@ -61,19 +61,28 @@ class Call(NamedTuple):
 
 
 class EmulatedTensor(torch.Tensor):
-    """A tensor that says it is on a CUDA device, with its data on the CPU."""
+    """A tensor that says it is on a CUDA device, with its data on the CPU.
+
+    For C++ it is on a meta device with the same index: torch's autograd asks the driver about CUDA's.
+    """
 
     data_on_cpu: Tensor
+    is_cuda, is_meta = True, False
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, data: Tensor, device: torch.device) -> "EmulatedTensor":
         wrapper = torch.Tensor._make_wrapper_subclass(
             cls, data.shape, strides=data.stride(), storage_offset=data.storage_offset(), dtype=data.dtype,
-            device=device, requires_grad=False,
+            device=torch.device("meta", device.index), requires_grad=False,
         )  # fmt: skip
         wrapper.data_on_cpu = data
         return wrapper
+
+    @property
+    def device(self) -> torch.device:
+        """As any tensor's."""
+        return torch.device("cuda", Tensor.device.__get__(self).index)
 
     @property
     def data(self) -> Tensor:
@@ -134,7 +143,6 @@ class EmulatedCUDA:
             self._counts = False
 
     def __enter__(self) -> "EmulatedCUDA":
-        torch._C._ensureCUDADeviceGuardSet()
         torch._C._set_only_lift_cpu_tensors(True)
         self._patches.callback(torch._C._set_only_lift_cpu_tensors, False)
         # `module.to` would put such a tensor's metadata into a parameter of another class.
@@ -182,6 +190,8 @@ class EmulatedCUDA:
 
     def run(self, func, args: tuple, kwargs: dict):
         """An operator, on the devices of its arguments."""
+        named = kwargs.get("device")
+        kwargs = kwargs if named is None else kwargs | {"device": _meant(named)}
         leaves, structure = tree_flatten((args, kwargs))
         if not any(map(_is_emulated, leaves)):
             return func(*args, **kwargs)
@@ -189,6 +199,8 @@ class EmulatedCUDA:
             with self._dispatch:
                 return func.decompose(*args, **kwargs)
         device = self._device(func, leaves, kwargs)
+        if func is aten._to_copy.default and _is_there(args[0], named, kwargs):
+            return args[0].detach() if args[0].requires_grad else args[0]
         if self._counts:
             self._count(func, args, kwargs)
         wrappers = {id(leaf.data_on_cpu): leaf for leaf in leaves if isinstance(leaf, EmulatedTensor)}
@@ -216,8 +228,6 @@ class EmulatedCUDA:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         emulated = {tensor.device for tensor in tensors if isinstance(tensor, EmulatedTensor)}
         asked = kwargs.get("device")
-        if asked is not None and asked.type == "cuda":
-            asked = torch.device("cuda", asked.index or 0)
         if func in _COPIES or not emulated:
             return asked or tensors[0].device
         others = [tensor for tensor in self._checked(func, tensors) if not isinstance(tensor, EmulatedTensor)]
@@ -271,6 +281,20 @@ def _interpreted(function: JITFunction, *args: object, **named: object) -> objec
 def _is_emulated(value: object) -> bool:
     """An emulated tensor, or a device that is asked for."""
     return isinstance(value, EmulatedTensor) or (isinstance(value, torch.device) and value.type == "cuda")
+
+
+def _meant(device: torch.device) -> torch.device:
+    """The emulated device that C++ or a user asks for, with its index; any other as it is."""
+    if device.type == "cuda" or (device.type == "meta" and device.index is not None):
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def _is_there(tensor: Tensor, named: torch.device | None, options: dict) -> bool:
+    """Whether nothing is to be copied to the device that is ``named``: C++ sees another, as it is CUDA's by name."""
+    same = named is not None and named.type == "cuda" and options["device"] == tensor.device
+    same = same and options.get("dtype") in (None, tensor.dtype)
+    return same and options.get("memory_format") in (None, torch.preserve_format)
 
 
 def _caller(func: object) -> Call:

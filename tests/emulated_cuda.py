@@ -24,6 +24,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+import triton
 from cuda_operators import LAUNCHES, OPERATORS, attention
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,7 +129,9 @@ class EmulatedCUDA:
 
     active: "EmulatedCUDA | None" = None
 
-    def __init__(self) -> None:
+    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
+        """Emulate devices of a compute capability."""
+        self.capability = capability
         self.launches, self.synchronizations, self.uploads = Counter(), Counter(), Counter()
         self._counts, self._dispatch, self._patches = False, _Dispatch(self), ExitStack()
 
@@ -153,7 +156,7 @@ class EmulatedCUDA:
             "current_device": lambda: 0, "is_initialized": lambda: False, "synchronize": lambda *_: None,
             "empty_cache": lambda: None, "mem_get_info": lambda *_: (2**36, 2**36),
             "device": lambda *_: nullcontext(),
-            "get_device_name": lambda *_: "emulated", "get_device_capability": lambda *_: (9, 0),
+            "get_device_name": lambda *_: "emulated", "get_device_capability": lambda *_: self.capability,
         }  # fmt: skip
         for name, value in cuda.items():
             self._patches.enter_context(mock.patch.object(torch.cuda, name, value))
@@ -306,8 +309,8 @@ def _caller(func: object) -> Call:
 
 
 _OWN = (__file__, sys.modules["cuda_operators"].__file__)
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+_LIBRARIES = tuple(os.path.dirname(module.__file__) + os.sep for module in (torch, triton))
 
 
 def _is_torch(file: str) -> bool:
-    return file.startswith(_TORCH) or file in _OWN or file.endswith("contextlib.py")
+    return file.startswith(_LIBRARIES) or file in _OWN or file.endswith("contextlib.py")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qvlm_plugin.kernels import fused
+from qvlm_plugin.kernels import fusable, fused
 from qvlm_plugin.quantizers import by_rows, quantization_step, round_to_codes
 
 LARGEST_SUM = 2.0**14
@@ -107,7 +107,7 @@ ENCODING = ("lower", "inverse", "low", "index")
 def encode(x: Tensor, tensors: Mapping[str, Tensor], bits: int, dtype: torch.dtype) -> Tensor:
     """The codes of ``x`` [..., I] at ``index`` [C], whole numbers in ``dtype`` [N, C]."""
     bounds, index = (tensors["lower"], tensors["inverse"], tensors["low"]), tensors["index"]
-    if fused.is_fused(x):
+    if fusable.channels(x):
         return fused.codes_of_channels(x, bounds, index, bits, dtype)
 
     def codes(x: Tensor, lower: Tensor, inverse: Tensor, low: Tensor) -> Tensor:

@@ -2,9 +2,10 @@
 
 A decoding step reads its weights in less time than it takes to start so many kernels. These are written in Triton
 (`triton_kernels`), which comes with torch for CUDA; they compute in float32 what the functions do that they stand for.
-What is compiled as a whole does without them, since a compiler fuses those functions itself.
+`fusable` tells when they are used. What is compiled as a whole does without them: a compiler fuses operators itself.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -12,13 +13,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-
-
-def is_fused(x: Tensor) -> bool:
-    """Whether these functions are for ``x``: on CUDA, with Triton, outside of a compiler and without gradients."""
-    if x.device.type != "cuda" or torch.compiler.is_compiling():
-        return False
-    return not (torch.is_grad_enabled() and x.requires_grad) and _has_kernels(x.device)
 
 
 def points_of_tokens(x: Tensor, clip_ratio: Tensor, center: Tensor | None, bits: int) -> Tensor:
@@ -124,13 +118,13 @@ def multiply_codes(
         steps: ``step``, ``offset`` and ``row_sum``; None for tokens that are their codes.
     """
     codes, out = codes.contiguous(), codes.new_empty(len(codes), scale.shape[1], dtype=dtype)
-    second = weights[-1] if len(weights) > 1 else None
+    first, *second = weights
     step, offset, row_sum = (scale, scale, scale) if steps is None else steps
     if out.numel():
         with torch.cuda.device(codes.device):
             _kernels().multiply_codes[(-(-scale.shape[1] // _FEATURES),)](
-                codes, weights[0], weights[-1], scale, step, offset, row_sum, scale if bias is None else bias, out,
-                len(codes), scale.shape[1], weights[0].shape[1], 0 if second is None else second.shape[1],
+                codes, first, weights[-1], scale, step, offset, row_sum, scale if bias is None else bias, out,
+                len(codes), scale.shape[1], first.shape[1], second[0].shape[1] if second else 0,
                 len(weights), steps is not None, bias is not None, FEW_TOKENS, _FEATURES, _CHANNELS,
             )  # fmt: skip
     return out
@@ -140,15 +134,39 @@ _FEATURES, _CHANNELS = 16, 256
 """Rows and columns of a weight that a program multiplies with at a time."""
 
 
-def can_rotate(x: Tensor, factors: Sequence[Tensor]) -> bool:
-    """Whether `rotate` is for ``x`` and such `rotation.factors`: two or three matrices, as small as a program holds."""
-    if not is_fused(x) or x.dtype == torch.float64 or len(factors) not in (3, 4):
+def scale_product(
+    product: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    steps: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """`int8_product.scaled` of a ``product`` of codes: [N, O] in ``dtype``.
+
+    Args:
+        product: [N, O].
+        scale: float32 [O].
+        bias: [O] or None.
+        dtype: of the result.
+        steps: ``step`` and ``offset``, float32 [N, 1], and ``row_sum``, float32 [O].
+    """
+    product, out = product.contiguous(), torch.empty_like(product, dtype=dtype)
+    count, features = product.shape
+    if out.numel():
+        with torch.cuda.device(product.device):
+            _kernels().scale_product[(count, -(-features // _BLOCK))](
+                product, scale, *steps, scale if bias is None else bias, out, features, bias is not None, _BLOCK,
+            )  # fmt: skip
+    return out
+
+
+def can_rotate(orders: tuple[int, ...]) -> bool:
+    """Whether `rotate` is for matrices of these orders: two or three, as small as a program holds."""
+    if len(orders) not in (2, 3):
         return False
-    order, *others = (len(matrix) for matrix in factors[1:])
-    held = _power(order)
-    for size in others:
-        held *= size
-    return order <= _LARGEST_ORDER and held <= _LARGEST_TOKEN and all(16 <= size == _power(size) for size in others)
+    first, *others = orders
+    held = _power(first) * math.prod(others)
+    return first <= _LARGEST_ORDER and held <= _LARGEST_TOKEN and all(16 <= order == _power(order) for order in others)
 
 
 _LARGEST_ORDER, _LARGEST_TOKEN = 512, 2**14
@@ -156,7 +174,7 @@ _LARGEST_ORDER, _LARGEST_TOKEN = 512, 2**14
 
 
 def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """`rotation.rotate` where `can_rotate`."""
+    """`rotation.rotate` for matrices that it `can_rotate` by."""
     signs, first, *others = factors
     x, order, channels = x.contiguous(), len(first), len(signs)
     out = torch.empty_like(x)
@@ -175,7 +193,7 @@ def _power(count: int) -> int:
 
 
 @cache
-def _has_kernels(device: torch.device) -> bool:
+def has_kernels(device: torch.device) -> bool:
     """Whether there is Triton, and a device that it compiles them for."""
     return _kernels() is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 

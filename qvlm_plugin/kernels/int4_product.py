@@ -109,10 +109,15 @@ def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tenso
 
 def _dequantized_tiles(packed: Tensor, scales_and_zeros: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight that CUDA's layout stands for: [O, I] in ``dtype``."""
+    grouped, scale = unpacked_tiles(packed, scales_and_zeros)
+    return grouped.to(dtype).mul_(scale.to(dtype).unsqueeze(2)).flatten(1)
+
+
+def unpacked_tiles(packed: Tensor, scales_and_zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes in CUDA's layout less their zero points, int8 [O, G, I / G], and the scales [O, G]."""
     codes = _codes_of_tiles(packed).view(torch.int8)
     scale, zero_point = _scale_and_zero_point(scales_and_zeros)
-    grouped = codes.view(len(codes), scale.shape[1], -1).sub_(zero_point.unsqueeze(2))
-    return grouped.to(dtype).mul_(scale.to(dtype).unsqueeze(2)).view(codes.shape)
+    return codes.view(len(codes), scale.shape[1], -1).sub_(zero_point.unsqueeze(2)), scale
 
 
 def _codes_of_tiles(packed: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvlm_plugin.kernels import fused
+from qvlm_plugin.kernels import fusable, fused
 from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
 from qvlm_plugin.kernels.operators import operator
 from qvlm_plugin.quantizers import by_rows, largest_magnitude
@@ -63,14 +63,12 @@ def int8_linear(
         [N, O]; each segment's sums are exact, and scaled and added in float32.
     """
     count, rows = len(codes), scale.shape[1]
-    if count <= fused.FEW_TOKENS and len(weights) <= 2 and fused.is_fused(codes):
+    if fusable.products(codes, dtype, len(weights)):
         steps = None if step is None else (step, offset, row_sum)
         return fused.multiply_codes(codes, weights, scale, bias, dtype, steps)
-    if codes.device.type == "cuda" and count < _CUDA_ROWS:
-        codes = F.pad(codes, (0, 0, 0, _CUDA_ROWS - count))
     parts = [part.contiguous() for part in codes.split([weight.shape[1] for weight in weights], dim=1)]
     if codes.device.type != "cpu" or (count <= _TOKENS and count * rows <= _OUTPUTS):
-        total = _scaled_sum(parts, weights, scale.unbind())[:count]
+        total = _scaled_sum(parts, weights, scale.unbind())
         return finished(total, bias, step, offset, row_sum).to(dtype)
     out, some = scale.new_empty(count, rows, dtype=dtype), max(1, _OUTPUTS // min(count, _TOKENS))
     for row in range(0, rows, some):
@@ -87,10 +85,38 @@ def int8_linear(
 
 def _scaled_sum(parts: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
     """Exact products of segments, scaled and added in float32: [N, O]."""
-    total = torch._int_mm(parts[0], weights[0].t()) * scales[0]
+    total = product_of_codes(parts[0], weights[0]) * scales[0]
     for part, weight, scale in zip(parts[1:], weights[1:], scales[1:], strict=True):
-        total.addcmul_(torch._int_mm(part, weight.t()), scale)
+        total.addcmul_(product_of_codes(part, weight), scale)
     return total
+
+
+def product_of_codes(codes: Tensor, weight: Tensor) -> Tensor:
+    """Exact product of int8 [N, I] and the transpose of int8 [O, I]: int32 [N, O]."""
+    if codes.device.type == "cuda" and len(codes) < _CUDA_ROWS:
+        return torch._int_mm(F.pad(codes, (0, 0, 0, _CUDA_ROWS - len(codes))), weight.t())[: len(codes)]
+    return torch._int_mm(codes, weight.t())
+
+
+def scaled(
+    product: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    steps: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """The product of the values that codes stand for: [N, O] in ``dtype``, computed in float32.
+
+    Args:
+        product: of codes, [N, O].
+        scale: of the weight's rows, float32 [O].
+        bias: [O] or None.
+        dtype: of the result.
+        steps: ``step``, ``offset`` and ``row_sum``, see `int8_linear`.
+    """
+    if fusable.scaling(product, dtype):
+        return fused.scale_product(product, scale, bias, dtype, steps)
+    return finished(product * scale, bias, *steps).to(dtype)
 
 
 def finished(

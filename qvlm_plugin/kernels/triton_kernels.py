@@ -111,6 +111,20 @@ def multiply_codes(
 
 
 @triton.jit
+def scale_product(product, scale, step, offset, row_sum, bias, out, features, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """Turn a part of a token's product of codes into one of the values that these stand for."""
+    row = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = feature < features
+    value = tl.load(product + row * features + feature, mask=inside, other=0).to(tl.float32)
+    value = value * tl.load(scale + feature, mask=inside, other=0.0) * tl.load(step + row)
+    value += tl.load(offset + row) * tl.load(row_sum + feature, mask=inside, other=0.0)
+    if BIAS:
+        value += tl.load(bias + feature, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * features + feature, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def rotate_tokens(
     x, signs, first, second, third, out, order,
     PADDED: tl.constexpr, MIDDLE: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr,

@@ -154,12 +154,14 @@ class EmulatedCUDA:
         cuda = {
             "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: DEVICES,
             "current_device": lambda: 0, "is_initialized": lambda: False, "synchronize": lambda *_: None,
-            "empty_cache": lambda: None, "mem_get_info": lambda *_: (2**36, 2**36),
+            "is_current_stream_capturing": lambda: False, "empty_cache": lambda: None, "mem_get_info": lambda *_: (2**36, 2**36),
             "device": lambda *_: nullcontext(),
             "get_device_name": lambda *_: "emulated", "get_device_capability": lambda *_: self.capability,
         }  # fmt: skip
         for name, value in cuda.items():
             self._patches.enter_context(mock.patch.object(torch.cuda, name, value))
+        # Optimizers ask its stream whether it records a graph.
+        self._patches.enter_context(mock.patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None))
         self._patches.enter_context(mock.patch.object(JITFunction, "run", self._triton()))
         self._patches.enter_context(mock.patch.object(JITFunction, "__call__", _interpreted))
         # Weights are loaded, and gradients taken, by the thread that sees the devices.

@@ -50,7 +50,10 @@ def test_what_fails_is_replaced(
     with torch.no_grad():
         expected, was_launched = output()
         assert was_launched and not caplog.records
-        for wrong, what in ((raising, "RuntimeError: out of resources whatever these are"), (mistaken, "it is off by ")):
+        for wrong, what in (
+            (raising, "RuntimeError: out of resources whatever these are"),
+            (mistaken, "it is off by "),
+        ):
             monkeypatch.setattr(fused, function, wrong)
             fusable._passes.cache_clear()
             found, was_launched = output()

@@ -7,56 +7,58 @@ from tiny_llava import write_tiny_llava
 from transformers import DynamicCache
 
 from qvlm_plugin import planning
+from qvlm_plugin.calibration import CalibrationSet
+from qvlm_plugin.kernels import fused, selftest
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
 
+MOST = 64
+"""A layer in full precision starts up to 56."""
+
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Models with one and with two decoder layers."""
-    base = tmp_path_factory.mktemp("launches")
-    return [write_tiny_llava(base / f"{layers}", hidden=256, layers=layers) for layers in (1, 2)]
+def folder(tmp_path_factory):
+    """A model wide enough for a rotation to have two matrices."""
+    return write_tiny_llava(tmp_path_factory.mktemp("launches") / "tiny", hidden=256, layers=1, vision_layers=2)
 
 
-def launches(cuda, folders, calibration, scheme, options, turned):
-    """Of the second layer, for one token."""
-    counts = []
-    for folder in folders:
-        loaded = load(str(folder), dtype="bfloat16")
-        if scheme != "w16a16":
-            request = check_request("rtn", scheme, {"group_size": 32, "calibration_batch_size": 5, **options})
-            plan = planning.obtain_plan(loaded, request, calibration, cache=None)
-            plan = rotated(by_token(plan)) if turned else plan
-        loaded.model.to("cuda:0")
-        if scheme != "w16a16":
-            planning.apply(plan, loaded, "packed")
-        decoder, cache = loaded.model.model.language_model, DynamicCache(config=loaded.model.config.text_config)
-        with torch.no_grad():
-            for tokens in (torch.arange(5, 13), torch.tensor([40])):
-                with cuda.counting():
-                    decoder(input_ids=tokens[None].to("cuda:0"), past_key_values=cache, use_cache=True)
-        counts.append(cuda.launches)
-    assert not cuda.synchronizations
-    return counts[1] - counts[0]
+def quantized(loaded, calibration, scheme, options, turned):
+    request = check_request("rtn", scheme, {"group_size": 32, "calibration_batch_size": 1, **options})
+    plan = planning.obtain_plan(loaded, request, CalibrationSet(calibration.samples[1:2]), cache=None)
+    loaded.model.to("cuda:0")
+    return planning.apply(rotated(by_token(plan)) if turned else plan, loaded, "packed")
 
 
 @pytest.mark.parametrize(
-    ("scheme", "options", "turned", "most"),
+    ("scheme", "options", "turned", "kernel"),
     [
-        ("w16a16", {}, False, 56),
-        ("w4a16", {}, False, 56),
-        ("w4a4", {}, False, 60),
-        ("w4a4", {}, True, 72),
-        ("w8a8", {}, False, 64),
-        ("w8a8", {}, True, 72),
-        ("w4a4", {"weights": "nf"}, False, 60),
+        ("w4a16", {}, False, "int4"),
+        ("w4a4", {}, False, "int4"),
+        ("w4a4", {}, True, "int4"),
+        ("w4a4", {"group_scales": "progressive"}, True, "int4_codes"),
+        ("w4a4", {"weights": "nf", "group_size": 128}, False, "nf4"),
+        ("w8a8", {}, False, "int8"),
+        ("w8a8", {}, True, "int8"),
     ],
 )
-def test_launches_of_a_layer(cuda, folders, calibration, scheme, options, turned, most):
-    if "nf" in options.values():
+def test_launches_of_a_layer(triton_cuda, monkeypatch, folder, calibration, scheme, options, turned, kernel):
+    if kernel == "nf4":
         pytest.importorskip("bitsandbytes")
-        options = {**options, "group_size": 128}
-    counted = launches(cuda, folders, calibration, scheme, options, turned)
-    report = "\n".join(f"{count} {call}" for call, count in counted.most_common())
-    print(counted.total(), report)
-    assert counted.total() <= most, report
+    monkeypatch.setattr(selftest, "_TOKENS", (1,))
+    monkeypatch.setattr(fused, "_FEATURES", 256)  # of fewer, for each of which the interpreter takes its time
+    loaded = load(str(folder), dtype="bfloat16")
+    assert kernel in quantized(loaded, calibration, scheme, options, turned).counts
+    decoder, cache = loaded.model.model.language_model, DynamicCache(config=loaded.model.config.text_config)
+    layer = decoder.layers[0].forward
+
+    def counted(*args, **kwargs):
+        with triton_cuda.counting():
+            return layer(*args, **kwargs)
+
+    monkeypatch.setattr(decoder.layers[0], "forward", counted)
+    for token in (40, 41):  # with the first, functions are tested
+        with torch.no_grad():
+            decoder(input_ids=torch.tensor([[token]]).to("cuda:0"), past_key_values=cache, use_cache=True)
+    report = "\n".join(f"{count} {call}" for call, count in triton_cuda.launches.most_common())
+    assert 40 <= triton_cuda.launches.total() <= MOST, report
+    assert not triton_cuda.synchronizations and not triton_cuda.uploads

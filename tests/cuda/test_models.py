@@ -20,7 +20,7 @@ from qvlm_plugin.plan_request import check_request
 OURS = str(Path(qvlm_plugin.__file__).parent)
 SMALL = {
     "calibration_batch_size": 2, "cdm": True, "min_percentile": 0.9, "percentile_step": 0.1, "max_depth": 2,
-    "veo": False,
+    "veo": True, "veo_epochs": 1,
 }  # fmt: skip
 SPLIT = {
     "model.vision_tower": 0, "model.multi_modal_projector": 0, "model.language_model.embed_tokens": 0,

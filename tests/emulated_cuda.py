@@ -19,22 +19,22 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from importlib import import_module
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import triton
 from cuda_operators import LAUNCHES, OPERATORS, attention
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from triton.runtime.interpreter import InterpretedFunction, _patch_lang
-from triton.runtime.jit import JITFunction
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 DEVICES = 2
+TRITONS = (8, 0)
+"""The compute capability from which Triton's kernels are used."""
 
 _NO_LAUNCH = {
     aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default,
@@ -154,16 +154,16 @@ class EmulatedCUDA:
         cuda = {
             "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: DEVICES,
             "current_device": lambda: 0, "is_initialized": lambda: False, "synchronize": lambda *_: None,
-            "is_current_stream_capturing": lambda: False, "empty_cache": lambda: None, "mem_get_info": lambda *_: (2**36, 2**36),
-            "device": lambda *_: nullcontext(),
+            "is_current_stream_capturing": lambda: False, "empty_cache": lambda: None,
+            "mem_get_info": lambda *_: (2**36, 2**36), "device": lambda *_: nullcontext(),
             "get_device_name": lambda *_: "emulated", "get_device_capability": lambda *_: self.capability,
         }  # fmt: skip
         for name, value in cuda.items():
             self._patches.enter_context(mock.patch.object(torch.cuda, name, value))
         # Optimizers ask its stream whether it records a graph.
         self._patches.enter_context(mock.patch.object(torch.accelerator, "current_accelerator", lambda *_, **__: None))
-        self._patches.enter_context(mock.patch.object(JITFunction, "run", self._triton()))
-        self._patches.enter_context(mock.patch.object(JITFunction, "__call__", _interpreted))
+        if self.capability >= TRITONS:
+            self._patches.enter_context(import_module("emulated_triton").interpreted(self._start))
         # Weights are loaded, and gradients taken, by the thread that sees the devices.
         self._patches.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         self._patches.enter_context(torch.autograd.set_multithreading_enabled(False))
@@ -172,23 +172,12 @@ class EmulatedCUDA:
         self._patches.enter_context(self._dispatch)
         return self
 
-    def _triton(self) -> Callable[..., None]:
-        """What starts a kernel in Triton: its interpreter, on the CPU."""
-
-        def run(kernel: JITFunction, *args: object, grid: tuple, warmup: bool = False, **options: object) -> None:
-            self._device(kernel, [arg for arg in args if isinstance(arg, Tensor)], {})
-            if self._counts:
-                self.launches[_caller(kernel.__name__)] += 1
-            data = [arg.data_on_cpu if isinstance(arg, EmulatedTensor) else arg for arg in args]
-            # The interpreter truncates to bfloat16, where devices round to the nearest: let torch round.
-            narrow = {id(arg): arg for arg in data if isinstance(arg, Tensor) and arg.dtype == torch.bfloat16}
-            wide = {key: arg.float() for key, arg in narrow.items()}
-            data = [wide.get(id(arg), arg) for arg in data]
-            InterpretedFunction(kernel.fn).run(*data, grid=grid, warmup=warmup, **options)
-            for key, arg in narrow.items():
-                arg.copy_(wide[key])
-
-        return run
+    def _start(self, kernel: str, tensors: list[Tensor]) -> list[Tensor]:
+        """Count a kernel of Triton; its tensors' data."""
+        self._device(kernel, tensors, {})
+        if self._counts:
+            self.launches[_caller(kernel)] += 1
+        return [getattr(tensor, "data_on_cpu", tensor) for tensor in tensors]
 
     def __exit__(self, *_: object) -> None:
         self._patches.close()
@@ -274,15 +263,6 @@ class EmulatedCUDA:
             self.launches[call] += LAUNCHES.get(str(func), 1)
 
 
-def _interpreted(function: JITFunction, *args: object, **named: object) -> object:
-    """A function of Triton that a kernel calls, in the interpreter."""
-    scope = _patch_lang(function.fn)
-    try:
-        return InterpretedFunction(function.fn).rewrite()(*args, **named)
-    finally:
-        scope.restore()
-
-
 def _is_emulated(value: object) -> bool:
     """An emulated tensor, or a device that is asked for."""
     return isinstance(value, EmulatedTensor) or (isinstance(value, torch.device) and value.type == "cuda")
@@ -310,9 +290,10 @@ def _caller(func: object) -> Call:
     return Call(str(func), frame.f_code.co_filename, frame.f_lineno)
 
 
-_OWN = (__file__, sys.modules["cuda_operators"].__file__)
-_LIBRARIES = tuple(os.path.dirname(module.__file__) + os.sep for module in (torch, triton))
+_SITE = os.path.dirname(os.path.dirname(torch.__file__))
+_TORCH = tuple(os.path.join(_SITE, name, "") for name in ("torch", "triton"))
+_OWN = ("contextlib.py", "emulated_cuda.py", "emulated_triton.py", "cuda_operators.py")
 
 
 def _is_torch(file: str) -> bool:
-    return file.startswith(_LIBRARIES) or file in _OWN or file.endswith("contextlib.py")
+    return file.startswith(_TORCH) or os.path.basename(file) in _OWN

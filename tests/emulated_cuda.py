@@ -68,32 +68,43 @@ class EmulatedTensor(torch.Tensor):
     """
 
     data_on_cpu: Tensor
-    is_cuda, is_meta = True, False
+    place: torch.device
+    is_meta = False
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, data: Tensor, device: torch.device) -> "EmulatedTensor":
         wrapper = torch.Tensor._make_wrapper_subclass(
             cls, data.shape, strides=data.stride(), storage_offset=data.storage_offset(), dtype=data.dtype,
-            device=torch.device("meta", device.index), requires_grad=False,
+            device=torch.device("meta", device.index or 0), requires_grad=False,
         )  # fmt: skip
-        wrapper.data_on_cpu = data
+        wrapper.data_on_cpu, wrapper.place = data, device
         return wrapper
 
     @property
     def device(self) -> torch.device:
+        """As any tensor's; the CPU after data there was assigned."""
+        return self.place
+
+    @property
+    def is_cuda(self) -> bool:
         """As any tensor's."""
-        return torch.device("cuda", Tensor.device.__get__(self).index)
+        return self.place.type == "cuda"
 
     @property
     def data(self) -> Tensor:
-        """As any tensor's; what is assigned brings its data."""
+        """As any tensor's; what is assigned brings its data and their place."""
         return Tensor.data.__get__(self)
 
     @data.setter
-    def data(self, value: "EmulatedTensor") -> None:
-        Tensor.data.__set__(self, value)
-        self.data_on_cpu = value.data_on_cpu
+    def data(self, value: Tensor) -> None:
+        emulated = value if isinstance(value, EmulatedTensor) else EmulatedTensor(value, CPU)
+        Tensor.data.__set__(self, emulated)
+        self.data_on_cpu, self.place = emulated.data_on_cpu, emulated.place
+
+    def new_tensor(self, data: object, **options: object) -> Tensor:
+        """Which C++ would make on a meta device."""
+        return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **options})
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -213,18 +224,23 @@ class EmulatedCUDA:
                 return value
             if id(value) in wrappers:  # written to in place
                 return wrappers[id(value)]
-            return EmulatedTensor(value, device) if device.type == "cuda" else value
+            if device.type != "cuda":
+                return value
+            # In inference mode, too, a view counts versions if what it is a view of does.
+            versioned = func.is_view and torch.is_inference_mode_enabled() and not leaves[0].is_inference()
+            with torch.inference_mode(False) if versioned else nullcontext():
+                return EmulatedTensor(value, device)
 
         return tree_map(wrapped, result)
 
     def _device(self, func: Callable, leaves: list, kwargs: dict) -> torch.device:
         """Of the results."""
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        emulated = {tensor.device for tensor in tensors if isinstance(tensor, EmulatedTensor)}
+        emulated = {tensor.device for tensor in tensors if tensor.is_cuda}
         asked = kwargs.get("device")
         if func in _COPIES or not emulated:
             return asked or tensors[0].device
-        others = [tensor for tensor in self._checked(func, tensors) if not isinstance(tensor, EmulatedTensor)]
+        others = [tensor for tensor in self._checked(func, tensors) if not tensor.is_cuda]
         if len(emulated) > 1 or others:
             devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
             raise RuntimeError(f"Expected all tensors to be on the same device, found {devices}: {_caller(func)}")

@@ -17,14 +17,13 @@ from qvlm_plugin.linear import QuantLinear
 OLD = (7, 5)
 CASES = [
     (INT4, int_format(4), CENTERED8), (INT4_FOLDED, int_format(4), STATIC),
-    (INT4_CODES, int_format(4, 64, progressive=True), TOKEN), (INT8, int_format(8), A16), (INT8, int_format(8), STATIC8),
-    (INT8, int_format(8), TOKEN), (NF4, WeightFormat(kind="nf", bits=4, double_quantization=True), TOKEN),
+    (INT4_CODES, int_format(4, 64, progressive=True), TOKEN), (INT8, int_format(8), A16),
+    (INT8, int_format(8), STATIC8), (INT8, int_format(8), TOKEN),
+    (NF4, WeightFormat(kind="nf", bits=4, double_quantization=True), TOKEN),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kernel", "weight", "activation"), CASES, ids=lambda value: getattr(value, "name", str(value))
-)
+@pytest.mark.parametrize(("kernel", "weight", "activation"), CASES, ids=lambda each: getattr(each, "name", str(each)))
 def test_a_forward_pass_is_one_graph(forgetful, kernel, weight, activation):
     """Of torch's own stand-ins for tensors on CUDA: compilers know no others without a GPU."""
     if kernel is NF4:

@@ -28,6 +28,23 @@ def test_it_computes_as_the_cpu_does(cuda):
     assert weight.grad.device == torch.device("cuda:0")
 
 
+def test_parameters_wait_on_the_cpu(cuda):
+    weight = torch.nn.Parameter(torch.ones(2, device="cuda:1"))
+    weight.data = weight.data.cpu()
+    assert weight.device == torch.device("cpu") and not weight.is_cuda and type(weight + torch.ones(2)) is torch.Tensor
+    with pytest.raises(RuntimeError, match="found cpu, cuda:1"):
+        weight + torch.ones(2, device="cuda:1")
+    weight.data = weight.data.to("cuda:1")
+    assert weight.is_cuda and (weight + weight.new_tensor([1.0, 2.0])).tolist() == [2, 3]
+
+
+def test_parameters_have_views_in_inference_mode(cuda):
+    weight = torch.nn.Parameter(torch.ones(2, 3, device="cuda:0"))
+    with torch.inference_mode():
+        assert (weight.expand(2, -1).t()[1:] + weight[0, 1:].sum()).tolist() == [[3, 3], [3, 3]]
+        assert weight.view(6)[2:].mul(2).is_inference() and not weight.view(6).is_inference()
+
+
 def test_operators_are_launched_and_views_are_not(cuda):
     x, index = torch.ones(3, 4, device="cuda:0"), torch.arange(2, device="cuda:0")
     query = torch.ones(1, 2, 3, 4, device="cuda:0")

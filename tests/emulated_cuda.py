@@ -112,6 +112,10 @@ class EmulatedTensor(torch.Tensor):
             raise RuntimeError(f"{func} on a tensor of an emulated device, which is no longer there")
         return EmulatedCUDA.active.run(func, args, kwargs or {})
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Of its data, which tells whether two share memory."""
+        return self.data_on_cpu.untyped_storage()
+
     def tolist(self) -> list:
         """Which C++ refuses to subclasses."""
         return self.cpu().tolist()
@@ -196,8 +200,9 @@ class EmulatedCUDA:
     def run(self, func, args: tuple, kwargs: dict):
         """An operator, on the devices of its arguments."""
         named = kwargs.get("device")
-        kwargs = kwargs if named is None else kwargs | {"device": _meant(named)}
         leaves, structure = tree_flatten((args, kwargs))
+        leaves = [_meant(leaf) if isinstance(leaf, torch.device) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(leaves, structure)
         if not any(map(_is_emulated, leaves)):
             return func(*args, **kwargs)
         if func._can_decompose() and str(func) not in OPERATORS:

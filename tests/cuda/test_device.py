@@ -43,6 +43,7 @@ def test_parameters_have_views_in_inference_mode(cuda):
     with torch.inference_mode():
         assert (weight.expand(2, -1).t()[1:] + weight[0, 1:].sum()).tolist() == [[3, 3], [3, 3]]
         assert weight.view(6)[2:].mul(2).is_inference() and not weight.view(6).is_inference()
+        assert torch.ones(3).to(weight).device == weight.device
 
 
 def test_operators_are_launched_and_views_are_not(cuda):

@@ -1,4 +1,4 @@
-"""The ``qvlm`` command. Commands import what needs torch themselves, so that ``--help`` answers at once."""
+"""The ``qvlm`` command. Commands import torch only when they run, so that ``--help`` answers at once."""
 
 from typing import Annotated
 
@@ -6,6 +6,7 @@ import typer
 
 from qvlm_plugin import __version__
 from qvlm_plugin.commands import ablate, demo, leaderboard
+from qvlm_plugin.commands.advise import advise
 from qvlm_plugin.commands.arguments import arguments
 from qvlm_plugin.commands.compare import compare
 from qvlm_plugin.commands.convert import convert
@@ -18,6 +19,7 @@ from qvlm_plugin.commands.plot import plot
 from qvlm_plugin.commands.publish import check_submission, publish
 from qvlm_plugin.commands.results import paired, results
 from qvlm_plugin.commands.search import search
+from qvlm_plugin.commands.trace import trace
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -26,8 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    doctor, methods, arguments, search, inspect, plot, export, convert, compare, results, paired, publish,
-    check_submission,
+    doctor, methods, arguments, search, inspect, plot, export, convert, trace, compare, results, paired, advise,
+    publish, check_submission,
 ):  # fmt: skip
     app.command()(command)
 for name, group in (("leaderboard", leaderboard.app), ("ablate", ablate.app), ("demo", demo.app)):

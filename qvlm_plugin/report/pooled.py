@@ -17,6 +17,8 @@ from qvlm_plugin.report.paired import (
     count_flips,
     paired_tasks,
     sign_flip_p,
+    total_means,
+    without_error,
 )
 from qvlm_plugin.report.samples import RunSamples
 from qvlm_plugin.report.shares import PERCENT, number_text
@@ -106,8 +108,14 @@ def pool(pairs: Sequence[tuple[RunSamples, RunSamples]], metric: str) -> list[Po
 def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
     clusters = [task.clusters for task in tasks]
     differences = [task.differences for task in tasks]
-    scores = [task.score for task in tasks]
     difference, degrees = two_way_mean(differences, clusters)
+    baseline, score = (
+        two_way_mean(values, clusters)[0]
+        for values in ([task.baseline for task in tasks], [task.score for task in tasks])
+    )
+    by_seed = total_means(tasks)
+    if any(task.totals is not None for task in tasks):
+        baseline, score, difference = (without_error(float(one.mean())) for one in by_seed)
     flipped = sign_flip_p(cluster_sums([task.mean(axis=0) for task in differences], clusters))
     return Pooled(
         task=name,
@@ -115,10 +123,10 @@ def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
         clusters=len(np.unique(np.concatenate(clusters))),
         unknown=sum(task.unknown for task in tasks),
         scale=min(task.scale for task in tasks),
-        scores=tuple(_means(scores).tolist()),
-        differences=tuple(_means(differences).tolist()),
-        baseline=two_way_mean([task.baseline for task in tasks], clusters)[0],
-        score=two_way_mean(scores, clusters)[0],
+        scores=tuple(by_seed[1].tolist()),
+        differences=tuple(by_seed[2].tolist()),
+        baseline=baseline,
+        score=score,
         difference=difference,
         t_p=_t_p(difference, degrees) if difference.error > 0 else flipped,
         sign_flip_p=flipped,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.plan_request import PlanRequest, check_request
 from qvlm_plugin.reading import one_line
+from qvlm_plugin.report.cluster import JobRequest
 from qvlm_plugin.report.runs import Cell
 
 FULL_PRECISION = ("none", "w16a16")
@@ -41,6 +42,7 @@ class CompareGrid(BaseModel):
             precision, ``previous`` the method before in the list.
         limit: documents of each task; None evaluates all.
         metric: what is compared.
+        cluster: what the job of a run asks for, where runs are jobs of a cluster.
         name, title: of the report's files, and its heading; None says what the baseline is.
     """
 
@@ -57,6 +59,7 @@ class CompareGrid(BaseModel):
     baseline: str = "none"
     limit: int | None = Field(None, ge=1)
     metric: str = "exact_match"
+    cluster: JobRequest = JobRequest()
     name: str = Field("comparison", pattern=r"^[\w-]+$")
     title: str | None = None
 
@@ -115,7 +118,7 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
 
     Args:
         file: a file, or the name of one in `GRIDS`; None for a grid from flags alone.
-        flags: fields of `CompareGrid`; those that are None are not given.
+        flags: fields of `CompareGrid`; those that are None are not given. Those of ``cluster`` are taken one by one.
 
     Raises:
         QVLMError: the file is not readable, or a value is missing or not allowed.
@@ -131,6 +134,8 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
         if not isinstance(content, dict):
             raise QVLMError(f"{file} must hold keys and values; allowed keys are {', '.join(CompareGrid.model_fields)}")
     given = {name: value for name, value in flags.items() if value is not None}
+    if isinstance(content.get("cluster"), dict):
+        given["cluster"] = content["cluster"] | given.get("cluster", {})
     try:
         return CompareGrid.model_validate({**content, **given})
     except ValidationError as error:
@@ -138,7 +143,8 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
-    name, allowed = ".".join(map(str, problem["loc"])), ", ".join(CompareGrid.model_fields)
+    fields = JobRequest.model_fields if problem["loc"][:1] == ("cluster",) else CompareGrid.model_fields
+    name, allowed = ".".join(map(str, problem["loc"])), ", ".join(fields)
     match problem["type"]:
         case "missing":
             return f"{name}: is missing; allowed are {allowed}"

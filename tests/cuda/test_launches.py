@@ -13,7 +13,6 @@ from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
 
 MOST = 64
-"""A layer in full precision starts up to 56."""
 
 
 @pytest.fixture(scope="module")

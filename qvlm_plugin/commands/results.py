@@ -37,7 +37,9 @@ def results(
 
 def paired(
     baseline: Annotated[Path, typer.Argument(help="Results file of one run, or the folder that contains it.")],
-    others: Annotated[list[Path], typer.Argument(help="Results files to compare with it, or folders that contain them.")],
+    others: Annotated[
+        list[Path], typer.Argument(help="Results files to compare with it, or folders that contain them.")
+    ],
     metric: Annotated[str, typer.Option(help="Metric of the tasks to compare.")] = "exact_match",
     markdown: Markdown = False,
     as_json: AsJSON = False,

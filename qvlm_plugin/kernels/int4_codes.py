@@ -32,8 +32,6 @@ def _obstacle(
         return "it is for integer weights with progressive scales"
     if activation_format.kind != "dynamic_token":
         return "it is for activations that are rounded per token"
-    if device.type != "cpu":
-        return f"it has no product on {device.type}"
     return INT4.obstacle(weight_format, activation_format, shape, device)
 
 

@@ -8,6 +8,7 @@ import typer
 
 from qvlm_plugin.commands.shared import (
     Conv,
+    Device,
     Dtype,
     ImageAspectRatio,
     Images,
@@ -53,7 +54,7 @@ def export(
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="Torch device, whose kernels are chosen from.")] = "cpu",
+    device: Device = None,
 ) -> None:
     """Write a quantized model as a Hugging Face folder; prints the folder last.
 

@@ -40,7 +40,7 @@ def search(
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = None,
     device_map: Annotated[
         str | None,
         typer.Option(

@@ -149,6 +149,7 @@ def _bars(grid: CompareGrid, compared: Sequence[Compared], pooled: Sequence[Over
                 rows=tuple(" ".join(run) for run in runs),
                 accuracies={task: [_point(own.get((*run, task))) for run in runs] for task in grid.tasks},
                 lines={task: value for task, (value, _) in plain.items()},
+                line=BASELINES["none"],
                 costs=[_cost(compared, (model, *run)) for run in runs],
             )
         )

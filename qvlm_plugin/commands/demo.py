@@ -35,7 +35,6 @@ def build(
     Example: MODEL=$(qvlm demo build | tail -1)
     """
     from qvlm_plugin.demo.model import build as build_model
-    from qvlm_plugin.models.placement import default_device
 
     typer.echo(build_model(directory))
 
@@ -80,6 +79,7 @@ def run(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from qvlm_plugin.demo.data import write_mirrors
     from qvlm_plugin.demo.model import build as build_model
+    from qvlm_plugin.models.placement import default_device
 
     with needs_report_packages():
         from qvlm_plugin.report.results import read_results, results_grid
@@ -105,7 +105,8 @@ def run(
         with steps.take(f"{one.name}: evaluate {limit} documents of each of {', '.join(TASKS)}"):
             (outcome,) = run_cells([Cell(one.name, one.model_args, TASKS, limit)], setting, METRIC)
             found.append(outcome.results)
-    Console(width=180).print(results_grid(read_results(found)).rich())
+    console = Console()
+    console.print(results_grid(read_results(found)).rich(console.width))
     typer.echo("\n".join(_verdicts(found)))
 
 

@@ -10,7 +10,8 @@ from qvlm_plugin.report.ablations.layer_errors import LayerErrors
 from qvlm_plugin.report.figures import Panel, Series, panels_figure
 
 LOSSES = {
-    "total": "L (nats)", "reg": "L_reg: answers (nats)", "ent": "L_ent: entropy (nats)", "err": "L_err: errors (relative)"
+    "total": "L (nats)", "reg": "L_reg: answers (nats)", "ent": "L_ent: entropy (nats)",
+    "err": "L_err: errors (relative)",
 }  # fmt: skip
 
 

@@ -15,7 +15,9 @@ from qvlm_plugin.report.paired import (
     cluster_sums,
     clustered_mean,
     count_flips,
+    difference_estimate,
     paired_tasks,
+    score_estimate,
     sign_flip_p,
 )
 from qvlm_plugin.report.samples import RunSamples
@@ -108,6 +110,7 @@ def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
     differences = [task.differences for task in tasks]
     scores = [task.score for task in tasks]
     difference, degrees = two_way_mean(differences, clusters)
+    shares = min(task.scale for task in tasks) == PERCENT
     flipped = sign_flip_p(cluster_sums([task.mean(axis=0) for task in differences], clusters))
     return Pooled(
         task=name,
@@ -117,14 +120,22 @@ def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
         scale=min(task.scale for task in tasks),
         scores=tuple(_means(scores).tolist()),
         differences=tuple(_means(differences).tolist()),
-        baseline=two_way_mean([task.baseline for task in tasks], clusters)[0],
-        score=two_way_mean(scores, clusters)[0],
-        difference=difference,
+        baseline=_score([task.baseline for task in tasks], clusters, shares),
+        score=_score(scores, clusters, shares),
+        difference=difference_estimate(difference, clusters) if shares else difference,
         t_p=_t_p(difference, degrees) if difference.error > 0 else flipped,
         sign_flip_p=flipped,
         flips=count_flips(tasks),
         drawn=drawn,
     )
+
+
+def _score(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray], shares: bool) -> Estimate:
+    """`two_way_mean` of scores; of shares, where no seed adds to the error, with the interval of `score_estimate`."""
+    estimate, _ = two_way_mean(values, clusters)
+    if not shares or (len(values[0]) > 1 and estimate.error > 0):
+        return estimate
+    return score_estimate(estimate, [task.mean(axis=0) for task in values], clusters)
 
 
 def two_way_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> tuple[Estimate, float]:

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seeds
 from qvlm_plugin.report.compare.grid import FULL_PRECISION, PREVIOUS, CompareGrid
 from qvlm_plugin.report.figures import Bars, bars_figure
-from qvlm_plugin.report.leaderboard.tables import size
 from qvlm_plugin.report.paired import difference_text, estimate_text, flips_text, p_text, unknown_note
 from qvlm_plugin.report.pooled import Pooled, spread_text, verdict
-from qvlm_plugin.report.results import Grid
+from qvlm_plugin.report.results import Grid, size
 from qvlm_plugin.report.shares import PERCENT, unit_text
 from qvlm_plugin.report.writing import STAND_IN, Report
 

@@ -29,6 +29,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.export import must_run, write_folder
 from qvlm_plugin.kernels.base import corrected_bias
 from qvlm_plugin.kernels.reference import REFERENCE, quantized_values
+from qvlm_plugin.model_card import COMPRESSED, model_card
 from qvlm_plugin.models.dry_run import answer
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, begin_applying, parameters_of
@@ -117,8 +118,10 @@ def export_compressed_tensors(
         frozen = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in tensors.items()}
         model.set_submodule(name, nn.ParameterDict(frozen))
     model.config.quantization_config = _configuration(plan, groups)
-    write_folder(loaded, directory, shard_size)
-    return {group.format: sum(len(groups[g]) for g in groups if g.format == group.format) for group in groups}
+    counts = {group.format: sum(len(groups[g]) for g in groups if g.format == group.format) for group in groups}
+    arithmetic = ", ".join(f"{name} {count}" for name, count in counts.items())
+    write_folder(loaded, directory, shard_size, model_card(directory.name, loaded.source, plan, arithmetic, COMPRESSED))
+    return counts
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,10 @@ from qvlm_plugin.commands.shared import (
     pairs,
 )
 from qvlm_plugin.errors import QVLMError
+
+if TYPE_CHECKING:
+    from qvlm_plugin.plan import RoundingPlan
+    from qvlm_plugin.report.results import Score
 
 
 class Format(StrEnum):
@@ -48,6 +52,10 @@ def export(
     ] = Format.QVLM,
     backend: Annotated[str, typer.Option(help="auto, packed, reference or the name of one kernel.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Falling back to the reference is an error.")] = False,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Results of this plan, or folders that hold some, for the model card.")
+    ] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="Repository to upload the folder to, as NAME/MODEL.")] = None,
     shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB.")] = "5GB",
     revision: Revision = None,
     conv: Conv = None,
@@ -59,7 +67,8 @@ def export(
     """Write a quantized model as a Hugging Face folder; prints the folder last.
 
     It is a checkpoint like any other where this package is imported: from_pretrained loads it packed, and lmms-eval
-    runs it as pretrained=DIR. Without this package loading it is an error.
+    runs it as pretrained=DIR. Without this package loading it is an error. Its model card, README.md, says what it is
+    and how to load it, with the scores in --results.
     With --format compressed-tensors it is for vLLM: schemes w4a16 and w8a8, the latter with activations rounded per
     token.
 
@@ -69,13 +78,19 @@ def export(
     from qvlm_plugin.atomic import require_vacant
     from qvlm_plugin.compressed_tensors import INTEGER, export_compressed_tensors
     from qvlm_plugin.export import export as write
+    from qvlm_plugin.models.hub import create_repository, upload
     from qvlm_plugin.models.loading import load_weights
     from qvlm_plugin.plan import RoundingPlan
     from qvlm_plugin.plan_request import check_request
+    from qvlm_plugin.report.results import read_results
+    from qvlm_plugin.report.stating import add_evaluation
 
     if (plan is None) == (method is None):
         raise QVLMError("name one of --plan DIR (a saved plan) and --method NAME (searched now)")
     require_vacant(output)
+    scores = read_results(results) if results else []
+    if push_to_hub is not None:
+        create_repository(push_to_hub)
     backends.kernels(backend)
     found = None if plan is None else RoundingPlan.load(plan)
     request = check_request(method, scheme, pairs(option)) if found is None else None
@@ -84,12 +99,14 @@ def export(
         image_aspect_ratio=image_aspect_ratio,
     )  # fmt: skip
     if found is not None:
+        stated = _of_plan(scores, found)
         loaded = load_weights(checkpoint, dtype=dtype, device=device)
     else:
         loaded, plans = obtain_plans(
             {method: request}, calibration, images, seed, checkpoint, dtype=dtype, device=device
         )
         found = plans[method]
+        stated = _of_plan(scores, found)
     if warning := planning.prompt_warning(found.calibration and found.calibration.conv, loaded):
         typer.echo(warning, err=True)
     if format_ is Format.QVLM:
@@ -99,4 +116,16 @@ def export(
         typer.echo(f"quantized Linear layers by format: {', '.join(f'{n} {count}' for n, count in counts.items())}")
         if INTEGER in counts:
             typer.echo("in int-quantized layers activations are rounded per token, not with the plan's ranges")
+    if stated:
+        add_evaluation(output, stated)
+    if push_to_hub is not None:
+        typer.echo(upload(output, push_to_hub))
     typer.echo(output)
+
+
+def _of_plan(scores: "list[Score]", plan: "RoundingPlan") -> "list[Score]":
+    """Those of runs of the plan."""
+    found = [score for score in scores if (score.run or {}).get("plan_hash") == plan.hash]
+    if scores and not found:
+        raise QVLMError(f"--results: no run there is of the plan to export ({plan.hash[:16]}…)")
+    return found

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qvlm_plugin.commands.shared import KeepGoing, command_line, needs_report_packages, pairs
+from qvlm_plugin.commands.shared import KeepGoing, command_line, needs_report_packages, pairs, working_in
 from qvlm_plugin.errors import QVLMError
 
 
@@ -39,7 +39,7 @@ def compare(
     ] = None,
     keep_going: KeepGoing = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs, and which are finished, and stop.")
+        bool, typer.Option("--dry-run", help="Print the runs, what is finished, and the time and memory of the rest.")
     ] = False,
 ) -> None:
     """Run models × methods × schemes × seeds × tasks, each in its own process, and compare them with a baseline.
@@ -53,8 +53,10 @@ def compare(
     --calibration calibration/train.json:64
     """
     from qvlm_plugin.atomic import make_folder
+    from qvlm_plugin.commands.dry_run import dry_run_lines
+    from qvlm_plugin.harness.task_names import check_task_names
     from qvlm_plugin.report.compare.grid import cells, read_grid
-    from qvlm_plugin.report.runs import Setting, command, finished_cells
+    from qvlm_plugin.report.runs import Setting
 
     given = {name: _names(text) for name, text in (("models", models), ("methods", methods), ("schemes", schemes))}
     given |= {"tasks": _names(tasks), "seeds": _names(seeds), "baseline": baseline}
@@ -63,13 +65,10 @@ def compare(
     todo, named = [one.cell for one in cells(asked)], _names(devices) or ()
     jobs = jobs or max(1, len(named))
     setting = Setting(output, data, batch_size, processes, jobs=jobs, devices=named, keep_going=keep_going)
-    if data is not None and not data.is_dir():
-        raise QVLMError(f"--data {data}: there is no such folder")
+    with working_in(data):
+        check_task_names(asked.tasks)
     if dry_run:
-        finished = finished_cells(todo, output)
-        for cell in todo:
-            state = f"finished: {finished[cell.name]}" if cell.name in finished else " ".join(command(cell, setting))
-            typer.echo(f"{cell.name}: {state}")
+        typer.echo("\n".join(dry_run_lines(asked, setting)))
         return
     with needs_report_packages():
         from qvlm_plugin.report.compare.comparison import compare_outcomes

@@ -1,7 +1,7 @@
 """The grid: models × methods × schemes × seeds × tasks, from a YAML file or from flags."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -96,14 +96,19 @@ class CompareGrid(BaseModel):
         Raises:
             QVLMError: see `check_request`.
         """
-        return self.seeds if self._request(method, scheme).needs_calibration else (None,)
+        return self.seeds if self.request(method, scheme).needs_calibration else (None,)
 
     def row(self, name: str) -> tuple[str, dict[str, str | int | float | bool]]:
         """The quantization method of a row and its options."""
         options = dict(self.options.get(name, {}))
         return str(options.pop("method", name)), options
 
-    def _request(self, name: str, scheme: str) -> PlanRequest:
+    def request(self, name: str, scheme: str) -> PlanRequest:
+        """What a row searches at a scheme.
+
+        Raises:
+            QVLMError: see `check_request`.
+        """
         method, options = self.row(name)
         known = check_request(method, scheme, {}).method.options.model_fields
         shared = {option: value for option, value in self.model_args.items() if option in known}
@@ -134,19 +139,24 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
     try:
         return CompareGrid.model_validate({**content, **given})
     except ValidationError as error:
-        raise QVLMError(f"{file or 'the grid'}: {_explain(error.errors()[0])}") from error
+        raise QVLMError(_explain(error.errors()[0], file, given.keys())) from error
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
-    name, allowed = ".".join(map(str, problem["loc"])), ", ".join(CompareGrid.model_fields)
+def _explain(problem: Mapping[str, Any], file: Path | None, flags: Collection[str]) -> str:
+    """What is wrong, under the name that the value was given by: a flag, or a key of the file."""
+    text = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"].lower()
+    loc = problem["loc"] or (text.partition(":")[0],)
+    text = text.removeprefix(f"{loc[0]}: ")
+    by_flag = file is None or loc[0] in flags
+    name = f"--{str(loc[0]).replace('_', '-')}" if by_flag else f"{file}: {'.'.join(map(str, loc))}"
     match problem["type"]:
         case "missing":
-            return f"{name}: is missing; allowed are {allowed}"
+            return f"{name} is missing" + (", as a flag or in a YAML file of the grid" if file is None else "")
         case "extra_forbidden":
-            return f"{name}: is no key; allowed are {allowed}"
+            return f"{name}: is no key; allowed are {', '.join(CompareGrid.model_fields)}"
         case "value_error":
-            return ": ".join(filter(None, (name, str(problem["ctx"]["error"]))))
-    return f"{name}: {problem['msg'].lower()}, not {problem['input']!r}"
+            return f"{name}: {text}"
+    return f"{name}: {text}, not {problem['input']!r}"
 
 
 @dataclass(frozen=True)

@@ -41,20 +41,23 @@ def _kind(one: GridCell) -> tuple[str, str, str]:
 
 
 def _time_text(time: Estimate) -> str:
-    return "time unknown" if time.seconds is None else f"about {duration(time.seconds)}"
+    if time.evaluation is None:
+        return "time unknown"
+    return f"about {duration(time.evaluation + (time.search or 0))}" + " and a search" * (time.search is None)
 
 
 def _time_lines(times: Sequence[Estimate], jobs: int) -> list[str]:
-    known = [one.seconds for one in times if one.seconds is not None]
-    text = f"about {duration(sum(known) / jobs)}" if known else "unknown"
-    text += f" for {len(known)} of {len(times)} runs" if 0 < len(known) < len(times) else ""
-    lines = [f"time: {text}" + (f", {jobs} at a time" if known and jobs > 1 else "")]
+    known = sum((one.evaluation or 0) + (one.search or 0) for one in times) / jobs
+    partly = any(None in (one.evaluation, one.search) for one in times)
+    text = f"about {duration(known)}" + ", and what is unknown" * partly if known else "unknown"
+    lines = [f"time: {text}" + (f", {jobs} runs at a time" if known and jobs > 1 else "")]
     for basis, count in Counter(one.basis for one in times).items():
-        lines.append(f"- evaluation of {count} runs: by {basis}")
+        rests = f"by finished {basis}" if basis else "unknown, no run of the same model on its task is finished"
+        lines.append(f"- evaluation of {count} runs: {rests}")
     if unknown := sum(one.search is None for one in times):
         lines.append(f"- {unknown} searches: unknown, no run of the same model, method and scheme is finished")
-    if any(one.search for one in times):
-        lines.append("- other searches: by finished runs with other seeds; one that is in the cache takes no time")
+    if found := sum(bool(one.search) for one in times):
+        lines.append(f"- {found} searches: by finished runs of the same method; what is in the cache takes no time")
     return lines
 
 

@@ -10,7 +10,7 @@ from qvlm_plugin.reading import read_json
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
 from qvlm_plugin.report.runs import Cell
 
-EXACT, ALIKE, ANY = "runs of the same method and scheme", "other quantized runs", "runs in another precision"
+EXACT, ALIKE, ANY = "runs of the same method and scheme", "runs of other methods", "runs in another precision"
 """What the time of a run can rest on, the best first; each on the same model and task."""
 
 
@@ -40,18 +40,13 @@ class Estimate:
 
     Attributes:
         evaluation: seconds; None where no run on the same model and task is finished.
-        basis: what that rests on.
+        basis: what that rests on; empty where it is None.
         search: seconds that finding its plan takes; None where no finished run tells, 0 where there is nothing to find.
     """
 
     evaluation: float | None
     basis: str
     search: float | None
-
-    @property
-    def seconds(self) -> float | None:
-        """Of the whole run; None where a part is unknown."""
-        return None if self.evaluation is None or self.search is None else self.evaluation + self.search
 
 
 def finished_runs(output: Path) -> list[Finished]:
@@ -91,25 +86,27 @@ def estimate(cell: Cell, searched: bool, finished: Sequence[Finished]) -> Estima
         finished: see `finished_runs`.
     """
     same_model = [one for one in finished if one.arguments.get("pretrained") == cell.model_args["pretrained"]]
-    own = _unseeded(cell.model_args)
-    known = [one.search for one in same_model if _unseeded(one.arguments) == own and one.search is not None]
+    own = _without(cell.model_args, "seed")
+    plan = _without(cell.model_args, "seed", "backend")
+    alike = [one for one in same_model if _without(one.arguments, "seed", "backend") == plan]
+    known = [one.search for one in alike if one.search is not None]
     search = 0.0 if not searched else _mean(known)
     ranked: dict[str, list[Finished]] = {EXACT: [], ALIKE: [], ANY: []}
     for one in same_model:
         if one.tasks == set(cell.tasks) and one.documents:
             quantized = [arguments.get("method", "none") != "none" for arguments in (one.arguments, own)]
-            alike = ALIKE if quantized[0] == quantized[1] else ANY
-            ranked[EXACT if _unseeded(one.arguments) == own else alike].append(one)
+            other = ALIKE if quantized[0] == quantized[1] else ANY
+            ranked[EXACT if _without(one.arguments, "seed") == own else other].append(one)
     for basis, runs in ranked.items():
         if runs:
             total = max(one.total for one in runs)
             documents = total if cell.limit is None else min(cell.limit, total)
             return Estimate(documents * _mean([one.evaluation / one.documents for one in runs]), basis, search)
-    return Estimate(None, "no finished run of this model on this task", search)
+    return Estimate(None, "", search)
 
 
-def _unseeded(arguments: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in arguments.items() if name != "seed"}
+def _without(arguments: Mapping[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in arguments.items() if name not in names}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -147,11 +147,17 @@ def _explain(problem: Mapping[str, Any], file: Path | None, flags: Collection[st
     text = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"].lower()
     loc = problem["loc"] or (text.partition(":")[0],)
     text = text.removeprefix(f"{loc[0]}: ")
+    keys = ", ".join(CompareGrid.model_fields)
     by_flag = file is None or loc[0] in flags
     name = f"--{str(loc[0]).replace('_', '-')}" if by_flag else f"{file}: {'.'.join(map(str, loc))}"
     match problem["type"]:
         case "missing":
-            return f"{name} is missing" + (", as a flag or in a YAML file of the grid" if file is None else "")
+            fields = ", ".join(CompareGrid.model_fields)
+            return (
+                f"{name} is missing (or a YAML file with it)"
+                if by_flag
+                else f"{name}: is missing; allowed are {fields}"
+            )
         case "extra_forbidden":
             return f"{name}: is no key; allowed are {', '.join(CompareGrid.model_fields)}"
         case "value_error":

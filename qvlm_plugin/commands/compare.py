@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qvlm_plugin.commands.shared import KeepGoing, command_line, needs_report_packages, pairs, working_in
+from qvlm_plugin.commands.shared import KeepGoing, command_line, needs_report_packages, pairs
 from qvlm_plugin.errors import QVLMError
 
 
@@ -65,8 +65,9 @@ def compare(
     todo, named = [one.cell for one in cells(asked)], _names(devices) or ()
     jobs = jobs or max(1, len(named))
     setting = Setting(output, data, batch_size, processes, jobs=jobs, devices=named, keep_going=keep_going)
-    with working_in(data):
-        check_task_names(asked.tasks)
+    if data is not None and not data.is_dir():
+        raise QVLMError(f"--data {data}: there is no such folder")
+    check_task_names(asked.tasks, data or Path())
     if dry_run:
         typer.echo("\n".join(dry_run_lines(asked, setting)))
         return

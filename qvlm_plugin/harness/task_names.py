@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _NAME = re.compile(rb"^(?:task|group|tag)[ \t]*:[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*(?:#.*)?\r?$", re.MULTILINE)
 
 
-def check_task_names(names: Sequence[str]) -> None:
-    """Check that lmms-eval knows each task, or that it is the file of one.
+def check_task_names(names: Sequence[str], directory: Path) -> None:
+    """Check that lmms-eval knows each task, or that it is the file of one, whose name starts from ``directory``.
 
     Most names stand in their task's file as they are, and looking for them takes well below a second. Only for others
     is the harness imported, which indexes all its tasks.
@@ -27,7 +27,7 @@ def check_task_names(names: Sequence[str]) -> None:
         QVLMError: it does not know one; the message names those that are spelled alike.
     """
     listed = set(_listed())
-    if unknown := [name for name in names if name not in listed and not Path(name).is_file()]:
+    if unknown := [name for name in names if name not in listed and not (directory / name).is_file()]:
         known = _indexed()
         for name in unknown:
             if not known.match_tasks([name]):

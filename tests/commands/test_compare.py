@@ -101,11 +101,8 @@ def test_mistakes_are_one_line_before_anything_runs(place, tmp_path, arguments, 
 
 def test_a_dry_run_tells_time_and_memory_and_what_they_rest_on(place, tmp_path, tiny_llava):
     """The stub's runs take the time that they say: 10 s for 40 documents, searches of 64 s aside."""
-    (place / "lmms_eval.py").write_text(
-        (place / "lmms_eval.py")
-        .read_text()
-        .replace('"config": {', '"total_evaluation_time_seconds": "74.0", "config": {')
-    )
+    stub, timed = place / "lmms_eval.py", '"total_evaluation_time_seconds": "74.0", "config": {'
+    stub.write_text(stub.read_text().replace('"config": {', timed))
     grid = ("--models", tiny_llava, "--model-args", "dtype=float32")
     unknown = run(tmp_path, *grid, "--dry-run").stdout
     assert "time: unknown\n- evaluation of 5 runs: unknown, no run of the same model" in unknown

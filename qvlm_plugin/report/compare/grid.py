@@ -152,14 +152,11 @@ def _explain(problem: Mapping[str, Any], file: Path | None, flags: Collection[st
     name = f"--{str(loc[0]).replace('_', '-')}" if by_flag else f"{file}: {'.'.join(map(str, loc))}"
     match problem["type"]:
         case "missing":
-            fields = ", ".join(CompareGrid.model_fields)
             return (
-                f"{name} is missing (or a YAML file with it)"
-                if by_flag
-                else f"{name}: is missing; allowed are {fields}"
+                f"{name} is missing (or a YAML file with it)" if by_flag else f"{name}: is missing; allowed are {keys}"
             )
         case "extra_forbidden":
-            return f"{name}: is no key; allowed are {', '.join(CompareGrid.model_fields)}"
+            return f"{name}: is no key; allowed are {keys}"
         case "value_error":
             return f"{name}: {text}"
     return f"{name}: {text}, not {problem['input']!r}"

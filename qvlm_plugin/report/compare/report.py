@@ -8,7 +8,7 @@ from qvlm_plugin.report.figures import Bars, bars_figure
 from qvlm_plugin.report.paired import difference_text, estimate_text, flips_text, p_text, unknown_note
 from qvlm_plugin.report.pooled import Pooled, spread_text, verdict
 from qvlm_plugin.report.results import Grid, size
-from qvlm_plugin.report.shares import PERCENT, unit_text
+from qvlm_plugin.report.shares import FEWEST, PERCENT, unit_text
 from qvlm_plugin.report.writing import STAND_IN, Report
 
 HEADER = (
@@ -58,7 +58,8 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
     same = "" if grid.baseline == "none" else " with the same scheme and seed"
     notes = [
         *([STAND_IN] if stand_in else []),
-        f"{grid.metric} {unit} ± standard error on {limit} of each task. Difference: from {baseline}{same} on the "
+        f"{grid.metric} {unit} ± standard error, or with Wilson's 95 % interval where fewer than {FEWEST} documents are "
+        f"right, or wrong, on {limit} of each task. Difference: from {baseline}{same} on the "
         "same documents, with its 95 % interval. Standard errors and intervals are clustered by image where "
         "several questions are about one.",
         "Tests: McNemar's exact test for scores of 0 and 1 (where documents share images, its extension to clusters by "

@@ -58,8 +58,8 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
     same = "" if grid.baseline == "none" else " with the same scheme and seed"
     notes = [
         *([STAND_IN] if stand_in else []),
-        f"{grid.metric} {unit} ± standard error, or with Wilson's 95 % interval where fewer than {FEWEST} documents are "
-        f"right, or wrong, on {limit} of each task. Difference: from {baseline}{same} on the "
+        f"{grid.metric} {unit} ± standard error, or with Wilson's 95 % interval where fewer than {FEWEST} documents "
+        f"are right, or wrong, on {limit} of each task. Difference: from {baseline}{same} on the "
         "same documents, with its 95 % interval. Standard errors and intervals are clustered by image where "
         "several questions are about one.",
         "Tests: McNemar's exact test for scores of 0 and 1 (where documents share images, its extension to clusters by "

@@ -24,10 +24,13 @@ from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.kernels.int4_codes import INT4_CODES
 from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.int8 import INT8
+from qvlm_plugin.kernels.int8_product import int8_linear
 from qvlm_plugin.kernels.nf4 import NF4
 from qvlm_plugin.kernels.reference import REFERENCE, quantized_values
 from qvlm_plugin.kernels.selftest import self_test
+from qvlm_plugin.kernels.token_codes import token_codes
 from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.quantizers import int_weight
 from qvlm_plugin.rotation import factors, rotate, rotation_of
 
 LAYOUTS = {
@@ -42,6 +45,7 @@ INT4_WEIGHT = WeightFormat(kind="int", bits=4, group_size=128)
 INT8_WEIGHT = WeightFormat(kind="int", bits=8, group_size=128)
 NF4_WEIGHT = WeightFormat(kind="nf", bits=4, double_quantization=True)
 
+FREE_WEIGHT = WeightFormat(kind="int", bits=4, group_size=64)
 PROGRESSIVE_WEIGHT = WeightFormat(kind="int", bits=4, group_size=64, progressive=True)
 A16, A4, A8 = (ActivationFormat(), *(ActivationFormat(kind="static_channel", bits=bits) for bits in (4, 8)))
 TOKEN4, TOKEN8 = (ActivationFormat(kind="dynamic_token", bits=bits) for bits in (4, 8))
@@ -62,6 +66,9 @@ VARIANTS: dict[str, tuple[Kernel, WeightFormat, ActivationFormat]] = {
 
 ROTATION = "rotation alone"
 """What multiplying the input by its rotation takes, which ``transform=rotate`` adds once for each site."""
+
+SEGMENTS = "segments w4a4 token"
+"""A product of its own for each group of weights: what groups with free scales need in integers. No kernel does so."""
 
 BASELINE = "bf16"
 
@@ -104,6 +111,10 @@ def measure(
         exact = nn.Linear(columns, rows, bias=False, device=device)
         exact.weight.copy_(quantized_values(linear.weight, weight, {}))
         references[name] = QuantLinear.from_linear(exact, WeightFormat(), activation, parameters, REFERENCE)
+    modules[SEGMENTS] = _copies(lambda: _Segments(linear.weight, parameters_of(TOKEN4, x)), copies)
+    exact = nn.Linear(columns, rows, bias=False, device=device)
+    exact.weight.copy_(quantized_values(linear.weight, FREE_WEIGHT, {}))
+    references[SEGMENTS] = QuantLinear.from_linear(exact, WeightFormat(), TOKEN4, parameters_of(TOKEN4, x), REFERENCE)
     turns = factors(rotation_of("", columns), device)
     modules[ROTATION] = [_Rotating(turns)] * copies
     references[ROTATION] = _Rotating(turns)
@@ -142,6 +153,28 @@ class _Rotating(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rotate(x, [*self.turns])
+
+
+class _Segments(nn.Module):
+    """Multiplies codes of tokens with the groups of a weight [O, I], one after another; codes take a byte each."""
+
+    def __init__(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        quantized = int_weight(weight, FREE_WEIGHT, {})
+        groups = quantized.codes.view(len(weight), -1, FREE_WEIGHT.group_size).to(torch.int8)
+        groups = (groups - quantized.zero_point.to(torch.int8).unsqueeze(2)).unbind(1)
+        kept = [
+            *map(Tensor.contiguous, groups),
+            quantized.scale.t().float().contiguous(),
+            quantized.dequantize().sum(1),
+        ]
+        self.kept = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in kept)
+        self.range = parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        *groups, scale, row_sum = self.kept
+        codes, step, offset = token_codes(x, self.range, TOKEN4.bits)
+        return int8_linear(codes, groups, scale, None, x.dtype, step, offset, row_sum)
 
 
 def _copies(make: Callable[[], nn.Module], count: int) -> list[nn.Module]:

@@ -6,6 +6,7 @@ import typer
 
 from qvlm_plugin import __version__
 from qvlm_plugin.commands import ablate, demo, leaderboard
+from qvlm_plugin.commands.advise import advise
 from qvlm_plugin.commands.arguments import arguments
 from qvlm_plugin.commands.compare import compare
 from qvlm_plugin.commands.convert import convert
@@ -26,8 +27,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    doctor, methods, arguments, search, inspect, plot, export, convert, compare, results, paired, publish,
-    check_submission,
+    doctor, methods, arguments, search, inspect, plot, export, convert, compare, results, paired, advise,
+    publish, check_submission,
 ):  # fmt: skip
     app.command()(command)
 for name, group in (("leaderboard", leaderboard.app), ("ablate", ablate.app), ("demo", demo.app)):

@@ -141,6 +141,19 @@ def test_links_lead_somewhere(page):
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
 
 
+def test_what_is_chosen_by_was_measured():
+    measured = (DOCS / "results-demo.md").read_text() + (DOCS / "performance.md").read_text()
+    measured = " ".join(measured.replace(" points", "").split())
+    table = [line for line in (DOCS / "choose.md").read_text().splitlines() if re.match(r"\| (bf16|W\d)", line)]
+    figures = re.findall(r"[-+]\d+\.\d \[.*?\]|\d+\.\d+ GB|× \d\.\d+", "\n".join(table))
+    assert len(figures) > 10 and not [figure for figure in figures if figure not in measured]
+
+
+def test_the_readmes_python_is_that_of_its_page():
+    (block,) = (block for language, block in code_blocks(ROOT / "README.md") if language == "python")
+    assert block in [block for _, block in code_blocks(DOCS / "python.md")]
+
+
 def test_the_readme_fits_two_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 80
 

@@ -116,6 +116,10 @@ def test_publish(place, programs, compared):
     assert "model-index" in (place / "llava-1.5-7b-w4a4" / "README.md").read_text()
 
 
+def test_choose(place, programs, compared):
+    assert "Size: the packed model" in run(place, programs, script(DOCS / "choose.md"))
+
+
 @pytest.mark.parametrize("page", ["results.md", "results-demo.md"])
 def test_paired(place, programs, compared, page):
     """Of runs that compare.md's grid left, under the names that the page has."""

@@ -29,6 +29,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import processes
 from qvlm_plugin.harness.generation import Generation
 from qvlm_plugin.harness.host import wrap_once
+from qvlm_plugin.harness.latency import Latency, summary
 from qvlm_plugin.harness.requests import Documents, Request
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.memory import peak_memory
@@ -72,6 +73,7 @@ class Counts:
         compared: what was compared with the calibration documents: task, document id and context.
         overlapping: names of those that are among them.
         tokens, seconds: generated tokens, and the time that generating them took.
+        latencies: of each batch.
         images: digest of each asked document's images, by task and document id; None where it has no image.
         generation: per task, how answers were generated: `Generation.settings`, each once.
     """
@@ -84,6 +86,7 @@ class Counts:
     overlapping: list[str] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
+    latencies: list[Latency] = field(default_factory=list)
     images: dict[tuple[str, int], str | None] = field(default_factory=dict)
     generation: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -103,6 +106,7 @@ class Counts:
             overlapping=[name for count in counts for name in count.overlapping],
             tokens=sum(count.tokens for count in counts),
             seconds=max(count.seconds for count in counts),
+            latencies=[latency for count in counts for latency in count.latencies],
             images={document: digest for count in counts for document, digest in count.images.items()},
             generation=generation,
         )
@@ -227,7 +231,11 @@ class RunRecord:
 
     def _numbers(self) -> dict[str, float]:
         bits = {part: self.facts["bits"][part] for part in PARTS if part in self.facts["bits"]}
+        latency = summary(self.counts.latencies) or {}
+        means = {name: spread["mean"] for name, spread in latency.items() if isinstance(spread, dict)}
         return {
+            **({"total_requests": latency["requests"]} if latency else {}),
+            **{f"qvlm_{name}": seconds for name, seconds in means.items()},
             "qvlm_weight_bytes": self.measured["weight_bytes"],
             "qvlm_peak_memory_bytes": self.measured["peak_memory_bytes"],
             "qvlm_search_seconds": self.facts["search_seconds"],
@@ -257,6 +265,7 @@ class RunRecord:
                 }
                 for task in counts.generated | counts.found
             },
+            "latency": summary(counts.latencies),
             "generation": counts.generation,
             "prompts_over_context": {
                 task: None if counts.found[task] else counts.over_context[task]

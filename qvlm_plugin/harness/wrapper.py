@@ -30,6 +30,7 @@ from qvlm_plugin.harness import likelihood, processes, provenance, refused_optio
 from qvlm_plugin.harness.arguments import ModelArguments, check_stored, merge_arguments, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, read_generation
 from qvlm_plugin.harness.host import require_whole_images
+from qvlm_plugin.harness.latency import FirstToken, Latency
 from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.requests import (
     Documents,
@@ -325,19 +326,22 @@ class _QVLM(lmms):
         try:
             inputs, _ = encode(self._processor, conversations)
             prompt_lengths, width = self._measured(batch, inputs), inputs["input_ids"].shape[1]
+            first = FirstToken()
             stops = [StopAtText(generation.stops, tokenizer, width)] if generation.stops else []
             generate = partial(
                 self._model.generate,
                 **to_device(inputs, self._device, self._model.dtype),
                 **generation.arguments,
                 pad_token_id=tokenizer.pad_token_id,
-                stopping_criteria=StoppingCriteriaList(stops),
+                stopping_criteria=StoppingCriteriaList([first, *stops]),
             )
             output = finite(self._model, generate)
             tokens = output[:, width:].cpu()
         except Exception as error:
             raise _failure("generation", batch, error) from error
-        self.record.counts.seconds += time.perf_counter() - start
+        end = time.perf_counter()
+        self.record.counts.seconds += end - start
+        self.record.counts.latencies.append(Latency.of(len(batch), (start, first.time, end), tokens.shape[1]))
         texts = tokenizer.batch_decode(
             tokens, skip_special_tokens=generation.skip_special_tokens, clean_up_tokenization_spaces=False
         )

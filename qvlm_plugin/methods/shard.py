@@ -38,7 +38,7 @@ class _PeerOutOfMemoryError(torch.OutOfMemoryError):
 class Shard:
     """The share of one process.
 
-    All processes must call `gathered`, `first` and `together` in the same order.
+    All processes must call `gathered`, `one`, `first` and `together` in the same order.
 
     Attributes:
         rank, count: which process of how many this is.
@@ -61,9 +61,23 @@ class Shard:
             return list(part)
         return [item for _, others in self._exchange("part", send_to_device(list(part), "cpu")) for item in others]
 
+    def one(self, rank: int, run: Callable[[], Item]) -> Item:
+        """Let one process call ``run``; all get its result. Its tensors come to the CPU, unless there is one process.
+
+        Raises:
+            QVLMError, torch.OutOfMemoryError: another process failed instead.
+        """
+        result = run() if rank == self.rank else None
+        if self.count == 1:
+            return result
+        self.gathered(())
+        content = [send_to_device(result, "cpu")]
+        dist.broadcast_object_list(content, src=rank)
+        return content[0]
+
     def first(self, run: Callable[[], Item]) -> Item:
-        """What the first process makes of ``run``, in all of them."""
-        return self.gathered([run()] if self.rank == 0 else [])[0]
+        """Let the first process call ``run``; all get its result."""
+        return self.one(0, run)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -96,6 +110,9 @@ class Shard:
 class OrderedSum(Generic[Key, Item]):
     """Sums by key over the batches of all processes, in the order of the batches.
 
+    One process adds as it goes. Of several, each keeps its own batches, on the CPU, until those before it have added
+    theirs: the sum of a few matrices [K, K] is what goes from one to the next.
+
     Attributes:
         shard: of this process.
     """
@@ -103,21 +120,26 @@ class OrderedSum(Generic[Key, Item]):
     def __init__(self, shard: Shard) -> None:
         """Begin with nothing."""
         self.shard = shard
+        self._totals: dict[Key, Item] = {}
         self._batches: list[dict[Key, Item]] = []
 
     def add(self, found: dict[Key, Item]) -> None:
         """Add what was found in this process's next batch: values that can be added with ``+``."""
-        if self.shard.count == 1 and self._batches:
-            _add(self._batches[0], found)
+        if self.shard.count == 1:
+            _add(self._totals, found)
         else:
-            self._batches.append(dict(found))
+            self._batches.append(send_to_device(dict(found), "cpu"))
 
     def total(self) -> dict[Key, Item]:
-        """The sums, in all processes; keys in the order in which they came."""
-        totals: dict[Key, Item] = {}
-        for found in self.shard.gathered(self._batches):
-            _add(totals, found)
-        return totals
+        """Return the sums, in all processes; keys in the order in which they came."""
+        for rank in range(self.shard.count):
+            self._totals = self.shard.one(rank, self._with_own)
+        return self._totals
+
+    def _with_own(self) -> dict[Key, Item]:
+        while self._batches:
+            _add(self._totals, self._batches.pop(0))
+        return self._totals
 
 
 def _add(totals: dict[Key, Item], found: dict[Key, Item]) -> None:

@@ -108,6 +108,13 @@ def test_full_precision(full_precision):
     throughput = full_precision["throughput"]
     assert throughput["total_gen_tokens"] > 0 and throughput["total_elapsed_time"] > 0
     assert throughput["avg_qvlm_weight_bytes"] == qvlm["weight_bytes"]
+    latency = qvlm["latency"]
+    assert latency["requests"] == 20 and throughput["avg_latency"] == throughput["total_elapsed_time"] / 20
+    assert throughput["avg_qvlm_time_to_first_token"] == latency["time_to_first_token"]["mean"] > 0
+    assert throughput["avg_qvlm_time_per_output_token"] == latency["time_per_output_token"]["mean"] > 0
+    efficiency = full_precision["efficiency"]["overall"]
+    assert efficiency["docs_with_token_counts"] == efficiency["docs"] == 20
+    assert efficiency["total_output_tokens"] == throughput["total_gen_tokens"]
 
 
 RTN = {

@@ -116,6 +116,23 @@ def test_what_fails_in_one_process_fails_in_all_and_they_go_on_together():
         ]  # fmt: skip
 
 
+SUMMING = """
+import torch
+from qvlm_plugin.methods.shard import OrderedSum, join_processes
+
+shard = join_processes()
+sums, values = OrderedSum(shard), torch.rand(7, generator=torch.Generator().manual_seed(0)).mul(2).exp()
+for index in shard.own(range(7)):
+    sums.add({"all": values[index] * 1e3 ** (index % 3), index % 2: values[index]})
+print(*((key, value.item()) for key, value in sums.total().items()), flush=True)
+"""
+
+
+def test_several_processes_sum_in_the_order_of_one():
+    (alone,), several = run_in(1, SUMMING), run_in(3, SUMMING)
+    assert several == [alone] * 3
+
+
 def test_parts_follow_one_another_and_make_the_whole():
     for count in (1, 2, 3, 7):
         parts = [Shard(rank, count).own(range(5)) for rank in range(count)]

@@ -1,0 +1,71 @@
+"""How long an answer takes: until its first token is there, and for each token after that."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+
+class FirstToken(StoppingCriteria):
+    """Notes when a batch has its first tokens. It ends nothing.
+
+    Attributes:
+        time: of `time.perf_counter`, in seconds; None before the first token.
+    """
+
+    def __init__(self) -> None:
+        """Start without a token."""
+        self.time: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """False for each row of ``input_ids`` [B, T]: bool [B]."""
+        if self.time is None:
+            if input_ids.is_cuda:
+                torch.cuda.synchronize(input_ids.device)
+            self.time = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What the requests of one batch waited.
+
+    Attributes:
+        requests: how many there are.
+        first_token: seconds from texts and images to the first token.
+        per_token: seconds for each further token, which comes for all requests at once; None where there is none.
+    """
+
+    requests: int
+    first_token: float
+    per_token: float | None
+
+    @classmethod
+    def of(cls, requests: int, times: tuple[float, float, float], tokens: int) -> "Latency":
+        """Of a batch by when it started, had its first tokens and ended, and by the tokens of its longest answer."""
+        start, first, end = times
+        return cls(requests, first - start, (end - first) / (tokens - 1) if tokens > 1 else None)
+
+
+def summary(batches: Sequence[Latency]) -> dict[str, Any] | None:
+    """Mean, median and 90th percentile over requests, in seconds; None where nothing was generated."""
+    if not batches:
+        return None
+    counts = [one.requests for one in batches]
+    further = [(one.per_token, one.requests) for one in batches if one.per_token is not None]
+    return {
+        "requests": sum(counts),
+        "time_to_first_token": _spread([one.first_token for one in batches], counts),
+        "time_per_output_token": _spread(*zip(*further, strict=True)) if further else None,
+    }
+
+
+def _spread(seconds: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
+    values = np.repeat(seconds, counts)
+    median, high = np.percentile(values, [50, 90])
+    return {"mean": float(values.mean()), "median": float(median), "p90": float(high)}

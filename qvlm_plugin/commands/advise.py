@@ -42,6 +42,7 @@ def advise(
     if as_json:
         typer.echo(json.dumps(advice_rows(options, limit), indent=1))
         return
-    Console().print(advice_grid(options).rich())
+    console = Console()
+    console.print(advice_grid(options).rich(console.width))
     typer.echo("\n" + "\n".join(f"- {note}" for note in advice_notes(options)))
     typer.echo(f"\n{advice_text(options, limit, tolerance)}")

@@ -89,8 +89,6 @@ def export(
         raise QVLMError("name one of --plan DIR (a saved plan) and --method NAME (searched now)")
     require_vacant(output)
     scores = read_results(results) if results else []
-    if push_to_hub is not None:
-        create_repository(push_to_hub)
     backends.kernels(backend)
     found = None if plan is None else RoundingPlan.load(plan)
     request = check_request(method, scheme, pairs(option)) if found is None else None
@@ -98,6 +96,8 @@ def export(
         pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
         image_aspect_ratio=image_aspect_ratio,
     )  # fmt: skip
+    if push_to_hub is not None:
+        create_repository(push_to_hub)
     if found is not None:
         stated = _of_plan(scores, found)
         loaded = load_weights(checkpoint, dtype=dtype, device=device)

@@ -9,24 +9,28 @@ from typing import Any
 Facts = Mapping[str, Any]
 """A run's ``qvlm`` provenance; empty for models of other packages."""
 
+_NONE = "–"
+
 
 def traits(runs: Mapping[Path, Facts]) -> dict[Path, dict[str, str]]:
     """Of each run, by its results file, what tells it from the others beside method and scheme.
 
-    That is the model, the arithmetic (``backend``) and the seed of the calibration draw, each where runs differ in it,
-    and the folder where some would still look the same. All runs have the same keys.
+    That is the model, the arithmetic (``backend``) and the seed of the calibration draw, each where runs that have one
+    differ in it, and the folder where some would still look the same. The model is named, too, where one is of another
+    package, which has no method. All runs have the same keys.
     """
     known = {file: _traits(file, facts) for file, facts in runs.items()}
     models = {own["model"] for own in known.values()}
     if len({Path(model).name for model in models}) == len(models):
         known = {file: own | {"model": Path(own["model"]).name} for file, own in known.items()}
-    names = [name for name in ("model", "backend", "seed") if len({own[name] for own in known.values()}) > 1]
+    told = {name: {own[name] for own in known.values()} - {_NONE} for name in ("model", "backend", "seed")}
+    names = [name for name, values in told.items() if len(values) > 1 or (name == "model" and not all(runs.values()))]
     found = {file: {name: own[name] for name in names} for file, own in known.items()}
     looks = {file: _look(runs[file], own) for file, own in found.items()}
     alike = Counter(looks.values())
     if len(alike) < len(runs):
         for file, folder in _folders(list(runs)).items():
-            found[file]["folder"] = folder if alike[looks[file]] > 1 else "–"
+            found[file]["folder"] = folder if alike[looks[file]] > 1 else _NONE
     return found
 
 
@@ -37,16 +41,16 @@ def labels(runs: Mapping[Path, Facts]) -> dict[Path, str]:
 
 def _label(facts: Facts, file: Path, own: Mapping[str, str]) -> str:
     name = f"{facts.get('method', '?')} {facts.get('scheme', '?')}" if facts else file.parent.name
-    told = [value for value in own.values() if value != "–"]
-    return f"{name} ({', '.join(told)})" if told else name
+    differing = [value for value in own.values() if value != _NONE]
+    return f"{name} ({', '.join(differing)})" if differing else name
 
 
 def _traits(file: Path, facts: Facts) -> dict[str, str]:
     calibration = facts.get("calibration") or {}
     return {
         "model": str(facts.get("pretrained") or file.parent.name),
-        "backend": str(facts.get("backend", "–")) if facts.get("method") != "none" else "–",
-        "seed": str(calibration.get("seed", "–")),
+        "backend": str(facts.get("backend", _NONE)) if facts.get("method") != "none" else _NONE,
+        "seed": str(calibration.get("seed", _NONE)),
     }
 
 

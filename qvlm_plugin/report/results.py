@@ -232,7 +232,11 @@ def results_grid(scores: Sequence[Score]) -> Grid:
     for file in files:
         with concerning(str(file)):
             own = [score for score in scores if score.file == file]
-            cells = {(one.task, one.metric): _cell(one, columns[one.task, one.metric]) for one in own if one in shown}
+            cells = {
+                (one.task, one.metric): _cell(one, columns[one.task, one.metric])
+                for one in own
+                if one.value is not None
+            }
             run = own[0].run or {}
             head = (run.get("method", "–"), run.get("scheme", "–"), *apart[file].values(), _bits(run), _packed(run))
             rows.append((*map(str, head), *(cells.get(column, "") for column in columns)))

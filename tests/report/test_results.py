@@ -119,7 +119,7 @@ def test_a_share_of_few_documents_has_wilsons_interval(tmp_path):
         file = write(tmp_path, "a", 0.5, effective=documents, original=documents)
         content = json.loads(file.read_text()) | {"results": {"quiz": metrics}}
         file.write_text(json.dumps(content))
-        return results_grid(read_results([file])).rows[0][4:]
+        return results_grid(read_results([file])).rows[0][5:]
 
     for right, documents in ((4, 4), (0, 4), (19, 20), (1, 2)):
         low, high = proportion_confint(right, documents, method="wilson")
@@ -139,6 +139,12 @@ def test_runs_are_told_apart_by_what_they_differ_in_and_else_by_their_folders(tm
     grid = results_grid(read_results(files[:2]))
     assert grid.header[:3] == ("method", "scheme", "backend") and grid.lead == 3
     assert [row[2] for row in grid.rows] == ["packed", "reference"]
+    seeded = {
+        file: {**facts, "method": m, "calibration": s}
+        for file, m, s in zip(files, "ab", ({"seed": 0}, None), strict=False)
+    }
+    assert labels(seeded) == {files[0]: "a w4a4", files[1]: "b w4a4"}  # one has no seed
+    assert labels({**seeded, files[2]: {**facts, "calibration": {"seed": 1}}})[files[2]] == "rtn w4a4 (1)"
     grid = results_grid(read_results([tmp_path]))
     assert [row[2:4] for row in grid.rows] == [("packed", "a"), ("reference", "–"), ("packed", "c")]
     assert labels({file: {**facts, "backend": "packed"} for file in files[::2]}) == {

@@ -8,7 +8,7 @@ PROCESSES ?= 1
 # Another arithmetic for results, such as packed; plans are those of any.
 BACKEND ?= reference
 
-.PHONY: help install lock newest test lint oldest fuzz demo results seeds bench page clean
+.PHONY: help install lock newest test lint oldest slurm fuzz demo results seeds bench page clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ -/'
@@ -52,6 +52,9 @@ oldest:  ## every test on the oldest versions that are supported, in an environm
 	$(call INSTALL_UV,.venv-oldest)
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --constraint tests/oldest.txt --editable '.[test]'
 	OMP_WAIT_POLICY=passive .venv-oldest/bin/pytest -n 2 --dist loadfile
+
+slurm: install  ## grids as jobs of a real Slurm on this machine; needs Debian's slurmctld, slurmd and munge
+	tests/slurm/with_slurm.sh $(BIN)/pytest -m slurm tests/slurm
 
 fuzz: install  ## 107,000 hostile files and arguments and 300 kills (a quarter of an hour); a new seed each time
 	$(BIN)/pytest tests/hostile tests/faults/test_kills.py --hypothesis-profile=fuzz

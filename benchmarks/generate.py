@@ -1,8 +1,8 @@
-"""What answering a question takes: memory and time of a LLaVA in bfloat16 and on packed weights.
+"""Memory and time of generation: a LLaVA in bfloat16 and with packed weights.
 
-Every variant lives in a process of its own, which loads it (quantizing while weights are read) and measures its own
-memory; all of them are there at the same time, and answer in turns. The weights are random and the activations' ranges
-made up: that changes answers, not what they cost. A request has 600 tokens, 576 of them an image.
+Every variant runs in its own process, which loads it (quantizing while weights are read) and measures its own memory;
+all processes run at the same time and answer in turns. Weights are random and activation ranges arbitrary, which
+changes the answers but not their cost. A request has 600 tokens, 576 of them an image.
 
 python benchmarks/generate.py --layout llava-1.5-7b --layers 2
 python benchmarks/generate.py --layout demo --prompt-tokens 90 --variants bf16,reference-w4a4,packed-w4a4
@@ -40,12 +40,12 @@ from qvlm_plugin.scheme import Scheme
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared.
+    """One of the models to compare.
 
     Attributes:
         dtype: the compute type.
         scheme: None for full precision.
-        backend: what computes a quantized model.
+        backend: of a quantized model.
         options: of the method, which decide formats and rotations.
     """
 
@@ -57,7 +57,7 @@ class Variant:
 
 NF = {"weights": "nf"}
 ROTATED = {"activations": "token", "transform": "rotate", "group_size": 64, "group_scales": "progressive"}
-"""As ``qvlm_rotated``, but for what costs nothing here: codes and ranges."""
+"""As ``qvlm_rotated``, except for its searches, which do not change the cost."""
 
 
 VARIANTS = {
@@ -77,12 +77,12 @@ VARIANTS = {
     "fp32": Variant("float32"),
 }
 DEFAULT = ("bf16", "packed-w4a4", "packed-w4a16", "packed-w8a8", "rotated-w4a4", "rotated-w4a8", "rotated-w8a8", "nf4")
-"""What is compared unless asked otherwise; on a GPU ``fp16`` comes first."""
+"""The default variants; on a GPU ``fp16`` comes first."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all variants have in common; ``layers`` are those of the whole layout."""
+    """The setting of all variants; ``layers`` is the number in the whole layout."""
 
     source: str
     device: str
@@ -93,7 +93,7 @@ class Setting:
 
 
 def make_plan(model: LlavaForConditionalGeneration, fingerprint: str, variant: Variant) -> RoundingPlan:
-    """A plan with made-up ranges, for a model that may be on the meta device."""
+    """A plan with arbitrary ranges, for a model that may be on the meta device."""
     loaded = LoadedModel(model, None, "random weights", fingerprint)
     topology, scheme = plugins.topology(model.config), Scheme.parse(variant.scheme)
     options = MethodOptions(**variant.options)
@@ -108,7 +108,10 @@ def make_plan(model: LlavaForConditionalGeneration, fingerprint: str, variant: V
 
 
 def serve(connection: Connection, setting: Setting, variant: Variant, fingerprint: str | None) -> None:
-    """Load a variant and tell what it took; then answer with as many tokens as asked, until 0, and tell how long."""
+    """Load a variant and send its facts; then, for each number received, generate as many tokens and send the time.
+
+    A number of 0 ends the process.
+    """
     logging.set_verbosity_error()
     device = torch.device(setting.device)
     quantize = None
@@ -123,8 +126,8 @@ def serve(connection: Connection, setting: Setting, variant: Variant, fingerprin
     connection.send(
         {
             "fingerprint": loaded.fingerprint,
-            "weight_bytes": (held := _weight_bytes(model)),
-            "weight_bytes_all_layers": held + (setting.layers - len(layers)) * _weight_bytes(layers[-1]),
+            "weight_bytes": (weight_bytes := _weight_bytes(model)),
+            "weight_bytes_all_layers": weight_bytes + (setting.layers - len(layers)) * _weight_bytes(layers[-1]),
             "load_s": seconds,
             "memory_before_bytes": before,
             "load_peak_bytes": _peak(device),
@@ -134,15 +137,15 @@ def serve(connection: Connection, setting: Setting, variant: Variant, fingerprin
     )
     inputs = request(model.config, setting.prompt_tokens, count=setting.batch_size).to(device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    how: dict[str, Any] = {"disable_compile": True}
+    options: dict[str, Any] = {"disable_compile": True}
     if setting.compiled:
         compile_config = CompileConfig()
         compile_config._compile_all_devices = True  # on a CPU too
-        how = {"cache_implementation": "static", "compile_config": compile_config}
+        options = {"cache_implementation": "static", "compile_config": compile_config}
     while count := connection.recv():
         start = time.perf_counter()
         with torch.inference_mode():
-            answer = model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, **how)
+            answer = model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, **options)
         assert answer[0, -count:].numel() == count  # copying the answer waits for the device
         connection.send(time.perf_counter() - start)
     connection.send(_peak(device))
@@ -154,7 +157,7 @@ def config_from(source: str) -> Any:
 
 
 def _weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of parameters and buffers, of shared memory once."""
+    """Bytes of parameters and buffers; shared memory counts once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in (*model.parameters(), *model.buffers())
@@ -163,17 +166,17 @@ def _weight_bytes(model: torch.nn.Module) -> int:
 
 
 def _peak(device: torch.device) -> int:
-    """The most memory so far, in bytes: of the device, or of the process with interpreter and libraries."""
+    """Peak memory so far in bytes: of the device, or of the process including interpreter and libraries."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # Linux counts the parent's memory in what `getrusage` says of a child
+    if status.exists():  # on Linux, `getrusage` of a child includes the parent's peak
         return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(setting: Setting, names: list[str], answers: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
-    """Rows of all variants; the first is what the others are compared with."""
+    """Rows of all variants; the others are compared with the first."""
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -192,7 +195,7 @@ def measure(setting: Setting, names: list[str], answers: tuple[int, ...], rounds
         for name, count in seconds:
             connections[name].send(count)
             taken = connections[name].recv()
-            if turn:  # the first warms up, and compiles
+            if turn:  # the first turn warms up and compiles
                 seconds[name, count].append(taken)
     for name, connection in connections.items():
         connection.send(0)
@@ -236,24 +239,22 @@ def main() -> None:
     parser.add_argument("--layout", choices=LAYOUTS, default="llava-1.5-7b")
     parser.add_argument("--layers", type=int, help="of the decoder; default: all, which takes the layout's full memory")
     parser.add_argument("--variants", help=f"of {', '.join(VARIANTS)}; default: {', '.join(DEFAULT)}, on a GPU fp16 "
-                        "before them; the first, of full precision, is what the others are compared with")  # fmt: skip
+                        "before them; the first must be in full precision and is the baseline")  # fmt: skip
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--compile", action="store_true", help="with a static cache; on a CPU this takes a C++ compiler"
-    )
+    parser.add_argument("--compile", action="store_true", help="with a static cache; needs a C++ compiler on a CPU")
     parser.add_argument("--prompt-tokens", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--answers", default="16,128", help="lengths of answers, in tokens")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="for the checkpoint; default: where temporary files go")
+    parser.add_argument("--folder", type=Path, help="for the checkpoint; default: the folder for temporary files")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     asked = parser.parse_args()
     device = torch.device(asked.device)
     names = asked.variants.split(",") if asked.variants else ["fp16"] * (device.type == "cuda") + [*DEFAULT]
     if unknown := set(names) - set(VARIANTS):
-        parser.error(f"--variants: no {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
+        parser.error(f"--variants: {', '.join(sorted(unknown))} is unknown; allowed are {', '.join(VARIANTS)}")
     if VARIANTS[names[0]].scheme:
-        parser.error(f"--variants: {names[0]} is quantized; the first must be of full precision")
+        parser.error(f"--variants: {names[0]} is quantized; the first must be in full precision")
     answers = (1, *map(int, asked.answers.split(",")))
     config = config_of(asked.layout, asked.layers)
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:

@@ -1,7 +1,7 @@
-"""All that there is to measure on a machine with a GPU, in one command of at most nine minutes.
+"""All benchmarks for a GPU in one command, which takes at most nine minutes.
 
-It takes this package, torch and transformers. Each step is a benchmark of this folder with a share of the time; the
-others run even where one fails or takes too long. Rows go to a folder, for `markdown.py`.
+It needs this package, torch and transformers. Each step is a benchmark of this folder with a time limit; a step that
+fails or exceeds it does not stop the others. The rows are written to a folder, for `markdown.py`.
 
 python benchmarks/gpu.py
 python benchmarks/gpu.py --steps selftests,kernels --output /tmp/gpu
@@ -24,9 +24,9 @@ class Step:
 
     Attributes:
         script: in this folder.
-        arguments: beside ``--device`` and ``--json``.
-        seconds: it may take at most.
-        has_layout: it takes ``--layout``, of the whole model.
+        arguments: in addition to ``--device`` and ``--json``.
+        seconds: time limit.
+        has_layout: whether it takes ``--layout``, of the whole model.
     """
 
     script: str
@@ -48,7 +48,7 @@ STEPS = {
 
 
 def run(name: str, asked: argparse.Namespace) -> str:
-    """Run a step, and say how it ended."""
+    """Run a step, and return a line on its end."""
     step, file = STEPS[name], asked.output / f"{name}-{asked.device}.json"
     command = [
         sys.executable,
@@ -72,7 +72,7 @@ def run(name: str, asked: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    """Run the steps; 1 where one has not ended well."""
+    """Run the steps; returns 1 if any has failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layout", default="llava-1.5-13b", help="of generate.py")
@@ -82,7 +82,7 @@ def main() -> int:
     )
     asked = parser.parse_args()
     if unknown := set(asked.steps.split(",")) - set(STEPS):
-        parser.error(f"--steps: no {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
+        parser.error(f"--steps: {', '.join(sorted(unknown))} is unknown; allowed are {', '.join(STEPS)}")
     asked.output.mkdir(parents=True, exist_ok=True)
     ends = [run(name, asked) for name in asked.steps.split(",")]
     print("", *ends, sep="\n")

@@ -1,8 +1,8 @@
-"""Time and error of packed products, beside bfloat16, at the sizes of real layers.
+"""Time and error of packed products, compared with bfloat16, at the sizes of real layers.
 
-Weights take turns with copies of themselves, so that each product finds its weight in memory, as in a model, and not in
-a cache. Speeds are relative to bfloat16 in the same round; errors are relative distances to the reference arithmetic in
-float32 with the same rounded weights, and for bfloat16 to the product in float32.
+Each product runs on several copies of its weight in turn, so that it reads the weight from memory, as in a model, and
+not from a cache. Speeds are relative to bfloat16 in the same round; errors are relative distances to the reference
+arithmetic in float32 with the same rounded weights, and for bfloat16 to the product in float32.
 
 python benchmarks/kernels.py                                          # 7B, 13B and the vision tower
 python benchmarks/kernels.py --layouts 7b --tokens 1 --rounds 30      # decoding alone
@@ -68,12 +68,12 @@ ROTATION = "rotation alone"
 """What multiplying the input by its rotation takes, which ``transform=rotate`` adds once for each site."""
 
 SEGMENTS = "segments w4a4 token"
-"""A product of its own for each group of weights: what groups with free scales need in integers. No kernel does so."""
+"""A separate product for each group of weights, which free scales would need in integers. No kernel computes this."""
 
 BASELINE = "bf16"
 
 CACHE_BYTES = 2**27
-"""Copies of a weight in bfloat16 take at least so much, several times what caches hold."""
+"""Minimum total size of the copies of a weight in bfloat16, several times that of caches."""
 
 
 def parameters_of(activation: ActivationFormat, x: Tensor) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ class _Rotating(nn.Module):
 
 
 class _Segments(nn.Module):
-    """Multiplies codes of tokens with the groups of a weight [O, I], one after another; codes take a byte each."""
+    """Multiplies codes of tokens by the groups of a weight [O, I], one after another; codes take a byte each."""
 
     def __init__(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How long a leaderboard of many runs takes, and how much memory: synthetic results, deleted afterwards.
+"""Time and memory of a leaderboard of many runs, with synthetic results that are deleted afterwards.
 
 python benchmarks/leaderboard.py            # 500 results files with 2,000 samples each
 """
@@ -18,11 +18,11 @@ QUESTION = "Which of these objects is the largest?\nAnswer the question using a 
 
 
 def write_runs(folder: Path, files: int, samples: int) -> None:
-    """``files`` runs that share ``samples`` documents, spread over four tasks."""
+    """Write ``files`` runs on the same ``samples`` documents, of four tasks."""
     count = samples // len(TASKS)
     for run in range(files):
-        place = folder / f"run-{run}"
-        place.mkdir()
+        run_folder = folder / f"run-{run}"
+        run_folder.mkdir()
         content = {
             "results": {task: {"exact_match,none": (count - run % count) / count} for task in TASKS},
             "n-samples": {task: {"original": count, "effective": count} for task in TASKS},
@@ -33,9 +33,9 @@ def write_runs(folder: Path, files: int, samples: int) -> None:
             "qvlm": {"method": f"method {run}", "scheme": "w4a4", "plan_hash": f"{run:064}"},
         }
         content["qvlm"]["seal"] = seal(content)
-        (place / "r_results.json").write_text(json.dumps(content))
+        (run_folder / "r_results.json").write_text(json.dumps(content))
         for task in TASKS:
-            with (place / f"r_samples_{task}.jsonl").open("w") as stream:
+            with (run_folder / f"r_samples_{task}.jsonl").open("w") as stream:
                 for index in range(count):
                     sample = {
                         "doc_id": index,
@@ -51,7 +51,7 @@ def write_runs(folder: Path, files: int, samples: int) -> None:
 
 
 def main() -> None:
-    """Write, read, and print what it took."""
+    """Write the runs, make the leaderboard, and print time and memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=500)
     parser.add_argument("--samples", type=int, default=2000, help="of each file")

@@ -1,4 +1,4 @@
-"""Print what benchmarks wrote with --json as Markdown tables, for docs/performance.md.
+"""Print the rows that benchmarks wrote with --json as Markdown tables, for docs/performance.md.
 
 python benchmarks/markdown.py docs/performance/*.json
 """
@@ -41,7 +41,7 @@ SEARCH: dict[str, Callable[[Row], str]] = {
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown of a file's rows, under a line that names the machine."""
+    """Markdown of a file's rows, below a line with the machine."""
     columns = SEARCH if "search" in rows[0] else GENERATE if "prefill_ms" in rows[0] else KERNELS
     lines = [rows[0]["machine"], "", f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]

@@ -1,14 +1,14 @@
-"""By how much could a joint search gain? An oracle that chooses each layer's percentile by the answers themselves.
+"""How much could a joint search gain? An oracle chooses each layer's percentile by the loss of the answers.
 
-Eq. 3 chooses by the distance of a block's output from full precision. The oracle chooses, layer by layer and bottom to
-top, the percentile with which the whole quantized model has the least loss of the answers, on stand-in train samples
-that no plan was fitted on. What it gains on documents that it has not seen either bounds what a choice among these
-percentiles can gain on this model, as far as a search layer by layer finds it.
+Eq. 3 minimises the distance of a block's output from full precision. The oracle chooses, layer by layer from the bottom
+up, the percentile with which the whole quantized model has the least loss on the answers of stand-in train samples, to
+which no plan was fitted. Its gain on unseen documents estimates what any choice among these percentiles can gain on
+this model, as far as a layer-wise search finds it.
 
 python benchmarks/oracle.py seeds-results/plans/qvlm_rotated-cdm-w4a4-64-0 seeds-results/plans/qvlm_rotated-w4a4-64-0
 
-The plans are a method's without its joint search, from which the oracle starts, and any to compare with. In a folder
-with the stand-in data (`qvlm demo data .`).
+The first plan is that of a method without its joint search, from which the oracle starts; the others are compared with
+it. Run it in a folder with the stand-in data (`qvlm demo data .`).
 """
 
 import argparse
@@ -35,18 +35,18 @@ from qvlm_plugin.report.results import Grid
 from qvlm_plugin.scheme import Scheme
 
 SEED = 1000
-"""Of the samples that the oracle sees: another draw than any plan's; those that one was fitted on are left out."""
+"""Seed of the oracle's samples, other than that of any plan; samples to which a plan was fitted are left out."""
 
 BATCH = MethodOptions().calibration_batch_size
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The tokens that answers consist of.
+    """The tokens of the answers.
 
     Attributes:
         loaded: the model, quantized or not.
-        ids: of each batch the tokens of its answers, int64 [N], in the order of `Batch.answer`.
+        ids: the tokens of each batch's answers, int64 [N], in the order of `Batch.answer`.
     """
 
     loaded: LoadedModel
@@ -54,7 +54,7 @@ class Answers:
 
     @torch.no_grad()
     def loss(self, hidden: HiddenCache) -> float:
-        """Mean cross entropy of the answers' tokens, from the outputs of the decoder's last layer."""
+        """Mean cross-entropy of the answers' tokens, from the outputs of the decoder's last layer."""
         model, total, count = self.loaded.model, 0.0, 0
         for states, batch, ids in zip(hidden.states, hidden.batches, self.ids, strict=True):
             logits = model.lm_head(model.model.language_model.norm(states)[batch.answer])
@@ -64,25 +64,25 @@ class Answers:
 
 
 def context_of(loaded: LoadedModel, samples: CalibrationSet) -> SearchContext:
-    """What hidden states are made with."""
+    """The context for hidden states of the samples."""
     topology = plugins.topology(loaded.model.config)
     return SearchContext(loaded, topology, Scheme.parse("w16a16"), MethodOptions(), samples)
 
 
 def answers_of(loaded: LoadedModel, samples: CalibrationSet) -> Answers:
-    """The answers of the samples, in batches as hidden states are."""
+    """The answers of the samples, in the same batches as hidden states."""
     batches = samples.batches(loaded.processor, BATCH)
     return Answers(loaded, [inputs["input_ids"][answer] for inputs, answer in batches])
 
 
 @torch.no_grad()
 def choose(loaded: LoadedModel, samples: CalibrationSet, percentiles: Sequence[float]) -> list[float]:
-    """Give each decoder layer of a quantized model the percentile with which the answers' loss is least.
+    """Set each decoder layer of a quantized model to the percentile with the least loss of the answers.
 
     Args:
-        loaded: quantized by the reference arithmetic with dynamic ranges of tokens; its clip ratios are changed.
+        loaded: quantized by the reference arithmetic with per-token ranges; its clip ratios are changed.
         samples: with answers.
-        percentiles: shares of the ranges that it has, widest first; ties keep the wider.
+        percentiles: factors of its ranges, widest first; of equal ones the widest is kept.
 
     Returns:
         The percentile of each layer.
@@ -113,7 +113,7 @@ def _through(hidden: HiddenCache, layers: Sequence[tuple[str, nn.Module]]) -> Hi
 
 @torch.no_grad()
 def measured(loaded: LoadedModel, samples: CalibrationSet, questions: Sequence[Question]) -> tuple[str, str]:
-    """The answers' loss on the oracle's samples, and the share of documents that are answered exactly."""
+    """The loss of the answers of the oracle's samples, and the share of documents answered exactly."""
     context = context_of(loaded, samples)
     loss = answers_of(loaded, samples).loss(_through(block_inputs(context), context.layers))
     exact = exact_matches(loaded.model, questions)
@@ -123,9 +123,9 @@ def measured(loaded: LoadedModel, samples: CalibrationSet, questions: Sequence[Q
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", type=Path, help="that the oracle starts from")
-    parser.add_argument("others", type=Path, nargs="*", help="to compare with")
-    parser.add_argument("--samples", type=int, default=64, help="that the oracle sees")
+    parser.add_argument("plan", type=Path, help="from which the oracle starts")
+    parser.add_argument("others", type=Path, nargs="*", help="plans to compare with")
+    parser.add_argument("--samples", type=int, default=64, help="of the oracle")
     parser.add_argument("--limit", type=int, default=600, help="documents of each task")
     parser.add_argument("--percentiles", type=lambda text: [*map(float, text.split(","))], default=[1.0, 0.95, 0.9])
     asked = parser.parse_args()
@@ -146,7 +146,7 @@ def main() -> None:
     rows.append((f"{asked.plan.name}, oracle", *measured(loaded, samples, questions)))
     print(
         Grid(
-            ("plan", f"loss of {len(samples.samples)} answers that it sees", "exact match (%)"), tuple(rows)
+            ("plan", f"loss of the oracle's {len(samples.samples)} answers", "exact match (%)"), tuple(rows)
         ).markdown()
     )
     print(f"\nThe oracle's percentiles: {chosen}")

@@ -1,6 +1,6 @@
-"""The leaderboard's page in a browser: pictures of it, how long it takes with many rows, and rules of accessibility.
+"""The leaderboard's page in a browser: screenshots, response times with many rows, and accessibility rules.
 
-Results are synthetic. Needs a Chromium, as the tests do; axe-core's file is fetched by `make page`.
+Results are synthetic. Needs a Chromium, as the tests do; `make page` downloads axe-core's file.
 
 python benchmarks/page.py pictures page-results            # 3 and 116 rows, three widths, light and dark
 python benchmarks/page.py times page-results --rows 5000   # filter, sort, scroll: the longest pauses
@@ -47,7 +47,7 @@ def configurations() -> Iterator[tuple[str, str, str]]:
 
 
 def write_runs(folder: Path, rows: int, documents: int) -> None:
-    """Results files with samples: so many configurations, with further models where those above are used up."""
+    """Write results files with samples for ``rows`` configurations; once all are used, models get numbered copies."""
     generator = random.Random(0)
     questions = {task: [_question(generator, index) for index in range(documents)] for task in TASKS}
     chosen = [("llava-hf/llava-1.5-7b-hf", *run) for run in (("none", "w16a16"), ("qlora", "w4a4"), ("qvlm", "w4a4"))]
@@ -61,7 +61,7 @@ def write_runs(folder: Path, rows: int, documents: int) -> None:
 def _question(generator: random.Random, index: int) -> dict[str, Any]:
     colour, shape = generator.choice(COLOURS), generator.choice(("circle", "rectangle"))
     image = Image.new("RGB", (64, 64), "white")
-    left, top = generator.randrange(30), generator.randrange(30)  # nearly every question has a picture of its own
+    left, top = generator.randrange(30), generator.randrange(30)  # nearly every question has a different picture
     box = (left, top, left + generator.randrange(10, 34), top + generator.randrange(10, 34))
     getattr(ImageDraw.Draw(image), {"circle": "ellipse"}.get(shape, shape))(box, fill=colour)
     stream = io.BytesIO()
@@ -128,7 +128,7 @@ def _write_run(
 
 
 def page_of(output: Path, rows: int, documents: int) -> Path:
-    """A page of so many rows below ``output``, made where it is not there yet."""
+    """The page with ``rows`` rows below ``output``; its runs are written where they do not exist yet."""
     folder = output / f"{rows}-rows"
     if not (folder / "runs").exists():
         write_runs(folder / "runs", rows, documents)
@@ -162,7 +162,7 @@ def scenes(output: Path) -> Iterator[tuple[str, Page, int]]:
 
 
 def pictures(output: Path) -> None:
-    """Write a picture of each scene; fails where one is too wide or has an error."""
+    """Write a screenshot of each scene; fails where one is too wide or has an error."""
     for name, page, width in scenes(output):
         overflow = page.run("document.documentElement.scrollWidth") - width
         page.screenshot(output / f"{name}.png")
@@ -203,9 +203,9 @@ TIMED = """(async () => {
 
 
 def times(output: Path, rows: int) -> None:
-    """Print how long it is from an action to the next picture: the median and the longest of each kind.
+    """Print the time from an action to the next frame: the median and the maximum of each kind of action.
 
-    "nothing" is what the machine and the browser take for a picture without an action: where others compute, much.
+    "nothing" is the time of a frame without an action; it is long while other processes use the machine.
     """
     file = page_of(output, rows, 40)
     with opened(file, output / "profile", width=1400, height=900) as page:
@@ -223,18 +223,18 @@ def rules(output: Path, axe: Path) -> None:
     found = []
     for name, page, _ in scenes(output):
         page.run(axe.read_text())
-        found += [f"{name}: {_told(one)}" for one in page.run("axe.run().then((result) => result.violations)")]
+        found += [f"{name}: {_described(one)}" for one in page.run("axe.run().then((result) => result.violations)")]
     print("\n".join(found) or "no rule is broken")
     assert not found
 
 
-def _told(violation: dict[str, Any]) -> str:
+def _described(violation: dict[str, Any]) -> str:
     nodes = violation["nodes"]
     return f"{violation['id']} ({violation['impact']}), {len(nodes)} places: {nodes[0]['html'][:160]}"
 
 
 def main() -> None:
-    """See the module."""
+    """Run the command that the first argument names; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("pictures", "times", "rules"))
     parser.add_argument("output", type=Path)

@@ -1,4 +1,4 @@
-"""The peak memory of each method's search at real sizes, by formula (`qvlm_plugin.methods.peak`): nothing is run.
+"""The peak memory of each method's search at real sizes, computed by `qvlm_plugin.methods.peak` without running it.
 
 python benchmarks/peaks.py
 """

@@ -1,11 +1,11 @@
-"""Our methods beside llm-compressor's, on the demo's decoder: what each loses, on the calibration's domain and off it.
+"""Our methods and llm-compressor's on the demo's decoder: errors on the domain of the calibration set and off it.
 
-Weights of the decoder are rounded in groups of 64, at W8A8 for each output channel with activations per token. All
-rows are measured alike, on samples that none was fitted on: what decoder layers add to their full-precision inputs, the
-divergence of the answers' tokens, and that of every token of English text that is no question about a picture (Python's
-language reference, which comes with it).
+The decoder's weights are rounded in groups of 64, at W8A8 per output channel with activations per token. All rows are
+measured alike, on samples to which none was fitted: the error of what decoder layers add to their full-precision
+inputs, the divergence at the answers' tokens, and the divergence at every token of English text that has nothing to do
+with pictures (Python's language reference, which comes with Python).
 
-The peers run in an environment of their own, from the samples that the first command writes:
+The peers run in a separate environment, on the samples that the first command writes:
 
 python benchmarks/peers.py samples peers                     # in a folder with the stand-in data (`qvlm demo data .`)
 uv venv peers-env && uv pip install --python peers-env/bin/python llmcompressor==0.14.0.1
@@ -37,7 +37,7 @@ Row = tuple[str, str]
 PEERS: tuple[Row, ...] = (
     ("gptq", "w4a16"), ("awq", "w4a16"), ("gptq", "w3a16"), ("awq", "w3a16"), ("smoothquant+gptq", "w8a8"),
 )  # fmt: skip
-"""What llm-compressor is run for."""
+"""The rows of llm-compressor."""
 
 G64 = {"group_size": 64}
 WEIGHTS_ALONE = (
@@ -59,15 +59,15 @@ SAMPLES, HELD_OUT, TEXTS, TEXT_TOKENS = 32, 96, 12, 128
 
 
 Call = tuple[int, tuple[Any, ...], dict[str, Any], Tensor]
-"""Of a decoder layer: its index, arguments and output."""
+"""A call of a decoder layer: its index, positional and keyword arguments, and output."""
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What all rows are measured on.
+    """The inputs on which all rows are measured.
 
     Attributes:
-        samples: encoded samples, one to a batch, with bool [1, T] where the answer's tokens are predicted.
+        samples: encoded samples, one to a batch, and bool [1, T], true where an answer token is predicted.
         texts: token ids, int64 [texts, tokens].
         questions: documents to answer.
     """
@@ -79,10 +79,10 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What full precision makes of the inputs.
+    """The outputs of the full-precision model.
 
     Attributes:
-        inputs: these.
+        inputs: of all rows.
         calls: every call of a decoder layer on the samples.
         answers: logits at the tokens of each sample's answer, [N, V].
         prose: logits at all tokens of the texts, [texts, tokens, V].
@@ -95,7 +95,7 @@ class Reference:
 
 
 def write_samples(folder: Path) -> None:
-    """Write what calibrates everyone, encoded: the first draw of the stand-in train samples."""
+    """Write the encoded calibration samples of all methods: the first draw of the stand-in train samples."""
     tensors = {}
     for index, (inputs, _) in enumerate(_drawn(SAMPLES, 0).batches(_full_precision().processor, 1)):
         tensors |= {f"{index}.{name}": tensor.contiguous() for name, tensor in inputs.items()}
@@ -104,7 +104,7 @@ def write_samples(folder: Path) -> None:
 
 
 def _drawn(count: int, seed: int) -> Any:
-    """Stand-in train samples; those of seed 0 calibrate everyone."""
+    """Stand-in train samples; those of seed 0 are the calibration set of all methods."""
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.demo import CALIBRATION
     from qvlm_plugin.harness.task_source import draw_samples
@@ -120,18 +120,18 @@ def _full_precision() -> Any:
     return load(resolve_demo("demo"), dtype="float32")
 
 
-# The peers' side: nothing of this package is there.
+# The peers' side, in an environment without this package.
 
 
 def run_peers(folder: Path, checkpoint: str) -> None:
-    """Quantize the decoder by each of `PEERS`; keeps the weights that it would multiply by, and the time."""
-    sys.path.remove(_HERE)  # transformers would take the benchmark of that name for the package `kernels`
+    """Quantize the decoder by each of `PEERS`, and save its dequantized weights and the time."""
+    sys.path.remove(_HERE)  # transformers would import the benchmark `kernels` instead of the package `kernels`
     from llmcompressor import oneshot
     from torch.utils.data import DataLoader
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     if not torch.cuda.is_available():
-        torch.Tensor.pin_memory = lambda self, *_: self  # llm-compressor pins memory for a GPU that need not be there
+        torch.Tensor.pin_memory = lambda self, *_: self  # llm-compressor pins memory even without a GPU
     tensors = load_file(folder / "samples.safetensors")
     count = 1 + max(int(name.partition(".")[0]) for name in tensors)
     samples = [
@@ -155,7 +155,7 @@ def run_peers(folder: Path, checkpoint: str) -> None:
 
 
 def _recipe(method: str, scheme: str) -> list[Any]:
-    """llm-compressor's modifiers with their defaults; at four and three bits asymmetric, as our integer weights are."""
+    """llm-compressor's modifiers with their defaults; 4- and 3-bit weights are asymmetric, as ours are."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from llmcompressor.modifiers.awq import AWQModifier
     from llmcompressor.modifiers.quantization import GPTQModifier
@@ -176,7 +176,7 @@ def _recipe(method: str, scheme: str) -> list[Any]:
 
 
 def _rounded(model: nn.Module) -> dict[str, Tensor]:
-    """The decoder's parameters; quantized weights as they are multiplied by."""
+    """The decoder's parameters, with quantized weights dequantized."""
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
     found = {}
@@ -193,11 +193,11 @@ def _rounded(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-# Our side: fit our methods, and measure everyone.
+# Our side: fit our methods, and measure all rows.
 
 
 def table(folder: Path, limit: int, schemes: Sequence[str]) -> None:
-    """Measure all rows that are there, and print them; those that an earlier call measured are kept in the folder."""
+    """Measure all available rows and print them; rows that an earlier call measured are read from the folder."""
     from qvlm_plugin.atomic import write_file
     from qvlm_plugin.reading import read_json
     from qvlm_plugin.report.results import Grid
@@ -254,13 +254,13 @@ def _theirs(file: Path, scheme: str, reference: Reference) -> dict[str, Any]:
 
 
 def _symmetric(x: Tensor) -> Tensor:
-    """x [..., C] in 8 bits with one scale for each token: what llm-compressor's W8A8 does to inputs."""
+    """x [..., C] rounded to 8 bits with one scale per token, as llm-compressor's W8A8 rounds inputs."""
     scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / 127.5
     return (x / scale).round().clamp(-128, 127) * scale
 
 
 def _subject(limit: int) -> tuple[nn.Module, Inputs]:
-    """The model in full precision, and what it is measured on."""
+    """The model in full precision, and the inputs of the measurement."""
     from teacher_forced import read_questions
 
     from qvlm_plugin.calibration import CalibrationSet
@@ -280,7 +280,7 @@ def _subject(limit: int) -> tuple[nn.Module, Inputs]:
 
 @torch.inference_mode()
 def reference_of(model: nn.Module, inputs: Inputs) -> Reference:
-    """What a model in full precision makes of the inputs."""
+    """Run the full-precision model on the inputs."""
     with _recorded(model) as calls:
         answers = [_answer_logits(model, *one) for one in inputs.samples]
     return Reference(inputs, calls, answers, model(input_ids=inputs.texts).logits)
@@ -288,7 +288,7 @@ def reference_of(model: nn.Module, inputs: Inputs) -> Reference:
 
 @torch.inference_mode()
 def measured(model: nn.Module, reference: Reference) -> dict[str, Any]:
-    """Errors of a quantized model: of its layers, its answers, and other text; and which questions it gets right."""
+    """Errors of a quantized model: of its layers, its answers, and other text; and its share of exact answers."""
     from teacher_forced import exact_matches
 
     from qvlm_plugin.demo import TASKS
@@ -318,7 +318,7 @@ def _divergence(target: Tensor, found: Tensor) -> Tensor:
 
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[list[Call]]:
-    """Every call of a decoder layer."""
+    """While active, record every call of a decoder layer."""
     calls: list[Call] = []
     hooks = [
         layer.register_forward_hook(
@@ -335,7 +335,7 @@ def _recorded(model: nn.Module) -> Iterator[list[Call]]:
 
 
 def _layer_error(model: nn.Module, calls: Sequence[Call]) -> float:
-    """Squared error of what layers add to full precision's hidden states, relative to it; mean over tokens."""
+    """Relative squared error of what layers add to the full-precision hidden states; mean over tokens and layers."""
     layers, errors = model.model.language_model.layers, []
     for index, given, named, output in calls:
         hidden = given[0] if given else named["hidden_states"]
@@ -350,7 +350,7 @@ def _tensor(output: Any) -> Tensor:
 
 
 def main() -> None:
-    """Read the command line and do what it says."""
+    """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("samples", "peer", "table"):

@@ -1,4 +1,4 @@
-"""LLaVA checkpoints of real sizes with random weights: they say what a model costs, not what it answers."""
+"""LLaVA checkpoints of real sizes with random weights, for measuring cost, not answers."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from qvlm_plugin.models.prompts import chat_template, prompt_format
 
 _PATCH = 14
-"""Pixels a side."""
+"""Side of a patch in pixels."""
 
 _SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 """The tokenizer's first tokens."""
@@ -40,7 +40,7 @@ _TOWERS = {
              "image_size": 336},
 }  # fmt: skip
 LAYOUTS = tuple(_DECODERS)
-"""LLaVA-1.5's, one of the demo model's size, and a tiny one to try a benchmark with."""
+"""The layouts of LLaVA-1.5, one of the demo model's size, and a tiny one for trying a benchmark."""
 
 
 def config_of(layout: str, layers: int | None = None) -> LlavaConfig:
@@ -60,7 +60,7 @@ def config_of(layout: str, layers: int | None = None) -> LlavaConfig:
 
 @torch.no_grad()
 def random_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
-    """A bfloat16 model. Its matrices repeat a block of normal numbers, which fills a large model in seconds."""
+    """A bfloat16 model whose matrices repeat a block of normal numbers, which takes seconds for a large model."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -79,7 +79,7 @@ def random_model(config: LlavaConfig) -> LlavaForConditionalGeneration:
 
 
 def write_checkpoint(config: LlavaConfig, folder: Path) -> None:
-    """A random model with a processor, in the Hugging Face layout."""
+    """Write a random model with a processor, in the Hugging Face layout."""
     random_model(config).save_pretrained(folder)
     size = config.vision_config.image_size
     LlavaProcessor(

@@ -1,10 +1,10 @@
-"""How long searches take for a decoder layer: the joint search of blocks against the layer-wise one, and each method.
+"""Time of searches per decoder layer: the joint search of blocks against the layer-wise search, and each method.
 
-Decoder layers of real sizes with random weights; hidden states as random samples of 600 tokens make them. The steps are
-the methods' own. The joint search (`qvlm_plugin.methods.qvlm.mining`) includes dependencies and the runs that carry
-hidden states on, with the paper's five percentiles; all layers are one block, which the paper limits to three. A
-method's time is that of its whole search, tower and projector at full size included, with one epoch of training, over
-the number of layers. On a GPU its peak memory is measured, too.
+Decoder layers have real sizes and random weights, and run on random samples of 600 tokens. The steps are the methods'
+own. The joint search (`qvlm_plugin.methods.qvlm.mining`) has the paper's five percentiles, and its time includes the
+dependencies and the forward passes between blocks; all layers are one block, which the paper limits to three. A
+method's time is that of its whole search, including tower and projector at full size and one epoch of training, divided
+by the number of layers. On a GPU the peak memory is measured, too.
 
 python benchmarks/search.py                                     # two layers of 7B
 python benchmarks/search.py --device cuda --samples 64 --layers 3 --json search.json
@@ -45,7 +45,7 @@ METHODS = ("rtn", "qlora", "awq", "qvlm", "qvlm_jacobian", "qvlm_rotated")
 
 @dataclass(frozen=True)
 class RandomSample:
-    """A random question about a random picture; the last four tokens are the answer."""
+    """A random question about a random image; the last four tokens are the answer."""
 
     inputs: BatchFeature
     answer: str = "four tokens"
@@ -53,13 +53,13 @@ class RandomSample:
 
     @property
     def conversation(self) -> "RandomSample":
-        """What has the images."""
+        """The object with the attribute ``images``, as in `Sample`."""
         return self
 
 
 @dataclass(frozen=True)
 class RandomSamples:
-    """What stands in for a calibration set: one sample to a batch."""
+    """A substitute for a calibration set, with one sample to a batch."""
 
     samples: tuple[RandomSample, ...]
     source: str = "random"
@@ -73,7 +73,7 @@ class RandomSamples:
             yield sample.inputs, answer
 
     def digests(self) -> tuple[str, ...]:
-        """Of no document."""
+        """No digests: the samples are no documents."""
         return ()
 
 
@@ -114,7 +114,7 @@ def measure(asked: argparse.Namespace, device: torch.device) -> list[dict[str, A
 
 
 def _peak_bytes(run: Callable[[], None], device: torch.device) -> int | None:
-    """What a GPU held at most while it ran; None where nobody counts."""
+    """The peak memory of a run on a GPU; None on other devices."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,7 +1,7 @@
 """Methods over draws of calibration samples: each scheme, method, number of samples and seed is searched and evaluated.
 
-The stand-in data must be there (`qvlm demo data demo-data`). What is finished is not done again, and the same command
-started twice shares the work; the table shows what is there.
+Needs the stand-in data (`qvlm demo data demo-data`). Finished cells are skipped, and several processes with the same
+command share the work; the table shows the finished cells.
 
 python benchmarks/seeds.py run seeds-results                       # all methods at W4A4, 32 and 64 samples, three seeds
 python benchmarks/seeds.py run seeds-results --schemes w4a8,w8a8 --methods qvlm_rotated --samples 64
@@ -44,7 +44,7 @@ from qvlm_plugin.report.running import run_cells
 from qvlm_plugin.report.runs import Cell, Setting
 from qvlm_plugin.report.samples import Document, RunSamples, read_samples
 
-_FASTER = {"veo_checkpointing": False}  # the same plans; the tower's training is a quarter faster and takes more memory
+_FASTER = {"veo_checkpointing": False}  # the same plans; training the tower is a quarter faster and takes more memory
 METHODS = {
     "qlora": {},
     "awq": {"weights": "nf"},
@@ -57,7 +57,7 @@ METHODS = {
     "qvlm_rotated-groups": {"group_size": -1},
     "qvlm_rotated-progressive": {"group_scales": "progressive"},
 }
-"""Rows: a method, and behind a hyphen what of it is left out or other; with their options."""
+"""Rows and their options: a method, and after a hyphen what the row leaves out or changes."""
 
 METRIC = "exact_match"
 FULL_PRECISION = "full-precision"
@@ -65,7 +65,7 @@ FULL_PRECISION = "full-precision"
 
 @dataclass(frozen=True)
 class Draw:
-    """One cell: a method on one draw of calibration samples; full precision where there is no method."""
+    """One cell: a method on one draw of calibration samples, or full precision."""
 
     method: str = FULL_PRECISION
     scheme: str = "w16a16"
@@ -74,21 +74,21 @@ class Draw:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of the cell's files."""
         return self.method if self == Draw() else f"{self.method}-{self.scheme}-{self.samples}-{self.seed}"
 
 
 def draws(
     schemes: Sequence[str], methods: Sequence[str], samples: Sequence[int], seeds: Sequence[int]
 ) -> Iterator[Draw]:
-    """Full precision, then every combination; the rows of a table follow each other."""
+    """Full precision, then every combination, in the order of the table."""
     yield Draw()
     for scheme, count, method, seed in itertools.product(schemes, samples, methods, seeds):
         yield Draw(method, scheme, count, seed)
 
 
 def run(todo: Sequence[Draw], output: Path, dtype: str, limit: int) -> None:
-    """Search and evaluate the cells that are not finished and that no other process is at."""
+    """Search and evaluate the cells that are not finished and that no other process works on."""
     questions = read_questions(load(resolve_demo("demo"), dtype=dtype), TASKS, limit)
     _keep_documents(output / "documents.json", questions)
     for draw in todo:
@@ -100,11 +100,11 @@ def run(todo: Sequence[Draw], output: Path, dtype: str, limit: int) -> None:
                     write_file(file, json.dumps(content, indent=1).encode())
                     print(f"{draw.name}: finished", flush=True)
         except Timeout:
-            print(f"{draw.name}: another process is at it", flush=True)
+            print(f"{draw.name}: another process works on it", flush=True)
 
 
 def _cell(draw: Draw, output: Path, loaded: LoadedModel, questions: Sequence[Question]) -> dict[str, Any]:
-    """What a cell's file holds: the facts about its run; and for each task one mark per document, 1 where exact."""
+    """The content of a cell's file: facts about its run, and for each task one mark per document, 1 where exact."""
     facts: dict[str, Any] = {"method": "none", "scheme": "w16a16"}
     if draw != Draw():
         plan = _plan(draw, output, loaded)
@@ -118,7 +118,7 @@ def _cell(draw: Draw, output: Path, loaded: LoadedModel, questions: Sequence[Que
 
 
 def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
-    """The cell's plan, searched where it is not there yet; an interrupted search goes on."""
+    """The cell's plan, searched where it does not exist yet; an interrupted search resumes."""
     folder = output / "plans" / draw.name
     if folder.exists():
         return RoundingPlan.load(folder)
@@ -130,10 +130,10 @@ def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
 
 
 def _keep_documents(file: Path, questions: Sequence[Question]) -> None:
-    """Write what was asked, in order, once for all cells: id, image (its digest; empty without one), reference answer.
+    """Write the documents of all cells, in order: id, image (its digest; empty without one), reference answer.
 
     Raises:
-        QVLMError: earlier cells were asked something else.
+        QVLMError: earlier cells were evaluated on other documents.
     """
     documents = {
         task: [[one.id, (one.image or "")[:16], one.target] for one in questions if one.task == task] for task in TASKS
@@ -141,11 +141,11 @@ def _keep_documents(file: Path, questions: Sequence[Question]) -> None:
     if not file.exists():
         write_file(file, json.dumps(documents).encode())
     elif read_json(file) != documents:
-        raise QVLMError(f"{file}: its cells were evaluated on other documents; give the same --limit or another folder")
+        raise QVLMError(f"{file}: its cells were evaluated on other documents; pass the same --limit or another folder")
 
 
 def read_run(output: Path, name: str) -> RunSamples:
-    """A finished cell, as if the harness had logged it."""
+    """A finished cell, in the form of a run of the harness."""
     file = output / f"{name}.json"
     content, documents = read_json(file), read_json(output / "documents.json")
     tasks = {}
@@ -158,7 +158,7 @@ def read_run(output: Path, name: str) -> RunSamples:
 
 
 def show_table(todo: Sequence[Draw], output: Path, baseline: str, tasks: Sequence[str]) -> None:
-    """Print means over seeds and paired differences to a baseline, for the cells that are there and the tasks named."""
+    """Print means over seeds and paired differences to a baseline, for finished cells and the given tasks."""
     found = {draw: read_run(output, draw.name) for draw in todo if (output / f"{draw.name}.json").exists()}
     rows, sentences = [], []
     for scheme, count, method in dict.fromkeys((draw.scheme, draw.samples, draw.method) for draw in found):
@@ -213,12 +213,12 @@ HEADER = (
 
 
 def _compared_with(draw: Draw, baseline: str) -> Draw:
-    """The cell of the baseline's row; full precision, which has no draws, is its own."""
+    """The baseline's cell for a draw; full precision, which has no draws, is compared with itself."""
     return Draw() if Draw() in (draw, Draw(baseline)) else replace(draw, method=baseline)
 
 
 def _bits(run: RunSamples) -> str:
-    """Effective ones of a decoder weight, scales included, and of a decoder activation."""
+    """Effective bits of a decoder weight, scales included, and of a decoder activation."""
     decoder = run.run.get("bits", {}).get("decoder")
     return f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else ""
 
@@ -231,7 +231,7 @@ def _row(head: tuple[str, ...], one: Pooled) -> tuple[str, ...]:
 
 
 def agreement(output: Path, name: str, data: Path, limit: int) -> None:
-    """Let the harness generate with a cell's plan; print in how many documents the two judge differently."""
+    """Let the harness generate with a cell's plan; print the number of documents on which the two scores differ."""
     ours = read_run(output, name)
     dtype = ours.run["dtype"].removeprefix("torch.")
     arguments = {"pretrained": "demo", "plan": str(output / "plans" / name), "dtype": dtype}
@@ -250,7 +250,7 @@ def agreement(output: Path, name: str, data: Path, limit: int) -> None:
 
 
 def main() -> None:
-    """Read the command line and do what it says."""
+    """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     names = lambda text: text.split(",")  # noqa: E731
@@ -269,7 +269,7 @@ def main() -> None:
     commands.choices["table"].add_argument("--tasks", type=names, default=[], help="such as average; default: all")
     command = commands.add_parser("agreement")
     command.add_argument("output", type=Path)
-    command.add_argument("cell", help="a finished one, such as qlora-w4a4-32-0")
+    command.add_argument("cell", help="a finished cell, such as qlora-w4a4-32-0")
     for name, limit in (("run", 600), ("agreement", 60)):
         commands.choices[name].add_argument("--data", type=Path, default=Path("demo-data"), help="the stand-in data")
         commands.choices[name].add_argument("--limit", type=int, default=limit, help="documents of each task")

@@ -1,4 +1,4 @@
-"""Whether kernels compute on a device what the reference computes: the self-test of each, for each format it takes.
+"""Check each kernel against the reference on a device: its self-test, for each format that it supports.
 
 python benchmarks/selftests.py
 python benchmarks/selftests.py --device cuda --json selftests-cuda.json
@@ -29,7 +29,7 @@ ACTIVATIONS = (
 
 
 def main() -> int:
-    """Test, print and write the rows; 1 where a test failed."""
+    """Test, print and write the rows; returns 1 if a test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
@@ -43,7 +43,7 @@ def main() -> int:
     failed = [row for row in rows if row["failure"]]
     cells = [(row["kernel"], row["weight"], row["activation"], row["failure"]) for row in failed]
     title = f"{len(rows) - len(failed)} of {len(rows)} self-tests pass; {machine(device)}"
-    show(title, ["kernel", "weight", "activation", "what went wrong"], cells)
+    show(title, ["kernel", "weight", "activation", "failure"], cells)
     write_rows(asked.json, rows)
     return 1 if failed else 0
 

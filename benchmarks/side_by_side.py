@@ -1,4 +1,4 @@
-"""Time alternatives in turns, so that what else a machine does falls on all of them alike; and tell of that machine."""
+"""Time alternatives in turns, so that other load on the machine affects all of them alike; describe the machine."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from qvlm_plugin.atomic import write_file
 
-# Libraries look for a package named `kernels`: the benchmark of that name must not stand before it.
+# Libraries import a package named `kernels`, so the benchmark of that name must not come first in the path.
 _HERE = str(Path(__file__).parent)
 if sys.path[0] == _HERE:
     sys.path.append(sys.path.pop(0))
@@ -25,25 +25,25 @@ if sys.path[0] == _HERE:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one alternative, a sample from each round."""
+    """Seconds of one alternative, one sample from each round."""
 
     samples: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The sample in the middle."""
+        """The median."""
         return statistics.median(self.samples)
 
     @property
     def spread(self) -> float:
-        """Half the distance of the quartiles, as a share of the median."""
+        """Half the interquartile range, relative to the median."""
         if len(self.samples) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return (high - low) / 2 / self.median
 
     def faster_than(self, other: "Times") -> float:
-        """The median over rounds of how many times as long the other took in the same round."""
+        """The speed-up over the other: the median of the ratios of their times in the same round."""
         pairs = zip(self.samples, other.samples, strict=True)
         return statistics.median(theirs / ours for ours, theirs in pairs)
 
@@ -54,13 +54,13 @@ class Times:
 def time_in_turns(
     runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, seconds: float = 0.0
 ) -> dict[str, Times]:
-    """Run every alternative once untimed, then all of them once a round.
+    """Run every alternative once untimed, then each of them once in every round.
 
     Args:
         runs: by name.
-        rounds: at least so many.
-        device: whose work to wait for.
-        seconds: go on with rounds for so long.
+        rounds: minimum number of rounds.
+        device: on which the runs compute.
+        seconds: minimum time of all rounds.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -73,7 +73,7 @@ def time_in_turns(
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of a run, until the device has done its work."""
+    """Wall time of a run, until the device has finished."""
     _wait(device)
     start = time.perf_counter()
     run()
@@ -87,7 +87,7 @@ def _wait(device: torch.device) -> None:
 
 
 def machine(device: torch.device) -> str:
-    """The processor that the times are of, with its memory and the version of torch."""
+    """The processor with its memory, and the version of torch."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         where = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
@@ -115,6 +115,6 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 
 def write_rows(file: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as a JSON list, if a file was asked for."""
+    """Write rows as a JSON list, if a file is given."""
     if file is not None:
         write_file(file, (json.dumps(list(rows), indent=1) + "\n").encode())

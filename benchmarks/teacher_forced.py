@@ -1,9 +1,9 @@
-"""Exact match by one forward pass a question: is every token of the right answer, its end included, the likeliest?
+"""Exact match with one forward pass per question: every token of the right answer and its end must be the most likely.
 
-Greedy decoding gives the right answer, and stops after it, exactly where that is so. The two scores can differ where a
-task's scorer accepts more than the reference answer, and where sums rounded in another order turn a close decision;
-`benchmarks/seeds.py agreement` counts the documents. Questions about one image share the computation of what comes
-before the question, which makes this two to three times as fast as generating.
+This is equivalent to greedy decoding of exactly the right answer. The two scores can differ where a task's scorer
+accepts more than the reference answer, and where sums in another order change a close decision; `benchmarks/seeds.py
+agreement` counts these documents. Questions about the same image share the computation of their common prefix, which
+makes this two to three times as fast as generation.
 """
 
 import copy
@@ -27,7 +27,7 @@ IMAGES_AT_A_TIME, QUESTIONS_AT_A_TIME = 32, 32
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A document as the model sees it.
+    """A document as the model reads it.
 
     Attributes:
         task, id: the document.
@@ -36,7 +36,7 @@ class Question:
         pixels: the image, float[1, C, H, W]; None without one.
         prefix: tokens up to the image's last one, int64[P]; empty without an image.
         tail: the tokens after that, the answer's included, int64[T].
-        answered: how many tokens at the tail's end are the answer's.
+        answered: number of answer tokens at the end of the tail.
     """
 
     task: str
@@ -61,7 +61,7 @@ def read_questions(loaded: LoadedModel, tasks: Sequence[str], limit: int) -> lis
 
 
 def question_of(loaded: LoadedModel, task: str, index: int, conversation: Conversation, target: str) -> Question:
-    """A document, by its task and index, as the model sees it with the right answer."""
+    """The document ``index`` of a task as the model reads it, with the right answer."""
     answer = render_answer(loaded.processor, conversation, target)
     inputs, mask = encode(loaded.processor, [conversation], [answer])
     (tokens,) = inputs["input_ids"]
@@ -81,7 +81,7 @@ def question_of(loaded: LoadedModel, task: str, index: int, conversation: Conver
 
 @torch.inference_mode()
 def exact_matches(model: PreTrainedModel, questions: Sequence[Question]) -> dict[tuple[str, int], bool]:
-    """Whether each document is answered exactly, by task and id."""
+    """Whether the model answers each document exactly, by task and id."""
     found = {}
     with tqdm(total=len(questions), desc="answering", mininterval=10) as progress:
         for batch in _by_images(questions):
@@ -99,7 +99,7 @@ def exact_matches(model: PreTrainedModel, questions: Sequence[Question]) -> dict
 
 
 def _by_images(questions: Sequence[Question]) -> Iterator[list[Question]]:
-    """All questions about some images at a time; those without one by themselves."""
+    """Batches with all questions about a number of images; questions without an image are a batch of their own."""
     if plain := [one for one in questions if one.image is None]:
         yield plain
     shown = sorted((one for one in questions if one.image is not None), key=attrgetter("image"))
@@ -126,7 +126,7 @@ def _read_images(model: PreTrainedModel, questions: Sequence[Question]) -> Dynam
 
 
 def _answered(model: PreTrainedModel, questions: Sequence[Question], cache: DynamicCache) -> list[bool]:
-    """Whether each question is answered exactly; padding is on the right, where no token sees it."""
+    """Whether each question is answered exactly; padding is on the right, where no token attends to it."""
     tails = pad_sequence([one.tail for one in questions], batch_first=True)
     lengths = torch.tensor([len(one.tail) for one in questions])
     start, width = cache.get_seq_length(), tails.shape[1]

@@ -1,8 +1,8 @@
 """Q-VLM post-training quantization of vision-language models, as a plugin of lmms-eval.
 
-Importing this package is cheap: torch, transformers and lmms-eval are imported only by the modules that need them, and
-the names of `qvlm_plugin.api` when they are first used. It also sees to it that transformers, whether it is imported
-before or after, loads quantized checkpoints (`registration`).
+Importing this package is cheap: only the modules that need torch, transformers and lmms-eval import them, and the names
+of `qvlm_plugin.api` are imported when they are first used. The import also registers quantized checkpoints with
+transformers, whichever of the two packages is imported first (`registration`).
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
-"""The package in Python: search a plan for a model in memory, apply it, save it.
+"""The Python interface: search a plan for a model in memory, apply it, save it.
 
-`qvlm_plugin` has these names itself; they are imported when they are first used.
+`qvlm_plugin` exports these names, and imports them when they are first used.
 
     import qvlm_plugin as qvlm
 
@@ -41,17 +41,17 @@ def search(
     calibration: Calibration = None,
     **options: Any,
 ) -> RoundingPlan:
-    """Search a plan; the model stays as it is.
+    """Search a plan; the model is left unchanged.
 
-    The plan belongs to the tensors of this model. One for a checkpoint's files, which ``plan=`` of an evaluation takes,
-    is searched by ``qvlm search``.
+    The plan belongs to the tensors of this model. For a plan of a checkpoint's files, which ``plan=`` of an evaluation
+    takes, use ``qvlm search``.
 
     Args:
         model: a transformers model of a supported family, in full precision.
         processor: its processor, with a chat template.
         method: a name that ``qvlm methods`` lists.
         scheme: bits, for example ``w4a4`` or ``w4a4+vision:w8a8``.
-        calibration: triples of an image, a question and its answer; or sources as ``calibration=`` takes them,
+        calibration: triples of an image, a question and its answer; or sources as in ``calibration=``, for example
             ``file.json:64`` or ``scienceqa:train:64``; None for methods that need none.
         options: of the method.
 
@@ -70,12 +70,12 @@ def apply(plan: RoundingPlan, model: PreTrainedModel, backend: str = "auto") -> 
     """Quantize a model in place, and return it.
 
     Args:
-        plan: of `search`, for the same tensors.
+        plan: from `search`, for the same tensors.
         model: in full precision.
-        backend: what computes it; see ``backend=`` of an evaluation.
+        backend: the arithmetic, as ``backend=`` of an evaluation.
 
     Raises:
-        QVLMError: the plan is of another model, or the backend is unknown.
+        QVLMError: the plan was made for another model, or the backend is unknown.
     """
     apply_plan(plan, model, fingerprint(model), backends.kernels(backend))
     return model
@@ -89,9 +89,9 @@ def quantize(
     calibration: Calibration = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """`search`, and `apply` what it finds with the fastest kernels that work here."""
+    """`search` a plan, and `apply` it with ``backend="auto"``."""
     plan = search(model, processor, method, scheme, calibration, **options)
-    apply_plan(plan, model, plan.model, backends.kernels("auto"))  # whose tensors were hashed for the search
+    apply_plan(plan, model, plan.model, backends.kernels("auto"))  # the search has hashed this model's tensors
     return model
 
 
@@ -105,7 +105,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     sha = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if tensor.is_meta:
-            raise QVLMError(f"{name} is offloaded; a plan is for a model whose tensors are in memory")
+            raise QVLMError(f"{name} is offloaded; all tensors of the model must be in memory")
         sha.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         sha.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

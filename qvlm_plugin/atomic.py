@@ -1,7 +1,7 @@
-"""Write files and folders that are there completely or not at all, whatever ends the process that writes them.
+"""Write files and folders atomically: they appear completely or not at all, even if the writing process is killed.
 
-What is being written has a hidden name beside its final one and is locked by its writer. A process that was killed
-leaves it behind, unlocked: the next one that writes the same name removes it.
+A file or folder is written under a hidden temporary name in the same folder, locked by its writer, and then renamed. A
+killed process leaves an unlocked one behind, which the next writer of the same name removes.
 """
 
 import fcntl
@@ -22,10 +22,10 @@ _SUFFIX = ".partial"
 
 
 def write_file(file: Path, blob: bytes) -> None:
-    """Write a file in one step; an older one is replaced, and missing folders are made.
+    """Write a file in one step; an existing file is replaced, and missing folders are created.
 
     Raises:
-        QVLMError: it cannot be written; what was there before is unchanged.
+        QVLMError: it cannot be written; an existing file is then unchanged.
     """
 
     def make(prefix: str) -> str:
@@ -40,7 +40,7 @@ def write_file(file: Path, blob: bytes) -> None:
 
 
 def follow_umask(target: Path) -> None:
-    """Give a file, or a folder and all in it, the permissions of new ones; temporary ones are their owner's alone."""
+    """Give a temporary file or folder (with its content) the permissions of new ones; `tempfile` restricts them."""
     mask = os.umask(0o077)
     os.umask(mask)
     for path in (target, *target.rglob("*")):
@@ -48,10 +48,10 @@ def follow_umask(target: Path) -> None:
 
 
 def make_folder(directory: Path) -> None:
-    """Make a folder, and those above it, where they are missing.
+    """Create a folder and its parents where they are missing.
 
     Raises:
-        QVLMError: it cannot be made.
+        QVLMError: it cannot be created.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -60,10 +60,10 @@ def make_folder(directory: Path) -> None:
 
 
 def require_writable(target: Path) -> None:
-    """Check that a file or folder can be written, before the work of which it is the outcome.
+    """Check that a file or folder can be written, before the work whose outcome it will hold.
 
     Raises:
-        QVLMError: it cannot; the message names the reason.
+        QVLMError: it cannot be written; the message names the reason.
     """
     make_folder(target.parent)
     try:
@@ -77,7 +77,7 @@ def require_vacant(directory: Path) -> None:
     """Check that a new folder can be written.
 
     Raises:
-        QVLMError: there is something already, or it cannot.
+        QVLMError: something exists there that is not an empty folder, or the folder cannot be written.
     """
     require_writable(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -86,20 +86,20 @@ def require_vacant(directory: Path) -> None:
 
 @contextmanager
 def staged(directory: Path, replaces: bool = False) -> Iterator[Path]:
-    """A folder to write into, which becomes ``directory`` unless an error is raised.
+    """A folder to write into, which is renamed to ``directory`` unless an error is raised.
 
     Args:
-        directory: to write; new or empty.
-        replaces: another folder of that name is removed for it.
+        directory: the final name; new or an empty folder.
+        replaces: an existing folder of that name is replaced.
 
     Raises:
-        QVLMError: it cannot be written; then nothing of it is there.
+        QVLMError: it cannot be written; nothing of it remains.
     """
     with _whole(directory, lambda prefix: tempfile.mkdtemp(_SUFFIX, prefix, directory.parent)) as staging:
         yield staging
         follow_umask(staging)
         if not (replaces and directory.exists()):
-            staging.replace(directory)  # takes the place of an empty folder
+            staging.replace(directory)  # also replaces an empty folder
         else:
             replaced = tempfile.mkdtemp(_SUFFIX, f".{directory.name}.", directory.parent)
             directory.replace(replaced)
@@ -109,12 +109,12 @@ def staged(directory: Path, replaces: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def _whole(target: Path, make: Callable[[str], str]) -> Iterator[Path]:
-    """A locked file or folder that ``make`` puts beside ``target``; gone at the end if it is still there."""
+    """A locked temporary file or folder that ``make`` creates next to ``target``; removed at the end unless renamed."""
     prefix, staging = f".{target.name}.", None
     try:
         make_folder(target.parent)
-        for left in target.parent.glob(f"{escape(prefix)}*{_SUFFIX}"):
-            _remove_unlocked(left)
+        for leftover in target.parent.glob(f"{escape(prefix)}*{_SUFFIX}"):
+            _remove_unlocked(leftover)
         staging, descriptor = _make_locked(lambda: make(prefix))
         try:
             yield staging
@@ -132,7 +132,7 @@ def _make_locked(make: Callable[[], str]) -> tuple[Path, int]:
         staging = Path(make())
         try:
             descriptor = os.open(staging, os.O_RDONLY)
-        except FileNotFoundError:  # before it was locked, another process took it for a leftover
+        except FileNotFoundError:  # another process removed it as a leftover before it was locked
             continue
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if staging.exists():
@@ -140,14 +140,14 @@ def _make_locked(make: Callable[[], str]) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-def _remove_unlocked(left: Path) -> None:
+def _remove_unlocked(leftover: Path) -> None:
     try:
-        descriptor = os.open(left, os.O_RDONLY)
-    except OSError:  # finished meanwhile, or another user's
+        descriptor = os.open(leftover, os.O_RDONLY)
+    except OSError:  # renamed meanwhile, or of another user
         return
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove(left)
+        _remove(leftover)
     except BlockingIOError:
         pass
     finally:

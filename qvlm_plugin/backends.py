@@ -1,32 +1,32 @@
-"""The kernels that ``backend=`` names."""
+"""The kernels of each ``backend=``."""
 
 from qvlm_plugin import plugins
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.base import Kernel
-from qvlm_plugin.kernels.selftest import falling_back, insisting
+from qvlm_plugin.kernels.selftest import required_to_pass, skipped_on_failure
 
 
 def all_kernels() -> dict[str, Kernel]:
-    """Every kernel by name, as they are: not tested."""
+    """Every kernel by name, without self-tests."""
     return plugins.provided("kernel", Kernel, "qvlm_kernels")
 
 
 def kernels(backend: str) -> tuple[Kernel, ...]:
-    """The kernels that ``backend=`` names, in order of preference.
+    """The kernels of a backend, in order of preference.
 
-    ``reference`` is that kernel alone. All other backends end with it, to fall back on: ``packed`` begins with every
-    other kernel, of which one that fails its self-test is an error; ``auto`` likewise, but does without those that
-    fail; the name of a kernel stands for it alone, untested.
+    ``reference`` is the reference kernel alone; every other backend ends with it as the fallback. ``packed`` has all
+    other kernels, and a kernel that fails its self-test is an error; ``auto`` has them too, and skips kernels that
+    fail. The name of a kernel selects that kernel alone, without a self-test.
 
     Raises:
-        QVLMError: there is none of that name.
+        QVLMError: there is no backend of that name.
     """
     known = all_kernels()
     reference = known["reference"]
     packed = tuple(kernel for kernel in known.values() if kernel is not reference)
     backends = {
-        "auto": (*map(falling_back, packed), reference),
-        "packed": (*map(insisting, packed), reference),
+        "auto": (*map(skipped_on_failure, packed), reference),
+        "packed": (*map(required_to_pass, packed), reference),
         **{kernel.name: (kernel, reference) for kernel in packed},
         "reference": (reference,),
     }

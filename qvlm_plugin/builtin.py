@@ -1,6 +1,6 @@
-"""The methods, topologies and kernels that come with the package, provided through the same hooks as anyone's.
+"""The methods, topologies and kernels that come with the package, provided through the same hooks as any plugin's.
 
-Methods are only described here. What they, topologies and kernels compute with is imported when it is asked for.
+Methods are only described here. The code of their steps, of topologies and of kernels is imported when it is needed.
 """
 
 from typing import TYPE_CHECKING
@@ -39,7 +39,7 @@ METHODS = (
     ),
     Method(
         "qvlm_jacobian",
-        "Q-VLM with other defaults: errors weighed by Jacobians, trained norms, a wider grid of ratios",
+        "Q-VLM with other defaults: errors weighted by Jacobians, trained norms, a wider grid of ratios",
         preset(
             MethodOptions,
             weights="nf",
@@ -78,7 +78,7 @@ METHODS = (
     ),
     Method(
         "mbq",
-        "AWQ with errors at image tokens and at text balanced by their gradients (MBQ), activations per token",
+        "AWQ with errors at image and text tokens weighted by their gradients (MBQ), activations per token",
         preset(MethodOptions, transform="awq", importance="modality", activations="token"),
         STEPS,
     ),
@@ -90,7 +90,7 @@ METHODS = (
     ),
     Method(
         "gptq",
-        "weights rounded column by column, each making up for the errors before (GPTQ), activations per token",
+        "weights rounded column by column, each column compensating the errors before it (GPTQ), activations per token",
         preset(MethodOptions, rounding="gptq", activations="token"),
         STEPS,
     ),
@@ -111,11 +111,11 @@ METHODS = (
 )
 """Full precision, the baselines, Q-VLM with the paper's settings (Wang et al., NeurIPS 2024), and with ours.
 
-``cdm=false`` and ``veo=false`` leave either part of ``qvlm`` out, and with both it is the layer-wise baseline: the rows
-of the paper's Table 1. ``qvlm_jacobian`` deviates from the paper: errors weighed by Jacobians, a wider grid of ratios,
-corrected biases, the tower's norms trained too. Its ranges leave the joint search nothing to gain: pulled in further
-they lower a block's error and harm answers. ``qvlm_rotated`` trains no clip ratios (``veo``): tokens that are rotated
-and centered lose by any clipping, and those that training finds are not kept.
+``cdm=false`` and ``veo=false`` each leave out one part of ``qvlm``; both together give the layer-wise baseline: the
+rows of the paper's Table 1. ``qvlm_jacobian`` deviates from the paper: errors are weighted by Jacobians, the grid of
+ratios is wider, biases are corrected, and the tower's norms are trained, too. It leaves the joint search out: narrower
+ranges than its own lower the error of a block, but harm the answers. ``qvlm_rotated`` does not train clip ratios
+(``veo``): any clipping increases the error of rotated and centered tokens, so trained ratios are not kept.
 """
 
 
@@ -127,7 +127,7 @@ def qvlm_methods() -> list[Method]:
 
 @hookimpl(trylast=True)
 def qvlm_topology(config: "PretrainedConfig") -> "Topology | None":
-    """The families that come with the package; asked after other packages, so that they may describe one better."""
+    """The families that come with the package; called last, so that other packages can override a description."""
     from qvlm_plugin.families.described import described_topology
 
     return described_topology(config)
@@ -135,7 +135,7 @@ def qvlm_topology(config: "PretrainedConfig") -> "Topology | None":
 
 @hookimpl
 def qvlm_kernels() -> "list[Kernel]":
-    """Packed arithmetics in order of preference, and the reference."""
+    """Packed kernels in order of preference, and the reference."""
     from qvlm_plugin.kernels.int4 import INT4
     from qvlm_plugin.kernels.int4_codes import INT4_CODES
     from qvlm_plugin.kernels.int4_folded import INT4_FOLDED

@@ -1,8 +1,8 @@
-"""Calibration sets: image-text-answer triples that quantization parameters are fitted on.
+"""Calibration sets: the image-text-answer triples to which quantization parameters are fitted.
 
 The paper draws 64 vision-language pairs at random (section 4.1). They come from a task's training split (see
-`qvlm_plugin.harness`), from a file in LLaVA's conversation format, or from memory - never from the documents evaluated:
-every sample carries a content digest by which an evaluation can tell.
+`qvlm_plugin.harness`), from a file in LLaVA's conversation format, or from memory. They must not be documents that are
+evaluated: an evaluation compares the content digests of both.
 """
 
 import hashlib
@@ -23,14 +23,13 @@ from qvlm_plugin.images import open_image
 from qvlm_plugin.reading import concerning, inside, parse_json_lines, read_json
 
 IMAGE_KEY = "image"
-"""Of a row in LLaVA's conversation format: the name of its image, or a list of names."""
+"""The key in a row of LLaVA's conversation format of its image's name, or of a list of names."""
 
 DEFAULT_COUNT = 64
-"""Samples drawn when a source does not say how many (paper, section 4.1)."""
+"""Samples drawn where a source gives no number (paper, section 4.1)."""
 
 KEPT_BYTES = 2**28
-"""How much of an encoded calibration set is kept in memory: 198 samples of one picture of 336 x 336 pixels each, which
-take 87 MB where there are 64 of them."""
+"""Bytes of an encoded calibration set kept in memory: 198 samples of one image of 336 x 336 pixels (64: 87 MB)."""
 
 Encoded = tuple[BatchFeature, torch.Tensor]
 """A batch: model inputs, and the bool mask [B, T] of the answers' tokens."""
@@ -46,11 +45,11 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
-    """Samples, and where they came from.
+    """Samples and their source.
 
     Attributes:
         samples: in the order drawn.
-        source: as the user named it.
+        source: as the user gave it.
         seed: of the draw.
 
     Raises:
@@ -70,7 +69,7 @@ class CalibrationSet:
             )
 
     def digests(self) -> tuple[str, ...]:
-        """Content digest of each sample's document (`Conversation.digest`)."""
+        """The content digest of each sample's document (`Conversation.digest`)."""
         return tuple(sample.conversation.digest() for sample in self.samples)
 
     def without(self, digests: Collection[str]) -> tuple[Sample, ...]:
@@ -88,7 +87,7 @@ class CalibrationSet:
         return self._encode(processor, batch_size, 0)
 
     def encoded(self, processor: ProcessorMixin, batch_size: int) -> "EncodedSet":
-        """The same samples for a search, which reads them in the same batches several times."""
+        """The same samples, encoded once for a search, which reads the same batches several times."""
         return EncodedSet(self.samples, self.source, self.seed, processor=processor, batch_size=batch_size)
 
     def _encode(self, processor: ProcessorMixin, batch_size: int, start: int) -> Iterator[Encoded]:
@@ -101,19 +100,19 @@ class CalibrationSet:
 
 @dataclass(frozen=True, eq=False)
 class EncodedSet(CalibrationSet):
-    """A calibration set as one processor encodes it, when it is made: the first batches are kept, up to `KEPT_BYTES`.
+    """A calibration set, encoded on creation by one processor; the first batches are kept, up to `KEPT_BYTES`.
 
-    Whoever reads batches must not change their tensors in place.
+    Callers must not change the tensors of a batch in place.
 
     Attributes:
-        processor, batch_size: what ``kept`` is encoded with; `batches` encodes anew for others.
+        processor, batch_size: of the encoding; with any others, `batches` encodes anew.
         kept: the first batches.
-        lengths: how many tokens each sample has, images and answer included.
+        lengths: number of tokens of each sample, including those of images and answer.
     """
 
     processor: ProcessorMixin = field(kw_only=True)
     batch_size: int = field(kw_only=True)
-    kept: tuple[Encoded, ...] = field(init=False)  # and so follows the samples of a copy that has others
+    kept: tuple[Encoded, ...] = field(init=False)  # computed again when `replace` changes the samples
     lengths: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -160,10 +159,10 @@ def parse_sources(text: str) -> tuple[Source, ...]:
 
 
 def check_sources(text: str) -> None:
-    """Check what can be said of sources before their tasks and rows are read.
+    """Check sources as far as that is possible without reading tasks and rows.
 
     Raises:
-        QVLMError: one does not parse, or is a file that is not there.
+        QVLMError: a source does not parse, or its file does not exist.
     """
     for source in parse_sources(text):
         if source.split is None:
@@ -195,16 +194,16 @@ def read_calibration(
     seed: int,
     draw_from_task: Callable[[str, str, int, int], list[Sample]],
 ) -> CalibrationSet:
-    """The calibration set that ``calibration=`` names.
+    """The calibration set of ``calibration=``.
 
     Args:
         text: sources, see `parse_sources`.
-        image_folder: where image names of conversation files are relative to; None means each file's own folder.
+        image_folder: the folder of the images of conversation files; None means each file's own folder.
         seed: of the draws.
         draw_from_task: (task, split, count, seed) → samples; reads the task definitions of an evaluation harness.
 
     Raises:
-        QVLMError: a source does not parse, is not there, or holds too few usable samples.
+        QVLMError: a source does not parse, does not exist, or has too few usable samples.
     """
     samples: list[Sample] = []
     for source in parse_sources(text):
@@ -219,18 +218,18 @@ def read_conversations(path: Path, image_folder: Path | None, count: int, seed: 
     """Draw samples from a file in LLaVA's conversation format.
 
     The file is a JSON list, or JSON lines, of objects ``{"image": "file.png", "conversations": [{"from": "human",
-    "value": "<image>\\nWhat is shown?"}, {"from": "gpt", "value": "A cat"}, …]}``. Only rows with an image are drawn,
-    and of each the first question that places an image with ``<image>``, with the images that it places; where none
-    does, the first question with all images.
+    "value": "<image>\\nWhat is shown?"}, {"from": "gpt", "value": "A cat"}, …]}``. Only rows with an image are drawn.
+    Of each row, the sample is the first question with an ``<image>`` placeholder and the images of its placeholders;
+    where no question has one, the first question and all images.
 
     Args:
         path: the file.
-        image_folder: where image names are relative to; None means the file's own folder.
-        count: samples to draw; fewer rows than that is an error.
+        image_folder: the folder of the images; None means the file's own folder.
+        count: samples to draw; fewer rows are an error.
         seed: of the draw.
 
     Raises:
-        QVLMError: the file or an image is missing or unreadable, or it holds too few rows with images.
+        QVLMError: the file or an image is missing or unreadable, or the file has too few rows with images.
     """
     _require_file(path)
     every = _read_rows(path)
@@ -238,15 +237,15 @@ def read_conversations(path: Path, image_folder: Path | None, count: int, seed: 
     if len(rows) < count:
         keys = ", ".join(sorted({str(key) for row in every for key in row}))[:200] or "none"
         raise QVLMError(
-            f"calibration={str(path)!r} has {len(rows)} rows with an image under the key {IMAGE_KEY!r}; {count} were "
-            f"asked for, and the keys of its {len(every)} rows are {keys}"
+            f"calibration={str(path)!r} has {len(rows)} rows with an image under the key {IMAGE_KEY!r}, but needs "
+            f"{count}; the keys of its {len(every)} rows are {keys}"
         )
     folder = image_folder or path.parent
     return [_sample(row, folder, path) for row in draw(rows, count, seed)]
 
 
 def draw(items: Sequence[Any], count: int, seed: int) -> list[Any]:
-    """``count`` of the items at random, reproducibly, in their original order."""
+    """``count`` random items in their original order; the same for the same seed."""
     return [items[index] for index in sorted(random.Random(seed).sample(range(len(items)), count))]
 
 
@@ -283,11 +282,11 @@ def _sample(row: dict[str, Any], folder: Path, path: Path) -> Sample:
 
 
 def _placed(question: str, count: int, source: str) -> str:
-    """The question as it is asked: with one image in front, wherever the row has the placeholder.
+    """The question of a row: a single image moves to the front, wherever the row has its placeholder.
 
-    So does LLaVA when it trains (``preprocess_multimodal`` in llava/train/train.py) and when it evaluates ScienceQA
-    (llava/eval/model_vqa_science.py), and so do Q-VLM's authors when they calibrate: ScienceQA's rows end in the image.
-    Several images stay where the question has them.
+    LLaVA does this when it trains (``preprocess_multimodal`` in llava/train/train.py) and evaluates ScienceQA
+    (llava/eval/model_vqa_science.py), and so do Q-VLM's authors in calibration, as ScienceQA's rows end in the image.
+    Several images stay where the question places them.
     """
     if count == 1:
         return f"{IMAGE_PLACEHOLDER}\n{question.replace(IMAGE_PLACEHOLDER, '').strip()}"
@@ -297,6 +296,6 @@ def _placed(question: str, count: int, source: str) -> str:
 
 
 def _placeholders(turn: Any) -> int:
-    """How many images a turn of a conversation places; an answer places none, whatever it mentions."""
+    """The number of image placeholders in a turn; 0 for an answer, whose text may mention them."""
     text = turn.get("value") if isinstance(turn, dict) and turn.get("from") == "human" else None
     return text.count(IMAGE_PLACEHOLDER) if isinstance(text, str) else 0

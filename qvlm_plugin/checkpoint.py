@@ -1,7 +1,7 @@
 """Quantized checkpoints: a Hugging Face folder whose Linears are stored as kernels' neutral tensors.
 
-What lies in the folder beside the usual files is in config.json, under ``quantization_config``: the plan's facts and
-table, the kernel and tensors of each module, and the hashes of the weight files.
+In addition to a usual config.json, the folder's has a ``quantization_config``: the plan's facts and table, the kernel
+and tensors of each module, and the hashes of the weight files.
 
 A transformers that does not know the format takes the folder for one in full precision. Two things stop it. The
 configuration names as file of the weights (``transformers_weights``) a sentence that is no file's name, with which the
@@ -32,7 +32,7 @@ from qvlm_plugin.plan_header import ModulePlan, Rotation, table_hash
 from qvlm_plugin.reading import inside, parsed_elsewhere
 
 FORMAT_VERSION = 3
-"""The newest that this version reads. A folder is written in the oldest that says all: its plan's."""
+"""The newest format that this version reads. A folder has the format of its plan, the oldest that can represent it."""
 
 NOTICE_KEY, NOTICE = "transformers_weights", "this checkpoint is quantized; what loads it: pip install qvlm_plugin"
 """An entry of config.json with which loading fails without this package."""
@@ -40,10 +40,10 @@ NOTICE_KEY, NOTICE = "transformers_weights", "this checkpoint is quantized; what
 _GUARD = "weight"
 
 ROTATION_SCALE = "rotation_scale"
-"""The stored tensor that inputs are divided by before they are rotated: float32 [I]."""
+"""Name of the stored tensor by which inputs are divided before they are rotated: float32 [I]."""
 
 _MOST_ELEMENTS = 2**48
-"""Of a tensor; with more, sizes in bytes overflow."""
+"""Largest number of elements of a stored tensor; with more, sizes in bytes could overflow."""
 
 
 class _Record(BaseModel):
@@ -51,14 +51,14 @@ class _Record(BaseModel):
 
 
 class StoredModule(_Record):
-    """One Linear of the plan.
+    """One Linear of the model.
 
     Attributes:
-        plan: its entry there.
-        kernel: whose neutral tensors are stored; None for a Linear that stays as it is.
-        rotation: what its inputs are multiplied by; the stored weight is for such inputs.
-        tensors: their types and shapes by name, as ``uint8[64,128]``.
-        refused: kernels that could not serve a module which fell back, with their reasons.
+        plan: its entry in the plan.
+        kernel: the kernel whose neutral tensors are stored; None for a Linear that is not quantized.
+        rotation: the rotation of its inputs; the stored weight is rotated already.
+        tensors: dtype and shape of each stored tensor by name, as ``uint8[64,128]``.
+        refused: for a module that fell back, the kernels that could not serve it, with their reasons.
     """
 
     plan: ModulePlan
@@ -74,7 +74,7 @@ class CheckpointRecord(_Record):
     Attributes:
         format_version: of this layout.
         package_version: of the package that wrote it.
-        backend: that kernels were chosen from.
+        backend: the backend from which kernels were chosen.
         model: fingerprint of the checkpoint that was quantized.
         plan: `RoundingPlan.facts`.
         calibration_digests: of the documents that the plan was fitted on.
@@ -102,7 +102,7 @@ class CheckpointRecord(_Record):
         """Validate a ``quantization_config``.
 
         Raises:
-            QVLMError: a newer version wrote it, or it is not complete or altered.
+            QVLMError: a newer version wrote it, or it is incomplete or altered.
         """
         version = content.get("format_version")
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -125,7 +125,7 @@ def verify_files(record: CheckpointRecord, folder: Path) -> None:
     """Compare the weight files in ``folder`` with their hashes.
 
     Raises:
-        QVLMError: one is missing, truncated or altered; it names the file.
+        QVLMError: a file is missing, truncated or altered; the message names it.
     """
     for name, expected in record.files.items():
         file = inside(folder, name, "config.json: quantization_config")
@@ -142,23 +142,23 @@ def file_hash(file: Path) -> str:
 
 
 def stored_form(neutral: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A kernel's neutral tensors as a file holds them; none shares memory with another."""
+    """A kernel's neutral tensors as they are stored, with the tensor ``weight``; none shares memory with another."""
     device = next(iter(neutral.values())).device
     guard = neutral.get(_GUARD, torch.empty(0, device=device)).flatten()
     return {name: tensor.detach().clone().contiguous() for name, tensor in {**neutral, _GUARD: guard}.items()}
 
 
 def specification(tensor: Tensor) -> str:
-    """Type and shape of a tensor, as ``uint8[64,128]``."""
+    """Dtype and shape of a tensor, as ``uint8[64,128]``."""
     return f"{str(tensor.dtype).removeprefix('torch.')}[{','.join(map(str, tensor.shape))}]"
 
 
 def lay_out(record: CheckpointRecord, model: nn.Module) -> None:
-    """Replace Linears of ``model`` by modules that wait for the stored tensors, on the meta device.
+    """Replace Linears of ``model`` by modules with empty tensors on the meta device, which take the stored tensors.
 
     Raises:
-        QVLMError: a module is not a Linear of this shape in the model, its inputs cannot be rotated as it says, or its
-            kernel is not known here.
+        QVLMError: a module is not a Linear of this shape in the model, its rotation is impossible, or its kernel is
+            unknown.
     """
     kernels = _known_kernels()
     for module in record.quantized:
@@ -168,7 +168,9 @@ def lay_out(record: CheckpointRecord, model: nn.Module) -> None:
         except AttributeError:
             linear = None
         if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != plan.shape:
-            raise QVLMError(f"the quantized checkpoint has {plan.name} as Linear {plan.shape}, which the model has not")
+            raise QVLMError(
+                f"the quantized checkpoint has {plan.name} as Linear {plan.shape}, which the model does not have"
+            )
         if module.kernel not in kernels:
             raise QVLMError(
                 f"the quantized checkpoint stores {plan.name} for kernel {module.kernel!r}, which no installed plugin "
@@ -178,33 +180,35 @@ def lay_out(record: CheckpointRecord, model: nn.Module) -> None:
             raise QVLMError(f"the quantized checkpoint rotates the inputs of {plan.name}, which cannot be: {reason}")
         if bool(module.rotation and module.rotation.scaled) != (ROTATION_SCALE in module.tensors):
             raise QVLMError(
-                f"the quantized checkpoint's {plan.name} has a scale that it does not divide by, or the other way round"
+                f"the quantized checkpoint's {plan.name} has {ROTATION_SCALE} without a scaled rotation, or vice versa"
             )
         tensors = {name: _empty(text) for name, text in module.tensors.items()}
         try:
             layer = QuantLinear(tensors, plan.weight, plan.activation, kernels[module.kernel], plan.shape)
         except KeyError as error:
-            raise QVLMError(f"the quantized checkpoint stores {plan.name} with a tensor of no possible name") from error
+            raise QVLMError(
+                f"the quantized checkpoint stores {plan.name} with an invalid tensor name: {error}"
+            ) from error
         model.set_submodule(plan.name, layer)
 
 
 def types_of_others(record: CheckpointRecord, model: nn.Module) -> dict[str, torch.dtype]:
-    """The types of the parameters that are not of quantized modules, by name."""
+    """The dtypes of the parameters outside quantized modules, by name."""
     packed = tuple(f"{module.plan.name}." for module in record.quantized)
     return {name: tensor.dtype for name, tensor in model.named_parameters() if not name.startswith(packed)}
 
 
 def pack(record: CheckpointRecord, model: nn.Module, compute_type: torch.dtype) -> Execution:
-    """Give the modules that hold stored tensors those of their device's operators instead, one after another.
+    """Repack the stored tensors of each module, one after another, into the run-time layout of its device.
 
     Where a kernel cannot run, the reference arithmetic takes its place, with the same weight dequantized.
 
     Args:
-        record, model: the checkpoint, and the model that holds its tensors.
-        compute_type: of the model's other weights.
+        record, model: the checkpoint, and the model into which its tensors were loaded.
+        compute_type: dtype of the model's other weights.
 
     Raises:
-        QVLMError: a module is offloaded, or cannot run here at all.
+        QVLMError: a module is offloaded, or no kernel can run it on its device.
     """
     kernels, choices = _known_kernels(), {}
     for module in record.quantized:
@@ -218,7 +222,7 @@ def pack(record: CheckpointRecord, model: nn.Module, compute_type: torch.dtype) 
             if choice.kernel.name != module.kernel:
                 neutral = layer.kernel.restore(neutral, layer.activation_format)
                 layer.kernel = choice.kernel
-            layer.hold(choice.kernel.pack(neutral, layer.activation_format, guard.device))
+            layer.set_tensors(choice.kernel.pack(neutral, layer.activation_format, guard.device))
         if module.rotation is not None:
             scales = {f"{module.rotation.site}/scale": scale}
             layer.rotate_inputs(factors_of(module.rotation, scales, guard.device)[0])

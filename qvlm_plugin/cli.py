@@ -1,4 +1,4 @@
-"""The ``qvlm`` command. Commands import what needs torch themselves, so that ``--help`` answers at once."""
+"""The ``qvlm`` command. Commands import torch only when they run, so that ``--help`` answers at once."""
 
 from typing import Annotated
 
@@ -19,6 +19,7 @@ from qvlm_plugin.commands.plot import plot
 from qvlm_plugin.commands.publish import check_submission, publish
 from qvlm_plugin.commands.results import paired, results
 from qvlm_plugin.commands.search import search
+from qvlm_plugin.commands.trace import trace
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
-    doctor, methods, arguments, search, inspect, plot, export, convert, compare, results, paired, advise,
+    doctor, methods, arguments, search, inspect, plot, export, convert, trace, compare, results, paired, advise,
     publish, check_submission,
 ):  # fmt: skip
     app.command()(command)

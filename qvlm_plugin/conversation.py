@@ -1,7 +1,7 @@
 """Conversations with images, and how they become model inputs.
 
-The one path from text and images to tensors: the harness wrapper, calibration and the demo all encode through here, so
-what is calibrated is tokenized exactly as what is evaluated.
+The harness wrapper, calibration and the demo all encode through this module, so calibration samples are tokenized
+exactly as evaluated documents are.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from qvlm_plugin.images import as_rgb
 
 IMAGE_PLACEHOLDER = "<image>"
 _MARK, _LATE_MARK = "\ufdd0", "\ufdd1"
-"""Code points that Unicode will never make characters, for programs' own use."""
+"""Noncharacters: code points that Unicode reserves for internal use and never assigns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +28,9 @@ class Conversation:
     """Chat messages and the images they show.
 
     Attributes:
-        messages: ``{"role": …, "content": [{"type": "text", "text": …} | {"type": "image"}, …]}`` in order; `place`
-            makes such contents.
-        images: one image per ``{"type": "image"}`` part, in order of appearance; kept as `as_rgb` makes them.
+        messages: ``{"role": …, "content": [{"type": "text", "text": …} | {"type": "image"}, …]}`` in order; see
+            `message_content`.
+        images: one image per ``{"type": "image"}`` part, in order of appearance, converted by `as_rgb`.
 
     Raises:
         ValueError: see `as_rgb`.
@@ -44,11 +44,11 @@ class Conversation:
 
     @classmethod
     def from_prompt(cls, text: str, images: Sequence[Image.Image] = ()) -> "Conversation":
-        """A single user turn; where its images stand is what `place` says."""
-        return cls(({"role": "user", "content": place(text, len(images))},), tuple(images))
+        """A single user turn; `message_content` decides where its images stand."""
+        return cls(({"role": "user", "content": message_content(text, len(images))},), tuple(images))
 
     def digest(self) -> str:
-        """SHA-256 over the words and pixels: equal for the same document, whichever way it was rendered."""
+        """SHA-256 over text and pixels: equal for the same document, however its prompt is rendered."""
         sha = hashlib.sha256()
         for message in self.messages:
             for part in message["content"]:
@@ -66,14 +66,14 @@ class Conversation:
         return sha.hexdigest()
 
 
-def place(text: str, count: int) -> list[dict[str, Any]]:
+def message_content(text: str, count: int) -> list[dict[str, Any]]:
     """The content of a message with ``count`` images.
 
-    A text that holds ``<image>`` so many times places them; in any other number it mentions it, and means what it says.
-    Images that are not placed come first, and so do those that the text places first, each with a line break. There
-    they are parts ``{"type": "image"}``, which templates write in their own way, LLaVA's ``<image>`` and a line break.
-    Everywhere else the text stays as it is, and the part is ``{"type": "image", "inline": True}``: the templates of
-    `qvlm_plugin.models.prompts` write no line break then.
+    Where the text contains ``<image>`` exactly ``count`` times, these placeholders give the positions of the images;
+    any other number of them is ordinary text, and all images come first. Images at the front (also those that the text
+    itself places there, each followed by a line break) are parts ``{"type": "image"}``, which every chat template
+    renders in its own way; LLaVA's writes ``<image>`` and a line break. Images further on are parts ``{"type": "image",
+    "inline": True}``, for which the templates of `qvlm_plugin.models.prompts` write no line break.
     """
     front, inline = {"type": "image"}, {"type": "image", "inline": True}
     if text.count(IMAGE_PLACEHOLDER) != count:
@@ -89,10 +89,10 @@ def place(text: str, count: int) -> list[dict[str, Any]]:
 
 
 def as_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """``text`` with a mark in each special token that it names, so that it stays text.
+    """``text`` with a mark inside each special token that it spells out, so that the tokenizer reads it as text.
 
-    What a document says is never a special token: only templates write those. `encode` takes the marks out where they
-    cannot change that any more. A slow tokenizer has no such place, and its texts are left as they are.
+    Only chat templates may write special tokens, documents may not. `encode` has the marks removed after the tokenizer
+    has looked for special tokens. A slow tokenizer offers no such step: its texts are returned unchanged.
     """
     if not tokenizer.is_fast:
         return text
@@ -111,18 +111,18 @@ def _update_with_images(sha: "hashlib._Hash", images: Sequence[Image.Image]) -> 
 
 
 def render(processor: ProcessorMixin, conversation: Conversation) -> str:
-    """The conversation as the model's chat template writes it, up to where the assistant's answer begins.
+    """The conversation in the model's chat template, up to where the assistant's answer begins.
 
-    Special tokens that its texts name are marked, see `as_text`.
+    Special tokens that its texts spell out are marked, see `as_text`.
     """
     return _written(processor, conversation.messages, add_generation_prompt=True)
 
 
 def render_answer(processor: ProcessorMixin, conversation: Conversation, answer: str) -> str:
-    """What follows `render` when the assistant gives ``answer``, end-of-turn included.
+    """The text that follows `render` when the assistant gives ``answer``, end of turn included.
 
-    It ends with the end-of-sequence token where the template writes one: what a template puts behind it separates turns
-    and is never generated.
+    It ends with the end-of-sequence token where the template writes one: the template's text after that token separates
+    turns, and a model never generates it.
     """
     turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     prompt = render(processor, conversation)
@@ -153,7 +153,7 @@ def encode(
     conversations: Sequence[Conversation],
     continuations: Sequence[str] | None = None,
 ) -> tuple[BatchFeature, torch.Tensor]:
-    """Tokenize a batch, padded on the left, with or without images in any of its conversations.
+    """Tokenize a batch, padded on the left; any of its conversations may have images.
 
     Args:
         processor: the model's processor; it must have a chat template.
@@ -162,7 +162,7 @@ def encode(
 
     Returns:
         The model inputs (``input_ids`` and ``attention_mask`` [B, T]; ``pixel_values`` when there is an image), and
-        a bool mask [B, T] of the continuation's tokens (all false without continuations).
+        a bool mask [B, T] of the continuations' tokens (all false without continuations).
 
     Raises:
         QVLMError: a continuation adds no token.
@@ -170,8 +170,8 @@ def encode(
     tokenizer = processor.tokenizer
     prompts = [render(processor, conversation) for conversation in conversations]
     texts = [prompt + tail for prompt, tail in zip(prompts, continuations or [""] * len(prompts), strict=True)]
-    # By conversation: LLaVA-OneVision crops an image only where it is the conversation's only one, and Idefics3 counts
-    # the images of each.
+    # One list for each conversation: LLaVA-OneVision crops an image only where a conversation has no other, and
+    # Idefics3 counts the images of each conversation.
     images = [list(each.images) for each in conversations] if any(each.images for each in conversations) else None
     # A template that writes the beginning-of-sequence token itself must not get a second one from the tokenizer.
     special = {"add_special_tokens": not (tokenizer.bos_token and prompts[0].startswith(tokenizer.bos_token))}
@@ -187,7 +187,7 @@ def encode(
         mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         if continuations is not None:
             for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-                # Image placeholders expand alike in both, so the difference counts the continuation's tokens.
+                # Image placeholders expand alike in both, so the difference is the number of continuation tokens.
                 added = len(tokenizer(text, **special).input_ids) - len(tokenizer(prompt, **special).input_ids)
                 if added < 1:
                     raise QVLMError(f"continuation {text[len(prompt) :]!r} adds no token to its prompt")
@@ -200,10 +200,11 @@ def encode(
 
 @contextmanager
 def _marks_removed(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[None]:
-    """Let the tokenizer remove the marks of `as_text`.
+    """Within this context the tokenizer removes the marks of `as_text`.
 
-    A fast tokenizer looks for special tokens before it normalizes what lies between them, and there the marks go. It
-    looks for some in normalized text, before it splits that: there the others go, and split the text where they were.
+    A fast tokenizer finds most special tokens in the raw text and then normalizes the text between them: the normalizer
+    removes ``_MARK``. Tokens with ``normalized=True`` it finds in the normalized text, which it then splits into words:
+    the pre-tokenizer removes ``_LATE_MARK``, and splits the text there.
     """
     if not any(_MARK in text or _LATE_MARK in text for text in texts):
         yield
@@ -220,7 +221,7 @@ def _marks_removed(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
 
 
 def to_device(inputs: BatchFeature, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Move a batch to ``device``, floating-point tensors (pixels) in the model's compute type ``dtype``."""
+    """Move a batch to ``device``; floating-point tensors (pixels) are cast to the model's compute type ``dtype``."""
     return {
         name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
         for name, tensor in inputs.items()

@@ -1,5 +1,5 @@
-"""The one exception type for mistakes a user can mend."""
+"""The exception type for mistakes that a user can correct."""
 
 
 class QVLMError(ValueError):
-    """A bad argument, file or combination; the message is one line that says what was wrong and what is allowed."""
+    """A wrong argument, file or combination; the message is one line that says what is wrong and what is allowed."""

@@ -1,4 +1,4 @@
-"""The formats a weight or an activation can be quantized to: a small closed vocabulary, as data."""
+"""The formats to which a weight or an activation can be quantized, as data."""
 
 from math import ceil
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from pydantic import (
 from qvlm_plugin.scheme import MAX_BITS, MIN_BITS, UNQUANTIZED
 
 LARGEST_PRODUCT = 127
-"""Of a code, less its zero point, and the multiple of its group: the products are signed 8-bit integers."""
+"""Largest magnitude of ``multiple * (code - zero_point)`` with progressive scales: a signed 8-bit integer."""
 
 NF_BLOCK = 64
 """Weights per normal-float scale (QLoRA, section 3)."""
@@ -24,10 +24,10 @@ SCALE_BLOCK = 256
 """Normal-float scales per second-level scale under double quantization (QLoRA, section 3)."""
 
 PROGRESSIVE_BITS = 4
-"""Widest code whose groups may have multiples: of wider ones too few fit into 8 bits."""
+"""Widest code that progressive scales allow: with wider ones too few multiples fit into 8 bits."""
 
 _NEWER = ("stored", "clip_magnitude", "progressive")
-"""What older versions of a weight's format do not have."""
+"""Fields that the first version of a weight's format lacks."""
 
 
 class _Format(BaseModel):
@@ -48,24 +48,23 @@ class WeightFormat(_Format):
     Attributes:
         kind: ``none`` (compute type), ``int`` (uniform), ``nf`` (normal-float codebook, blocks of 64).
         bits: width of a code.
-        group_size: for ``int``: input channels that share a scale; None shares it along each output channel.
-        symmetric: for ``int``: no fitted zero point.
-        double_quantization: for ``nf``: the block scales are themselves quantized to 8 bits.
+        group_size: for ``int``: input channels that share a scale; None: one scale for each output channel.
+        symmetric: for ``int``: the zero point is the middle code, not fitted.
+        double_quantization: for ``nf``: the block scales are quantized to 8 bits, too.
         progressive: for ``int`` of up to 4 bits with groups: the scales of an output channel's groups are whole
             multiples of one unit, small enough for ``multiple * (code - zero_point)`` to be a signed 8-bit integer
             (after QServe, Lin et al., 2024, section 4.1). One integer product then serves all groups.
         clipped: the groups' ranges are narrowed by a parameter ``clip`` (one factor in (0, 1] for each group).
-        clip_magnitude: for ``int`` without ``symmetric``: the factor is that of the group's largest magnitude, beyond
-            which both ends are cut (as AWQ's code does); otherwise each end is multiplied by it.
-        corrected: the bias makes up for what rounding the weight adds to the mean output; takes the site's parameter
-            ``mean`` [in_features], the mean of the input that is rounded (after folds and rotations).
-        stored: the plan holds the codes, as a parameter ``codes`` (uint8 [out_features, bytes], see `packing`), and
-            what they are multiples of. For ``int`` these are ``scales`` (floating [out_features, groups], positive), or
-            ``units`` (floating [out_features, 1], positive) and ``multiples`` (uint8 [out_features, groups]) where they
-            are ``progressive``, and, unless ``symmetric``, ``zero_points`` (uint8 [out_features, groups]); for ``nf``
-            ``absmax`` (float32 [groups], not negative), the block scales before double quantization. They are codes of
-            the weight as it is when the plan's folds and rotations are applied. Otherwise codes follow from the weight,
-            by rounding to the nearest.
+        clip_magnitude: for ``int`` without ``symmetric``: the factor multiplies the group's largest magnitude, and both
+            ends are cut there (as AWQ's code does); otherwise it multiplies each end.
+        corrected: the bias is corrected by the mean output error that rounding the weight causes; uses the site's
+            parameter ``mean`` [in_features], the mean of the input that is rounded (after folds and rotations).
+        stored: the plan holds the codes of the weight (after folds and rotations) and their scales as parameters:
+            ``codes`` (uint8 [out_features, bytes], see `packing`); for ``int`` ``scales`` (floating [out_features,
+            groups], positive) or, where ``progressive``, ``units`` (floating [out_features, 1], positive) and
+            ``multiples`` (uint8 [out_features, groups]), and, unless ``symmetric``, ``zero_points`` (uint8
+            [out_features, groups]); for ``nf`` ``absmax`` (float32 [groups], not negative), the block scales before
+            double quantization. Without it, the weight is rounded to nearest when the plan is applied.
     """
 
     kind: Literal["none", "int", "nf"] = "none"
@@ -81,20 +80,20 @@ class WeightFormat(_Format):
     @model_validator(mode="after")
     def _multiples_fit(self) -> "WeightFormat":
         if self.progressive and (self.kind != "int" or self.bits > PROGRESSIVE_BITS):
-            raise ValueError(f"progressive scales are of integers of up to {PROGRESSIVE_BITS} bits")
+            raise ValueError(f"progressive scales need kind 'int' of up to {PROGRESSIVE_BITS} bits")
         return self
 
     @model_validator(mode="after")
     def _codes_have_scales(self) -> "WeightFormat":
         if self.stored and (self.kind == "none" or self.clipped):
             raise ValueError(
-                "stored codes are of a quantized weight, and not clipped: their scales are stored with them"
+                "stored codes need a quantized weight, and exclude clip: their scales are stored with them"
             )
         return self
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is newer than the first formats unless it is true: older versions have hashed these."""
+        """Leave out newer fields that are false, so that plans of older versions keep their hashes."""
         content = serialize(self)
         return {name: value for name, value in content.items() if name not in _NEWER or value}
 
@@ -114,7 +113,7 @@ class WeightFormat(_Format):
         return ("mean",) if self.corrected else ()
 
     def groups(self, shape: tuple[int, int]) -> int:
-        """How many scales a weight of this shape has."""
+        """The number of scales that a weight of this shape has."""
         rows, columns = shape
         if self.kind == "nf":
             return ceil(rows * columns / NF_BLOCK)
@@ -123,7 +122,7 @@ class WeightFormat(_Format):
     def effective_bits(self, shape: tuple[int, int]) -> float:
         """Bits per weight when packed: the code and its share of 16-bit scales, zero points and block scales.
 
-        That is what kernels count, too; a plan's file has a byte for each stored code of 3, 5, 6 or 7 bits.
+        Kernels count alike. A plan's file is larger where codes have 3, 5, 6 or 7 bits: it gives each a byte.
         """
         if self.kind == "int":
             scale, unit = (8, 16 * shape[0]) if self.progressive else (16, 0)
@@ -146,27 +145,27 @@ class WeightFormat(_Format):
 
 
 def stored_format(weight_format: WeightFormat) -> WeightFormat:
-    """The same format with its codes in the plan; what clipped the groups is in their scales."""
+    """The same format with its codes stored in the plan; the stored scales include any clipping."""
     changes = {"stored": True, "clipped": False, "clip_magnitude": False}
     return WeightFormat.model_validate(weight_format.model_dump() | changes)
 
 
 def clipped_format(weight_format: WeightFormat) -> WeightFormat:
-    """The same format with narrowed ranges of its groups."""
+    """The same format with clipped group ranges."""
     two_ends = weight_format.kind == "int" and not weight_format.symmetric
     return weight_format.model_copy(update={"clipped": True, "clip_magnitude": two_ends})
 
 
 class ActivationFormat(_Format):
-    """How the input of a Linear is rounded, and which parameters that takes.
+    """How the input of a Linear is rounded, and with which parameters.
 
     Attributes:
         kind: ``none``; ``static_channel`` - fixed bounds ``lower`` and ``upper`` [in_features] for each channel (RPTQ,
-            for the language model); ``dynamic_token`` - each token's own extremes, pulled in by ``clip_ratio`` (Outlier
+            for the language model); ``dynamic_token`` - each token's own extremes, narrowed by ``clip_ratio`` (Outlier
             Suppression, for the vision tower and the projector).
         bits: width of a code.
-        centered: for ``dynamic_token``: what is rounded is the distance from ``center`` [in_features], the mean input
-            of each channel in calibration, which is added again (after Wei et al., 2023, "Outlier Suppression+").
+        centered: for ``dynamic_token``: ``center`` [in_features], the mean input of each channel in calibration, is
+            subtracted before rounding and added again (after Wei et al., 2023, "Outlier Suppression+").
     """
 
     kind: Literal["none", "static_channel", "dynamic_token"] = "none"
@@ -180,7 +179,7 @@ class ActivationFormat(_Format):
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is newer than the first formats unless it is true."""
+        """Leave out a newer field that is false, so that plans of older versions keep their hashes."""
         content = serialize(self)
         return {name: value for name, value in content.items() if name != "centered" or value}
 

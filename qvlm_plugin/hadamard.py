@@ -1,7 +1,7 @@
-"""Hadamard matrices: square, of entries 1 and -1, with orthogonal rows.
+"""Hadamard matrices: square, with entries 1 and -1 and orthogonal rows.
 
 Sylvester's construction gives the powers of two. Paley's (1933) gives order q + 1 for prime powers q = 3 mod 4, and
-2 (q + 1) for q = 1 mod 4: among others 12, 20, 28, 36, 76, 108, 140 and 344, which are what the widths of models need.
+2 (q + 1) for q = 1 mod 4: among others 12, 20, 28, 36, 76, 108, 140 and 344, which the widths of models need.
 """
 
 from functools import cache
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 Element = tuple[int, ...]
-"""Of a finite field of p^k elements: coefficients of a polynomial of degree below k, the lowest first."""
+"""An element of a finite field of p^k: coefficients of a polynomial of degree below k, the lowest first."""
 
 
 def sylvester(power: int) -> Tensor:
-    """The symmetric matrix of order 2^power: float32."""
+    """Sylvester's symmetric matrix of order 2^power: float32."""
     matrix = torch.ones(1, 1)
     for _ in range(power):
         matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
@@ -30,7 +30,7 @@ def has_paley(order: int) -> bool:
 @cache
 @torch.inference_mode(False)
 def paley(order: int) -> Tensor:
-    """A matrix of an order for which `has_paley` is true: float32. All callers get the same tensor."""
+    """Paley's matrix of an order for which `has_paley` is true: float32. All callers get the same tensor."""
     if not has_paley(order):
         raise ValueError(f"Paley's construction has no Hadamard matrix of order {order}")
     if _field(order - 1) is not None:
@@ -46,10 +46,13 @@ def _second_kind(order: int) -> bool:
     return q % 4 == 1 and _field(q) is not None
 
 
-def _bordered(q: int, below: float) -> Tensor:
-    """Whether differences of field elements are squares (1), not (-1) or 0, with a row of ones and a column."""
+def _bordered(q: int, first_column: float) -> Tensor:
+    """The Jacobsthal matrix of a field of q elements, with a first row of ones and a constant first column.
+
+    Its entries say of the difference of two elements whether it is a square (1), none (-1), or 0.
+    """
     matrix = torch.zeros(q + 1, q + 1)
-    matrix[0, 1:], matrix[1:, 0] = 1.0, below
+    matrix[0, 1:], matrix[1:, 0] = 1.0, first_column
     prime, degree = _field(q)
     elements = [*product(range(prime), repeat=degree)]
     squares = {_square(element, prime) for element in elements}
@@ -62,7 +65,7 @@ def _bordered(q: int, below: float) -> Tensor:
 
 @cache
 def _field(q: int) -> tuple[int, int] | None:
-    """(p, k) of a field of q = p^k elements with an odd prime p and k up to 3; None if there is none."""
+    """(p, k) for q = p^k with an odd prime p and k up to 3; None if q is no such power."""
     for degree in (1, 2, 3):
         prime = round(q ** (1 / degree))
         if prime**degree == q and prime > 2 and all(prime % divisor for divisor in range(2, int(prime**0.5) + 1)):
@@ -71,23 +74,23 @@ def _field(q: int) -> tuple[int, int] | None:
 
 
 def _square(element: Element, prime: int) -> Element:
-    """The square, modulo `_irreducible`."""
+    """The square of a field element, modulo `_irreducible`."""
     degree = len(element)
     found = [0] * (2 * degree - 1)
     for (i, a), (j, b) in product(enumerate(element), repeat=2):
         found[i + j] += a * b
     lower = _irreducible(prime, degree)
     for power in range(2 * degree - 2, degree - 1, -1):
-        for place, coefficient in enumerate(lower):
-            found[power - degree + place] -= found[power] * coefficient
+        for exponent, coefficient in enumerate(lower):
+            found[power - degree + exponent] -= found[power] * coefficient
     return tuple(value % prime for value in found[:degree])
 
 
 @cache
 def _irreducible(prime: int, degree: int) -> Element:
-    """All but the leading coefficient of a monic polynomial without roots, which up to degree 3 is irreducible."""
+    """All but the leading coefficient of a monic polynomial without roots: up to degree 3 such are irreducible."""
     for lower in product(range(prime), repeat=degree):
-        values = (x**degree + sum(c * x**place for place, c in enumerate(lower)) for x in range(prime))
+        values = (x**degree + sum(c * x**exponent for exponent, c in enumerate(lower)) for x in range(prime))
         if degree == 1 or all(value % prime for value in values):
             return lower
     raise AssertionError("every finite field has irreducible polynomials of every degree")

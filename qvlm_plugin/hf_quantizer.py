@@ -1,7 +1,7 @@
-"""transformers' side of quantized checkpoints: ``from_pretrained`` of an exported folder loads packed.
+"""The transformers quantizer of quantized checkpoints: with it, ``from_pretrained`` of an exported folder loads packed.
 
-It enters itself in transformers' tables. `registration` imports it in the middle of transformers' own import; what
-needs more of that is therefore imported by the functions that run later.
+The module registers itself in transformers' tables. `registration` imports it while transformers is still being
+imported, so functions that run later import whatever needs more of transformers.
 """
 
 from importlib import import_module
@@ -26,21 +26,21 @@ logger = get_logger(__name__)
 
 
 class QVLMQuantizationConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of an exported folder, as it is; `checkpoint.CheckpointRecord` reads it."""
+    """The ``quantization_config`` of an exported folder, unparsed; `checkpoint.CheckpointRecord` validates it."""
 
     def __init__(self, **content: Any) -> None:
-        """Keep the content of the JSON object, whatever keys a version wrote."""
+        """Keep the whole content of the JSON object, including keys of other versions."""
         self.__dict__.update(content)
         self.quant_method = QUANT_METHOD
 
 
 class QVLMHfQuantizer(HfQuantizer):
-    """Puts packed Linears in the place of those that a checkpoint quantized.
+    """Replaces the Linears that a checkpoint has quantized by packed ones.
 
     Attributes:
-        record: what config.json says of the checkpoint.
-        wanted: types of the parameters that are not packed, as ``dtype=`` asks for.
-        execution: which kernel serves which module; known when the weights are loaded.
+        record: the validated ``quantization_config``.
+        wanted: dtypes of the parameters that are not packed, as requested by ``dtype=``.
+        execution: which kernel serves which module; set after the weights are loaded.
     """
 
     record: "CheckpointRecord"
@@ -79,7 +79,7 @@ class QVLMHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **more: Any) -> "PreTrainedModel":
         from qvlm_plugin.checkpoint import pack
 
-        for name, dtype in self.wanted.items():  # transformers 5.18 leaves some in the type that they are stored in
+        for name, dtype in self.wanted.items():  # transformers 5.18 leaves some in the dtype of the file
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.to(dtype)
         compute_type = next(dtype for dtype in self.wanted.values() if dtype.is_floating_point)
@@ -89,21 +89,21 @@ class QVLMHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Packed products are operators that torch.compile knows."""
+        """Packed products are operators that torch.compile supports."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Weights are codes."""
+        """Weights are integer codes."""
         return False
 
     def is_serializable(self) -> bool:
-        """Run-time tensors are laid out for one device; the folder that they came from can be copied."""
+        """Run-time tensors have the layout of one device; copy the exported folder instead."""
         return False
 
 
 def quantizer_of(model: "PreTrainedModel") -> QVLMHfQuantizer | None:
-    """The quantizer that loaded the model, if it came from an exported folder."""
+    """The quantizer that loaded the model from an exported folder; None for other models."""
     quantizer = getattr(model, "hf_quantizer", None)
     return quantizer if isinstance(quantizer, QVLMHfQuantizer) else None
 

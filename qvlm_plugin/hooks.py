@@ -1,4 +1,4 @@
-"""The hooks by which methods, topologies and kernels are provided - the built-in ones and everyone else's alike.
+"""The hooks that provide methods, topologies and kernels, built-in ones and those of other packages alike.
 
 A package that adds a method declares an entry point in group ``qvlm_plugin`` that names a module or object with
 functions marked by `hookimpl`::
@@ -9,8 +9,8 @@ functions marked by `hookimpl`::
     def qvlm_methods():
         return [Method(name="mine", …)]
 
-A hook that raises is named in the log and left out, and so is a wrapper (``hookimpl(wrapper=True)``).
-docs/example-plugin is a package with hooks, explained in docs/add-a-method.md.
+A hook that raises is logged and left out, and so is a wrapper (``hookimpl(wrapper=True)``). docs/example-plugin is a
+package with hooks, explained in docs/add-a-method.md.
 """
 
 from typing import TYPE_CHECKING
@@ -39,12 +39,12 @@ def qvlm_methods() -> "list[Method]":
 
 @hookspec(firstresult=True)
 def qvlm_topology(config: "PretrainedConfig") -> "Topology | None":
-    """The topology of models with this configuration; None leaves it to the next."""
+    """The topology of models with this configuration; None leaves it to the next plugin."""
 
 
 @hookspec
 def qvlm_kernels() -> "list[Kernel]":
-    """Arithmetics to offer under ``backend=``."""
+    """Kernels to offer under ``backend=``."""
 
 
 @hookspec

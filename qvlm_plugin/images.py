@@ -1,4 +1,4 @@
-"""Pictures as a model sees them: upright, in RGB of 8 bits, and the same pixels from whichever source they come."""
+"""Images as a model receives them: upright, in 8-bit RGB, with the same pixels from every source."""
 
 from io import BytesIO
 from pathlib import Path
@@ -10,11 +10,11 @@ from qvlm_plugin.reading import parsed_elsewhere
 
 
 def open_image(source: Path | bytes) -> Image.Image:
-    """The picture in a file, or in a file's content; of an animation the first frame.
+    """The image in a file, or in a file's content; of an animation the first frame.
 
     Raises:
         QVLMError: it is missing, damaged, truncated, of a kind that `as_rgb` refuses, or has more pixels than Pillow
-            takes for safe (``PIL.Image.MAX_IMAGE_PIXELS``, twice).
+            considers safe (twice ``PIL.Image.MAX_IMAGE_PIXELS``).
     """
     name = f"image {str(source)!r}" if isinstance(source, Path) else "an image"
     with (
@@ -25,14 +25,14 @@ def open_image(source: Path | bytes) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF data say, in RGB; itself where it is so already.
+    """The image in RGB, turned upright by its EXIF orientation; the same object where nothing is to be done.
 
-    Pillow's own conversion clips what has more than 8 bits. Here 16-bit grey keeps its upper 8 bits, as Pillow does it
-    for 16-bit colour; whole numbers of 32 bits are taken for 8-bit grey up to 255 and for 16-bit grey above; of
-    floating-point numbers 1 is white where none is greater, else 255.
+    Pillow's own conversion clips images of more than 8 bits. Here 16-bit grey keeps its upper 8 bits, as 16-bit colour
+    does in Pillow; 32-bit integers count as 8-bit grey where none exceeds 255, else as 16-bit grey; floating-point
+    values are scaled from 0 to 1 where none exceeds 1, else taken as 0 to 255.
 
     Raises:
-        ValueError: its numbers are in no such range, or Pillow does not convert its colours.
+        ValueError: pixel values are outside these ranges, or Pillow cannot convert the mode.
     """
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -42,12 +42,12 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether a picture has more than 8 bits for each pixel and colour, which Pillow's own conversion clips."""
+    """Whether an image has more than 8 bits per channel, which Pillow's own conversion clips."""
     return image.mode == "F" or image.mode.startswith("I")
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    low, high = float(pixels.min()), float(pixels.max())  # NaN where a pixel is
+    low, high = float(pixels.min()), float(pixels.max())  # NaN where any pixel is NaN
     if pixels.dtype.itemsize == 2:
         return (pixels >> 8).astype(np.uint8)
     limit = 255 if pixels.dtype.kind == "f" else 65_535

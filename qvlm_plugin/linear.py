@@ -14,8 +14,8 @@ from qvlm_plugin.rotation import rotate
 class QuantLinear(nn.Module):
     """A Linear whose weight and input are quantized.
 
-    What differs between methods is data in its tensors; what differs between arithmetics is the kernel that made and
-    reads them. Tensors are parameters without gradient, so that accelerate moves and offloads them like any weight.
+    Methods differ in the values of its tensors, arithmetics in the kernel that packs and reads them. The tensors are
+    parameters without gradient, so that accelerate moves and offloads them like any weight.
     """
 
     def __init__(
@@ -26,13 +26,13 @@ class QuantLinear(nn.Module):
         kernel: Kernel,
         shape: tuple[int, int],
     ) -> None:
-        """Hold a kernel's run-time tensors for a weight of ``shape`` [O, I]."""
+        """Register a kernel's run-time tensors for a weight of ``shape`` [O, I]."""
         super().__init__()
         self.out_features, self.in_features = shape
         self.weight_format, self.activation_format, self.kernel = weight_format, activation_format, kernel
         self.tensor_names: tuple[str, ...] = ()
         self.rotation_names: tuple[str, ...] = ()
-        self.hold(tensors)
+        self.set_tensors(tensors)
 
     @classmethod
     def from_linear(
@@ -43,14 +43,14 @@ class QuantLinear(nn.Module):
         parameters: Mapping[str, Tensor],
         kernel: Kernel,
     ) -> "QuantLinear":
-        """Quantize ``linear``; ``parameters`` are those that the two formats name."""
+        """Quantize ``linear``; ``parameters`` are the tensors that the two formats name."""
         weight, bias = linear.weight.detach(), linear.bias
         neutral = kernel.prepare(weight, bias, weight_format, activation_format, parameters)
         tensors = kernel.pack(neutral, activation_format, weight.device)
         return cls(tensors, weight_format, activation_format, kernel, (linear.out_features, linear.in_features))
 
-    def hold(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keep these tensors in place of those it has."""
+    def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the tensors of the module by these."""
         for name in self.tensor_names:
             delattr(self, name)
         self.tensor_names = tuple(tensors)
@@ -58,13 +58,13 @@ class QuantLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
 
     def rotate_inputs(self, factors: Sequence[Tensor]) -> None:
-        """From now on multiply inputs by a rotation's `factors`, before they are rounded; the weight is for such."""
+        """Multiply inputs by a rotation's `factors` before they are rounded; the weight must be rotated already."""
         self.rotation_names = tuple(f"rotation_{index}" for index in range(len(factors)))
         for name, factor in zip(self.rotation_names, factors, strict=True):
             self.register_parameter(name, nn.Parameter(factor.detach(), requires_grad=False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantLinear":
-        # ``model.to(dtype)`` is about the compute type: scales and bounds lose what they were searched for by a cast.
+        # ``model.to(dtype)`` changes the compute type; a cast would round the scales and bounds that were searched.
         kept = {
             id(getattr(self, name))
             for name in (*self.tensor_names, *self.rotation_names)
@@ -79,7 +79,7 @@ class QuantLinear(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight: output and input channels."""
+        """Shape of the weight: output and input channels."""
         return self.out_features, self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class QuantLinear(nn.Module):
         return self.kernel.forward(self.rotated(x), self._parameters, self.activation_format)
 
     def rotated(self, x: Tensor) -> Tensor:
-        """The input as it is rounded."""
+        """The input after the rotation, if there is one: the tensor that is rounded."""
         if not self.rotation_names:
             return x
         factors = [getattr(self, name) for name in self.rotation_names]
@@ -101,9 +101,9 @@ class QuantLinear(nn.Module):
 
 
 def share_parameters(layers: Iterable[QuantLinear]) -> None:
-    """Let Linears that read the same tensor have equal parameters in common that prepare it, for it to be done `once`.
+    """Let Linears that read the same tensor share equal rounding parameters, so that its rounding is computed `once`.
 
-    Bounds are the same for all Linears of a site, but each has made copies on its device, or found steps by itself.
+    All Linears of a site have the same bounds, but each made copies of them, or computed its own steps.
     """
     first, *others = layers
     for layer in others:

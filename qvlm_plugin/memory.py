@@ -1,4 +1,4 @@
-"""How much memory the process has held at most, and what it keeps of memory that is free."""
+"""Peak memory of the process, and returning freed memory to the system."""
 
 import platform
 import resource
@@ -10,7 +10,7 @@ import torch
 
 
 def peak_memory(on_gpu: bool) -> int:
-    """Bytes held at most since the process began, or since `restart_peak`: on all GPUs, or by the process."""
+    """Peak bytes since the process began, or since `restart_peak`: on all GPUs together, or of the process."""
     if on_gpu:
         return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     unit = 1 if platform.system() == "Darwin" else 1024
@@ -18,7 +18,7 @@ def peak_memory(on_gpu: bool) -> int:
 
 
 def restart_peak() -> None:
-    """Let `peak_memory` count from now on; a process's own peak restarts on Linux only."""
+    """Make `peak_memory` count from now; the process's own peak restarts on Linux only."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)
@@ -27,11 +27,11 @@ def restart_peak() -> None:
 
 
 def trim_heap() -> None:
-    """Give freed memory back to the system.
+    """Return freed memory to the system.
 
-    The C library keeps freed blocks of up to some megabytes for later use, and packed tensors that come to lie between
-    them keep it from using them for larger ones: a model that is quantized tensor by tensor would take almost twice the
-    memory of its weights. Takes well below a millisecond when there is nothing to give back.
+    The C library keeps freed blocks of up to some megabytes for reuse. When a model is quantized tensor by tensor,
+    packed tensors allocated between them fragment this memory, so that larger blocks cannot reuse it, and the process
+    takes almost twice the memory of the weights. Takes well below a millisecond when there is nothing to return.
     """
     if hasattr(psutil, "heap_trim"):  # not with every C library
         psutil.heap_trim()

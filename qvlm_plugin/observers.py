@@ -1,4 +1,4 @@
-"""Observers: what calibration learns about the inputs of a Linear, and the ranges that follow from it."""
+"""Observers: statistics of a Linear's inputs on the calibration set, and quantization ranges chosen from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,13 +40,14 @@ class ChannelStatistics:
             self.count + other.count,
         )
 
-    def to(self, device: torch.device | str, **how: Any) -> "ChannelStatistics":
-        """The same on a device."""
-        return replace(self, **{name: getattr(self, name).to(device, **how) for name in ("lower", "upper", "total")})
+    def to(self, device: torch.device | str, **options: Any) -> "ChannelStatistics":
+        """The same on a device; ``options`` are those of `Tensor.to`."""
+        names = ("lower", "upper", "total")
+        return replace(self, **{name: getattr(self, name).to(device, **options) for name in names})
 
     @property
     def mean(self) -> Tensor:
-        """Channel means, float32 [C]; within the extremes."""
+        """Channel means, float32 [C], clamped to the extremes."""
         return (self.total / self.count).clamp(self.lower, self.upper)
 
     def range(self, ratio: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -55,19 +56,19 @@ class ChannelStatistics:
 
 
 def chunk_for(device: torch.device) -> tuple[int, bool]:
-    """How many rounded elements to look at together on a device, and whether those of all candidates or of one.
+    """How many rounded elements to process at a time on a device, and whether all candidates go in one batch.
 
-    What a CPU computes of 2^18 elements stays in its cache. Batches of candidates are no faster there (measured with 25
-    candidates and 4096 channels) and change the order of sums. Elsewhere each operation costs its launch, some
-    microseconds, in which an accelerator computes with millions of elements: those of 2^24 make temporaries of 0.3 GB
-    at most, and take ten times as long as the launches at 2 TB/s.
+    On a CPU, 2^18 elements stay in the cache, and batches of candidates are no faster (measured with 25 candidates and
+    4096 channels) and would change the order of sums. On an accelerator the launch of each operation takes some
+    microseconds, in which it processes millions of elements: 2^24 elements make temporaries of 0.3 GB at most, and at
+    2 TB/s take ten times as long as the launches.
     """
     return (2**18, False) if device.type == "cpu" else (2**24, True)
 
 
 @dataclass(frozen=True)
 class RangeGrid:
-    """Candidates for the range of a quantizer, and how they are judged.
+    """Candidate clipping ratios of a quantizer, and their criterion.
 
     Attributes:
         ratios: R candidates.
@@ -83,15 +84,15 @@ class RangeGrid:
 def channel_lp_losses(
     x: Tensor, statistics: ChannelStatistics, grid: RangeGrid, weights: Tensor | None = None
 ) -> Tensor:
-    """sum over tokens of |Q(x) - x|^p of static per-channel quantization, for each candidate ratio and channel.
+    """Sum over tokens of |Q(x) - x|^p under static per-channel quantization, for each candidate ratio and channel.
 
-    The l_p criterion initialises the quantizers of the paper's baselines and of Q-VLM itself (section 4.1).
+    By the l_p criterion the paper initialises the quantizers of its baselines and of Q-VLM (section 4.1).
 
     Args:
         x: tokens [N, C].
         statistics: of the whole calibration set.
         grid: the candidates.
-        weights: factors of the elements' losses [N, C]; None takes all as 1.
+        weights: factors of the elements' losses [N, C]; None: all 1.
 
     Returns:
         float64 [R, C].
@@ -115,16 +116,16 @@ def channel_lp_losses(
 
 
 def token_lp_losses(x: Tensor, grid: RangeGrid) -> Tensor:
-    """sum |Q(x) - x|^p of dynamic per-token quantization, for each candidate clipping ratio; float64 [R]."""
+    """Sum of |Q(x) - x|^p under dynamic per-token quantization, for each candidate clipping ratio: float64 [R]."""
     candidates = (fake_quantize(x, *token_range(x, ratio), grid.bits) for ratio in grid.ratios)
     return torch.stack([_lp(candidate, x, grid.norm).sum(dtype=torch.float64) for candidate in candidates])
 
 
 def best_ratio(losses: Tensor, ratios: Sequence[float]) -> Tensor:
-    """The ratio of least loss; ties keep the earlier one.
+    """The ratio with the least loss; the first of equal ones.
 
     Args:
-        losses: [R] or, where each channel chooses, [R, C].
+        losses: [R], or [R, C] to choose for each channel.
         ratios: R candidates.
 
     Returns:

@@ -1,8 +1,7 @@
-"""Integer codes packed into bytes: the one layout of files, kernels' neutral tensors, and bitsandbytes.
+"""Integer codes packed into bytes: the layout of plan files, of kernels' neutral tensors, and of bitsandbytes.
 
-Along the last axis, as many codes share a byte as fit where their width divides 8: four of 2 bits, two of 4, one of 8;
-of neighbours the first is in the upper bits, and the last byte is filled up with zeros. Codes of other widths have a
-byte each.
+Codes whose width divides 8 share bytes along the last axis: four of 2 bits, two of 4, one of 8. The first of the codes
+is in the upper bits, and the last byte is padded with zeros. Codes of other widths take a byte each.
 """
 
 import torch
@@ -26,15 +25,15 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         return codes
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each))
     packed = codes[..., ::each] << (8 - bits)
-    for place in range(1, each):
-        packed |= codes[..., place::each] << (8 - bits * (place + 1))
+    for position in range(1, each):
+        packed |= codes[..., position::each] << (8 - bits * (position + 1))
     return packed
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int | None = None) -> Tensor:
-    """The inverse of `pack_codes`, for the first ``columns`` codes; None unpacks all that the bytes hold."""
+    """The inverse of `pack_codes`, for the first ``columns`` codes; None: all, padding included."""
     each = codes_per_byte(bits)
     if each == 1:
         return packed[..., :columns]
-    codes = [packed >> (8 - bits * (place + 1)) & 2**bits - 1 for place in range(each)]
+    codes = [packed >> (8 - bits * (position + 1)) & 2**bits - 1 for position in range(each)]
     return torch.stack(codes, dim=-1).flatten(-2)[..., :columns]

@@ -1,12 +1,12 @@
-"""Rounding plans: what a quantization method decided, as plain data.
+"""Rounding plans: the decisions of a quantization method, as plain data.
 
 A plan lists every Linear of a model with the formats of its weight and of its input, and holds the tensors that those
-formats need (bounds, clipping ratios). It can be saved, compared, shared and applied again; applying it is one function
-for all methods. The weights themselves are not in it: their codes follow from the model and the formats, or are among
-the tensors (`WeightFormat.stored`).
+formats need (bounds, clipping ratios). It can be saved, compared, shared and applied again, by one function for all
+methods. It does not contain the weights: their codes follow from the model and the formats, or are among the tensors
+(`WeightFormat.stored`).
 
 On disk a plan is a folder with ``plan.json`` (readable) and ``plan.safetensors``. With codes it is as large as the
-packed model, so that its tensors are read where they lie (mapped into memory) and written and hashed part by part.
+packed model; its tensors are therefore mapped into memory, and written and hashed piece by piece.
 """
 
 import hashlib
@@ -51,18 +51,17 @@ class RoundingPlan(PlanFacts):
     """The outcome of fitting a method to a model.
 
     Attributes:
-        method, scheme, options: what was asked for.
-        model: fingerprint of the checkpoint the plan belongs to (`LoadedModel.fingerprint`).
+        method, scheme, options: the request.
+        model: fingerprint of the checkpoint that the plan belongs to (`LoadedModel.fingerprint`).
         modules: every Linear of the model.
         tensors: ``<site>/<parameter>`` of activation formats, ``<linear>/<parameter>`` of weight formats,
-            ``<site>/scale`` of folds, ``<name>/value`` of replaced parameters; all on the CPU, wherever the parts of
-            the model were that they were found on.
+            ``<site>/scale`` of folds and scaled rotations, ``<name>/value`` of replaced parameters; all on the CPU.
         folds: scales to move between modules before quantizing, in this order.
-        replaced: names of the model's own parameters that take new values (trained norms) before anything else.
-        rotations: what sites' inputs are multiplied by before they are rounded, at most one for each site.
-        calibration: the documents used, None for data-free methods.
-        search_seconds: wall time of the fit.
-        record: how the search went, as JSON data for people and reports (a loss curve, a partition).
+        replaced: names of the model's own parameters that take new values (trained norms), before any fold.
+        rotations: rotations of sites' inputs, at most one for each site.
+        calibration: the documents used; None for data-free methods.
+        search_seconds: wall time of the search.
+        record: the course of the search, as JSON data for people and reports (a loss curve, a partition).
     """
 
     method: str
@@ -83,14 +82,14 @@ class RoundingPlan(PlanFacts):
 
     @cached_property
     def tensors_sha256(self) -> str:
-        """SHA-256 of the file that `save` makes of the tensors, or that they were read from."""
+        """SHA-256 of the tensors' file: the one that `save` writes, or from which they were loaded."""
         sha = hashlib.sha256()
         for part in _file_parts(self.tensors):
             sha.update(part)
         return sha.hexdigest()
 
     def save(self, directory: Path) -> Path:
-        """Write the plan's folder in one step: it is there completely or not at all. An older plan is replaced."""
+        """Write the plan's folder in one step, completely or not at all. An older plan there is replaced."""
         directory = Path(directory)
         header = PlanHeader(
             format_version=self.oldest_format,
@@ -108,7 +107,7 @@ class RoundingPlan(PlanFacts):
             rotations=self.rotations,
             record=dict(self.record),
         )
-        require_place(directory)
+        require_plan_folder(directory)
         with staged(directory, replaces=True) as folder:
             with (folder / TENSORS).open("wb") as stream:
                 stream.writelines(_file_parts(self.tensors))
@@ -120,7 +119,7 @@ class RoundingPlan(PlanFacts):
         """Read a plan's folder.
 
         Raises:
-            QVLMError: it is missing, incomplete, altered, or written by a newer version.
+            QVLMError: a file is missing, incomplete, altered, or written by a newer version.
         """
         header = read_header(directory)
         try:
@@ -133,15 +132,15 @@ class RoundingPlan(PlanFacts):
         return plan
 
 
-def require_place(directory: Path) -> None:
-    """Check that a plan can be saved in a folder, before it is searched.
+def require_plan_folder(directory: Path) -> None:
+    """Check, before a search, that its plan can be saved in a folder.
 
     Raises:
-        QVLMError: it holds something other than a plan, or cannot be written.
+        QVLMError: the folder holds something other than a plan, or cannot be written.
     """
     names = {file.name for file in directory.iterdir()} if directory.is_dir() else set()
     if names - {HEADER, TENSORS} or directory.is_file():
-        raise QVLMError(f"{str(directory)!r} holds other files than a plan; choose another folder")
+        raise QVLMError(f"{str(directory)!r} holds files other than a plan; choose another folder")
     require_writable(directory)
 
 
@@ -159,23 +158,24 @@ def check_plan(
         plan: made for this model.
         model: in full precision, as loaded.
         fingerprint: of the loaded checkpoint.
-        kernels: candidates in order of preference; the first that supports a module serves it, the last is the one to
-            fall back on.
+        kernels: candidates in order of preference; the first that supports a module serves it, and the last is the
+            fallback.
         strict: falling back is an error.
-        device: where weights are going to be that are not loaded yet; None for a model whose weights are there.
+        device: the device of weights that are not loaded yet; None for a model whose weights are loaded.
 
     Returns:
         Which kernel serves which module.
 
     Raises:
         QVLMError: the plan belongs to another model, lists a module that is missing or of another shape, leaves one
-            out, lacks a tensor, rotates what cannot be, no kernel supports a module, or it falls back under ``strict``.
+            out, lacks a tensor, has an impossible rotation; no kernel supports a module; or one falls back under
+            ``strict``.
     """
     if plan.model != fingerprint:
         raise QVLMError(
             f"plan was made for another model: its fingerprint is {plan.model[:12]}…, that of the loaded model "
-            f"{fingerprint[:12]}…; its files, image_aspect_ratio or router_noise_seed differ, or the plan is of an "
-            "earlier version of qvlm_plugin, which knew models by fewer files"
+            f"{fingerprint[:12]}…; the model's files, image_aspect_ratio or router_noise_seed differ, or an earlier "
+            "version of qvlm_plugin, whose fingerprints covered fewer files, made the plan"
         )
     linears = linear_layers(model)
     _require_same_linears(plan, linears)
@@ -195,11 +195,11 @@ def check_plan(
 
 
 @torch.no_grad()
-def edit(plan: RoundingPlan, modules: Mapping[str, nn.Module]) -> None:
-    """Give replaced parameters their values and move folded scales, in place, as far as these modules are concerned.
+def replace_and_fold(plan: RoundingPlan, modules: Mapping[str, nn.Module]) -> None:
+    """Set replaced parameters to their new values and apply folds, in place, in the given modules only.
 
     Args:
-        plan: checked.
+        plan: a checked plan.
         modules: by full name.
     """
     for name in plan.replaced:
@@ -219,28 +219,28 @@ def edit(plan: RoundingPlan, modules: Mapping[str, nn.Module]) -> None:
 def begin_applying(
     plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: tuple[Kernel, ...], strict: bool = False
 ) -> Execution:
-    """`check_plan`, then `edit`: what comes before the rounding of Linears."""
+    """`check_plan`, then `replace_and_fold`: the steps before Linears are rounded."""
     execution = check_plan(plan, model, fingerprint, kernels, strict)
-    edit(plan, dict(model.named_modules()))
+    replace_and_fold(plan, dict(model.named_modules()))
     return execution
 
 
 def apply_plan(
     plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: tuple[Kernel, ...], strict: bool = False
 ) -> Execution:
-    """Replace the Linears of ``model`` by what the plan says, in place; arguments and errors as `check_plan`."""
+    """Quantize the Linears of ``model`` by the plan, in place; arguments and errors as in `check_plan`."""
     execution = begin_applying(plan, model, fingerprint, kernels, strict)
     for module in plan.quantized:
         linear = model.get_submodule(module.name)
         kernel = execution.choices[module.name].kernel
         layer = quantized_linear(module, linear, plan.tensors, kernel, plan.rotation_of(module))
-        place(model, module.name, layer)
+        put_layer(model, module.name, layer)
     share_within_sites(plan.quantized, model)
     return execution
 
 
 def share_within_sites(modules: Sequence[ModulePlan], model: nn.Module) -> None:
-    """`share_parameters` among the quantized Linears of each site; ``modules`` are quantized."""
+    """`share_parameters` among the Linears of each site; all ``modules`` must be quantized."""
     sites: dict[str | None, list[QuantLinear]] = {}
     for module in modules:
         sites.setdefault(module.site, []).append(model.get_submodule(module.name))
@@ -248,10 +248,10 @@ def share_within_sites(modules: Sequence[ModulePlan], model: nn.Module) -> None:
         share_parameters(layers)
 
 
-def place(model: nn.Module, name: str, layer: QuantLinear) -> None:
-    """Put ``layer`` in the place of the Linear of that name."""
+def put_layer(model: nn.Module, name: str, layer: QuantLinear) -> None:
+    """Replace the Linear of that name by ``layer``."""
     linear = model.get_submodule(name)
-    if hasattr(linear, "_hf_hook"):  # accelerate's: it brings inputs to the device of a dispatched model's layer
+    if hasattr(linear, "_hf_hook"):  # accelerate's hook moves inputs to the layer's device in a dispatched model
         add_hook_to_module(layer, linear._hf_hook)
     model.set_submodule(name, layer)
 
@@ -263,7 +263,7 @@ def quantized_linear(
     kernel: Kernel,
     rotation: Rotation | None = None,
 ) -> QuantLinear:
-    """What ``linear`` becomes by its entry in a plan with these ``tensors`` and this rotation of its inputs."""
+    """``linear`` quantized by its entry ``module`` in a plan, with the plan's ``tensors`` and the site's rotation."""
     parameters = parameters_of(module, tensors, linear.weight.device)
     if rotation is None:
         return QuantLinear.from_linear(linear, module.weight, module.activation, parameters, kernel)
@@ -277,7 +277,7 @@ def quantized_linear(
 def factors_of(
     rotation: Rotation, tensors: Mapping[str, Tensor], device: torch.device | str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What inputs and weights are multiplied by, as `rotation.factors`; ``tensors`` are the plan's."""
+    """The factors by which inputs and weights are multiplied, as `rotation.factors`; ``tensors`` are the plan's."""
     matrices = factors(rotation, device)
     if not rotation.scaled:
         return matrices, matrices
@@ -286,7 +286,7 @@ def factors_of(
 
 
 def rotated_linear(linear: nn.Linear, factors: Sequence[Tensor]) -> nn.Linear:
-    """A Linear that gives for inputs rotated by ``factors`` what ``linear`` gives for inputs."""
+    """A Linear whose output for rotated inputs equals that of ``linear`` for the inputs themselves."""
     rotated = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
     rotated.weight = nn.Parameter(rotate(linear.weight.detach(), factors), requires_grad=False)
     rotated.bias = linear.bias
@@ -294,7 +294,7 @@ def rotated_linear(linear: nn.Linear, factors: Sequence[Tensor]) -> nn.Linear:
 
 
 def parameters_of(module: ModulePlan, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The parameters that a module's formats name, out of a plan's ``tensors``."""
+    """The tensors that a module's formats name, by parameter name, from a plan's ``tensors``."""
     return {name: tensors[key].to(device) for name, key in _tensor_keys(module).items()}
 
 
@@ -325,7 +325,7 @@ def multiply_columns(reader: nn.Linear, fold: Fold, scale: Tensor) -> None:
 
 
 def _tensor_keys(module: ModulePlan) -> dict[str, str]:
-    """The plan's tensor for each parameter that a module's formats name."""
+    """The key among the plan's tensors of each parameter that a module's formats name."""
     shared = (*module.activation.parameters, *module.weight.site_parameters)
     own = {name: f"{module.name}/{name}" for name in module.weight.parameters}
     return {name: f"{module.site}/{name}" for name in shared} | own
@@ -353,7 +353,7 @@ def _choose(kernels: tuple[Kernel, ...], module: ModulePlan, device: torch.devic
 
 
 def _require_tensors(plan: RoundingPlan, model: nn.Module) -> None:
-    """Every tensor that applying the plan reads is there, finite and of the right size."""
+    """Check that the plan has every tensor that applying it reads, finite and of the right size."""
     sizes = {}
     for module in plan.modules:
         if module.weight.stored:
@@ -381,7 +381,7 @@ def _require_tensors(plan: RoundingPlan, model: nn.Module) -> None:
 
 
 def _require_rotations(plan: RoundingPlan) -> None:
-    """Every rotation is of one site, whose inputs can be rotated."""
+    """Check that each rotation belongs to a site whose inputs can be rotated, and no site has two."""
     readers: dict[str | None, list[ModulePlan]] = {}
     for module in plan.modules:
         readers.setdefault(module.site, []).append(module)
@@ -399,7 +399,7 @@ def _require_rotations(plan: RoundingPlan) -> None:
 
 
 def _require_codes(module: ModulePlan, tensors: Mapping[str, Tensor]) -> None:
-    """The codes of a Linear are there, and can be codes of its weight."""
+    """Check that the plan has valid stored codes of a Linear: types, shapes and ranges."""
     fmt, (rows, columns) = module.weight, module.shape
     groups, largest = fmt.groups(module.shape) // rows, 2**fmt.bits - 1
     shapes = {
@@ -419,7 +419,7 @@ def _require_codes(module: ModulePlan, tensors: Mapping[str, Tensor]) -> None:
         # A block of zeros has a scale of 0 in the normal-float type; the scale of integers is 1 there.
         if floating and not (tensor.isfinite() & ((tensor > 0) | (name == "absmax") & (tensor == 0))).all():
             raise QVLMError(f"plan has scales in {key} that are not positive and finite")
-        # Every byte that several codes share is one of codes.
+        # Where several codes share a byte, every value of the byte is valid.
         of_codes = name == "zero_points" or (name == "codes" and codes_per_byte(fmt.bits) == 1)
         if of_codes and int(tensor.max()) > largest:
             raise QVLMError(f"plan has a code in {key} that is larger than {largest}, the largest of {fmt.bits} bits")
@@ -428,7 +428,7 @@ def _require_codes(module: ModulePlan, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _require_multiples(module: ModulePlan, tensors: Mapping[str, Tensor]) -> None:
-    """Products of a Linear's progressive multiples and codes fit 8 bits."""
+    """Check that products of a Linear's progressive multiples and codes fit 8 bits."""
     levels, key = 2**module.weight.bits - 1, f"{module.name}/multiples"
     multiples = tensors[key].int()
     zero_points = tensors.get(f"{module.name}/zero_points", torch.tensor(2 ** (module.weight.bits - 1)))
@@ -438,7 +438,7 @@ def _require_multiples(module: ModulePlan, tensors: Mapping[str, Tensor]) -> Non
 
 
 def _file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The content of the safetensors file of ``tensors``, to the byte what the library writes, without a copy of it."""
+    """The content of the safetensors file of ``tensors``, byte for byte as the library writes it, without a copy."""
     layout = json.loads(save({name: tensor.new_empty(0) for name, tensor in tensors.items()})[8:])  # in its own order
     end = 0
     for name, entry in layout.items():

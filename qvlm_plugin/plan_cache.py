@@ -1,7 +1,7 @@
-"""Plans on disk, keyed by what decides them: a plan is searched once, by one of the processes that want it.
+"""The cache of plans on disk: each plan is searched once, by one of the processes that need it.
 
-That is the model, its prompts, scheme, method, options, calibration data, code, and the arithmetic that the model ran
-in (device, dtype, attention).
+Its key covers all that decides a plan: the model, its prompts, scheme, method, options, calibration data, code, and the
+arithmetic in which the model ran (device, dtype, attention).
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from qvlm_plugin.workspace import Workspace
 
 
 def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: CalibrationSet | None) -> str:
-    """Name of the cached plan: SHA-256 over all that decides it, the method's own code included."""
+    """Name of the cached plan: SHA-256 over all that decides it, including the method's own code."""
     method = request.method
     modules = {"qvlm_plugin", method.options.__module__, *(step.run.__module__ for step in method.steps)}
     packages = sorted({module.partition(".")[0] for module in modules})
@@ -35,6 +35,7 @@ def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: Calibratio
         "dtype": str(loaded.model.dtype),
         "device": device_name(execution_device(loaded.model)),
         "attention": loaded.model.config._attn_implementation,
+        "topology": repr(loaded.topology),
         "prompts": loaded.processor.chat_template,
         "method": request.method.name,
         "options": request.options.model_dump(mode="json"),
@@ -45,21 +46,21 @@ def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: Calibratio
 
 
 def cached_plan(directory: Path, search: Callable[[Workspace], RoundingPlan]) -> RoundingPlan:
-    """The plan that ``directory`` holds; where it holds none, or a damaged one, it is searched and stored there.
+    """The plan in ``directory``; where there is none, or a damaged one, it is searched and stored there.
 
-    Other processes that want the same plan wait meanwhile. The steps of a search that is interrupted are kept beside
-    it, in ``<directory>.steps``, until a search comes to its end.
+    Meanwhile, other processes that need the same plan wait. The finished steps of an interrupted search stay in
+    ``<directory>.steps`` until a later search completes.
 
     Args:
         directory: of the plan; its name should be a `cache_key`.
-        search: gives the plan, going on from the steps that the workspace has.
+        search: returns the plan, and resumes from the steps that the workspace has.
 
     Raises:
-        QVLMError: ``search`` does, or the plan cannot be written.
+        QVLMError: ``search`` raises it, or the plan cannot be written.
     """
     workspace = Workspace(directory.with_name(f"{directory.name}.steps"))
-    if (found := _stored(directory)) is not None:  # also where nothing can be written
-        workspace.discard()  # what a search left that was killed at its very end
+    if (found := _stored(directory)) is not None:  # before any lock: the folder may be read-only
+        workspace.discard()  # steps of a search that was killed between saving its plan and discarding them
         return found
     make_folder(directory.parent)
     with _locked(directory.with_name(f"{directory.name}.lock")):
@@ -74,7 +75,7 @@ def cached_plan(directory: Path, search: Callable[[Workspace], RoundingPlan]) ->
 def _stored(directory: Path) -> RoundingPlan | None:
     try:
         return RoundingPlan.load(directory)
-    except QVLMError:  # absent, or damaged: to be searched
+    except QVLMError:  # absent or damaged
         return None
 
 

@@ -1,4 +1,4 @@
-"""What a plan says beside its tensors: the content of ``plan.json``. Reading it takes no torch."""
+"""A plan without its tensors: the content of ``plan.json``. Reading it does not import torch."""
 
 import hashlib
 import json
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 3
-"""The newest that this version reads. 2 had stored integer codes, 3 has codes of either kind, rotations, centered
-activations and weights that are clipped by magnitude. Plans without any are written as 1: older versions read and apply
-them as this one does."""
+"""The newest format that this version reads. 2 had stored integer codes; 3 has stored codes of both kinds, rotations,
+centered activations, progressive scales and weights clipped by magnitude. Plans without any of these are written as 1,
+which older versions read and apply alike."""
 
 HEADER, TENSORS = "plan.json", "plan.safetensors"
 """The files of a plan's folder."""
@@ -39,15 +39,15 @@ class _Record(BaseModel):
 
 
 class ModulePlan(_Record):
-    """What becomes of one Linear.
+    """How a plan quantizes one Linear.
 
     Attributes:
         name: full name in the model.
-        part: ``vision``, ``projector`` or ``decoder``; ``unused`` for vision blocks that the output does not depend on,
-            ``other`` for what is never quantized (the language model's head, routers).
-        site: name of the activation quantizer it shares; None when the topology gives it none.
+        part: ``vision``, ``projector`` or ``decoder``; ``unused`` for vision blocks that do not affect the output,
+            ``other`` for Linears that are never quantized (the language model's head, routers).
+        site: name of the activation quantizer of its input; None where the topology has none.
         shape: [out_features, in_features].
-        weight, activation: the formats.
+        weight, activation: the formats of its weight and its input.
     """
 
     name: str
@@ -59,7 +59,7 @@ class ModulePlan(_Record):
 
     @property
     def is_identity(self) -> bool:
-        """Whether the Linear stays as it is."""
+        """Whether neither weight nor input is quantized."""
         return self.weight.kind == "none" and self.activation.kind == "none"
 
 
@@ -69,16 +69,16 @@ def table_hash(modules: Sequence[ModulePlan]) -> str:
 
 
 class Fold(_Record):
-    """Per-channel scales that move between a module and the Linears that read it, without changing their product.
+    """Per-channel scales that move from a module into the Linears that read it, which leaves their outputs unchanged.
 
-    The producer's output channels are divided by the plan's tensor ``<site>/scale``, the columns of the site's Linears
-    multiplied by it (AWQ's equivalent transformation).
+    The producer's output channels are divided by the plan's tensor ``<site>/scale``, and the columns of the site's
+    Linears are multiplied by it (AWQ's equivalent transformation).
 
     Attributes:
-        site: whose Linears read the producer.
+        site: the site whose Linears read the producer.
         producer: full name of a norm or Linear.
-        head_dim: for a producer with fewer heads than its readers (values under grouped-query attention): the width of
-            a head, each of which is read several times in a row; None where channels correspond one to one.
+        head_dim: for a producer with fewer heads than its readers (values under grouped-query attention, where
+            consecutive query heads share a head): the width of a head; None where channels correspond one to one.
     """
 
     site: str
@@ -86,7 +86,7 @@ class Fold(_Record):
     head_dim: int | None = None
 
     def spread(self, scale: "Tensor", width: int) -> "Tensor":
-        """The scale of each of ``width`` channels read: [width], from ``scale`` [channels produced]."""
+        """The scale of each input channel of the readers: [width], from ``scale`` [channels produced]."""
         if self.head_dim is None:
             return scale
         heads = scale.view(-1, self.head_dim)
@@ -94,20 +94,20 @@ class Fold(_Record):
 
 
 class Rotation(_Record):
-    """An orthogonal matrix R that a site's inputs are multiplied by, before they are rounded, while the model runs.
+    """An orthogonal matrix R by which a site's inputs are multiplied at run time, before they are rounded.
 
-    Weights of the site's Linears are multiplied by it when the plan is applied, after folds and before they are
-    rounded: ``x Wᵀ = (x R) (W R)ᵀ``. Codes, means and clipping in the plan are of what has been multiplied.
+    Applying the plan multiplies the weights of the site's Linears by it, after folds and before they are rounded:
+    ``x Wᵀ = (x R) (W R)ᵀ``. Codes, means and clipping factors in the plan refer to the rotated tensors.
 
     Where it is ``scaled``, inputs are first divided by the plan's tensor ``<site>/scale`` [channels], and weights
-    multiplied by it: ``x Wᵀ = (x S⁻¹ R) (W S R)ᵀ``. Unlike a `Fold` that takes no module which produces the inputs.
+    multiplied by it: ``x Wᵀ = (x S⁻¹ R) (W S R)ᵀ``. Unlike a `Fold`, this needs no module that produces the inputs.
 
     Attributes:
-        site: whose inputs.
+        site: the site whose inputs are rotated.
         kind: ``signed`` - R = S (M ⊗ H), see `rotation`.
         outer: order of M.
         block: order of the Hadamard matrix H, a power of two.
-        seed: that the signs S are drawn from, and M where it has to be.
+        seed: of the signs S, and of M where it is random.
         scaled: whether inputs are divided by a scale first.
     """
 
@@ -120,7 +120,7 @@ class Rotation(_Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``scaled`` unless it is true, so that plans without scales keep their hashes."""
+        """Leave out ``scaled`` where it is false, so that plans without scales keep their hashes."""
         return {name: value for name, value in serialize(self).items() if name != "scaled" or value}
 
     @field_validator("block")
@@ -132,7 +132,7 @@ class Rotation(_Record):
 
     @property
     def channels(self) -> int:
-        """How many channels it mixes."""
+        """The number of channels that it mixes."""
         return self.outer * self.block
 
     def obstacle(self, module: ModulePlan) -> str | None:
@@ -141,8 +141,8 @@ class Rotation(_Record):
             return f"it is of {self.channels} channels, and {module.name} has {module.shape[1]}"
         if module.activation.kind == "static_channel":
             return (
-                "its ranges are those of single channels (static_channel), and a rotation lets a token with one "
-                "massive channel widen them all; it goes with dynamic_token, or inputs that are not rounded"
+                "its activations have static ranges per channel (static_channel), and after a rotation one massive "
+                "channel of a token widens them all; use dynamic_token, or leave the inputs unquantized"
             )
         return None
 
@@ -151,13 +151,13 @@ class Rotation(_Record):
 
 
 class CalibrationRecord(_Record):
-    """What a plan was fitted on.
+    """The calibration data of a plan.
 
     Attributes:
-        source, seed: where documents were drawn from, and how.
+        source, seed: the source of the documents, and the seed of their draw.
         digests: of the documents.
         conv: the prompt format (`LoadedModel.conv`); None in plans that are older than this field.
-        over_context: samples with more tokens than `LoadedModel.context`; None where that was not counted.
+        over_context: number of samples with more tokens than `LoadedModel.context`; None where it was not counted.
     """
 
     source: str
@@ -168,13 +168,13 @@ class CalibrationRecord(_Record):
 
 
 class PlanFacts:
-    """What follows from what a plan says; of a `PlanHeader` and a `RoundingPlan` alike, whose attributes it reads."""
+    """Properties derived from a plan's attributes; `PlanHeader` and `RoundingPlan` inherit them."""
 
     @property
     def hash(self) -> str:
-        """SHA-256 of what the plan does: model, modules and tensors; not of how long it took or where it lies."""
+        """SHA-256 of all that decides the quantized model: model, modules, edits and tensors; not of search times."""
         edits: list[Any] = [[fold.model_dump() for fold in self.folds], self.replaced]
-        if self.rotations:  # hashes of plans without any are those of older versions
+        if self.rotations:  # plans without any keep the hashes of older versions
             edits.append([rotation.model_dump() for rotation in self.rotations])
         parts = (self.model, self.table_hash, json.dumps(edits), self.tensors_sha256)
         return digest("|".join(parts).encode())
@@ -186,14 +186,14 @@ class PlanFacts:
 
     @property
     def quantized(self) -> tuple[ModulePlan, ...]:
-        """The modules that do not stay as they are."""
+        """The modules that are quantized, or whose inputs are rotated."""
         return tuple(
             module for module in self.modules if not module.is_identity or self.rotation_of(module) is not None
         )
 
     @property
     def oldest_format(self) -> int:
-        """The oldest `FORMAT_VERSION` that can say what the plan does."""
+        """The oldest `FORMAT_VERSION` that can represent the plan."""
         newer = any(
             module.weight.stored
             or module.weight.clip_magnitude
@@ -205,7 +205,7 @@ class PlanFacts:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What results state of the plan: JSON data."""
+        """The facts about the plan that results files state: JSON data."""
         return {
             "method": self.method,
             "scheme": self.scheme,
@@ -230,7 +230,7 @@ class PlanFacts:
         return tuple(module.name for module in self.modules if module.site == site)
 
     def rotation_of(self, module: ModulePlan) -> Rotation | None:
-        """What a Linear's inputs are multiplied by; None if by nothing."""
+        """The rotation of a Linear's inputs; None where there is none."""
         return self._rotation_at.get(module.site)
 
     @cached_property
@@ -238,7 +238,10 @@ class PlanFacts:
         return {rotation.site: rotation for rotation in self.rotations}
 
     def effective_bits(self) -> dict[str, dict[str, float]]:
-        """Mean bits of each part's weights (scales and zero points included) and input elements, by weight count."""
+        """Mean bits of each part's weights (scales and zero points included) and activations, weighted by elements.
+
+        Both means weigh each Linear by the number of its weights.
+        """
         table = {}
         for part in (*PARTS, "unused", "other"):
             modules = [module for module in self.modules if module.part == part]
@@ -253,7 +256,7 @@ class PlanFacts:
 
 
 class PlanHeader(PlanFacts, _Record):
-    """The content of ``plan.json``: the attributes of a `RoundingPlan`, with its tensors' file by its SHA-256."""
+    """The content of ``plan.json``: the attributes of a `RoundingPlan`, with the SHA-256 of its tensors' file."""
 
     format: Literal["qvlm-rounding-plan"] = "qvlm-rounding-plan"
     format_version: int
@@ -273,16 +276,16 @@ class PlanHeader(PlanFacts, _Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``rotations`` if there are none: older versions know no such key."""
+        """Leave out ``rotations`` where there are none: older versions refuse that key."""
         content = serialize(self)
         return {name: value for name, value in content.items() if name != "rotations" or value}
 
 
 def read_header(directory: Path | str) -> PlanHeader:
-    """Read what a plan's folder says, and check that it is whole.
+    """Read the header of a plan's folder, and check the files against it.
 
     Raises:
-        QVLMError: it is missing, incomplete, altered, or written by a newer version.
+        QVLMError: a file is missing, incomplete, altered, or written by a newer version.
     """
     directory = Path(directory)
     header_file, tensor_file = directory / HEADER, directory / TENSORS

@@ -1,4 +1,4 @@
-"""What is asked of a search - a method with its options, and a scheme - checked before any weight is loaded."""
+"""The request of a search - a method with its options, and a scheme - checked before any weight is loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """A method with its options, and a scheme; `check_request` makes one."""
+    """A method with its options, and a scheme; created by `check_request`."""
 
     method: Method
     scheme: Scheme
@@ -25,7 +25,7 @@ class PlanRequest:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether `obtain_plan` needs a calibration set for it."""
+        """Whether the search needs a calibration set."""
         return self.method.needs_calibration(self.scheme, self.options)
 
     @property
@@ -54,10 +54,10 @@ def check_request(method: str, scheme: str, options: Mapping[str, Any]) -> PlanR
 
 
 def check_calibration(request: PlanRequest, calibration: "CalibrationSet | None") -> None:
-    """Check that a request has the calibration data that it needs; this takes no model.
+    """Check that a request has the calibration data that it needs, without a model.
 
     Raises:
-        QVLMError: they are missing, or fewer than a batch.
+        QVLMError: there are none, or fewer samples than a batch.
     """
     if not request.needs_calibration:
         return
@@ -66,6 +66,6 @@ def check_calibration(request: PlanRequest, calibration: "CalibrationSet | None"
     count, batch_size = len(calibration.samples), request.batch_size
     if count < batch_size:
         raise QVLMError(
-            f"calibration={calibration.source!r} has {count} samples, less than calibration_batch_size={batch_size}; "
+            f"calibration={calibration.source!r} has {count} samples, fewer than calibration_batch_size={batch_size}; "
             f"draw at least {batch_size} samples, or set calibration_batch_size to at most {count}"
         )

@@ -1,4 +1,4 @@
-"""From a checked request to a quantized model: search its plan or find it in the cache, and apply it."""
+"""From a checked request to a quantized model: obtain its plan, searched or cached, and apply it."""
 
 import time
 from collections.abc import Callable
@@ -29,23 +29,23 @@ def obtain_plan(
     cache: Path | None,
     shard: Shard | None = None,
 ) -> RoundingPlan:
-    """The plan of a request: from the cache when it is there, else searched and stored.
+    """The plan of a request: from the cache where it has one, else searched and stored.
 
-    A search that was interrupted resumes, if it had a cache to keep its steps in.
+    With a cache, an interrupted search resumes.
 
     Args:
         loaded: the model in full precision.
         request: see `check_request`.
         calibration: the samples; may be None where the request needs none.
-        cache: folder of cached plans; None neither reads nor writes any. Of several processes the first one does.
-        shard: the share of this process, where several search together; None searches alone.
+        cache: folder of cached plans; None: no cache. Of several processes, only the first reads and writes it.
+        shard: the share of this process, where several search together; None: this process searches alone.
 
     Raises:
-        QVLMError: the model is quantized, the family is not supported; see `check_calibration` and `fit`.
+        QVLMError: the model is quantized already, or its family is not supported; see `check_calibration` and `fit`.
     """
     if getattr(loaded.model.config, "quantization_config", None) is not None:
         raise QVLMError(f"pretrained={loaded.source!r} is quantized already; search on the model in full precision")
-    topology = plugins.topology(loaded.model.config)
+    topology = loaded.topology or plugins.topology(loaded.model.config)
     check_calibration(request, calibration)
     if not request.needs_calibration:
         calibration = None
@@ -59,7 +59,7 @@ def obtain_plan(
 
 
 def _cached(directory: Path, shard: Shard, search: Callable[[Workspace], RoundingPlan]) -> RoundingPlan:
-    """`cached_plan`; of several processes the first looks the plan up and stores it, and all search together."""
+    """`cached_plan` for several processes: the first reads and writes the cache, all search together."""
     begun: list[bool] = []
 
     def searched(workspace: Workspace) -> RoundingPlan:
@@ -76,7 +76,7 @@ def _cached(directory: Path, shard: Shard, search: Callable[[Workspace], Roundin
 
 
 def _search(request: PlanRequest, context: SearchContext) -> RoundingPlan:
-    """The method's plan, with how long it took and how many samples were longer than the model's context."""
+    """The method's plan, with the time of the search and the number of samples longer than the model's context."""
     start, loaded = time.perf_counter(), context.loaded
     encoded = context.calibration and context.calibration.encoded(loaded.processor, request.batch_size)
     over_context = encoded and _count_over_context(loaded, encoded)
@@ -86,7 +86,7 @@ def _search(request: PlanRequest, context: SearchContext) -> RoundingPlan:
 
 
 def _count_over_context(loaded: LoadedModel, calibration: EncodedSet) -> int:
-    """How many samples are longer than the model's context; says so where there are any."""
+    """The number of samples longer than the model's context; prints a warning where there are any."""
     if loaded.context is None:
         return 0
     count = sum(length > loaded.context for length in calibration.lengths)
@@ -101,30 +101,36 @@ def _count_over_context(loaded: LoadedModel, calibration: EncodedSet) -> int:
 
 
 def prompt_warning(searched: str | None, loaded: LoadedModel) -> str | None:
-    """What to say where a plan was searched on prompts of another format than ``loaded`` forms; None if nothing.
+    """A warning where a plan was searched on prompts of another format than ``loaded`` uses; None where it was not.
 
     Args:
-        searched: the plan's `CalibrationRecord.conv`; None where it has none.
+        searched: the plan's `CalibrationRecord.conv`; None where it is unknown.
         loaded: the model to run.
     """
     if searched in (None, loaded.conv):
         return None
     return (
-        f"the plan was searched on prompts of conv={searched}, and the model runs with conv={loaded.conv}: its ranges "
-        "are those of other prompts"
+        f"the plan was searched on prompts of conv={searched}, but the model runs with conv={loaded.conv}: its ranges "
+        "were fitted to other prompts"
     )
 
 
 def apply(plan: RoundingPlan, loaded: LoadedModel, backend: str = "reference", strict: bool = False) -> Execution:
-    """Quantize the loaded model in place by ``plan``, with the arithmetic that ``backend`` names (`backends.kernels`).
+    """Quantize the loaded model in place by ``plan``, with the kernels of ``backend`` (`backends.kernels`).
+
+    Args:
+        plan: made for this model.
+        loaded: the model in full precision.
+        backend: the name of a backend.
+        strict: falling back to the reference is an error.
 
     Returns:
-        Which kernel serves which module; ``strict`` makes falling back to the reference an error.
+        Which kernel serves which module.
 
     Raises:
         QVLMError: see `apply_plan`; or the backend is unknown.
     """
     execution = apply_plan(plan, loaded.model, loaded.fingerprint, backends.kernels(backend), strict)
-    plugins.tell_quantized(loaded, plan)
-    trim_heap()  # of weights in full precision
+    plugins.notify_quantized(loaded, plan)
+    trim_heap()  # the full-precision weights were freed
     return execution

@@ -1,4 +1,4 @@
-"""The plugin manager: what the hooks provide, looked up by name."""
+"""The plugin manager, and look-up of methods, topologies and kernels that plugins provide."""
 
 import logging
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def plugin_manager() -> pluggy.PluginManager:
 
 
 def create_manager(*plugins: ModuleType | object, entry_points: bool = False) -> pluggy.PluginManager:
-    """A manager of the given plugins, and of the installed ones when ``entry_points``."""
+    """A manager of the given plugins and, with ``entry_points``, of the installed ones."""
     manager = pluggy.PluginManager(hooks.PROJECT)
     manager.add_hookspecs(hooks)
     for plugin in plugins:
@@ -40,7 +40,7 @@ def create_manager(*plugins: ModuleType | object, entry_points: bool = False) ->
         name = f"{entry.name} of package {entry.dist.name}"
         try:
             manager.register(entry.load(), name)
-        except Exception as error:  # whatever another package does when it is imported
+        except Exception as error:  # another package may raise anything when it is imported
             if manager.has_plugin(name):
                 manager.unregister(name=name)
             manager.register(_Broken(error), name)
@@ -48,7 +48,7 @@ def create_manager(*plugins: ModuleType | object, entry_points: bool = False) ->
 
 
 class _Broken:
-    """Stands for an installed plugin that cannot be imported: its hooks say so."""
+    """Takes the place of an installed plugin that cannot be imported: its hooks raise the import's error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -87,61 +87,61 @@ def method(name: str) -> Method:
 
 
 def topology(config: "PretrainedConfig") -> "Topology":
-    """The topology of models with this configuration, of the first plugin that has one; the built-in one comes last.
+    """The topology of models with this configuration, from the first plugin that has one; the built-in plugin is last.
 
     Raises:
-        QVLMError: no plugin knows the family, or one says what is wrong with the model.
+        QVLMError: no plugin supports the family, or a plugin refuses the model.
     """
     for _, found in _ask("qvlm_topology", newest_first=True, config=config):
         if found is not None:
             return found
     raise QVLMError(
         f"model type {config.model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}, and what "
-        "plugins describe (docs/add-a-family.md)"
+        "plugins describe (docs/add-a-family.md); topology=traced finds the parts of others by a run"
     )
 
 
-def tell_quantized(loaded: "LoadedModel", plan: "RoundingPlan") -> None:
+def notify_quantized(loaded: "LoadedModel", plan: "RoundingPlan") -> None:
     """Tell every plugin that ``plan`` was applied to ``loaded``."""
     for _ in _ask("qvlm_quantized", loaded=loaded, plan=plan):
         pass
 
 
 def _ask(hook: str, newest_first: bool = False, **arguments: Any) -> Iterator[tuple[str, Any]]:
-    """The name of each plugin that has the hook and what it answers, in the order of registration or the reverse.
+    """The name and the answer of each plugin that has the hook, in the order of registration or the reverse.
 
-    One that raises is reported and skipped; a `QVLMError` about a model is for the user and passes. pluggy's wrappers
-    surround the answers of all plugins together, and each is asked by itself here: they are reported and skipped.
+    A plugin that raises is reported and skipped, but a `QVLMError` about a model is meant for the user and is raised.
+    Hook wrappers are reported and skipped, too: they wrap the answers of all plugins, which are called one by one here.
     """
     implementations = getattr(plugin_manager().hook, hook).get_hookimpls()
     for implementation in reversed(implementations) if newest_first else implementations:
         name = implementation.plugin_name
         if implementation.wrapper or implementation.hookwrapper:
-            _tell(f"plugin {name} is left out: its {hook} is a wrapper of other plugins' hooks, which is not supported")
+            _warn(f"plugin {name} is left out: its {hook} is a wrapper of other plugins' hooks, which is not supported")
             continue
         try:
             answer = implementation.function(*(arguments[key] for key in implementation.argnames))
-        except Exception as error:  # whatever another package does
+        except Exception as error:  # another package may raise anything
             if isinstance(error, QVLMError) and arguments:
                 raise
-            _tell(f"plugin {name} is left out: {hook} raised {type(error).__name__}: {error}")
+            _warn(f"plugin {name} is left out: {hook} raised {type(error).__name__}: {error}")
         else:
             yield name, answer
 
 
 @cache
-def _tell(complaint: str) -> None:
-    """Log a complaint about a plugin, once in a process. lmms-eval hides Python's warnings."""
-    logger.warning(complaint)
+def _warn(message: str) -> None:
+    """Log a warning about a plugin, once in a process. lmms-eval hides Python's warnings."""
+    logger.warning(message)
 
 
 def provided(kind: str, type_: type, hook: str) -> dict[str, Any]:
-    """What plugins provide, by name.
+    """All objects of one kind that plugins provide, by name.
 
     Args:
-        kind: what it is, for messages.
-        type_: of which everything must be that a hook lists; anything else is reported and skipped.
-        hook: that lists it.
+        kind: the kind, for messages.
+        type_: the type of the objects; anything else that a hook lists is reported and skipped.
+        hook: the hook that lists them.
 
     Raises:
         QVLMError: two plugins provide the same name.
@@ -151,7 +151,7 @@ def provided(kind: str, type_: type, hook: str) -> dict[str, Any]:
     for plugin, listed in _ask(hook):
         for entry in listed or ():
             if not isinstance(entry, type_):
-                _tell(f"plugin {plugin}: {hook} must return a list of {type_.__name__}, not {entry!r}")
+                _warn(f"plugin {plugin}: {hook} must return a list of {type_.__name__}, not {entry!r}")
                 continue
             if entry.name in table:
                 both = f"{owners[entry.name]} and {plugin}"

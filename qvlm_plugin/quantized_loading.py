@@ -20,7 +20,14 @@ from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.memory import trim_heap
-from qvlm_plugin.plan import RoundingPlan, check_plan, edit, place, quantized_linear, share_within_sites
+from qvlm_plugin.plan import (
+    RoundingPlan,
+    check_plan,
+    put_layer,
+    quantized_linear,
+    replace_and_fold,
+    share_within_sites,
+)
 
 _METHOD = "qvlm-plan"
 
@@ -72,7 +79,7 @@ class _Quantizer(HfQuantizer):
         """Make the module that will take the place of a Linear whose weight has come; its bias came before."""
         how, linear = self.quantization_config, model.get_submodule(name)
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        edit(how.plan, {name: linear})
+        replace_and_fold(how.plan, {name: linear})
         module, kernel = self.waiting[name], how.execution.choices[name].kernel
         self.layers[name] = quantized_linear(module, linear, how.plan.tensors, kernel, how.plan.rotation_of(module))
         # The Linear stays until loading is over, which looks at its weight once more.
@@ -82,9 +89,11 @@ class _Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **more: Any) -> PreTrainedModel:
         for name, layer in self.layers.items():
-            place(model, name, layer)
+            put_layer(model, name, layer)
         share_within_sites(self.quantization_config.plan.quantized, model)
-        edit(self.quantization_config.plan, {n: m for n, m in model.named_modules() if n not in self.layers})
+        replace_and_fold(
+            self.quantization_config.plan, {n: m for n, m in model.named_modules() if n not in self.layers}
+        )
         self.remove_quantization_config(model)
         return model
 

@@ -1,14 +1,14 @@
-"""Quantizers as plain functions: tensors in, codes and parameters out, nothing else.
+"""Quantizers as plain functions: tensors in, codes and parameters out.
 
 Three families:
 
-* uniform affine ranges for activations (static per channel, or from each token), with real-valued bounds;
+* uniform affine ranges for activations (static per channel, or dynamic per token), with real-valued bounds;
 * uniform integers for weights, per group of input channels or per output channel;
 * normal-float codebooks for weights (QLoRA's NF4 at 4 bits; the same construction at other widths), with optional
   double quantization of the block scales.
 
-All arithmetic is in float32, so half-precision inputs neither overflow nor lose code points. Where gradients are taken,
-float64 inputs stay float64, so that those can be checked.
+All arithmetic is in float32, so half-precision inputs neither overflow nor lose code points. Differentiable functions
+keep float64 inputs in float64, so that gradients can be checked against finite differences.
 """
 
 from collections.abc import Callable, Mapping
@@ -45,7 +45,7 @@ def fake_quantize(x: Tensor, lower: Tensor, upper: Tensor, bits: int) -> Tensor:
 
 
 def round_to_points(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor, bits: int) -> Tensor:
-    """`fake_quantize` for those who know already what follows from the bounds (float32, see `quantization_step`)."""
+    """`fake_quantize` with the step and its inverse given (float32, see `quantization_step`)."""
 
     def rounded(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor) -> Tensor:
         return round_to_codes(x, lower, inverse, bits).mul_(step).add_(lower)
@@ -54,14 +54,14 @@ def round_to_points(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor, bit
 
 
 def round_to_codes(x: Tensor, lower: Tensor, inverse: Tensor, bits: int) -> Tensor:
-    """The codes of `fake_quantize`: whole numbers in float32, new memory."""
+    """The codes of `fake_quantize`: whole numbers in a new float32 tensor."""
     distance = x.sub(lower) if x.dtype == torch.float32 else x.float().sub_(lower)
     return distance.mul_(inverse).round_().clamp_(0, 2**bits - 1)
 
 
 _SLICE = 2**20
-"""Elements to compute with at a time on a CPU: 4 MB of float32. Larger temporaries are new memory at every call, which
-costs more than the arithmetic."""
+"""Elements computed at a time on a CPU: 4 MB of float32. The C library allocates larger temporaries anew at every call,
+which costs more than the arithmetic."""
 
 
 def by_rows(compute: Callable[..., Tensor], x: Tensor, bounds: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
@@ -70,7 +70,7 @@ def by_rows(compute: Callable[..., Tensor], x: Tensor, bounds: tuple[Tensor, ...
     Args:
         compute: result in the shape of ``x``.
         x: [..., C].
-        bounds: [C] or [..., 1]; with others, which broadcast against ``x``, it is computed at once.
+        bounds: [C] or [..., 1]; other shapes that broadcast against ``x`` are computed in one piece.
         dtype: of the result.
     """
     if x.device.type != "cpu" or x.numel() <= _SLICE or torch.compiler.is_compiling():
@@ -99,7 +99,7 @@ def fake_quantize_straight_through(x: Tensor, lower: Tensor, upper: Tensor, bits
 
 
 def quantization_step(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Distance of neighbouring points, and its inverse; the inverse of 0 is 0."""
+    """The distance between neighbouring points, and its inverse; the inverse of 0 is 0."""
     step = (upper - lower) / (2**bits - 1)
     return step, torch.where(step > 0, 1 / step.clamp_min(torch.finfo(step.dtype).tiny), 0)
 
@@ -120,7 +120,7 @@ def straight_through_round(x: Tensor) -> Tensor:
 
 
 def widen(x: Tensor) -> Tensor:
-    """``x`` in float32, or float64 if it is that."""
+    """``x`` in float32; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -133,10 +133,10 @@ def shrink_range(lower: Tensor, upper: Tensor, center: Tensor, ratio: float | Te
 
 
 def through_zero(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The bounds moved together, by half a step at most, so that 0 is one of the 2^bits points; float32.
+    """Both bounds shifted by the same amount, half a step at most, so that 0 is one of the 2^bits points; float32.
 
-    Bounds that 0 does not lie between stay as they are. Without this a channel that is almost always about 0, and
-    massive at one token, rounds all the others to up to half a step of its wide range.
+    Bounds on one side of 0 stay as they are. Without the shift, in a channel that is close to 0 at all tokens but one
+    massive one, every other token has an error of up to half a step of the wide range.
     """
     lower, upper = lower.float(), upper.float()
     step, inverse = quantization_step(lower, upper, bits)
@@ -169,11 +169,11 @@ class IntWeight:
 
     Attributes:
         codes: uint8 [O, I], 0 to 2^bits - 1.
-        scale: [O, G], positive; of 16 bits where the weight is, as in files, and as effective bits count them.
+        scale: [O, G], positive, in the weight's dtype, as in files (`WeightFormat.effective_bits` counts 16 bits);
+            float32 where scales are progressive.
         zero_point: uint8 [O, G], the code that stands for 0.
         group_size: input channels per group.
-        unit: where scales are progressive: [O, 1], of 16 bits where the weight is; scales are whole multiples of it,
-            in float32.
+        unit: where scales are progressive: [O, 1], in the weight's dtype; scales are whole multiples of it.
     """
 
     codes: Tensor
@@ -184,7 +184,7 @@ class IntWeight:
 
     @property
     def multiples(self) -> Tensor:
-        """Of the ``unit``: uint8 [O, G]."""
+        """The scales as multiples of ``unit``: uint8 [O, G]."""
         return (self.scale / self.unit.float()).round().to(torch.uint8)
 
     def dequantize(self) -> Tensor:
@@ -208,7 +208,7 @@ def quantize_int(
         weight: [O, I], any floating-point dtype.
         weight_format: of kind ``int``.
         clip: [O, G] factors in (0, 1] that narrow the groups' ranges; values beyond saturate.
-        scale_dtype: of the scales, which codes are then made for; None: the weight's.
+        scale_dtype: of the scales, to which they are rounded before codes are computed; None: the weight's.
     """
     scale_dtype = scale_dtype or weight.dtype
     rows, columns = weight.shape
@@ -242,20 +242,22 @@ def quantize_int(
 
 
 def _progressive(scale: Tensor, zero_point: Tensor, levels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The unit of each output channel, [O, 1] in ``dtype``, and the multiples of it that are nearest to the groups'
-    scales [O, G]: the smallest unit for which a multiple times any code, less its zero point, fits 8 bits."""
+    """The unit of each output channel [O, 1] in ``dtype``, and the multiples of it nearest to the scales [O, G].
+
+    The unit is the smallest for which ``multiple * (code - zero_point)`` fits 8 bits for every code.
+    """
     limit = LARGEST_PRODUCT // torch.maximum(zero_point, levels - zero_point)
     unit = _stored_scale((scale / limit).amax(dim=1, keepdim=True), dtype)
     return unit.to(dtype), (scale / unit).round().clamp_min(1).minimum(limit)
 
 
 def int_weight(weight: Tensor, weight_format: WeightFormat, parameters: Mapping[str, Tensor]) -> IntWeight:
-    """A weight as the integers of its format: those that the plan holds, else the nearest.
+    """A weight as integers: from the plan's codes where the format is ``stored``, else rounded to nearest.
 
     Args:
-        weight: [O, I], as it is when the plan's folds and rotations are applied; its dtype is that of the scales.
+        weight: [O, I], after the plan's folds and rotations; its dtype is that of the scales.
         weight_format: of kind ``int``.
-        parameters: those that the format names.
+        parameters: the tensors that the format names.
     """
     fmt = weight_format
     if not fmt.stored:
@@ -275,7 +277,7 @@ def int_weight(weight: Tensor, weight_format: WeightFormat, parameters: Mapping[
 def nearest_codes(
     weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None
 ) -> "IntWeight | NormalFloatWeight":
-    """A weight rounded to the nearest values of its format; block scales are not quantized doubly."""
+    """A weight rounded to the nearest values of its format, without double quantization of block scales."""
     fmt = weight_format
     if fmt.kind == "nf":
         return quantize_normal_float(weight, fmt.bits, False, clip)
@@ -283,8 +285,9 @@ def nearest_codes(
 
 
 def stored_parameters(quantized: "IntWeight | NormalFloatWeight", weight_format: WeightFormat) -> dict[str, Tensor]:
-    """What a plan holds of a weight's codes, for `int_weight` or `normal_float_weight` to read: the parameters that a
-    stored format names. Block scales are those before double quantization.
+    """The parameters of a stored format, which `int_weight` and `normal_float_weight` read: codes and their scales.
+
+    Block scales are those before double quantization.
     """
     values = {"codes": pack_codes(quantized.codes, weight_format.bits)}
     if isinstance(quantized, IntWeight):
@@ -297,18 +300,18 @@ def stored_parameters(quantized: "IntWeight | NormalFloatWeight", weight_format:
 
 
 def _pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """``x`` [..., C], its last column repeated up to a multiple of columns: extremes of the last group stay."""
+    """``x`` [..., C] padded to a multiple of columns with its last column, which leaves the last group's extremes."""
     missing = -x.shape[-1] % multiple
     return torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], dim=-1) if missing else x
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
-    """The largest of each row's magnitudes, without memory for all of them: [..., C] → [...]."""
+    """The largest magnitude of each row, without a temporary of the size of ``x``: [..., C] → [...]."""
     return torch.maximum(x.amax(dim=-1), -x.amin(dim=-1))
 
 
 def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales that ``dtype`` holds exactly, in float32; 1 for those that are 0 in it."""
+    """Scales rounded to ``dtype``, in float32; 1 for those that round to 0."""
     scale = scale.to(dtype).float()
     return torch.where(scale > 0, scale, 1.0)
 
@@ -322,7 +325,7 @@ class NormalFloatWeight:
 
     Attributes:
         codes: uint8 [O, I], indices into `normal_float_codebook`.
-        absmax: float32 [ceil(O * I / NF_BLOCK)], the blocks' scales, as dequantized when doubly quantized.
+        absmax: float32 [ceil(O * I / NF_BLOCK)], the block scales; under double quantization as dequantized.
         bits: width of the codebook.
     """
 
@@ -331,7 +334,7 @@ class NormalFloatWeight:
     bits: int
 
     def dequantize(self) -> Tensor:
-        """``codebook[codes] * absmax`` of the block: float32 [O, I]."""
+        """``codebook[codes] * absmax``, with the absmax of each block: float32 [O, I]."""
         codebook = normal_float_codebook(self.bits, self.codes.device)
         blocks = _pad_to_multiple(self.codes.flatten(), NF_BLOCK).view(-1, NF_BLOCK)
 
@@ -345,8 +348,8 @@ class NormalFloatWeight:
 _CPU = torch.device("cpu")
 
 
-# Codebooks are made once and shared by all weights. Whoever asks first may do so in inference mode, whose tensors no
-# gradient passes later, or while transformers constructs a model, with other defaults of device and dtype.
+# Codebooks are computed once and shared by all weights. The first call may come in inference mode, whose tensors cannot
+# take part in gradients, or while transformers constructs a model, with other default devices and dtypes.
 
 
 @cache
@@ -354,11 +357,11 @@ _CPU = torch.device("cpu")
 def normal_float_codebook(bits: int, device: torch.device = _CPU) -> Tensor:
     """The k-bit NormalFloat values (QLoRA, Eq. 4 and appendix E): quantiles of N(0, 1), exact zero, scaled to [-1, 1].
 
-    Intermediate values are rounded as the published ones were, so that NF4 is QLoRA's to the bit.
+    Intermediate values are rounded as in QLoRA's code, so that at 4 bits the codebook equals NF4 bit for bit.
 
     Returns:
-        float32 [2^bits] on ``device``, ascending; at 4 bits it is NF4. All callers get the same tensor: copy it to keep
-        it among others or to write to it.
+        float32 [2^bits] on ``device``, ascending. All callers get the same tensor: copy it before you register or
+        change it.
     """
     half = 2 ** (bits - 1)
     # The outermost quantile lies between the centres of the last bins of a 2^k and a 2^k - 1 level quantizer.
@@ -372,13 +375,13 @@ def normal_float_codebook(bits: int, device: torch.device = _CPU) -> Tensor:
 def quantize_normal_float(
     weight: Tensor, bits: int, double_quantization: bool, clip: Tensor | None = None
 ) -> NormalFloatWeight:
-    """Quantize each block of `NF_BLOCK` weights to the codebook scaled by the block's largest magnitude.
+    """Quantize each block of `NF_BLOCK` weights to the codebook, scaled by the block's largest magnitude.
 
     Args:
         weight: [O, I], any floating-point dtype.
         bits: 2 to 8.
         double_quantization: also quantize the block scales to 8 bits (`double_quantize`).
-        clip: one factor in (0, 1] for each block, in their order, that narrows its scale; values beyond saturate.
+        clip: one factor in (0, 1] for each block that narrows its scale; values beyond saturate.
     """
     blocks = _pad_to_multiple(weight.float().flatten(), NF_BLOCK).view(-1, NF_BLOCK)
     absmax = largest_magnitude(blocks) * (1.0 if clip is None else clip.float().flatten())
@@ -395,13 +398,13 @@ def quantize_normal_float(
 def normal_float_weight(
     weight: Tensor, weight_format: WeightFormat, parameters: Mapping[str, Tensor], double_quantization: bool
 ) -> NormalFloatWeight:
-    """A weight in the normal-float data type of its format: the codes that the plan holds, else the nearest.
+    """A weight in normal-float: from the plan's codes where the format is ``stored``, else rounded to nearest.
 
     Args:
-        weight: [O, I], as it is when the plan's folds and rotations are applied.
+        weight: [O, I], after the plan's folds and rotations.
         weight_format: of kind ``nf``.
-        parameters: those that the format names.
-        double_quantization: whether to quantize the block scales, for those who do not do it themselves.
+        parameters: the tensors that the format names.
+        double_quantization: whether to quantize the block scales here; a kernel that does it itself passes False.
     """
     fmt = weight_format
     if not fmt.stored:
@@ -417,8 +420,8 @@ class BlockScales:
 
     Attributes:
         codes: uint8 [N], indices into `dynamic_codebook`.
-        largest: float32 [ceil(N / SCALE_BLOCK)], the scales' own scales.
-        offset: float32 [], added to all.
+        largest: float32 [ceil(N / SCALE_BLOCK)], the second-level scales.
+        offset: float32 [], the mean that was subtracted from all scales.
     """
 
     codes: Tensor
@@ -426,7 +429,7 @@ class BlockScales:
     offset: Tensor
 
     def dequantize(self) -> Tensor:
-        """The scales that are read back: float32 [N]."""
+        """The block scales: float32 [N]."""
         return dequantize_scales(dynamic_codebook(self.codes.device), self.codes, self.largest, self.offset)
 
 
@@ -450,7 +453,7 @@ def double_quantize(absmax: Tensor) -> BlockScales:
 
 
 def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    """Indices of the values of an ascending codebook that are nearest, int32 in the shape of ``x``."""
+    """Index of the nearest value of an ascending codebook, for each element: int32 in the shape of ``x``."""
     return torch.bucketize(x, (codebook[1:] + codebook[:-1]) / 2, out_int32=True)
 
 
@@ -459,10 +462,10 @@ def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
 def dynamic_codebook(device: torch.device = _CPU) -> Tensor:
     """The signed 8-bit dynamic data type (Dettmers, 2016, "8-bit approximations").
 
-    Values are a power of ten times a fraction; the smaller the power, the fewer bits are left for the fraction.
+    Each value is a power of ten times a fraction; the smaller the power, the fewer bits are left for the fraction.
 
     Returns:
-        float32 [256] on ``device``, ascending; shared as `normal_float_codebook` is.
+        float32 [256] on ``device``, ascending; shared by all callers, as in `normal_float_codebook`.
     """
     values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device=_CPU)]
     for exponent in range(7):

@@ -1,4 +1,4 @@
-"""Read files that others wrote: their content is not trusted, and neither are the file names in it."""
+"""Read files from others: neither their content nor the file names in it are trusted."""
 
 import json
 import os
@@ -18,25 +18,25 @@ def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: it is none, is nested too deeply, or holds text that is not Unicode; bytes are not UTF-8.
+        ValueError: the text is not JSON, is nested too deeply, or has unpaired surrogates; or bytes are not UTF-8.
     """
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     try:
         value = json.loads(text)
         if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode()  # an error unless they come in pairs
+            json.dumps(value, ensure_ascii=False).encode()  # raises unless surrogates come in pairs
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value
 
 
 def parse_json_lines(blob: bytes) -> list[Any]:
-    """The values of a JSON Lines file; blank lines are left out.
+    """The values of a JSON Lines file; blank lines are skipped.
 
-    Only line feeds end a line: a text may hold other separators, as U+2028.
+    Only line feeds end a line, since a text may contain other separators such as U+2028.
 
     Raises:
-        ValueError: a line is no JSON text, and the message says which; see `parse_json`.
+        ValueError: a line is not JSON; the message gives its number. See `parse_json`.
     """
     values = []
     for number, line in enumerate(blob.decode("utf-8-sig").split("\n"), 1):
@@ -58,13 +58,13 @@ def read_json(file: Path) -> Any:
 
 @contextmanager
 def parsed_elsewhere(what: str) -> Iterator[None]:
-    """Around another library's reading of a file that may be damaged or hostile.
+    """A context in which another library reads a file that may be damaged or hostile.
 
     Args:
-        what: is being read, and how it fails: the beginning of the message.
+        what: the beginning of the message: what cannot be read.
 
     Raises:
-        QVLMError: it fails, in whatever way: the library meets values that it never checked.
+        QVLMError: the library raises any exception; it may fail anywhere on values that it does not check.
     """
     try:
         yield
@@ -76,7 +76,7 @@ def parsed_elsewhere(what: str) -> Iterator[None]:
 
 @contextmanager
 def concerning(what: str) -> Iterator[None]:
-    """Around work on one file or row: an exception that nobody expected has a note that says ``what``."""
+    """A context for work on one file or row: unexpected exceptions get the note ``what``."""
     try:
         yield
     except QVLMError:
@@ -87,24 +87,24 @@ def concerning(what: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, short and in one line, for the message of another."""
+    """The message of an error, shortened and in one line, for use in another message."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def inside(folder: Path, name: Any, source: str) -> Path:
     """The path of a file in ``folder`` or below it.
 
-    A name of composed letters finds a file of decomposed ones, which macOS writes, and the other way round.
+    A name in composed Unicode form finds a file whose name is decomposed, as macOS writes it, and the other way round.
 
     Args:
-        folder: that may be read.
-        name: of the file, as another file gives it.
-        source: what gives it, for the message.
+        folder: the folder that may be read.
+        name: of the file, from another file's content.
+        source: what names it, for the message.
 
     Raises:
         QVLMError: the name is not text, or leads out of the folder.
     """
-    # Control characters and halves of surrogate pairs are in no name; spaces of all kinds are, as macOS writes them.
+    # No name has control characters or unpaired surrogates; macOS writes names with spaces of several kinds.
     if isinstance(name, str) and name and not any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
         path = PurePath(name)
         if not path.is_absolute() and ".." not in path.parts:

@@ -1,7 +1,7 @@
-"""Make ``from_pretrained`` know quantized checkpoints and MoE-LLaVA, without importing transformers for it.
+"""Register quantized checkpoints and MoE-LLaVA for ``from_pretrained``, without importing transformers.
 
-Each is entered in transformers' tables when a certain module of transformers is there; otherwise the import system is
-asked to do so when it comes.
+Each entry in transformers' tables needs one of its modules. If that is imported already, the entry is made at once;
+otherwise an import hook makes it when the module is imported.
 """
 
 import sys
@@ -14,7 +14,7 @@ from types import ModuleType
 
 
 def register() -> None:
-    """Make the entries now or when their modules are imported; repeating it changes nothing."""
+    """Make the entries now, or when their modules are imported; further calls change nothing."""
     for name, enter in _ENTRIES.items():
         if name in sys.modules:
             enter()
@@ -23,7 +23,7 @@ def register() -> None:
 
 
 class _Registrar(MetaPathFinder):
-    """Finds a module as the other finders do, and makes the entry once the module has run."""
+    """Finds one module by the other finders, and makes the entry after the module has been executed."""
 
     def __init__(self, name: str, enter: Callable[[], None]) -> None:
         self.name, self.enter = name, enter
@@ -45,7 +45,7 @@ class _Registrar(MetaPathFinder):
 
 
 def _enter_quantizer() -> None:
-    import_module("qvlm_plugin.hf_quantizer")  # which may be what is importing transformers
+    import_module("qvlm_plugin.hf_quantizer")  # may itself be importing transformers at this moment
 
 
 def _enter_configuration() -> None:
@@ -56,7 +56,7 @@ def _enter_configuration() -> None:
 
 _ENTRIES = {
     "transformers.quantizers.auto": _enter_quantizer,
-    # MoE-LLaVA is a LLaVA; earlier, transformers' StableLM cannot be imported.
+    # MoE-LLaVA is a LLaVA; before this module, transformers' StableLM cannot be imported.
     "transformers.models.llava.configuration_llava": _enter_configuration,
 }
-"""What makes an entry, by the module that it waits for."""
+"""The function that makes each entry, by the module of transformers that it needs."""

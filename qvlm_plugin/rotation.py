@@ -1,13 +1,13 @@
-"""Multiply channels by an orthogonal matrix: a `Rotation`, which spreads a few massive channels over all.
+"""Multiply channels by an orthogonal matrix: a `Rotation` spreads a few massive channels over all.
 
-R = S (M ⊗ H) with random signs S on the diagonal, an orthogonal M of a small order, and the Hadamard matrix H of a
-power of two, divided by √order (QuaRot, Ashkboos et al., 2024). M is a Hadamard matrix, too, wherever Paley has one:
-then all entries of R have one magnitude, and a channel that is alone in being massive becomes two values, which any
-code of two bits or more can say. Signs keep the mean over channels, which is large behind a GELU, from becoming one
-massive channel: unsigned, that is what the first column of H makes of it.
+R = S (M ⊗ H) with a diagonal S of random signs, an orthogonal M of a small order, and a Hadamard matrix H of a power of
+two, divided by √order (QuaRot, Ashkboos et al., 2024). M is a Hadamard matrix, too, wherever Paley's construction has
+one: then all entries of R have the same magnitude, and a single massive channel becomes two values, which any code of
+two bits or more represents. Without the signs, the first column of H would turn the mean over channels, which is large
+after a GELU, into a massive channel.
 
-As H is a Kronecker product itself, R is one of small matrices, its factors: it takes a product with each along an axis,
-K (outer + 64 + …) multiplications for each token in place of K².
+H is itself a Kronecker product, so R is a Kronecker product of small matrices, its factors. Multiplying by each along
+its axis takes K (outer + 64 + …) multiplications per token instead of K².
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,18 @@ from qvlm_plugin.plan_header import Rotation
 from qvlm_plugin.quantizers import widen
 
 _LARGEST = 6
-"""Largest factor of H, as a power of two. With 600 tokens of 4,096 channels, 64 x 64 takes 6 ms on one thread, 16 x 256
-takes 10 (a product with a 4,096 x 4,096 weight: 127)."""
+"""Largest factor of H, as a power of two. For 600 tokens of 4,096 channels on one thread, factors of 64 x 64 take 6 ms,
+16 x 256 take 10 ms (a product with a 4,096 x 4,096 weight: 127 ms)."""
 
 _LARGEST_OUTER = 512
-"""Of M, for a Hadamard matrix; an odd width that needs a larger one gets an M of its odd part."""
+"""Largest order of M as a Hadamard matrix; where only a larger one exists, M is a random matrix of the odd part."""
 
 
 def rotation_of(site: str, channels: int, seed: int = 0) -> Rotation:
-    """The rotation of so many channels: with the smallest M that is a Hadamard matrix, as 576 = 36 * 16 and
-    11008 = 344 * 32; where there is none, with a random M of the order of the odd part, as 4304 = 269 * 16.
+    """The rotation of a site with ``channels`` input channels.
+
+    M is the smallest Hadamard matrix that fits (576 = 36 * 16, 11008 = 344 * 32); where there is none, a random
+    orthogonal matrix whose order is the odd part of ``channels`` (4304 = 269 * 16).
     """
     odd = channels // (channels & -channels)
     outer = odd
@@ -44,9 +46,9 @@ def factors(rotation: Rotation, device: torch.device | str = "cpu") -> list[Tens
     """The signs [K], and the orthogonal matrices whose Kronecker product is M ⊗ H, from left to right: float32.
 
     Signs and a random M are drawn on the CPU from a generator with the rotation's seed. M is the orthogonal part of the
-    QR decomposition, in float64, of a matrix of normal numbers, with columns of the signs that make the diagonal of the
-    other part positive, for the decomposition to be unique. Rounded to float32 it is the same on every machine, but for
-    a last digit here and there.
+    QR decomposition, in float64, of a matrix of normal numbers; signs of its columns that make the diagonal of the
+    triangular part positive make the decomposition unique. In float32 it is the same on every machine, up to the last
+    digit of a few entries.
     """
     generator = torch.Generator().manual_seed(rotation.seed)
     signs = 1.0 - 2.0 * torch.randint(2, (rotation.channels,), generator=generator)
@@ -69,8 +71,7 @@ def _outer(order: int, generator: torch.Generator) -> Tensor:
 
 
 def scaled(factors: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
-    """The `factors` of ``diag(scale) R``, for a scale [K]: inputs that are divided by it before they are rotated cost
-    nothing more, since the signs multiply them anyway."""
+    """The `factors` of ``diag(scale) R``, for a scale [K]; the scale costs nothing, as it is merged into the signs."""
     signs, *matrices = factors
     return [signs * scale.to(signs), *matrices]
 
@@ -78,7 +79,7 @@ def scaled(factors: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
 def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """``x R`` for the `factors` of R: [..., K] → [..., K].
 
-    Differentiable; computed in float32 (float64 for such inputs), in the dtype of ``x``.
+    Differentiable; computed in float32 (float64 for float64 inputs), returned in the dtype of ``x``.
     """
     signs, *matrices = factors
     return _multiplied(widen(x) * signs, matrices).to(x.dtype)
@@ -95,6 +96,6 @@ def _multiplied(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     turned, after = x, x.shape[-1]
     for matrix in matrices:
         matrix, size, after = matrix.to(turned.dtype), len(matrix), after // len(matrix)
-        # As one product where the axis is the last, else as one for each token and index of the axes before.
+        # One product where the axis is the last; otherwise one for each token and index of the axes before it.
         turned = turned.reshape(-1, size) @ matrix if after == 1 else matrix.t() @ turned.reshape(-1, size, after)
     return turned.reshape(x.shape)

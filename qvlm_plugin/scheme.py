@@ -1,4 +1,4 @@
-"""Quantization schemes: how many bits the weights and activations of each part of a vision-language model get.
+"""Quantization schemes: the bit widths of the weights and activations of each part of a vision-language model.
 
 A scheme is written ``w<bits>a<bits>``, optionally followed by overrides for single parts::
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from qvlm_plugin.errors import QVLMError
 
 UNQUANTIZED = 16
-"""The width that means "left in the compute type"."""
+"""The width that stands for "not quantized": the tensor stays in the compute type."""
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -72,7 +72,7 @@ class Scheme:
 
 
 PARTS = tuple(field.name for field in fields(Scheme))
-"""The parts of a model that a scheme speaks of: ``decoder``, ``vision``, ``projector``."""
+"""The parts of a model that a scheme covers: ``decoder``, ``vision``, ``projector``."""
 
 
 def _parse_widths(value: str, text: str) -> BitWidths:

@@ -1,4 +1,4 @@
-"""Which source of this package is running."""
+"""The commit of the package's running source."""
 
 import json
 import subprocess
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def source_commit(root: Path = Path(__file__).parents[1], package: str = "qvlm_plugin") -> str | None:
-    """The commit of the running source, with ``-dirty`` behind it where files differ from it; None where unknown.
+    """The commit of the running source, with the suffix ``-dirty`` where files differ from it; None where unknown.
 
     It is known for a git checkout, and for an installation by pip from a git address.
 
     Args:
-        root: folder that the package's folder is in.
+        root: parent of the package's folder.
         package: name of the installed distribution.
     """
     if (root / ".git").exists():

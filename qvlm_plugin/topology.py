@@ -1,8 +1,8 @@
 """Where the parts of a vision-language model are: vision blocks, projector, decoder layers, and their Linear layers.
 
 A family of models is described by data: attribute paths and groups of Linear layers. `resolve` turns a description into
-the quantization *sites* of one model. A site is a place where activations are quantized; Linears that read the same
-tensor (q, k, v; gate, up) share one. The families that come with the package are described in `qvlm_plugin.families`.
+the quantization *sites* of one model. A site is an activation quantizer; Linears that read the same tensor (q, k, v;
+gate, up) share one. `qvlm_plugin.families` describes the families that come with the package.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,13 +18,13 @@ from qvlm_plugin.errors import QVLMError
 class Group:
     """Linears that read the same tensor.
 
-    In a group of experts, ``*`` stands for the expert's index, and each expert is a group of its own. The module up to
-    the ``*`` must be called as ``expert(tokens, rows)``: the tokens [N, C] of the whole batch, and which it serves.
+    In a group of experts, ``*`` stands for the expert's index, and each expert is a group of its own. The model must
+    call each expert as ``expert(tokens, rows)``, with the tokens [N, C] of the whole batch and the rows routed to it.
 
     Attributes:
         linears: names relative to the block.
-        producer: the norm or Linear whose output channels the group reads, so that per-channel scales can be folded
-            into it; None where an activation function or attention mixes in between.
+        producer: the norm or Linear whose output channels the group reads, into which per-channel scales can be folded;
+            None where an activation function or attention comes between them.
     """
 
     linears: tuple[str, ...]
@@ -39,11 +39,14 @@ class Stack:
         blocks: path of the ModuleList, relative to the part; empty when the part is itself the one block.
         groups: the Linears of the blocks, in the order of the computation. Blocks may differ: one has a group or not.
         kept: Linears that stay in the compute type whatever the scheme says (routers, a unit matrix).
+        depth: of the tower, how many blocks, from the bottom, the output depends on; None: as many as the
+            configuration's ``vision_feature_layer`` says, all where it says nothing.
     """
 
     blocks: str
     groups: tuple[Group, ...]
     kept: tuple[str, ...] = ()
+    depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class Topology:
 
     Attributes:
         vision_path, projector_path, decoder_path: attribute paths of the parts, from the top of the model. A model with
-            several projectors, each of which reads features of its own, has several paths; that of a ModuleList stands
-            for its members.
-        vision, projector, decoder: what the parts are made of; of several projectors, each of them.
+            several projectors, each of which reads its own features, has a tuple of paths; the path of a ModuleList
+            stands for all of its members.
+        vision, projector, decoder: the blocks of each part; several projectors are alike.
     """
 
     vision_path: str
@@ -84,9 +87,9 @@ class Site:
         name: the full name of its first Linear.
         part: ``vision``, ``projector`` or ``decoder``.
         block: index of the block in its part.
-        linears: full names of the Linears that read it.
-        producer: full name of the module that writes it, when scales can be folded there.
-        expert: full name of the expert that it belongs to, which sees only some of the tokens; None elsewhere.
+        linears: full names of the Linears that read its input.
+        producer: full name of the module that writes its input; None where no scales can be folded into that.
+        expert: full name of the expert that it belongs to, which sees only some of the tokens; None outside experts.
     """
 
     name: str
@@ -103,8 +106,8 @@ def resolve(topology: Topology, model: PreTrainedModel) -> tuple[Site, ...]:
     Vision blocks above the deepest feature layer that the projector reads do not affect the output and have no site.
 
     Raises:
-        QVLMError: a described module is not in the model, or a block holds a Linear that the topology does not name, or
-            weights of another kind.
+        QVLMError: the model lacks a described module, or a block has a Linear that the topology does not name, or
+            weights that are not Linears.
     """
     return tuple(site for part in ORDER for site in _sites(topology, model, part))
 
@@ -134,14 +137,16 @@ def blocks_of(topology: Topology, model: PreTrainedModel, part: str) -> Blocks:
 
 
 def chains_of(topology: Topology, model: PreTrainedModel, part: str) -> list[Blocks]:
-    """The same, with those together of which each reads what the one before writes: a stack, or a projector."""
+    """`blocks_of` by chains, in which each block reads the output of the one before: the stack, or each projector."""
     stack = getattr(topology, part)
     chains = [chain for path in topology.paths(part) for chain in _chains(model, path, stack)]
-    return [chain[: _used_vision_blocks(model.config, len(chain))] for chain in chains] if part == "vision" else chains
+    if part != "vision":
+        return chains
+    return [chain[: stack.depth or _used_vision_blocks(model.config, len(chain))] for chain in chains]
 
 
 def _used_vision_blocks(config: PretrainedConfig, depth: int) -> int:
-    """How many vision blocks, from the bottom, the selected features depend on (hidden state 0 is the embedding)."""
+    """The number of vision blocks, from the bottom, that the selected features need (hidden state 0: the embedding)."""
     layers = getattr(config, "vision_feature_layer", -1)
     layers = [layers] if isinstance(layers, int) else layers
     return max(layer if layer >= 0 else depth + 1 + layer for layer in layers)
@@ -159,8 +164,12 @@ def _chains(model: nn.Module, part_path: str, stack: Stack) -> list[Blocks]:
     return [members] if stack.blocks else [[member] for member in members]
 
 
-def _require_only_linears(path: str, block: nn.Module) -> None:
-    """Check that a block has no weights of other kinds that are multiplied: experts in one Parameter."""
+def require_only_linears(path: str, block: nn.Module) -> None:
+    """Check that a block has no weights of other kinds that are multiplied: experts in one Parameter.
+
+    Raises:
+        QVLMError: it has; ``path`` names the block.
+    """
     for name, parameter in block.named_parameters():
         owner = block.get_submodule(name.rpartition(".")[0])
         if parameter.dim() > 2 and not isinstance(owner, _CONVOLUTIONS):
@@ -173,7 +182,7 @@ def _require_only_linears(path: str, block: nn.Module) -> None:
 def _sites(topology: Topology, model: PreTrainedModel, part: str) -> Iterator[Site]:
     stack = getattr(topology, part)
     for index, (path, block) in enumerate(blocks_of(topology, model, part)):
-        _require_only_linears(path, block)
+        require_only_linears(path, block)
         linears = linear_layers(block)
         undescribed = linears.keys() - set(stack.kept)
         for group in stack.groups:
@@ -192,8 +201,8 @@ def _sites(topology: Topology, model: PreTrainedModel, part: str) -> Iterator[Si
 
 
 def _members(group: Group, linears: Mapping[str, nn.Linear]) -> list[str]:
-    """The indices of the experts that have the group's Linears in a block, or [""] for a group that is not of experts;
-    empty where the block has none of the group's Linears."""
+    """The indices of a block's experts that have the group's Linears; [""] for a group outside experts; empty where the
+    block has none of the group's Linears."""
     if "*" not in group.linears[0]:
         return [""] if linears.keys() & set(group.linears) else []
     before, _, after = group.linears[0].partition("*")

@@ -1,4 +1,4 @@
-"""What an interrupted search has found so far, kept on disk for the next attempt."""
+"""Finished steps of a search, kept on disk so that an interrupted search can resume."""
 
 import json
 import shutil
@@ -17,11 +17,10 @@ from qvlm_plugin.reading import parse_json
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder of finished steps; each is one safetensors file, written in one go.
+    """A folder of finished steps, each an atomically written safetensors file.
 
     Attributes:
-        folder: where; it must belong to one search alone, so its name should hold what decides that search. None keeps
-            nothing.
+        folder: of one search only, so its name should be a hash of all that decides the search. None: keep nothing.
     """
 
     folder: Path | None = None
@@ -36,7 +35,7 @@ class Workspace:
         write_file(self.folder / f"{step}.safetensors", blob)
 
     def recall(self, step: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """The outcome of a step that was stored whole, else None."""
+        """The outcome of a stored step; None where there is none, or it is damaged."""
         file = self.folder and self.folder / f"{step}.safetensors"
         if not file or not file.is_file():
             return None
@@ -44,10 +43,10 @@ class Workspace:
             with safe_open(file, "pt") as content:
                 data = parse_json(content.metadata()["data"])
             return data, load_file(file)
-        except (SafetensorError, KeyError, TypeError, ValueError):  # not one of ours: do the step again
+        except (SafetensorError, KeyError, TypeError, ValueError):  # damaged: the step is done again
             return None
 
     def discard(self) -> None:
-        """Remove the folder, once the search's outcome is stored elsewhere."""
+        """Remove the folder, after the search's outcome was stored elsewhere."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -12,7 +12,7 @@ from lmms_eval.tasks.scienceqa.utils import sqa_doc_to_target, sqa_process_resul
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 
 ANSWER = re.compile(r"(?:ANSWER:|The answer is)\s*\(?([A-Z])\b")
-"""How an explained answer ends: in the words of LLaVA's 7B checkpoint or of its 13B one."""
+"""The end of an explained answer, as LLaVA's 7B checkpoint or its 13B checkpoint writes it."""
 
 
 def classes(doc: Mapping[str, Any]) -> list[str]:
@@ -26,7 +26,7 @@ def classes(doc: Mapping[str, Any]) -> list[str]:
 
 
 def results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
-    """The harness's score of a letter, for each class; and whether the scorer can read the answer at all."""
+    """The harness's score of the answered letter, also by class; and whether the scorer finds a letter at all."""
     score = sqa_process_results(doc, answers)["exact_match"]
     letters = ({"choices": ["?"] * 26, "answer": index} for index in range(26))
     readable = any(sqa_process_results(letter, answers)["exact_match"] for letter in letters)
@@ -34,26 +34,26 @@ def results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
 
 
 def explained_prompt(doc: Mapping[str, Any], lmms_eval_specific_kwargs: Mapping[str, Any] | None = None) -> str:
-    """Question, context and multiple options (QCM); the model goes on with lecture, explanation and answer (LEPA)."""
+    """Question, context and multiple options (QCM); the model adds lecture, explanation and answer (LEPA)."""
     options = " ".join(f"({chr(65 + index)}) {choice}" for index, choice in enumerate(doc["choices"]))
     text = f"{doc['question']}\nContext: {doc['hint'].strip() or 'N/A'}\nOptions: {options}"
     return text.replace("  ", " ").strip()
 
 
 def explained_answer(text: str) -> str | None:
-    """The letter that an explained answer ends in; None where it ends in none."""
+    """The last letter that an explained answer states; None where it states none."""
     letters = ANSWER.findall(text)
     return letters[-1] if letters else None
 
 
 def explained_results(doc: Mapping[str, Any], answers: Sequence[str]) -> dict[str, float]:
-    """Accuracy of the letter at the end, for each class; and whether there is one."""
+    """Accuracy of the letter at the end, also by class; and whether there is one."""
     answer = explained_answer(answers[0])
     return _metrics(doc, float(answer == sqa_doc_to_target(doc)), answer is not None)
 
 
 def _metrics(doc: Mapping[str, Any], score: float, readable: bool) -> dict[str, float]:
-    # ``score`` is not among the tasks' metrics: the harness's paired statistics read it from the logged samples.
+    # ``score`` is no metric of the tasks, but the harness's paired statistics read it from the logged samples.
     return {
         "exact_match": score,
         "score": score,

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from qvlm_plugin.formats import WeightFormat, stored_format
-from qvlm_plugin.plan import edit
+from qvlm_plugin.plan import replace_and_fold
 from qvlm_plugin.quantizers import quantize_int, stored_parameters
 from qvlm_plugin.rotation import factors, rotate
 from qvlm_plugin.scheme import PARTS
@@ -31,7 +31,7 @@ def other_parameters(weight, weight_format, seed=0):
 
 def with_codes(plan, loaded, parts=PARTS):
     """``plan`` with codes for integer weights, and what they stand for by name; uses up the model's weights."""
-    edit(plan, dict(loaded.model.named_modules()))
+    replace_and_fold(plan, dict(loaded.model.named_modules()))
     modules, tensors, values = [], dict(plan.tensors), {}
     for module in plan.modules:
         if module.weight.kind == "int" and module.part in parts:

@@ -60,7 +60,7 @@ def test_mistakes_are_one_line(loaded, triples):
         ({"method": "nothing"}, "nothing"),
         ({"colour": 3}, "unknown argument 'colour'"),
         ({}, "needs calibration data"),
-        ({"calibration": triples}, "has 4 samples, less than calibration_batch_size=8"),
+        ({"calibration": triples}, "has 4 samples, fewer than calibration_batch_size=8"),
     ):
         with pytest.raises(QVLMError, match=message) as caught:
             qvlm.search(loaded.model, loaded.processor, **arguments)

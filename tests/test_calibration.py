@@ -167,7 +167,7 @@ def test_empty_and_imageless_sets_are_errors():
 def test_unusable_files_are_named(folder):
     with pytest.raises(QVLMError, match="no such file"):
         read_conversations(folder / "absent.json", None, 1, 0)
-    with pytest.raises(QVLMError, match="has 6 rows with an image under the key 'image'; 7 were asked for"):
+    with pytest.raises(QVLMError, match="has 6 rows with an image under the key 'image', but needs 7"):
         read_conversations(folder / "rows.json", None, 7, 0)
     (folder / "broken.json").write_text("[{")
     with pytest.raises(QVLMError, match="not readable JSON"):
@@ -231,7 +231,7 @@ def test_rows_without_an_image_are_told_with_the_key_and_the_keys_that_there_are
     for key in ("images", "img"):
         (folder / "other.json").write_text(json.dumps([{"id": "0", key: "0.png", "conversations": []}] * 2))
         with pytest.raises(
-            QVLMError, match=f"has 0 rows with an image under the key 'image'; .*conversations, id, {key}"
+            QVLMError, match=f"has 0 rows with an image under the key 'image', .*conversations, id, {key}"
         ):
             read_conversations(folder / "other.json", None, 1, 0)
 

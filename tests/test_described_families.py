@@ -8,23 +8,23 @@ from functools import cache
 import pytest
 import torch
 from family_list import DESCRIBED
+from family_work import CONVERSATIONS, answers, check_batches, load_family, quantized
 from searching import context_of
-from tiny_llava import logits_of, random_image
+from tiny_llava import logits_of
 
 from qvlm_plugin import planning, plugins
 from qvlm_plugin.calibration import CalibrationSet, Sample
-from qvlm_plugin.conversation import Conversation, encode, to_device
+from qvlm_plugin.conversation import encode
 from qvlm_plugin.export import export
 from qvlm_plugin.families import MODEL_TYPES
 from qvlm_plugin.families.described import DESCRIBED as DESCRIPTIONS
 from qvlm_plugin.methods.footprint import Footprint
 from qvlm_plugin.methods.hidden import block_inputs
 from qvlm_plugin.methods.scaling import fold_of
-from qvlm_plugin.models.decoding import positions
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan, apply_fold
 from qvlm_plugin.plan_request import check_request
-from qvlm_plugin.topology import ORDER, chains_of, linear_layers, resolve
+from qvlm_plugin.topology import ORDER, chains_of, resolve
 
 SMALL = {"min_percentile": 0.95, "percentile_step": 0.05}
 OPTIONS = {
@@ -35,37 +35,16 @@ OPTIONS = {
     "qvlm": {"min_ratio": 0.9, "ratio_step": 0.1, "veo_epochs": 1, **SMALL},
     "qvlm_rotated": SMALL,
 }
-SHAPES = [(50, 30), (30, 60), (40, 40)]
-
-
-def picture(seed):
-    """Images of several shapes: families that crop, or keep an image's own size, make different numbers of tokens."""
-    return random_image(seed, 32).resize(SHAPES[seed % 3])
-
-
-CONVERSATIONS = [
-    Conversation.from_prompt("no image"),
-    Conversation.from_prompt("What is this?", [picture(0)]),
-    Conversation.from_prompt("two of them?", [picture(1), picture(2)]),
-]
 
 
 @pytest.fixture(scope="module", params=DESCRIBED)
 def family(request, tmp_path_factory):
-    folder = DESCRIBED[request.param](tmp_path_factory.mktemp("family") / "model")
-    return load(str(folder), dtype="float32", check_config=plugins.topology)
+    return load_family(DESCRIBED[request.param], tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture(scope="module")
 def samples():
     return CalibrationSet(tuple(Sample(one, f" answer {index}") for index, one in enumerate(CONVERSATIONS)))
-
-
-@torch.inference_mode()
-def answers(loaded):
-    inputs, _ = encode(loaded.processor, CONVERSATIONS)
-    placed = to_device(inputs, torch.device("cpu"), loaded.model.dtype)
-    return loaded.model.generate(**placed, max_new_tokens=2, do_sample=False)[:, inputs["input_ids"].shape[1] :]
 
 
 @torch.no_grad()
@@ -84,30 +63,8 @@ def test_every_model_type_has_a_description():
     assert tuple(DESCRIPTIONS) == MODEL_TYPES
 
 
-@torch.inference_mode()
 def test_a_batch_answers_as_each_of_its_conversations_alone(family):
-    batch, _ = encode(family.processor, CONVERSATIONS)
-    together = family.model(**batch, position_ids=positions(family.model, batch)).logits
-    for row, conversation in enumerate(CONVERSATIONS):
-        alone, _ = encode(family.processor, [conversation])
-        kept = batch["attention_mask"][row].bool()
-        assert torch.equal(batch["input_ids"][row][kept], alone["input_ids"][0])
-        expected = family.model(**alone, position_ids=positions(family.model, alone)).logits[0]
-        assert torch.allclose(together[row][kept], expected, atol=1e-4)
-
-
-@torch.inference_mode()
-def test_linears_of_a_site_read_the_same_tensor_and_none_is_left_out(family):
-    sites = resolve(plugins.topology(family.model.config), family.model)
-    linears, seen = linear_layers(family.model), {}
-    assert {name for site in sites for name in site.linears} == set(linears) - {"lm_head"}
-    inputs, _ = encode(family.processor, CONVERSATIONS)
-    with ExitStack() as stack:
-        for name, module in linears.items():
-            handle = module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
-            stack.callback(handle.remove)
-        family.model(**inputs)
-    assert all(seen[name] is seen[site.name] for site in sites for name in site.linears)
+    check_batches(family)
 
 
 def test_scales_that_are_folded_change_nothing(family):
@@ -149,13 +106,6 @@ def plans(family, samples):
         return planning.obtain_plan(family, request, samples, None)
 
     return search
-
-
-def quantized(loaded, plan, backend="reference"):
-    """The model quantized by the plan; ``loaded`` itself stays as it is."""
-    twin = replace(loaded, model=copy.deepcopy(loaded.model))
-    planning.apply(plan, twin, backend)
-    return twin
 
 
 @pytest.mark.parametrize("method", OPTIONS)

@@ -129,7 +129,10 @@ def test_a_folder_rotates_inputs(source, tmp_path, calibration, inputs, scheme, 
     config = json.loads((tmp_path / "x" / "config.json").read_text())
     module = next(each for each in config["quantization_config"]["modules"] if each["rotation"])
     for changes, message in (
-        ({"scaled": not module["rotation"].get("scaled", False)}, "has a scale that it does not divide by, or the"),
+        (
+            {"scaled": not module["rotation"].get("scaled", False)},
+            "has rotation_scale without a scaled",
+        ),
         ({"outer": 10**9}, r"rotates the inputs of model.*, which cannot be: it is of \d+ channels"),
     ):
         module["rotation"] |= changes

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from family_list import FAMILIES
-from tiny_llava import logits_of, random_image
+from family_work import CONVERSATIONS, answers, check_batches, load_family, picture, quantized
+from tiny_llava import logits_of
 
 from qvlm_plugin import planning, plugins
 from qvlm_plugin.calibration import CalibrationSet, Sample
-from qvlm_plugin.conversation import Conversation, encode, to_device
-from qvlm_plugin.models.loading import load
+from qvlm_plugin.conversation import Conversation, encode
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.topology import linear_layers, resolve
@@ -23,25 +23,11 @@ OPTIONS = {
     "qvlm": {"min_ratio": 0.8, "ratio_step": 0.1, "min_percentile": 0.99, "percentile_step": 0.01, "veo_epochs": 1},
     "qvlm_jacobian": {"min_percentile": 0.99, "percentile_step": 0.01, "veo_epochs": 1},
 }
-SHAPES = [(50, 30), (28, 60), (40, 40)]
-
-
-def picture(seed):
-    """Images of several shapes: families that crop show the tower different numbers of crops."""
-    return random_image(seed, 32).resize(SHAPES[seed % 3])
-
-
-CONVERSATIONS = [
-    Conversation.from_prompt("no image"),
-    Conversation.from_prompt("What is this?", [picture(0)]),
-    Conversation.from_prompt("two of them?", [picture(1), picture(2)]),
-]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory):
-    folder = FAMILIES[request.param](tmp_path_factory.mktemp("family") / "model")
-    return load(str(folder), dtype="float32", check_config=plugins.topology)
+    return load_family(FAMILIES[request.param], tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture(scope="module")
@@ -50,30 +36,8 @@ def samples():
     return CalibrationSet((*rows, Sample(Conversation.from_prompt("It?", [picture(3)]), " it")))
 
 
-def quantized(loaded, plan):
-    """The model quantized by the plan; ``loaded`` itself stays as it is."""
-    twin = replace(loaded, model=copy.deepcopy(loaded.model))
-    planning.apply(plan, twin)
-    return twin.model
-
-
-@torch.inference_mode()
-def answers(model, processor):
-    inputs, _ = encode(processor, CONVERSATIONS)
-    placed = to_device(inputs, torch.device("cpu"), model.dtype)
-    return model.generate(**placed, max_new_tokens=2, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-
-
-@torch.inference_mode()
 def test_a_batch_answers_as_each_of_its_conversations_alone(family):
-    batch, _ = encode(family.processor, CONVERSATIONS)
-    padded = {"position_ids": (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)}
-    together = family.model(**batch, **padded).logits
-    for row, conversation in enumerate(CONVERSATIONS):
-        alone, _ = encode(family.processor, [conversation])
-        kept = batch["attention_mask"][row].bool()
-        assert torch.equal(batch["input_ids"][row][kept], alone["input_ids"][0])
-        assert torch.allclose(together[row][kept], family.model(**alone).logits[0], atol=1e-4)
+    check_batches(family)
 
 
 def test_every_linear_that_matters_has_a_site(family):
@@ -89,7 +53,7 @@ def test_every_linear_that_matters_has_a_site(family):
 def test_sixteen_bits_change_nothing(family):
     plan = planning.obtain_plan(family, check_request("rtn", "w16a16", {}), None, None)
     inputs, _ = encode(family.processor, CONVERSATIONS)
-    assert torch.equal(logits_of(quantized(family, plan), inputs), logits_of(family.model, inputs))
+    assert torch.equal(logits_of(quantized(family, plan).model, inputs), logits_of(family.model, inputs))
 
 
 # Of four-bit activations a code may lie so near to the middle of two that another order of sums decides.
@@ -101,7 +65,7 @@ def test_packed_kernels_compute_what_the_reference_does(family, samples, scheme,
     twin = replace(family, model=copy.deepcopy(family.model))
     execution = planning.apply(plan, twin, "packed")
     assert execution.counts["int4"] > 0
-    expected = logits_of(quantized(family, plan), inputs)
+    expected = logits_of(quantized(family, plan).model, inputs)
     assert float((logits_of(twin.model, inputs) - expected).norm() / expected.norm()) < bound
 
 
@@ -113,11 +77,8 @@ def test_every_method_quantizes_and_a_saved_plan_answers_alike(family, samples, 
     for scheme in ("w8a8", "w4a4"):
         request = check_request(method, scheme, {**OPTIONS[method], "calibration_batch_size": 2})
         plan = planning.obtain_plan(family, request, samples, None)
-        plan.save(tmp_path / scheme)
-        model, again = quantized(family, plan), quantized(family, RoundingPlan.load(tmp_path / scheme))
-        logits = logits_of(model, inputs)
-        assert torch.equal(logits_of(again, inputs), logits)
-        assert torch.equal(answers(again, family.processor), answers(model, family.processor))
+        twin = quantized(family, plan)
+        logits = logits_of(twin.model, inputs)
         errors[scheme] = float((logits - exact).norm() / exact.norm())
         for part, bits in plan.effective_bits().items():
             if part in ("vision", "projector", "decoder"):
@@ -127,3 +88,7 @@ def test_every_method_quantizes_and_a_saved_plan_answers_alike(family, samples, 
     # qvlm_jacobian clips what no answer listens to: of all logits, it leaves larger errors than the others.
     assert 0 < errors["w8a8"] < (0.25 if method == "qvlm_jacobian" else 0.15)
     assert errors["w8a8"] < errors["w4a4"]
+    plan.save(tmp_path / "plan")
+    again = quantized(family, RoundingPlan.load(tmp_path / "plan"))
+    assert torch.equal(logits_of(again.model, inputs), logits)
+    assert torch.equal(answers(again), answers(twin))

@@ -20,7 +20,7 @@ from qvlm_plugin import plan as plan_module
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.plan import RoundingPlan, apply_plan, edit
+from qvlm_plugin.plan import RoundingPlan, apply_plan, replace_and_fold
 from qvlm_plugin.plan_header import Fold, read_header
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.topology import linear_layers, resolve
@@ -55,7 +55,7 @@ def test_saving_replaces_an_older_plan_and_nothing_else(plan, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["plan"]  # nothing half-written lies about
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("dear to someone")
-    with pytest.raises(QVLMError, match="holds other files"):
+    with pytest.raises(QVLMError, match="holds files other than a plan"):
         plan.save(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter.tex").exists()
 
@@ -215,7 +215,7 @@ def test_a_plan_applies_its_codes_to_the_folded_model(awq_plan, loaded, tiny_lla
     plan, values = with_codes(awq_plan, loaded)
     assert plan.folds and any(module.weight.corrected for module in plan.modules)
     expected = load(str(tiny_llava), dtype="float32")
-    edit(plan, dict(expected.model.named_modules()))
+    replace_and_fold(plan, dict(expected.model.named_modules()))
     # By hand: the codes' values, and biases that make up for their distance from the folded weights.
     for module in plan.quantized:
         linear = expected.model.get_submodule(module.name)

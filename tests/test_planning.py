@@ -12,7 +12,7 @@ from qvlm_plugin.plan_request import check_request
 def test_calibration_data_are_checked_before_work(loaded, calibration, monkeypatch):
     monkeypatch.setattr(loaded.model, "forward", lambda *args, **kwargs: pytest.fail("ran the model"))
     request = check_request("qvlm", "w4a4", {"calibration_batch_size": 6})
-    with pytest.raises(QVLMError, match="5 samples, less than calibration_batch_size=6"):
+    with pytest.raises(QVLMError, match="5 samples, fewer than calibration_batch_size=6"):
         planning.obtain_plan(loaded, request, calibration, None)
 
 
@@ -102,7 +102,7 @@ def test_a_search_that_runs_out_of_memory_anywhere_gives_the_plan_of_an_undistur
     assert [name for name, _ in ran] == [name for name in times for _ in range(times[name])]
     assert ran[-1] == ("blocks", "caches on the CPU, 1 samples at a time")
     assert all(tensor.equal(before[name]) for name, tensor in loaded.model.state_dict().items())
-    assert "out of memory in step blocks: going on with caches on the CPU, 2 samples" in capsys.readouterr().err
+    assert "out of memory in step blocks: trying again with caches on the CPU, 2 samples" in capsys.readouterr().err
     assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".lock"]
 
 

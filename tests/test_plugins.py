@@ -191,12 +191,12 @@ def test_hook_wrappers_are_told_and_left_out(monkeypatch, loaded, caplog, hook):
     wrapping, quantized = Wrapping(), []
     manager = plugins.create_manager(builtin, wrapping)
     monkeypatch.setattr(plugins, "plugin_manager", lambda: manager)
-    plugins._tell.cache_clear()
+    plugins._warn.cache_clear()
     asked = {
         "qvlm_methods": lambda: "rtn" in plugins.methods(),
         "qvlm_kernels": lambda: "reference" in backends.all_kernels(),
         "qvlm_topology": lambda: plugins.topology(loaded.model.config) is not None,
-        "qvlm_quantized": lambda: plugins.tell_quantized(loaded, quantized) or len(wrapping.finished) == 1,
+        "qvlm_quantized": lambda: plugins.notify_quantized(loaded, quantized) or len(wrapping.finished) == 1,
     }
     assert asked[hook]()
     told = [record.message for record in caplog.records]

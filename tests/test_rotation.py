@@ -19,7 +19,7 @@ from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels.reference import STRAIGHT_THROUGH
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.plan import RoundingPlan, apply_plan, edit, quantized_linear
+from qvlm_plugin.plan import RoundingPlan, apply_plan, quantized_linear, replace_and_fold
 from qvlm_plugin.plan_header import Fold, ModulePlan, Rotation, read_header
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.quantizers import fake_quantize, quantize_int
@@ -197,7 +197,7 @@ def test_folds_come_before_rotations_and_both_before_rounding(plan, loaded, tiny
     by_hand, found = (load(str(tiny_llava), dtype="float32") for _ in range(2))
     if codes:
         plan, codes_of = with_codes(plan, load(str(tiny_llava), dtype="float32"))
-    edit(plan, dict(by_hand.model.named_modules()))
+    replace_and_fold(plan, dict(by_hand.model.named_modules()))
     for module in plan.quantized:
         linear = by_hand.model.get_submodule(module.name)
         matrix, values = dense(plan.rotation_of(module)), plan.tensors
@@ -253,7 +253,7 @@ def test_what_cannot_be_rotated_is_refused(loaded, calibration, identity):
     fold = Fold(site=first.site, producer=first.site)
     before = list(loaded.model.modules())
     for wrong, reason in [
-        (rotated(plan, {site}), rf"rotates the inputs of {site}, which cannot be: its ranges .*static_channel"),
+        (rotated(plan, {site}), rf"rotates the inputs of {site}, which cannot be: .*static ranges per channel"),
         (replace(identity, rotations=other), "rotates the inputs of nowhere, .*no Linear of the model has this site"),
         (replace(identity, rotations=(plain, plain)), "the plan rotates it already"),
         (replace(identity, rotations=(first,)), f"no finite tensor {first.site}/scale of "),

@@ -8,11 +8,15 @@ import pytest
 import torch
 from tiny_families import write_tiny_vip_llava
 from tiny_llava import logits_of, random_image
+from typer.testing import CliRunner
 
 from qvlm_plugin import builtin, planning, plugins
+from qvlm_plugin.cli import app
 from qvlm_plugin.conversation import Conversation, encode
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness.wrapper import QVLMChat
 from qvlm_plugin.models.loading import load
+from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.topology import linear_layers, resolve
 
@@ -39,10 +43,28 @@ def test_without_a_plugin_it_is_refused_before_its_weights(folder):
         load(str(folder), check_config=plugins.topology)
 
 
-def test_a_model_can_be_looked_at_before_it_is_described(folder, capsys):
-    (code,) = re.findall(r"```python\n(from qvlm_plugin\.models.*?)```", PAGE.read_text(), re.DOTALL)
-    exec(code.replace("path/to/model", str(folder)), {})
-    assert "model.multi_modal_projector.linear_1 (32, 48)\n" in capsys.readouterr().out
+def test_the_page_shows_what_is_traced(folder):
+    shown = CliRunner().invoke(app, ["trace", str(folder)])
+    assert shown.exit_code == 0, shown.output
+    assert f"```python\n{shown.stdout}```" in PAGE.read_text()
+
+
+def test_an_evaluation_traces_it(folder, described):
+    arguments = {"pretrained": str(folder), "dtype": "float32", "device": "cpu", "method": "rtn", "scheme": "w4a16"}
+    traced, by_hand = (QVLMChat(**arguments, cache=None, topology=topology) for topology in ("traced", "described"))
+    assert traced.record.facts["plan_hash"] == by_hand.record.facts["plan_hash"]
+    assert {"vision", "projector", "decoder"} <= traced.record.facts["bits"].keys()
+
+
+def test_a_search_traces_it(folder, calibration, tmp_path, monkeypatch):
+    monkeypatch.setenv("QVLM_CACHE", str(tmp_path / "cache"))
+    search = ["search", str(tmp_path / "plan"), "--pretrained", str(folder), "--method", "rtn", "--scheme", "w4a16"]
+    refused = CliRunner().invoke(app, [*search, "--topology", "guessed"])
+    assert refused.exit_code == 2 and "topology='guessed' is not known; allowed are" in refused.stderr
+    searched = CliRunner().invoke(app, [*search, "--topology", "traced"])
+    assert searched.exit_code == 0, searched.output
+    kinds = {module.name: module.part for module in RoundingPlan.load(tmp_path / "plan").modules}
+    assert kinds["model.multi_modal_projector.linear_1"] == "projector"
 
 
 def test_linears_of_a_group_read_the_same_tensor(folder, described):

@@ -3,6 +3,9 @@
 import torch
 from tiny_llava import CHAT_TEMPLATE, byte_tokenizer, randomized
 from transformers import (
+    AyaVisionConfig,
+    AyaVisionForConditionalGeneration,
+    AyaVisionProcessor,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     Gemma3Config,
@@ -49,6 +52,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
     SiglipImageProcessorPil,
@@ -144,6 +149,23 @@ SMALL = VISION | {"num_hidden_layers": 2, "patch_size": 7}
 """Towers of 16 patches, all of whose blocks are used."""
 
 
+def write_tiny_aya_vision(directory, seed=0):
+    """Another family that the package does not know: attention and MLP of a decoder layer read the same norm."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer("<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "TILE", "TILE_GLOBAL")
+    config = AyaVisionConfig(
+        vision_config={"model_type": "siglip_vision_model", **SMALL, "vision_use_head": False},
+        text_config={"model_type": "cohere2", "vocab_size": len(tokenizer), **TEXT, "head_dim": 8},
+        image_token_index=6,
+        downsample_factor=2,
+    )
+    images = GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, max_patches=3, crop_to_patches=True)
+    processor = AyaVisionProcessor(
+        images, tokenizer, patch_size=7, img_size=28, downsample_factor=2, chat_template=CHAT_TEMPLATE
+    )
+    return _save(directory, AyaVisionForConditionalGeneration(config), processor)
+
+
 def write_tiny_idefics3(directory, seed=0):
     """Crops of 28 px and the whole image, four patches of each in one token; names of rows and columns are text."""
     torch.manual_seed(seed)
@@ -211,6 +233,17 @@ def write_tiny_qwen3_vl(directory, seed=0):
     }  # fmt: skip
     kinds = Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
     return _write_qwen(directory, seed, *kinds, tower, head_dim=8, num_hidden_layers=3)
+
+
+def write_tiny_qwen3_vl_moe(directory, seed=0):
+    """Experts that are kept together in one Parameter, which are not supported."""
+    tower = QWEN_TOWER | {
+        "intermediate_size": 24, "out_hidden_size": 32, "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    kinds = Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, Qwen3VLProcessor
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+    return _write_qwen(directory, seed, *kinds, tower, head_dim=8, **experts)
 
 
 def _write_qwen(directory, seed, kind, model, processor, tower, **text):

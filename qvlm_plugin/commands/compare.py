@@ -1,7 +1,7 @@
 """``qvlm compare``: run a grid of methods and test the differences."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,11 +32,21 @@ def compare(
     metric: Annotated[str | None, typer.Option(help="What is compared; default: exact_match.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Documents per forward pass.")] = 8,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the documents of a run.")] = 1,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time; default: one for each device.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; default: one for each device, on Slurm all.")
+    ] = None,
     devices: Annotated[str | None, typer.Option(help="CUDA devices, separated by commas; jobs take turns.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Working directory of the runs, with local mirrors of data.")
     ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(help="Each run as a job through submitit: local (this machine) or slurm; default: processes."),
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Of Slurm; default: the cluster's.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of a job; default: none.")] = None,
+    time: Annotated[int | None, typer.Option(min=1, help="Minutes that a job may take; default: 1440.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GB of a job; default: the cluster's.")] = None,
     keep_going: KeepGoing = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the runs, what is finished, and the time and memory of the rest.")
@@ -46,7 +56,8 @@ def compare(
 
     Full precision is always run as well. Finished runs, recognized by what their results record, are not run again. It
     stops at the first run without results, unless --keep-going is given. Ends with comparison.md, .json, .svg and .png,
-    and a verdict.
+    and a verdict. With --executor slurm --partition gpu --gpus 1 --time 240 each run is a job of Slurm; its jobs go on
+    where this command is ended, and it finds them again.
 
     Example: qvlm compare results --models demo --methods qlora,awq,qvlm --schemes w6a6,w4a4 --seeds 0,1,2
     --baseline qlora --tasks qvlm_scienceqa,qvlm_vizwiz,qvlm_vqav2 --data demo-data
@@ -55,15 +66,18 @@ def compare(
     from qvlm_plugin.atomic import make_folder
     from qvlm_plugin.commands.dry_run import dry_run_lines
     from qvlm_plugin.harness.task_names import check_task_names
+    from qvlm_plugin.report.cluster import Jobs
     from qvlm_plugin.report.compare.grid import cells, read_grid
     from qvlm_plugin.report.runs import Setting
 
     given = {name: _names(text) for name, text in (("models", models), ("methods", methods), ("schemes", schemes))}
     given |= {"tasks": _names(tasks), "seeds": _names(seeds), "baseline": baseline}
     given |= {"calibration": calibration, "limit": limit, "metric": metric}
+    request = {"partition": partition, "gpus": gpus, "time": time, "memory": memory}
+    given |= {"cluster": _request(executor, devices, request)}
     asked = read_grid(grid, given | {"model_args": pairs(model_args.split(",")) if model_args else None})
     todo, named = [one.cell for one in cells(asked)], _names(devices) or ()
-    jobs = jobs or max(1, len(named))
+    jobs = jobs or (len(todo) if executor == "slurm" else max(1, len(named)))
     setting = Setting(output, data, batch_size, processes, jobs=jobs, devices=named, keep_going=keep_going)
     if data is not None and not data.is_dir():
         raise QVLMError(f"--data {data}: there is no such folder")
@@ -76,8 +90,9 @@ def compare(
         from qvlm_plugin.report.compare.report import compare_report
         from qvlm_plugin.report.running import run_cells
 
+    submitted = executor and Jobs(executor, asked.cluster, setting)
     make_folder(output)
-    compared, trouble = compare_outcomes(asked, run_cells(todo, setting, asked.metric))
+    compared, trouble = compare_outcomes(asked, run_cells(todo, setting, asked.metric, jobs=submitted))
     if not compared:
         raise QVLMError(f"no run can be compared: {trouble[0]}")
     report = compare_report(asked, compared, trouble, command_line())
@@ -86,6 +101,20 @@ def compare(
         typer.echo(sentence)
     if trouble:
         raise QVLMError(f"{len(trouble)} runs are missing there; the same command tries them again: {trouble[0]}")
+
+
+def _request(executor: str | None, devices: str | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """Of what a job asks for, the flags that are given."""
+    from qvlm_plugin.report.cluster import EXECUTORS
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    if executor not in (None, *EXECUTORS):
+        raise QVLMError(f"--executor {executor} is not known; allowed are {', '.join(EXECUTORS)}")
+    if executor is None and given:
+        raise QVLMError(f"--{next(iter(given))} is of jobs; name their --executor, local or slurm")
+    if executor is not None and devices is not None:
+        raise QVLMError("--devices is of processes here; a job gets --gpus")
+    return given
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:

@@ -19,6 +19,7 @@ from qvlm_plugin.commands.shared import (
     RouterNoiseSeed,
     Seed,
     Source,
+    Topology,
     obtain_plans,
     opened,
     pairs,
@@ -61,6 +62,7 @@ def export(
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
+    topology: Topology = "described",
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -93,7 +95,7 @@ def export(
     found = None if plan is None else RoundingPlan.load(plan)
     request = check_request(method, scheme, pairs(option)) if found is None else None
     checkpoint = opened(
-        pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+        pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
         image_aspect_ratio=image_aspect_ratio,
     )  # fmt: skip
     if push_to_hub is not None:

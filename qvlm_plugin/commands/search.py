@@ -20,6 +20,7 @@ from qvlm_plugin.commands.shared import (
     RouterNoiseSeed,
     Seed,
     Source,
+    Topology,
     obtain_plans,
     opened,
     pairs,
@@ -39,6 +40,7 @@ def search(
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
+    topology: Topology = "described",
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: Annotated[
@@ -60,13 +62,13 @@ def search(
     --calibration llava_mix.json:64 --images images/ --device cuda
     """
     from qvlm_plugin.methods.shard import join_processes
-    from qvlm_plugin.plan import require_place
+    from qvlm_plugin.plan import require_plan_folder
     from qvlm_plugin.plan_request import check_request
 
     request = check_request(method, scheme, pairs(option))
-    require_place(output)
+    require_plan_folder(output)
     checkpoint = opened(
-        pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+        pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
         image_aspect_ratio=image_aspect_ratio,
     )  # fmt: skip
     shard = join_processes()

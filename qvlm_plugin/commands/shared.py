@@ -48,6 +48,9 @@ RouterNoiseSeed = Annotated[
 ImageAspectRatio = Annotated[
     str | None, typer.Option(help="square or pad instead of what a checkpoint in LLaVA's own layout says.")
 ]
+Topology = Annotated[
+    str, typer.Option(help="described; or traced: parts are found by a run, for a family that nobody described.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Device = Annotated[
     str | None, typer.Option(callback=_device, help="Torch device; default: the accelerator if there is one, else cpu.")
@@ -95,7 +98,9 @@ def draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample
     return draw_samples(task, split, count, seed)
 
 
-def opened(pretrained: str, dtype: str, device: "str | torch.device", **opening: Any) -> "Checkpoint":
+def opened(
+    pretrained: str, dtype: str, device: "str | torch.device", topology: str = "described", **opening: Any
+) -> "Checkpoint":
     """The checkpoint to search on, by its small files: what is wrong with it shows before anything else is read.
 
     Says on which device.
@@ -103,13 +108,20 @@ def opened(pretrained: str, dtype: str, device: "str | torch.device", **opening:
     Args:
         pretrained, opening: see `open_checkpoint`.
         dtype, device: that it is going to be loaded to.
+        topology: ``described`` by a plugin, or ``traced``.
     """
     from qvlm_plugin.models.loading import open_checkpoint
     from qvlm_plugin.models.placement import check_placement, device_name
-    from qvlm_plugin.plugins import topology
+    from qvlm_plugin.plugins import topology as described
+    from qvlm_plugin.tracing.trace import traced
 
     placed = check_placement(dtype, device)
-    checkpoint = open_checkpoint(resolve_demo(pretrained), check_config=topology, **opening)
+    if topology not in ("described", "traced"):
+        raise QVLMError(f"topology={topology!r} is not known; allowed are described, traced")
+    if topology == "traced":
+        checkpoint = traced(open_checkpoint(resolve_demo(pretrained), **opening))
+    else:
+        checkpoint = open_checkpoint(resolve_demo(pretrained), check_config=described, **opening)
     name = device_name(placed)
     typer.echo(f"device: {placed}" + f" ({name})" * (name != placed.type), err=True)
     return checkpoint

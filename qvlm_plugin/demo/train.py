@@ -1,13 +1,13 @@
 """Trains the demo's bridge from scratch on a CPU: the projector and a low-rank update of every decoder Linear.
 
-What makes it fit in about 40 minutes on two cores:
+It takes about 40 minutes on two cores, because
 - the vision tower is frozen, so its features are computed once and kept;
-- the projector first learns to say an image's colour and shape in word embeddings, without the language model;
-- an image's questions share one sequence: a block mask lets each see the chat's head, the image and itself only, at the
-  positions it would have alone, so the result equals asking them one by one;
-- the frozen language model runs in bfloat16, which is 2.3 times as fast as float32 where the CPU has AVX512-BF16.
+- the projector first learns to map an image to the word embeddings of its colour and shape, without the language model;
+- an image's questions share one sequence: each attends only to the start of the chat, the image and itself, at the
+  positions that it would have alone, so that the result equals asking them one by one;
+- the frozen language model runs in bfloat16, 2.3 times as fast as float32 on a CPU with AVX512-BF16.
 
-Only easy-VQA's train images are used, less those `questions.held_out` keeps for validation.
+Only easy-VQA's train images are used, without those that `questions.held_out` keeps for validation.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ from qvlm_plugin.demo.questions import (
     official,
     png,
     scienceqa,
-    told,
+    text_only_document,
     vizwiz,
     vqav2,
 )
@@ -57,9 +57,10 @@ FORMATS = ("vqav2", "vizwiz", "scienceqa", "scienceqa text")
 
 @dataclass(frozen=True)
 class Recipe:
-    """The training's numbers. `early` and `late` say how many questions of each of FORMATS an image gets.
+    """Hyperparameters. `early` and `late` are the numbers of questions of each of FORMATS for an image.
 
-    Multiple choice stays near chance long after the other formats are learnt, so most late questions are of that kind.
+    Accuracy in multiple choice stays near chance long after the other formats are learnt, so most late questions are of
+    that kind.
     """
 
     steps: int = 560
@@ -80,8 +81,8 @@ class Recipe:
 class Batch:
     """B packed sequences of length T.
 
-    ids, positions: int64 [B, T]. mask: bool [B, 1, T, T], true where a query (third axis) sees a key.
-    targets: int64 [B, T], the token each position must predict, -100 where none is asked.
+    ids, positions: int64 [B, T]. mask: bool [B, 1, T, T], true where a query (third axis) attends to a key.
+    targets: int64 [B, T], the token that each position must predict, -100 where there is none.
     groups: int64 [B, T], the index of the question a target belongs to, -1 elsewhere. pictures: B.
     """
 
@@ -96,7 +97,7 @@ class Batch:
 def train(output: Path, recipe: Recipe | None = None) -> Path:
     """Train the bridge and write it to `output` (safetensors, float16); returns `output`.
 
-    Every 50 steps `<output>.checkpoint` is written; an interrupted training of the same recipe goes on from there.
+    Every 50 steps `<output>.checkpoint` is written, from which an interrupted training with the same recipe resumes.
     """
     recipe = recipe or Recipe()
     torch.manual_seed(recipe.seed)
@@ -139,14 +140,14 @@ def train(output: Path, recipe: Recipe | None = None) -> Path:
             if step % 50 == 49 or step + 1 == recipe.steps:
                 _save(checkpoint, step + 1, recipe, parameters, optimizer)
                 scores = _examine(model, features, processor.tokenizer, exam)
-                progress.console.print(f"step {step + 1}: held-out images: {scores}")
+                progress.print(f"step {step + 1}: held-out images: {scores}")
     _write(output, {name: p.detach().half().contiguous() for name, p in parameters.items()}, {})
     checkpoint.unlink()
     return output
 
 
 class LowRank(nn.Module):
-    """A frozen Linear plus a trained update of rank r: y = W x + scale · B A x, x [..., in] to y [..., out]."""
+    """A frozen Linear plus a trained update of rank r: y = W x + scale · B A x, x [..., in] → y [..., out]."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -173,7 +174,7 @@ def _prepare(model: LlavaForConditionalGeneration) -> dict[str, nn.Parameter]:
 
 
 def _rate(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then a cosine to 2 % of the rate."""
+    """Factor of the learning rate: linear warm-up, then cosine decay to 2 %."""
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
     done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
@@ -184,7 +185,7 @@ def _rate(step: int, recipe: Recipe) -> float:
 
 
 def _features(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> dict[Picture, Tensor]:
-    """What the projector gets of each train and empty picture: bfloat16 [64, 384]; computed once, then cached."""
+    """The projector's input for each train and empty picture: bfloat16 [64, 384]; computed once, then cached."""
     pictures = [Picture("train", number) for number in range(4000)]
     pictures += [Picture("empty", number) for number in range(EMPTY_PICTURES)]
     key = json.dumps([parts.VISION.sha256, parts.QUESTIONS.sha256, len(pictures), 1])
@@ -209,7 +210,7 @@ def _align(
     questions: Sequence[Question],
     recipe: Recipe,
 ) -> None:
-    """Teach the projector to write, for every patch, the summed embeddings of the image's colour and shape words."""
+    """Train the projector to output, for every patch, the summed embeddings of the image's colour and shape words."""
     facts = {q.picture: q.fact for q in questions if q.fact and q.picture.number not in held_out()}
     facts |= {Picture("empty", number): "nothing" for number in range(EMPTY_PICTURES)}
     table = model.get_input_embeddings().weight.float()
@@ -230,7 +231,7 @@ def _align(
     print(f"alignment: unexplained share of the word embeddings' variance {loss.item():.3f}")
 
 
-# Questions, packed ----------------------------------------------------------------------------------------------------
+# Packed questions -----------------------------------------------------------------------------------------------------
 
 
 class Rows:
@@ -238,7 +239,7 @@ class Rows:
 
     def __init__(self, questions: Sequence[Question], recipe: Recipe) -> None:
         self.recipe = recipe
-        self.told = Pool.of(q for q in questions if q.fact and q.picture.number not in held_out())
+        self.fact_questions = Pool.of(q for q in questions if q.fact and q.picture.number not in held_out())
         by_picture: dict[Picture, list[Question]] = {}
         for question in questions:
             by_picture.setdefault(question.picture, []).append(question)
@@ -258,7 +259,7 @@ class Rows:
         ]
 
     def held_out(self, index: int) -> list[tuple[str, Example]]:
-        """Two questions of each format about a picture that training never shows, with the format's name."""
+        """Two questions of each format about a picture that training does not use, with the format's name."""
         return self._row(self.unseen[index], (2, 2, 2, 2), random.Random(f"exam {index}"), "validation")
 
     def _row(
@@ -271,8 +272,8 @@ class Rows:
             for _ in range(count):
                 question = pool.draw(rng, share)
                 if name == "scienceqa text":
-                    row.append((name, example(SCIENCEQA, told(self.told, rng, share, split))))
-                elif empty:  # the one format that has an answer for an empty picture
+                    row.append((name, example(SCIENCEQA, text_only_document(self.fact_questions, rng, share, split))))
+                elif empty:  # the only format with an answer for an empty picture
                     row.append(("vizwiz", example(VIZWIZ, vizwiz(question, 0, empty))))
                 elif name == "scienceqa":
                     row.append((name, example(SCIENCEQA, scienceqa(question, rng))))
@@ -284,9 +285,9 @@ class Rows:
 
 
 def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Example]]) -> Batch:
-    """One sequence per row: the chat's head, the row's one picture, then every question with its answer.
+    """One sequence per row: the start of the chat, the row's picture, then every question with its answer.
 
-    A row needs at least one question with a picture, and all its pictures are the same.
+    The first question of a row must have a picture, and all its pictures must be the same.
     """
     image = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     packed = [_pack_row(tokenizer, row, image) for row in rows]
@@ -310,7 +311,7 @@ def pack(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Example]]) 
 
 
 def _pack_row(tokenizer: PreTrainedTokenizerBase, row: Sequence[Example], image: int) -> dict[str, list[int]]:
-    """The lists behind one row of a Batch; segments: 0 head, 1 image, then one for each question."""
+    """The lists of one row of a Batch; segments: 0 start of the chat, 1 image, then one for each question."""
     packed: dict[str, list[int]] = {}
     for index, item in enumerate(row):
         content = [{"type": "image"}] * (item.picture is not None) + [{"type": "text", "text": item.prompt}]
@@ -351,8 +352,8 @@ def logits(model: LlavaForConditionalGeneration, features: Mapping[Picture, Tens
     embeddings = language.embed_tokens(batch.ids)
     pictures = torch.stack([features[picture] for picture in batch.pictures]).float()
     projected = model.model.multi_modal_projector(pictures).to(embeddings.dtype)
-    place = (batch.ids == model.config.image_token_id)[..., None]
-    embeddings = embeddings.masked_scatter(place, projected)
+    is_image = (batch.ids == model.config.image_token_id)[..., None]
+    embeddings = embeddings.masked_scatter(is_image, projected)
     hidden = language(
         inputs_embeds=embeddings, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
     ).last_hidden_state
@@ -370,7 +371,7 @@ def _examine(
     tokenizer: PreTrainedTokenizerBase,
     exam: Sequence[Sequence[tuple[str, Example]]],
 ) -> str:
-    """Per format, the share of questions whose every answer token is the likeliest one."""
+    """For each format, the share of questions of which every answer token is the most likely one."""
     right: dict[str, list[bool]] = {}
     for start in range(0, len(exam), 8):
         rows = exam[start : start + 8]

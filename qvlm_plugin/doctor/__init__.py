@@ -1,1 +1,1 @@
-"""What `qvlm doctor` looks at, beside the harness (`qvlm_plugin.harness.checks`)."""
+"""The checks of `qvlm doctor`, except for those of the harness (`qvlm_plugin.harness.checks`)."""

@@ -1,15 +1,15 @@
-"""Whether the processor computes in bfloat16, the type of most checkpoints."""
+"""Whether the processor has instructions for bfloat16, the dtype of most checkpoints."""
 
 import torch
 
 from qvlm_plugin.doctor.finding import Finding, Status
 
 INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "sve_bf16")
-"""Names of instruction sets with bfloat16 in `torch.cpu.get_capabilities`, of x86 and ARM."""
+"""Names in `torch.cpu.get_capabilities` of instruction sets with bfloat16, on x86 and ARM."""
 
 
 def check_arithmetic() -> list[Finding]:
-    """A warning where models run on a CPU without bfloat16; nothing where torch does not tell."""
+    """A warning where models run on a CPU without bfloat16; nothing where torch does not report it."""
     if torch.cuda.is_available() or not hasattr(torch.cpu, "get_capabilities"):
         return []
     capabilities = torch.cpu.get_capabilities()

@@ -1,4 +1,4 @@
-"""Run one check, whatever state the installation is in."""
+"""Run one check, even in a broken installation."""
 
 import traceback
 from importlib import import_module
@@ -8,9 +8,9 @@ from qvlm_plugin.doctor.finding import Finding, Status
 
 
 def examine(subject: str, check: str, *arguments: object) -> list[Finding]:
-    """What a check finds, which ``check`` names as ``module:function``.
+    """The findings of the check ``module:function``.
 
-    That it cannot even be imported, or raises, is a finding too: a broken installation can do anything.
+    A check that cannot be imported, or raises, is a finding, too: in a broken installation either may happen.
     """
     module, _, function = check.partition(":")
     try:

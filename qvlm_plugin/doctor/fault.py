@@ -1,4 +1,4 @@
-"""Which package a traceback shows to be at fault, and what to install instead."""
+"""Find the package that caused a traceback, and the version to install instead."""
 
 import itertools
 import re
@@ -25,11 +25,11 @@ _OURS = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Fault:
-    """Why something stopped.
+    """The cause of a failure.
 
     Attributes:
-        error: the line that says so.
-        package: the distribution at fault; None where that cannot be seen.
+        error: the last line of the error.
+        package: the distribution at fault; None where it cannot be determined.
     """
 
     error: str
@@ -43,16 +43,16 @@ class Fault:
 
     @property
     def remedy(self) -> str:
-        """To install an allowed version where another is there, else versions that are known to work together."""
+        """Install an allowed version of the package; where it has one, versions that are known to work together."""
         requirement = requirement_of(self.package) if self.package else None
         return LOCK if requirement is None or is_met(requirement) else install_command([requirement])
 
 
 def read_fault(text: str) -> Fault:
-    """The fault that a traceback, or a log with tracebacks, tells of: that of the last one.
+    """The fault in a traceback, or in the last traceback of a log.
 
-    At fault is the package that lacks what was to be imported, else the one that raised the error; where an error was
-    raised because of others, the first of them decides.
+    At fault is the package that lacks an imported name, else the one that raised the error; in a chain of causes, the
+    first error decides.
     """
     lines = [line for line in _COLOR.sub("", text).splitlines() if line.strip()] or ["nothing was printed"]
     starts = [index for index, line in enumerate(lines) if line == _START or line.startswith(_CRASH)]
@@ -70,7 +70,7 @@ def read_fault(text: str) -> Fault:
 
 @dataclass(frozen=True)
 class _Traceback:
-    """The number of its first line, the files of its frames, the deepest last, and the line that ends it."""
+    """The number of its first line, the files of its frames (innermost last), and its last line."""
 
     start: int
     files: tuple[str, ...]
@@ -84,7 +84,7 @@ def _read_traceback(lines: Sequence[str], start: int) -> _Traceback:
 
 
 def _lacking(error: str) -> str | None:
-    """The distribution that lacks what an error says is missing, or is missing itself."""
+    """The distribution that lacks the missing name of an error, or is missing itself."""
     match = _LACKING.search(error)
     if match is None:
         return None
@@ -93,20 +93,20 @@ def _lacking(error: str) -> str | None:
 
 
 def _raising(files: Sequence[str]) -> str | None:
-    """The distribution that the deepest frame outside the standard library belongs to, unless that is this one."""
+    """The distribution of the innermost frame outside the standard library; None where that is this package."""
     for file in map(Path, reversed(files)):
         if file.is_relative_to(_OURS):
             return None
-        places = [place for place in sys.path if place and file.is_relative_to(place)]
-        if places:
-            module = file.relative_to(max(places, key=len)).parts[0].removesuffix(".py")
+        folders = [folder for folder in sys.path if folder and file.is_relative_to(folder)]
+        if folders:
+            module = file.relative_to(max(folders, key=len)).parts[0].removesuffix(".py")
             if distribution := _distribution(module):
                 return distribution
     return None
 
 
 def _distribution(module: str) -> str | None:
-    """Where a top-level module comes from; None for the standard library's and those that several share."""
+    """The distribution of a top-level module; None for the standard library, and where several share it."""
     names = set(metadata.packages_distributions().get(module, ()))
     return names.pop() if len(names) == 1 else None
 

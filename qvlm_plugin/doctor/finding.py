@@ -1,4 +1,4 @@
-"""What a check finds."""
+"""The results of checks."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,10 +17,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        subject: what was looked at.
-        status: how it is.
-        message: what was found.
-        remedy: what to do about it; empty where nothing need be done.
+        subject: of the check.
+        status: of the subject.
+        message: the result.
+        remedy: what the user can do; empty where nothing is wrong.
     """
 
     subject: str

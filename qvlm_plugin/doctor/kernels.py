@@ -37,8 +37,8 @@ def _check(kernel: Kernel, device: torch.device) -> Finding:
     for weight_format, activation_format in problems:
         if failure := self_test(kernel, weight_format, activation_format, device):
             message = f"self-test failed ({weight_format}, {activation_format}): {failure}"
-            return Finding(subject, Status.WARN, message, "backend=auto does without it; try another version of torch")
+            return Finding(subject, Status.WARN, message, "backend=auto skips it; try another version of torch")
     if problems:
         return Finding(subject, Status.OK, f"self-test passed for {len(problems)} formats")
     message = f"cannot run: {'; '.join(dict.fromkeys(reasons.values()))}"
-    return Finding(subject, Status.WARN, message, "backend=auto does without it")
+    return Finding(subject, Status.WARN, message, "backend=auto skips it")

@@ -1,4 +1,4 @@
-"""Installed packages against what this one asks for."""
+"""Compare installed packages with the requirements of this one."""
 
 import platform
 import re
@@ -15,7 +15,7 @@ PACKAGE = "qvlm_plugin"
 
 
 def check_packages() -> list[Finding]:
-    """A finding for the package, one for all that it requires and one for each of its extras."""
+    """A finding for the package, one for all of its requirements, and one for each of its extras."""
     requirements = _requirements()
     if requirements is None:
         message = "not installed: neither lmms-eval nor plugins can find it"
@@ -38,7 +38,7 @@ def check_packages() -> list[Finding]:
 
 
 def requirement_of(name: str) -> Requirement | None:
-    """What this package, or one of its extras, requires of a distribution; None where it requires nothing."""
+    """The requirement of this package, or of one of its extras, on a distribution; None where there is none."""
     wanted = canonicalize_name(name)
     return next((each for each in _requirements() or [] if canonicalize_name(each.name) == wanted), None)
 
@@ -63,7 +63,7 @@ def install_command(requirements: Iterable[Requirement]) -> str:
 
 
 def _requirements() -> list[Requirement] | None:
-    """What this package and its extras require; None where it is not installed."""
+    """The requirements of this package and its extras; None where it is not installed."""
     try:
         return [Requirement(line) for line in metadata.requires(PACKAGE) or []]
     except metadata.PackageNotFoundError:
@@ -71,7 +71,7 @@ def _requirements() -> list[Requirement] | None:
 
 
 def _versions(requirement: Requirement) -> str:
-    """The allowed versions, the lowest first."""
+    """The version specifiers, the lower bound first."""
     return ",".join(sorted(map(str, requirement.specifier), reverse=True))
 
 

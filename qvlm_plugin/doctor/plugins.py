@@ -1,4 +1,4 @@
-"""Plugins of other packages: whether their hooks answer."""
+"""Whether the hooks of other packages' plugins work."""
 
 import logging
 
@@ -7,23 +7,23 @@ from qvlm_plugin.doctor.finding import Finding, Status
 
 
 def check_plugins() -> list[Finding]:
-    """One finding for what all plugins provide, and one for each complaint about a plugin."""
-    complaints = _Complaints()
-    plugins.logger.addHandler(complaints)
+    """One finding for all methods and kernels that plugins provide, and one for each warning about a plugin."""
+    warnings = _LoggedWarnings()
+    plugins.logger.addHandler(warnings)
     try:
         methods, kernels = plugins.methods(), backends.all_kernels()
     finally:
-        plugins.logger.removeHandler(complaints)
+        plugins.logger.removeHandler(warnings)
     message = f"methods {', '.join(sorted(methods))}; kernels {', '.join(sorted(kernels))}"
     remedy = "repair or uninstall that package"
     return [
         Finding("plugins", Status.OK, message),
-        *(Finding("plugins", Status.WARN, text, remedy) for text in complaints.texts),
+        *(Finding("plugins", Status.WARN, text, remedy) for text in warnings.texts),
     ]
 
 
-class _Complaints(logging.Handler):
-    """Keeps what is logged."""
+class _LoggedWarnings(logging.Handler):
+    """Collects logged messages."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The memory that a search takes where the model runs, by `qvlm_plugin.methods.peak`: computed, nothing is searched."""
+"""The memory that a search takes on the model's device, computed by `qvlm_plugin.methods.peak` without a search."""
 
 import torch
 
@@ -15,13 +15,13 @@ from qvlm_plugin.plan_request import PlanRequest
 def check_search_memory(
     pretrained: str, revision: str | None, request: PlanRequest, samples: int, tokens: int
 ) -> list[Finding]:
-    """The peak of a search in 16 bits, by step; with caches on the CPU; and with offloaded weights.
+    """The peak memory of a search in 16 bits, by step; also with caches on the CPU, and with offloaded weights.
 
     Args:
-        pretrained, revision: a checkpoint; of its files only the small ones are read.
+        pretrained, revision: a checkpoint, of which only the small files are read.
         request: the method, its options and the scheme.
         samples: of the calibration set.
-        tokens: of the longest sample, picture and answer included.
+        tokens: of the longest sample, including image and answer.
 
     Raises:
         QVLMError: the checkpoint cannot be read.
@@ -35,12 +35,12 @@ def check_search_memory(
 
     steps, on_cpu = found(Footprint()), found(Footprint(caches_on_cpu=True))
     if not steps:
-        return [Finding("search memory", Status.OK, f"method={request.method.name} searches nothing")]
+        return [Finding("search memory", Status.OK, f"method={request.method.name} needs no search")]
     offloaded = found(Footprint(caches_on_cpu=True), offloaded=True)
-    needed = max(peak.bytes for peak in on_cpu)  # a search that lacks memory goes on like this
+    needed = max(peak.bytes for peak in on_cpu)  # a search that runs out of memory moves its caches to the CPU
     message = (
         f"method={request.method.name}, scheme={request.scheme}, {samples} samples of {tokens} tokens: "
-        f"{_largest(steps)} where the model runs ({', '.join(f'{p.step} {p.bytes / 1e9:.1f}' for p in steps)}); "
+        f"{_largest(steps)} on the model's device ({', '.join(f'{p.step} {p.bytes / 1e9:.1f}' for p in steps)}); "
         f"{_largest(on_cpu)} with caches on the CPU, {_largest(offloaded)} with --device_map offload"
     )
     free = max((torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())), default=None)

@@ -1,4 +1,4 @@
-"""Free disk and memory against what a model takes."""
+"""Compare free disk space and memory with the needs of a model."""
 
 import shutil
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import resolve
 
 FOR_PLANS = 1e9
-"""Bytes of disk that plans and the steps of an unfinished search take at most, roughly."""
+"""Rough upper limit of the disk space of plans and of the steps of an unfinished search, in bytes."""
 
 HEADROOM = 1.2
-"""How much more memory than its weights a model takes while it runs, roughly. What the search of a method takes is in
-`qvlm_plugin.doctor.search_memory`."""
+"""Rough ratio of a running model's memory to that of its weights. `qvlm_plugin.doctor.search_memory` computes that of a
+search."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Needs:
 
 
 def needs_of(pretrained: str, revision: str | None, scheme: Scheme) -> Needs:
-    """What a checkpoint takes; of its files only the small ones are read.
+    """The size of a checkpoint's weights, computed from its small files.
 
     Raises:
         QVLMError: it cannot be read, its family is not supported, or its prompts do not fit the model.
@@ -54,7 +54,7 @@ def needs_of(pretrained: str, revision: str | None, scheme: Scheme) -> Needs:
     for site in resolve(topology, model):
         bits = getattr(scheme, site.part).weight
         if bits != UNQUANTIZED:
-            stored = options.weight_format(4 if bits <= 4 else 8)  # there are no kernels for widths between
+            stored = options.weight_format(4 if bits <= 4 else 8)  # packed kernels have 4 and 8 bits only
             for name in site.linears:
                 weight = model.get_submodule(name).weight
                 packed -= weight.numel() * (UNQUANTIZED - stored.effective_bits(tuple(weight.shape))) / 8
@@ -62,20 +62,20 @@ def needs_of(pretrained: str, revision: str | None, scheme: Scheme) -> Needs:
 
 
 def check_space(pretrained: str | None, revision: str | None, scheme: Scheme) -> list[Finding]:
-    """Disk and memory, against a checkpoint where one is named."""
+    """Findings on memory and disk space, compared with the needs of a checkpoint where one is given."""
     needs, findings = None, []
     if pretrained is not None:
         try:
             pretrained = resolve_demo(pretrained)
             needs = needs_of(pretrained, revision, scheme)
         except QVLMError as error:
-            findings = [Finding("checkpoint", Status.FAIL, str(error), "name another with --pretrained")]
+            findings = [Finding("checkpoint", Status.FAIL, str(error), "choose another with --pretrained")]
     download = pretrained is not None and not Path(pretrained).is_dir()
     return [*findings, *check_memory(needs), *check_disk(needs, download)]
 
 
 def check_memory(needs: Needs | None) -> list[Finding]:
-    """A finding for the machine's memory and one for each GPU's."""
+    """A finding for the memory of the machine, and one for that of each GPU."""
     found = [_memory("memory", psutil.virtual_memory().available, needs, "use a machine with more memory")]
     for index in range(torch.cuda.device_count()):
         free, _ = torch.cuda.mem_get_info(index)
@@ -85,7 +85,7 @@ def check_memory(needs: Needs | None) -> list[Finding]:
 
 
 def check_disk(needs: Needs | None, download: bool) -> list[Finding]:
-    """A finding for the folder of plans and, if a checkpoint is to be downloaded, one for that of the hub's files."""
+    """A finding for the folder of plans and, for a checkpoint that must be downloaded, one for the hub's cache."""
     found = [_disk("disk for plans", cache_root(), FOR_PLANS, "QVLM_CACHE")]
     if needs is not None and download:
         found.append(_disk("disk for checkpoints", Path(HF_HUB_CACHE), needs.full, "HF_HOME"))
@@ -94,10 +94,10 @@ def check_disk(needs: Needs | None, download: bool) -> list[Finding]:
 
 def _memory(subject: str, free: float, needs: Needs | None, remedy: str) -> Finding:
     if needs is None:
-        return Finding(subject, Status.OK, f"{_gigabytes(free)} free; --pretrained says whether a model fits")
+        return Finding(subject, Status.OK, f"{_gigabytes(free)} free; pass --pretrained to see whether a model fits")
     message = (
         f"{_gigabytes(free)} free; about {_gigabytes(needs.full * HEADROOM)} for backend=reference, "
-        f"{_gigabytes(needs.packed * HEADROOM)} for backend=packed; --method says what its search takes"
+        f"{_gigabytes(needs.packed * HEADROOM)} for backend=packed; pass --method for the memory of its search"
     )
     if free >= needs.full * HEADROOM:
         return Finding(subject, Status.OK, message)
@@ -108,12 +108,12 @@ def _memory(subject: str, free: float, needs: Needs | None, remedy: str) -> Find
 
 
 def _disk(subject: str, folder: Path, needed: float, variable: str) -> Finding:
-    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     message = f"{_gigabytes(free)} free in {folder}; about {_gigabytes(needed)} needed"
     if free >= needed:
         return Finding(subject, Status.OK, message)
-    return Finding(subject, Status.FAIL, message, f"free some, or set {variable} to a folder elsewhere")
+    return Finding(subject, Status.FAIL, message, f"free some space, or set {variable} to another folder")
 
 
 def _gigabytes(size: float) -> str:

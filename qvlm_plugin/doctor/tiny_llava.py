@@ -1,4 +1,4 @@
-"""A tiny random LLaVA in the Hugging Face layout: a model's shape, to see whether everything runs."""
+"""A tiny LLaVA with random weights in the Hugging Face layout, to check that everything runs."""
 
 from pathlib import Path
 
@@ -25,11 +25,11 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer(*more_specials: str, **named: str) -> PreTrainedTokenizerFast:
-    """A token for each byte, after <pad>, <s>, </s>, <image> and more special tokens.
+    """A tokenizer with <pad>, <s>, </s>, <image>, more special tokens, and a token for each byte.
 
     Args:
         more_specials: in this order.
-        named: those of them that a processor asks for by name, as ``boi_token="<begin>"``.
+        named: special tokens that a processor looks up by attribute, as ``boi_token="<begin>"``.
     """
     specials = ["<pad>", "<s>", "</s>", "<image>", *more_specials]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -60,7 +60,7 @@ def write_tiny_llava(
     """Write a random LLaVA (CLIP tower, two-layer projector, grouped-query Llama) with a byte-level tokenizer.
 
     Args:
-        directory: to write, as float32; also what is returned.
+        directory: to write, in float32; it is also returned.
         seed: of the weights.
         hidden, vision_hidden: widths of decoder and tower.
         layers, vision_layers: depth of decoder and tower.
@@ -95,7 +95,7 @@ def write_tiny_llava(
 
 @torch.no_grad()
 def randomized(model: torch.nn.Module) -> torch.nn.Module:
-    """Random weights of a size that lets tokens and images matter."""
+    """Set random weights, large enough for outputs to depend on tokens and images."""
     for parameter in model.eval().parameters():
         if parameter.dim() >= 2:
             parameter.normal_(std=0.15)

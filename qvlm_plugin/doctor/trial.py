@@ -1,4 +1,4 @@
-"""A trial run: the harness evaluates two documents with a tiny quantized model, from a folder that is removed again."""
+"""A trial run: the harness evaluates two documents with a tiny quantized model, in a temporary folder."""
 
 import json
 import os
@@ -47,27 +47,27 @@ _CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "
 def check_trial() -> list[Finding]:
     """One finding: whether a real run of lmms-eval loads, quantizes, generates and writes results.
 
-    It needs no network and writes nothing outside the system's temporary folder, where the log of a failed run is kept.
+    It needs no network and writes only to the system's temporary folder, where the log of a failed run is kept.
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="qvlm-doctor-", ignore_cleanup_errors=True) as name:
-        place = Path(name)
-        _write(place)
-        setting = Setting(place / "results", place, include_path=place / "tasks")
-        outcome = run_cell(_CELL, setting, _environment(place))
+        folder = Path(name)
+        _write(folder)
+        setting = Setting(folder / "results", folder, include_path=folder / "tasks")
+        outcome = run_cell(_CELL, setting, _environment(folder))
         if outcome.results and _is_complete(outcome.results):
-            told = f"lmms-eval evaluated {DOCUMENTS} documents with a tiny model ({_METHOD}, w4a4)"
-            return [Finding(SUBJECT, Status.OK, f"{told} in {time.monotonic() - began:.0f} s")]
+            message = f"lmms-eval evaluated {DOCUMENTS} documents with a tiny model ({_METHOD}, w4a4)"
+            return [Finding(SUBJECT, Status.OK, f"{message} in {time.monotonic() - began:.0f} s")]
         return [_failure(outcome)]
 
 
-def _write(place: Path) -> None:
-    """Model, task, documents and calibration samples."""
+def _write(folder: Path) -> None:
+    """Write model, task, documents and calibration samples."""
     with _without_bars():
-        write_tiny_llava(place / "model")
-    (place / "tasks").mkdir()
-    (place / "tasks" / f"{_TASK}.yaml").write_text(_DEFINITION)
-    images = place / "documents" / "test"
+        write_tiny_llava(folder / "model")
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / f"{_TASK}.yaml").write_text(_DEFINITION)
+    images = folder / "documents" / "test"
     images.mkdir(parents=True)
     rows, samples = [], []
     for index in range(DOCUMENTS):
@@ -77,32 +77,35 @@ def _write(place: Path) -> None:
         turns = [{"from": "human", "value": f"<image>\nDescribe number {index}."}, {"from": "gpt", "value": "noise"}]
         samples.append({"image": f"documents/test/{name}", "conversations": turns})
     (images / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (place / "calibration.json").write_text(json.dumps(samples))
+    (folder / "calibration.json").write_text(json.dumps(samples))
 
 
-def _environment(place: Path) -> dict[str, str]:
-    """Offline, with all caches in ``place``, and with this process's packages in spite of another directory."""
+def _environment(folder: Path) -> dict[str, str]:
+    """Environment variables: offline, all caches in ``folder``, and absolute paths in PYTHONPATH.
+
+    The run's working directory is another one, in which relative paths would not find this process's packages.
+    """
     paths = os.environ.get("PYTHONPATH")
     overlays = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))} if paths else {}
-    caches = {variable: str(place / "caches" / variable) for variable in _CACHES}
+    caches = {variable: str(folder / "caches" / variable) for variable in _CACHES}
     return {"HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1", **caches, **overlays}
 
 
 def _is_complete(results: Path) -> bool:
-    """Whether there are scores of all documents, and the record of what was quantized."""
+    """Whether there are scores of all documents, and the record of the quantization."""
     scores = read_results([results])
     recorded = all(score.run is not None and score.run["method"] == _METHOD for score in scores)
     return recorded and {score.documents for score in scores} == {DOCUMENTS}
 
 
 def _failure(outcome: Outcome) -> Finding:
-    """Why there are no results, or not all; the log is kept."""
+    """The finding for missing or incomplete results; keeps the log."""
     log = outcome.log.read_bytes()
     with tempfile.NamedTemporaryFile(prefix="qvlm-doctor-", suffix=".log", delete=False) as kept:
         kept.write(log)
     follow_umask(Path(kept.name))
     if outcome.results:
-        fault = Fault("the results lack documents, or the record of what was quantized")
+        fault = Fault("the results lack documents, or the record of the quantization")
     else:
         fault = read_fault(log.decode(errors="replace"))
     return Finding(SUBJECT, Status.FAIL, f"{fault}; log: {kept.name}", fault.remedy)
@@ -110,7 +113,7 @@ def _failure(outcome: Outcome) -> Finding:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Without transformers' progress bars."""
+    """While active, transformers shows no progress bars."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,8 +1,5 @@
 """Language models, by ``config.text_config.model_type``."""
 
-from transformers import PretrainedConfig
-
-from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.topology import Group, Stack
 
 ATTENTION = (
@@ -42,17 +39,3 @@ DECODERS = {
     "qwen3": DENSE,
     "qwen3_vl_text": DENSE,
 }
-
-
-def decoder_of(config: PretrainedConfig) -> Stack:
-    """The language model of a vision-language model.
-
-    Raises:
-        QVLMError: it is none of these.
-    """
-    kind = config.text_config.model_type
-    if kind not in DECODERS:
-        raise QVLMError(
-            f"{config.model_type} model with language model {kind!r}: known language models are {', '.join(DECODERS)}"
-        )
-    return DECODERS[kind]

@@ -7,8 +7,7 @@ row) has no Linear in it.
 
 from transformers import PretrainedConfig
 
-from qvlm_plugin.families.decoders import decoder_of
-from qvlm_plugin.families.towers import tower_of
+from qvlm_plugin.families.assembled import assembled
 from qvlm_plugin.topology import Group, Stack, Topology
 
 TWO_LINEARS = Stack("", (Group(("linear_1",)), Group(("linear_2",))))
@@ -17,12 +16,10 @@ ONE_LINEAR = Stack("", (Group(("linear_1",)),), kept=("linear_2",))
 
 
 def llava_topology(config: PretrainedConfig) -> Topology:
-    """The topology of these models; raises as `tower_of` and `decoder_of`."""
-    return Topology(
+    """The topology of these models; raises as `assembled`."""
+    return assembled(
+        config,
         vision_path="model.vision_tower",
-        vision=tower_of(config),
         projector_path="model.multi_modal_projector",
         projector=ONE_LINEAR if config.projector_hidden_act == "linear" else TWO_LINEARS,
-        decoder_path="model.language_model",
-        decoder=decoder_of(config),
     )

@@ -2,16 +2,15 @@
 
 from transformers import PretrainedConfig
 
-from qvlm_plugin.families.decoders import decoder_of
-from qvlm_plugin.families.towers import tower_of
+from qvlm_plugin.families.assembled import assembled
 from qvlm_plugin.topology import Group, Stack, Topology
 
 
 def mistral_topology(config: PretrainedConfig) -> Topology:
-    """The topology of these models; raises as `tower_of` and `decoder_of`."""
-    return Topology(
+    """The topology of these models; raises as `assembled`."""
+    return assembled(
+        config,
         vision_path="model.vision_tower",
-        vision=tower_of(config),
         projector_path="model.multi_modal_projector",
         projector=Stack(
             "",
@@ -21,6 +20,4 @@ def mistral_topology(config: PretrainedConfig) -> Topology:
                 Group(("linear_2",)),
             ),
         ),
-        decoder_path="model.language_model",
-        decoder=decoder_of(config),
     )

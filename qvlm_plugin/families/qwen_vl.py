@@ -6,30 +6,25 @@ blocks; what they write is added to the hidden states between the first decoder 
 
 from transformers import PretrainedConfig
 
-from qvlm_plugin.families.decoders import decoder_of
-from qvlm_plugin.families.towers import tower_of
+from qvlm_plugin.families.assembled import assembled
 from qvlm_plugin.topology import Group, Stack, Topology
 
 
 def qwen2_topology(config: PretrainedConfig) -> Topology:
-    """The topology of Qwen2-VL and Qwen2.5-VL; raises as `tower_of` and `decoder_of`."""
-    return Topology(
+    """The topology of Qwen2-VL and Qwen2.5-VL; raises as `assembled`."""
+    return assembled(
+        config,
         vision_path="model.visual",
-        vision=tower_of(config),
         projector_path="model.visual.merger",
         projector=Stack("", (Group(("mlp.0",)), Group(("mlp.2",)))),
-        decoder_path="model.language_model",
-        decoder=decoder_of(config),
     )
 
 
 def qwen3_topology(config: PretrainedConfig) -> Topology:
-    """The topology of Qwen3-VL; raises as `tower_of` and `decoder_of`."""
-    return Topology(
+    """The topology of Qwen3-VL; raises as `assembled`."""
+    return assembled(
+        config,
         vision_path="model.visual",
-        vision=tower_of(config),
         projector_path=("model.visual.merger", "model.visual.deepstack_merger_list"),
         projector=Stack("", (Group(("linear_fc1",)), Group(("linear_fc2",)))),
-        decoder_path="model.language_model",
-        decoder=decoder_of(config),
     )

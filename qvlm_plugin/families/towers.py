@@ -1,8 +1,5 @@
 """Vision towers, by ``config.vision_config.model_type``."""
 
-from transformers import PretrainedConfig
-
-from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.topology import Group, Stack
 
 CLIP_BLOCK = (
@@ -55,17 +52,3 @@ VISION_TOWERS = {
     "siglip_vision_model": Stack("encoder.layers", CLIP_BLOCK),
     "smolvlm_vision": Stack("encoder.layers", CLIP_BLOCK),
 }
-
-
-def tower_of(config: PretrainedConfig) -> Stack:
-    """The vision tower of a vision-language model.
-
-    Raises:
-        QVLMError: it is none of these.
-    """
-    kind = config.vision_config.model_type
-    if kind not in VISION_TOWERS:
-        raise QVLMError(
-            f"{config.model_type} model with vision tower {kind!r}: known towers are {', '.join(VISION_TOWERS)}"
-        )
-    return VISION_TOWERS[kind]

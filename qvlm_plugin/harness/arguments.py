@@ -6,7 +6,7 @@ text "None". Everything is validated here, once; keys that are not listed are op
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -42,6 +42,9 @@ class ModelArguments(BaseModel):
     router_noise_seed: int | None = Field(None, ge=0, description="seed of noise in the choice of experts; MoE-LLaVA")
     image_aspect_ratio: str | None = Field(
         None, description="square or pad instead of the checkpoint's; LLaVA's own layout"
+    )
+    topology: Literal["described", "traced"] = Field(
+        "described", description="traced finds the model's parts by a run, for a family that nobody described"
     )
     method: str = Field("none", description="quantization method")
     scheme: str = Field("w4a4", description="bit widths, for example w4a4+vision:w8a8")

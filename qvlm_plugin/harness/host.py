@@ -17,9 +17,10 @@ from qvlm_plugin.errors import QVLMError
 def wrap_once(owner: type | ModuleType, name: str, wrapper: Callable[[Callable], Callable]) -> None:
     """Replace ``owner.name`` by what ``wrapper`` makes of it. Repeating it changes nothing."""
     original = getattr(owner, name)
-    if not hasattr(original, "wrapped_by_qvlm"):
+    wrappers = getattr(original, "wrapped_by_qvlm", ())
+    if wrapper not in wrappers:
         wrapped = functools.wraps(original)(wrapper(original))
-        wrapped.wrapped_by_qvlm = True
+        wrapped.wrapped_by_qvlm = (*wrappers, wrapper)
         setattr(owner, name, wrapped)
 
 

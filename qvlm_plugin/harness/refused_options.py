@@ -1,7 +1,8 @@
-"""Options of lmms-eval that a prompt would not show are refused for this package's models.
+"""Options and tasks of lmms-eval that one of its formats does not have are refused for this package's models.
 
 lmms-eval writes ``--system_instruction`` and the examples of ``--num_fewshot`` in front of a prompt's text, which only
-its "simple" format hands to a model: in the chat format samples show what the model never saw.
+its "simple" format hands to a model: in the chat format samples show what the model never saw. Tasks that score by
+likelihood it asks in the simple format only.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,10 +51,17 @@ def _check(model: Any, options: Mapping[str, Any]) -> None:
     """Raise QVLMError where options of an evaluation would not be shown; ``model`` is a name or has been made."""
     if options.get("system_instruction") is not None:
         raise QVLMError("--system_instruction is not shown to the model; write model argument system_prompt=TEXT")
-    if getattr(model, "is_simple", True):  # not known yet, or examples are shown
+    if getattr(model, "is_simple", True):  # not known yet, or the format that has all
         return
     for output in get_task_list(options.get("task_dict") or {}):
-        if output.task is not None and (count := output.task.get_config("num_fewshot")):
+        if output.task is None:
+            continue
+        if output.task.get_config("output_type") in ("loglikelihood", "multiple_choice"):
+            raise QVLMError(
+                f"task {output.task_name} scores by likelihood, which lmms-eval does in its simple format only; add "
+                "--force_simple"
+            )
+        if count := output.task.get_config("num_fewshot"):
             raise QVLMError(
                 f"task {output.task_name} asks for {count} examples (--num_fewshot), which lmms-eval shows in its "
                 "simple format only; add --force_simple"

@@ -13,7 +13,7 @@ from typing import Any
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from qvlm_plugin.conversation import IMAGE_PLACEHOLDER, Conversation, place
+from qvlm_plugin.conversation import IMAGE_PLACEHOLDER, Conversation, message_content
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.images import as_rgb, is_deep, open_image
 
@@ -178,7 +178,7 @@ def from_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
                 raise QVLMError(f"it shows {part['type']}; this model reads text and images")
         match [part["text"] for part in parts if part["type"] == "text"]:
             case [text] if text.count(IMAGE_PLACEHOLDER) == len(parts) - 1:
-                parts = place(text, len(parts) - 1)
+                parts = message_content(text, len(parts) - 1)
         turns.append({"role": message["role"], "content": parts})
     return Conversation(tuple(turns), tuple(images))
 

@@ -26,7 +26,14 @@ from qvlm_plugin.checkpoint import CheckpointRecord
 from qvlm_plugin.conversation import Conversation, as_text, encode, to_device
 from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.harness import likelihood, processes, provenance, refused_options, response_cache
+from qvlm_plugin.harness import (
+    document_scores,
+    likelihood,
+    processes,
+    provenance,
+    refused_options,
+    response_cache,
+)
 from qvlm_plugin.harness.arguments import ModelArguments, check_stored, merge_arguments, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, read_generation
 from qvlm_plugin.harness.host import require_whole_images
@@ -53,6 +60,7 @@ from qvlm_plugin.plan_request import check_calibration, check_request
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantized_loading import QuantizeOnLoad
 from qvlm_plugin.source import source_commit
+from qvlm_plugin.tracing.trace import traced
 
 T = TypeVar("T")
 
@@ -114,7 +122,7 @@ class _QVLM(lmms):
                 execution = planning.apply(plan, loaded, arguments.backend, arguments.strict)
             else:
                 execution = quantize.execution
-                plugins.tell_quantized(loaded, plan)
+                plugins.notify_quantized(loaded, plan)
             digests = plan.calibration.digests if plan.calibration else ()
             facts = {**plan.facts, "backend": arguments.backend, "quantized_from": None}
         else:
@@ -149,6 +157,7 @@ class _QVLM(lmms):
         processes.leave_at_exit()
         provenance.install()
         likelihood.install()
+        document_scores.install()
         response_cache.install()
         refused_options.install()
 
@@ -392,7 +401,7 @@ class _QVLM(lmms):
     def _open(self, arguments: ModelArguments) -> Checkpoint:
         with processes.first_process_first():  # which may have to build the embedded model
             pretrained = resolve_demo(arguments.pretrained)
-        return open_checkpoint(
+        checkpoint = open_checkpoint(
             pretrained,
             revision=arguments.revision,
             trust_remote_code=arguments.trust_remote_code,
@@ -401,6 +410,7 @@ class _QVLM(lmms):
             image_aspect_ratio=arguments.image_aspect_ratio,
             check_config=partial(_check_config, arguments),
         )
+        return traced(checkpoint) if arguments.topology == "traced" and arguments.plan is None else checkpoint
 
     def _facts(self, arguments: ModelArguments, loaded: LoadedModel, execution: Execution) -> dict[str, Any]:
         return {
@@ -443,7 +453,8 @@ class QVLMChat(_QVLM):
 
 def _check_config(arguments: ModelArguments, config: PretrainedConfig) -> None:
     """Check that the model can be used as the arguments say, before its weights are loaded."""
-    plugins.topology(config)
+    if arguments.topology == "described":
+        plugins.topology(config)
     stored = getattr(config, "quantization_config", None)
     if stored is not None and stored.get("quant_method") == QUANT_METHOD:
         check_stored(arguments, CheckpointRecord.read(stored).backend)

@@ -55,20 +55,20 @@ def self_test(
     return None
 
 
-def falling_back(kernel: Kernel) -> Kernel:
-    """The kernel where it passes its self-test; where it fails, that is an obstacle."""
+def skipped_on_failure(kernel: Kernel) -> Kernel:
+    """The kernel, with a failed self-test as one more obstacle: `choose` then skips it."""
     return _tested(kernel, lambda failure, *problem: f"self-test failed: {failure}")
 
 
-def insisting(kernel: Kernel) -> Kernel:
-    """The kernel where it passes its self-test; where it fails, choosing raises a `QVLMError`."""
+def required_to_pass(kernel: Kernel) -> Kernel:
+    """The kernel, which raises a `QVLMError` when it is chosen for a problem whose self-test it fails."""
 
     def refuse(
         failure: str, weight_format: WeightFormat, activation_format: ActivationFormat, device: torch.device
     ) -> str:
         raise QVLMError(
             f"backend=packed: kernel {kernel.name} fails its self-test on {device} ({weight_format}, "
-            f"{activation_format}): {failure}; backend=auto does without it"
+            f"{activation_format}): {failure}; backend=auto skips it"
         )
 
     return _tested(kernel, refuse)

@@ -1,1 +1,1 @@
-"""Quantization methods: each fits a rounding plan to a model, one file each."""
+"""Quantization methods: presets of options, and one file for each step that searches part of a rounding plan."""

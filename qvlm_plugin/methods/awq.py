@@ -1,4 +1,4 @@
-"""``transform=awq``: activation-aware scaling and clipping of the weights (Lin et al., 2023).
+"""``transform=awq``: activation-aware weight scaling and clipping (Lin et al., 2023).
 
 Each site's scale and each weight group's clipping factor minimise the output error of their Linears on a sample of
 calibration tokens.
@@ -24,7 +24,7 @@ from qvlm_plugin.progress import track
 from qvlm_plugin.topology import Site
 
 UNCLIPPED = ("q_proj", "k_proj")
-"""Queries and keys are multiplied with each other, so that clipping them errs more than their own outputs show."""
+"""Not clipped: queries and keys are multiplied by each other, so clipping errs more than their own outputs show."""
 
 
 def scale_and_clip(context: SearchContext, draft: Draft) -> Draft:
@@ -35,7 +35,7 @@ def scale_and_clip(context: SearchContext, draft: Draft) -> Draft:
     """
     sites, options = context.weight_sites, context.options
     tokens = sample_tokens(context, sites, options.search_tokens, draft.token_weights)
-    sites = [site for site in sites if site.name in tokens]  # some experts may have seen none
+    sites = [site for site in sites if site.name in tokens]  # an expert may have served no token
     blocks = [list(block) for _, block in groupby(sites, key=lambda site: (site.part, site.block))]
     found = []
     for block in track(context.shard.own(blocks), "scales and clips"):
@@ -53,7 +53,7 @@ def search_block(
 ) -> tuple[list[Fold], dict[str, Tensor]]:
     """Scales and clipping factors of one block's sites; see `scale_and_clip`.
 
-    Scales are searched on the original weights: dividing a producer's rows scales its rounding errors along, so the
+    Scales are searched on the original weights: dividing a producer's rows also divides its rounding errors, so the
     order does not matter. Clipping factors are searched on a copy of the block with all scales folded.
     """
     names = {name for site in sites for name in (*site.linears, site.producer) if name}

@@ -1,4 +1,4 @@
-"""What a quantization method is: a preset of options, and steps that the options switch on. It takes no torch."""
+"""Quantization methods: a preset of options, and steps that the options switch on. Does not import torch."""
 
 from collections.abc import Callable
 from copy import copy
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """One independent choice of a method, carried out: scales, ranges, a joint search.
+    """One step of a method: it searches scales, ranges or codes and adds them to the draft of the plan.
 
     Attributes:
-        name: for people, and for what an interrupted search keeps.
-        run: (context, the plan so far) → the plan so far. It must leave the model unchanged.
-        wanted: whether the scheme and the options ask for it.
-        check: what it needs of the context (answers, for example), to raise a `QVLMError` before any step runs.
-        needs_calibration: whether it looks at calibration data.
+        name: for messages.
+        run: (context, draft) → draft. It must leave the model unchanged.
+        wanted: whether the scheme and the options select it.
+        check: raises a `QVLMError` where the context lacks something (answers, for example), before any step runs.
+        needs_calibration: whether it reads calibration data.
         splits: whether fewer samples at a time need less memory (`Footprint.rows`).
     """
 
@@ -39,14 +39,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to quantize.
+    """A quantization method.
 
     Attributes:
-        name: as ``method=`` names it.
+        name: the value of ``method=``.
         summary: one line for help texts.
-        options: pydantic model of its options, whose defaults are the preset; unknown ones are errors.
-        steps: in order; a method without steps leaves the model in full precision. Those that the options do not want
-            are left out.
+        options: pydantic model of its options, whose defaults are the preset; unknown options are errors.
+        steps: in order; those that scheme and options do not select are skipped. A method without steps leaves the
+            model in full precision.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Method:
     steps: tuple[Step, ...]
 
     def chosen(self, scheme: Scheme, options: BaseModel) -> tuple[Step, ...]:
-        """The steps that the scheme and the options want."""
+        """The steps that the scheme and the options select."""
         return tuple(step for step in self.steps if step.wanted(scheme, options))
 
     def preset(self) -> tuple[dict[str, Any], list[str]]:
-        """Its defaults that differ from those of `MethodOptions`, and names of options that only this method has."""
+        """The defaults that differ from those of `MethodOptions`, and names of options that only this method has."""
         shared, own = MethodOptions.model_fields, self.options.model_fields
         differing = {
             name: own[name].default for name in own if name in shared and own[name].default != shared[name].default
@@ -67,12 +67,12 @@ class Method:
         return differing, [name for name in own if name not in shared]
 
     def needs_calibration(self, scheme: Scheme, options: BaseModel) -> bool:
-        """Whether any of these looks at calibration data."""
+        """Whether any selected step reads calibration data."""
         return any(step.needs_calibration for step in self.chosen(scheme, options))
 
 
 def shown(value: Any) -> str:
-    """A value of an option, as it is written in ``--model_args``."""
+    """The value of an option as written in ``--model_args``."""
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -87,14 +87,12 @@ def preset(options: type[BaseModel], **defaults: Any) -> type[BaseModel]:
 
 
 def imported(name: str) -> Callable[..., Any]:
-    """The function that ``module:function`` names, imported when it is called; for steps that are to be listed without
-    importing what they compute with.
-    """
+    """The function ``module:function``, imported when it is called, so that steps can be listed without torch."""
 
     def call(*arguments: Any) -> Any:
         return resolve_name(name)(*arguments)
 
-    call.__module__ = name.partition(":")[0]  # where the code is that decides a cached plan
+    call.__module__ = name.partition(":")[0]  # the module whose source is part of a cached plan's key
     return call
 
 

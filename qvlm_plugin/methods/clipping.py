@@ -1,8 +1,8 @@
-"""Weight clipping as in AWQ: each group of weights gets the narrowed range that errs least at the Linear's output.
+"""Weight clipping as in AWQ: each weight group gets the clipping factor with the least error at the Linear's output.
 
-The error that a group adds to its output channel is e·x for its weights' rounding errors e and inputs x; over all
-tokens its square sums to eᵀ(Σ x xᵀ)e. So the search needs only one small matrix of second moments for each group of
-input channels, whatever the number of tokens, and every group is searched by itself.
+The error that a group adds to its output channel is e·x for its weights' rounding errors e and inputs x; its square,
+summed over tokens, is eᵀ(Σ x xᵀ)e. So the search needs only one small matrix of second moments for each group of input
+channels, for any number of tokens, and searches every group separately.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from qvlm_plugin.kernels.reference import round_weight
 
 
 def group_errors(error: Tensor, weight_format: WeightFormat, tokens: Tensor | None) -> Tensor:
-    """Squared output error that each weight group causes by itself, summed over tokens; without these, that of weights.
+    """Squared output error that each weight group causes by itself, summed over tokens.
 
-    Where a block of normal-float weights reaches over several output channels, it is the sum over these.
+    For a block of normal-float weights that spans several output channels, it is the sum over these.
 
     Args:
         error: of the weights, [O, I] float32.
         weight_format: decides the groups.
-        tokens: inputs [N, I] float32, or None.
+        tokens: inputs [N, I] float32; None: the squared error of the weights themselves.
 
     Returns:
         float32, in the shape of the format's ``clip``: [O, G] for ``int``, [blocks] for ``nf``.
@@ -34,7 +34,7 @@ def group_errors(error: Tensor, weight_format: WeightFormat, tokens: Tensor | No
         caused = _split(error, weight_format).square().sum(dim=-1).flatten()[: weight_format.groups((rows, columns))]
         return caused.view(rows, -1) if weight_format.kind == "int" else caused
     period = _rows_per_period(columns, weight_format)
-    # Each token on each row of the period, alone: rows that share a block are different outputs and do not mix.
+    # Each token on one row of the period at a time: rows that share a block are different outputs and do not mix.
     alone = torch.eye(period, device=tokens.device)[:, None, :, None] * tokens[None, :, None, :]
     inputs = _split(alone.view(-1, columns), weight_format)
     moments = torch.einsum("npi,npj->pij", inputs, inputs)
@@ -44,14 +44,14 @@ def group_errors(error: Tensor, weight_format: WeightFormat, tokens: Tensor | No
 
 
 def search_clip(weight: Tensor, weight_format: WeightFormat, tokens: Tensor | None, factors: Sequence[float]) -> Tensor:
-    """The factor of each weight group that errs least; ties keep the earlier one.
+    """The factor of each weight group with the least error; the first of equal ones.
 
-    Doubly quantized block scales depend on each other; each factor is judged as if all blocks had it.
+    Doubly quantized block scales depend on each other; each factor is evaluated with all blocks using it.
 
     Args:
         weight: [O, I].
-        weight_format: it is rounded to.
-        tokens: what the Linear reads, [N, I] float32; None for the least squared error of the weight itself.
+        weight_format: the format that it is rounded to.
+        tokens: the Linear's inputs, [N, I] float32; None: minimise the squared error of the weight itself.
         factors: candidates in (0, 1].
 
     Returns:
@@ -66,12 +66,12 @@ def search_clip(weight: Tensor, weight_format: WeightFormat, tokens: Tensor | No
 
 
 def _rows_per_period(columns: int, weight_format: WeightFormat) -> int:
-    """After how many rows the groups begin at the first column again."""
+    """The number of rows after which groups start at the first column again."""
     return 1 if weight_format.kind == "int" else lcm(columns, NF_BLOCK) // columns
 
 
 def _split(x: Tensor, weight_format: WeightFormat) -> Tensor:
-    """x [R, I] as groups [periods, groups in a period, group size], filled up with zeros."""
+    """x [R, I] as groups [periods, groups in a period, group size], padded with zeros."""
     rows, columns = x.shape
     if weight_format.kind == "int":
         size = min(weight_format.group_size or columns, columns)

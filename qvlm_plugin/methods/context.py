@@ -1,4 +1,4 @@
-"""What every step of a search works on."""
+"""The context of a search, which every step reads."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,18 +25,18 @@ from qvlm_plugin.workspace import Workspace
 
 @dataclass(frozen=True, eq=False)
 class SearchContext:
-    """A model, what to make of it, and the data to fit that on.
+    """The model, the request and the calibration data of a search.
 
     Attributes:
-        loaded: the model in full precision; a search leaves it as it was.
-        topology: where its parts are.
+        loaded: the model in full precision; a search leaves it unchanged.
+        topology: of the model.
         scheme: bit widths.
         options: of the method.
-        calibration: None where no step looks at data.
+        calibration: None where no step reads data.
         method: name of the method, for the plan.
-        workspace: where finished steps are kept.
-        footprint: how much memory may be taken at a time.
-        shard: the share of this process in the batches.
+        workspace: storage of finished steps.
+        footprint: limits of memory use.
+        shard: this process's share of the batches.
     """
 
     loaded: LoadedModel
@@ -75,28 +75,28 @@ class SearchContext:
 
     @property
     def layers(self) -> list[tuple[str, nn.Module]]:
-        """The decoder's layers with their full names, bottom to top."""
+        """The decoder's layers with their full names, from the bottom up."""
         return self.blocks("decoder")
 
     def blocks(self, part: str) -> list[tuple[str, nn.Module]]:
-        """A part's blocks with their full names, bottom to top."""
+        """A part's blocks with their full names, from the bottom up."""
         return blocks_of(self.topology, self.model, part)
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs go."""
+        """The device of the model's inputs."""
         return execution_device(self.model)
 
     def batches(self, description: str) -> Iterator[tuple[BatchFeature, Tensor]]:
-        """This process's share of `CalibrationSet.batches`, of the method's batch size, with progress."""
+        """This process's share of `CalibrationSet.batches`, with the method's batch size and a progress display."""
         batches = self.calibration.batches(self.loaded.processor, self.options.calibration_batch_size)
         return track(islice(batches, self.share.start, self.share.stop), description, len(self.share))
 
     @property
     def share(self) -> range:
-        """Indices of this process's batches among those of all."""
+        """The indices of this process's batches among all batches."""
         return self.shard.own(range(-(-len(self.calibration.samples) // self.options.calibration_batch_size)))
 
     def recalled(self, step: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """What the first process has kept of a step (`Workspace.recall`), in all processes."""
+        """A step's outcome from the first process's workspace (`Workspace.recall`), in all processes."""
         return self.shard.first(lambda: self.workspace.recall(step))

@@ -1,4 +1,4 @@
-"""The plan so far: what the steps of a search have found, and how that becomes a plan."""
+"""Drafts of plans: the results of a search's steps, and the plan built from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,18 +16,18 @@ from qvlm_plugin.scheme import UNQUANTIZED, BitWidths
 from qvlm_plugin.topology import ORDER, Site, Topology, kept_linears, linear_layers
 
 TokenWeights = list[list[Tensor]]
-"""For each decoder layer and batch, how much each token of the layer's output matters: float32 [B, T]."""
+"""For each decoder layer and batch, the factors of the squared errors of the layer's output tokens: float32 [B, T]."""
 
 _TOKEN_WEIGHTS = "token_weights"
 
 
 @dataclass(frozen=True, eq=False)
 class Draft:
-    """What the steps have found.
+    """The results of the steps so far.
 
     Attributes:
-        tensors, folds, replaced, rotations, record: of the plan to be, see `RoundingPlan`.
-        token_weights: what one step finds for another; it does not go into the plan.
+        tensors, folds, replaced, rotations, record: of the future plan, see `RoundingPlan`.
+        token_weights: passed from one step to later ones; not part of the plan.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -38,21 +38,21 @@ class Draft:
     token_weights: TokenWeights | None = None
 
     def adding(self, tensors: Mapping[str, Tensor] | None = None, record: Mapping[str, Any] | None = None) -> "Draft":
-        """With more tensors, or others of the same names, and more of a record."""
+        """With more tensors and record entries, which replace those of the same names."""
         return replace(self, tensors={**self.tensors, **(tensors or {})}, record={**self.record, **(record or {})})
 
     def with_codes(self, found: Mapping[str, Tensor]) -> "Draft":
-        """With the codes of Linears and their scales, which take the place of the Linears' ``clip``."""
+        """With the codes of Linears and their scales, which replace the Linears' ``clip``."""
         clips = {f"{name.removesuffix('/codes')}/clip" for name in found if name.endswith("/codes")}
         kept = {name: tensor for name, tensor in self.tensors.items() if name not in clips}
         return replace(self, tensors={**kept, **found})
 
-    def to(self, device: torch.device | str, **how: Any) -> "Draft":
-        """The same with its tensors on a device."""
+    def to(self, device: torch.device | str, **options: Any) -> "Draft":
+        """The same with its tensors on a device; ``options`` are those of `Tensor.to`."""
         weights = self.token_weights and [
-            [tensor.to(device, **how) for tensor in layer] for layer in self.token_weights
+            [tensor.to(device, **options) for tensor in layer] for layer in self.token_weights
         ]
-        tensors = {name: tensor.to(device, **how) for name, tensor in self.tensors.items()}
+        tensors = {name: tensor.to(device, **options) for name, tensor in self.tensors.items()}
         return replace(self, tensors=tensors, token_weights=weights)
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -75,7 +75,7 @@ class Draft:
 
     @classmethod
     def restored(cls, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Draft":
-        """What `stored` returned."""
+        """The draft from what `stored` returned."""
         tensors = dict(tensors)
         weights = [
             [tensors.pop(f"{_TOKEN_WEIGHTS}/{layer}/{batch}") for batch in range(count)]
@@ -87,21 +87,21 @@ class Draft:
 
 
 def transformed(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
-    """What the Linears of ``site`` read in the transformed model, in place of ``tokens`` [..., C]."""
+    """The input of ``site`` in the transformed model, from its input ``tokens`` [..., C] in the original one."""
     scale = _scale(plan, site, tokens)
     return rotated(plan, site, tokens if scale is None else tokens / scale)
 
 
 def transformed_gradient(plan: Draft | RoundingPlan, site: Site, gradient: Tensor) -> Tensor:
-    """The gradient with respect to what `transformed` returns, from that with respect to what it is given."""
+    """The gradient with respect to the output of `transformed`, from the gradient with respect to its input."""
     scale = _scale(plan, site, gradient)
     gradient = gradient if scale is None else gradient * scale
     found = _factors(plan, site, gradient)
-    return gradient if found is None else rotate(gradient, found[1])  # which a scale multiplies, as it does weights
+    return gradient if found is None else rotate(gradient, found[1])  # a scale multiplies gradients, as it does weights
 
 
 def centered(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor:
-    """`transformed` tokens less their center, where that is what is rounded."""
+    """`transformed` tokens minus the site's center, if it has one."""
     center = plan.tensors.get(f"{site.name}/center")
     return tokens if center is None else tokens.float() - center.to(tokens.device)
 
@@ -127,13 +127,12 @@ def _scale(plan: Draft | RoundingPlan, site: Site, tokens: Tensor) -> Tensor | N
 
 
 def build_plan(context: SearchContext, draft: Draft) -> RoundingPlan:
-    """The plan that gives every Linear at a site the formats of its part, and leaves all others as they are.
+    """The plan that gives every Linear at a site the formats of its part, and leaves all others unquantized.
 
-    Weights with a ``<linear>/clip`` among the tensors are clipped by it, those with ``<linear>/codes`` are these codes
-    (`quantizers.stored_parameters`). Where there is a ``<site>/mean``, biases of quantized weights are corrected; where
-    there is a ``<site>/center``, tokens are centered.
-    Experts that no calibration token reached have no bounds among the tensors: their inputs are rounded within each
-    token's own extremes, which takes no data, and the plan's record lists them as ``uncalibrated``.
+    The draft's tensors decide the rest of the formats: a weight with ``<linear>/clip`` is clipped, one with
+    ``<linear>/codes`` is stored (`quantizers.stored_parameters`); with ``<site>/mean`` the biases of quantized weights
+    are corrected, with ``<site>/center`` tokens are centered. Experts that no calibration token reached have no bounds:
+    their inputs are rounded per token, which needs no data, and the plan's record lists them as ``uncalibrated``.
     """
     tensors, uncalibrated = dict(draft.tensors), []
     site_of = {name: site for site in context.sites for name in site.linears}
@@ -190,6 +189,6 @@ def _calibration_record(context: SearchContext) -> CalibrationRecord | None:
 
 
 def _part_of(name: str, topology: Topology) -> str:
-    """The part of a Linear without a site: ``unused`` in a part (blocks above the feature layer), else ``other``."""
+    """Of a Linear without a site: ``unused`` within a part (blocks above the feature layer), else ``other``."""
     paths = [path for part in ORDER for path in topology.paths(part)]
     return "unused" if any(name.startswith(f"{path}.") for path in paths) else "other"

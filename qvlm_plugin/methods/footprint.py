@@ -1,25 +1,25 @@
-"""How much memory a search takes at a time. It changes nothing in what is computed."""
+"""Limits of a search's memory use. They do not change its results."""
 
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What is kept on the device where the model runs.
+    """What a search keeps on the model's device.
 
     Attributes:
-        caches_on_cpu: cached hidden states, and those that a backward pass needs, wait on the CPU.
+        caches_on_cpu: cached hidden states, and tensors saved for a backward pass, wait on the CPU.
         rows: samples of a batch that go through a decoder layer together, where no gradient is taken; None: all of
-            them. The method's own batch size, which decides padding, sums and gradient steps, stays what it is.
+            them. The method's batch size, which decides padding, sums and gradient steps, does not change.
     """
 
     caches_on_cpu: bool = False
     rows: int | None = None
 
     def smaller(self, batch_size: int) -> "Footprint | None":
-        """The next smaller one for batches of so many samples; None if there is none.
+        """The next smaller footprint for batches of ``batch_size`` samples; None if there is none.
 
-        Caches go first: what they cost on the CPU, a copy for each pass through a layer, is small beside the pass.
+        Caches move first: a copy for each pass through a layer costs little compared with the pass itself.
         """
         if not self.caches_on_cpu:
             return replace(self, caches_on_cpu=True)

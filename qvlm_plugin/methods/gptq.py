@@ -1,12 +1,12 @@
-"""GPTQ (Frantar et al., 2023): round a weight column by column, and let the columns to come make up for each error.
+"""GPTQ (Frantar et al., 2023): round a weight column by column; the remaining columns compensate each error.
 
 With inputs x and H = Σ x xᵀ the squared error of a Linear's outputs is tr(E H Eᵀ) for errors E of its weight. Once a
-column is rounded, the others that are least in error are found from the Cholesky factor of H⁻¹ (GPTQ, Eq. 2 and 3). The
-points of the grid are fixed before (static groups), so that columns can be taken in any order.
+column is rounded, the optimal update of the others follows from the Cholesky factor of H⁻¹ (GPTQ, Eq. 2 and 3). Scales
+and zero points are fixed beforehand (static groups), so that columns can be rounded in any order.
 
-Where the inputs are those of a quantized model, the Linear should give for its input x̂ what the full-precision model
-gives for x: Ŵ x̂ ≈ W x. The real-valued weight of least error is W + W Σ(x - x̂) x̂ᵀ H⁻¹, which is rounded then
-(``correction``; GPTAQ, Li et al., 2025, has this term inside the columns' updates).
+In a quantized model, the Linear's output for the quantized model's input x̂ should equal the full-precision output for
+x: Ŵ x̂ ≈ W x. The real-valued weight with the least error is W + W Σ(x - x̂) x̂ᵀ H⁻¹, and this weight is rounded
+(``correction``; in GPTAQ, Li et al., 2025, the term is part of the column updates).
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from qvlm_plugin.methods.options import GPTQOptions
 from qvlm_plugin.quantizers import IntWeight, NormalFloatWeight, double_quantize, nearest_codes, normal_float_codebook
 
 BLOCK = 128
-"""Columns after whose rounding all the later ones are updated at once."""
+"""Columns rounded before all later ones are updated by one matrix product."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,8 @@ class Moments:
 
     Attributes:
         hessian: H = Σ x̂ x̂ᵀ of the inputs that the weight multiplies in the quantized model: float32 [K, K].
-        shift: Σ (x - x̂) x̂ᵀ, with the inputs x of the full-precision model; None where it is not wanted.
+        shift: Σ (x - x̂) x̂ᵀ: float32 [K, K], with the inputs x of the full-precision model; None without
+            ``correction``.
     """
 
     hessian: Tensor
@@ -36,12 +37,12 @@ class Moments:
 
     @classmethod
     def of(cls, inputs: Tensor, reference: Tensor | None = None, weights: Tensor | None = None) -> "Moments":
-        """Those of tokens.
+        """The moments of tokens.
 
         Args:
             inputs: x̂ [N, K].
             reference: x [N, K].
-            weights: factors of the tokens' squared errors [N]; None takes all as 1.
+            weights: factors of the tokens' squared errors [N]; None: all 1.
         """
         inputs = inputs.float()
         weighted = inputs if weights is None else inputs * weights.to(inputs.device).unsqueeze(1)
@@ -49,24 +50,24 @@ class Moments:
         return cls(weighted.T @ inputs, shift)
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Those of both sets of tokens together."""
+        """The moments of both sets of tokens together."""
         shift = None if self.shift is None else self.shift + other.shift
         return Moments(self.hessian + other.hessian, shift)
 
-    def to(self, device: torch.device | str, **how: object) -> "Moments":
-        """The same on a device."""
-        shift = None if self.shift is None else self.shift.to(device, **how)
-        return Moments(self.hessian.to(device, **how), shift)
+    def to(self, device: torch.device | str, **options: object) -> "Moments":
+        """The same on a device; ``options`` are those of `Tensor.to`."""
+        shift = None if self.shift is None else self.shift.to(device, **options)
+        return Moments(self.hessian.to(device, **options), shift)
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """What rounding takes of `Moments`: the same for all Linears of a site.
+    """The matrices for rounding, computed from `Moments` once for all Linears of a site.
 
     Attributes:
-        hessian: H with ``damping`` times its mean diagonal added to the diagonal; float64, positive definite.
-        order: of the columns.
-        factor: the upper Cholesky factor of H⁻¹ in that order: float32.
+        hessian: H with ``damping`` times its mean diagonal added to the diagonal: float64 [K, K], positive definite.
+        order: of the columns, int64 [K].
+        factor: the upper Cholesky factor of H⁻¹ in that order: float32 [K, K].
         shift: of the moments.
     """
 
@@ -78,7 +79,7 @@ class Factors:
     @classmethod
     @torch.no_grad()
     def of(cls, moments: Moments, options: GPTQOptions) -> "Factors":
-        """Those of moments, with the damping and the order of the options."""
+        """The factors of moments, with the damping and the column order of the options."""
         hessian = moments.hessian.double()
         mean = hessian.diagonal().mean()
         hessian.diagonal().add_(options.damping * mean if mean > 0 else 1.0)
@@ -94,17 +95,17 @@ class Factors:
 def gptq(
     weight: Tensor, weight_format: WeightFormat, factors: Factors, correction: float = 0.0, clip: Tensor | None = None
 ) -> IntWeight | NormalFloatWeight:
-    """The codes of a weight. Of each output channel, they are never worse than the nearest on the damped H.
+    """The codes of a weight; for each output channel the nearest codes where these have less error under the damped H.
 
     Args:
         weight: [O, K], any floating-point dtype.
         weight_format: of the codes; ``int`` or ``nf``.
         factors: of the inputs, on the weight's device.
-        correction: share of what the layers below have lost that the weight makes up for; it takes a ``shift``.
+        correction: the share of the layers-below error that the weight compensates; needs a ``shift``.
         clip: factors that narrow the groups' ranges, as for `nearest_codes`.
 
     Returns:
-        Codes; block scales of ``nf`` are those before double quantization, and codes are for those after it.
+        The codes. Block scales of ``nf`` are those before double quantization; codes are computed for those after it.
     """
     hessian, wanted = factors.hessian, weight.float()
     if factors.shift is not None:
@@ -120,13 +121,13 @@ def gptq(
 
 @dataclass(frozen=True, eq=False)
 class _Points:
-    """The points that each element of a weight [O, K] may be rounded to.
+    """The rounding points of each element of a weight [O, K].
 
     Attributes:
-        table: float32 [M], what codes stand for before they are scaled.
-        edges: float32 [M - 1], half-way between them.
+        table: float32 [M], the unscaled value of each code.
+        edges: float32 [M - 1], midpoints between neighbouring values.
         scale: float32 [O, K].
-        zero_point: float32 [O, K], taken from the table's values; None for 0.
+        zero_point: float32 [O, K], subtracted from the table's values; None for 0.
     """
 
     table: Tensor
@@ -153,13 +154,13 @@ class _Points:
         return cls(table, (table[1:] + table[:-1]) / 2, scale, zero)
 
     def by_columns(self, order: Tensor) -> "_Points":
-        """Those of the transposed weight, its rows in this order."""
+        """The points of the transposed weight, with its rows in this order."""
         both = self.scale, self.zero_point
         scale, zero_point = (values if values is None else values.T[order].contiguous() for values in both)
         return replace(self, scale=scale, zero_point=zero_point)
 
     def nearest(self, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """Codes of a row's values, and what they stand for."""
+        """The nearest codes to a row's values, and the values of these codes."""
         scale = self.scale[index]
         units = values / torch.where(scale > 0, scale, 1.0)
         if self.zero_point is None:
@@ -170,15 +171,15 @@ class _Points:
         return codes.to(torch.uint8), (codes - zero) * scale
 
     def values(self, codes: Tensor) -> Tensor:
-        """What codes [O, K] stand for."""
+        """The dequantized values of codes [O, K]."""
         found = self.table[codes.int()]
         return (found if self.zero_point is None else found - self.zero_point) * self.scale
 
 
 def _round_columns(weight: Tensor, factors: Factors, points: _Points) -> Tensor:
-    """Codes [O, K] of a weight, found column by column."""
+    """Codes [O, K] of a weight, rounded column by column."""
     columns, order, factor = weight.shape[1], factors.order, factors.factor
-    # Transposed, so that what belongs to a column lies together.
+    # Transposed, so that each column is contiguous in memory.
     rest, points = weight.T[order].contiguous(), points.by_columns(order)
     codes = torch.empty_like(rest, dtype=torch.uint8)
     for start in range(0, columns, BLOCK):

@@ -1,4 +1,4 @@
-"""What taking gradients through a quantized or full-precision model needs besides autograd."""
+"""Helpers for gradients through a full-precision or quantized model: loss scaling, freezing, checkpointing."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.stand_ins import other_forward
 
 LOSS_SCALE = 2.0**12
-"""Factor of losses while going backwards, so that float16 does not lose small gradients; exact in the other types."""
+"""Factor of losses in the backward pass, so that small gradients do not underflow in float16; exact in other types."""
 
 _SMALLEST_SCALE = 2.0**-8
 
@@ -22,15 +22,15 @@ Outcome = TypeVar("Outcome")
 
 
 class OverflowedError(QVLMError):
-    """A gradient is not finite: it exceeded its type, or the model itself computes what is not finite."""
+    """A gradient is not finite: it overflowed, or the forward pass is not finite itself."""
 
 
-def scaled(run: Callable[[float], Outcome]) -> Outcome:
-    """What ``run`` makes with the largest loss scale at which it does not raise `OverflowedError`.
+def with_loss_scale(run: Callable[[float], Outcome]) -> Outcome:
+    """The result of ``run`` with the largest loss scale at which it does not raise `OverflowedError`.
 
     Args:
-        run: goes backwards from a loss times the scale, and divides gradients by it. Scales are powers of two: where
-            nothing over- or underflows, its outcome does not depend on them.
+        run: multiplies a loss by the scale, runs the backward pass, and divides gradients by the scale. Scales are
+            powers of two: without over- and underflow the result does not depend on them.
 
     Raises:
         OverflowedError: it overflows at every scale.
@@ -60,12 +60,12 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """While active, the backward pass runs each block again. (transformers' own switch works in train mode only.)"""
+    """While active, the backward pass recomputes each block. (transformers' own switch works in train mode only.)"""
 
     def checkpointing(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
-    # Stopping within a module would leave its offloaded weights here.
+    # Stopping early inside a module would leave its offloaded weights on the device.
     with other_forward(blocks, checkpointing), set_checkpoint_early_stop(False):
         yield
 
@@ -73,8 +73,8 @@ def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
 def last_positions(tokens: Tensor, count: int) -> Tensor:
     """The last ``count`` positions of ``tokens`` [B, T], as `logits_to_keep` of a model: int64 [count].
 
-    The number itself would make the model slice its hidden states, and autograd copies the head's weight for each row
-    of a batch that is not contiguous.
+    With the number itself the model would slice its hidden states, and for a batch that is not contiguous autograd
+    copies the head's weight for each row.
     """
     return torch.arange(tokens.shape[1] - count, tokens.shape[1])
 
@@ -83,7 +83,7 @@ def require_answers(calibration: CalibrationSet, purpose: str, remedy: str) -> N
     """Check that every sample has an answer.
 
     Raises:
-        QVLMError: some have none for ``purpose``; the message offers the argument ``remedy`` as a way out.
+        QVLMError: some samples have none for ``purpose``; the message suggests the argument ``remedy``.
     """
     if without := sum(not sample.answer.strip() for sample in calibration.samples):
         raise QVLMError(

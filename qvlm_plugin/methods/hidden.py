@@ -1,11 +1,11 @@
-"""Run a stack of blocks one by one on cached hidden states, so that a search needs one block of it at a time.
+"""Run a stack of blocks one by one on cached hidden states, so that a search needs one block at a time.
 
-The cached states lie where the decoder's input does, so that a model that fits on its devices is searched there. Where
-weights are offloaded, or memory has run out (`Footprint`), they lie on the CPU (13B, 64 samples of 700 tokens: 0.5 GB
-for each copy, and a search keeps about ten), and come to the device as few rows at a time as the footprint says.
+The cached states are on the device of the decoder's input. Where weights are offloaded, or memory has run out
+(`Footprint`), they are on the CPU instead (13B, 64 samples of 700 tokens: 0.5 GB for each copy, and a search keeps
+about ten), and move to the device a few rows at a time.
 
-What a model does between its blocks is noted before (`block_inputs`): which masks and positions it gives to each, and
-what it adds to the hidden states before one (the visual features of DeepStack).
+`block_inputs` records what the model does between its blocks: the masks and positions that it passes to each, and what
+it adds to the hidden states before one (the visual features of DeepStack).
 """
 
 import inspect
@@ -34,11 +34,11 @@ from qvlm_plugin.topology import ORDER, Blocks, Site
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What blocks get besides the hidden states of one calibration batch.
+    """The inputs of blocks for one calibration batch, in addition to the hidden states.
 
     Attributes:
         arguments: keyword arguments of each block (attention mask, rotary embeddings, …), by its full name.
-        added: what is added to the hidden states before a block reads them, by its full name; nothing to most.
+        added: tensors added to the hidden states before a block reads them, by its full name; few blocks have one.
         attended: bool [B, T], false at padding.
         text: bool [B, T], true at positions that are neither padding nor part of an image.
         answer: bool [B, T], true where the model's output predicts a token of the answer.
@@ -58,7 +58,7 @@ class Batch:
         )
 
     def read_by(self, name: str, states: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-        """What a block of this name is called with on a device: the hidden states, and other arguments."""
+        """The arguments of the block of this name, on a device: the hidden states, and keyword arguments."""
         states = states.to(device)
         if name in self.added:
             states = states + self.added[name].to(device)
@@ -66,7 +66,7 @@ class Batch:
 
 
 def rows_of(arguments: Any, start: int, stop: int, count: int) -> Any:
-    """A layer's arguments for some of ``count`` samples: of tensors [count, …, …] these rows, all else as it is."""
+    """A layer's arguments for some of ``count`` samples: these rows of tensors [count, …, …], all else unchanged."""
 
     def cut(value: Any) -> Any:
         each = isinstance(value, Tensor) and value.dim() > 1 and len(value) == count
@@ -87,7 +87,7 @@ TOKENS: dict[str, Callable[[Batch], Tensor]] = {
     "text": lambda batch: batch.text,
     "answer": lambda batch: batch.answer,
 }
-"""Which tokens an error counts: bool [B, T] of a batch. ``all`` is the paper's."""
+"""The tokens that an error is summed over: bool [B, T] of a batch. ``all`` is the paper's choice."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +96,11 @@ class HiddenCache:
 
     Attributes:
         states: [B, T, C] for each batch.
-        batches: what goes with them.
+        batches: the blocks' other inputs for each batch.
         rows: samples that go through a layer together, see `Footprint`.
         shard: of this process; the batches are its own.
         first: index of its first batch among those of all processes.
-        part: whose blocks the states are between.
+        part: the part that the layers belong to.
     """
 
     states: Sequence[Tensor]
@@ -112,26 +112,26 @@ class HiddenCache:
 
     def batch(self, index: int) -> "HiddenCache":
         """One batch alone."""
-        return self.some([index])
+        return self.subset([index])
 
-    def some(self, chosen: Sequence[int]) -> "HiddenCache":
+    def subset(self, chosen: Sequence[int]) -> "HiddenCache":
         """The chosen batches, by their indices here."""
         return replace(self, states=[self.states[i] for i in chosen], batches=[self.batches[i] for i in chosen])
 
     def spread(self, share: float) -> list[int]:
-        """Indices here of a ``share`` of the batches of all processes, evenly spread, the first among them."""
+        """Indices of this process's batches in an evenly spread ``share`` of all processes' batches, with the first."""
         numbers = range(self.first, self.first + len(self.states))
         return [n - self.first for n in numbers if n == 0 or int(n * share) > int((n - 1) * share)]
 
     def pieces(self) -> Iterator["HiddenCache"]:
-        """As few samples at a time as ``rows`` says, in their order."""
+        """The samples in order, at most ``rows`` at a time."""
         for states, batch in zip(self.states, self.batches, strict=True):
             step = self._step(states)
             for start in range(0, len(states), step):
                 yield HiddenCache([states[start : start + step]], [batch.rows(start, start + step)])
 
     def joined(self, pieces: Sequence["HiddenCache"]) -> "HiddenCache":
-        """What `pieces` has taken apart, with the states that the pieces have now."""
+        """The whole cache again, with the states of its `pieces`."""
         waiting = iter(pieces)
         states = []
         for before in self.states:
@@ -140,14 +140,14 @@ class HiddenCache:
         return replace(self, states=states)
 
     def _step(self, states: Tensor) -> int:
-        """Rows of a batch that go through a layer together. Those of [N, C] are not samples, and stay together."""
+        """Rows of a batch that go through a layer together; all for states [N, C], whose rows are not samples."""
         return self.rows if self.rows and states.dim() > 2 else len(states)
 
     @torch.no_grad()
     def through(self, name: str, layer: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> "HiddenCache":
-        """What ``layer`` makes of the states, with ``parameters`` in place of its own of the same names.
+        """The outputs of ``layer`` for the states; ``parameters`` replace its own of the same names.
 
-        The layer's weights need not be on a device, and the outputs lie where the states do.
+        The layer's weights may be offloaded; the outputs are on the device of the states.
 
         Raises:
             QVLMError: an output is not finite; the message has the layer's ``name``.
@@ -165,13 +165,13 @@ class HiddenCache:
 
     @torch.no_grad()
     def inputs(self, name: str, layer: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
-        """What ``sites`` of a layer read, batch by batch: tokens [N, C] without padding, on the layer's device.
+        """The inputs of ``sites`` of a layer, batch by batch: tokens [N, C] without padding, on the layer's device.
 
-        The layer is run up to the last of its sites. Experts that serve no token of a batch are left out.
+        The layer runs up to the last of the sites. Experts that serve no token of a batch are left out.
 
         Args:
             name: of the layer.
-            layer: as it is to run.
+            layer: run in its current state.
             sites: in the layer.
         """
         device = execution_device(layer)
@@ -207,15 +207,15 @@ class HiddenCache:
         return torch.cat(self.shard.gathered(tokens)).to(tokens[0].device)
 
     def error(self, target: "HiddenCache", options: MiningOptions, weights: Sequence[Tensor] | None = None) -> float:
-        """Squared distance from full-precision states (Eq. 3), summed over the tokens that the options count.
+        """Squared distance from full-precision states (Eq. 3), summed over the tokens that the options select.
 
-        It is that of all processes, summed in the order of the batches.
+        The sum is over the batches of all processes, in their order.
 
         Args:
             target: the same states in full precision.
-            options: ``tokens`` says which tokens count; ``relative_error`` divides each token's squared distance by its
-                target's squared norm, so that the few tokens with massive activations do not decide alone.
-            weights: multiply each token's squared distance by these, [B, T] for every batch of this process.
+            options: ``tokens`` selects the tokens; ``relative_error`` divides each token's squared distance by its
+                target's squared norm, so that the few tokens with massive activations do not dominate the sum.
+            weights: factors of the tokens' squared distances, [B, T] for every batch of this process.
         """
         distances = []
         for index, (output, wanted, batch) in enumerate(zip(self.states, target.states, self.batches, strict=True)):
@@ -230,15 +230,15 @@ class HiddenCache:
 
 
 class _Reached(Exception):
-    """Ends a forward pass whose only purpose was to reach a module."""
+    """Ends a forward pass when it has reached a module."""
 
 
 @torch.no_grad()
 def block_inputs(context: SearchContext, part: str = "decoder", blocks: Blocks | None = None) -> HiddenCache:
-    """The input of the first block of a part, in the model as it is now, and what goes with it to each of its blocks.
+    """The input of a part's first block in the model's current state, and the other inputs of all its blocks.
 
-    Batches without an image show the visual parts nothing and are left out there. What these read has no padding, and
-    an image is what a sample is to the decoder.
+    For the visual parts, batches without an image are left out; their inputs have no padding, and their first dimension
+    counts images instead of samples.
 
     Args:
         context: the search.
@@ -246,7 +246,7 @@ def block_inputs(context: SearchContext, part: str = "decoder", blocks: Blocks |
         blocks: one of the part's chains (`topology.chains_of`), where it has several; None for its only one.
 
     Raises:
-        QVLMError: it is not finite.
+        QVLMError: the input is not finite.
     """
     model, blocks = context.model, context.blocks(part) if blocks is None else blocks
     on_cpu = context.footprint.caches_on_cpu or any(is_offloaded(block) for _, block in blocks)
@@ -263,22 +263,22 @@ def block_inputs(context: SearchContext, part: str = "decoder", blocks: Blocks |
         if part != "decoder":
             masks = (torch.ones(states.shape[:-1], dtype=torch.bool),) * 3
         _require_finite(states, masks[0], f"the input of {blocks[0][0]}")
-        later = {name: seen for name, (seen, _) in given.items() if name != blocks[0][0] and seen.any()}
-        beside = {name: arguments for name, (_, arguments) in given.items()}, later
+        added = {name: seen for name, (seen, _) in given.items() if name != blocks[0][0] and seen.any()}
+        others = {name: arguments for name, (_, arguments) in given.items()}, added
         hidden.append(states.to("cpu" if on_cpu else states.device, copy=True))
-        batches.append(Batch(*(_on_cpu(beside) if on_cpu else beside), *masks))
+        batches.append(Batch(*(_on_cpu(others) if on_cpu else others), *masks))
     return HiddenCache(hidden, batches, context.footprint.rows, context.shard, context.share.start, part)
 
 
 _Given = dict[str, tuple[Tensor, dict[str, Any]]]
-"""The hidden states and the other arguments that each block is called with, by its full name."""
+"""The hidden states and the other arguments of each block's call, by its full name."""
 
 
 def _given(model: nn.Module, inputs: Mapping[str, Tensor], blocks: Blocks) -> _Given:
-    """What a model gives to a chain of blocks: to the first one its input, to each other what is added before it.
+    """The arguments of each block of a chain; the hidden states of all but the first are what the model adds to them.
 
-    The first block is run, for the form of what blocks return; zeros of this form go on, from it and from the others,
-    which are not run.
+    Only the first block runs, to learn the structure of a block's output; every block then returns zeros of this
+    structure, so that a later block's hidden states are just what the model added before it.
     """
     given: _Given = {}
     form: list[Any] = []
@@ -303,7 +303,7 @@ def _given(model: nn.Module, inputs: Mapping[str, Tensor], blocks: Blocks) -> _G
 
 
 def _on_cpu(values: Any) -> Any:
-    """Nested tensors on the CPU; one that blocks have in common is copied once."""
+    """Nested tensors on the CPU; a tensor that several blocks share is copied once."""
     copies: dict[int, Tensor] = {}
 
     def copied(value: Any) -> Any:
@@ -315,15 +315,16 @@ def _on_cpu(values: Any) -> Any:
 def quantized_inputs(
     context: SearchContext, plan: RoundingPlan, part: str = "decoder", blocks: Blocks | None = None
 ) -> HiddenCache:
-    """`block_inputs` above the parts below as the plan makes them."""
-    below = [path for lower in ORDER[: ORDER.index(part)] for path in context.topology.paths(lower)]
-    with replaced(context.model, stand_ins(plan, context.model, REFERENCE, below) if below else StandIns()):
+    """`block_inputs` with the parts below quantized by the plan."""
+    lower_paths = [path for lower in ORDER[: ORDER.index(part)] for path in context.topology.paths(lower)]
+    others = stand_ins(plan, context.model, REFERENCE, lower_paths) if lower_paths else StandIns()
+    with replaced(context.model, others):
         return block_inputs(context, part, blocks)
 
 
 def _require_finite(states: Tensor, attended: Tensor, what: str) -> None:
-    # Padding may hold anything: no token that counts attends to it. A projector that joins patches writes fewer tokens
-    # than it reads, and none of them is padding.
+    # Padding may have any value, since no other token attends to it. A projector that merges patches writes fewer
+    # tokens than it reads, and none of them is padding.
     if attended.shape == states.shape[:-1]:
         states = states[attended.to(states.device)]
     if not states.isfinite().all():

@@ -1,14 +1,14 @@
-"""How much a rounding error matters: the Jacobian of the answers with respect to what the decoder computes.
+"""The importance of rounding errors: Jacobians of the answers with respect to the decoder's activations.
 
-The l_p distance of section 4.1 and the block error of Eq. 3 count all tokens and channels alike. But an error e in an
-activation x moves the answer by about e · ∂m/∂x, and these Jacobians differ by orders of magnitude: to most image
-tokens of the upper layers no answer listens any more, while all attention rests on the first token.
-``importance=jacobian`` therefore weighs squared errors with (∂m/∂x)² - the diagonal of a Gauss-Newton matrix - where m
-is the log-odds of the answers' tokens in the full-precision model: each element when ranges are searched, each token in
+The l_p distance of section 4.1 and the block error of Eq. 3 weight all tokens and channels equally. But an error e in
+an activation x changes the answer by about e · ∂m/∂x, and these Jacobians differ by orders of magnitude: in the upper
+layers answers no longer depend on most image tokens, while most attention is on the first token.
+``importance=jacobian`` therefore weights squared errors by (∂m/∂x)² - the diagonal of a Gauss-Newton matrix - where m
+is the log-odds of the answers' tokens in the full-precision model: per element in the search of ranges, per token in
 the error of a block.
 
-The paper uses Jacobians for weighing layers (Eq. 8). That elements are weighed by them, and that each channel gets a
-ratio of its own, is our deviation and off by default.
+The paper weights layers by Jacobians (Eq. 8). Weighting elements by them, and a separate ratio for each channel, are
+our deviations, and off by default.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,14 @@ from transformers import BatchFeature
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, TokenWeights, transformed, transformed_gradient
-from qvlm_plugin.methods.gradients import OverflowedError, checkpointed, frozen, last_positions, require_answers, scaled
+from qvlm_plugin.methods.gradients import (
+    OverflowedError,
+    checkpointed,
+    frozen,
+    last_positions,
+    require_answers,
+    with_loss_scale,
+)
 from qvlm_plugin.methods.minmax import observe
 from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.shard import OrderedSum
@@ -35,7 +42,7 @@ from qvlm_plugin.topology import Site
 
 
 def log_odds(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log p/(1 - p) of the given tokens. Unlike log p, its gradient does not vanish where the model is sure.
+    """log p/(1 - p) of the given tokens. Unlike that of log p, its gradient does not vanish where p is close to 1.
 
     Args:
         logits: [N, V].
@@ -52,17 +59,17 @@ def log_odds(logits: Tensor, tokens: Tensor) -> Tensor:
 def visit_jacobians(
     context: SearchContext, sites: Sequence[Site], visit: Callable[[Site, Tensor, Tensor, int], Tensor]
 ) -> tuple[dict[Site, Tensor], TokenWeights]:
-    """Run the calibration set forwards and backwards, and add up what ``visit`` makes of inputs and Jacobians.
+    """Run forward and backward passes over the calibration set, and sum the results of ``visit`` for each site.
 
     Args:
         context: its model runs in full precision, on samples with answers.
         sites: of the decoder.
-        visit: called as ``visit(site, tokens, jacobian, batch)`` from the top of the decoder to its bottom, for every
-            batch: the input [N, C] of the site without padding, the gradient [N, C] of the summed log-odds of all
-            answer tokens with respect to it, and the batch's index. A batch whose gradients overflow is visited again.
+        visit: called as ``visit(site, tokens, jacobian, batch)`` for every batch, from the last layer to the first,
+            with the input [N, C] of the site without padding, the gradient [N, C] of the summed log-odds of all answer
+            tokens with respect to it, and the batch's index; again for a batch whose gradients have overflowed.
 
     Returns:
-        The sum over batches of what ``visit`` returns, by site; and ‖∂m/∂x‖² at each token of each decoder layer's
+        The sum over batches of what ``visit`` returns, by site; and ‖∂m/∂x‖² for each token of each decoder layer's
         output.
 
     Raises:
@@ -85,7 +92,7 @@ def visit_jacobians(
                     (_answer_odds(context, inputs, answer) * scale).backward()
                 return seen
 
-            seen = scaled(run)
+            seen = with_loss_scale(run)
             sums.add(seen.found)
             weights.append(seen.weights)
     by_layer = zip(*context.shard.gathered(weights), strict=True)
@@ -98,13 +105,13 @@ def _answer_odds(context: SearchContext, inputs: BatchFeature, answer: Tensor) -
     placed = to_device(inputs, context.device, context.model.dtype)
     kept = last_positions(answer, longest + 1)
     logits = context.model(**placed, use_cache=False, logits_to_keep=kept).logits[:, :-1]
-    said = answer[:, -longest:].to(logits.device)
+    is_answer = answer[:, -longest:].to(logits.device)
     tokens = placed["input_ids"][:, -longest:].to(logits.device)
-    return log_odds(logits[said], tokens[said]).sum()
+    return log_odds(logits[is_answer], tokens[is_answer]).sum()
 
 
 class _Seen:
-    """What a backward pass shows of one batch, its gradients multiplied by ``scale``."""
+    """Collects inputs and gradients of one batch during the backward pass of a loss multiplied by ``scale``."""
 
     def __init__(self, visit: Callable[[Site, Tensor, Tensor], Tensor], scale: float, layers: int) -> None:
         self.visit, self.scale = visit, scale
@@ -113,8 +120,8 @@ class _Seen:
         self.inputs: dict[Site, Tensor | None] = {}
 
     def forward(self, site: Site, x: Tensor, mask: Tensor) -> None:
-        # The hook would hold the inputs of all layers at once. They are taken where the backward pass, which needs the
-        # layer's activations before any of its gradients, runs the layer again.
+        # A hook that refers to x would keep the inputs of all layers in memory. Instead x is taken from the second
+        # call, when the backward pass recomputes the layer, before any of its gradients.
         if site in self.inputs:
             self.inputs[site] = x.detach()
         else:
@@ -134,11 +141,11 @@ class _Seen:
 
 @contextmanager
 def _listening(context: SearchContext, sites: Sequence[Site], attended: Tensor, seen: _Seen) -> Iterator[None]:
-    """While active, forward passes prepare for the backward pass to come to show its gradients."""
+    """While active, forward passes register hooks that pass the gradients of the backward pass to ``seen``."""
     model = context.model
 
     def begin(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        # No parameter takes gradients: the graph begins at the decoder's input.
+        # Parameters are frozen, so the graph starts at the decoder's input.
         return args, kwargs | {"inputs_embeds": kwargs["inputs_embeds"].detach().requires_grad_()}
 
     def weigh(index: int, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
@@ -156,9 +163,9 @@ def _listening(context: SearchContext, sites: Sequence[Site], attended: Tensor, 
 
 
 def search_important_ranges(context: SearchContext, draft: Draft) -> Draft:
-    """For each channel of static decoder sites, the ratio of least weighted distance; ties keep the wider range.
+    """For each channel of static decoder sites, search the ratio with the least weighted l_p distance.
 
-    The draft gets the plan tensors of the sites, and the token weights that `visit_jacobians` returns.
+    Of equal ratios the widest is kept. Adds the bounds of the sites, and the token weights of `visit_jacobians`.
     """
     options = context.options
     formats = {site: fmt for site, fmt in context.activation_sites.items() if fmt.kind == "static_channel"}
@@ -180,7 +187,7 @@ def search_important_ranges(context: SearchContext, draft: Draft) -> Draft:
 
 
 def weigh_tokens(context: SearchContext, draft: Draft) -> Draft:
-    """The token weights that `visit_jacobians` returns; those of ``importance=modality`` are of `by_modality`."""
+    """Add the token weights of `visit_jacobians`; for ``importance=modality`` those of `by_modality`."""
     _, weights = visit_jacobians(context, [], lambda *seen: seen[1])
     if context.options.importance == "modality":
         size, images, texts = context.options.calibration_batch_size, [], []
@@ -192,15 +199,15 @@ def weigh_tokens(context: SearchContext, draft: Draft) -> Draft:
 
 
 def by_modality(weights: TokenWeights, images: Sequence[Tensor], texts: Sequence[Tensor]) -> TokenWeights:
-    """One weight for all image tokens of a layer, and 1 for those of text (MBQ, Li et al., 2025).
+    """One weight for all image tokens of a layer, and 1 for text tokens (MBQ, Li et al., 2025).
 
-    It is the ratio of the two kinds' mean gradient norms, and at least the median of the layers' ratios, as MBQ's code
-    has it. The gradients are of the answers' log-odds, at the layer's output, and text is the question too; MBQ takes
-    those of the answers' loss, after attention and after the MLP, and of text the answers alone.
+    The weight is the ratio of the mean gradient norms of image and text tokens, and at least the median of the layers'
+    ratios, as in MBQ's code. Here gradients are those of the answers' log-odds at the layer's output, and text includes
+    the question; MBQ takes gradients of the answers' loss after attention and after the MLP, and only answers as text.
 
     Args:
         weights: squared gradient norms.
-        images, texts: of each batch, which tokens are of an image, and which of text: bool [B, T].
+        images, texts: masks of image and of text tokens, bool [B, T] of each batch.
     """
     ratios = [_mean_norm(layer, images) / _mean_norm(layer, texts) for layer in weights]
     least = median(ratios)
@@ -211,7 +218,7 @@ def by_modality(weights: TokenWeights, images: Sequence[Tensor], texts: Sequence
 
 
 def _mean_norm(weights: Sequence[Tensor], chosen: Sequence[Tensor]) -> float:
-    """The mean gradient norm of some tokens; tiny where there is none, so that it may divide."""
+    """The mean gradient norm of the chosen tokens; at least 1e-30, so that it can be a divisor."""
     norms = [one[tokens.to(one.device)].sqrt() for one, tokens in zip(weights, chosen, strict=True)]
     found = torch.cat(norms)
     return max(float(found.mean()) if len(found) else 0.0, 1e-30)
@@ -219,4 +226,4 @@ def _mean_norm(weights: Sequence[Tensor], chosen: Sequence[Tensor]) -> float:
 
 def require_answers_to_look_at(context: SearchContext) -> None:
     """Check that every sample has an answer; see `require_answers`."""
-    require_answers(context.calibration, f"importance={context.options.importance} to look at", "importance=uniform")
+    require_answers(context.calibration, f"importance={context.options.importance}", "importance=uniform")

@@ -1,7 +1,7 @@
-"""Layer-wise search of activation ranges, as the paper's baselines and Q-VLM itself begin (section 4.1).
+"""Layer-wise search of activation ranges, which initialises the paper's baselines and Q-VLM (section 4.1).
 
-Site by site, a grid of ratios pulls the observed bounds in; the one of least l_p distance between full-precision and
-rounded activations is taken (Eq. 2).
+For each site, a grid of ratios narrows the observed bounds; the ratio with the least l_p distance between
+full-precision and rounded activations is taken (Eq. 2).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from qvlm_plugin.topology import Site
 
 
 def search_ranges(context: SearchContext, draft: Draft) -> Draft:
-    """Ranges of every site; with ``importance=jacobian`` of those that take no Jacobians."""
+    """Ranges of every site; with ``importance=jacobian``, of all but static sites."""
     formats = context.activation_sites
     if context.options.importance == "jacobian":
         formats = {site: fmt for site, fmt in formats.items() if fmt.kind != "static_channel"}
@@ -26,7 +26,7 @@ def search_ranges(context: SearchContext, draft: Draft) -> Draft:
 
 
 def least_distance(context: SearchContext, draft: Draft, formats: Mapping[Site, ActivationFormat]) -> dict[str, Tensor]:
-    """The plan tensors of sites, each ratio chosen by its own l_p distance; ties keep the wider range."""
+    """The plan tensors of sites, with the ratio of least l_p distance; of equal ratios the widest."""
     options = context.options
     statistics = observe(context, [site for site, fmt in formats.items() if fmt.kind == "static_channel"], draft)
 
@@ -42,7 +42,7 @@ def least_distance(context: SearchContext, draft: Draft, formats: Mapping[Site, 
     losses = visit_site_inputs(context, list(formats), visit, "range search", draft)
     tensors = {}
     for site, fmt in formats.items():
-        if site not in losses:  # of an expert that no calibration token reached
+        if site not in losses:  # an expert that no calibration token reached
             continue
         ratio = best_ratio(losses[site], options.ratios)
         if fmt.kind == "static_channel":

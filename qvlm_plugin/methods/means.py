@@ -1,4 +1,4 @@
-"""Mean inputs of Linears: biases make up for rounded weights by them, and tokens are centered by them."""
+"""Mean inputs of Linears, for the bias correction of rounded weights and for centering tokens."""
 
 from torch import Tensor
 
@@ -7,14 +7,14 @@ from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.minmax import observe
 
 MASSIVE = 20.0
-"""Tokens of more than this times the median norm are left out of the means."""
+"""Tokens whose norm exceeds the median by more than this factor are left out of the means."""
 
 
 def ordinary(tokens: Tensor) -> Tensor:
-    """The tokens of ``tokens`` [N, C] without those of massive activations, in float32.
+    """The tokens of ``tokens`` [N, C] without those with massive activations, in float32.
 
-    A few tokens, the first one above all, are hundreds of times as large as the others. What they add to an output is
-    the same in every document and is theirs alone; in a mean it would be laid on all others.
+    The norm of a few tokens, above all of the first, is hundreds of times that of the others. They would dominate a
+    mean, which would then describe none of the other tokens.
     """
     tokens = tokens.float()
     norms = tokens.norm(dim=1)
@@ -22,8 +22,9 @@ def ordinary(tokens: Tensor) -> Tensor:
 
 
 def observe_means(context: SearchContext, draft: Draft) -> Draft:
-    """The plan tensors ``<site>/mean``, where biases are corrected, and ``<site>/center``, where tokens are centered:
-    both [C], over the `ordinary` calibration tokens.
+    """Add ``<site>/mean`` where biases are corrected, and ``<site>/center`` where tokens are centered.
+
+    Both are the mean input [C] over the `ordinary` calibration tokens.
 
     Raises:
         QVLMError: an input is not finite.

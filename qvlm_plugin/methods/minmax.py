@@ -1,4 +1,4 @@
-"""Ranges as wide as what calibration showed: round to nearest, no clipping anywhere."""
+"""Min/max ranges: the extremes observed in calibration, without clipping."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ from qvlm_plugin.topology import Site
 
 
 def observe_extremes(context: SearchContext, draft: Draft) -> Draft:
-    """The extremes of every static site in calibration, and whole ranges of every token."""
+    """Observed extremes as bounds of every static site, and a clip ratio of 1 for every dynamic site."""
     formats = context.activation_sites
     statistics = observe(context, [site for site, fmt in formats.items() if fmt.kind == "static_channel"], draft)
     tensors = {}
@@ -32,8 +32,8 @@ def observe(
 
     Args:
         context, draft: see `visit_site_inputs`.
-        sites: whose inputs to look at; without any, nothing runs.
-        select: chooses among the tokens [N, C] of a batch, at least one.
+        sites: the sites to observe; without any, nothing runs.
+        select: returns a non-empty selection, or other features, of the tokens [N, C] of a batch; None: all tokens.
     """
 
     def visit(site: Site, tokens: Tensor) -> ChannelStatistics:

@@ -1,4 +1,4 @@
-"""Run calibration data through a model and look at what its Linears read."""
+"""Run calibration data through a model and observe the inputs of its Linears."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,13 +29,12 @@ def visit_site_inputs(
     """Call ``visit(site, tokens)`` for every batch, with the input of each site as tokens [N, C] without padding.
 
     Args:
-        context: its model runs in full precision, on prompts with their answers, so that the positions of decoding are
-            seen too.
-        sites: whose inputs to look at.
-        visit: called in the order of the computation; not for an expert that serves no token of the batch. What it
-            returns can be added with ``+``.
-        description: for the progress bar.
-        draft: whose transforms the inputs have gone through; None: none.
+        context: its model runs in full precision, on prompts with answers, whose inputs are those of decoding, too.
+        sites: the sites to observe.
+        visit: called in the order of the computation; not for an expert that serves no token of the batch. Its results
+            are summed with ``+``.
+        description: for the progress display.
+        draft: its transforms are applied to the inputs; None: none.
 
     Returns:
         The sum over the batches of what ``visit`` returns, by site.
@@ -67,15 +66,15 @@ def watching(
     look: Callable[[Site, Tensor, Tensor], None],
     prefix: str = "",
 ) -> Iterator[None]:
-    """While active, every forward pass of ``module`` shows the inputs of its sites.
+    """While active, every forward pass of ``module`` passes the inputs of its sites to ``look``.
 
     Args:
         module: a model, or a part of it.
         sites: in the module.
         attended: bool [B, T] of the batch, false at padding.
         look: called as ``look(site, x, mask)`` with the site's input, and a bool mask over all but its last dimension
-            that is false at padding, also at padding that was routed to an expert; not where there is only padding.
-        prefix: what precedes the module's names in those of the sites.
+            that is false at padding, also at padding routed to an expert; not called for an input of padding only.
+        prefix: the part of the sites' full names that precedes names within the module.
     """
     rows: dict[str, Tensor] = {}
 

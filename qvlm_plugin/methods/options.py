@@ -1,7 +1,7 @@
-"""What there is to choose: one group of options for each choice, and `MethodOptions`, which has them all.
+"""The options of methods: one class for each group of choices, and `MethodOptions`, which has all of them.
 
-A method is a preset: these options with defaults of its own (`qvlm_plugin.builtin`). Any of them may be given to any
-method, so that two rows of a comparison can differ in a single choice.
+A method is a preset: these options with its own defaults (`qvlm_plugin.builtin`). Every method accepts every option, so
+that two rows of a comparison can differ in a single choice.
 """
 
 from typing import Literal
@@ -16,7 +16,7 @@ CLIP_STEP = 0.05
 
 
 def grid_from_one(minimum: float, step: float) -> tuple[float, ...]:
-    """Candidates from 1 down to ``minimum`` at most, ``step`` apart."""
+    """Candidates from 1 down, ``step`` apart, none below ``minimum``."""
     count = int((1 - minimum) / step + 1e-9) + 1
     return tuple(round(1 - index * step, 6) for index in range(count))
 
@@ -26,7 +26,7 @@ class _Options(BaseModel):
 
 
 class NoOptions(_Options):
-    """There is nothing to choose: the model stays in full precision."""
+    """No options: the model stays in full precision."""
 
     def weight_format(self, bits: int) -> WeightFormat:
         """Unquantized."""
@@ -42,14 +42,14 @@ class FormatOptions(_Options):
 
     Attributes:
         weights: number format of the weights: uniform integers (``int``), or a normal-float codebook (``nf``).
-        group_size: for ``int`` weights: input channels that share a scale; -1 shares it along an output channel.
-        symmetric: for ``int`` weights: no fitted zero point.
+        group_size: for ``int`` weights: input channels that share a scale; -1: one scale per output channel.
+        symmetric: for ``int`` weights: the zero point is the middle code, not fitted.
         group_scales: for ``int`` weights of up to 4 bits: scales of groups are ``free``, or ``progressive``: whole
             multiples of their output channel's unit, so that one integer product serves all groups.
-        double_quantization: for ``nf`` weights: quantize the block scales too.
-        activations: how the language model's activations are rounded: each ``channel`` within bounds fixed in
-            calibration (paper, section 4.3), or each ``token`` within its own extremes, as in the visual part.
-        center: round what is left of a token when the mean of each channel is taken away. Not the paper's.
+        double_quantization: for ``nf`` weights: quantize the block scales, too.
+        activations: how the language model's activations are rounded: per ``channel`` within bounds fixed in
+            calibration (paper, section 4.3), or per ``token`` within its own extremes, as in the visual part.
+        center: subtract the calibration mean of each channel before a token is rounded. Not in the paper.
     """
 
     weights: Literal["int", "nf"] = "int"
@@ -75,8 +75,8 @@ class FormatOptions(_Options):
     def activation_format(self, part: str, bits: int) -> ActivationFormat:
         """The format of a part's activations of ``bits`` bits.
 
-        Where activations vary most decides their quantizer (paper, section 4.3): across channels in the language model,
-        across tokens in the visual part, to which the projector's inputs belong.
+        In the language model activations vary most across channels, in the visual part (to which the projector's inputs
+        belong) across tokens; the quantizers follow this (paper, section 4.3).
         """
         if bits == UNQUANTIZED:
             return ActivationFormat()
@@ -85,23 +85,24 @@ class FormatOptions(_Options):
 
 
 class TransformOptions(_Options):
-    """What transforms the inputs of Linears, without changing the model in full precision.
+    """Transformations of the inputs of Linears that leave the full-precision model unchanged.
 
     Attributes:
-        transform: ``awq`` scales channels for the sake of the weights and clips these (Lin et al., 2023); ``smooth``
+        transform: ``awq`` scales channels to reduce weight errors, and clips the weights (Lin et al., 2023); ``smooth``
             moves the magnitude of channels into the weights (Xiao et al., 2023, "SmoothQuant"); ``rotate`` multiplies
-            them by an orthogonal matrix, which spreads massive channels over all (Ashkboos et al., 2024, "QuaRot");
-            ``smooth+rotate`` does one after the other.
-        alpha_steps: for ``awq``: exponents tried for a site's scale, evenly from 0 up to but without 1; 1 switches
-            scaling off.
-        min_clip: for ``awq`` and ``weight_clip``: the narrowest weight range tried, as a share of the whole one; 1
+            inputs by an orthogonal matrix, which spreads massive channels over all (Ashkboos et al., 2024, "QuaRot");
+            ``smooth+rotate`` does both in this order.
+        alpha_steps: for ``awq``: number of exponents tried for a site's scale, evenly spaced from 0 to below 1; 1
+            switches scaling off.
+        min_clip: for ``awq`` and ``weight_clip``: the narrowest weight range tried, as a share of the whole range; 1
             switches clipping off.
-        search_tokens: for ``awq``: calibration tokens of each site that errors are measured on.
-        smooth_alpha: for ``smooth``: the share of a channel's magnitude that moves, in powers (SmoothQuant, Eq. 4).
-        smooth_by: for ``smooth``: a channel's magnitude is its largest (``max``, SmoothQuant), or the root mean square
-            of its ordinary tokens and of its weights (``rms``). With this and α = 0.5 the errors of rotated inputs, and
-            of weights, are least: what matters then is not a channel's range but its share in a token's norm.
-        rotation_seed: for ``rotate``: that signs are drawn from, and matrices of widths without a Hadamard matrix.
+        search_tokens: for ``awq``: calibration tokens of each site on which errors are measured.
+        smooth_alpha: for ``smooth``: exponent α, the share of a channel's magnitude that moves (SmoothQuant, Eq. 4).
+        smooth_by: for ``smooth``: the magnitude of a channel is its maximum (``max``, SmoothQuant), or the root mean
+            square of its tokens, without massive ones, and of its weights (``rms``). With ``rms`` and α = 0.5 the
+            errors of rotated inputs and of weights are least, as they depend on a channel's share in the token's norm
+            instead of its range.
+        rotation_seed: for ``rotate``: seed of the signs, and of the matrices of widths without a Hadamard matrix.
     """
 
     transform: Literal["none", "awq", "smooth", "rotate", "smooth+rotate"] = "none"
@@ -114,7 +115,7 @@ class TransformOptions(_Options):
 
     @property
     def transforms(self) -> tuple[str, ...]:
-        """What ``transform`` names, in order; nothing for ``none``."""
+        """The transformations of ``transform``, in order; empty for ``none``."""
         return () if self.transform == "none" else tuple(self.transform.split("+"))
 
     @property
@@ -127,17 +128,17 @@ class GPTQOptions(_Options):
     """How weights are rounded.
 
     Attributes:
-        rounding: to the ``nearest`` value, or column by column, so that later ones make up for the errors of earlier
+        rounding: to the ``nearest`` value, or column by column, where later columns compensate the errors of earlier
             ones (``gptq``; Frantar et al., 2023).
-        damping: for ``gptq``: share of the inputs' mean second moment that is added to all of them. More of it keeps
-            closer to the nearest values, and so less to the calibration data.
-        act_order: for ``gptq``: columns of large inputs first; scales are those of the columns' own order.
-        token_errors: for ``gptq``: what is summed over tokens: the ``squared`` error of each, or the ``relative`` one,
-            divided by the squared norm of what the weight multiplies. The first token's can be a thousand times that of
-            others, whose errors then count for nothing.
-        correction: for ``gptq``: share of what the layers below have lost that a weight makes up for (after GPTAQ, Li
-            et al., 2025). 0 fits its output on the quantized model's inputs to what full precision makes of these.
-        weight_clip: ``mse`` narrows the range of each group of weights for the least squared error.
+        damping: for ``gptq``: share of the mean diagonal of the inputs' second moments that is added to the diagonal.
+            More damping stays closer to the nearest values, and fits the calibration data less.
+        act_order: for ``gptq``: round columns of large inputs first; groups are those of the original order.
+        token_errors: for ``gptq``: the error summed over tokens: ``squared``, or ``relative``: divided by the squared
+            norm of the token's input. The first token's squared norm can be a thousand times that of others, whose
+            squared errors then have no influence.
+        correction: for ``gptq``: the share of the error of the layers below that a weight compensates (after GPTAQ, Li
+            et al., 2025). 0: the target is the full-precision weight's output on the quantized model's inputs.
+        weight_clip: ``mse`` narrows the range of each group of weights to the least squared error.
     """
 
     rounding: Literal["nearest", "gptq"] = "nearest"
@@ -149,23 +150,23 @@ class GPTQOptions(_Options):
 
 
 class RangeOptions(_Options):
-    """Where activation ranges come from.
+    """How activation ranges are found, and how errors are weighted.
 
     Attributes:
-        observer: ``minmax`` takes the extremes seen in calibration, ``lp`` searches the ratio of these that rounds with
-            the least l_p distance (paper, Eq. 2 and section 4.1).
-        ranges: for ``lp``: what has a ratio of its own: a ``site``, or each ``channel`` of a static site. Within a site
-            that a few massive channels dominate, one ratio serves these alone.
+        observer: ``minmax`` takes the extremes observed in calibration; ``lp`` multiplies them by the ratio with the
+            least l_p distance (paper, Eq. 2 and section 4.1).
+        ranges: for ``lp``: one ratio for each ``site``, or for each ``channel`` of a static site. Where a few massive
+            channels dominate a site, a single ratio fits only these.
         norm: for ``lp``: exponent p of the l_p distance.
         min_ratio: for ``lp``: the narrowest candidate range, as a share of the observed one.
         ratio_step: for ``lp``: distance between candidates, from 1 downwards.
-        importance: ``jacobian`` weighs errors, of ranges, blocks and weights, by how much the answers depend on the
-            element or token, and gives each static channel a ratio of its own (`qvlm_plugin.methods.importance`);
-            ``modality`` weighs those at image tokens by one ratio for each layer, those at text by 1 (Li et al., 2025,
-            "MBQ"); ``uniform`` is the paper's.
-        zero_on_grid: move static ranges of channels, by half a step at most, so that 0 is one of the points. Not the
-            paper's.
-        bias_correction: biases make up for what rounding the weights adds to the mean outputs. Not the paper's.
+        importance: ``jacobian`` weights the errors of ranges, blocks and weights by how much the answers depend on the
+            element or token, and gives each static channel its own ratio (`qvlm_plugin.methods.importance`);
+            ``modality`` weights errors at image tokens by one factor for each layer, at text tokens by 1 (Li et al.,
+            2025, "MBQ"); ``uniform`` is the paper's choice.
+        zero_on_grid: shift static ranges of channels, by half a step at most, so that 0 is one of the rounding points.
+            Not in the paper.
+        bias_correction: correct biases by the mean output error of the rounded weights. Not in the paper.
     """
 
     observer: Literal["minmax", "lp"] = "minmax"
@@ -188,21 +189,21 @@ class MiningOptions(_Options):
 
     Attributes:
         cdm: mine cross-layer dependency and search blocks jointly.
-        cdm_parts: whose blocks: the ``decoder``'s, as in the paper, or before them those of the vision tower, too.
-        dependency: whose codes dependency is of: those of each layer's first ``site``, within its own bounds, or of
-            each layer's ``output`` within its channels' extremes, which nothing rounds.
-        min_percentile: the grid's lower end (paper, section 4.1: 0.98).
-        max_percentile: its upper end; more than 1 widens ranges (those of tokens up to their extremes).
+        cdm_parts: search the blocks of the ``decoder``, as in the paper, or first those of the vision tower, too.
+        dependency: compute dependency from the codes of each layer's first ``site``, within its own bounds, or from
+            codes of each layer's ``output`` within its channels' extremes, although the model does not round it.
+        min_percentile: lower end of the grid (paper, section 4.1: 0.98).
+        max_percentile: upper end of the grid; above 1 it widens ranges (per-token ranges at most to the extremes).
         percentile_step: distance between candidates (paper: 0.005).
-        reading: what a percentile p bounds: ``fraction`` scales a channel's range by p, ``quantile`` takes the
-            channel's quantiles 1 - p and p over the calibration tokens. A token's range is scaled in either.
-        unit: what has a percentile of its own: each decoder ``layer``, or each ``site`` of it (needs ``beam``).
-        max_depth: layers in a block (paper, section 4.1: 3).
-        h0: dependency threshold of the partition; None takes the mean dependency before ``veo``.
+        reading: the meaning of a percentile p: ``fraction`` scales a channel's range by p, ``quantile`` takes the
+            channel's quantiles 1 - p and p over the calibration tokens. Per-token ranges are scaled by p in both.
+        unit: one percentile for each decoder ``layer``, or for each ``site`` of it (needs ``beam``).
+        max_depth: maximum number of layers in a block (paper, section 4.1: 3).
+        h0: dependency threshold of the partition; None: the mean dependency before ``veo``.
         beam: prefixes kept after each step of a block's search; 0 tries all combinations.
-        prune: with ``beam=0``: the share of the batches that all combinations are judged on; only the best of them, as
-            many as there are percentiles, are judged on all. 1 judges all on all.
-        tokens: which tokens the error counts: ``all`` (as printed), ``text`` or ``answer``.
+        prune: with ``beam=0``: the share of the batches on which all combinations are evaluated; the best of them, as
+            many as there are percentiles, are then evaluated on all batches. 1: all combinations on all batches.
+        tokens: tokens over which the error is summed: ``all`` (as printed), ``text`` or ``answer``.
         relative_error: divide each token's error by its squared norm.
     """
 
@@ -223,12 +224,12 @@ class MiningOptions(_Options):
 
     @property
     def mined_parts(self) -> tuple[str, ...]:
-        """What ``cdm_parts`` names, from below."""
+        """The parts in ``cdm_parts``, from the bottom up."""
         return tuple(self.cdm_parts.split("+"))
 
     @property
     def percentiles(self) -> tuple[float, ...]:
-        """The grid: 1, then those below it, then those above."""
+        """The grid: 1, then the smaller percentiles, then the larger ones."""
         above = grid_from_one(2 - self.max_percentile, self.percentile_step)[1:]
         return (*grid_from_one(self.min_percentile, self.percentile_step), *(round(2 - p, 6) for p in above))
 
@@ -238,16 +239,16 @@ class VisionOptions(_Options):
 
     Attributes:
         veo: optimize the visual encoder.
-        eta: η, weight of the final hidden state's error against that of the vision features (Eq. 9).
+        eta: η, weight of the final hidden state's error relative to that of the vision features (Eq. 9).
         lambda1, lambda2: weights of the entropy and of the errors (Eq. 10).
         veo_epochs: passes over the calibration set (paper, section 4.1: 10).
-        veo_train: ``clip`` trains clip ratios, ``clip+norm`` the affine terms of the tower's layer norms too.
-        veo_clip_rate: learning rate of the clip ratios: about how far the first step moves them; it falls to 0 along a
-            half cosine.
-        veo_norm_rate: learning rate of the norms, likewise.
-        veo_decoder: the language model that the tower is trained under: ``quantized`` as it will be (the paper's errors
-            are those of the quantized model), or ``full`` precision.
-        veo_checkpointing: run each block again in the backward pass instead of keeping its activations.
+        veo_train: ``clip`` trains clip ratios; ``clip+norm`` also the affine terms of the tower's layer norms.
+        veo_clip_rate: initial learning rate of the clip ratios (Adam's first step has about this size), with cosine
+            decay to 0.
+        veo_norm_rate: initial learning rate of the norms, with cosine decay to 0.
+        veo_decoder: the language model in training: ``quantized`` (as the paper's errors are those of the quantized
+            model), or in ``full`` precision.
+        veo_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
     veo: bool = False
@@ -270,12 +271,12 @@ _READ_WITH = {
     (("rounding", "gptq"),): ("damping", "act_order", "token_errors", "correction"),
     (("observer", "lp"),): ("ranges", "norm", "min_ratio", "ratio_step"),
 }
-"""Options that only some values of choices read. Those of ``cdm`` and ``veo`` may stay when these are switched off, as
-ablations do."""
+"""Options that only certain values of other options use. Options of ``cdm`` and ``veo`` are not listed, since ablations
+switch these two off and leave the rest as it is."""
 
 
 class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, TransformOptions, FormatOptions):
-    """All choices; the defaults round to nearest within observed extremes.
+    """All options; the defaults round to nearest within observed extremes.
 
     Attributes:
         calibration_batch_size: samples per forward pass (paper, section 4.1: 8).
@@ -292,16 +293,16 @@ class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, Tra
                 given = getattr(self, name)
                 if given != type(self).model_fields[name].default:
                     readers = " or ".join(f"{choice}={wanted}" for choice, wanted in choices)
-                    raise ValueError(f"{name}={given} is read with {readers} only")
+                    raise ValueError(f"{name}={given} is used with {readers} only")
         if self.unit == "site" and not self.beam:
             raise ValueError("unit=site has too many combinations to try them all; set beam, for example beam=4")
         if self.reading == "quantile" and self.max_percentile > 1:
             raise ValueError(f"max_percentile={self.max_percentile}: reading=quantile has no percentiles above 1")
         if self.importance == "jacobian" and self.activations == "channel" and self.observer != "lp":
-            raise ValueError("importance=jacobian weighs the search of channels' ranges: use it with observer=lp")
+            raise ValueError("importance=jacobian weights the search of channel ranges: use it with observer=lp")
         if "rotate" in self.transforms and self.activations == "channel":
             raise ValueError(
-                f"transform={self.transform} spreads a massive channel over all, which widens static ranges of "
-                "channels; use it with activations=token"
+                f"transform={self.transform} spreads a massive channel over all channels, which widens their static "
+                "ranges; use it with activations=token"
             )
         return self

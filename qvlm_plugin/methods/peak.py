@@ -1,6 +1,6 @@
-"""How much memory a search takes at most, step by step, from the shapes of a model. No weight is loaded for it.
+"""The peak memory of each step of a search, computed from the shapes of a model. No weight is loaded.
 
-A step's peak is the largest of its phases', and a phase holds what its terms list. Symbols, here and in the code:
+A step's peak is that of its largest phase, and a phase is the sum of its terms. Symbols, here and in the code:
 
 =======  =========================================================================================================
 e        bytes of an element in the compute type: 2, or 4 in float32; statistics, rounding and l_p losses take 4
@@ -12,10 +12,9 @@ L        blocks of the part
 O·K      elements of the largest Linear
 =======  =========================================================================================================
 
-Only tensors are counted. An allocator keeps some memory beside them, kernels have workspaces, and attention is taken as
-torch's fused kernels compute it: one that writes out all scores takes n · heads · tokens · 4 bytes more. On a CPU,
-rounding works on slices (`qvlm_plugin.quantizers.by_rows`), and what waits there for an accelerator lies beside the
-rest.
+Only tensors are counted, not the allocator's overhead and the workspaces of kernels. Attention is that of torch's fused
+kernels; an implementation that materializes all scores takes n · heads · tokens · 4 bytes more. On a CPU, rounding
+works on slices (`qvlm_plugin.quantizers.by_rows`). Without an accelerator, terms that would wait on the CPU count, too.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,15 +33,15 @@ from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import ORDER, Site, Topology, blocks_of, resolve
 
 ANSWER = 16
-"""Tokens of an answer, roughly: what logits are computed of."""
+"""Rough number of answer tokens, for which logits are computed."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stack of blocks; widths are those of its first block with the most sites.
+    """A stack of blocks; widths are those of the first block with the most sites.
 
     Attributes:
-        blocks: L, as many as have sites.
+        blocks: L, the number of blocks with sites.
         hidden: C.
         sites: input widths of a block's sites.
         linears: shapes [O, K] of a block's Linears that have sites.
@@ -73,16 +72,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Shapes:
-    """A model, as far as memory goes.
+    """The sizes of a model that decide memory.
 
     Attributes:
         elements: of all weights.
         vision, projector, decoder: its parts; a projector without Linears is empty.
         tower: elements of the whole vision tower.
-        head: elements of the embeddings of words, as large as the head.
-        vocabulary: words.
-        head_width: channels of a head of attention.
-        positions: that the tower computes for a picture.
+        head: elements of the token embeddings, equal to those of the language model's head.
+        vocabulary: tokens in the vocabulary.
+        head_width: channels of an attention head.
+        positions: of the tower for one image.
     """
 
     elements: int
@@ -120,7 +119,7 @@ def _elements(module: Any) -> int:
 
 
 def _side(config: Any, name: str, otherwise: int) -> int:
-    """A size of a configuration, of which some have one for each side; towers that see any size have no image's."""
+    """A size in a configuration: one number, or one for each side; missing in towers that take images of any size."""
     size = getattr(config, name, otherwise)
     return size if isinstance(size, int) else size[0]
 
@@ -143,14 +142,14 @@ def _part(model: Any, topology: Topology, part: str) -> Part:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a search runs on.
+    """The data and the device of a search.
 
     Attributes:
-        samples, tokens: of the calibration set; tokens of the longest sample, picture and answer included.
-        pictures: runs of the tower for a sample: 1, or as many as it is cut into.
+        samples, tokens: of the calibration set; tokens of the longest sample, including image and answer.
+        pictures: images that the tower encodes for a sample: 1, or the number of crops.
         element: e.
         offloaded: whether the weights wait on the CPU (``device_map=offload``).
-        accelerator: whether the model runs elsewhere than on the CPU.
+        accelerator: whether the model runs on an accelerator instead of the CPU.
         footprint: of the search.
     """
 
@@ -164,7 +163,7 @@ class Setting:
 
 
 class Term(NamedTuple):
-    """Something that a phase holds: what, its bytes, and whether it waits on the CPU for the accelerator."""
+    """Tensors that a phase holds: their name, bytes, and whether they wait on the CPU for the accelerator."""
 
     what: str
     bytes: float
@@ -180,7 +179,7 @@ class Peak:
 
     Attributes:
         step: its name.
-        phases: what is held at one time each.
+        phases: the terms that are held at the same time, for each phase.
         accelerator: as in `Setting`.
     """
 
@@ -190,7 +189,7 @@ class Peak:
 
     @property
     def largest(self) -> Phase:
-        """The phase that takes the most where the model runs, without what waits elsewhere; the largest terms first."""
+        """The phase that takes the most memory of the model's device, its largest terms first."""
         counted = [
             [term for term in phase if not (term.waits and self.accelerator) and term.bytes] for phase in self.phases
         ]
@@ -198,7 +197,7 @@ class Peak:
 
     @property
     def bytes(self) -> float:
-        """The peak where the model runs."""
+        """The peak on the model's device."""
         return _total(self.largest)
 
 
@@ -207,8 +206,10 @@ def _total(phase: Phase) -> float:
 
 
 def peaks(shapes: Shapes, method: Method, scheme: Scheme, options: MethodOptions, setting: Setting) -> list[Peak]:
-    """The peak of each step that the scheme and the options want. Steps that are not known here count as a pass of the
-    calibration set through the model."""
+    """The peak of each step that the scheme and the options select.
+
+    A step that is unknown here counts as a pass of the calibration set through the model.
+    """
     search = _Search(shapes, scheme, options, setting)
     known: dict[str, Callable[[], Iterator[Phase]]] = {
         "awq": search.awq, "smooth": search.observing, "rotate": search.at_rest, "clip": search.clip,
@@ -236,7 +237,7 @@ class _Search:
 
     @property
     def wide(self) -> int:
-        """Bytes of an element's float32 copy: none where the compute type is that."""
+        """Bytes of an element's float32 copy; 0 where the compute type is float32."""
         return 4 if self.e < 4 else 0
 
     @property
@@ -262,7 +263,7 @@ class _Search:
         return self.setting.footprint.caches_on_cpu or self.setting.offloaded
 
     def weights(self) -> Phase:
-        """The model's weights; of offloaded ones, as much as runs together."""
+        """The model's weights; of offloaded ones, those that are on the device at the same time."""
         if not self.setting.offloaded:
             return [Term("weights", self.e * self.shapes.elements)]
         once = max(self.shapes.decoder.elements, self.shapes.vision.elements, self.shapes.head)
@@ -272,8 +273,8 @@ class _Search:
         ]
 
     def layer(self, part: Part, tokens: int) -> float:
-        """A block forwards without gradients: what is added to, what is read (C each), and either gate, up and their
-        product (I each) or queries, keys, values, their rotated copies and the output of attention (C each)."""
+        """A block's forward pass without gradients: the residual stream and the normed input (C each), and either gate,
+        up and their product (I each) or queries, keys, values, their rotary copies and attention's output (C each)."""
         return self.e * tokens * (2 * part.hidden + max(3 * part.widest, 5 * part.hidden))
 
     def rounding(self, part: Part, tokens: int) -> float:
@@ -282,13 +283,13 @@ class _Search:
         return self.e * elements + 4 * (elements if self.setting.accelerator else min(elements, quantizers._SLICE))
 
     def rounding_a_weight(self, part: Part) -> float:
-        """Rounding the largest Linear: its float32 copy, what the codes stand for in float32, and codes; ratios and
-        their whole numbers beside them, of a slice on a CPU."""
+        """Rounding the largest Linear: its float32 copy, the dequantized values in float32, and codes; in addition the
+        quotients before and after rounding, on a CPU only of a slice."""
         slices = part.largest if self.setting.accelerator else min(part.largest, quantizers._SLICE)
         return part.largest * (self.wide + 4 + 1) + 8 * slices
 
     def tower(self) -> Phase:
-        """A batch in the vision tower, all of whose hidden states transformers keeps."""
+        """A batch in the vision tower; transformers keeps all of its hidden states."""
         vision = self.shapes.vision
         return [
             Term("hidden states of the tower", self.e * self.seen * vision.hidden * (vision.blocks + 2)),
@@ -296,24 +297,24 @@ class _Search:
         ]
 
     def mask(self, each: float) -> Term:
-        """The mask of attention of a batch, which has padding: ``each`` bytes for a pair of tokens."""
-        return Term("mask of attention", each * self.n * self.setting.tokens)
+        """The attention mask of a batch with padding: ``each`` bytes for a pair of tokens."""
+        return Term("attention mask", each * self.n * self.setting.tokens)
 
-    def looking(self, part: Part, tokens: int, beside: float) -> Phase:
-        """A site's input without padding and transformed, and ``beside`` bytes for each of its elements."""
+    def looking(self, part: Part, tokens: int, extra: float) -> Phase:
+        """A site's input without padding and transformed, and ``extra`` bytes for each of its elements."""
         elements = tokens * part.widest
         between = self.e * tokens * (part.hidden + part.widest)
         kept = part.blocks + 2 if part is self.shapes.vision else 3
         return [
             Term("hidden states", self.e * tokens * part.hidden * kept),
             Term("a block's activations", between),
-            Term("the inputs of a site", elements * (self.e + beside + self.scaled)),
+            Term("the inputs of a site", elements * (self.e + extra + self.scaled)),
             self.mask(0 if part is self.shapes.vision else 1),
         ]
 
     @property
     def scaled(self) -> int:
-        """Bytes of an element's copy that is divided by a transform's scale."""
+        """Bytes of an element's copy divided by a transform's scale."""
         return 0 if self.options.transform == "none" else self.e
 
     def statistics(self, rows: float) -> Phase:
@@ -321,41 +322,41 @@ class _Search:
         return [Term("statistics of channels", 4 * rows * self.shapes.decoder.blocks * sum(self.shapes.decoder.sites))]
 
     def passing(self) -> Iterator[Phase]:
-        """The model on a batch, while nobody looks."""
+        """The forward pass of a batch between observed sites."""
         decoder = self.shapes.decoder
         states = Term("hidden states", self.e * self.n * decoder.hidden * 3)
         yield self.weights() + self.tower()
         yield [*self.weights(), states, Term("a layer", self.layer(decoder, self.n))]
 
     def rotation(self, part: Part) -> Term:
-        """Drawing the largest Q of a part's rotations: normal numbers and their decomposition in float64."""
+        """Drawing the largest M of a part's rotations: normal numbers and their QR decomposition in float64."""
         outer = max(rotation_of("", channels).outer for channels in part.sites)
         return Term("a rotation", 28 * outer**2 if "rotate" in self.options.transforms else 0)
 
     def at_rest(self) -> Iterator[Phase]:
-        """Numbers of a plan alone."""
+        """Computing with the plan's small tensors only."""
         yield self.weights()
 
     def minmax(self) -> Iterator[Phase]:
-        """Extremes of static sites; whole ranges of tokens take no look."""
+        """Extremes of static sites; per-token ranges need no observation."""
         yield from self.observing() if self.options.activations == "channel" else self.at_rest()
 
     def clip(self) -> Iterator[Phase]:
-        """Of the largest Linear a copy, its float32 copy, and the rounding errors of a candidate."""
+        """A copy of the largest Linear, its float32 copy, and the rounding errors of a candidate."""
         part = max(self._parts, key=lambda part: part.largest)
         own = Term("a Linear and its copies", part.largest * (self.e + self.wide + 8))
         yield [*self.weights(), own, Term("rounding a weight", self.rounding_a_weight(part)), self.rotation(part)]
 
     def observing(self) -> Iterator[Phase]:
-        """Extremes and means: beside a site's input its float32 copy, or its magnitudes and two answers to whether they
-        are finite."""
+        """Extremes and means: in addition to a site's input its float32 copy, or its magnitudes and two boolean tensors
+        of the check for finite values."""
         yield from self.passing()
-        beside = max(self.wide + (4 if self.options.bias_correction else 0), self.e + 2)
-        yield self.weights() + self.statistics(3) + self.looking(self.shapes.decoder, self.n, beside)
+        extra = max(self.wide + (4 if self.options.bias_correction else 0), self.e + 2)
+        yield self.weights() + self.statistics(3) + self.looking(self.shapes.decoder, self.n, extra)
 
     def lp(self) -> Iterator[Phase]:
-        """l_p losses: of static sites a chunk of rounded elements at a time, of tokens a whole site's, with float32
-        copies of both and their distance."""
+        """l_p losses: a chunk of rounded elements at a time for static sites, a whole site's for dynamic ones, with
+        float32 copies of both and their distance."""
         yield from self.passing()
         decoder, per_token = self.shapes.decoder, self.e + 4 + 2 * self.wide
         losses = 2 * len(self.options.ratios) if self.options.ranges == "channel" else 0
@@ -374,8 +375,8 @@ class _Search:
         return (self.e + 8 + 2 * self.wide) * min(elements, self.n * part.widest * count)
 
     def activations(self, part: Part, tokens: int) -> float:
-        """What a block keeps for going backwards, frozen: inputs of norms (C each), queries, keys, values and the
-        output of attention (4C), gate, activation and up (3I); in 16 bits also two float32 copies in norms."""
+        """What a frozen block saves for the backward pass: inputs of norms (C each), queries, keys, values and
+        attention's output (4C), gate, activation and up (3I); in 16 bits also two float32 copies in norms."""
         return tokens * (self.e * (6 * part.hidden + 3 * part.widest) + 2 * self.wide * part.hidden)
 
     def checkpoints(self) -> float:
@@ -383,8 +384,8 @@ class _Search:
         return self.e * self.n * self.shapes.decoder.hidden * (self.shapes.decoder.blocks + 2)
 
     def jacobian(self) -> Iterator[Phase]:
-        """One layer backwards at a time; at its widest site the input, its gradient and both without padding, the
-        Jacobian and its square in float32, and a chunk of losses."""
+        """The backward pass of one layer at a time; at its widest site the input, its gradient and both without
+        padding, the Jacobian and its square in float32, and a chunk of losses."""
         yield from self.observing()
         decoder, wait = self.shapes.decoder, self.setting.footprint.caches_on_cpu
         rows = 5 + 2 * 2 * len(self.options.ratios)  # float64, of a batch and of those before
@@ -401,7 +402,7 @@ class _Search:
 
     def awq(self) -> Iterator[Phase]:
         """Copies of a block, and the rounding errors of its largest Linear: its float32 copy and rounded values, their
-        distance, and its product with second moments of the inputs."""
+        difference, and its product with second moments of the inputs."""
         sampled = sum(self._sampled(part) * part.blocks * sum(part.sites) for part in self._parts)
         kept = Term("sampled tokens", self.e * sampled, True)
         untransformed = replace(self, options=self.options.model_copy(update={"transform": "none"}))
@@ -427,18 +428,18 @@ class _Search:
         return tuple(part for part in parts if part.sites)
 
     def vision(self) -> Iterator[Phase]:
-        """The quantized model forwards and backwards: of every decoder layer the output and its gradient, of one block
-        what it keeps. Rounded Linears keep float32 codes before they are clipped, where clip ratios are trained also
-        distances and codes."""
+        """The forward and backward pass of the quantized model: the output of every decoder layer and its gradient, and
+        what one block saves. Rounded Linears save float32 codes before clamping; where clip ratios are trained, also
+        the distances and the codes."""
         shapes, decoder, vision = self.shapes, self.shapes.decoder, self.shapes.vision
         rounded = vision.blocks * vision.rounded + shapes.projector.rounded
         if self.options.veo_decoder == "quantized":
             rounded += decoder.blocks * decoder.rounded
-        below = self.setting.samples * self.setting.pictures * shapes.positions * vision.hidden
+        features = self.setting.samples * self.setting.pictures * shapes.positions * vision.hidden
         held = [
             *self.weights(),
-            Term("weights that rounded ones stand for", self.e * rounded, True),
-            Term("full-precision outputs", self.e * self.N * decoder.hidden + self.e * below, True),
+            Term("full-precision weights of rounded Linears", self.e * rounded, True),
+            Term("full-precision outputs", self.e * self.N * decoder.hidden + self.e * features, True),
         ]
         if self.setting.offloaded:
             held.append(Term("the vision tower", self.e * shapes.tower))
@@ -449,7 +450,7 @@ class _Search:
         kept = self.activations(decoder, self.n) + 4 * self.n * inputs
         seen = self.activations(vision, self.seen)
         seen += (12 + self.wide) * self.seen * sum(columns for _, columns in vision.linears)
-        if not self.options.veo_checkpointing:  # all of both parts is kept until the backward pass comes to it
+        if not self.options.veo_checkpointing:  # all blocks of both parts save theirs until the backward pass
             seen, kept = seen * vision.blocks, kept * decoder.blocks
         both = 0 if self.options.veo_checkpointing else seen
         yield [
@@ -471,9 +472,9 @@ class _Search:
         yield [*held, Term("rounding a weight", self.rounding_a_weight(decoder))]
 
     def gptq(self) -> Iterator[Phase]:
-        """A part's cached hidden states, copies of a block's weights, and of its widest site the second moments, whose
-        inverse is found in float64; of a Linear the points of each element. The correction takes full-precision states
-        and inputs beside them."""
+        """A part's cached hidden states, copies of a block's weights, the second moments of its widest site and their
+        inverse in float64, and the rounding points of each element of a Linear. The correction needs full-precision
+        states and inputs in addition."""
         yield from self.passing()
         decoder, vision = self.shapes.decoder, self.shapes.vision
         positions = self.setting.pictures * self.shapes.positions
@@ -485,7 +486,7 @@ class _Search:
             wanted = self.e * self.setting.samples * tokens * part.widest * (models - 1)
             held = [
                 *self.weights(),
-                Term("masks of attention", models * self.N * tokens if part is decoder else 0, self.caches_wait),
+                Term("attention masks", models * self.N * tokens if part is decoder else 0, self.caches_wait),
                 Term("cached hidden states", models * state, self.caches_wait),
                 Term("weights of a block", self.e * part.rounded),
             ]
@@ -527,31 +528,32 @@ class _Search:
         held = [*self.weights(), Term("masks and rotations of both models", 2 * masks, wait)]
         one = Term("a layer", self.layer(decoder, rows * tokens))
         vision, projector = self.shapes.vision, self.shapes.projector
-        below = vision.blocks * vision.rounded + projector.blocks * projector.rounded
+        rounded = vision.blocks * vision.rounded + projector.blocks * projector.rounded
         yield [
             *held,
             *self.tower(),
             Term("cached hidden states", state, wait),
-            Term("rounded weights of the tower", self.e * below, self.setting.offloaded),
+            Term("rounded weights of the tower", self.e * rounded, self.setting.offloaded),
         ]
         joint = 2**self.scheme.decoder.activation if self.scheme.decoder.activation != UNQUANTIZED else 0
         elements = min(self.N * decoder.hidden, dependency.MAX_ELEMENTS)
         assigned = min(dependency.CHUNK, elements * joint)
         yield [
             *held,
-            # inputs of both models, outputs of a layer, of the one before and of this without padding, and its batches
+            # inputs of both models, outputs of a layer and of the one before, and the former without padding, with
+            # its batches
             Term("cached hidden states", 6 * state, wait),
             Term("soft assignments", 4 * 4 * assigned + elements * (8 + 6 * self.e)),
         ]
         static = 0 if options.activations == "token" else sum(decoder.sites)
-        # A site's inputs are joined; then they are averaged in float32, or slices of them sorted: values, their places
-        # and a float32 copy. Those of the sites after it wait.
+        # A site's inputs are concatenated; then they are averaged in float32, or sorted in slices: values, indices and
+        # a float32 copy. The inputs of later sites wait.
         quantile = options.reading == "quantile"
         copies = max(self.e, 0 if quantile else self.wide)
         first = self.N * (self.e * static + decoder.sites[0] * copies)
         last = self.N * decoder.widest * (self.e + copies)
         sort = (12 + self.wide) * min(mining.SORTED, self.N * decoder.sites[0]) if quantile and static else 0
-        if wait and static:  # those of one site at a time come to the device
+        if wait and static:  # the inputs of one site at a time are moved to the device
             yield [*held, Term("inputs of a site", last), Term("rounded weights", self.e * depth * decoder.rounded)]
         yield [
             *held,
@@ -576,8 +578,8 @@ class _Search:
         ]
 
     def _states(self, depth: int) -> int:
-        """Outputs that the search of a block of ``depth`` layers holds beside its input: the path in the tree, or the
-        prefixes that are kept of two steps and one to judge; within a layer also what these begin at."""
+        """Outputs that the search of a block of ``depth`` layers holds in addition to its input: the path in the tree;
+        or, with a beam, the prefixes of two steps and one candidate, within a layer also the inputs of these."""
         width, candidates = self.options.beam, len(self.options.percentiles)
         if not width:
             return depth

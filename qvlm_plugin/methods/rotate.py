@@ -1,7 +1,7 @@
-"""``transform=rotate``: multiply what each site reads by an orthogonal matrix of its own size (`Rotation`).
+"""``transform=rotate``: multiply the input of each site by an orthogonal matrix of its size (`Rotation`).
 
-QuaRot (Ashkboos et al., 2024) merges rotations into the weights where it can. Here every site's is computed while the
-model runs, which takes no norm apart and is the same in a vision tower, a projector and any decoder.
+QuaRot (Ashkboos et al., 2024) merges rotations into the weights where possible. Here every rotation is computed at run
+time, which leaves norms unchanged and works alike in a vision tower, a projector and any decoder.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ from qvlm_plugin.rotation import rotation_of
 
 
 def rotate_inputs(context: SearchContext, draft: Draft) -> Draft:
-    """A rotation of every site whose weights or activations the scheme rounds."""
+    """Add a rotation for every site whose weights or activations the scheme rounds."""
     quantized = dict.fromkeys((*context.weight_sites, *context.activation_sites))
     found = []
     for site in context.sites:

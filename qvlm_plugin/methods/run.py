@@ -1,4 +1,4 @@
-"""Run a method's steps one after the other: what was found, a step adds to."""
+"""Run a method's steps one after the other, each adding to the draft."""
 
 import gc
 from dataclasses import replace
@@ -18,13 +18,13 @@ IDENTITY = Scheme.parse("w16a16")
 
 
 def fit(method: Method, context: SearchContext) -> RoundingPlan:
-    """The plan that a method finds.
+    """Search the plan of a method.
 
-    The draft after each step is kept in the workspace, from which an interrupted search goes on. A step that runs out
-    of a device's memory begins again in a smaller `Footprint`, which changes nothing in what it finds.
+    The workspace keeps the draft after each step, from which an interrupted search resumes. A step that runs out of
+    device memory restarts with a smaller `Footprint`, which does not change its result.
 
     Raises:
-        QVLMError: a step's check or the step itself fails, or memory does not suffice in the smallest footprint.
+        QVLMError: a step's check or the step itself fails, or memory does not suffice for the smallest footprint.
     """
     if not method.steps:
         return build_plan(replace(context, scheme=IDENTITY, calibration=None), Draft())
@@ -44,14 +44,14 @@ def fit(method: Method, context: SearchContext) -> RoundingPlan:
 
 
 def _run(step: Step, context: SearchContext, draft: Draft) -> Draft:
-    """The draft after a step, in the largest footprint that there is memory for."""
+    """The draft after a step, run with the largest footprint that fits into memory."""
     while True:
         try:
             with context.shard.together():
                 return step.run(context, draft)
         except torch.OutOfMemoryError as error:
             reason = one_line(error)
-        # Only out of the handler, which refers to the step's tensors, is their memory free again.
+        # The exception refers to the step's tensors: their memory can be freed only outside the handler.
         gc.collect()
         torch.cuda.empty_cache()
         smaller = context.footprint.smaller(context.options.calibration_batch_size if step.splits else 1)
@@ -62,6 +62,6 @@ def _run(step: Step, context: SearchContext, draft: Draft) -> Draft:
                 f"smaller calibration_batch_size: {reason}"
             )
         Console(stderr=True).print(
-            f"out of memory in step {step.name}: going on with {smaller}", markup=False, soft_wrap=True
+            f"out of memory in step {step.name}: trying again with {smaller}", markup=False, soft_wrap=True
         )
         context = replace(context, footprint=smaller)

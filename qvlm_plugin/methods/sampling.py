@@ -1,4 +1,4 @@
-"""A sample of the tokens that each site reads, small enough to keep for all sites at once."""
+"""A sample of each site's input tokens, small enough to keep for all sites."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,37 +15,37 @@ from qvlm_plugin.topology import Site
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Tokens that a site reads.
+    """Input tokens of a site.
 
     Attributes:
         tokens: [N, C] in the compute type, on the CPU.
-        weights: how much their squared errors count, float32 [N].
+        weights: factors of their squared errors, float32 [N].
     """
 
     tokens: Tensor
     weights: Tensor
 
     def weighted(self, device: torch.device) -> Tensor:
-        """Tokens whose plain squared errors are the weighted ones of these: float32."""
+        """The tokens scaled so that their squared errors are the weighted ones: float32 [N, C]."""
         return (self.tokens.float() * self.weights.sqrt().unsqueeze(1)).to(device)
 
 
 def sample_tokens(
     context: SearchContext, sites: Sequence[Site], count: int, token_weights: TokenWeights | None = None
 ) -> dict[str, Sample]:
-    """Input tokens of each site, drawn evenly from the whole calibration set, answers included and padding left out.
+    """Input tokens of each site, drawn uniformly from the whole calibration set, with answers and without padding.
 
-    Every token gets a random key, and the tokens with the smallest keys stay: one pass, and the same draw for every
-    batch size. The seed is that of the calibration set.
+    Every token gets a random key, and the tokens with the smallest keys are kept: this takes one pass, and the sample
+    does not depend on the batch size. The seed is that of the calibration set.
 
     Args:
         context: the search.
-        sites: whose inputs to sample.
+        sites: the sites to sample.
         count: tokens to keep of each site; all of them where there are fewer.
-        token_weights: of the decoder's tokens; those of experts, and all others, weigh 1.
+        token_weights: of the decoder's tokens; tokens of experts and of other parts have weight 1.
 
     Returns:
-        For each site's name min(count, N) tokens.
+        min(count, N) tokens by site name.
     """
     generators = {site.name: torch.Generator().manual_seed(context.calibration.seed) for site in sites}
     kept: dict[str, tuple[Tensor, Sample]] = {}
@@ -60,13 +60,13 @@ def sample_tokens(
         kept[site.name] = keys, chosen
         return len(tokens)
 
-    # The draw goes on from batch to batch: every process looks at all of them.
+    # The generators advance from batch to batch, so every process runs all batches.
     visit_site_inputs(replace(context, shard=Shard()), sites, visit, "token sample")
     return {name: sample for name, (_, sample) in kept.items()}
 
 
 def _weights(context: SearchContext, site: Site, token_weights: TokenWeights | None) -> Iterator[Tensor]:
-    """Those of a site's tokens, batch by batch, if there are any."""
+    """The weights of a site's tokens, batch by batch, if it has any."""
     if token_weights is None or site.part != "decoder" or site.expert:
         return
     batches = context.calibration.batches(context.loaded.processor, context.options.calibration_batch_size)

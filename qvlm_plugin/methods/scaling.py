@@ -1,8 +1,8 @@
 """The equivalent transformation of AWQ (Lin et al., 2023, "Activation-aware Weight Quantization", section 3.2).
 
 Weights that multiply large activations matter more. Multiplying such a weight column by s > 1 before rounding, and
-dividing the activation by s, leaves the product as it is but makes that column's relative rounding error smaller. The
-scale is s = mean|x|^alpha for each channel, with the alpha that errs least; the division is folded into the module that
+dividing the activation by s, leaves the product unchanged but reduces the column's relative rounding error. The scale
+is s = mean|x|^alpha for each channel, with the alpha of least output error; the division is folded into the module that
 produces the activation.
 """
 
@@ -21,7 +21,7 @@ SMALLEST_MAGNITUDE = 1e-4
 
 
 def fold_of(site: Site, model: nn.Module) -> Fold:
-    """Where the scale of a site with a producer is folded, from the widths of the modules."""
+    """The fold of a site with a producer, from the widths of the modules."""
     produced = len(model.get_submodule(site.producer).weight)
     if produced == model.get_submodule(site.name).in_features:
         return Fold(site=site.name, producer=site.producer)
@@ -30,12 +30,12 @@ def fold_of(site: Site, model: nn.Module) -> Fold:
 
 
 def produced_magnitude(tokens: Tensor, fold: Fold, channels: int) -> Tensor:
-    """mean|x| of each channel that the producer writes: over the tokens, and over the readers of a shared head.
+    """mean|x| of each output channel of the producer: over tokens, and over the readers of a shared head.
 
     Args:
-        tokens: what the site reads, [N, C].
+        tokens: input of the site, [N, C].
         fold: see `Fold.head_dim`.
-        channels: what the producer writes; fewer than C when heads are shared.
+        channels: output channels of the producer; fewer than C where heads are shared.
 
     Returns:
         float32 [channels].
@@ -44,12 +44,12 @@ def produced_magnitude(tokens: Tensor, fold: Fold, channels: int) -> Tensor:
 
 
 def over_readers(values: Tensor, fold: Fold, channels: int, reduce: Callable[..., Tensor]) -> Tensor:
-    """What ``reduce`` (as `torch.mean`) makes, for each of the producer's channels, of what it is read as.
+    """``reduce`` (for example `torch.mean`) the values of all input channels that read the same producer's channel.
 
     Args:
-        values: of what a site reads, [C].
+        values: of a site's input channels, [C].
         fold: see `Fold.head_dim`.
-        channels: what the producer writes; fewer than C when heads are shared.
+        channels: output channels of the producer; fewer than C where heads are shared.
 
     Returns:
         [channels].
@@ -68,12 +68,12 @@ def channel_scale(magnitude: Tensor, alpha: float) -> Tensor:
 
 
 def scale_grid(magnitude: Tensor, steps: int) -> list[Tensor]:
-    """The scales of alpha = 0, 1/steps, … up to but without 1; see `channel_scale`."""
+    """The scales of alpha = 0, 1/steps, …, (steps - 1)/steps; see `channel_scale`."""
     return [channel_scale(magnitude, step / steps) for step in range(steps)]
 
 
 def output_error(weight: Tensor, approximation: Tensor, tokens: Tensor) -> Tensor:
-    """Squared distance of a Linear's outputs from what they were, summed over tokens: a float32 scalar.
+    """Squared error of a Linear's outputs with an approximated weight, summed over tokens: a float32 scalar.
 
     Args:
         weight, approximation: [O, I].
@@ -85,19 +85,19 @@ def output_error(weight: Tensor, approximation: Tensor, tokens: Tensor) -> Tenso
 def search_scale(
     weights: Sequence[Tensor], weight_format: WeightFormat, tokens: Tensor, fold: Fold, candidates: Sequence[Tensor]
 ) -> Tensor:
-    """The candidate that errs least over all Linears of a site; ties keep the earlier one.
+    """The candidate with the least error over all Linears of a site; the first of equal ones.
 
     Args:
         weights: of the site's Linears, [O, I] each.
-        weight_format: they are rounded to.
-        tokens: what they read, [N, I] float32.
-        fold: where the scale goes.
-        candidates: scales, float32 [channels that the producer writes].
+        weight_format: the format that they are rounded to.
+        tokens: their input, [N, I] float32.
+        fold: of the scale.
+        candidates: scales, float32 [output channels of the producer].
     """
 
     def error(scale: Tensor) -> Tensor:
         columns = fold.spread(scale, tokens.shape[1])
-        # What the rounded, scaled weight does to x / s, the unscaled equivalent does to x.
+        # The rounded scaled weight on x / s equals this rescaled weight on x.
         rounded = (round_weight(weight.float() * columns, weight_format) / columns for weight in weights)
         return sum(output_error(*pair, tokens) for pair in zip(weights, rounded, strict=True))
 

@@ -1,7 +1,7 @@
-"""Several processes search together: each runs its share of the batches, and what they find is put together in order.
+"""A search by several processes: each runs its share of the batches, and results are combined in the batches' order.
 
-Sums are taken in the order of the batches, as one process takes them, so that every process holds the same draft, to
-the bit, and makes the same choices.
+Sums are taken in the order of the batches, as a single process takes them, so that all processes have bitwise equal
+drafts and make the same choices.
 """
 
 import atexit
@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 Key = TypeVar("Key")
 
 _PATIENCE = timedelta(days=7)
-"""How long a process waits for the others: while one of them trains the vision tower, for example."""
+"""Timeout of waiting for other processes, for example while one of them trains the vision tower."""
 
 
 class _PeerError(QVLMError):
@@ -38,21 +38,21 @@ class _PeerOutOfMemoryError(torch.OutOfMemoryError):
 class Shard:
     """The share of one process.
 
-    All processes must call `gathered`, `one`, `first` and `together` in the same order.
+    All processes must call `gathered`, `run_on`, `first` and `together` in the same order.
 
     Attributes:
-        rank, count: which process of how many this is.
+        rank, count: index of this process, and number of processes.
     """
 
     rank: int = 0
     count: int = 1
 
     def own(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This process's part of what all share; the parts follow one another."""
+        """This process's contiguous part of the items."""
         return items[len(items) * self.rank // self.count : len(items) * (self.rank + 1) // self.count]
 
     def gathered(self, part: Sequence[Item]) -> list[Item]:
-        """The parts of all processes, in order; tensors come to the CPU, unless there is one process.
+        """The parts of all processes, in order; with several processes, tensors are moved to the CPU.
 
         Raises:
             QVLMError, torch.OutOfMemoryError: another process failed instead.
@@ -61,8 +61,8 @@ class Shard:
             return list(part)
         return [item for _, others in self._exchange("part", send_to_device(list(part), "cpu")) for item in others]
 
-    def one(self, rank: int, run: Callable[[], Item]) -> Item:
-        """Let one process call ``run``; all get its result. Its tensors come to the CPU, unless there is one process.
+    def run_on(self, rank: int, run: Callable[[], Item]) -> Item:
+        """Let one process call ``run``, and return its result in all; with several, tensors are moved to the CPU.
 
         Raises:
             QVLMError, torch.OutOfMemoryError: another process failed instead.
@@ -76,12 +76,12 @@ class Shard:
         return content[0]
 
     def first(self, run: Callable[[], Item]) -> Item:
-        """Let the first process call ``run``; all get its result."""
-        return self.one(0, run)
+        """Let the first process call ``run``, and return its result in all."""
+        return self.run_on(0, run)
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work that fails in all processes if it fails in one.
+        """A context for work that fails in all processes if it fails in one.
 
         Raises:
             QVLMError, torch.OutOfMemoryError: another process failed.
@@ -94,15 +94,15 @@ class Shard:
         except BaseException as error:
             if self.count > 1:
                 memory = isinstance(error, torch.OutOfMemoryError)
-                self._exchange("failed", (memory, f"process {self.rank}: {one_line(error)}"), heed=False)
+                self._exchange("failed", (memory, f"process {self.rank}: {one_line(error)}"), check=False)
             raise
 
-    def _exchange(self, kind: str, content: Any, heed: bool = True) -> list[tuple[str, Any]]:
+    def _exchange(self, kind: str, content: Any, check: bool = True) -> list[tuple[str, Any]]:
         answers: list[Any] = [None] * self.count
         dist.all_gather_object(answers, (kind, content))
-        for answer, said in answers if heed else ():
-            if answer == "failed":
-                memory, message = said
+        for outcome, detail in answers if check else ():
+            if outcome == "failed":
+                memory, message = detail
                 raise (_PeerOutOfMemoryError if memory else _PeerError)(message)
         return answers
 
@@ -110,30 +110,30 @@ class Shard:
 class OrderedSum(Generic[Key, Item]):
     """Sums by key over the batches of all processes, in the order of the batches.
 
-    One process adds as it goes. Of several, each keeps its own batches, on the CPU, until those before it have added
-    theirs: the sum of a few matrices [K, K] is what goes from one to the next.
+    A single process adds at once. With several, each keeps its batches on the CPU until the processes before it have
+    added theirs, so that only the sums (a few matrices [K, K]) are passed from one to the next.
 
     Attributes:
         shard: of this process.
     """
 
     def __init__(self, shard: Shard) -> None:
-        """Begin with nothing."""
+        """Start with no sums."""
         self.shard = shard
         self._totals: dict[Key, Item] = {}
         self._batches: list[dict[Key, Item]] = []
 
     def add(self, found: dict[Key, Item]) -> None:
-        """Add what was found in this process's next batch: values that can be added with ``+``."""
+        """Add the values of this process's next batch, which must support ``+``."""
         if self.shard.count == 1:
             _add(self._totals, found)
         else:
             self._batches.append(send_to_device(dict(found), "cpu"))
 
     def total(self) -> dict[Key, Item]:
-        """Return the sums, in all processes; keys in the order in which they came."""
+        """Return the sums in all processes, with keys in the order in which they were first added."""
         for rank in range(self.shard.count):
-            self._totals = self.shard.one(rank, self._with_own)
+            self._totals = self.shard.run_on(rank, self._with_own)
         return self._totals
 
     def _with_own(self) -> dict[Key, Item]:
@@ -148,10 +148,10 @@ def _add(totals: dict[Key, Item], found: dict[Key, Item]) -> None:
 
 
 def join_processes() -> Shard:
-    """The shard of this process among those that torchrun started; the whole where it did not.
+    """The shard of this process among those that torchrun started; without torchrun, the only shard.
 
     Raises:
-        QVLMError: torchrun's variables are there, and the processes do not find each other.
+        QVLMError: torchrun's environment variables are set, but the processes cannot connect.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
@@ -159,7 +159,7 @@ def join_processes() -> Shard:
     if not dist.is_initialized():
         try:
             dist.init_process_group("gloo", timeout=_PATIENCE)
-            atexit.register(dist.destroy_process_group)  # or a process that ends after the first one aborts
+            atexit.register(dist.destroy_process_group)  # without it, processes that end after the first one abort
         except (RuntimeError, ValueError) as error:
-            raise QVLMError(f"the {count} processes of the search do not find each other: {one_line(error)}") from error
+            raise QVLMError(f"the {count} processes of the search cannot connect: {one_line(error)}") from error
     return Shard(dist.get_rank(), dist.get_world_size())

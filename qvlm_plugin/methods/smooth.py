@@ -3,13 +3,14 @@
 SmoothQuant (Xiao et al., 2023, Eq. 4): channel j of a site is divided by s_j = max|x_j|^α / max|w_j|^(1-α), and the
 columns of its Linears are multiplied by it; the division is folded into the module that produces the activation.
 
-``smooth_by=rms`` takes root mean squares in place of the largest magnitudes. A rotated token has errors of one size in
-all directions, in proportion to its norm; through the weight they come to about Σ (x_j/s_j)² · Σ (w_j s_j)², which is
-least for s_j = (rms x_j / rms w_j)^½: (Σ |x_j| |w_j|)², by Cauchy and Schwarz. The same holds for errors of the weight.
+``smooth_by=rms`` takes root mean squares instead of maxima. The rounding errors of a rotated token have the same size
+in all directions, proportional to the token's norm. The squared output error is then about Σ (x_j/s_j)² · Σ (w_j s_j)²;
+by the Cauchy-Schwarz inequality its minimum is (Σ |x_j| |w_j|)², at s_j = (rms x_j / rms w_j)^½. The same holds for
+errors of the weight.
 
-Where inputs are rotated (``transform=smooth+rotate``) the division is part of the rotation, whose signs multiply each
-channel anyway: nothing is folded, so that sites behind a GELU, which no division passes, are smoothed as well, and of
-shared heads each reader has its own scale.
+Where inputs are rotated (``transform=smooth+rotate``), the division is merged into the signs of the rotation instead of
+being folded. So sites after a GELU, through which no scale can be folded, are smoothed as well, and each reader of a
+shared head has its own scale.
 """
 
 from dataclasses import replace
@@ -29,7 +30,7 @@ from qvlm_plugin.topology import Site
 
 @torch.no_grad()
 def smooth(context: SearchContext, draft: Draft) -> Draft:
-    """The scale of every site whose activations are rounded and that can take it: ``<site>/scale``.
+    """Add ``<site>/scale`` for every site whose activations are rounded and whose scale can be folded or rotated.
 
     Raises:
         QVLMError: an input is not finite.
@@ -39,7 +40,7 @@ def smooth(context: SearchContext, draft: Draft) -> Draft:
     folds, tensors = [], {}
     statistics = observe(context, sites, draft, _with_squares if by_rms else None)
     for site in sites:
-        if (seen := statistics.get(site.name)) is None:  # of an expert that no calibration token reached
+        if (seen := statistics.get(site.name)) is None:  # an expert that no calibration token reached
             continue
         if by_rms:
             both = _spread(context, site, seen), sum(_squares_of_columns(context, name) for name in site.linears)
@@ -56,20 +57,20 @@ def smooth(context: SearchContext, draft: Draft) -> Draft:
 
 
 def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """s = inputs^α / weights^(1-α) of magnitudes [C]; 1 where a channel or all of its weights are 0."""
+    """s = inputs^α / weights^(1-α) of magnitudes [C]; 1 where the channel or its weights are close to 0."""
     dead = (inputs <= SMALLEST_MAGNITUDE * inputs.max()) | (weights <= SMALLEST_MAGNITUDE * weights.max())
     scale = inputs.clamp_min(1e-30).pow(alpha) / weights.clamp_min(1e-30).pow(1 - alpha)
     return torch.where(dead, 1.0, scale)
 
 
 def _with_squares(tokens: Tensor) -> Tensor:
-    """`ordinary` tokens, and their squares beside them."""
+    """`ordinary` tokens concatenated with their squares: [N, 2C]."""
     kept = ordinary(tokens)
     return torch.cat([kept, kept.square()], dim=1)
 
 
 def _spread(context: SearchContext, site: Site, seen: ChannelStatistics) -> Tensor:
-    """The mean square of each channel; about its mean, where tokens are centered before they are rounded."""
+    """The mean square of each channel; its variance where tokens are centered before they are rounded."""
     mean, square = seen.mean.chunk(2)
     centered = context.options.center and context.activation_sites[site].kind == "dynamic_token"
     return (square - mean.square()).clamp_min(0) if centered else square

@@ -1,4 +1,4 @@
-"""Another model for a while: what stands in for modules under a plan, and how it takes their place."""
+"""Stand-ins: quantized modules that replace modules of the full-precision model temporarily during a search."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.models.placement import materialized, place_like
-from qvlm_plugin.plan import RoundingPlan, edit, quantized_linear
+from qvlm_plugin.plan import RoundingPlan, quantized_linear, replace_and_fold
 from qvlm_plugin.plan_header import ModulePlan
 
 
 @dataclass(frozen=True, eq=False)
 class StandIns:
-    """What a plan makes of some modules of a model, which itself stays as it is.
+    """Temporary replacements of modules and parameters, computed by a plan; the model itself is unchanged.
 
     Attributes:
-        linears: what stands in for Linears, by name.
-        values: of parameters of other modules.
+        linears: quantized replacements of Linears, by name.
+        values: new values of other modules' parameters, by name.
     """
 
     linears: Mapping[str, QuantLinear] = field(default_factory=dict)
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
     def within(self, prefix: str) -> "StandIns":
-        """The same with names relative to the module of the name ``prefix``, which all of them must be in."""
+        """The same with names relative to the module ``prefix``, which must contain all of them."""
         length = len(prefix) + 1
         return StandIns(
             {name[length:]: layer for name, layer in self.linears.items()},
@@ -40,14 +40,14 @@ class StandIns:
 def stand_ins(
     plan: RoundingPlan, model: nn.Module, kernel: Kernel, paths: Sequence[str] = (), parking: ExitStack | None = None
 ) -> StandIns:
-    """What the plan makes of everything in the modules at ``paths``, or of the whole model where none is given.
+    """The stand-ins for all modules below ``paths``, or of the whole model where none is given.
 
     Args:
         plan: made for the model.
         model: in full precision.
         kernel: the arithmetic of the stand-ins.
         paths: attribute paths of parts of the model.
-        parking: until it closes, the weights that are stood in for wait on the CPU; None leaves them where they are.
+        parking: until it closes, the replaced weights wait on the CPU; None leaves them on their device.
     """
     linears = {}
     for module in plan.quantized:
@@ -59,14 +59,14 @@ def stand_ins(
 
 
 def changed_values(plan: RoundingPlan, model: nn.Module, paths: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The parameters of modules other than quantized Linears as the plan leaves them; ``paths`` as for `stand_ins`."""
+    """The parameters that the plan changes outside quantized Linears, by name; ``paths`` as for `stand_ins`."""
     names = {module.name for module in plan.quantized}
     changed = {fold.producer for fold in plan.folds} | {name.rpartition(".")[0] for name in plan.replaced}
     return {
         f"{name}.{key}": value.detach()
         for name in sorted(changed - names)
         if _inside(name, paths)
-        for key, value in edited(plan, model, name).named_parameters()
+        for key, value in updated_module(plan, model, name).named_parameters()
     }
 
 
@@ -75,10 +75,10 @@ def _inside(name: str, paths: Sequence[str]) -> bool:
 
 
 def stand_in(plan: RoundingPlan, module: ModulePlan, model: nn.Module, kernel: Kernel) -> QuantLinear:
-    """What a Linear becomes by its entry in the plan, in the same place: on its device, or offloaded like it."""
+    """The quantized replacement of a Linear by its entry in the plan; on the same device, or offloaded alike."""
     linear = model.get_submodule(module.name)
     with materialized(linear):
-        own = edited(plan, model, module.name)
+        own = updated_module(plan, model, module.name)
         layer = quantized_linear(module, own, plan.tensors, kernel, plan.rotation_of(module))
     place_like(layer, linear)
     return layer
@@ -98,21 +98,21 @@ def _parked(linear: nn.Module) -> Iterator[None]:
         weight.data = weight.data.to(device)
 
 
-def edited(plan: RoundingPlan, model: nn.Module, name: str) -> nn.Module:
-    """A module as the plan's folds and new values leave it: itself where they do not concern it, else a copy."""
+def updated_module(plan: RoundingPlan, model: nn.Module, name: str) -> nn.Module:
+    """A copy of a module with the plan's folds and new values; the module itself where none of them concerns it."""
     site = next((module.site for module in plan.modules if module.name == name), "")
     folded = any(name == fold.producer or site == fold.site for fold in plan.folds)
     module = model.get_submodule(name)
     if not folded and not any(value.rpartition(".")[0] == name for value in plan.replaced):
         return module
     module = copied(module)
-    edit(plan, {name: module})
+    replace_and_fold(plan, {name: module})
     return module
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A Linear or norm to change, with weights of its own on the device where ``module`` runs."""
-    # Copied whole it would take accelerate's hook along, which refers to the offloaded weights of the whole model.
+    """A copy of a Linear or norm whose weights can be changed, on the device where ``module`` runs."""
+    # A deep copy would include accelerate's hook, which refers to the offloaded weights of the whole model.
     twin = copy.copy(module)
     with materialized(module):
         twin._parameters = copy.deepcopy(module._parameters)
@@ -121,7 +121,7 @@ def copied(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def replaced(model: nn.Module, other: StandIns) -> Iterator[None]:
-    """While active, ``model`` has other modules, and other values of parameters."""
+    """While active, the stand-ins replace modules and parameter values of ``model``."""
     originals = {name: model.get_submodule(name) for name in other.linears}
     with ExitStack() as stack:
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in other.values):
@@ -138,7 +138,7 @@ def replaced(model: nn.Module, other: StandIns) -> Iterator[None]:
 def other_forward(
     modules: Sequence[nn.Module], other: Callable[[int, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """While active, each of the modules computes ``other(index, forward)`` in place of its own ``forward``."""
+    """While active, ``other(index, forward)`` replaces the ``forward`` of each module."""
     own: list[Any] = [vars(module).get("forward") for module in modules]
     try:
         for index, module in enumerate(modules):

@@ -1,4 +1,4 @@
-"""The steps that come with the package, in their order. Any method may have them; options switch them on."""
+"""The steps that come with the package, in the order in which they run. Options switch them on, for every method."""
 
 from qvlm_plugin.methods.base import Step, imported, quantizes_activations, quantizes_weights
 from qvlm_plugin.scheme import UNQUANTIZED
@@ -13,21 +13,21 @@ TOKENS = Step(
     ),
     imported(f"{_PACKAGE}.importance:require_answers_to_look_at"),
 )
-"""How much the errors of tokens count in what is searched."""
+"""Token weights: factors of the tokens' errors in later steps."""
 
 AWQ = Step(
     "awq",
     imported(f"{_PACKAGE}.awq:scale_and_clip"),
     lambda scheme, options: options.transform == "awq" and quantizes_weights(scheme),
 )
-"""Scales of channels and clipping of weights, for the weights' sake."""
+"""Channel scales and clipping factors that reduce weight errors."""
 
 SMOOTH = Step(
     "smooth",
     imported(f"{_PACKAGE}.smooth:smooth"),
     lambda scheme, options: "smooth" in options.transforms and quantizes_activations(scheme),
 )
-"""Scales of channels, for the activations' sake."""
+"""Channel scales that reduce activation errors."""
 
 ROTATE = Step(
     "rotate",
@@ -43,7 +43,7 @@ CLIP = Step(
     lambda scheme, options: options.weight_clip == "mse" and quantizes_weights(scheme),
     needs_calibration=False,
 )
-"""Narrowed ranges of groups of weights, for the least squared error."""
+"""Clipping factors of weight groups with the least squared error."""
 
 MEANS = Step(
     "means",
@@ -52,21 +52,21 @@ MEANS = Step(
         (options.bias_correction and quantizes_weights(scheme)) or (options.center and quantizes_activations(scheme))
     ),
 )
-"""Mean inputs, by which biases are corrected and tokens centered."""
+"""Mean inputs for bias correction and centering."""
 
 MINMAX = Step(
     "minmax",
     imported(f"{_PACKAGE}.minmax:observe_extremes"),
     lambda scheme, options: options.observer == "minmax" and quantizes_activations(scheme),
 )
-"""Ranges as wide as what was seen."""
+"""Ranges from observed extremes."""
 
 LP = Step(
     "lp",
     imported(f"{_PACKAGE}.lp:search_ranges"),
     lambda scheme, options: options.observer == "lp" and quantizes_activations(scheme),
 )
-"""Ranges of least l_p distance, less those that `JACOBIAN` searches."""
+"""Ranges with the least l_p distance, without those that `JACOBIAN` searches."""
 
 JACOBIAN = Step(
     "jacobian",
@@ -78,7 +78,7 @@ JACOBIAN = Step(
     ),
     imported(f"{_PACKAGE}.importance:require_answers_to_look_at"),
 )
-"""Ranges of static sites by errors that the answers weigh."""
+"""Ranges of static sites with the least error weighted by Jacobians."""
 
 ZERO = Step(
     "zero",
@@ -86,7 +86,7 @@ ZERO = Step(
     lambda scheme, options: options.zero_on_grid and scheme.decoder.activation != UNQUANTIZED,
     needs_calibration=False,
 )
-"""Static ranges with 0 among their points."""
+"""Static ranges shifted so that 0 is a rounding point."""
 
 GPTQ = Step(
     "gptq",
@@ -94,7 +94,7 @@ GPTQ = Step(
     lambda scheme, options: options.rounding == "gptq" and quantizes_weights(scheme),
     splits=True,
 )
-"""Codes of weights, each column making up for the errors of those before."""
+"""Codes of weights, where each column compensates the errors of earlier ones."""
 
 DEPENDENCIES = Step(
     "dependencies",
@@ -107,7 +107,7 @@ DEPENDENCIES = Step(
     ),
     splits=True,
 )
-"""Dependencies before the tower is optimized, for the threshold of the partition."""
+"""Dependencies before the tower is optimized, for the partition's threshold."""
 
 VISION = Step(
     "vision",
@@ -128,4 +128,4 @@ BLOCKS = Step(
 """Q-VLM's dependency mining and joint search, on the optimized tower."""
 
 STEPS = (TOKENS, AWQ, SMOOTH, ROTATE, CLIP, MEANS, MINMAX, LP, JACOBIAN, ZERO, GPTQ, DEPENDENCIES, VISION, BLOCKS)
-"""All of them: transforms, means, ranges, codes, then what is fitted on these."""
+"""All steps: transforms, means, ranges and codes first, then Q-VLM's steps, which start from them."""

@@ -1,4 +1,4 @@
-"""``weight_clip=mse``: the range of each group of weights is narrowed for the least squared error of the weights."""
+"""``weight_clip=mse``: narrow the range of each group of weights to the least squared error of the weights."""
 
 import torch
 
@@ -16,7 +16,7 @@ _UNROUNDED = {"weight": WeightFormat(), "activation": ActivationFormat()}
 
 @torch.no_grad()
 def clip_weights(context: SearchContext, draft: Draft) -> Draft:
-    """``<linear>/clip`` of every Linear whose weight the scheme rounds, as folds and rotations leave it."""
+    """Add ``<linear>/clip`` for every Linear whose weight the scheme rounds, searched after folds and rotations."""
     plan, tensors, factors = build_plan(context, draft), {}, context.options.clips
     for module in track(plan.modules, "clipping weights"):
         if module.weight.kind != "none":

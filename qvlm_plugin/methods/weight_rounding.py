@@ -1,7 +1,8 @@
-"""``rounding=gptq``: the codes of all weights, from the image to the answer, each block on what is quantized below it.
+"""``rounding=gptq``: the codes of all weights, block by block in the order of the computation.
 
-Within a block the sites are taken in the order of the computation: what a Linear reads is the output of Linears that
-are rounded already, and has gone through the transform and the rounding of its own site.
+Each block's input comes from the quantized blocks below it. Within a block, sites are rounded in the order of the
+computation: a Linear's input is the output of Linears that are rounded already, and has passed the transform and the
+rounding of its own site.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,9 +31,9 @@ from qvlm_plugin.topology import ORDER, Blocks, Site, chains_of
 
 
 def round_weights(context: SearchContext, draft: Draft) -> Draft:
-    """``<linear>/codes`` and their scales, of every Linear whose weight the scheme rounds and whose site was reached.
+    """Add ``<linear>/codes`` and their scales for every Linear whose weight the scheme rounds.
 
-    Codes of finished blocks are kept in the context's workspace.
+    Experts that no calibration token reached have none. Codes of finished blocks are kept in the context's workspace.
     """
     for part in ORDER:
         if getattr(context.scheme, part).weight != UNQUANTIZED:
@@ -58,7 +59,7 @@ def _round_chain(context: SearchContext, draft: Draft, part: str, blocks: Blocks
             with replaced(layer, finished):
                 hidden = hidden.through(name, layer)
             reference = reference and reference.through(name, layer)
-            del finished  # which would lie beside the copies of the next block
+            del finished  # frees its weights before the next block is copied
             progress.advance()
     return draft
 
@@ -66,7 +67,7 @@ def _round_chain(context: SearchContext, draft: Draft, part: str, blocks: Blocks
 def _token_weights(
     context: SearchContext, draft: Draft, part: str, index: int, hidden: HiddenCache
 ) -> list[Tensor] | None:
-    """How much errors of tokens count in a decoder layer, for each batch of this process [N], if that was asked for."""
+    """The token weights of a decoder layer, [N] for each batch of this process; None where the draft has none."""
     if part != "decoder" or draft.token_weights is None:
         return None
     own = context.shard.own(draft.token_weights[index])
@@ -85,10 +86,10 @@ def round_block(
 
     Args:
         context: the search.
-        plan: what the steps before have found.
-        block: its full name, and itself in full precision, on its device.
+        plan: of the steps before.
+        block: its full name, and the block in full precision, on its device.
         inputs: the block's input in the quantized model; and in full precision, for the ``correction``, or None.
-        token_weights: of each batch, factors of the tokens' squared errors [N]; None takes all as 1.
+        token_weights: factors of the tokens' squared errors, [N] for each batch; None: all 1.
     """
     (name, layer), (hidden, reference) = block, inputs
     sites = [site for site in context.weight_sites if site.name.startswith(f"{name}.")]
@@ -117,7 +118,7 @@ def round_block(
 
 
 def _levels(sites: Sequence[Site]) -> Iterator[list[Site]]:
-    """Sites that come next to each other in the computation: one, or the same one of all experts."""
+    """Groups of sites in the order of the computation: a single site, or the same site of all experts."""
     for _, level in groupby(sites, lambda site: site.name.removeprefix(site.expert or "")):
         yield list(level)
 
@@ -129,14 +130,14 @@ def _moments(
     seen: Iterable[tuple[Mapping[Site, Tensor], Tensor | None]],
     wanted: Sequence[Mapping[Site, Tensor]] | None,
 ) -> dict[str, Moments]:
-    """Moments of what weights multiply, by site name.
+    """Second moments of the rounded inputs, by site name.
 
     Args:
         context: the search.
-        plan: what transforms the inputs.
-        current: the Linears.
-        seen: inputs of sites in the quantized model and weights of tokens, batch by batch.
-        wanted: the same in full precision, untransformed.
+        plan: has the transforms of the inputs.
+        current: the Linears, by name.
+        seen: inputs of sites in the quantized model and token weights, batch by batch.
+        wanted: inputs of sites in full precision, untransformed, batch by batch.
     """
     sums = OrderedSum(context.shard)
     for index, (batch, token_weights) in enumerate(seen):
@@ -145,7 +146,7 @@ def _moments(
             layer = current[site.name]
             inputs = round_activation(layer.rotated(x), layer.activation_format, layer._parameters)
             reference = wanted and transformed(plan, site, wanted[index][site])
-            weights = None if site.expert else token_weights  # of all tokens, not of those that an expert serves
+            weights = None if site.expert else token_weights  # an expert serves only some of the tokens
             if context.options.token_errors == "relative":
                 relative = 1 / inputs.float().square().sum(dim=1).clamp_min(1e-12)
                 weights = relative if weights is None else relative * weights.to(relative.device)

@@ -1,4 +1,4 @@
-"""``zero_on_grid``: static ranges of channels in which 0 is a point."""
+"""``zero_on_grid``: shift static channel ranges so that 0 is a rounding point."""
 
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft
@@ -6,7 +6,7 @@ from qvlm_plugin.quantizers import through_zero
 
 
 def put_zero_on_grids(context: SearchContext, draft: Draft) -> Draft:
-    """The bounds of every static site, moved by half a step at most (`through_zero`)."""
+    """Replace the bounds of every static site by `through_zero`."""
     moved = {}
     for site, fmt in context.activation_sites.items():
         keys = [f"{site.name}/{name}" for name in ("lower", "upper")]

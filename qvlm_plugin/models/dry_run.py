@@ -92,9 +92,11 @@ def _encode(processor: ProcessorMixin, source: str) -> BatchFeature:
 
 
 def _count_features(inputs: BatchFeature, config: PretrainedConfig, source: str, trust_remote_code: bool) -> int | None:
-    """How many features the tower gives for the images of a batch; None if that takes its weights."""
+    """How many features the tower gives for the images of a batch; None if that takes more than a run of it."""
     with parsed_elsewhere(f"{source}: config.json describes no model that can be built"):
         model = empty_model(config, trust_remote_code)
+    if not hasattr(model, "get_image_features"):
+        return None
     taken = signature(model.get_image_features).parameters
     values = {
         name: tensor.to("meta", model.dtype) if tensor.is_floating_point() else tensor

@@ -37,6 +37,7 @@ from qvlm_plugin.models.processors import read_processor
 from qvlm_plugin.models.prompts import IMAGE, PROMPT_FORMATS, chat_template, name_of, origin_of, prompt_format
 from qvlm_plugin.models.weights import SAFETENSORS, SAFETENSORS_OR_BIN, weight_files
 from qvlm_plugin.reading import one_line, parsed_elsewhere, read_json
+from qvlm_plugin.topology import Topology
 
 if TYPE_CHECKING:
     from qvlm_plugin.quantized_loading import QuantizeOnLoad
@@ -58,6 +59,7 @@ class LoadedModel:
         prompt: name of the prompt format; None for a chat template of the checkpoint's own.
         context: tokens that a prompt may have: the model's positions, or the fewer that its tokenizer is limited to;
             None where neither is known.
+        topology: that was traced; None: the one that plugins describe.
     """
 
     model: PreTrainedModel
@@ -66,6 +68,7 @@ class LoadedModel:
     fingerprint: str
     prompt: str | None = None
     context: int | None = None
+    topology: Topology | None = None
 
     @property
     def conv(self) -> str:
@@ -90,6 +93,7 @@ class Checkpoint:
         original: what is in LLaVA's own layout; None in the Hugging Face layout.
         trust_remote_code: whether code that comes with it may run.
         changes: what was asked for in place of what the files say, by names of `open_checkpoint`; None where nothing.
+        topology: that was traced; None: the one that plugins describe.
     """
 
     pretrained: str
@@ -99,6 +103,7 @@ class Checkpoint:
     original: OriginalCheckpoint | None
     trust_remote_code: bool
     changes: Mapping[str, Any]
+    topology: Topology | None = None
 
     @property
     def source(self) -> str:
@@ -238,7 +243,7 @@ def load_weights(
         answer(model, processor, source)
         trim_heap()
     prompt, context = name_of(processor.chat_template), _context(config, processor)
-    return LoadedModel(model, processor, checkpoint.pretrained, fingerprint, prompt, context)
+    return LoadedModel(model, processor, checkpoint.pretrained, fingerprint, prompt, context, checkpoint.topology)
 
 
 def _context(config: PretrainedConfig, processor: ProcessorMixin) -> int | None:

@@ -69,6 +69,8 @@ class Comparison:
         difference: score minus baseline.
         p: of the null hypothesis that the two runs' answers are interchangeable; see `sign_flip_p`.
         flips: counts of changed documents.
+        total: whether a task makes the score of all documents at once, as MME's: it then has no error, and p and flips
+            are by the documents' own scores.
     """
 
     run: RunSamples
@@ -82,6 +84,7 @@ class Comparison:
     difference: Estimate
     p: float
     flips: Flips
+    total: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class PairedTask:
         changed: documents with another answer, summed over the pairs.
         unknown: documents whose image no run tells.
         scale: by which tables show the scores: `shares.scale`.
+        totals: baseline and score of each pair where they are no means of documents' scores, float64[2, pairs].
     """
 
     baseline: np.ndarray
@@ -102,6 +106,12 @@ class PairedTask:
     changed: int
     unknown: int
     scale: int
+    totals: np.ndarray | None = None
+
+    @property
+    def means(self) -> np.ndarray:
+        """Baseline and score of each pair, float64[2, pairs]."""
+        return np.stack([self.baseline.mean(axis=1), self.score.mean(axis=1)]) if self.totals is None else self.totals
 
     @property
     def differences(self) -> np.ndarray:
@@ -135,12 +145,17 @@ def paired_tasks(pairs: Sequence[tuple[RunSamples, RunSamples]], metric: str) ->
     found = {task: _with_metric(runs, task, metric) for task in runs[0].tasks}
     found = {task: rows for task, rows in found.items() if rows}
     if not found:
+        if any(metric in each.records for documents in runs[0].tasks.values() for each in documents):
+            raise QVLMError(f"{runs[0].file} logs {metric} of documents as records without a score: nothing to pair")
         known = sorted({name for documents in runs[0].tasks.values() for each in documents for name in each.metrics})
         raise QVLMError(f"{runs[0].file} has no samples with metric {metric!r}; allowed are {', '.join(known) or '-'}")
     keys = [_image(row) or f"{task} {row[0].id}" for task, rows in found.items() for row in rows]
     _, labels = np.unique(keys, return_inverse=True)
     clusters = np.split(labels, np.cumsum([len(rows) for rows in found.values()])[:-1])
-    return {task: _paired_task(rows, metric, own) for (task, rows), own in zip(found.items(), clusters, strict=True)}
+    tasks = {task: _paired_task(rows, metric, own) for (task, rows), own in zip(found.items(), clusters, strict=True)}
+    return {
+        task: _with_totals(one, [run.totals.get((task, metric)) for run in runs], metric) for task, one in tasks.items()
+    }
 
 
 def _with_metric(runs: Sequence[RunSamples], task: str, metric: str) -> list[tuple[Document, ...]]:
@@ -169,6 +184,14 @@ def _paired_task(rows: Sequence[tuple[Document, ...]], metric: str, clusters: np
     return PairedTask(scores[0::2], scores[1::2], clusters, changed, unknown, shown)
 
 
+def _with_totals(task: PairedTask, totals: Sequence[float | None], metric: str) -> PairedTask:
+    """The task with the runs' scores, in pairs, where any is no mean; of a run where it happens to be one, the mean."""
+    if all(total is None for total in totals):
+        return task
+    rows = [mean if total is None else total for total, mean in zip(totals, task.means.T.ravel(), strict=True)]
+    return replace(task, totals=np.array(rows).reshape(-1, 2).T, scale=scale(metric, *rows))
+
+
 def count_flips(tasks: Sequence[PairedTask]) -> Flips:
     """The changed documents, summed over tasks and pairs of runs."""
     return Flips(
@@ -182,8 +205,14 @@ def _comparison(run: RunSamples, name: str, tasks: Sequence[PairedTask]) -> Comp
     """Of tasks with one pair."""
     clusters = [task.clusters for task in tasks]
     baselines, scores, differences = zip(*((t.baseline[0], t.score[0], t.differences[0]) for t in tasks), strict=True)
-    shares = min(task.scale for task in tasks) == PERCENT
     baseline, score, difference = (clustered_mean(values, clusters) for values in (baselines, scores, differences))
+    if total := any(task.totals is not None for task in tasks):
+        baseline, score, difference = (without_error(float(one[0])) for one in total_means(tasks))
+    elif min(task.scale for task in tasks) == PERCENT:
+        baseline, score = (
+            score_estimate(estimate, values, clusters) for estimate, values in ((baseline, baselines), (score, scores))
+        )
+        difference = difference_estimate(difference, clusters)
     return Comparison(
         run=run,
         task=name,
@@ -191,12 +220,24 @@ def _comparison(run: RunSamples, name: str, tasks: Sequence[PairedTask]) -> Comp
         clusters=len(np.unique(np.concatenate(clusters))),
         unknown=sum(task.unknown for task in tasks),
         scale=min(task.scale for task in tasks),
-        baseline=score_estimate(baseline, baselines, clusters) if shares else baseline,
-        score=score_estimate(score, scores, clusters) if shares else score,
-        difference=difference_estimate(difference, clusters) if shares else difference,
+        baseline=baseline,
+        score=score,
+        difference=difference,
         p=sign_flip_p(cluster_sums(differences, clusters)),
         flips=count_flips(tasks),
+        total=total,
     )
+
+
+def total_means(tasks: Sequence[PairedTask]) -> np.ndarray:
+    """Baseline, score and their difference, each the mean over tasks, by pair: float64[3, pairs]."""
+    baseline, score = np.mean([task.means for task in tasks], axis=0)
+    return np.stack([baseline, score, score - baseline])
+
+
+def without_error(value: float) -> Estimate:
+    """A score of whose accuracy nothing is known."""
+    return Estimate(value, np.nan, np.nan, np.nan)
 
 
 def clustered_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> Estimate:
@@ -212,7 +253,7 @@ def clustered_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray])
     mean = float(np.mean([task.mean() for task in values]))
     sizes = [len(np.unique(task)) for task in clusters]
     if min(sizes) < 2:
-        return Estimate(mean, np.nan, np.nan, np.nan)
+        return without_error(mean)
     deviations = [(task - task.mean()) * np.sqrt(size / (size - 1)) for task, size in zip(values, sizes, strict=True)]
     sums = cluster_sums(deviations, clusters)
     error = float(np.sqrt((sums**2).sum()))
@@ -391,6 +432,7 @@ def paired_notes(baseline: RunSamples, comparisons: Sequence[Comparison], metric
         f"at least {1 / (_DRAWS + 1):.0e}); Holm over all {len(comparisons)} rows",
         "broke, fixed: documents that score lower, higher (right→wrong, wrong→right); changed: other answers",
         *(f"{task}: {_clusters(row)}" for task, row in compared.items()),
+        *(total_note(task, metric) for task, row in compared.items() if row.total),
     ]
     if left_out := [task for task in baseline.tasks if task not in compared]:
         lines.append(f"left out, without {metric}: {', '.join(left_out)}")
@@ -405,6 +447,14 @@ def _clusters(row: Comparison) -> str:
     if row.clusters == row.documents:
         return f"{row.documents} documents, taken as independent: no two share an image"
     return f"{row.documents} documents in {row.clusters} clusters of the same image"
+
+
+def total_note(task: str, metric: str) -> str:
+    """What figures of a score mean that a task makes of all documents at once."""
+    return (
+        f"{task}: {metric} is made of all documents at once, so it has no standard error and no interval; p and flips "
+        "are by the documents' own scores"
+    )
 
 
 def unknown_note(unknown: int, documents: int) -> str:

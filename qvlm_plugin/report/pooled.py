@@ -19,6 +19,8 @@ from qvlm_plugin.report.paired import (
     paired_tasks,
     score_estimate,
     sign_flip_p,
+    total_means,
+    without_error,
 )
 from qvlm_plugin.report.samples import RunSamples
 from qvlm_plugin.report.shares import PERCENT, number_text
@@ -108,9 +110,15 @@ def pool(pairs: Sequence[tuple[RunSamples, RunSamples]], metric: str) -> list[Po
 def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
     clusters = [task.clusters for task in tasks]
     differences = [task.differences for task in tasks]
-    scores = [task.score for task in tasks]
     difference, degrees = two_way_mean(differences, clusters)
-    shares = min(task.scale for task in tasks) == PERCENT
+    baselines, scores = [task.baseline for task in tasks], [task.score for task in tasks]
+    baseline, score = (two_way_mean(values, clusters)[0] for values in (baselines, scores))
+    by_seed = total_means(tasks)
+    if any(task.totals is not None for task in tasks):
+        baseline, score, difference = (without_error(float(one.mean())) for one in by_seed)
+    elif min(task.scale for task in tasks) == PERCENT:
+        baseline, score = _share(baseline, baselines, clusters), _share(score, scores, clusters)
+        difference = difference_estimate(difference, clusters)
     flipped = sign_flip_p(cluster_sums([task.mean(axis=0) for task in differences], clusters))
     return Pooled(
         task=name,
@@ -118,11 +126,11 @@ def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
         clusters=len(np.unique(np.concatenate(clusters))),
         unknown=sum(task.unknown for task in tasks),
         scale=min(task.scale for task in tasks),
-        scores=tuple(_means(scores).tolist()),
-        differences=tuple(_means(differences).tolist()),
-        baseline=_score([task.baseline for task in tasks], clusters, shares),
-        score=_score(scores, clusters, shares),
-        difference=difference_estimate(difference, clusters) if shares else difference,
+        scores=tuple(by_seed[1].tolist()),
+        differences=tuple(by_seed[2].tolist()),
+        baseline=baseline,
+        score=score,
+        difference=difference,
         t_p=_t_p(difference, degrees) if difference.error > 0 else flipped,
         sign_flip_p=flipped,
         flips=count_flips(tasks),
@@ -130,10 +138,9 @@ def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
     )
 
 
-def _score(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray], shares: bool) -> Estimate:
-    """`two_way_mean` of scores; of shares, where no seed adds to the error, with the interval of `score_estimate`."""
-    estimate, _ = two_way_mean(values, clusters)
-    if not shares or (len(values[0]) > 1 and estimate.error > 0):
+def _share(estimate: Estimate, values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> Estimate:
+    """The `two_way_mean` of shares, where no seed adds to the error with the interval of `score_estimate`."""
+    if len(values[0]) > 1 and estimate.error > 0:
         return estimate
     return score_estimate(estimate, [task.mean(axis=0) for task in values], clusters)
 

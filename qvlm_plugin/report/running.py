@@ -13,10 +13,12 @@ from rich.table import Column, Table
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.progress import LINE_EVERY, duration
+from qvlm_plugin.report.cluster import QUEUED, Jobs
 from qvlm_plugin.report.results import read_results
 from qvlm_plugin.report.runs import POLL, RUNNING, Cell, Outcome, Setting, finished_cells, log_end, steps
 
-FRESH, DONE, FOUND, FAILED, INTERRUPTED = "waiting", "done", "finished before", "failed", "interrupted"
+FRESH, DONE, FOUND, FAILED = "waiting", "done", "finished before", "failed"
+INTERRUPTED, LEFT, WITHDRAWN = "interrupted", "its job goes on", "its job is taken back"
 
 
 @dataclass
@@ -31,9 +33,10 @@ class _Run:
     since: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def start(cls, cell: Cell, setting: Setting, device: str | None) -> "_Run":
+    def start(cls, cell: Cell, setting: Setting, device: str | None, jobs: Jobs | None) -> "_Run":
         environment = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
-        return cls(cell, device, steps(cell, setting, environment), setting.output / cell.name / "log.txt")
+        going = steps(cell, setting, environment) if jobs is None else jobs.steps(cell)
+        return cls(cell, device, going, setting.output / cell.name / "log.txt")
 
     def change(self, state: str) -> None:
         self.state, self.since = state, time.monotonic()
@@ -41,6 +44,10 @@ class _Run:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.since
+
+    @property
+    def queued(self) -> bool:
+        return self.state.startswith(QUEUED)
 
     def __str__(self) -> str:
         """How it stands, with the newest line of its log."""
@@ -88,7 +95,10 @@ class _Standing:
         """Where the output is no terminal, let it not stand still."""
         if not self.console.is_terminal and self.runs and time.monotonic() - self.told >= LINE_EVERY:
             for name, run in self.runs.items():
-                self._print(f"{name}: {run}")
+                if not run.queued:
+                    self._print(f"{name}: {run}")
+            if queued := sum(run.queued for run in self.runs.values()):
+                self._print(f"{queued} jobs are {QUEUED}")
 
     def _print(self, text: str) -> None:
         self.told = time.monotonic()
@@ -111,24 +121,30 @@ class _Standing:
 
 
 def run_cells(
-    cells: Sequence[Cell], setting: Setting, metric: str = "exact_match", console: Console | None = None
+    cells: Sequence[Cell],
+    setting: Setting,
+    metric: str = "exact_match",
+    console: Console | None = None,
+    jobs: Jobs | None = None,
 ) -> list[Outcome]:
     """Run all cells that are not finished.
 
     After a cell that ended without results no other is started, those that run already are waited for, and the failure
-    is raised; unless the setting says to keep going. When this is interrupted, so are the cells that run.
+    is raised; unless the setting says to keep going. When this is interrupted, so are the cells that run; jobs go on.
 
     Args:
         cells: those of one plan next to each other.
         setting: where and how.
         metric: shown of finished cells.
         console: to show them on; None is standard error.
+        jobs: of a cluster, each running one cell; None runs cells as processes of this one.
 
     Returns:
         An outcome for each cell, in their order.
 
     Raises:
-        QVLMError: a cell failed, its folder cannot be written, or the working directory is not there.
+        QVLMError: a cell failed, its folder cannot be written, its job is refused, or the working directory is not
+            there.
     """
     if setting.directory is not None and not setting.directory.is_dir():
         raise QVLMError(f"working directory {str(setting.directory)!r} does not exist")
@@ -147,7 +163,7 @@ def run_cells(
         try:
             while running or (waiting and (setting.keep_going or not failed)):
                 while waiting and free and (setting.keep_going or not failed):
-                    running.append(_Run.start(waiting.popleft(), setting, free.popleft()))
+                    running.append(_Run.start(waiting.popleft(), setting, free.popleft(), jobs))
                 for run in [*running]:
                     step = next(run.steps)
                     if isinstance(step, Outcome):
@@ -155,6 +171,13 @@ def run_cells(
                         free.append(run.device)
                         standing.ended(step)
                         failed += [step] if step.results is None else []
+                    elif failed and not setting.keep_going and step.startswith(QUEUED):
+                        run.steps.close()
+                        jobs.withdraw(run.cell)
+                        running.remove(run)
+                        waiting.append(run.cell)
+                        run.change(WITHDRAWN)
+                        standing.changed(run)
                     elif step != run.state:
                         run.change(step)
                         standing.changed(run)
@@ -163,7 +186,7 @@ def run_cells(
                     time.sleep(POLL)
         except KeyboardInterrupt:
             for run in running:
-                run.change(INTERRUPTED)
+                run.change(INTERRUPTED if jobs is None else LEFT)
                 standing.changed(run)
             raise
         finally:

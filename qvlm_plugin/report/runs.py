@@ -96,7 +96,8 @@ class Outcome:
         results: its results file; None when it failed.
         log: what the harness printed.
         reused: whether an earlier run's results were taken.
-        status: the harness's exit status; None where it was not started.
+        status: the harness's exit status; None where it was not started here.
+        job: its job on a cluster, and how that ended; empty where there was none.
     """
 
     cell: Cell
@@ -104,11 +105,13 @@ class Outcome:
     log: Path
     reused: bool
     status: int | None = None
+    job: str = ""
 
     @property
     def failure(self) -> str:
         """Of a cell without results: what its log says last about an error, and where the log is."""
-        ended = f" (killed by signal {-self.status})" if self.status is not None and self.status < 0 else ""
+        killed = f"killed by signal {-self.status}" if self.status is not None and self.status < 0 else ""
+        ended = f" ({killed or self.job})" if killed or self.job else ""
         error = last_error(self.log) or "nothing was printed"
         return f"{self.cell.name} ended without results{ended}: {error}; log: {self.log}"
 
@@ -173,8 +176,8 @@ def steps(cell: Cell, setting: Setting, environment: Mapping[str, str] | None = 
         QVLMError: the cell's folder cannot be written.
     """
     log = setting.output / cell.name / "log.txt"
-    with _lock_file(log.parent) as lock:
-        while not _try_lock(lock):
+    with lock_file(log.parent) as lock:
+        while not try_lock(lock):
             yield LOCKED
         if found := find_results(cell, setting.output):
             yield Outcome(cell, found, log, reused=True)
@@ -208,7 +211,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def _lock_file(folder: Path) -> Iterator[int]:
+def lock_file(folder: Path) -> Iterator[int]:
     """The descriptor of a file by which processes that would run the cell of this folder exclude each other.
 
     Who inherits the descriptor holds the lock too: where this process is killed, the harness that it started goes on,
@@ -225,7 +228,8 @@ def _lock_file(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Take the lock of `lock_file`, unless another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -5,14 +5,14 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import concerning, parse_json
-from qvlm_plugin.report.results import read_results
+from qvlm_plugin.report.results import Score, read_results
 
 FIELDS = {"doc_id", "doc_hash", "target", "input", "input_media", "filtered_resps", "resps", "token_counts"}
 """What lmms_eval.evaluator and lmms_eval.loggers log beside a document's metrics."""
@@ -31,6 +31,8 @@ class Document:
             those that a data set holds as paths, addresses or bytes, not those that ``datasets`` decodes, as for
             scienceqa, vizwiz_vqa_val and vqav2_val.
         metrics: its numeric scores. A task may give a metric to some of its documents only.
+        records: names of metrics that are logged as records, which tasks make into a score of all documents. Where a
+            record has a ``score``, it is in ``metrics``.
     """
 
     id: int
@@ -39,6 +41,7 @@ class Document:
     answer: str
     image: str | None
     metrics: Mapping[str, float]
+    records: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,13 @@ class RunSamples:
         file: the results file.
         run: the run's ``qvlm`` provenance; None for models of other packages.
         tasks: of each task the documents, by ascending id.
+        totals: by task and metric the scores that are made of all documents at once, and are no mean of theirs.
     """
 
     file: Path
     run: dict[str, Any] | None
     tasks: Mapping[str, tuple[Document, ...]]
+    totals: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -67,14 +72,33 @@ def read_samples(path: Path) -> list[RunSamples]:
     Raises:
         QVLMError: there is no results file, a run was made without ``--log_samples``, or a file is not readable.
     """
-    runs = {score.file: score.run for score in read_results([path])}
+    scores = read_results([path])
+    runs = {score.file: score.run for score in scores}
     if not runs:
         raise QVLMError(f"{path} holds no scores to compare")
     found = []
     for file, run in runs.items():
         with concerning(f"samples of {file}"):
-            found.append(RunSamples(file, run, _read_tasks(file, run or {})))
+            tasks = _read_tasks(file, run or {})
+            totals = _totals([score for score in scores if score.file == file], tasks)
+            found.append(RunSamples(file, run, tasks, totals))
     return found
+
+
+def _totals(scores: Sequence[Score], tasks: Mapping[str, Sequence[Document]]) -> dict[tuple[str, str], float]:
+    """Of metrics whose documents log records, the scores that are not the mean of the records' scores."""
+    found = {}
+    for one in scores:
+        documents = [document for document in tasks.get(one.task, ()) if one.metric in document.records]
+        parts = [document.metrics[one.metric] for document in documents if one.metric in document.metrics]
+        if parts and one.value is not None and not is_mean(one.value, parts):
+            found[one.task, one.metric] = one.value
+    return found
+
+
+def is_mean(value: float, parts: Sequence[float]) -> bool:
+    """Whether a score is the mean of the documents' own, up to rounding to five digits, which some tasks do."""
+    return abs(value - math.fsum(parts) / len(parts)) < 1e-5
 
 
 def check_same_documents(first: RunSamples, second: RunSamples) -> None:
@@ -160,11 +184,18 @@ def document(sample: dict[str, Any]) -> Document:
         answer=_answer(sample["filtered_resps"]),
         image=_digest(sample.get("input_media")),
         metrics={
-            name: float(value)
+            name: float(number)
             for name, value in sample.items()
-            if name not in FIELDS and isinstance(value, int | float) and math.isfinite(value)
+            if name not in FIELDS and (number := score_of(value)) is not None and math.isfinite(number)
         },
+        records=frozenset(name for name, value in sample.items() if name not in FIELDS and isinstance(value, dict)),
     )
+
+
+def score_of(value: Any) -> float | None:
+    """The number that is logged of a document's metric, by itself or as the ``score`` of a record; None where none."""
+    value = value.get("score") if isinstance(value, dict) else value
+    return value if isinstance(value, int | float) else None
 
 
 def _digest(media: list[str] | None) -> str | None:

@@ -11,14 +11,14 @@ SHARES = frozenset(
     {
         # of lmms-eval's tasks and metrics
         "exact_match", "acc", "acc_norm", "acc_all", "anls", "mmmu_acc", "pope_accuracy", "pope_precision",
-        "pope_recall", "pope_yes_ratio", "relaxed_overall", "relaxed_human_split", "relaxed_augmented_split",
-        "seed_all", "seed_image", "seed_video",
+        "pope_recall", "pope_f1_score", "pope_yes_ratio", "relaxed_overall", "relaxed_human_split",
+        "relaxed_augmented_split", "seed_all", "seed_image", "seed_video",
         # of this package's tasks
         "NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "parse_failure", "yes_no", "number", "other",
         "unanswerable",
     }
 )  # fmt: skip
-"""Names of metrics that are shares: means of values from 0 to 1, or ratios of counts."""
+"""Names of metrics that are shares: means of values from 0 to 1, ratios of counts, or means of such ratios."""
 
 PERCENT = 100
 """The `scale` of shares."""

@@ -47,6 +47,14 @@ def test_a_grid_ends_in_a_comparison_and_goes_on_where_it_stopped(place, tmp_pat
     assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 5
 
 
+def test_runs_may_be_jobs_and_what_they_ask_for_is_in_the_file_or_in_flags(place, tmp_path):
+    (tmp_path / "grid.yaml").write_text(GRID + "cluster: {time: 3, partition: some, sbatch: {account: me}}\n")
+    done = run(tmp_path, "--schemes", "w4a4", "--executor", "local", "--jobs", "3", "--time", "2")
+    assert done.exit_code == 0, done.output
+    assert len(calls(place)) == 3 and len(list((tmp_path / "out").rglob("jobs/*_submitted.pkl"))) == 3
+    assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 3
+
+
 def test_seeds_are_cells_and_add_to_what_is_there(place, tmp_path):
     assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 3
     done = run(tmp_path, "--schemes", "w4a4", "--seeds", "0,7", "--baseline", "rtn")
@@ -88,6 +96,10 @@ def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
             ("--baseline", "qlora"),
             "error: --baseline: qlora is not among the methods; allowed are none, previous, rtn",
         ),
+        (("--executor", "pbs"), "--executor pbs is not known; allowed are local, slurm"),
+        (("--gpus", "2", "--time", "9"), "--gpus is of jobs; name their --executor, local or slurm"),
+        (("--executor", "local", "--devices", "0,1"), "--devices is of processes here; a job gets --gpus"),
+        (("--executor", "local", "--memory", "0"), "error: --memory: input should be greater than 0"),
     ],
 )
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])

@@ -14,7 +14,7 @@ from qvlm_plugin.demo.questions import (
     official,
     png,
     scienceqa,
-    told,
+    text_only_document,
     vizwiz,
     vqav2,
 )
@@ -95,7 +95,7 @@ def test_text_only_documents_tell_the_fact_and_keep_their_split(questions):
     prompts = {split: set() for split in ("train", "validation", "test")}
     for split, seen in prompts.items():
         for _ in range(300):
-            doc = told(pool, rng, 0.6, split)
+            doc = text_only_document(pool, rng, 0.6, split)
             assert doc["image"] is None
             assert any(color in f"{doc['hint']} {doc['question']}" for color in COLORS)
             seen.add(SCIENCEQA.prompt(doc))

@@ -1,13 +1,16 @@
 import io
+from collections import defaultdict
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from tiny_llava import write_tiny_llava
 from torch import nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from qvlm_plugin.demo import train as training
-from qvlm_plugin.demo.model import LOW_RANK_SCALE
+from qvlm_plugin.demo.model import CHAT_TEMPLATE, LOW_RANK_SCALE
 from qvlm_plugin.demo.questions import Picture, held_out, official, png
 from qvlm_plugin.demo.train import LowRank, Recipe, Rows, logits, pack
 
@@ -59,6 +62,22 @@ def test_packed_questions_equal_questions_asked_one_by_one(demo_model, rows):
             torch.testing.assert_close(packed[at : at + length], alone, atol=2e-3, rtol=1e-3)
             at += length
     assert at == len(packed)
+
+
+def test_training_writes_a_bridge_and_examines_it_on_held_out_images(tmp_path, monkeypatch, capsys):
+    folder = write_tiny_llava(tmp_path / "model")
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.tokenizer.chat_template = CHAT_TEMPLATE
+    monkeypatch.setattr(training, "assemble", lambda bridge: (model, processor))
+    monkeypatch.setattr(training, "_features", lambda *_: defaultdict(lambda: torch.ones(64, 24)))
+    before = model.model.multi_modal_projector.linear_1.weight.clone()
+    output = training.train(tmp_path / "bridge", Recipe(steps=2, align_steps=1, images_per_step=1, warmup_steps=1))
+    bridge = load_file(output)
+    assert not torch.equal(bridge["model.multi_modal_projector.linear_1.weight"], before.half())
+    assert any(tensor.any() for name, tensor in bridge.items() if name.endswith(".lora_b"))
+    assert "step 2: held-out images: scienceqa" in capsys.readouterr().err
+    assert not output.with_name("bridge.checkpoint").exists()
 
 
 def test_low_rank_equals_the_merged_linear():

@@ -23,7 +23,7 @@ def test_a_gpu_that_is_too_small_is_a_warning(tiny_llava, monkeypatch):
 
 def test_full_precision_searches_nothing(tiny_llava):
     (found,) = check_search_memory(str(tiny_llava), None, check_request("none", "w4a4", {}), 64, 600)
-    assert found.message == "method=none searches nothing"
+    assert found.message == "method=none needs no search"
 
 
 @pytest.mark.parametrize("arguments", [("--method", "qvlm"), ("--pretrained", "demo", "--option", "beam=2")])

@@ -108,7 +108,10 @@ def test_examples_that_the_chat_format_does_not_show_are_refused(tiny_llava, wra
     if refused:
         with pytest.raises(QVLMError, match=r"task quiz asks for 2 examples.*--force_simple"):
             evaluate(lm=model, task_dict={"group": {"quiz": task}})
-        config["num_fewshot"] = 0
+        config |= {"num_fewshot": 0, "output_type": "multiple_choice"}
+        with pytest.raises(QVLMError, match=r"task quiz scores by likelihood.*--force_simple"):
+            evaluate(lm=model, task_dict={"group": {"quiz": task}})
+        config["output_type"] = "generate_until"
     assert evaluate(lm=model, task_dict={"group": {"quiz": task}}) == "evaluated"
 
 

@@ -11,7 +11,7 @@ from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.int8 import INT8
 from qvlm_plugin.kernels.nf4 import NF4
 from qvlm_plugin.kernels.reference import REFERENCE
-from qvlm_plugin.kernels.selftest import falling_back, insisting, self_test
+from qvlm_plugin.kernels.selftest import required_to_pass, self_test, skipped_on_failure
 
 NF = WeightFormat(kind="nf", bits=4, double_quantization=True)
 
@@ -49,13 +49,13 @@ def test_failures_are_told_and_leave_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
     problem = (int_format(4), A16, (64, 256), CPU)
-    assert "self-test failed: NotImpl" in falling_back(absent).obstacle(*problem)
+    assert "self-test failed: NotImpl" in skipped_on_failure(absent).obstacle(*problem)
     with pytest.raises(
         QVLMError, match=r"backend=packed: kernel int4 fails its self-test on cpu .*backend=auto"
     ) as caught:
-        insisting(absent).obstacle(*problem)
+        required_to_pass(absent).obstacle(*problem)
     assert "\n" not in str(caught.value)
-    for guard in (falling_back, insisting):
+    for guard in (skipped_on_failure, required_to_pass):
         assert guard(INT4).obstacle(*problem) is None
         assert "5 output" in guard(absent).obstacle(int_format(4), A16, (5, 256), CPU)
         assert guard(REFERENCE).supports(*problem)

@@ -210,5 +210,5 @@ def test_token_weights_are_found_before_weights_are_searched(loaded, calibration
 def test_modalities_need_answers(loaded, calibration):
     unanswered = replace(calibration, samples=tuple(replace(one, answer="") for one in calibration.samples))
     request = check_request("mbq", "w4a16", {"calibration_batch_size": 5})
-    with pytest.raises(QVLMError, match="importance=modality to look at; choose a split with answers"):
+    with pytest.raises(QVLMError, match="importance=modality; choose a split with answers"):
         planning.obtain_plan(loaded, request, unanswered, None)

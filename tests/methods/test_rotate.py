@@ -71,6 +71,6 @@ def test_static_ranges_are_refused_and_the_seed_without_rotation(loaded):
     with pytest.raises(QVLMError, match="use it with activations=token"):
         check_request("qlora", "w4a4", {"transform": "rotate"})
     with pytest.raises(
-        QVLMError, match=r"rotation_seed=3 is read with transform=rotate or transform=smooth\+rotate only"
+        QVLMError, match=r"rotation_seed=3 is used with transform=rotate or transform=smooth\+rotate only"
     ):
         check_request("qlora", "w4a4", {"rotation_seed": 3})

@@ -17,7 +17,7 @@ from qvlm_plugin.methods.hidden import block_inputs
 from qvlm_plugin.methods.minmax import observe_extremes
 from qvlm_plugin.methods.rotate import rotate_inputs
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.plan import edit, parameters_of, rotated_linear
+from qvlm_plugin.plan import parameters_of, replace_and_fold, rotated_linear
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.rotation import factors, rotate
 from qvlm_plugin.topology import ORDER, blocks_of
@@ -67,7 +67,7 @@ def test_each_linear_is_fitted_to_what_it_reads_in_the_quantized_model(loaded, c
     plan = plan_of(loaded, calibration, **ROTATED, rounding="gptq")
     nearest = plan_of(loaded, calibration, **ROTATED)
     original = load(str(tiny_llava), dtype="float32")
-    edit(plan, dict(original.model.named_modules()))
+    replace_and_fold(plan, dict(original.model.named_modules()))
     planning.apply(plan, loaded)
     context, by_name = context_of(loaded, calibration), {module.name: module for module in plan.modules}
     for part in ORDER:

@@ -30,6 +30,21 @@ def test_documents_are_read_as_logged(tmp_path):
     assert first.metrics == {"exact_match": 1.0} and second.metrics == {"exact_match": 0.3, "acc_NAT": 1.0}
 
 
+def test_a_record_counts_by_its_score_and_a_total_is_told_from_a_mean(tmp_path):
+    """The results say 0.5 of exact_match: the mean of the one task's records, and not of the other's."""
+    scores = {"mean": [1, 0, 0, 1], "total": [1, 1, 0, 1]}
+    tasks = {
+        task: [sample(index, {"category": "x", "score": one}) for index, one in enumerate(found)]
+        for task, found in scores.items()
+    }
+    write_run(tmp_path, tasks | {"none": [sample(0, {"answer": "red"})], "plain": scored([1, 1])})
+    run = read(tmp_path)
+    assert [one.metrics["exact_match"] for one in run.tasks["total"]] == [1, 1, 0, 1]
+    assert run.totals == {("total", "exact_match"): 0.5}
+    assert run.tasks["none"][0].metrics == {} and run.tasks["none"][0].records == {"exact_match"}
+    assert not run.tasks["plain"][0].records
+
+
 def test_images_are_told_apart_where_the_harness_names_them(tmp_path):
     media = [["a.png"], ["b.png"], ["a.png"], ["a.png", "b.png"]]
     write_run(tmp_path, {"quiz": [sample(index, 1, input_media=one) for index, one in enumerate(media)]})

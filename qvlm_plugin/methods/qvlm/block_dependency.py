@@ -1,11 +1,11 @@
-"""D(k, k+1) of a part's blocks on calibration data (paper, Eq. 4), and the threshold that comes of it.
+"""D(k, k+1) of a part's blocks on calibration data (paper, Eq. 4), and the values for the threshold.
 
-The paper writes x^(k) for what a quantizer rounds. ``dependency=site`` takes the codes of the first site of each layer,
-within its own bounds; ``dependency=output`` those that the layer's output would have within each channel's extremes,
-which nothing rounds.
+In the paper, x^(k) is the tensor that a quantizer rounds. ``dependency=site`` takes the codes of each layer's first
+site, with its own bounds; ``dependency=output`` the codes that the layer's output would have with each channel's
+extremes as bounds, although no quantizer rounds it.
 
-Dependencies are those above the vision tower as it will be: visual encoder optimization lowers them (Eq. 8), so that
-blocks become smaller. The threshold is their mean before it.
+Dependencies are measured on top of the optimized vision tower: visual encoder optimization lowers them (Eq. 8), which
+makes blocks smaller. The threshold is their mean before the optimization.
 """
 
 import torch
@@ -21,19 +21,19 @@ from qvlm_plugin.quantizers import token_range
 from qvlm_plugin.topology import Site
 
 BEFORE = "dependencies_before"
-"""The key of a record."""
+"""The key in the plan's record of dependencies before visual encoder optimization."""
 
 
 @torch.no_grad()
 def dependencies(context: SearchContext, plan: RoundingPlan, hidden: HiddenCache) -> list[float]:
-    """D(k, k+1) of consecutive blocks of a part in full precision.
+    """D(k, k+1) of consecutive blocks of a part, run in full precision.
 
     Args:
         context: the search.
-        plan: with the bounds of every site.
+        plan: has the bounds of every site.
         hidden: the first block's input.
     """
-    how, values, previous = Assignment(getattr(context.scheme, hidden.part).activation), [], None
+    assignment, values, previous = Assignment(getattr(context.scheme, hidden.part).activation), [], None
     sites = first_sites(context, hidden.part)
     for index, named in enumerate(context.blocks(hidden.part)):
         if context.options.dependency == "site":
@@ -44,13 +44,13 @@ def dependencies(context: SearchContext, plan: RoundingPlan, hidden: HiddenCache
             hidden = hidden.through(*named)
             seen = Ranged.by_extremes(hidden.tokens())
         if previous is not None:
-            values.append(layer_dependency(previous, seen.to(previous.states.device), how))
+            values.append(layer_dependency(previous, seen.to(previous.states.device), assignment))
         previous = seen
     return values
 
 
 def first_sites(context: SearchContext, part: str = "decoder") -> list[Site]:
-    """Of each block of a part the site whose codes dependency is of: its first, which reads the block's input."""
+    """The first site of each block of a part, which reads the block's input: the one that dependency is measured at."""
     found: dict[int, Site] = {}
     for site in context.activation_sites:
         if site.part == part:
@@ -59,9 +59,9 @@ def first_sites(context: SearchContext, part: str = "decoder") -> list[Site]:
 
 
 def rounded_input(context: SearchContext, plan: Draft | RoundingPlan, site: Site, x: Tensor) -> Ranged:
-    """What a site of the model, as it is now, rounds of its input ``x`` [..., C], and the bounds that the plan says."""
+    """The tensor that a site rounds when the model's current state gives it ``x`` [..., C], with the plan's bounds."""
     linear = context.model.get_submodule(site.name)
-    # Scales are folded into what a quantized model's site reads.
+    # In a quantized model, folds have already scaled the input.
     tokens = rotated(plan, site, x) if isinstance(linear, QuantLinear) else transformed(plan, site, x)
     tokens = centered(plan, site, tokens.reshape(-1, x.shape[-1]))
     parameters = context.activation_sites[site].parameters
@@ -70,6 +70,6 @@ def rounded_input(context: SearchContext, plan: Draft | RoundingPlan, site: Site
 
 
 def observe_before(context: SearchContext, draft: Draft) -> Draft:
-    """The dependencies before visual encoder optimization, in the record: of them the threshold is made."""
+    """Record the dependencies before visual encoder optimization, for the threshold."""
     plan = build_plan(context, draft)
     return draft.adding(record={BEFORE: dependencies(context, plan, quantized_inputs(context, plan))})

@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from qvlm_plugin.quantizers import widen
 
 CHUNK = 2**22
-"""Soft assignments (elements x rounding points) held at once."""
+"""Soft assignments (elements x rounding points) computed at a time."""
 
 MAX_ELEMENTS = 2**20
-"""Elements that a dependency is estimated from; of larger outputs it takes a sample. The histogram of 4-bit codes has
-256 cells."""
+"""Elements from which a dependency is estimated; larger outputs are sampled. The histogram of 4-bit codes has 256
+cells."""
 
 _HARD = 1e4  # exp(-1e4) is 0 in every floating-point type
 
@@ -29,7 +29,7 @@ class Assignment:
 
     Attributes:
         bits: 2 to 8.
-        literal: divide the squared distance of x itself by the step, as printed; see `soft_assignment`.
+        literal: divide the squared distance in x by the step, as printed; see `soft_assignment`.
         temperature: below 1 sharpens the assignment; towards 0 it becomes rounding to nearest.
     """
 
@@ -38,56 +38,58 @@ class Assignment:
     temperature: float = 1.0
 
 
-def soft_assignment(x: Tensor, lower: Tensor, upper: Tensor, how: Assignment) -> Tensor:
+def soft_assignment(x: Tensor, lower: Tensor, upper: Tensor, assignment: Assignment) -> Tensor:
     """Probability of each rounding point for each element (Eq. 5): p(m) ∝ exp(-(u - m)^2 / temperature).
 
-    ``u = (x - lower) / step`` is the element in code units, which makes the formula independent of the scale of x. As
-    printed it divides the squared distance of x itself by the step, which is (u - m)^2 times the step: ``literal``.
+    ``u = (x - lower) / step`` is the element in code units, which makes the formula independent of the scale of x. The
+    printed formula divides the squared distance in x by the step, which is (u - m)^2 times the step (``literal``).
 
     Args:
         x: any shape.
-        lower, upper: bounds that broadcast against x. Where they coincide there is one rounding point, code 0, and it
-            has all the probability.
-        how: see `Assignment`.
+        lower, upper: bounds that broadcast against x. Where they coincide, code 0 is the only rounding point and has
+            probability 1.
+        assignment: see `Assignment`.
 
     Returns:
-        [..., 2^bits], sums to 1 along the last dimension; float32, or float64 if x is that.
+        [..., 2^bits], sums to 1 along the last dimension; float32, or float64 for float64 x.
     """
     x, lower, upper = widen(x), widen(lower), widen(upper)
-    step = (upper - lower) / (2**how.bits - 1)
+    step = (upper - lower) / (2**assignment.bits - 1)
     constant = step <= 0
     u = torch.where(constant, 0, (x - lower) / torch.where(constant, 1, step))
-    sharpness = torch.where(constant, _HARD, (step if how.literal else torch.ones_like(step)) / how.temperature)
-    points = torch.arange(2**how.bits, device=x.device, dtype=u.dtype)
+    unit = step if assignment.literal else torch.ones_like(step)
+    sharpness = torch.where(constant, _HARD, unit / assignment.temperature)
+    points = torch.arange(2**assignment.bits, device=x.device, dtype=u.dtype)
     return (-(u.unsqueeze(-1) - points).square() * sharpness.unsqueeze(-1)).softmax(dim=-1)
 
 
 def joint_counts(
-    x: Tensor, y: Tensor, x_bounds: tuple[Tensor, Tensor], y_bounds: tuple[Tensor, Tensor], how: Assignment
+    x: Tensor, y: Tensor, x_bounds: tuple[Tensor, Tensor], y_bounds: tuple[Tensor, Tensor], assignment: Assignment
 ) -> Tensor:
     """Sum over elements of p_x(m) p_y(m'): the joint histogram of the codes. Histograms of several batches add up.
 
     Args:
-        x, y: outputs of two layers, of one shape.
-        x_bounds, y_bounds: (lower, upper) of each, which broadcast against them.
-        how: see `Assignment`.
+        x, y: outputs of two layers, of the same shape.
+        x_bounds, y_bounds: (lower, upper) of each, which broadcast against it.
+        assignment: see `Assignment`.
 
     Returns:
-        float64 [2^bits, 2^bits], differentiable in x and y; memory is bounded forwards and backwards.
+        float64 [2^bits, 2^bits], differentiable in x and y; memory is bounded in both passes.
     """
 
     def count(x: Tensor, *others: Tensor) -> Tensor:
         x_lower, x_upper, y, y_lower, y_upper = others
-        rows = soft_assignment(x, x_lower, x_upper, how)
-        columns = soft_assignment(y, y_lower, y_upper, how)
+        rows = soft_assignment(x, x_lower, x_upper, assignment)
+        columns = soft_assignment(y, y_lower, y_upper, assignment)
         return (rows.T @ columns).double()
 
-    columns = [tensor.expand_as(x).flatten().split(CHUNK // 2**how.bits) for tensor in (x, *x_bounds, y, *y_bounds)]
-    remember = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    total = torch.zeros(2**how.bits, 2**how.bits, dtype=torch.float64, device=x.device)
+    points = 2**assignment.bits
+    columns = [tensor.expand_as(x).flatten().split(CHUNK // points) for tensor in (x, *x_bounds, y, *y_bounds)]
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    total = torch.zeros(points, points, dtype=torch.float64, device=x.device)
     for chunk in zip(*columns, strict=True):
-        # Going backwards, a chunk's assignments are computed again rather than kept.
-        total = total + (checkpoint(count, *chunk, use_reentrant=False) if remember else count(*chunk))
+        # The backward pass computes a chunk's assignments again instead of keeping them.
+        total = total + (checkpoint(count, *chunk, use_reentrant=False) if differentiable else count(*chunk))
     return total
 
 
@@ -95,21 +97,21 @@ def conditional_entropy(joint: Tensor) -> Tensor:
     """H(column | row) of a joint histogram (Eq. 4: rows are codes of layer k, columns those of layer k + 1).
 
     Args:
-        joint: [M, M], not negative, of any positive sum.
+        joint: [M, M], not negative, with any positive sum.
 
     Returns:
         A scalar in nats, from 0 to log M.
     """
     joint = joint / joint.sum()
     tiny = torch.finfo(joint.dtype).tiny
-    # Clamping inside the logarithm only: an empty cell adds 0, and its gradient is finite.
+    # Only the logarithm's argument is clamped: an empty cell adds 0, and its gradient is finite.
     given = joint.clamp_min(tiny).log() - joint.sum(dim=1, keepdim=True).clamp_min(tiny).log()
     return -(joint * given).sum()
 
 
 @dataclass(frozen=True, eq=False)
 class Ranged:
-    """What is rounded, and within which bounds.
+    """A tensor that is rounded, and the bounds of its rounding points.
 
     Attributes:
         states: [N, C].
@@ -130,27 +132,27 @@ class Ranged:
         return Ranged(*(tensor.to(device) for tensor in (self.states, self.lower, self.upper)))
 
     def elements(self, chosen: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Some elements, by their positions in the flattened states, and their bounds."""
+        """The elements at these positions in the flattened states, and their bounds."""
         row, column = chosen // self.states.shape[1], chosen % self.states.shape[1]
         bounds = (bound[column] if bound.dim() == 1 else bound[row, 0] for bound in (self.lower, self.upper))
         return self.states[row, column], tuple(bounds)
 
 
-def layer_dependency(x: Ranged, y: Ranged, how: Assignment, seed: int = 0) -> float:
+def layer_dependency(x: Ranged, y: Ranged, assignment: Assignment, seed: int = 0) -> float:
     """D(k, k+1) of two layers (Eq. 4), from all of their elements or a sample of `MAX_ELEMENTS`.
 
     Args:
-        x, y: of layer k and of layer k + 1, of one shape and on one device.
-        how: see `Assignment`.
+        x, y: of layer k and of layer k + 1, with the same shape and device.
+        assignment: see `Assignment`.
         seed: of the sample.
     """
     chosen = sample_elements(x.states.numel(), MAX_ELEMENTS, seed).to(x.states.device)
     (first, first_bounds), (second, second_bounds) = x.elements(chosen), y.elements(chosen)
-    return float(conditional_entropy(joint_counts(first, second, first_bounds, second_bounds, how)))
+    return float(conditional_entropy(joint_counts(first, second, first_bounds, second_bounds, assignment)))
 
 
 def sample_elements(total: int, count: int, seed: int) -> Tensor:
-    """Positions of ``count`` of ``total`` elements at random, with replacement; all of them if that is fewer."""
+    """Positions of ``count`` random elements of ``total``, with replacement; all of them where there are no more."""
     if total <= count:
         return torch.arange(total)
     return torch.randint(total, (count,), generator=torch.Generator().manual_seed(seed))

@@ -1,7 +1,7 @@
 """Cross-layer dependency mining (CDM): partition the decoder by dependency, search each block's percentiles jointly.
 
-Paper, section 3.2. Blocks are taken bottom to top. A block's candidates run on what the already quantized layers below
-produce; its error is measured against what the full-precision model has there (Eq. 3).
+Paper, section 3.2. Blocks are searched from the bottom up. A block's candidates run on the output of the quantized
+layers below; its error is the distance of its output from the full-precision model's (Eq. 3).
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,14 +34,14 @@ from qvlm_plugin.topology import Site
 
 @dataclass(frozen=True, eq=False)
 class CandidateLayer:
-    """One block with quantized weights, whose activation parameters are given anew at every run.
+    """One layer with quantized weights, which runs with any choice of activation parameters.
 
     Attributes:
         name: full name.
         layer: in full precision.
-        others: what stands in for its modules, by their names in it; on the device as long as the candidate lives.
-        sites: its activation quantizers, less those of experts that no calibration token reached.
-        candidates: for each site and each percentile of the grid, the parameters of rounding by their names.
+        others: quantized stand-ins for its modules, by their names within it; on the device as long as this exists.
+        sites: its activation quantizers, without those of experts that no calibration token reached.
+        candidates: the activation parameters by name, for each site and each percentile of the grid.
     """
 
     name: str
@@ -52,7 +52,7 @@ class CandidateLayer:
 
     @torch.no_grad()
     def run(self, choices: Mapping[str, int], hidden: HiddenCache) -> HiddenCache:
-        """Outputs with the chosen percentile (index into the grid, by site name) at each site."""
+        """The layer's output with the chosen percentile (index into the grid, by site name) at each site."""
         parameters = {
             f"{linear.removeprefix(f'{self.name}.')}.{key}": value
             for site in self.sites
@@ -73,7 +73,7 @@ class CandidateLayer:
 
 @dataclass(frozen=True, eq=False)
 class Mined:
-    """What the search decided.
+    """The result of the search.
 
     Attributes:
         tensors: activation parameters of every site of the part, as plan tensors.
@@ -85,14 +85,14 @@ class Mined:
 
 
 def search_blocks(context: SearchContext, draft: Draft) -> Draft:
-    """The percentiles of all decoder layers, above the vision tower and projector as they will be.
+    """The percentiles of all decoder layers, on top of the quantized vision tower and projector.
 
-    With ``cdm_parts=vision+decoder`` those of the tower's blocks are searched before, in the same way.
+    With ``cdm_parts=vision+decoder`` the tower's blocks are searched first, in the same way.
     """
     for part in context.options.mined_parts:
         if getattr(context.scheme, part).activation != UNQUANTIZED:
             plan, weights = build_plan(context, draft), draft.token_weights if part == "decoder" else None
-            # No variable holds the caches here: `mine` lets go of them as it climbs.
+            # No variable refers to the caches here, so that `mine` frees them as it proceeds.
             mined = mine(context, plan, block_inputs(context, part), quantized_inputs(context, plan, part), weights)
             draft = draft.adding(mined.tensors, {"cdm" if part == "decoder" else f"cdm_{part}": mined.record})
     return draft
@@ -111,8 +111,8 @@ def mine(
         context: the search.
         plan: with the initial parameters of every site, which percentile 1 keeps.
         reference: input of the part's first block in the full-precision model.
-        quantized: the same where everything below is already quantized.
-        token_weights: how much each token's error counts beside the options; None counts all alike.
+        quantized: the same input with all parts below quantized.
+        token_weights: factors of the tokens' errors, in addition to the options; None: all 1.
     """
     options, workspace, part = context.options, context.workspace, reference.part
     with Progress("dependencies") as progress:
@@ -141,7 +141,7 @@ def mine(
                 found |= member.found(chosen)
             percentiles = [{site: options.percentiles[c] for site, c in chosen.items()} for chosen in choices]
             rows.append({"layers": list(block), "percentiles": percentiles, "error": error})
-            del member  # whose rounded weights would wait beside those of the next block
+            del member  # frees its rounded weights before those of the next block are made
             progress.advance()
     return Mined(found, {"dependencies": mutual, "h0": h0, "blocks": rows})
 
@@ -153,7 +153,7 @@ def search_block(
     options: MiningOptions,
     token_weights: TokenWeights | None = None,
 ) -> tuple[list[dict[str, int]], float]:
-    """The percentiles of a block's sites that bring its output closest to full precision.
+    """The percentiles of a block's sites with the least error of its output (Eq. 3).
 
     Args:
         members: the block's layers.
@@ -163,13 +163,13 @@ def search_block(
         token_weights: of the block's layers.
 
     Returns:
-        For each layer {site name: index into the grid}; and the block's error.
+        {site name: index into the grid} for each layer; and the block's error.
 
     Raises:
         QVLMError: an output or the error is not finite; the message names the layer.
     """
-    # A step sets the percentile of one unit; its state is (layer's input, choices within the layer, layer's output),
-    # and once the layer is finished (the next one's input, no choices yet, the same).
+    # A step sets the percentile of one unit. Its state is (the layer's input, choices within the layer, the layer's
+    # output); after the last unit of a layer: (the next layer's input, no choices, the same tensor).
     units = []
     for index, member in enumerate(members):
         names = [site.name for site in member.sites]
@@ -198,10 +198,10 @@ def search_block(
         found = search_exhaustively(tree, before)
     else:
         chosen = start.spread(options.prune)
-        few = start.some(chosen)
+        part_start = start.subset(chosen)
         weights = token_weights and [[layer[index] for index in chosen] for layer in token_weights]
-        part = tree_on([target.some(chosen) for target in targets], weights)
-        found = search_pruned(part, (few, {}, few), tree, before)
+        part = tree_on([target.subset(chosen) for target in targets], weights)
+        found = search_pruned(part, (part_start, {}, part_start), tree, before)
     if not isfinite(found.error):
         raise QVLMError(f"the error of {members[-1].name} is not finite on calibration data; try relative_error=false")
     choices: list[dict[str, int]] = [{} for _ in members]
@@ -213,7 +213,7 @@ def search_block(
 def candidate_layer(
     context: SearchContext, plan: RoundingPlan, index: int, reference: HiddenCache
 ) -> tuple[CandidateLayer, HiddenCache]:
-    """Block ``index`` of a part ready to be searched, and its full-precision output.
+    """Layer ``index`` of a part, prepared for the search, and its full-precision output.
 
     Args:
         context: the search.
@@ -224,11 +224,11 @@ def candidate_layer(
     name, layer = context.blocks(reference.part)[index]
     options, device = context.options, execution_device(layer)
     formats = {site: fmt for site, fmt in context.activation_sites.items() if site.name.startswith(f"{name}.")}
-    # An expert that no calibration token reached has no parameters to search.
+    # Experts that no calibration token reached have no parameters to search.
     own = [site for site, fmt in formats.items() if f"{site.name}/{fmt.parameters[0]}" in plan.tensors]
     own = [site for site in own if site.name not in plan.record.get("uncalibrated", ())]
     static = [site for site in own if formats[site].kind == "static_channel"]
-    # Inputs of all sites at once are several times the hidden states: they are kept where these are.
+    # The inputs of all sites are several times as large as the hidden states, so they are kept on the same device.
     kept_on = reference.states[0].device
     inputs: dict[str, list[Tensor]] = {site.name: [] for site in static}
 
@@ -278,13 +278,13 @@ def percentile_bounds(
 
 
 SORTED = 2**24
-"""Elements that are sorted at a time: values, indices and a copy of 64 to 128 MB each, where 64 samples of 600 tokens
-have 423 million in an MLP of 7B."""
+"""Elements that are sorted at a time: values, indices and a copy take 64 to 128 MB each. An MLP of a 7B model has 423
+million for 64 samples of 600 tokens."""
 
 
 def _quantiles(tokens: Tensor, percentiles: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The values of ranks ``1 - p`` and ``p`` in each channel of ``tokens`` [N, C]: two float32 tensors [P, C]."""
-    # Sorted values rather than torch.quantile, which refuses tensors of more than 16 million elements.
+    """The quantiles ``1 - p`` and ``p`` of each channel of ``tokens`` [N, C], by rank: two float32 tensors [P, C]."""
+    # torch.quantile refuses tensors of more than 16 million elements.
     last = len(tokens) - 1
     ranks = [round((1 - p) * last) for p in percentiles] + [round(p * last) for p in percentiles]
     channels = max(1, SORTED // len(tokens))

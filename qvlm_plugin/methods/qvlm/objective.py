@@ -1,7 +1,8 @@
-"""What visual encoder optimization minimises (paper, Eq. 8-10): L = L_reg + λ1 L_ent + λ2 L_err.
+"""The objective of visual encoder optimization (paper, Eq. 8-10): L = L_reg + λ1 L_ent + λ2 L_err.
 
-The paper prints L_ent without a minus sign and says that entropy is minimised; so it is here. It gives no λ1 and λ2.
-Our terms are of order one whatever the model: nats, nats, and distances relative to full precision.
+The paper prints L_ent without a minus sign but says that entropy is minimised; this code minimises entropy. The paper
+gives no values of λ1 and λ2. Our terms are of order one for every model: nats, nats, and distances relative to full
+precision.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft
-from qvlm_plugin.methods.gradients import OverflowedError, last_positions, scaled
+from qvlm_plugin.methods.gradients import OverflowedError, last_positions, with_loss_scale
 from qvlm_plugin.methods.qvlm.block_dependency import first_sites, rounded_input
 from qvlm_plugin.methods.qvlm.dependency import Assignment, Ranged, conditional_entropy, joint_counts, sample_elements
 from qvlm_plugin.observers import ChannelStatistics
@@ -23,7 +24,7 @@ from qvlm_plugin.quantizers import widen
 from qvlm_plugin.scheme import UNQUANTIZED
 
 ENTROPY_ELEMENTS = 2**14
-"""Elements of each batch and layer that entropies are estimated from."""
+"""Elements of each batch and layer from which entropies are estimated."""
 
 
 class Terms(NamedTuple):
@@ -39,7 +40,7 @@ def answer_loss(logits: Tensor, input_ids: Tensor, answer: Tensor) -> Tensor:
     """L_reg: mean cross-entropy of the answers' tokens.
 
     Args:
-        logits: [B, K, V] of the last K positions; one more than the longest answer.
+        logits: [B, K, V] of the last K positions; K is the length of the longest answer plus 1.
         input_ids: int64 [B, T].
         answer: bool [B, T], the answers' tokens.
     """
@@ -54,7 +55,7 @@ def entropy_loss(
     """L_ent (Eq. 8): sum of w_k D(k, k+1) over consecutive layers.
 
     Args:
-        layers: elements of the n layers that are rounded, all of one shape.
+        layers: elements of the rounded tensors of n layers, all of the same shape.
         bounds: (lower, upper) of each, which broadcast against it.
         weights: w [n - 1].
         bits: activation width.
@@ -69,18 +70,18 @@ def entropy_loss(
 
 
 def relative_error(quantized: Tensor, reference: Tensor) -> Tensor:
-    """‖quantized - reference‖ / ‖reference‖: a norm of Eq. 9, made independent of the model's scale and the batch."""
+    """‖quantized - reference‖ / ‖reference‖: a norm of Eq. 9, independent of the model's scale and the batch size."""
     reference = widen(reference.to(quantized.device))
     return (widen(quantized) - reference).norm() / reference.norm()
 
 
 def jacobian_weights(error: Tensor, layers: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-    """w_k = ‖∂E/∂x^(k)‖ of each layer that has a successor, scaled to sum to 1 (Eq. 8); equal where all are 0.
+    """w_k = ‖∂E/∂x^(k)‖ of each layer but the last, normalised to sum to 1 (Eq. 8); equal where all are 0.
 
     Args:
         error: E, a scalar computed from the layers' outputs.
         layers: outputs of the n layers.
-        scale: of the loss while going backwards, see `scaled`.
+        scale: of the loss in the backward pass, see `with_loss_scale`.
 
     Returns:
         float64 [n - 1] on the error's device.
@@ -97,12 +98,12 @@ def jacobian_weights(error: Tensor, layers: Sequence[Tensor], scale: float = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A calibration batch, and what the full-precision model makes of it; kept on the CPU.
+    """A calibration batch and the full-precision model's outputs on it; kept on the CPU.
 
     Attributes:
         inputs: of the model.
         answer: bool [B, T], the answers' tokens.
-        features: vision features that the projector reads, the first where there are several.
+        features: vision features that the projector reads; with several projectors, those of the first.
         hidden: last hidden state [N, C] of the N tokens that are not padding.
         elements: int64 [E], positions in flattened hidden states [B, T, C], for entropies.
     """
@@ -120,8 +121,8 @@ class Reference:
 
 
 class Run(NamedTuple):
-    """One forward pass: the features that the projector reads, what `first_sites` read, outputs of decoder layers and
-    the last hidden state [B, T, C], logits [B, K, V]."""
+    """One forward pass: the features that the projector reads, the inputs of `first_sites`, the outputs of decoder
+    layers, the last hidden state [B, T, C], and logits [B, K, V]."""
 
     features: Tensor
     reads: list[Tensor]
@@ -131,7 +132,7 @@ class Run(NamedTuple):
 
 
 def run(context: SearchContext, inputs: Mapping[str, Tensor], answer: Tensor) -> Run:
-    """The model, as it is now, on a batch; logits of the answers and of the token before them."""
+    """Run the model in its current state on a batch; logits are those of the answers and of the token before them."""
     model, topology, seen = context.model, context.topology, {"reads": [], "layers": []}
     handles = [
         model.get_submodule(topology.paths("projector")[0]).register_forward_pre_hook(
@@ -142,7 +143,7 @@ def run(context: SearchContext, inputs: Mapping[str, Tensor], answer: Tensor) ->
         ),
     ]
     if has_entropy(context):
-        for site in first_sites(context):  # nothing is computed here: a checkpointed layer must do the same again
+        for site in first_sites(context):  # hooks only store: a checkpointed layer must repeat the same operations
             handles.append(
                 model.get_submodule(site.name).register_forward_pre_hook(lambda _, args: seen["reads"].append(args[0]))
             )
@@ -163,19 +164,19 @@ def run(context: SearchContext, inputs: Mapping[str, Tensor], answer: Tensor) ->
 
 
 def has_entropy(context: SearchContext) -> bool:
-    """Whether L_ent counts: the decoder's activations have codes, its layers successors, and λ1 is not 0."""
+    """Whether L_ent is computed: decoder activations are rounded, there are two layers or more, and λ1 is not 0."""
     rounded = context.scheme.decoder.activation != UNQUANTIZED
     return rounded and len(context.layers) > 1 and context.options.lambda1 > 0
 
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """Eq. 10 on calibration data. It measures the model as it is when asked, against what it was when made.
+    """Eq. 10 on calibration data: compares the model's current state with its state when the objective was created.
 
     Attributes:
-        context: the search; of its options η, λ1, λ2 and ``dependency`` are read.
+        context: the search; its options η, λ1, λ2 and ``dependency`` are read.
         draft: has the bounds and transforms of the decoder's sites.
-        batches: calibration data.
+        batches: calibration data, with outputs in full precision.
         bounds: (lower, upper) [C] of each decoder layer's output in full precision.
     """
 
@@ -187,7 +188,7 @@ class Objective:
     @classmethod
     @torch.no_grad()
     def of(cls, context: SearchContext, draft: Draft) -> "Objective":
-        """Run the full-precision model once over the calibration set; its seed is that of the entropies' elements."""
+        """Run the full-precision model once over the calibration set, whose seed also draws the entropies' elements."""
         batches, statistics = [], []
         for inputs, answer in context.batches("full precision"):
             attended = inputs["attention_mask"].bool()
@@ -196,7 +197,7 @@ class Objective:
             statistics = [old + more for old, more in zip(statistics, new, strict=True)] if statistics else new
             channels = seen.layers[0].shape[-1]
             drawn = sample_elements(new[0].count * channels, ENTROPY_ELEMENTS, context.calibration.seed + len(batches))
-            # The drawn elements count tokens without padding; layers are read with it.
+            # Elements are drawn from tokens without padding; the layers' outputs include padding.
             position = attended.flatten().nonzero().squeeze(1)[drawn // channels]
             hidden = seen.hidden[attended.to(seen.hidden.device)]
             elements = position * channels + drawn % channels
@@ -224,7 +225,7 @@ class Objective:
             seen = run(self.context, batch.inputs, batch.answer)
             return jacobian_weights(self._hidden_error(batch, seen).square(), seen.layers, scale).cpu()
 
-        return scaled(weights)
+        return with_loss_scale(weights)
 
     def _entropy(self, batch: Reference, seen: Run, weights: Tensor) -> Tensor:
         if not has_entropy(self.context):

@@ -8,8 +8,8 @@ from qvlm_plugin.methods.qvlm.dependency import dependency_between
 def partition(dependencies: Sequence[float], threshold: float, max_depth: int) -> tuple[range, ...]:
     """Blocks of consecutive layers, bottom to top, that cover every layer exactly once.
 
-    A block that begins at layer r takes in layer s as long as D(r, s) > (s - r) * h0 - the average dependency of its
-    steps exceeds the threshold - and it has at most ``max_depth`` layers (the paper limits it to 3).
+    A block that begins at layer r is extended by layer s while D(r, s) > (s - r) * h0, that is, while the average
+    dependency of its steps exceeds the threshold, and while it has fewer than ``max_depth`` layers (paper: 3).
 
     Args:
         dependencies: D(k, k+1) of the n - 1 pairs of consecutive layers (Eq. 4).

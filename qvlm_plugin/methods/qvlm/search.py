@@ -1,8 +1,8 @@
 """Joint search of the rounding functions of a block (Eq. 3), with shared prefixes.
 
-A block is a sequence of *steps*; each step has the same candidates. Running a candidate of step k on the state that
-steps 0 … k-1 left gives a new state, and the state after the last step is judged. All combinations of c candidates over
-d steps are tried as a tree, which costs c + c² + … + c^d step runs instead of d · c^d.
+A block is a sequence of *steps*; each step has the same candidates. Running a candidate of step k on the state after
+steps 0 … k-1 gives a new state, and the objective is computed from the state after the last step. All combinations of c
+candidates over d steps form a tree, which costs c + c² + … + c^d step runs instead of d · c^d.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,12 +46,12 @@ def combinations(tree: Tree[State], start: State, first: int = 0) -> Iterator[Fo
     """Every combination with its error, depth first, in lexicographical order; holds one state per step.
 
     Args:
-        tree: its error is asked for after the last step only.
+        tree: its error is computed after the last step only.
         start: the state before the first step.
         first: the step to begin with.
     """
     for candidate in range(tree.candidates):
-        after = None  # the last candidate's state is let go before there is another
+        after = None  # frees the last candidate's state before the next one is computed
         after = tree.run(first, candidate, start)
         if first + 1 == tree.steps:
             yield Found((candidate,), tree.error(first, after))
@@ -61,12 +61,12 @@ def combinations(tree: Tree[State], start: State, first: int = 0) -> Iterator[Fo
 
 
 def search_exhaustively(tree: Tree[State], start: State) -> Found:
-    """The best of all combinations; ties keep the lexicographically first. Arguments as for `combinations`."""
+    """The best of all combinations, of equal ones the lexicographically first. Arguments as for `combinations`."""
     return min(combinations(tree, start), key=lambda found: found.error)
 
 
 def search_pruned(part: Tree[State], part_start: State, whole: Tree[State], start: State) -> Found:
-    """Judge all combinations on a part of the data, and the best of them, as many as there are candidates, on all.
+    """Evaluate all combinations on a part of the data, and the best c of them (c: candidates per step) on all data.
 
     Args:
         part, part_start: the tree and its first state on the part.
@@ -88,21 +88,21 @@ def search_pruned(part: Tree[State], part_start: State, whole: Tree[State], star
 
 
 def search_with_beam(tree: Tree[State], start: State, width: int) -> Found:
-    """Keep the ``width`` best prefixes after each step; with a width of c^(d-1) or more it is exhaustive.
+    """Keep the ``width`` best prefixes after each step; with a width of c^(d-1) or more the search is exhaustive.
 
     Costs at most c + (d - 1) · width · c step runs and holds 2 · width + 1 states.
 
     Args:
-        tree: its error is asked for after every step, on prefixes.
+        tree: its error is computed after every step, on prefixes.
         start: the state before the first step.
-        width: prefixes.
+        width: number of prefixes.
     """
     beam: list[tuple[float, tuple[int, ...], State]] = [(0.0, (), start)]
     for step in range(tree.steps):
         grown: list[tuple[float, tuple[int, ...], State]] = []
         for _, choices, state in beam:
             for candidate in range(tree.candidates):
-                after = entry = None  # the last candidate's state is let go before there is another
+                after = entry = None  # frees the last candidate's state before the next one is computed
                 after = tree.run(step, candidate, state)
                 entry = tree.error(step, after), (*choices, candidate), after
                 # Only states that may survive are kept; sorting by error and choices never compares states.

@@ -1,9 +1,9 @@
-"""Visual encoder optimization (VEO): train the quantization parameters of the vision tower by gradient.
+"""Visual encoder optimization (VEO): train the quantization parameters of the vision tower by gradient descent.
 
-Paper, section 3.3. The whole model is run with straight-through rounding, and the `Objective` is minimised on
-calibration data. What is trained is few numbers: a clip ratio for each dynamic site of the tower and, with
-``clip+norm``, the affine terms of its layer norms. All else is frozen, and the model is left as it was found. The paper
-gives no learning rates.
+Paper, section 3.3. The whole model runs with straight-through rounding, and the `Objective` is minimised on calibration
+data. Few parameters are trained: a clip ratio for each dynamic site of the tower and, with ``clip+norm``, the affine
+terms of its layer norms. All others are frozen, and the model is restored at the end. The paper gives no learning
+rates.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from qvlm_plugin.kernels.reference import STRAIGHT_THROUGH
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, build_plan
-from qvlm_plugin.methods.gradients import OverflowedError, checkpointed, frozen, require_answers, scaled
+from qvlm_plugin.methods.gradients import OverflowedError, checkpointed, frozen, require_answers, with_loss_scale
 from qvlm_plugin.methods.qvlm.objective import Objective, Terms
 from qvlm_plugin.methods.shard import Shard
 from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
@@ -29,25 +29,24 @@ from qvlm_plugin.quantizers import widen
 from qvlm_plugin.topology import Site
 
 MIN_CLIP_RATIO = 0.1
-"""Training does not pull a token's range in further than this."""
+"""Lower bound of clip ratios in training."""
 
 
 def train_tower(context: SearchContext, draft: Draft) -> Draft:
-    """`train` in the first of several processes: a step of its optimizer needs the one before."""
+    """`train` in the first of several processes: its optimizer steps are sequential."""
     return context.shard.first(lambda: train(replace(context, shard=Shard()), draft))
 
 
 def train(context: SearchContext, draft: Draft) -> Draft:
-    """Train the vision tower's quantization parameters; the better of before and after is kept.
+    """Train the vision tower's quantization parameters; keep the initial ones if the objective did not improve.
 
-    Samples without an image say nothing about the tower and are left out. With ``veo_decoder=quantized`` the decoder's
-    rounded weights take the place of its own on the device, which wait on the CPU. Of offloaded weights one block at a
-    time is on the device, if ``veo_checkpointing`` is on, and the tower all the while. Finished epochs are kept in the
-    workspace.
+    Samples without an image are left out. With ``veo_decoder=quantized`` the decoder's rounded weights replace its own
+    on the device, which wait on the CPU meanwhile. If weights are offloaded, the tower stays on the device, and with
+    ``veo_checkpointing`` one block at a time of the others. Finished epochs are kept in the workspace.
 
     Args:
-        context: samples have answers; the calibration set's seed decides the order of batches.
-        draft: has the activation parameters to start from, of every site that the scheme rounds.
+        context: its samples have answers; the calibration set's seed decides the order of batches.
+        draft: has the initial activation parameters of every site that the scheme rounds.
 
     Raises:
         QVLMError: the objective is not finite.
@@ -55,7 +54,7 @@ def train(context: SearchContext, draft: Draft) -> Draft:
     model, topology, options = context.model, context.topology, context.options
     sites = [site for site in context.activation_sites if site.part == "vision"]
     with ExitStack() as stack:
-        # What is trained must stay where it is between forward passes.
+        # Trained parameters must stay on the device between forward passes.
         stack.enter_context(materialized(model.get_submodule(topology.vision_path)))
         norms = _norm_parameters(context) if options.veo_train == "clip+norm" else {}
         if context.scheme.vision.is_identity or not (sites or norms):
@@ -70,7 +69,7 @@ def train(context: SearchContext, draft: Draft) -> Draft:
         others = stand_ins(build_plan(context, started), model, STRAIGHT_THROUGH, paths, stack)
         ratios = _shared_ratios(sites, others.linears)
         stack.enter_context(frozen(model))
-        # Norms to train that the plan leaves alone are replaced by themselves: all are put back at the end.
+        # Trained norms that the plan does not change get their own values: this context restores all at the end.
         own = {name: norm.detach() for name, norm in norms.items()}
         stack.enter_context(replaced(model, StandIns(others.linears, {**own, **others.values})))
         if options.veo_checkpointing:
@@ -93,7 +92,7 @@ class _Training:
         for parameter in self.live.values():
             parameter.requires_grad_()
         self.original = {key: parameter.detach().clone() for key, parameter in self.live.items()}
-        # Steps are smaller than half precision resolves: they are taken on wide copies.
+        # Steps are smaller than the resolution of half precision: the optimizer works on float32 copies.
         self.wide = {key: widen(parameter.detach()).clone() for key, parameter in self.live.items()}
         # No weight decay: it would pull the ratios, and the norms, towards 0.
         self.optimizer = torch.optim.Adam(
@@ -109,9 +108,11 @@ class _Training:
         self.curve: list[dict[str, float]] = []
 
     def run(self, draft: Draft) -> Draft:
-        """The draft with the trained parameters and the course of the training: the terms of the objective before and
-        after, as means over the batches, with the same layer weights so that they compare; and for each epoch the means
-        over its steps, with the layer weights of the epoch."""
+        """The draft with the trained parameters and a record of the training.
+
+        The record has the terms of the objective before and after, as means over the batches with the same layer
+        weights, and the means over the steps of each epoch with that epoch's layer weights.
+        """
         objective, batches, epochs = self.objective, self.objective.batches, self.options.veo_epochs
         first_weights = objective.layer_weights(batches[0])
         with Progress("visual encoder", (epochs + 2) * len(batches)) as progress:
@@ -144,7 +145,7 @@ class _Training:
         ]
         keys = [key for key in self.live if key.endswith("/clip_ratio")] + [f"{name}/value" for name in changed]
         found = {key: best[key].detach().cpu().clone() for key in keys}
-        # New values take the place of the model's own, which folds divide after that: in training they were divided.
+        # A plan's new values replace the model's own before folds divide them; in training they were divided already.
         for name in changed:
             for scale in _folded_scales(draft, name.rpartition(".")[0]):
                 found[f"{name}/value"] *= scale.to(found[f"{name}/value"])
@@ -153,7 +154,7 @@ class _Training:
 
     def _steps(self, weights: Tensor, order: Sequence[int], epoch: int) -> Iterator[Terms]:
         for index in order:
-            terms, gradients = scaled(lambda scale, index=index: self._gradients(index, weights, scale, epoch))
+            terms, gradients = with_loss_scale(lambda scale, index=index: self._gradients(index, weights, scale, epoch))
             yield terms
             for copy, gradient in zip(self.wide.values(), gradients, strict=True):
                 copy.grad = gradient
@@ -177,14 +178,14 @@ class _Training:
 
     @torch.no_grad()
     def _write(self) -> None:
-        """Put the wide copies into the model."""
+        """Write the float32 copies into the model."""
         for key, parameter in self.live.items():
             if key.endswith("/clip_ratio"):
                 self.wide[key].clamp_(MIN_CLIP_RATIO, 1)
             parameter.copy_(self.wide[key])
 
     def _keep(self) -> None:
-        """Store what the next epoch starts from."""
+        """Store the state from which the next epoch starts."""
         state = self.optimizer.state_dict()
         data = {"curve": self.curve, "groups": state["param_groups"], "schedule": self.schedule.state_dict()}
         moments = {f"{index}/{name}": value for index, own in state["state"].items() for name, value in own.items()}
@@ -195,7 +196,7 @@ class _Training:
 
     @torch.no_grad()
     def _resume(self) -> None:
-        """Go on after the last epoch that was kept, if any was."""
+        """Restore the state after the last stored epoch, if there is one."""
         kept = self.objective.context.workspace.recall("vision-epochs")
         if kept is None:
             return
@@ -247,14 +248,14 @@ def _norm_parameters(context: SearchContext) -> dict[str, nn.Parameter]:
 
 
 def _folded_scales(draft: Draft, producer: str) -> Iterator[Tensor]:
-    """What the draft's folds divide the channels of a norm by."""
+    """The scales by which the draft's folds divide the channels of a norm."""
     for fold in draft.folds:
         if fold.producer == producer:
             yield draft.tensors[f"{fold.site}/scale"]
 
 
 def _shared_ratios(sites: Sequence[Site], layers: Mapping[str, QuantLinear]) -> dict[str, nn.Parameter]:
-    """One clip ratio for each site, made common to its Linears."""
+    """One clip ratio for each site, shared by its Linears."""
     ratios = {}
     for site in sites:
         ratios[site.name] = layers[site.name].clip_ratio

@@ -220,7 +220,8 @@ def _joined(runs: Sequence[RunSamples | None]) -> RunSamples | None:
     """Runs of one method on different tasks as one; None where one is missing."""
     if None in runs:
         return None
-    return replace(runs[0], tasks={task: documents for run in runs for task, documents in run.tasks.items()})
+    tasks = {task: documents for run in runs for task, documents in run.tasks.items()}
+    return replace(runs[0], tasks=tasks, totals={key: total for run in runs for key, total in run.totals.items()})
 
 
 def choose_test(row: Comparison, baseline: RunSamples, other: RunSamples, metric: str) -> tuple[str, float]:

@@ -1,7 +1,7 @@
 """The grid: models × methods × schemes × seeds × tasks, from a YAML file or from flags."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.plan_request import PlanRequest, check_request
 from qvlm_plugin.reading import one_line
+from qvlm_plugin.report.cluster import JobRequest
 from qvlm_plugin.report.runs import Cell
 
 FULL_PRECISION = ("none", "w16a16")
@@ -41,6 +42,7 @@ class CompareGrid(BaseModel):
             precision, ``previous`` the method before in the list.
         limit: documents of each task; None evaluates all.
         metric: what is compared.
+        cluster: what the job of a run asks for, where runs are jobs of a cluster.
         name, title: of the report's files, and its heading; None says what the baseline is.
     """
 
@@ -57,6 +59,7 @@ class CompareGrid(BaseModel):
     baseline: str = "none"
     limit: int | None = Field(None, ge=1)
     metric: str = "exact_match"
+    cluster: JobRequest = JobRequest()
     name: str = Field("comparison", pattern=r"^[\w-]+$")
     title: str | None = None
 
@@ -120,7 +123,7 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
 
     Args:
         file: a file, or the name of one in `GRIDS`; None for a grid from flags alone.
-        flags: fields of `CompareGrid`; those that are None are not given.
+        flags: fields of `CompareGrid`; those that are None are not given. Those of ``cluster`` are taken one by one.
 
     Raises:
         QVLMError: the file is not readable, or a value is missing or not allowed.
@@ -135,21 +138,26 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
             raise QVLMError(f"{file} is not a YAML file: {one_line(error)}") from error
         if not isinstance(content, dict):
             raise QVLMError(f"{file} must hold keys and values; allowed keys are {', '.join(CompareGrid.model_fields)}")
-    given = {name: value for name, value in flags.items() if value is not None}
+    named = {name: value for name, value in flags.items() if value is not None}
+    given = dict(named)
+    if isinstance(content.get("cluster"), dict):
+        given["cluster"] = content["cluster"] | given.get("cluster", {})
     try:
         return CompareGrid.model_validate({**content, **given})
     except ValidationError as error:
-        raise QVLMError(_explain(error.errors()[0], file, given.keys())) from error
+        raise QVLMError(_explain(error.errors()[0], file, named)) from error
 
 
-def _explain(problem: Mapping[str, Any], file: Path | None, flags: Collection[str]) -> str:
+def _explain(problem: Mapping[str, Any], file: Path | None, flags: Mapping[str, Any]) -> str:
     """What is wrong, under the name that the value was given by: a flag, or a key of the file."""
     text = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"].lower()
-    loc = problem["loc"] or (text.partition(":")[0],)
+    loc = tuple(map(str, problem["loc"] or (text.partition(":")[0],)))
     text = text.removeprefix(f"{loc[0]}: ")
-    keys = ", ".join(CompareGrid.model_fields)
-    by_flag = file is None or loc[0] in flags
-    name = f"--{str(loc[0]).replace('_', '-')}" if by_flag else f"{file}: {'.'.join(map(str, loc))}"
+    of_job = loc[0] == "cluster" and len(loc) > 1
+    keys = ", ".join(JobRequest.model_fields if of_job else CompareGrid.model_fields)
+    flag = loc[1] if of_job else loc[0]
+    by_flag = file is None or flag in (flags.get("cluster") or {} if of_job else flags)
+    name = f"--{flag.replace('_', '-')}" if by_flag else f"{file}: {'.'.join(loc)}"
     match problem["type"]:
         case "missing":
             return (

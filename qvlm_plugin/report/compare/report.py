@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seeds
 from qvlm_plugin.report.compare.grid import FULL_PRECISION, PREVIOUS, CompareGrid
 from qvlm_plugin.report.figures import Bars, bars_figure
-from qvlm_plugin.report.paired import difference_text, estimate_text, flips_text, p_text, unknown_note
+from qvlm_plugin.report.paired import difference_text, estimate_text, flips_text, p_text, total_note, unknown_note
 from qvlm_plugin.report.pooled import Pooled, spread_text, verdict
 from qvlm_plugin.report.results import Grid, size
 from qvlm_plugin.report.shares import FEWEST, PERCENT, unit_text
@@ -72,6 +72,8 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
     ]
     unknown = {one.of.task: one.comparison for one in compared if one.comparison and one.comparison.unknown}
     notes += [f"{task}: {unknown_note(row.unknown, row.documents)}." for task, row in unknown.items()]
+    totals = dict.fromkeys(one.of.task for one in compared if one.comparison and one.comparison.total)
+    notes += [f"{total_note(task, grid.metric)}." for task in totals]
     if len(grid.seeds) > 1:
         notes += [
             "The second table is over the seeds of the calibration draw. Spread: standard deviation of the seeds' "

@@ -13,6 +13,7 @@ import numpy as np
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import parse_json
+from qvlm_plugin.report.samples import score_of
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ def read_coverage(file: Path, metric: str | None = None) -> Coverage:
                 total += int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=32).digest())
                 untold += "input_media" not in sample
                 for name, value in sample.items():
-                    if isinstance(value, int | float) and name != "doc_id":
-                        sums[name] += value
+                    if (score := score_of(value)) is not None and name != "doc_id":
+                        sums[name] += score
                         counts[name] += 1
-                if metric is not None and isinstance(score := sample.get(metric), int | float):
+                if metric is not None and (score := score_of(sample.get(metric))) is not None:
                     image = sample.get("input_media") or f"document {index}"
                     marks.append((index, score, _short_hash(image), _short_hash([sample.get("filtered_resps"), score])))
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from qvlm_plugin.report.leaderboard.documents import Coverage, Marks, read_cover
 from qvlm_plugin.report.leaderboard.row import Row
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, main_metric, metric_list, numbers, parse_results
 from qvlm_plugin.report.results import BYPASS
+from qvlm_plugin.report.samples import is_mean
 from qvlm_plugin.report.seal import seal
 from qvlm_plugin.report.shares import PERCENT, scale, share_interval
 
@@ -112,13 +113,22 @@ def read_run(file: Path) -> Run:
         if "/" in task or not samples.is_file():
             continue
         try:
-            coverage[task] = read_coverage(samples, main_metric(parsed, task))
+            coverage[task] = _without_parts(read_coverage(samples, main_metric(parsed, task)), parsed, task)
         except QVLMError as error:
             problems.append(str(error))
             coverage[task] = Coverage(-1, "", {})
     provenance = parsed.qvlm
     intact = provenance is None or provenance.seal is None or provenance.seal == seal(content)
     return Run(file, hashlib.sha256(blob).hexdigest(), parsed, intact, coverage, tuple(problems))
+
+
+def _without_parts(coverage: Coverage, parsed: ResultsFile, task: str) -> Coverage:
+    """Without documents' scores where the task makes another one than their mean: they do not tell who is better."""
+    if coverage.marks is None or metric_list(parsed, task).get(coverage.marks.metric, {}).get("aggregation") == "mean":
+        return coverage
+    values = [value for name, _, value in numbers(parsed.results[task]) if name == coverage.marks.metric]
+    fits = any(is_mean(value, [coverage.means[coverage.marks.metric]]) for value in values)
+    return coverage if fits else replace(coverage, marks=None)
 
 
 def read_board(files: Sequence[Path], base: Path) -> Board:

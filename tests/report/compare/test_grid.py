@@ -37,6 +37,15 @@ def test_a_file_and_flags_over_it(tmp_path):
     }  # fmt: skip
 
 
+def test_what_a_job_asks_for_is_taken_one_by_one(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text(GRID + "cluster: {gpus: 2, time: 90, sbatch: {account: me, exclusive: true}}\n")
+    asked = read_grid(file, {"cluster": {"time": 30, "partition": "short"}}).cluster
+    assert (asked.gpus, asked.time, asked.partition, asked.memory) == (2, 30, "short", None)
+    assert asked.sbatch == {"account": "me", "exclusive": True}
+    assert read_grid(None, FLAGS | {"cluster": {"gpus": 1}}).cluster.time == 1440
+
+
 def test_each_seed_is_a_cell_where_samples_are_drawn():
     flags = {"models": ("m",), "methods": ("rtn", "awq"), "schemes": ("w4a4", "w4a16"), "tasks": ("quiz", "exam")}
     plain, seeded = run_of(flags), cells(read_grid(None, flags | {"seeds": (0, 1, 2)}))
@@ -105,6 +114,9 @@ GRID = "models: [a]\nmethods: [qlora]\nschemes: [w4a4]\ntasks: [c]\n"
         ),
         (GRID + "name: a/b", "grid.yaml: name: string should match pattern"),
         (GRID + "options: {awq: {}}", "options: awq is not among the methods; allowed are qlora"),
+        (GRID + "cluster: slurm", "cluster: input should be a valid dictionary or instance of jobrequest"),
+        (GRID + "cluster: {time: 4h}", "cluster.time: input should be a valid integer"),
+        (GRID + "cluster: {gpu: 1}", "cluster.gpu: is no key; allowed are partition, gpus, time"),
         (GRID + "model_args: {seed: 1}", "model_args: name seed=1 as one of the seeds"),
         ("modells: [a]\nmodels: [a]\nmethods: [b]\nschemes: [w4a4]\ntasks: [c]", "modells: is no key"),
         ("[1, 2]", "must hold keys and values"),

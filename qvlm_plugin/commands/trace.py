@@ -1,0 +1,26 @@
+"""``qvlm trace``: where the parts of a model are, as a description of its family."""
+
+from typing import Annotated
+
+import typer
+
+from qvlm_plugin.commands.shared import Conv, Revision, opened
+
+
+def trace(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; 'demo' is the embedded small LLaVA.")],
+    revision: Revision = None,
+    conv: Conv = None,
+) -> None:
+    """Find the parts of a model and print them as a plugin that describes its family.
+
+    Prompts with images and without run through a model of the same configuration, without its weights. The text that is
+    printed is a Python module: see docs/add-a-family.md. With topology=traced an evaluation finds the same by itself.
+
+    Example: qvlm trace path/to/model > my_family.py
+    """
+    from qvlm_plugin.models.placement import empty_model
+    from qvlm_plugin.tracing.source import written
+
+    checkpoint = opened(model, topology="traced", revision=revision, conv=conv)
+    typer.echo(written(checkpoint.topology, empty_model(checkpoint.config)), nl=False)

@@ -1,0 +1,38 @@
+"""Scores of single documents, for tasks that log records of them, which say what was answered but not what it is worth.
+
+lmms-eval's MMMU and SEED-Bench make their score from all records at once. Paired tests need each document's, and
+lmms-eval's own look for it in a record's ``score``.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
+from typing import Any
+
+from lmms_eval.api.task import ConfigurableTask
+
+from qvlm_plugin.harness.host import wrap_once
+
+SINGLY = frozenset({"mmmu_acc", "seed_all", "seed_image", "seed_video"})
+"""Metrics whose aggregation of one record is that document's score, and does nothing else but print."""
+
+_PRINTING = Lock()
+
+
+def install() -> None:
+    """Let records of these metrics have a score. Repeating it changes nothing."""
+    wrap_once(ConfigurableTask, "process_results", _scoring_records)
+
+
+def _scoring_records(process: Callable) -> Callable:
+    def process_results(self: ConfigurableTask, doc: Mapping[str, Any], results: Sequence, **kwargs: Any) -> dict:
+        found = process(self, doc, results, **kwargs)
+        for metric in SINGLY & self.aggregation().keys() & found.keys():
+            if isinstance(record := found[metric], dict) and "score" not in record:
+                with _PRINTING, contextlib.redirect_stdout(io.StringIO()):
+                    score = self.aggregation()[metric]([record])
+                found[metric] = {**record, "score": score}
+        return found
+
+    return process_results

@@ -1,0 +1,100 @@
+"""The Linears of one block: which of them read the same tensor, and which choose experts."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from transformers import PreTrainedModel
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.topology import linear_layers
+from qvlm_plugin.tracing.runs import Run
+
+BY_HAND = "describe the family by hand (docs/add-a-family.md)"
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What is known of a model.
+
+    Attributes:
+        model: see `skeleton`.
+        runs: of prompts; the first has an image.
+        source: names the model in messages.
+    """
+
+    model: PreTrainedModel
+    runs: tuple[Run, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """The Linears of one block, by their names within it.
+
+    Attributes:
+        experts: paths of its lists of experts.
+        sites: Linears that read the same tensor, in the order of their calls, by their names in a `Group`: of experts
+            those of one.
+        kept: routers, which are beside experts and have an output for each.
+    """
+
+    experts: tuple[str, ...]
+    sites: dict[tuple[str, ...], tuple[str, ...]]
+    kept: tuple[str, ...]
+
+    def of_any_expert(self, name: str) -> str:
+        """The name with ``*`` in place of an expert's index."""
+        return _of_any_expert(name, self.experts)
+
+
+def look_at(seen: Seen, name: str) -> Block:
+    """The Linears of the block of this full name.
+
+    Raises:
+        QVLMError: it or one of them is never called, or one reads the same tensor as another on some prompts only.
+    """
+    if not any(name in run.order for run in seen.runs):
+        raise QVLMError(f"{seen.source}: {name} is never called; such a model is not supported")
+    linears = linear_layers(seen.model.get_submodule(name))
+    routed = {one for run in seen.runs for one in run.routed if one.startswith(f"{name}.")}
+    experts = sorted({one.removeprefix(f"{name}.").rpartition(".")[0] for one in routed})
+    widths = {path.rpartition(".")[0]: len(seen.model.get_submodule(f"{name}.{path}")) for path in experts}
+    kept = [one for one, linear in linears.items() if widths.get(one.rpartition(".")[0]) == linear.out_features]
+    reads = {one: tuple(run.reads.get(f"{name}.{one}") for run in seen.runs) for one in linears.keys() - set(kept)}
+    order = {one: tuple(run.order.get(f"{name}.{one}", len(run.order)) for run in seen.runs) for one in reads}
+    together: dict[tuple[tuple[int, ...] | None, ...], list[str]] = {}
+    for one in sorted(reads, key=order.__getitem__):
+        if any(reads[one]):
+            together.setdefault(reads[one], []).append(one)
+    sites: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for sharing in together.values():
+        sites.setdefault(tuple(_of_any_expert(one, experts) for one in sharing), tuple(sharing))
+    reached = {one for group in sites for one in group}
+    for one in linears.keys() - set(kept):
+        if _of_any_expert(one, experts) not in reached:
+            raise QVLMError(
+                f"{seen.source}: {name}.{one} is never reached, by prompts with images or without, so what it reads is "
+                f"not known; {BY_HAND}, with it among the Linears that are kept"
+            )
+    _require_consistent(seen, name, reads)
+    return Block(tuple(experts), sites, tuple(kept))
+
+
+def _of_any_expert(name: str, experts: Iterable[str]) -> str:
+    for path in experts:
+        if name.startswith(f"{path}."):
+            _, _, rest = name.removeprefix(f"{path}.").partition(".")
+            return f"{path}.*.{rest}"
+    return name
+
+
+def _require_consistent(seen: Seen, name: str, reads: dict[str, Sequence[tuple[int, ...] | None]]) -> None:
+    """Check that Linears which read the same tensor on one prompt do so on every prompt that reaches both."""
+    for one, other in combinations(sorted(reads), 2):
+        equal = {a == b for a, b in zip(reads[one], reads[other], strict=True) if a and b}
+        if len(equal) > 1:
+            raise QVLMError(
+                f"{seen.source}: {one} and {other} of {name} read the same tensor for some prompts and different ones "
+                f"for others; {BY_HAND}, each in a group of its own"
+            )

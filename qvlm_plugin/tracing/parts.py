@@ -1,0 +1,125 @@
+"""Where the parts of a model are: the lists of its blocks, and what stands between the tower and the decoder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.topology import linear_layers
+from qvlm_plugin.tracing.blocks import BY_HAND
+from qvlm_plugin.tracing.runs import Run, affects
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Full names of the parts.
+
+    Attributes:
+        tower, decoder: the ModuleLists of their blocks.
+        vision_path: of the module that is the tower.
+        depth: how many of the tower's blocks, from the bottom, the output depends on.
+        projectors: modules between the two, in the order of their definition; a ModuleList stands for its members.
+    """
+
+    tower: str
+    decoder: str
+    vision_path: str
+    depth: int
+    projectors: tuple[str, ...]
+
+
+def block_lists(model: nn.Module) -> list[str]:
+    """Full names of the ModuleLists whose members have Linears, of nested ones the outermost."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        nested = any(within(name, other) for other in found)
+        if isinstance(module, nn.ModuleList) and not nested and linear_layers(module):
+            found.append(name)
+    return found
+
+
+def within(name: str, path: str) -> bool:
+    """Whether a module is that at ``path``, or in it."""
+    return name == path or name.startswith(f"{path}.")
+
+
+def members(model: nn.Module, path: str) -> list[str]:
+    """Full names of a ModuleList's members; of another module its own."""
+    module = model.get_submodule(path)
+    return [f"{path}.{index}" for index in range(len(module))] if isinstance(module, nn.ModuleList) else [path]
+
+
+def find_parts(model: nn.Module, shown: Run, text: Run, inputs: Mapping[str, Any], source: str) -> Parts:
+    """The parts of a model.
+
+    Args:
+        model: see `skeleton`.
+        shown, text: runs of it with an image and without.
+        inputs: of the first.
+        source: names the model in messages.
+
+    Raises:
+        QVLMError: it has no list of blocks for images, or none for text.
+    """
+    lists = block_lists(model)
+    texts = [path for path in lists if _begin(path, text) is not None]
+    images = [path for path in lists if _begin(path, shown) is not None and path not in texts]
+    decoder = max(texts, key=lambda path: len(linear_layers(model.get_submodule(path))), default=None)
+    tower = min(images, key=lambda path: _begin(path, shown), default=None)  # resamplers come behind it
+    if decoder is None or tower is None:
+        missing, way = ("decoder layers", "text") if decoder is None else ("vision blocks", "an image")
+        raise QVLMError(
+            f"{source}: a prompt with {way} runs through no list of {missing} with Linear layers; models of this kind "
+            "cannot be quantized (docs/add-a-family.md)"
+        )
+    matters = affects(model, inputs)
+    blocks = members(model, tower)
+    depth = len(blocks)
+    while depth and not matters([model.get_submodule(blocks[depth - 1])]):
+        depth -= 1
+    if not depth:
+        raise QVLMError(f"{source}: the output does not depend on what {tower} writes; {BY_HAND}")
+    begin = _begin(tower, shown)
+    between = dict.fromkeys(
+        _owner(name, (tower, decoder))
+        for name, module in model.named_modules()
+        if shown.order.get(name, 0) > begin and name not in text.order and _has_weights(module)
+        and not within(name, tower) and not within(name, decoder)
+    )  # fmt: skip
+    vision_path = _vision_path(tower, decoder)
+    used = [path for path in between if matters(map(model.get_submodule, members(model, path)))]
+    for path in used:
+        if isinstance(model.get_submodule(path), nn.Linear):
+            raise QVLMError(
+                f"{source}: the projector {path} is itself a Linear, not a module with Linears; such a model is not "
+                "supported"
+            )
+    multiplying = [path for path in used if linear_layers(model.get_submodule(path))]
+    # A projector without a Linear (Gemma 3's) is told from the tower's norms by its place.
+    projectors = multiplying or [path for path in used if not within(path, vision_path)]
+    return Parts(tower, decoder, vision_path, depth, tuple(projectors))
+
+
+def _begin(path: str, run: Run) -> int | None:
+    """When the first module of a list was called; None if none was."""
+    return min((place for name, place in run.order.items() if within(name, path)), default=None)
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _owner(name: str, lists: tuple[str, str]) -> str:
+    """The outermost module around ``name`` that has neither of the two lists in it."""
+    steps = name.split(".")
+    paths = [".".join(steps[:length]) for length in range(1, len(steps) + 1)]
+    return next(path for path in paths if not any(within(one, path) for one in lists))
+
+
+def _vision_path(tower: str, decoder: str) -> str:
+    """The module around the tower's list that is beside the one around the decoder's."""
+    steps, others = tower.split("."), decoder.split(".")
+    shared = next(place for place, pair in enumerate(zip(steps, others, strict=False)) if pair[0] != pair[1])
+    return ".".join(steps[: min(shared + 1, len(steps) - 1)])

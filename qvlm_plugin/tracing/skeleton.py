@@ -1,0 +1,80 @@
+"""A model that runs without its weights: what it computes is made up, the way of its tensors is the real one.
+
+It takes little memory and time, whatever the size of the model: every matrix is one row that stands for all, and a
+Linear multiplies by a random matrix of low rank in its place. Values are real numbers on the CPU, so that a model may
+look at them on its way (image sizes, masks, chosen experts), which it cannot on the meta device.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+
+_RANK = 8
+_LARGE = 2**22
+"""Elements of a Parameter from which on one row stands for all, whatever it is for."""
+
+
+def skeleton(config: PretrainedConfig, tokens: int = 0, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A float32 model on the CPU, in evaluation mode; `MadeUpProducts` must be active when it runs.
+
+    Norms, biases and convolutions have random values, positive where they scale channels.
+
+    Args:
+        config: of the model.
+        tokens: that its tokenizer has; LLaVA's own layout counts an image's only where weights are read.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, tokens)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    generator, made = torch.Generator().manual_seed(0), {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:  # tied ones stay tied
+                values = _values(parameter.shape, generator)
+                made[parameter] = nn.Parameter(values, requires_grad=False)
+            module._parameters[name] = made[parameter]
+    return model.eval()
+
+
+def _values(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    if len(shape) < 2:
+        return torch.rand(shape, generator=generator) + 0.5
+    if len(shape) == 2 or shape.numel() > _LARGE:
+        return (torch.randn(shape[-1], generator=generator) * 0.1).expand(shape)
+    return torch.randn(shape, generator=generator) * 0.1
+
+
+class MadeUpProducts(TorchFunctionMode):
+    """While active, the n-th Linear that runs multiplies by the n-th random matrix, and has no bias.
+
+    A run of the same modules on the same inputs gives the same values, and every product is linear in its input.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Run an operator of torch, or what stands for it."""
+        if func is not functional.linear:
+            return func(*args, **(kwargs or {}))
+        return self._product(*args, **(kwargs or {}))
+
+    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        generator = torch.Generator().manual_seed(self._calls)
+        self._calls += 1
+        outputs, inputs = weight.shape
+        into = torch.randn(inputs, _RANK, generator=generator).to(input.dtype) / inputs**0.5
+        out_of = torch.randn(_RANK, outputs, generator=generator).to(input.dtype) / _RANK**0.5
+        return input @ into @ out_of

@@ -1,0 +1,130 @@
+"""The topology of a model, from runs of it without its weights.
+
+Prompts with and without images show which modules are the tower, the projector and the decoder (`parts`), which Linears
+read the same tensor (`runs`), and where scales can be folded (`producers`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedModel
+
+from qvlm_plugin.conversation import Conversation, encode, to_device
+from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.models.loading import Checkpoint
+from qvlm_plugin.reading import parsed_elsewhere
+from qvlm_plugin.topology import Group, Stack, Topology, blocks_of, require_only_linears
+from qvlm_plugin.tracing.blocks import Seen, look_at
+from qvlm_plugin.tracing.parts import block_lists, find_parts, members
+from qvlm_plugin.tracing.producers import producers
+from qvlm_plugin.tracing.runs import Call, watch
+from qvlm_plugin.tracing.skeleton import skeleton
+
+
+def traced(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the topology that `trace` finds."""
+    return replace(checkpoint, topology=trace(checkpoint))
+
+
+def trace(checkpoint: Checkpoint) -> Topology:
+    """The topology of a checkpoint's model; its weights are not read.
+
+    Raises:
+        QVLMError: the model does not run, or what it does cannot be described.
+    """
+    with parsed_elsewhere(f"{checkpoint.source}: the model cannot be traced"):
+        model = skeleton(checkpoint.config, len(checkpoint.processor.tokenizer), checkpoint.trust_remote_code)
+        return _trace(model, _batches(checkpoint), checkpoint.source)
+
+
+def _trace(model: PreTrainedModel, batches: Sequence[dict[str, Any]], source: str) -> Topology:
+    """The topology of a skeleton, from prompts of which the first has an image and the last has none."""
+    blocks = [name for path in block_lists(model) for name in members(model, path)]
+    for name in blocks:
+        require_only_linears(name, model.get_submodule(name))
+    runs = [watch(model, inputs, blocks) for inputs in batches]
+    parts = find_parts(model, runs[0], runs[-1], batches[0], source)
+    chains = {
+        "vision": members(model, parts.tower)[: parts.depth],
+        "projector": [name for path in parts.projectors for name in members(model, path)],
+        "decoder": members(model, parts.decoder),
+    }
+    alike = {_structure(model, name): name for names in chains.values() for name in reversed(names)}
+    calls = watch(model, batches[0], blocks, alike.values()).calls
+    one_call = {_structure(model, name): (name, call) for name, call in calls.items()}
+    written_by = cache(lambda structure: _producers(seen, *one_call[structure]) if structure in one_call else {})
+    seen = Seen(model, tuple(runs), source)
+    found = {
+        part: _stack(seen, {name: written_by(_structure(model, name)) for name in names})
+        for part, names in chains.items()
+    }
+    topology = Topology(
+        vision_path=parts.vision_path,
+        vision=replace(found["vision"], blocks=parts.tower.removeprefix(f"{parts.vision_path}.")),
+        projector_path=parts.projectors[0] if len(parts.projectors) == 1 else parts.projectors,
+        projector=found["projector"],
+        decoder_path=parts.decoder.rpartition(".")[0],
+        decoder=replace(found["decoder"], blocks=parts.decoder.rpartition(".")[2]),
+    )
+    if len(blocks_of(topology, model, "vision")) != parts.depth:  # another name than vision_feature_layer says it
+        return replace(topology, vision=replace(topology.vision, depth=parts.depth))
+    return topology
+
+
+def _batches(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """A prompt with an image, one with two of other shapes, and one without."""
+    image = Image.linear_gradient("L").convert("RGB")
+    prompts = [
+        Conversation.from_prompt("What is shown?", [image.resize((96, 64))]),
+        Conversation.from_prompt("Which of the two?", [image.resize((64, 80)), image.resize((120, 48))]),
+        Conversation.from_prompt("What?"),
+    ]
+    cpu = torch.device("cpu")
+    return [to_device(encode(checkpoint.processor, [prompt])[0], cpu, torch.float32) for prompt in prompts]
+
+
+def _structure(model: nn.Module, name: str) -> str:
+    """Equal for blocks that are built alike."""
+    return repr(model.get_submodule(name))
+
+
+Producers = dict[tuple[str, ...], str]
+"""The producers of a block's groups, where there are any."""
+
+
+def _producers(seen: Seen, name: str, call: Call) -> Producers:
+    """Those of a block, from its call in the first run."""
+    block, first = look_at(seen, name), seen.runs[0]
+    called = sorted((one for one in first.order if one.startswith(f"{name}.")), key=first.order.__getitem__)
+    order = [one.removeprefix(f"{name}.") for one in called]
+    sites = {group: linears for group, linears in block.sites.items() if linears[0] in order}
+    found = producers(seen.model.get_submodule(name), call, list(sites.values()), order)
+    written_by = {group: one and block.of_any_expert(one) for group, one in zip(sites, found, strict=True)}
+    # What experts read is read by all of them, and the router: by some perhaps in other runs only.
+    return {group: one for group, one in written_by.items() if one and ("*" in one) == ("*" in group[0])}
+
+
+def _stack(seen: Seen, blocks: dict[str, Producers]) -> Stack:
+    """What blocks are made of, by their full names; where they are is left out."""
+    groups: dict[tuple[str, ...], set[str | None]] = {}
+    kept: dict[str, None] = {}
+    for name, written_by in blocks.items():
+        block = look_at(seen, name)
+        kept |= dict.fromkeys(block.kept)
+        for group in block.sites:
+            groups.setdefault(group, set()).add(written_by.get(group))
+    for group, other in combinations(groups, 2):
+        if shared := set(group) & set(other):
+            raise QVLMError(
+                f"{seen.source}: {min(shared)} shares its input with other Linears in some blocks than in others "
+                f"({', '.join(group)}; {', '.join(other)}); such a model is not supported"
+            )
+    # A scale is folded only where it can be in every block. Experts come last.
+    described = [Group(group, one.pop() if len(one) == 1 else None) for group, one in groups.items()]
+    return Stack("", tuple(sorted(described, key=lambda group: "*" in group.linears[0])), tuple(kept))

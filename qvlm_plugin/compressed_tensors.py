@@ -32,6 +32,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.export import must_run, write_folder
 from qvlm_plugin.kernels.base import corrected_bias
 from qvlm_plugin.kernels.reference import REFERENCE, quantized_values
+from qvlm_plugin.model_card import COMPRESSED, model_card
 from qvlm_plugin.models.dry_run import answer
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, begin_applying, factors_of, parameters_of, rotated_linear
@@ -131,8 +132,10 @@ def export_compressed_tensors(
         model.set_submodule(name, nn.ParameterDict(frozen))
     rotations.store(model)
     model.config.quantization_config = _configuration(plan, groups) | rotations.configuration()
-    write_folder(loaded, directory, shard_size)
-    return {group: len(members) for group, members in groups.items()}
+    counts = {group: len(members) for group, members in groups.items()}
+    arithmetic = ", ".join(f"{group} {count}" for group, count in counts.items())
+    write_folder(loaded, directory, shard_size, model_card(directory.name, loaded.source, plan, arithmetic, COMPRESSED))
+    return counts
 
 
 def _group(module: ModulePlan) -> Group:

@@ -63,7 +63,8 @@ def advise(
         if markdown:
             typer.echo(grid.markdown())
         else:
-            Console(width=180).print(grid.rich())
+            console = Console()
+            console.print(grid.rich(console.width))
         typer.echo("\n" + "\n".join(f"- {line}" for line in [*said[name], *notes(own)]) + "\n")
 
 

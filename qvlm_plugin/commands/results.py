@@ -22,7 +22,7 @@ def results(
 
     Example: qvlm results results/
     """
-    from qvlm_plugin.report.results import read_results, results_grid
+    from qvlm_plugin.report.results import read_results, results_grid, results_notes
 
     scores = read_results(paths)
     if as_json:
@@ -32,7 +32,9 @@ def results(
     if markdown:
         typer.echo(grid.markdown())
     else:
-        Console(width=180).print(grid.rich())
+        console = Console()
+        console.print(grid.rich(console.width))
+    typer.echo("\n".join(f"- {note}" for note in results_notes(scores)))
 
 
 def paired(
@@ -68,9 +70,10 @@ def paired(
     if as_json:
         typer.echo(json.dumps(paired_rows(rows), indent=1))
         return
-    grid = paired_grid(rows)
+    grid = paired_grid(first, rows)
     if markdown:
         typer.echo(grid.markdown())
     else:
-        Console(width=180).print(grid.rich())
+        console = Console()
+        console.print(grid.rich(console.width))
     typer.echo("\n" + "\n".join(f"- {note}" for note in paired_notes(first, rows, metric)))

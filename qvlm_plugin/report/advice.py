@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.report.leaderboard.tables import size
 from qvlm_plugin.report.paired import difference_text
 from qvlm_plugin.report.pooled import Pooled, pool
-from qvlm_plugin.report.results import Grid
+from qvlm_plugin.report.results import Grid, size
 from qvlm_plugin.report.samples import RunSamples
 from qvlm_plugin.report.shares import PERCENT, unit_text
 

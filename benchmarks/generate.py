@@ -75,6 +75,8 @@ VARIANTS = {
     "reference-w8a8": Variant(scheme="w8a8", backend="reference"),
     "reference-rotated-w4a4": Variant(scheme="w4a4", backend="reference", options=ROTATED),
     "fp32": Variant("float32"),
+    "fp32-reference-rotated-w4a4": Variant("float32", "w4a4", "reference", ROTATED),
+    "fp32-rotated-w4a4": Variant("float32", "w4a4", options=ROTATED),
 }
 DEFAULT = ("bf16", "packed-w4a4", "packed-w4a16", "packed-w8a8", "rotated-w4a4", "rotated-w4a8", "rotated-w8a8", "nf4")
 """The default variants; on a GPU ``fp16`` comes first."""

@@ -11,6 +11,7 @@ python benchmarks/kernels.py --device cuda --json kernels-cuda.json
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ VARIANTS: dict[str, tuple[Kernel, WeightFormat, ActivationFormat]] = {
 }
 """Kernel and formats; activations are rounded per channel unless the name says ``token``."""
 
+if find_spec("onnxruntime") and find_spec("onnx"):
+    from matmulnbits import MATMULNBITS
+
+    VARIANTS["onnxruntime w4a8 block"] = (MATMULNBITS, INT4_WEIGHT, A16)
+
 ROTATION = "rotation alone"
 """What multiplying the input by its rotation takes, which ``transform=rotate`` adds once for each site."""
 
@@ -83,11 +89,9 @@ def parameters_of(activation: ActivationFormat, x: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def measure(
-    layout: str, shape: tuple[int, int], tokens: tuple[int, ...], rounds: int, seconds: float, device: torch.device
-) -> list[dict[str, Any]]:
-    """Rows of all variants of one Linear."""
-    rows, columns = shape
+def measure(layout: str, shape: tuple[int, int], asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one Linear, of the variants, numbers of tokens and rounds that the command line asks for."""
+    (rows, columns), tokens, device = shape, asked.tokens, asked.device
     torch.manual_seed(0)
     x = torch.randn(max(tokens), columns) * (0.5 * torch.randn(columns)).exp() + 0.2 * torch.randn(columns)
     x = x.to(device)
@@ -98,7 +102,8 @@ def measure(
     copies = max(1, CACHE_BYTES // linear.weight.nbytes)
     modules: dict[str, list[nn.Module]] = {BASELINE: _copies(lambda: _copy(linear), copies)}
     references = {BASELINE: full}
-    for name, (kernel, weight, activation) in VARIANTS.items():
+    for name in asked.variants:
+        kernel, weight, activation = VARIANTS[name]
         if layout == "tower" and activation.kind == "static_channel":
             continue  # plans round per token there
         obstacle = kernel.obstacle(weight, activation, shape, device) or self_test(kernel, weight, activation, device)
@@ -126,7 +131,7 @@ def measure(
     for index, count in enumerate(tokens):
         inputs = x[:count].bfloat16()
         runs = {name: _run(layers, inputs) for name, layers in modules.items()}
-        times = time_in_turns(runs, rounds, device, seconds)
+        times = time_in_turns(runs, asked.rounds, device, asked.seconds)
         for name, layers in modules.items():
             results.append(
                 {
@@ -209,18 +214,18 @@ def main() -> None:
     """Measure, print a table for each layout, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", default="7b,13b,tower", help=f"of {', '.join(LAYOUTS)}")
-    parser.add_argument("--tokens", default="1,8,600")
+    parser.add_argument("--tokens", default=(1, 8, 600), type=lambda text: tuple(map(int, text.split(","))))
+    parser.add_argument("--variants", default=[*VARIANTS], type=lambda text: text.split(","), help="beside bf16")
     parser.add_argument("--rounds", type=int, default=5, help="at least; a sample of each variant is taken in each")
     parser.add_argument("--seconds", type=float, default=0.5, help="of rounds for each shape and number of tokens")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default=torch.device("cpu"), type=torch.device)
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     asked = parser.parse_args()
-    device, tokens = torch.device(asked.device), tuple(map(int, asked.tokens.split(",")))
-    name, rows = machine(device), []
+    name, rows = machine(asked.device), []
     for layout in asked.layouts.split(","):
         found = []
         for role, shape in LAYOUTS[layout].items():
-            for row in measure(layout, shape, tokens, asked.rounds, asked.seconds, device):
+            for row in measure(layout, shape, asked):
                 found.append({"layout": layout, "layers": role, **row, "machine": name})
         show(f"{layout} on {name}", ["layers", "tokens", "variant", *COLUMNS], [_cells(row) for row in found])
         rows += found

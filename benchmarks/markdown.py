@@ -30,8 +30,6 @@ GENERATE: dict[str, Callable[[Row], str]] = {
     "peak, GB": lambda row: f"{row['peak_memory_bytes'] / 1e9:.2f}",
     "prefill, ms": lambda row: f"{row['prefill_ms']:.0f} ± {100 * row['prefill_spread']:.0f} %",
     "ms per token": lambda row: f"{row['decode_ms_per_token']:.1f} ± {100 * row['decode_spread']:.0f} %",
-    "16 out, s": lambda row: f"{row['seconds_16_out']:.2f} (× {row['times_as_fast_16_out']:.2f})",
-    "128 out, s": lambda row: f"{row['seconds_128_out']:.2f} (× {row['times_as_fast_128_out']:.2f})",
 }
 SEARCH: dict[str, Callable[[Row], str]] = {
     "search": lambda row: row["search"],
@@ -42,10 +40,21 @@ SEARCH: dict[str, Callable[[Row], str]] = {
 
 def table(rows: list[Row]) -> str:
     """Markdown of a file's rows, below a line with the machine."""
-    columns = SEARCH if "search" in rows[0] else GENERATE if "prefill_ms" in rows[0] else KERNELS
+    columns = SEARCH if "search" in rows[0] else KERNELS
+    if "prefill_ms" in rows[0]:
+        columns = GENERATE | {f"{length} out, s": _answer(length) for length in _lengths(rows[0])}
     lines = [rows[0]["machine"], "", f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
     return "\n".join(lines)
+
+
+def _lengths(row: Row) -> list[str]:
+    """Of the answers, in tokens."""
+    return [key.split("_")[1] for key in row if key.startswith("seconds_") and key.endswith("_out")]
+
+
+def _answer(length: str) -> Callable[[Row], str]:
+    return lambda row: f"{row[f'seconds_{length}_out']:.2f} (× {row[f'times_as_fast_{length}_out']:.2f})"
 
 
 def main() -> None:

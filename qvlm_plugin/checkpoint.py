@@ -3,9 +3,11 @@
 In addition to a usual config.json, the folder's has a ``quantization_config``: the plan's facts and table, the kernel
 and tensors of each module, and the hashes of the weight files.
 
-Every quantized Linear has a flat tensor ``weight`` in the file, empty where its kernel has no tensor of that name. A
-loader that does not know the format expects a matrix there and stops, where it would otherwise find nothing and fill
-the layers with random numbers.
+A transformers that does not know the format takes the folder for one in full precision. Two things stop it. The
+configuration names as file of the weights (``transformers_weights``) a sentence that is no file's name, with which the
+error ends; where the package is there, `hf_quantizer` takes it out before transformers looks. And every quantized
+Linear has a flat tensor ``weight`` in the file, empty where its kernel has no tensor of that name: a loader expects a
+matrix there and stops, where it would otherwise find nothing and fill the layers with random numbers.
 """
 
 import hashlib
@@ -31,6 +33,9 @@ from qvlm_plugin.reading import inside, parsed_elsewhere
 
 FORMAT_VERSION = 3
 """The newest format that this version reads. A folder has the format of its plan, the oldest that can represent it."""
+
+NOTICE_KEY, NOTICE = "transformers_weights", "this checkpoint is quantized; what loads it: pip install qvlm_plugin"
+"""An entry of config.json with which loading fails without this package."""
 
 _GUARD = "weight"
 

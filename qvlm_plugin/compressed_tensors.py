@@ -1,18 +1,19 @@
 """Export in the ``compressed-tensors`` format, for the schemes that vLLM serves.
 
-Two kinds of modules can be expressed:
+Three kinds of modules can be expressed:
 
 * W4A16 and W8A16 (``pack-quantized``): the plan's codes, scales and zero points as they are, by group or by channel.
+* W4A8 (``pack-quantized``): the same, of symmetric weights.
 * W8A8 (``int-quantized``): the plan's rounded weight, rounded once more to 8 bits with one symmetric scale for each
-  output channel, as kernel ``int8`` does. Activations are rounded per token, symmetrically, by their largest magnitude;
-  the plan's ranges (static bounds of channels, clipping ratios of tokens) have no place in the format and are left out.
+  output channel, as kernel ``int8`` does.
+
+Activations of 8 bits are rounded per token, symmetrically, by their largest magnitude; the plan's ranges (static bounds
+of channels, clipping ratios of tokens, centers) have no place in the format and are left out. Rotations can be
+expressed in part, see `compressed_rotations`.
 
 transformers does not load packed zero points into packed modules (with compressed-tensors 0.20 these have unpacked
 ones), but does where it dequantizes every weight while it loads. Folders of asymmetric weights ask for that; plans in
 which these stand beside modules in another format are refused.
-
-The layouts are those of the compressed-tensors package (``compressors/pack_quantized`` and ``naive_quantized``), which
-reading them takes; writing does not.
 """
 
 from collections.abc import Mapping
@@ -21,52 +22,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
 
 from qvlm_plugin.atomic import require_vacant
+from qvlm_plugin.compressed_rotations import Rotations
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.export import must_run, write_folder
 from qvlm_plugin.kernels.base import corrected_bias
 from qvlm_plugin.kernels.reference import REFERENCE, quantized_values
+from qvlm_plugin.model_card import COMPRESSED, model_card
 from qvlm_plugin.models.dry_run import answer
 from qvlm_plugin.models.loading import LoadedModel
-from qvlm_plugin.plan import RoundingPlan, begin_applying, parameters_of
+from qvlm_plugin.plan import RoundingPlan, begin_applying, factors_of, parameters_of, rotated_linear
 from qvlm_plugin.plan_header import ModulePlan
 from qvlm_plugin.quantizers import int_weight
+from qvlm_plugin.rotation import rotate_back
 
 PACKED, INTEGER, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 
-_WORD = 32
+SERVED = ((4, 16), (8, 16), (4, 8), (8, 8))
+"""Bits of weights and activations that can be expressed."""
 
 
 @dataclass(frozen=True)
-class _Group:
-    """A ``config_group``: what modules of one scheme have in common."""
+class Group:
+    """A ``config_group``: what modules of one scheme have in common.
+
+    Attributes:
+        format: in which the package stores them.
+        bits, group_size, symmetric: of the weights.
+        rounds_tokens: whether inputs are rounded to 8 bits.
+    """
 
     format: str
     bits: int
     group_size: int | None
     symmetric: bool
+    rounds_tokens: bool
 
-    def entry(self, targets: list[str]) -> dict[str, Any]:
-        """Its JSON object."""
-        weights = {
-            "num_bits": self.bits,
-            "type": "int",
-            "symmetric": self.symmetric,
-            "strategy": "channel" if self.group_size is None else "group",
-            "group_size": self.group_size,
-            "dynamic": False,
-        }
-        tokens = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-        activations = tokens if self.format == INTEGER else None
-        return {"targets": targets, "weights": weights, "input_activations": activations, "format": self.format}
+    def scheme(self, targets: list[str]) -> QuantizationScheme:
+        """As the package has it."""
+        weights = QuantizationArgs(
+            num_bits=self.bits,
+            type="int",
+            symmetric=self.symmetric,
+            strategy="channel" if self.group_size is None else "group",
+            group_size=self.group_size,
+            dynamic=False,
+        )
+        tokens = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="token", dynamic=True)
+        return QuantizationScheme(
+            targets=targets,
+            weights=weights,
+            input_activations=tokens if self.rounds_tokens else None,
+            format=self.format,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.format} w{self.bits}a{8 if self.rounds_tokens else 16}"
 
 
 def export_compressed_tensors(
     plan: RoundingPlan, loaded: LoadedModel, directory: Path, *, shard_size: str = "5GB"
-) -> dict[str, int]:
+) -> dict[Group, int]:
     """Quantize ``loaded`` by ``plan`` and write it; the model in memory is used up.
 
     Args:
@@ -76,7 +96,7 @@ def export_compressed_tensors(
         shard_size: of weight files at most, as transformers' ``max_shard_size``.
 
     Returns:
-        How many modules have each format.
+        How many modules each group has.
 
     Raises:
         QVLMError: the format cannot express a module, the folder is not empty, or the quantized model does not answer
@@ -84,12 +104,7 @@ def export_compressed_tensors(
     """
     require_vacant(directory)
     model = loaded.model
-    if plan.rotations:
-        raise QVLMError(
-            f"--format compressed-tensors cannot express the plan: it rotates the inputs of {plan.rotations[0].site} "
-            "while the model runs"
-        )
-    groups: dict[_Group, list[ModulePlan]] = {}
+    groups: dict[Group, list[ModulePlan]] = {}
     for module in plan.quantized:
         groups.setdefault(_group(module), []).append(module)
     if not groups:
@@ -105,91 +120,91 @@ def export_compressed_tensors(
                 f"--format compressed-tensors cannot express {module.name}: its bias is corrected, but the model has "
                 "none there"
             )
+    rotations = Rotations.of(plan, model)
     begin_applying(plan, model, loaded.fingerprint, (REFERENCE,))
     stored = {
-        module.name: _compress(module, group, plan.tensors, model)
-        for group, members in groups.items()
-        for module in members
+        module.name: _compress(module, group, plan, model) for group, members in groups.items() for module in members
     }
     with must_run():
         answer(model, loaded.processor, f"pretrained={loaded.source!r}")
     for name, tensors in stored.items():
         frozen = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in tensors.items()}
         model.set_submodule(name, nn.ParameterDict(frozen))
-    model.config.quantization_config = _configuration(plan, groups)
-    write_folder(loaded, directory, shard_size)
-    return {group.format: sum(len(groups[g]) for g in groups if g.format == group.format) for group in groups}
+    rotations.store(model)
+    model.config.quantization_config = _configuration(plan, groups) | rotations.configuration()
+    counts = {group: len(members) for group, members in groups.items()}
+    arithmetic = ", ".join(f"{group} {count}" for group, count in counts.items())
+    write_folder(loaded, directory, shard_size, model_card(directory.name, loaded.source, plan, arithmetic, COMPRESSED))
+    return counts
 
 
-def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Codes of 4 or 8 bits, uint8 [R, C] → int32 [R, ceil(C * bits / 32)]; the first code in the lowest bits."""
-    each = _WORD // bits
-    words = F.pad(codes, (0, -codes.shape[1] % each)).view(len(codes), -1, each).long()
-    words = (words << (bits * torch.arange(each, device=codes.device))).sum(dim=-1)
-    return torch.where(words < 2 ** (_WORD - 1), words, words - 2**_WORD).int()
-
-
-def _group(module: ModulePlan) -> _Group:
+def _group(module: ModulePlan) -> Group:
     weight, activation, columns = module.weight, module.activation, module.shape[1]
+    rounds = activation.kind != "none"
+    group = weight.group_size if weight.group_size and weight.group_size < columns else None
     if weight.kind != "int":
         reason = f"{weight} is not a weight of integers"
-    elif activation.kind != "none":
-        if (weight.bits, activation.bits) == (8, 8):
-            return _Group(INTEGER, 8, None, True)
-        reason = f"w{weight.bits}a{activation.bits} is neither w8a8 nor w4a16 or w8a16"
-    elif weight.bits not in (4, 8):
-        reason = f"weights of {weight.bits} bits; 4 and 8 can be served"
+    elif (weight.bits, activation.bits) not in SERVED:
+        served = ", ".join(f"w{bits}a{rounded}" for bits, rounded in SERVED)
+        reason = f"w{weight.bits}a{activation.bits} is none of {served}"
+    elif rounds and weight.bits == 8:
+        return Group(INTEGER, 8, None, True, True)
+    elif rounds and not weight.symmetric:
+        reason = "its weights are asymmetric and its inputs rounded; search the plan with --option symmetric=true"
+    elif group is None or columns % group == 0:
+        return Group(PACKED, weight.bits, group, weight.symmetric, rounds)
     else:
-        group = weight.group_size if weight.group_size and weight.group_size < columns else None
-        if group is None or columns % group == 0:
-            return _Group(PACKED, weight.bits, group, weight.symmetric)
         reason = f"groups of {group} do not divide its {columns} input features"
     raise QVLMError(f"--format compressed-tensors cannot express {module.name}: {reason}")
 
 
-def _compress(module: ModulePlan, group: _Group, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _compress(module: ModulePlan, group: Group, plan: RoundingPlan, model: nn.Module) -> dict[str, Tensor]:
     """The stored tensors of one Linear, which gets the weight and bias that they stand for."""
     linear = model.get_submodule(module.name)
-    weight, dtype = linear.weight.detach(), linear.weight.dtype
-    parameters = parameters_of(module, tensors, weight.device)
-    if group.format == PACKED:
-        fmt = module.weight
-        quantized = int_weight(weight, fmt, parameters)
-        quantized = replace(quantized, scale=quantized.scale.to(dtype))  # progressive ones are of 32 bits
-        rounded = quantized.dequantize()
-        stored = {
-            "weight_packed": pack_words(quantized.codes, fmt.bits),
-            "weight_scale": quantized.scale,
-            "weight_shape": torch.tensor(weight.shape),
-        }
-        if not fmt.symmetric:
-            stored["weight_zero_point"] = pack_words(quantized.zero_point.t(), fmt.bits).t()
-    else:
+    rotation, dtype, device = plan.rotation_of(module), linear.weight.dtype, linear.weight.device
+    turns = None if rotation is None else factors_of(rotation, plan.tensors, device)[1]
+    weight = (linear if turns is None else rotated_linear(linear, turns)).weight.detach()
+    parameters = parameters_of(module, plan.tensors, device)
+    state = _rounded(weight, module, group, parameters)
+    bias = corrected_bias(weight, state["weight"], linear.bias, parameters.get("mean"))
+    values = state["weight"] if turns is None else rotate_back(state["weight"], turns)
+    linear.weight = nn.Parameter(values.to(dtype), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        state["bias"] = linear.bias.detach()
+    compressor = BaseCompressor.get_value_from_registry(group.format)
+    return {name: tensor.contiguous() for name, tensor in compressor.compress(state, group.scheme([])).items()}
+
+
+def _rounded(weight: Tensor, module: ModulePlan, group: Group, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the package compresses: the rounded ``weight`` in float32, and the scale and zero point of its codes."""
+    if group.format == INTEGER:
         planned = quantized_values(weight, module.weight, parameters)
-        scale = (planned.abs().amax(dim=1, keepdim=True) / 127).to(dtype)
+        scale = (planned.abs().amax(dim=1, keepdim=True) / 127).to(weight.dtype)
         scale = torch.where(scale > 0, scale, 1.0)
         codes = (planned / scale.float()).round().clamp(-127, 127)
-        rounded = codes * scale.float()
-        stored = {"weight": codes.to(torch.int8), "weight_scale": scale}
-    bias = corrected_bias(weight, rounded, linear.bias, parameters.get("mean"))
-    linear.weight = nn.Parameter(rounded.to(dtype), requires_grad=False)
-    if bias is not None:
-        stored["bias"] = bias.detach()
-        linear.bias = nn.Parameter(stored["bias"], requires_grad=False)
-    return {name: tensor.contiguous() for name, tensor in stored.items()}
+        return {"weight": codes * scale.float(), "weight_scale": scale}
+    quantized = int_weight(weight, module.weight, parameters)
+    quantized = replace(quantized, scale=quantized.scale.to(weight.dtype))  # progressive ones are of 32 bits
+    middle = 2 ** (group.bits - 1)  # the package's codes are signed
+    zero_point = (quantized.zero_point.int() - middle).to(torch.int8)
+    return {"weight": quantized.dequantize(), "weight_scale": quantized.scale, "weight_zero_point": zero_point}
 
 
-def _configuration(plan: RoundingPlan, groups: Mapping[_Group, list[ModulePlan]]) -> dict[str, Any]:
+def _configuration(plan: RoundingPlan, groups: Mapping[Group, list[ModulePlan]]) -> dict[str, Any]:
     formats = {group.format for group in groups}
     ignored = [module.name for module in plan.modules if module.is_identity]
     single = len(groups) == 1
+    schemes = [
+        group.scheme(["Linear"] if single else [module.name for module in members]) for group, members in groups.items()
+    ]
     return {
         "quant_method": "compressed-tensors",
         "format": next(iter(formats)) if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
+        # As short as can be: versions of the package refuse what they do not know.
         "config_groups": {
-            f"group_{index}": group.entry(["Linear"] if single else [module.name for module in members])
-            for index, (group, members) in enumerate(groups.items())
+            f"group_{index}": scheme.model_dump(mode="json", exclude_unset=True) for index, scheme in enumerate(schemes)
         },
         "ignore": ignored,
         "dequantize": not all(group.symmetric for group in groups),

@@ -8,6 +8,8 @@ from pathlib import Path
 from qvlm_plugin import __version__, backends
 from qvlm_plugin.atomic import require_vacant, staged
 from qvlm_plugin.checkpoint import (
+    NOTICE,
+    NOTICE_KEY,
     ROTATION_SCALE,
     CheckpointRecord,
     StoredModule,
@@ -19,6 +21,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.hf_quantizer import QVLMQuantizationConfig
 from qvlm_plugin.kernels.selection import Choice, Execution
 from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.model_card import CARD, PACKED, model_card
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan, begin_applying, factors_of, parameters_of, rotated_linear
 from qvlm_plugin.plan_header import ModulePlan
@@ -70,7 +73,9 @@ def export(
         with must_run():
             load(str(folder), device=device)
 
-    write_folder(loaded, directory, shard_size, try_out)
+    arithmetic = ", ".join(f"{name} {count}" for name, count in execution.counts.items())
+    card = model_card(directory.name, loaded.source, plan, arithmetic, PACKED)
+    write_folder(loaded, directory, shard_size, card, try_out)
     return execution
 
 
@@ -84,14 +89,19 @@ def must_run() -> Iterator[None]:
 
 
 def write_folder(
-    loaded: LoadedModel, directory: Path, shard_size: str, check: Callable[[Path], None] = lambda folder: None
+    loaded: LoadedModel,
+    directory: Path,
+    shard_size: str,
+    card: str,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write model and processor in one step; a ``quantization_config`` of ours gets the files' hashes.
+    """Write model, processor and card in one step; a ``quantization_config`` of ours gets the files' hashes.
 
     Args:
         loaded: what to write.
         directory: to write.
         shard_size: see `export`.
+        card: text of the model card.
         check: of the folder while it has another name; where it raises, nothing stays.
     """
     with staged(directory) as folder:
@@ -101,7 +111,9 @@ def write_folder(
         if "files" in config["quantization_config"]:
             names = sorted(file.name for file in folder.glob("model*.safetensors*"))
             config["quantization_config"]["files"] = {name: file_hash(folder / name) for name in names}
+            config[NOTICE_KEY] = NOTICE
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
         check(folder)
 
 

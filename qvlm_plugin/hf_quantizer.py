@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from qvlm_plugin.checkpoint import CheckpointRecord
     from qvlm_plugin.kernels.selection import Execution
@@ -57,6 +57,14 @@ class QVLMHfQuantizer(HfQuantizer):
 
         super().__init__(quantization_config, **options)
         self.record = CheckpointRecord.read(quantization_config.to_dict())
+
+    def update_attn_implementation(self, config: "PretrainedConfig") -> "PretrainedConfig":
+        """Take out what stops those who lack this package, before transformers looks for the weights."""
+        from qvlm_plugin.checkpoint import NOTICE, NOTICE_KEY
+
+        if getattr(config, NOTICE_KEY, None) == NOTICE:
+            delattr(config, NOTICE_KEY)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **more: Any

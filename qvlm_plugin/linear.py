@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
+from qvlm_plugin.kernels import fusable, fused
 from qvlm_plugin.kernels.base import Kernel
 from qvlm_plugin.kernels.sharing import ROUNDING, once
 from qvlm_plugin.rotation import rotate
@@ -91,7 +92,8 @@ class QuantLinear(nn.Module):
         if not self.rotation_names:
             return x
         factors = [getattr(self, name) for name in self.rotation_names]
-        return once(x, self._parameters, self.rotation_names, "rotated", lambda: rotate(x, factors))
+        turn = fused.rotate if fusable.rotations(x, factors) else rotate
+        return once(x, self._parameters, self.rotation_names, "rotated", lambda: turn(x, factors))
 
     def extra_repr(self) -> str:
         """Shape, formats and kernel, for ``print(model)``."""

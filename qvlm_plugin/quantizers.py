@@ -65,7 +65,7 @@ which costs more than the arithmetic."""
 
 
 def by_rows(compute: Callable[..., Tensor], x: Tensor, bounds: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """``compute(x, *bounds)`` in ``dtype``, for functions of single elements; on CPUs some rows at a time.
+    """``compute(x, *bounds)`` in ``dtype``, for functions of single elements or rows; on CPUs some rows at a time.
 
     Args:
         compute: result in the shape of ``x``.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qvlm_plugin.hadamard import has_paley, paley, sylvester
 from qvlm_plugin.plan_header import Rotation
-from qvlm_plugin.quantizers import widen
+from qvlm_plugin.quantizers import by_rows, widen
 
 _LARGEST = 6
 """Largest factor of H, as a power of two. For 600 tokens of 4,096 channels on one thread, factors of 64 x 64 take 6 ms,
@@ -82,7 +82,13 @@ def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     Differentiable; computed in float32 (float64 for float64 inputs), returned in the dtype of ``x``.
     """
     signs, *matrices = factors
-    return _multiplied(widen(x) * signs, matrices).to(x.dtype)
+
+    def turned(rows: Tensor, signs: Tensor) -> Tensor:
+        return _multiplied(rows * signs, matrices)
+
+    if torch.is_grad_enabled() and x.requires_grad:
+        return turned(x, signs).to(x.dtype)
+    return by_rows(turned, x, (signs,), x.dtype)
 
 
 def rotate_back(x: Tensor, factors: Sequence[Tensor]) -> Tensor:

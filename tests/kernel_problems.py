@@ -41,6 +41,10 @@ class Problem:
         x[:, torch.randperm(columns)[:outliers]] *= size
         return cls(linear, x.to(dtype))
 
+    def to(self, device):
+        """The same on a device."""
+        return Problem(self.linear.to(device), self.x.to(device))
+
     def parameters(self, activation, mean=False):
         if activation.kind == "static_channel":
             bounds = {"lower": self.x.float().amin(0), "upper": self.x.float().amax(0)}

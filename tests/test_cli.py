@@ -3,13 +3,16 @@ import re
 import sys
 
 import pytest
+import torch
 from report.logged import scored, write_run
 from tiny_llava import random_image
 from typer.testing import CliRunner
 
 from qvlm_plugin import __version__
 from qvlm_plugin.cli import app
+from qvlm_plugin.models.placement import default_device
 from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.plan_header import CalibrationRecord
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +40,7 @@ def test_search_writes_a_plan_that_inspect_prints(tiny_llava, rows, tmp_path):
     )  # fmt: skip
     assert searched.exit_code == 0, searched.output
     assert searched.stdout.splitlines()[-1] == str(tmp_path / "plan")
+    assert searched.stderr.splitlines()[0] == f"device: {default_device()}"
     plan = RoundingPlan.load(tmp_path / "plan")
     assert (plan.scheme, plan.options["norm"], plan.calibration.seed) == ("w4a4+vision:w8a8", 1.5, 3)
     shown = run("inspect", tmp_path / "plan", "--modules").stdout
@@ -92,6 +96,18 @@ def test_what_is_asked_for_in_place_of_the_files_is_heard_by_every_command(comma
     assert result.exit_code == 2 and "image_aspect_ratio is for checkpoints in LLaVA's own layout" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["search", "export", "plot", "ablate fig2", "ablate fig3c", "ablate sources"])
+def test_a_model_is_put_on_the_accelerator_where_there_is_one(command, tiny_llava, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device("xpu"))
+    arguments = [tmp_path / "out", "--pretrained", tiny_llava, *(["--method", "rtn"] if command == "export" else [])]
+    if command == "plot":
+        record = {"cdm": {"blocks": [{"layers": [0], "percentiles": [{"layers.0.mlp": 1.0}]}], "dependencies": [1.0]}}
+        calibration = CalibrationRecord(source="x.json:4", seed=0, digests=("0",))
+        RoundingPlan("qvlm", "w4a4", {}, "model", (), calibration=calibration, record=record).save(tmp_path / "out")
+    result = run(*command.split(), *arguments)
+    assert result.exit_code == 2 and "device='xpu' cannot be used here" in result.stderr
+
+
 def test_what_cannot_be_written_is_found_before_the_search(tiny_llava, rows, tmp_path, monkeypatch):
     monkeypatch.setattr("qvlm_plugin.planning.obtain_plan", lambda *_: pytest.fail("searched"))
     (tmp_path / "taken").write_text("a file")
@@ -125,10 +141,10 @@ def test_paired_compares_runs_with_a_baseline(pair):
     assert shown.exit_code == 0, shown.output
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.stdout.splitlines() if line[:1] == "|"]
     assert [row[:2] for row in rows[2:]] == [["rtn w4a4", task] for task in ("other", "quiz", "average")]
-    assert rows[2][2:4] == ["100.0 ± 0.0", "50.0 ± 11.5"] and rows[2][4].startswith("-50.00 [-74.01, -25.99]")
+    assert rows[2][2:4] == ["100.0 [83.9, 100.0]", "50.0 ± 11.5"] and rows[2][4].startswith("-50.00 [-74.01, -25.99]")
     assert rows[2][5:] == ["0.002", "0.006", "10 / 0 / 0"] and rows[3][5:] == ["1.000", "1.000", "0 / 0 / 0"]
     table = run("paired", pair / "none", pair).stdout  # the folder of all runs holds the baseline too
-    assert table.count("rtn w4a4") == 3 and "none w4a4 │" not in table and "Holm over all 3 rows" in table
+    assert table.count(" rtn w4a4 ") == 2 * 3 and "\n none w4a4" not in table and "Holm over all 3 rows" in table
 
 
 def test_paired_says_what_is_wrong_with_its_runs(pair, monkeypatch):

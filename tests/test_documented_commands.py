@@ -117,7 +117,7 @@ def test_publish(place, programs, compared):
 
 
 def test_choose(place, programs, compared):
-    assert "Size: the packed model" in run(place, programs, script(DOCS / "choose.md"))
+    assert "Packed size is that of the weights" in run(place, programs, script(DOCS / "choose.md"))
 
 
 @pytest.mark.parametrize("page", ["results.md", "results-demo.md"])

@@ -1,13 +1,17 @@
 """Exported folders: written, loaded by transformers and run by the harness; and what goes wrong with them."""
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from huggingface_hub import HfApi, ModelCard
 from kernel_problems import relative
+from report.logged import scored, write_run
 from rotations import by_token, rotated
 from safetensors.torch import load_file
 from stored_codes import with_codes
@@ -23,6 +27,7 @@ from qvlm_plugin.export import export
 from qvlm_plugin.harness.wrapper import QVLMChat
 from qvlm_plugin.hf_quantizer import quantizer_of
 from qvlm_plugin.linear import QuantLinear
+from qvlm_plugin.model_card import COMPRESSED, model_card
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
 
@@ -217,15 +222,59 @@ for loader in (AutoModelForImageTextToText, LlavaForConditionalGeneration):
         try:
             loader.from_pretrained(folder)
         except Exception as error:
-            print(type(error).__name__)
+            print(str(error).splitlines()[-1].replace(" ", "_"))
 assert not any(name.startswith("qvlm_plugin") for name in sys.modules)
 import qvlm_plugin
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
 print(type(model.model.language_model.layers[0].mlp.up_proj).__name__)
 """
     printed, warnings = run_alone(code, tmp_path / "auto", tmp_path / "reference")
-    assert printed == ["RuntimeError"] * 4 + ["QuantLinear"]
+    assert len(printed) == 5 and printed[-1] == "QuantLinear"
+    assert all(line.endswith("what_loads_it:_pip_install_qvlm_plugin") for line in printed[:-1])
     assert "Unknown quantization type, got qvlm" in warnings
+
+
+def test_without_the_plugin_the_weights_themselves_are_refused_too(source, tmp_path, calibration):
+    """Where a reader does not look at what config.json names, as earlier folders did not."""
+    exported(source, tmp_path / "x", calibration)
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    del config["transformers_weights"]
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
+    code = """
+import sys
+from transformers import AutoModelForImageTextToText
+try:
+    AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+except RuntimeError as error:
+    print(type(error).__name__)
+import qvlm_plugin
+print(type(AutoModelForImageTextToText.from_pretrained(sys.argv[1])).__name__)
+"""
+    assert run_alone(code, tmp_path / "x")[0] == ["RuntimeError", "LlavaForConditionalGeneration"]
+
+
+def test_the_card_says_what_the_folder_is_and_how_to_load_it(source, tmp_path, calibration):
+    loaded, plan = exported(source, tmp_path / "tiny-w4a4", calibration)
+    card = ModelCard.load(tmp_path / "tiny-w4a4" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.tags == [
+        "qvlm",
+        "quantized",
+        "rtn",
+        *SCHEME.split("+"),
+    ]
+    assert card.data.base_model is None  # a folder is nobody else's name
+    assert str(source.parent) not in card.content and f"| base model | {source.name} |" in card.content
+    bits = plan.effective_bits()["decoder"]
+    assert f"| {bits['weight']:.3f} | {bits['activation']:.2f} |" in card.content and plan.hash in card.content
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    scope = {}
+    with contextlib.chdir(tmp_path):
+        exec(code.replace(', device_map="auto"', ""), scope)
+    assert type(scope["model"]) is type(loaded.model) and scope["processor"].chat_template
+    hub = model_card("llava-w4a16", "llava-hf/llava-1.5-7b-hf", plan, "int4 1", COMPRESSED)
+    data = ModelCard(hub).data
+    assert (data.base_model, data.base_model_relation) == ("llava-hf/llava-1.5-7b-hf", "quantized")
+    assert "vllm serve llava-w4a16" in hub
 
 
 def test_the_package_may_be_imported_before_transformers():
@@ -352,3 +401,47 @@ def test_the_command_writes_a_folder(source, tmp_path):
     strict = run(tmp_path / "y", "--pretrained", source, "--method", "rtn", "--scheme", "w4a16", "--strict")
     assert strict.exit_code == 2 and "strict=true: model.vision_tower" in strict.output
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+def test_the_command_uploads_the_folder_and_states_scores(source, tmp_path, monkeypatch):
+    """There is no hub: its client's two calls are replaced."""
+    calls = []
+
+    def run(*arguments):
+        common = ("--pretrained", source, "--method", "rtn", "--scheme", "w4a16", "--option", "group_size=32")
+        return CliRunner().invoke(app, [str(one) for one in ("export", *arguments, *common, "--device", "cpu")])
+
+    def create(self, repository, **options):
+        calls.append(("create", repository, options))
+        if repository == "others/x":
+            raise OSError("403 Forbidden:\nyou may not")
+
+    def upload(self, *, repo_id, folder_path, **options):
+        calls.append(("upload", repo_id, sorted(file.name for file in folder_path.iterdir())))
+        return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    refused = run(tmp_path / "x", "--push-to-hub", "others/x")
+    assert refused.exit_code == 2 and not (tmp_path / "x").exists()  # before anything is loaded
+    assert refused.stderr.strip().endswith(
+        "--push-to-hub others/x: the hub does not take it (log in with hf auth login): 403 Forbidden: you may not"
+    )
+    done = run(tmp_path / "x", "--push-to-hub", "me/x")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-2:] == ["https://hub/me/x", str(tmp_path / "x")]
+    names = calls[-1][2]
+    assert calls[1:3] == [("create", "me/x", {"exist_ok": True}), ("upload", "me/x", names)]
+    assert {"README.md", "config.json", "model.safetensors", "chat_template.jinja"} <= set(names)
+
+    plan_hash = json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]["plan"]["plan_hash"]
+    facts = {"method": "rtn", "scheme": "w4a16", "backend": "packed", "plan_hash": plan_hash}
+    write_run(tmp_path / "runs" / "own", {"quiz": scored([1, 1, 0])}, qvlm=facts)
+    write_run(tmp_path / "runs" / "other", {"quiz": scored([0, 0, 0])}, qvlm=facts | {"plan_hash": "0" * 64})
+    done = run(tmp_path / "y", "--results", tmp_path / "runs")
+    assert done.exit_code == 0, done.output
+    _, evaluation = (tmp_path / "y" / "README.md").read_text().split("## Evaluation")
+    assert "| rtn | w4a16 |" in evaluation and evaluation.count("\n| ") == 3 and "backend packed" in evaluation
+    wrong = run(tmp_path / "z", "--results", tmp_path / "runs" / "other")
+    assert wrong.exit_code == 2 and "no run there is of the plan to export" in wrong.stderr
+    assert not (tmp_path / "z").exists()

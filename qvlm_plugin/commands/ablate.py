@@ -90,7 +90,7 @@ def fig2(
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = None,
     data: Data = None,
 ) -> None:
     """Discretization error difference of two layers against activation entropy, a point for each calibration sample.
@@ -133,7 +133,7 @@ def fig3c(
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = None,
     data: Data = None,
 ) -> None:
     """Quantization error of each decoder layer, for plans of different maximum depth; no evaluation is run.
@@ -180,7 +180,7 @@ def sources(
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = None,
     data: Data = None,
 ) -> None:
     """Where the error of rounded activations enters: by layer, Linear and kind of token; no evaluation is run.

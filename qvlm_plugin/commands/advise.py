@@ -1,47 +1,81 @@
-"""``qvlm advise``: which of the evaluated methods and bits to use."""
+"""``qvlm advise``: which scheme to choose, from results."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from qvlm_plugin.commands.results import Markdown
 from qvlm_plugin.commands.shared import AsJSON, needs_report_packages
+from qvlm_plugin.errors import QVLMError
+
+UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30}
 
 
 def advise(
-    paths: Annotated[list[Path], typer.Argument(help="Results files of one model's runs, or folders that hold some.")],
-    memory: Annotated[
-        float | None, typer.Option(min=0, help="GB that the packed model may take; default: no limit.")
-    ] = None,
+    paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that contain them.")],
+    memory: Annotated[str | None, typer.Option(help="What weights may take, such as 4GB; default: any size.")] = None,
     tolerance: Annotated[
-        float,
-        typer.Option(
-            min=0, help="Points that may be lost against full precision; of scores that are no shares, in their unit."
-        ),
+        float, typer.Option(min=0, help="Accepted drop from full precision: points for metrics in percent.")
     ] = 1.0,
     metric: Annotated[str, typer.Option(help="Metric of the tasks to compare.")] = "exact_match",
+    markdown: Markdown = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Print what each method and scheme loses against its size, and say which to use.
+    """Say which method and scheme to choose for a memory budget, with the uncertainty of the answer.
 
-    The runs must be of one model, among them one of full precision, and made with lmms-eval's --log_samples. Runs that
-    differ in their seed alone are pooled. A method is used where the 95 % interval of its difference to full precision
-    lies within the tolerance: without --memory the smallest of these, with it the most accurate that fits.
+    Each method and scheme is compared with full precision of the same checkpoint over the same documents. It is
+    recommended when the 95 % interval of the difference excludes a drop above the tolerance, and "loses more" when the
+    interval lies below it; otherwise it is undecided. Needs runs with lmms-eval's --log_samples, one of them with
+    method=none. Speed is shown for packed runs only.
 
-    Example: qvlm advise results/ --memory 4.5 --tolerance 0.5
+    Example: qvlm advise results/ --memory 4GB
     """
+    budget = None if memory is None else parse_memory(memory)
+    with needs_report_packages():
+        from qvlm_plugin.report.advice import advice, choices_grid, find_choices, notes
+    from qvlm_plugin.reading import read_json
+    from qvlm_plugin.report.leaderboard.schema import parse_results
     from qvlm_plugin.report.samples import read_samples
 
-    with needs_report_packages():
-        from qvlm_plugin.report.advice import advice_grid, advice_notes, advice_rows, advice_text, options_of
-
-    runs = {run.file.resolve(): run for path in paths for run in read_samples(path)}
-    options, limit = options_of([*runs.values()], metric, tolerance), None if memory is None else memory * 1e9
+    runs = [run for path in paths for run in read_samples(path)]
+    runs = [*{run.file.resolve(): run for run in runs}.values()]
+    speeds = {run.file: parse_results(read_json(run.file), run.file).tokens_per_second for run in runs}
+    choices, trouble = find_choices(runs, metric, speeds)
+    for line in trouble:
+        typer.echo(line, err=True)
+    if not choices:
+        raise QVLMError("no quantized run can be compared with full precision (method=none) of the same checkpoint")
+    models = list(dict.fromkeys(choice.model for choice in choices))
+    said = {name: advice([one for one in choices if one.model == name], budget, tolerance) for name in models}
     if as_json:
-        typer.echo(json.dumps(advice_rows(options, limit), indent=1))
+        rows = [choice.row(tolerance) for choice in choices]
+        typer.echo(json.dumps({"choices": rows, "advice": said}, indent=1, allow_nan=False))
         return
-    Console().print(advice_grid(options).rich())
-    typer.echo("\n" + "\n".join(f"- {note}" for note in advice_notes(options)))
-    typer.echo(f"\n{advice_text(options, limit, tolerance)}")
+    for name in models:
+        own = [one for one in choices if one.model == name]
+        if len(models) > 1:
+            typer.echo(f"{name}:\n")
+        grid = choices_grid(own, tolerance)
+        if markdown:
+            typer.echo(grid.markdown())
+        else:
+            console = Console()
+            console.print(grid.rich(console.width))
+        typer.echo("\n" + "\n".join(f"- {line}" for line in [*said[name], *notes(own)]) + "\n")
+
+
+def parse_memory(text: str) -> float:
+    """Bytes of a size such as 4GB or 3.5 GiB.
+
+    Raises:
+        QVLMError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    units = {unit.lower(): count for unit, count in UNITS.items()}
+    if not found or found[2].lower() not in units:
+        raise QVLMError(f"--memory {text}: write a number and one of {', '.join(UNITS)}, such as 4GB")
+    return float(found[1]) * units[found[2].lower()]

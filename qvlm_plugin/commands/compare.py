@@ -49,7 +49,7 @@ def compare(
     memory: Annotated[float | None, typer.Option(help="GB of a job; default: the cluster's.")] = None,
     keep_going: KeepGoing = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs, and which are finished, and stop.")
+        bool, typer.Option("--dry-run", help="Print the runs, what is finished, and the time and memory of the rest.")
     ] = False,
 ) -> None:
     """Run models × methods × schemes × seeds × tasks, each in its own process, and compare them with a baseline.
@@ -64,9 +64,11 @@ def compare(
     --calibration calibration/train.json:64
     """
     from qvlm_plugin.atomic import make_folder
+    from qvlm_plugin.commands.dry_run import dry_run_lines
+    from qvlm_plugin.harness.task_names import check_task_names
     from qvlm_plugin.report.cluster import Jobs
     from qvlm_plugin.report.compare.grid import cells, read_grid
-    from qvlm_plugin.report.runs import Setting, command, finished_cells
+    from qvlm_plugin.report.runs import Setting
 
     given = {name: _names(text) for name, text in (("models", models), ("methods", methods), ("schemes", schemes))}
     given |= {"tasks": _names(tasks), "seeds": _names(seeds), "baseline": baseline}
@@ -79,11 +81,9 @@ def compare(
     setting = Setting(output, data, batch_size, processes, jobs=jobs, devices=named, keep_going=keep_going)
     if data is not None and not data.is_dir():
         raise QVLMError(f"--data {data}: there is no such folder")
+    check_task_names(asked.tasks, data or Path())
     if dry_run:
-        finished = finished_cells(todo, output)
-        for cell in todo:
-            state = f"finished: {finished[cell.name]}" if cell.name in finished else " ".join(command(cell, setting))
-            typer.echo(f"{cell.name}: {state}")
+        typer.echo("\n".join(dry_run_lines(asked, setting)))
         return
     with needs_report_packages():
         from qvlm_plugin.report.compare.comparison import compare_outcomes

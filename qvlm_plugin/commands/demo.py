@@ -79,12 +79,13 @@ def run(
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from qvlm_plugin.demo.data import write_mirrors
     from qvlm_plugin.demo.model import build as build_model
+    from qvlm_plugin.models.placement import default_device
 
     with needs_report_packages():
         from qvlm_plugin.report.results import read_results, results_grid
         from qvlm_plugin.report.running import run_cells
         from qvlm_plugin.report.runs import Cell, Setting
-    calibration = f"{CALIBRATION}:{samples}"
+    calibration, device = f"{CALIBRATION}:{samples}", default_device()
     shared = {"dtype": dtype, "backend": backend}
     todo = [_Run.parse(name, {"calibration": calibration, "seed": str(seed)}, shared) for name in runs.split(",")]
     steps = _Steps(2 + sum(1 + one.request.needs_calibration for one in todo))
@@ -97,13 +98,15 @@ def run(
     for one in todo:
         if one.request.needs_calibration:
             with steps.take(f"{one.name}: search a plan on {samples} calibration samples"), working_in(folder):
-                checkpoint = opened("demo", dtype)
-                _, plans = obtain_plans({one.name: one.request}, calibration, None, seed, checkpoint, dtype=dtype)
+                checkpoint = opened("demo", dtype, device)
+                requests, placement = {one.name: one.request}, {"dtype": dtype, "device": device}
+                _, plans = obtain_plans(requests, calibration, None, seed, checkpoint, **placement)
             plans[one.name].save(setting.output / one.name / "plan")
         with steps.take(f"{one.name}: evaluate {limit} documents of each of {', '.join(TASKS)}"):
             (outcome,) = run_cells([Cell(one.name, one.model_args, TASKS, limit)], setting, METRIC)
             found.append(outcome.results)
-    Console(width=180).print(results_grid(read_results(found)).rich())
+    console = Console()
+    console.print(results_grid(read_results(found)).rich(console.width))
     typer.echo("\n".join(_verdicts(found)))
 
 

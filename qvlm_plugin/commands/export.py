@@ -2,12 +2,13 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qvlm_plugin.commands.shared import (
     Conv,
+    Device,
     Dtype,
     ImageAspectRatio,
     Images,
@@ -24,6 +25,10 @@ from qvlm_plugin.commands.shared import (
     pairs,
 )
 from qvlm_plugin.errors import QVLMError
+
+if TYPE_CHECKING:
+    from qvlm_plugin.plan import RoundingPlan
+    from qvlm_plugin.report.results import Score
 
 
 class Format(StrEnum):
@@ -48,6 +53,10 @@ def export(
     ] = Format.QVLM,
     backend: Annotated[str, typer.Option(help="auto, packed, reference or the name of one kernel.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Falling back to the reference is an error.")] = False,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="Results of this plan, or folders that hold some, for the model card.")
+    ] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="Repository to upload the folder to, as NAME/MODEL.")] = None,
     shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB.")] = "5GB",
     revision: Revision = None,
     conv: Conv = None,
@@ -55,49 +64,76 @@ def export(
     image_aspect_ratio: ImageAspectRatio = None,
     topology: Topology = "described",
     dtype: Dtype = "auto",
-    device: Annotated[str, typer.Option(help="Torch device, whose kernels are chosen from.")] = "cpu",
+    device: Device = None,
 ) -> None:
     """Write a quantized model as a Hugging Face folder; prints the folder last.
 
     It is a checkpoint like any other where this package is imported: from_pretrained loads it packed, and lmms-eval
-    runs it as pretrained=DIR. Without this package loading it is an error.
-    With --format compressed-tensors it is for vLLM: schemes w4a16 and w8a8, the latter with activations rounded per
-    token.
+    runs it as pretrained=DIR. Without this package loading it is an error. Its model card, README.md, says what it is
+    and how to load it, with the scores in --results.
+    With --format compressed-tensors it is for vLLM: schemes w4a16, w8a16, w4a8 and w8a8, the latter two with
+    activations rounded per token.
 
     Example: qvlm export llava-w4a16 --pretrained llava-hf/llava-1.5-7b-hf --method rtn --scheme w4a16
     """
     from qvlm_plugin import backends, planning
     from qvlm_plugin.atomic import require_vacant
-    from qvlm_plugin.compressed_tensors import INTEGER, export_compressed_tensors
     from qvlm_plugin.export import export as write
+    from qvlm_plugin.models.hub import create_repository, upload
     from qvlm_plugin.models.loading import load_weights
     from qvlm_plugin.plan import RoundingPlan
     from qvlm_plugin.plan_request import check_request
+    from qvlm_plugin.report.results import read_results
+    from qvlm_plugin.report.stating import add_evaluation
 
     if (plan is None) == (method is None):
         raise QVLMError("name one of --plan DIR (a saved plan) and --method NAME (searched now)")
     require_vacant(output)
+    scores = read_results(results) if results else []
     backends.kernels(backend)
+    if format_ is Format.COMPRESSED_TENSORS:
+        try:
+            from qvlm_plugin.compressed_tensors import export_compressed_tensors
+        except ImportError as error:
+            raise QVLMError(
+                f"{error}; --format compressed-tensors needs: pip install 'qvlm_plugin[compressed-tensors]'"
+            ) from error
     found = None if plan is None else RoundingPlan.load(plan)
     request = check_request(method, scheme, pairs(option)) if found is None else None
     checkpoint = opened(
         pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
         image_aspect_ratio=image_aspect_ratio,
     )  # fmt: skip
+    if push_to_hub is not None:
+        create_repository(push_to_hub)
     if found is not None:
+        stated = _of_plan(scores, found)
         loaded = load_weights(checkpoint, dtype=dtype, device=device)
     else:
         loaded, plans = obtain_plans(
             {method: request}, calibration, images, seed, checkpoint, dtype=dtype, device=device
         )
         found = plans[method]
+        stated = _of_plan(scores, found)
     if warning := planning.prompt_warning(found.calibration and found.calibration.conv, loaded):
         typer.echo(warning, err=True)
     if format_ is Format.QVLM:
         typer.echo(write(found, loaded, output, backend=backend, strict=strict, shard_size=shard_size))
     else:
         counts = export_compressed_tensors(found, loaded, output, shard_size=shard_size)
-        typer.echo(f"quantized Linear layers by format: {', '.join(f'{n} {count}' for n, count in counts.items())}")
-        if INTEGER in counts:
-            typer.echo("in int-quantized layers activations are rounded per token, not with the plan's ranges")
+        typer.echo(f"quantized Linear layers by format: {', '.join(f'{group} {n}' for group, n in counts.items())}")
+        if any(group.rounds_tokens for group in counts):
+            typer.echo("activations are rounded per token to symmetric codes of 8 bits, not with the plan's ranges")
+    if stated:
+        add_evaluation(output, stated)
+    if push_to_hub is not None:
+        typer.echo(upload(output, push_to_hub))
     typer.echo(output)
+
+
+def _of_plan(scores: "list[Score]", plan: "RoundingPlan") -> "list[Score]":
+    """Those of runs of the plan."""
+    found = [score for score in scores if (score.run or {}).get("plan_hash") == plan.hash]
+    if scores and not found:
+        raise QVLMError(f"--results: no run there is of the plan to export ({plan.hash[:16]}…)")
+    return found

@@ -29,9 +29,9 @@ app = typer.Typer(
 
 @app.command(WRITE)
 def write(
-    paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that hold some.")],
+    paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that contain them.")],
     out: Annotated[Path, typer.Option(help="Folder for leaderboard.md, .csv, .json and .html.")],
-    reported: Annotated[bool, typer.Option(help="Show the paper's tables beside, as reported.")] = True,
+    reported: Annotated[bool, typer.Option(help="Also show the paper's tables, as reported.")] = True,
 ) -> None:
     """Write leaderboard.md, .csv, .json and .html; the word "write" may be left out.
 

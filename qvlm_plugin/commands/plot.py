@@ -39,7 +39,7 @@ def plot(
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder that relative names, and mirrors of data, start from.")
     ] = None,

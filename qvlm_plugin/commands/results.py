@@ -14,7 +14,7 @@ Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as M
 
 
 def results(
-    paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that hold some.")],
+    paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that contain them.")],
     markdown: Markdown = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -22,7 +22,7 @@ def results(
 
     Example: qvlm results results/
     """
-    from qvlm_plugin.report.results import read_results, results_grid
+    from qvlm_plugin.report.results import read_results, results_grid, results_notes
 
     scores = read_results(paths)
     if as_json:
@@ -32,12 +32,16 @@ def results(
     if markdown:
         typer.echo(grid.markdown())
     else:
-        Console(width=180).print(grid.rich())
+        console = Console()
+        console.print(grid.rich(console.width))
+    typer.echo("\n".join(f"- {note}" for note in results_notes(scores)))
 
 
 def paired(
-    baseline: Annotated[Path, typer.Argument(help="Results file of one run, or the folder that holds it.")],
-    others: Annotated[list[Path], typer.Argument(help="Results files to compare with it, or folders that hold some.")],
+    baseline: Annotated[Path, typer.Argument(help="Results file of one run, or the folder that contains it.")],
+    others: Annotated[
+        list[Path], typer.Argument(help="Results files to compare with it, or folders that contain them.")
+    ],
     metric: Annotated[str, typer.Option(help="Metric of the tasks to compare.")] = "exact_match",
     markdown: Markdown = False,
     as_json: AsJSON = False,
@@ -66,9 +70,10 @@ def paired(
     if as_json:
         typer.echo(json.dumps(paired_rows(rows), indent=1))
         return
-    grid = paired_grid(rows)
+    grid = paired_grid(first, rows)
     if markdown:
         typer.echo(grid.markdown())
     else:
-        Console(width=180).print(grid.rich())
+        console = Console()
+        console.print(grid.rich(console.width))
     typer.echo("\n" + "\n".join(f"- {note}" for note in paired_notes(first, rows, metric)))

@@ -42,7 +42,7 @@ def search(
     image_aspect_ratio: ImageAspectRatio = None,
     topology: Topology = "described",
     dtype: Dtype = "auto",
-    device: Device = "cpu",
+    device: Device = None,
     device_map: Annotated[
         str | None,
         typer.Option(

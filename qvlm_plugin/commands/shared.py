@@ -13,6 +13,8 @@ from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
 
 if TYPE_CHECKING:
+    import torch
+
     from qvlm_plugin.calibration import Sample
     from qvlm_plugin.methods.shard import Shard
     from qvlm_plugin.models.loading import Checkpoint, LoadedModel
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
     from qvlm_plugin.plan_request import PlanRequest
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+def _device(named: str | None) -> str:
+    """The device that ``--device`` names, or the default."""
+    from qvlm_plugin.models.placement import default_device
+
+    return named or str(default_device())
+
 
 Pretrained = Annotated[str, typer.Option(help="Checkpoint folder or hub id; 'demo' is the embedded small LLaVA.")]
 OneScheme = Annotated[str, typer.Option(help="Bits, for example w4a4 or w4a4+vision:w8a8.")]
@@ -39,10 +49,12 @@ ImageAspectRatio = Annotated[
     str | None, typer.Option(help="square or pad instead of what a checkpoint in LLaVA's own layout says.")
 ]
 Topology = Annotated[
-    str, typer.Option(help="described; or traced: parts are found by a run, for a family that nobody described.")
+    str, typer.Option(help="described; or traced: parts are found by a run, for a family without a description.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Device = Annotated[str, typer.Option(help="Torch device.")]
+Device = Annotated[
+    str | None, typer.Option(callback=_device, help="Torch device; default: the accelerator if there is one, else cpu.")
+]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
 KeepGoing = Annotated[
     bool, typer.Option("--keep-going", help="Run the others after a run that ended without results, and report them.")
@@ -87,9 +99,11 @@ def draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample
 
 
 def opened(
-    pretrained: str, dtype: str = "auto", device: str = "cpu", topology: str = "described", **opening: Any
+    pretrained: str, dtype: str, device: "str | torch.device", topology: str = "described", **opening: Any
 ) -> "Checkpoint":
     """The checkpoint to search on, by its small files: what is wrong with it shows before anything else is read.
+
+    Says on which device.
 
     Args:
         pretrained, opening: see `open_checkpoint`.
@@ -97,16 +111,20 @@ def opened(
         topology: ``described`` by a plugin, or ``traced``.
     """
     from qvlm_plugin.models.loading import open_checkpoint
-    from qvlm_plugin.models.placement import check_placement
+    from qvlm_plugin.models.placement import check_placement, device_name
     from qvlm_plugin.plugins import topology as described
     from qvlm_plugin.tracing.trace import traced
 
-    check_placement(dtype, device)
+    placed = check_placement(dtype, device)
     if topology not in ("described", "traced"):
         raise QVLMError(f"topology={topology!r} is not known; allowed are described, traced")
     if topology == "traced":
-        return traced(open_checkpoint(resolve_demo(pretrained), **opening))
-    return open_checkpoint(resolve_demo(pretrained), check_config=described, **opening)
+        checkpoint = traced(open_checkpoint(resolve_demo(pretrained), **opening))
+    else:
+        checkpoint = open_checkpoint(resolve_demo(pretrained), check_config=described, **opening)
+    name = device_name(placed)
+    typer.echo(f"device: {placed}" + f" ({name})" * (name != placed.type), err=True)
+    return checkpoint
 
 
 def obtain_plans(

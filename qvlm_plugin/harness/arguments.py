@@ -44,7 +44,7 @@ class ModelArguments(BaseModel):
         None, description="square or pad instead of the checkpoint's; LLaVA's own layout"
     )
     topology: Literal["described", "traced"] = Field(
-        "described", description="traced finds the model's parts by a run, for a family that nobody described"
+        "described", description="traced finds the model's parts by a run, for a family without a description"
     )
     method: str = Field("none", description="quantization method")
     scheme: str = Field("w4a4", description="bit widths, for example w4a4+vision:w8a8")
@@ -54,7 +54,7 @@ class ModelArguments(BaseModel):
     seed: int = Field(0, ge=0, description="of the calibration draw and the search")
     cache: Path | None = Field(
         default_factory=lambda: cache_root() / "plans",
-        description="folder of searched plans, by default in $QVLM_CACHE or ~/.cache/qvlm_plugin; none searches anew",
+        description="folder of searched plans, by default in $QVLM_CACHE or ~/.cache/qvlm_plugin; none: search again",
     )
     backend: str = Field(
         "reference", description="arithmetic of the plan: auto, packed, reference or one kernel's name"

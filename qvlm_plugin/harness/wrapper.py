@@ -54,7 +54,7 @@ from qvlm_plugin.memory import peak_memory, restart_peak
 from qvlm_plugin.models.decoding import plain_config, positions, steering
 from qvlm_plugin.models.finite import finite
 from qvlm_plugin.models.loading import Checkpoint, LoadedModel, load_weights, open_checkpoint
-from qvlm_plugin.models.placement import check_placement, device_name, execution_device
+from qvlm_plugin.models.placement import check_placement, default_device, device_name, execution_device
 from qvlm_plugin.models.pre_quantized import foreign_method
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_calibration, check_request
@@ -483,7 +483,7 @@ def _check_config(arguments: ModelArguments, config: PretrainedConfig) -> None:
 
 def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:
     """This process's device."""
-    wanted = check_placement(arguments.dtype, arguments.device or accelerator.device)
+    wanted = check_placement(arguments.dtype, arguments.device or default_device())
     if processes.count() == 1:
         return wanted
     if arguments.device_map is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qvlm_plugin.kernels.sharing import once
+from qvlm_plugin.kernels import fusable, fused
 from qvlm_plugin.quantizers import by_rows, quantization_step, round_to_codes
 
 LARGEST_SUM = 2.0**14
@@ -100,19 +100,23 @@ def with_encoding(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**tensors, **bounds, "index": index}
 
 
+ENCODING = ("lower", "inverse", "low", "index")
+"""Names of the tensors that `encode` reads."""
+
+
 def encode(x: Tensor, tensors: Mapping[str, Tensor], bits: int, dtype: torch.dtype) -> Tensor:
-    """The codes of ``x`` [..., I] at ``index`` [C], whole numbers in ``dtype`` [N, C]; `once` for a site's Linears."""
+    """The codes of ``x`` [..., I] at ``index`` [C], whole numbers in ``dtype`` [N, C]."""
+    bounds, index = (tensors["lower"], tensors["inverse"], tensors["low"]), tensors["index"]
+    if fusable.channels(x):
+        return fused.codes_of_channels(x, bounds, index, bits, dtype)
 
     def codes(x: Tensor, lower: Tensor, inverse: Tensor, low: Tensor) -> Tensor:
         return round_to_codes(x, lower, inverse, bits).add_(low)
 
-    def compute() -> Tensor:
-        tokens, bounds = x.reshape(-1, x.shape[-1]), (tensors["lower"], tensors["inverse"], tensors["low"])
-        unordered = by_rows(codes, tokens, bounds, dtype)
-        # Codes are ordered rather than inputs, for they are smaller; gather is several times as fast as index_select.
-        return unordered.gather(1, tensors["index"].expand(len(tokens), -1))
-
-    return once(x, tensors, ("lower", "inverse", "low", "index"), ("codes", bits, dtype), compute)
+    tokens = x.reshape(-1, x.shape[-1])
+    unordered = by_rows(codes, tokens, bounds, dtype)
+    # Codes are ordered rather than inputs, for they are smaller; gather is several times as fast as index_select.
+    return unordered.gather(1, index.expand(len(tokens), -1))
 
 
 def unfold(weight: Tensor, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:

@@ -3,6 +3,10 @@
 A weight is ``unit · multiple · (code - zero_point)``, where each output channel has a unit and each of its groups a
 multiple. A multiple times a code is an integer of 8 bits, so one integer product serves all groups. It is exact; units
 and the tokens' steps scale its result in float32.
+
+In 16 bits a weight stays packed at 4 bits. In float32 torch has no fast operator for packed weights, and unpacking one
+for every token takes several times as long as a product in full precision: CPUs hold it as integers of 8 bits there, a
+quarter of float32's bytes.
 """
 
 from collections.abc import Mapping
@@ -15,6 +19,7 @@ from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_pa
 from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.kernels.int4_integers import int4_codes_linear, whole_numbers
 from qvlm_plugin.kernels.int4_product import WIDTH, groups_of_operator, pack_weight
+from qvlm_plugin.kernels.int8_product import int8_linear
 from qvlm_plugin.kernels.token_codes import token_codes
 from qvlm_plugin.packing import pack_codes, unpack_codes
 from qvlm_plugin.quantizers import IntWeight, int_weight
@@ -27,8 +32,6 @@ def _obstacle(
         return "it is for integer weights with progressive scales"
     if activation_format.kind != "dynamic_token":
         return "it is for activations that are rounded per token"
-    if device.type != "cpu":
-        return f"it has no product on {device.type}"
     return INT4.obstacle(weight_format, activation_format, shape, device)
 
 
@@ -57,6 +60,7 @@ def _pack(
 ) -> dict[str, Tensor]:
     kept = {name: tensor.to(device) for name, tensor in tensors.items()}
     codes, multiple, zero_point = (kept.pop(name) for name in ("codes", "multiple", "zero_point"))
+    in_bytes = device.type == "cpu" and kept["unit"].dtype == torch.float32
     unit = kept["unit"] = kept["unit"].float().squeeze(1)
     # The operator gets whole numbers for scales, which bfloat16 holds exactly.
     packed = pack_weight(codes, multiple.bfloat16(), zero_point, device)
@@ -66,13 +70,19 @@ def _pack(
         center = kept["center"].float()
         bias = torch.cat([rows.flatten(1).float() @ center for rows in whole_numbers(packed)]) * unit
         kept["bias"] = bias + kept["bias"].float() if "bias" in kept else bias
+    if in_bytes:
+        packed = {"integers": torch.cat([rows.flatten(1).clone() for rows in whole_numbers(packed)])}
     return {**packed, **kept}
 
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
     codes, step, offset = token_codes(x, tensors, activation_format.bits)
-    weight = (tensors[name] for name in ("packed", "scales_and_zeros", "unit", "row_sum"))
-    return like_input(int4_codes_linear(codes, step, offset, *weight, tensors.get("bias"), x.dtype), x)
+    unit, row_sum, bias = tensors["unit"], tensors["row_sum"], tensors.get("bias")
+    if "integers" in tensors:
+        weight = [tensors["integers"]], unit.unsqueeze(0)
+        return like_input(int8_linear(codes, *weight, bias, x.dtype, step, offset, row_sum), x)
+    weight = tensors["packed"], tensors["scales_and_zeros"]
+    return like_input(int4_codes_linear(codes, step, offset, *weight, unit, row_sum, bias, x.dtype), x)
 
 
 def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> dict[str, Tensor]:

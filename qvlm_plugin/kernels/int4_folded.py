@@ -14,9 +14,10 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, like_input
-from qvlm_plugin.kernels.folding import encode, fold, unfold, with_encoding
+from qvlm_plugin.kernels.folding import ENCODING, encode, fold, unfold, with_encoding
 from qvlm_plugin.kernels.int4 import INT4, dequantize_packed
 from qvlm_plugin.kernels.int4_product import WIDTH, int4_linear, operator_group
+from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.packing import pack_codes
 from qvlm_plugin.quantizers import quantize_int
 
@@ -73,7 +74,8 @@ def _pack(
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
     compute_type = tensors["scales_and_zeros"].dtype
-    codes = encode(x, tensors, activation_format.bits, compute_type)
+    bits = activation_format.bits
+    codes = once(x, tensors, ENCODING, ("codes", bits, compute_type), lambda: encode(x, tensors, bits, compute_type))
     product = int4_linear(codes, tensors["packed"], tensors["scales_and_zeros"])
     output = torch.addcmul(tensors["bias"], product.float(), tensors["multiplier"])
     return like_input(output, x)

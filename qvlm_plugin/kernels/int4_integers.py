@@ -5,27 +5,31 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from qvlm_plugin.kernels.int4_product import UnpackedRows
-from qvlm_plugin.kernels.int8_product import finished
+from qvlm_plugin.kernels.int4_product import UnpackedRows, unpacked_tiles
+from qvlm_plugin.kernels.int8_product import finished, product_of_codes, scaled
 from qvlm_plugin.kernels.operators import operator
 
 FEW_TOKENS = 16
-"""Up to so many tokens of a bfloat16 model torch's operator for packed weights is used on a CPU, which rounds sums to
-that type. In float32 the operator is many times slower than unpacking the weight."""
+"""Up to so many tokens of a bfloat16 model torch's operator for packed weights is used, which rounds sums to that type;
+on CUDA of a float16 model, too. In float32 it is many times slower on a CPU than unpacking the weight."""
 
 _TOKENS = 640
 """Tokens that are multiplied at a time: few enough for their sums to stay in the cache."""
 
 
 def whole_numbers(packed: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """A weight in its units, ``multiple * (code - zero_point)``, some rows at a time: int8 [rows, G, I / G].
+    """A weight in its units, ``multiple * (code - zero_point)``, on a CPU some rows at a time: int8 [rows, G, I / G].
 
     Args:
-        packed: what `pack_weight` makes of codes, multiples (as scales) and zero points, for a CPU.
+        packed: what `pack_weight` makes of codes, multiples (as scales) and zero points.
 
     Yields:
         The same memory for all parts.
     """
+    if packed["packed"].device.type == "cuda":
+        codes, multiple = unpacked_tiles(packed["packed"], packed["scales_and_zeros"])
+        yield codes.mul_(multiple.to(torch.int8).unsqueeze(2))
+        return
     unpacked = UnpackedRows.of(packed["packed"], packed["scales_and_zeros"])
     multiple = packed["scales_and_zeros"][..., 0].t().to(torch.int8).contiguous()
     for start in range(0, len(multiple), unpacked.at_once):
@@ -65,17 +69,22 @@ def int4_codes_linear(
     Returns:
         [N, O].
     """
-    if len(codes) <= FEW_TOKENS and dtype == torch.bfloat16:
-        group = codes.shape[1] // scales_and_zeros.shape[0]
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(codes.bfloat16(), packed, group, scales_and_zeros)
-        return finished(product * unit, bias, step, offset, row_sum).to(dtype)
+    on_cuda = codes.device.type == "cuda"
+    if len(codes) <= FEW_TOKENS and (dtype == torch.bfloat16 or (on_cuda and dtype == torch.float16)):
+        group, operators = codes.shape[1] // scales_and_zeros.shape[0], torch.ops.aten
+        multiply = operators._weight_int4pack_mm if on_cuda else operators._weight_int4pack_mm_for_cpu
+        product = multiply(codes.bfloat16(), packed, group, scales_and_zeros)
+        return scaled(product, unit, bias, dtype, (step, offset, row_sum))
+    if on_cuda:
+        weight = next(whole_numbers({"packed": packed, "scales_and_zeros": scales_and_zeros}))
+        return scaled(product_of_codes(codes, weight.flatten(1)), unit, bias, dtype, (step, offset, row_sum))
     out, row = unit.new_empty(len(codes), len(unit), dtype=dtype), 0
     for weight in whole_numbers({"packed": packed, "scales_and_zeros": scales_and_zeros}):
         rows = slice(row, row + len(weight))
         some_bias = None if bias is None else bias[rows]
         for token in range(0, len(codes), _TOKENS):
             tokens = slice(token, token + _TOKENS)
-            product = torch._int_mm(codes[tokens], weight.flatten(1).t()) * unit[rows]
+            product = product_of_codes(codes[tokens], weight.flatten(1)) * unit[rows]
             out[tokens, rows] = finished(product, some_bias, step[tokens], offset[tokens], row_sum[rows])
         row = rows.stop
     return out

@@ -1,15 +1,16 @@
 """Products with 4-bit weights in torch's own layouts.
 
-torch has operators for few tokens, which read the packed weight once for each: they are private, and every device lays
-codes out in its own way. For many tokens the CPU's operator is slower than a product in the compute type, so there the
-weight is dequantized, rows at a time, and multiplied: outputs of a bfloat16 model are then to the bit those of the
-dequantized weight as a whole. A weight is ``scale * (code - zero_point)``; for the operators ``scale * (code - 8) +
-zero``, where the zero is a multiple of the scale that is rounded to the compute type.
+torch has operators for few tokens, which read the packed weight once for each or for a few of them: they are private,
+and every device lays codes out in its own way. For many tokens they are slower than a product in the compute type, so
+there the weight is dequantized, on CPUs rows at a time, and multiplied: outputs of a bfloat16 model are then to the bit
+those of the dequantized weight as a whole. A weight is ``scale * (code - zero_point)``; for the operators ``scale *
+(code - 8) + zero``, where the zero is a multiple of the scale that is rounded to the compute type.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
@@ -24,8 +25,9 @@ GROUP_SIZES = (256, 128, 64, 32)
 """Input channels to a scale that the operators know, largest first."""
 
 FEW_TOKENS = 64
-"""Up to so many tokens of 16 bits the CPU's packed operator is used (measured at 4096 x 4096, bfloat16, AVX-512, two
-threads: operator 0.20 ms per token; dequantizing 6 ms and then 0.09 ms per token). In float32 it is not vectorized."""
+"""Up to so many tokens of 16 bits the packed operators are used (measured on a CPU at 4096 x 4096, bfloat16, AVX-512,
+two threads: operator 0.20 ms per token; dequantizing 6 ms and then 0.09 ms per token; in float32 it is not vectorized).
+CUDA's reads the weight once for 16 tokens."""
 
 
 def operator_group(group_size: int | None, columns: int) -> int | None:
@@ -81,7 +83,7 @@ def pack_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, device: torch.
     return {"packed": packed, "scales_and_zeros": pairs}
 
 
-@operator("int4_linear", like=lambda x, packed, pairs, *_: pairs.new_empty(x.shape[0], pairs.shape[1]))
+@operator("int4_linear", like=lambda x, packed, pairs, *_: x.new_empty(x.shape[0], pairs.shape[1]))
 def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply with the transpose of a packed weight, and add a bias.
 
@@ -91,20 +93,57 @@ def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tenso
         bias: [O] or None.
 
     Returns:
-        [N, O] in the dtype of ``scales_and_zeros``, whatever that of ``x``.
+        [N, O] in the dtype of ``x``.
     """
-    group = x.shape[1] // scales_and_zeros.shape[0]
-    x = x.to(scales_and_zeros.dtype).contiguous()
-    if x.device.type == "cpu" and (len(x) > FEW_TOKENS or x.dtype == torch.float32):
-        return _times_dequantized(x, packed, scales_and_zeros, bias)
-    operators = torch.ops.aten
-    operator = operators._weight_int4pack_mm if x.device.type == "cuda" else operators._weight_int4pack_mm_for_cpu
-    product = operator(x, packed, group, scales_and_zeros)
+    on_cuda, few = x.device.type == "cuda", len(x) <= FEW_TOKENS
+    if on_cuda and not few:
+        return F.linear(x, _dequantized_tiles(packed, scales_and_zeros, x.dtype), bias)
+    operand = x.to(scales_and_zeros.dtype).contiguous()
+    if not on_cuda and (not few or operand.dtype == torch.float32):
+        return _times_dequantized(operand, packed, scales_and_zeros, bias).to(x.dtype)
+    operators, group = torch.ops.aten, x.shape[1] // scales_and_zeros.shape[0]
+    operator = operators._weight_int4pack_mm if on_cuda else operators._weight_int4pack_mm_for_cpu
+    product = operator(operand, packed, group, scales_and_zeros).to(x.dtype)
     return product if bias is None else product.add_(bias)
 
 
+def _dequantized_tiles(packed: Tensor, scales_and_zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight that CUDA's layout stands for: [O, I] in ``dtype``."""
+    grouped, scale = unpacked_tiles(packed, scales_and_zeros)
+    return grouped.to(dtype).mul_(scale.to(dtype).unsqueeze(2)).flatten(1)
+
+
+def unpacked_tiles(packed: Tensor, scales_and_zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes in CUDA's layout less their zero points, int8 [O, G, I / G], and the scales [O, G]."""
+    codes = _codes_of_tiles(packed).view(torch.int8)
+    scale, zero_point = _scale_and_zero_point(scales_and_zeros)
+    return codes.view(len(codes), scale.shape[1], -1).sub_(zero_point.unsqueeze(2)), scale
+
+
+def _codes_of_tiles(packed: Tensor) -> Tensor:
+    """The codes in CUDA's layout, int32 [O / 8, I / 16 tiles, 32, tiles / 2]: uint8 [O, I].
+
+    The layout is torch's (aten/src/ATen/native/cuda/int4mm.cu): of tiles of 8 rows and 16 columns, each of 32 threads
+    has a row and four columns, a quarter of them in each half of a row. A word has these of two neighbouring tiles: in
+    its first two bytes even columns, in the others odd ones; the lower halves of bytes are of the tile's first half.
+    """
+    blocks, columns, _, words = packed.shape
+    by_thread = packed.view(torch.uint8).view(blocks, columns, 8, 4, words, 2, 2).permute(0, 2, 1, 4, 6, 3, 5)
+    codes = by_thread.new_empty(8 * blocks, 32 * columns * words)
+    low, high = codes.view(blocks, 8, columns, words, 2, 2, 4, 2).unbind(5)
+    torch.bitwise_and(by_thread, 15, out=low)
+    torch.bitwise_right_shift(by_thread, 4, out=high)
+    return codes
+
+
+def _scale_and_zero_point(scales_and_zeros: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight's scales [O, G] in the dtype that they have, and its zero points, int8 [O, G]."""
+    scale, zero = (pair.t().contiguous() for pair in scales_and_zeros.unbind(-1))
+    return scale, (8 - zero.float() / scale.float()).round().to(torch.int8)  # exact again
+
+
 def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None) -> Tensor:
-    """`int4_linear` for many tokens on a CPU."""
+    """`int4_linear` for many tokens on a CPU; ``x`` is contiguous."""
     unpacked = UnpackedRows.of(packed, scales_and_zeros)
     scale = scales_and_zeros[..., 0].t().contiguous()
     weight = x.new_empty(unpacked.at_once, x.shape[1])  # one for all parts, as new memory costs as much as arithmetic
@@ -136,8 +175,7 @@ class UnpackedRows:
     @classmethod
     def of(cls, packed: Tensor, scales_and_zeros: Tensor) -> "UnpackedRows":
         """Those of a weight as `pack_weight` lays it out."""
-        scale, zero = (pair.t() for pair in scales_and_zeros.unbind(-1))
-        zero_point = (8 - zero.float() / scale.float()).round().to(torch.int8).contiguous()  # exact again
+        _, zero_point = _scale_and_zero_point(scales_and_zeros)
         rows, half = packed.shape
         some = rows_at_once(rows, 2 * half, _block_rows())
         memory = (packed.new_empty(some, width) for width in (2 * half, half))

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
-from qvlm_plugin.kernels.folding import encode, fold, unfold, with_encoding
+from qvlm_plugin.kernels.folding import ENCODING, encode, fold, unfold, with_encoding
 from qvlm_plugin.kernels.int8_product import int8_linear, int8_weight_linear, round_to_int8
 from qvlm_plugin.kernels.reference import quantized_values
 from qvlm_plugin.kernels.segments import segment_widths
+from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.kernels.token_codes import token_codes
 
 NARROWEST, WIDEST = 5, 8
@@ -118,21 +119,25 @@ def _pad(x: Tensor, width: int) -> Tensor:
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
     tokens = x.reshape(-1, x.shape[-1])
     if activation_format.kind == "none":
-        output = int8_weight_linear(tokens, tensors["codes_0"], tensors["scale"][0].to(x.dtype))
+        output = int8_weight_linear(tokens, tensors["codes_0"], tensors["scale"][0])
         return like_input(output + tensors["bias"] if "bias" in tensors else output, x)
-    bits, step, offset = activation_format.bits, None, None
+    bits, step, offset, sums = activation_format.bits, None, None, None
     if activation_format.kind == "static_channel":
-        codes = encode(x, tensors, bits, torch.int8)
+        codes, sums = once(x, tensors, ENCODING, ("codes and sums", bits), lambda: _channel_codes(x, tensors, bits))
     else:
         codes, step, offset = token_codes(x, tensors, bits)
         codes = _pad(codes, tensors["codes_0"].shape[1])
     output = int8_linear(
         codes, _segments(tensors), tensors["scale"], tensors.get("bias"), x.dtype, step, offset, tensors.get("row_sum")
     )
-    if activation_format.kind == "static_channel":
-        # NaN has a code like every number, and an overflow above would end here unseen.
-        output.add_(tokens.sum(dim=-1, keepdim=True, dtype=torch.float32), alpha=0)
-    return like_input(output, x)
+    return like_input(output if sums is None else output.add_(sums, alpha=0), x)
+
+
+def _channel_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor]:
+    """Codes, see `encode`, and the tokens' sums [N, 1]: what is not a number has a code like every number, and an
+    overflow above would end in it unseen."""
+    sums = x.reshape(-1, x.shape[-1]).sum(dim=-1, keepdim=True, dtype=torch.float32)
+    return encode(x, tensors, bits, torch.int8), sums
 
 
 def _segments(tensors: Mapping[str, Tensor]) -> list[Tensor]:

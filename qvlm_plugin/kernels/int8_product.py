@@ -1,18 +1,20 @@
 """Products with 8-bit weights: of integer codes, and of inputs in the compute type."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qvlm_plugin.kernels import fusable, fused
 from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
 from qvlm_plugin.kernels.operators import operator
 from qvlm_plugin.quantizers import by_rows, largest_magnitude
 
 FEW_TOKENS = 16
-"""Up to so many tokens the CPU's operator for 8-bit weights is used (measured at 2048 x 2048, bfloat16, AVX-512, one
-thread: 0.11 ms per token; dequantizing 0.9 ms and then 0.05 ms per token)."""
+"""Up to so many tokens torch's operator for 8-bit weights is used (measured on a CPU at 2048 x 2048, bfloat16, AVX-512,
+one thread: 0.11 ms per token; dequantizing 0.9 ms and then 0.05 ms per token). CUDA's reads the weight for every 16."""
 
 _TOKENS, _OUTPUTS = 640, 2**20
 """Tokens and outputs that are multiplied at a time on a CPU: 4 MB of float32. Larger temporaries are new memory at each
@@ -61,11 +63,12 @@ def int8_linear(
         [N, O]; each segment's sums are exact, and scaled and added in float32.
     """
     count, rows = len(codes), scale.shape[1]
-    if codes.device.type == "cuda" and count < _CUDA_ROWS:
-        codes = F.pad(codes, (0, 0, 0, _CUDA_ROWS - count))
+    if fusable.products(codes, dtype, len(weights)):
+        steps = None if step is None else (step, offset, row_sum)
+        return fused.multiply_codes(codes, weights, scale, bias, dtype, steps)
     parts = [part.contiguous() for part in codes.split([weight.shape[1] for weight in weights], dim=1)]
     if codes.device.type != "cpu" or (count <= _TOKENS and count * rows <= _OUTPUTS):
-        total = _scaled_sum(parts, weights, scale.unbind())[:count]
+        total = _scaled_sum(parts, weights, scale.unbind())
         return finished(total, bias, step, offset, row_sum).to(dtype)
     out, some = scale.new_empty(count, rows, dtype=dtype), max(1, _OUTPUTS // min(count, _TOKENS))
     for row in range(0, rows, some):
@@ -82,10 +85,38 @@ def int8_linear(
 
 def _scaled_sum(parts: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
     """Exact products of segments, scaled and added in float32: [N, O]."""
-    total = torch._int_mm(parts[0], weights[0].t()) * scales[0]
+    total = product_of_codes(parts[0], weights[0]) * scales[0]
     for part, weight, scale in zip(parts[1:], weights[1:], scales[1:], strict=True):
-        total.addcmul_(torch._int_mm(part, weight.t()), scale)
+        total.addcmul_(product_of_codes(part, weight), scale)
     return total
+
+
+def product_of_codes(codes: Tensor, weight: Tensor) -> Tensor:
+    """Exact product of int8 [N, I] and the transpose of int8 [O, I]: int32 [N, O]."""
+    if codes.device.type == "cuda" and len(codes) < _CUDA_ROWS:
+        return torch._int_mm(F.pad(codes, (0, 0, 0, _CUDA_ROWS - len(codes))), weight.t())[: len(codes)]
+    return torch._int_mm(codes, weight.t())
+
+
+def scaled(
+    product: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    steps: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """The product of the values that codes stand for: [N, O] in ``dtype``, computed in float32.
+
+    Args:
+        product: of codes, [N, O].
+        scale: of the weight's rows, float32 [O].
+        bias: [O] or None.
+        dtype: of the result.
+        steps: ``step``, ``offset`` and ``row_sum``, see `int8_linear`.
+    """
+    if fusable.scaling(product, dtype):
+        return fused.scale_product(product, scale, bias, dtype, steps)
+    return finished(product * scale, bias, *steps).to(dtype)
 
 
 def finished(
@@ -104,19 +135,26 @@ def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     Args:
         x: [N, I].
         weight: int8 [O, I].
-        scale: [O] in the dtype of ``x``.
+        scale: float32 [O].
 
     Returns:
         [N, O] in the dtype of ``x``.
     """
-    if x.device.type == "cpu" and 0 < len(x) <= FEW_TOKENS:
-        return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, scale)
+    if 0 < len(x) <= FEW_TOKENS and _has_operator(x.device.type):
+        operand_scale = scale.to(x.dtype) if x.device.type == "cpu" else scale
+        return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, operand_scale)
     if x.device.type != "cpu":
-        return F.linear(x, weight.to(x.dtype).mul_(scale.unsqueeze(1)))
-    some = rows_at_once(*weight.shape, 1)
+        return F.linear(x, torch.mul(weight, scale.unsqueeze(1), out=x.new_empty(weight.shape)))
+    some, scale = rows_at_once(*weight.shape, 1), scale.to(x.dtype).unsqueeze(1)
     part = x.new_empty(some, weight.shape[1])
 
     def dequantize(span: slice) -> Tensor:
-        return part[: span.stop - span.start].copy_(weight[span]).mul_(scale[span].unsqueeze(1))
+        return part[: span.stop - span.start].copy_(weight[span]).mul_(scale[span])
 
     return product_by_rows(x, len(weight), some, dequantize, None)
+
+
+@cache
+def _has_operator(device_type: str) -> bool:
+    """Whether this version of torch multiplies with 8-bit weights there: on CUDA since 2.9."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", device_type.upper())

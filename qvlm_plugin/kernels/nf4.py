@@ -2,7 +2,8 @@
 
 Codes and block scales are this package's own (`quantizers`), and in bitsandbytes' layout: outputs equal the reference's
 up to rounding. For many tokens on a CPU the weight is dequantized, rows at a time: outputs of a bfloat16 model are then
-the reference's to the bit. The package is imported when a weight is packed, not before.
+the reference's to the bit. On CUDA bitsandbytes' operator does that for many tokens itself, and dequantizes the scales
+of doubly quantized weights where it reads them. The package is imported when a weight is packed, not before.
 """
 
 import logging
@@ -18,7 +19,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from qvlm_plugin.formats import NF_BLOCK, ActivationFormat, WeightFormat
+from qvlm_plugin.formats import NF_BLOCK, SCALE_BLOCK, ActivationFormat, WeightFormat
 from qvlm_plugin.kernels.base import Kernel, corrected_bias, like_input, with_parameters
 from qvlm_plugin.kernels.dequantized import product_by_rows, rows_at_once
 from qvlm_plugin.kernels.operators import operator
@@ -180,13 +181,16 @@ def nf4_linear(
         return x.new_empty(0, len(codes))
     if x.device.type == "cpu" and len(x) > FEW_TOKENS:
         return _times_dequantized(x, codes, _dequantized_scales(scales), codebook, tile_scale is not None, bias)
+    shape, multiply = (len(codes), x.shape[1]), _bitsandbytes().matmul_4bit
+    if x.device.type == "cuda":  # whose operator chooses itself how many tokens are many
+        return multiply(x, codes, quant_state=_nested_state(scales, codebook, shape), bias=bias)
     if tile_scale is None:
-        state = _state(_dequantized_scales(scales), codebook, (len(codes), x.shape[1]))
+        state = _state(_dequantized_scales(scales), codebook, shape)
         codes = codes.view(1, -1)
     else:
-        state = _state(tile_scale, codebook, (len(codes), x.shape[1]))
+        state = _state(tile_scale, codebook, shape)
         state.packing_format_for_cpu = True
-    product = _bitsandbytes().matmul_4bit(x, codes, quant_state=state)
+    product = multiply(x, codes, quant_state=state)
     return product if bias is None else product.add_(bias)
 
 
@@ -240,6 +244,17 @@ def _state(scale: Tensor, codebook: Tensor, shape: tuple[int, int]) -> "QuantSta
     return _bitsandbytes().functional.QuantState(
         scale, shape=torch.Size(shape), code=codebook, blocksize=NF_BLOCK, quant_type="nf4", dtype=codebook.dtype
     )
+
+
+def _nested_state(scales: list[Tensor], codebook: Tensor, shape: tuple[int, int]) -> "QuantState":
+    """`_state` for bitsandbytes' operator on CUDA, which dequantizes doubly quantized ``scales`` itself."""
+    if len(scales) == 1:
+        return _state(scales[0], codebook, shape)
+    values, codes, largest, offset = scales
+    state = _state(codes, codebook, shape)
+    of_scales = _bitsandbytes().functional.QuantState(largest, code=values, blocksize=SCALE_BLOCK, dtype=torch.float32)
+    state.state2, state.offset, state.nested = of_scales, offset.view(()), True
+    return state
 
 
 @cache

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from qvlm_plugin.formats import ActivationFormat
+from qvlm_plugin.kernels import fusable, fused
 from qvlm_plugin.kernels.reference import round_activation
 from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.quantizers import quantization_step, round_to_points
@@ -26,8 +27,12 @@ def round_input(x: Tensor, activation_format: ActivationFormat, tensors: Mapping
     names = ("lower", "step", "inverse") if static else activation_format.parameters
 
     def compute() -> Tensor:
+        bits = activation_format.bits
         if static:
-            return round_to_points(x, *(tensors[name] for name in names), activation_format.bits)
+            points = fused.points_of_channels if fusable.channels(x) else round_to_points
+            return points(x, *(tensors[name] for name in names), bits)
+        if activation_format.kind == "dynamic_token" and fusable.tokens(x):
+            return fused.points_of_tokens(x, tensors["clip_ratio"], tensors.get("center"), bits)
         return round_activation(x, activation_format, tensors)
 
     return once(x, tensors, names, ("points", activation_format), compute)

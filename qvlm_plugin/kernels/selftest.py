@@ -1,7 +1,8 @@
 """Does a kernel compute here what it should? Private operators change between versions of torch, and between devices.
 
 The problem is one on which every kernel should equal the reference arithmetic: static steps are the same for all
-channels, so that folding them loses nothing.
+channels, so that folding them loses nothing; or, for weights that 8-bit containers hold, for the channels of each half,
+which are then multiplied as two segments.
 """
 
 from collections.abc import Callable
@@ -91,10 +92,13 @@ def _tested(kernel: Kernel, failed: Callable[[str, WeightFormat, ActivationForma
 
 def _parameters(weight: Tensor, weight_format: WeightFormat, activation_format: ActivationFormat) -> dict[str, Tensor]:
     levels = 2**activation_format.bits - 1
-    lower = -_STEP * (levels // 2 + torch.arange(SHAPE[1]) % 2)
+    step = torch.full((SHAPE[1],), _STEP)
+    if weight_format.bits > 4:
+        step[: SHAPE[1] // 2] /= 16
+    lower = -step * (levels // 2 + torch.arange(SHAPE[1]) % 2)
     values = {
         "lower": lower,
-        "upper": lower + _STEP * levels,
+        "upper": lower + step * levels,
         "clip_ratio": torch.ones(1),
         "center": _STEP * (torch.arange(SHAPE[1]) % 5).float(),
         "clip": torch.ones(SHAPE[0], weight_format.groups(SHAPE) // SHAPE[0] or 1),

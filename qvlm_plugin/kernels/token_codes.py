@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qvlm_plugin.kernels import fusable, fused
 from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.quantizers import by_rows, quantization_step, round_to_codes, token_range
 
@@ -26,6 +27,8 @@ def token_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Te
         return round_to_codes(x, lower, inverse, bits).sub_(zero_point)
 
     def compute() -> tuple[Tensor, Tensor, Tensor]:
+        if fusable.tokens(x):
+            return fused.codes_of_tokens(x, tensors["clip_ratio"], tensors.get("center"), bits)
         tokens = x.reshape(-1, x.shape[-1])
         tokens = tokens.float() - tensors["center"] if "center" in tensors else tokens
         lower, upper = token_range(tokens, tensors["clip_ratio"])

@@ -1,13 +1,13 @@
-"""Local folders of checkpoints, wherever they come from."""
+"""Local folders of checkpoints, wherever they come from, and repositories that they are uploaded to."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.reading import one_line
+from qvlm_plugin.reading import one_line, parsed_elsewhere
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 """Configuration, tokenizer, processor and generation."""
@@ -56,3 +56,23 @@ def with_weights(name: str, source: str, names: Sequence[str], revision: str | N
         if any(folder.glob(f"{stem}*.{suffix}")):
             break
     return folder
+
+
+def create_repository(repository: str) -> None:
+    """Create a model repository on the hub, unless it is there.
+
+    Raises:
+        QVLMError: the name is not one, nobody is logged in, may not write there, or the hub cannot be reached.
+    """
+    with parsed_elsewhere(f"--push-to-hub {repository}: the hub does not take it (log in with hf auth login)"):
+        HfApi().create_repo(repository, exist_ok=True)
+
+
+def upload(folder: Path, repository: str) -> str:
+    """Upload a folder's files to a repository; returns its address.
+
+    Raises:
+        QVLMError: it does not work; the folder stays.
+    """
+    with parsed_elsewhere(f"{folder} is written but not uploaded; hf upload {repository} {folder} tries again"):
+        return str(HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Quantized checkpoint"))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.hooks import AlignDevicesHook
+from accelerate.utils import parse_flag_from_env
 from accelerate.utils.modeling import has_offloaded_params
 from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
@@ -15,6 +16,15 @@ from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrain
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.dtypes import DTYPES
 from qvlm_plugin.reading import one_line
+
+
+def default_device() -> torch.device:
+    """Where a model runs if nobody names a device: the accelerator that torch finds, else the CPU.
+
+    As in accelerate, ACCELERATE_USE_CPU=true in the environment means the CPU.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None or parse_flag_from_env("ACCELERATE_USE_CPU") else accelerator
 
 
 def check_placement(dtype: str, device: str | torch.device) -> torch.device:

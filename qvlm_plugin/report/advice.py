@@ -1,208 +1,287 @@
-"""Which bits to use: what each quantized run loses against its size, and whether the evaluation can tell."""
+"""Which quantized scheme to choose: its loss of accuracy against its packed size, as far as the runs decide it."""
 
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.reading import read_json
-from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
-from qvlm_plugin.report.leaderboard.tables import size
-from qvlm_plugin.report.paired import Estimate, difference_text
+from qvlm_plugin.report.paired import difference_text
 from qvlm_plugin.report.pooled import Pooled, pool
-from qvlm_plugin.report.results import Grid
+from qvlm_plugin.report.results import Grid, size
 from qvlm_plugin.report.samples import RunSamples
-from qvlm_plugin.report.shares import PERCENT, number_text
+from qvlm_plugin.report.shares import PERCENT, unit_text
 
-KEPT, LOST, UNDECIDED = "within tolerance", "loses more", "undecided"
+SAME = ("model_fingerprint", "method", "scheme", "options", "backend", "dtype", "device")
+"""Facts that the runs of one choice share. They may differ in tasks and in the seed of the calibration draw."""
+
+HEADER = ("method", "scheme", "calibration", "packed size", "tokens/s", "seeds", "documents", "difference", "verdict")
+
+_NONE_SEEN = -math.log(0.025)
+"""Among n documents without a change, a share of changes up to this number divided by n cannot be excluded (95 %)."""
+
+
+class Verdict(Enum):
+    """Whether a choice loses more than the tolerance."""
+
+    RECOMMENDED = "recommended"
+    UNDECIDED = "undecided"
+    WORSE = "loses more"
 
 
 @dataclass(frozen=True)
-class Option:
-    """A method at a scheme, over the seeds that were evaluated.
+class Choice:
+    """One way to quantize a model, with what its runs say about it.
 
     Attributes:
-        method, scheme, backend: of its runs.
-        pooled: its runs against full precision, on the average of the tasks.
-        packed_bytes: the size of the model, everything counted: weights packed, all else in 16 bits. None where the
-            runs do not record it.
-        tokens_per_second: of packed runs, their mean; None where the arithmetic was simulated.
-        judgement: `KEPT` where the 95 % interval of the difference lies within the tolerance, `LOST` where all of it
-            lies below, else `UNDECIDED`.
+        model: the checkpoint's name.
+        method, scheme: what was evaluated.
+        calibration: source of the samples; empty where none were drawn.
+        variant: options in which it differs from other choices of the same method, scheme and calibration.
+        simulated: whether its runs simulate low bits, so that nothing is known about their speed.
+        packed_bytes: size of the weights under the scheme; None where no run says.
+        tokens_per_second: mean over packed runs; None where there are none.
+        tasks: over which it is compared.
+        pooled: score and difference from full precision, averaged over tasks and seeds.
     """
 
+    model: str
     method: str
     scheme: str
-    backend: str | None
-    pooled: Pooled
+    calibration: str
+    variant: str
+    simulated: bool
     packed_bytes: int | None
     tokens_per_second: float | None
-    judgement: str
+    tasks: tuple[str, ...]
+    pooled: Pooled
 
     @property
     def name(self) -> str:
         """For sentences."""
-        return f"{self.method} {self.scheme}"
+        details = ", ".join(filter(None, (self.variant, self.calibration)))
+        return f"{self.method} {self.scheme}" + (f" ({details})" if details else "")
 
     @property
-    def difference(self) -> str:
-        """Of the scores, with its interval."""
-        return difference_text(self.pooled.difference, self.pooled.scale)
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the difference from full precision.
+
+        For shares it reaches at least as far as `_NONE_SEEN` divided by the number of clusters: where few documents
+        change, the t interval is too narrow, and it has no width where none do.
+        """
+        difference = self.pooled.difference
+        reach = _NONE_SEEN / self.pooled.clusters if self.pooled.scale == PERCENT else 0.0
+        return min(difference.low, difference.value - reach), max(difference.high, difference.value + reach)
+
+    def verdict(self, tolerance: float) -> Verdict:
+        """Whether the interval excludes a drop above ``tolerance``, given in the unit of tables (points for shares)."""
+        low, high = (self.pooled.scale * edge for edge in self.interval)
+        if low >= -tolerance:
+            return Verdict.RECOMMENDED
+        return Verdict.WORSE if high < -tolerance else Verdict.UNDECIDED
+
+    def row(self, tolerance: float) -> dict[str, Any]:
+        """As JSON data; differences are in the metric's own unit."""
+        low, high = self.interval
+        names = ("model", "method", "scheme", "calibration", "variant", "simulated", "packed_bytes")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "tokens_per_second": self.tokens_per_second,
+            "tasks": [*self.tasks],
+            "seeds": self.pooled.seeds,
+            "documents": self.pooled.documents,
+            "score": self.pooled.score.value,
+            "difference": self.pooled.difference.value,
+            "difference_low": None if math.isnan(low) else low,
+            "difference_high": None if math.isnan(high) else high,
+            "verdict": self.verdict(tolerance).value,
+        }
 
 
-def options_of(runs: Sequence[RunSamples], metric: str, tolerance: float) -> list[Option]:
-    """What there is to choose from, the smallest first.
+@dataclass(frozen=True)
+class _Runs:
+    """The runs of one choice by seed, their tasks joined."""
+
+    facts: Mapping[str, Any]
+    by_seed: Mapping[Any, RunSamples]
+    speeds: tuple[float, ...]
+
+
+def find_choices(
+    runs: Sequence[RunSamples], metric: str, speeds: Mapping[Path, float | None]
+) -> tuple[list[Choice], list[str]]:
+    """Compare each quantized choice with full precision of the same model, on the same documents.
 
     Args:
-        runs: of one model, one of them in full precision, all over the same documents; runs that differ in nothing but
-            the seed of their calibration samples are one option.
+        runs: of any models, methods, tasks and seeds; those of other packages' models are left out.
         metric: of the tasks.
-        tolerance: how much lower a score may be, in points where scores are shares, else in their unit.
-
-    Raises:
-        QVLMError: full precision is missing or there twice, nothing is quantized, the runs are of several models or of
-            different documents, or the metric is missing.
-    """
-    facts = {run.file: parse_results(read_json(run.file), run.file) for run in runs}
-    for run in runs:
-        if run.run is None:
-            raise QVLMError(f"{run.file} is not a run of qvlm_plugin: its method and size are not recorded")
-    if len(models := {one.qvlm.model_fingerprint or one.qvlm.pretrained for one in facts.values()}) > 1:
-        raise QVLMError(f"the runs are of {len(models)} models; name those of one")
-    full = [run for run in runs if facts[run.file].qvlm.method == "none"]
-    if len(full) != 1:
-        raise QVLMError(f"there are {len(full)} runs of full precision (method none); name exactly one")
-    groups: dict[str, list[RunSamples]] = defaultdict(list)
-    for run in runs:
-        if run is not full[0]:
-            groups[_without_seed(facts[run.file])].append(run)
-    if not groups:
-        raise QVLMError("there is no run of a quantized model to choose from")
-    found = [_option(full[0], own, [facts[run.file] for run in own], (metric, tolerance)) for own in groups.values()]
-    return sorted(found, key=lambda one: (one.packed_bytes or math.inf, -one.pooled.difference.value))
-
-
-def _without_seed(facts: ResultsFile) -> str:
-    run = facts.qvlm
-    source = run.calibration and run.calibration.model_dump(include={"source"})
-    return json.dumps([run.method, run.scheme, run.options, run.backend, run.dtype, source], sort_keys=True)
-
-
-def _option(
-    full: RunSamples, runs: Sequence[RunSamples], facts: Sequence[ResultsFile], asked: tuple[str, float]
-) -> Option:
-    metric, tolerance = asked
-    row = pool([(full, run) for run in runs], metric)[-1]
-    speeds = [one.tokens_per_second for one in facts if one.tokens_per_second is not None]
-    sizes = [one.qvlm.packed_bytes for one in facts if one.qvlm.packed_bytes is not None]
-    return Option(
-        method=facts[0].qvlm.method,
-        scheme=facts[0].qvlm.scheme,
-        backend=facts[0].qvlm.backend,
-        pooled=row,
-        packed_bytes=max(sizes) if sizes else None,
-        tokens_per_second=sum(speeds) / len(speeds) if speeds else None,
-        judgement=judge(row.difference, tolerance / row.scale),
-    )
-
-
-def judge(difference: Estimate, tolerance: float) -> str:
-    """Whether a difference to full precision is within the tolerance, by its interval; NaN leaves it undecided."""
-    if difference.low >= -tolerance:
-        return KEPT
-    return LOST if difference.high < -tolerance else UNDECIDED
-
-
-def choose(options: Sequence[Option], memory: float | None) -> Option | None:
-    """The option to use: of those within the tolerance the smallest; with a limit, of those that fit the most accurate.
-
-    Accurate is what has the highest lower end of its interval. Where nothing is within the tolerance, the best of the
-    undecided is taken.
-
-    Args:
-        options: see `options_of`.
-        memory: bytes that the packed model may take; None sets no limit.
+        speeds: generated tokens per second by results file, None where low bits are simulated.
 
     Returns:
-        None where nothing fits, or everything that fits loses more than the tolerance.
+        The choices by packed size, and a line for each that cannot be compared.
     """
-    fitting = [one for one in options if one.packed_bytes is not None and one.packed_bytes <= (memory or math.inf)]
-    for judgement in (KEPT, UNDECIDED):
-        if able := [one for one in fitting if one.judgement == judgement]:
-            if memory is None and judgement == KEPT:
-                return min(able, key=lambda one: one.packed_bytes)
-            return max(able, key=lambda one: (one.pooled.difference.low, one.pooled.difference.value))
-    return None
+    known = [_joined(own, speeds) for own in _grouped(run for run in runs if run.run)]
+    baselines = [one for one in known if one.facts["method"] == "none"]
+    found, trouble = [], [f"{run.file}: a model of another package; left out" for run in runs if not run.run]
+    for one in known:
+        if one.facts["method"] == "none":
+            continue
+        try:
+            found.append(_choice(one, baselines, metric))
+        except QVLMError as error:
+            trouble.append(f"{one.facts['method']} {one.facts['scheme']}: {error}")
+    return _with_variants(sorted(found, key=lambda pair: pair[0].packed_bytes or math.inf)), trouble
 
 
-def advice_text(options: Sequence[Option], memory: float | None, tolerance: float) -> str:
-    """What to use and how sure that is, in one or two sentences."""
-    sizes = [one.packed_bytes for one in options if one.packed_bytes is not None]
-    if not sizes:
-        return "No run records its packed size; evaluate again with this version."
-    budget = "" if memory is None else f" in {size(int(memory))}"
-    unit = " points" if options[0].pooled.scale == PERCENT else ""
-    limit = f"{tolerance:g}{unit}"
-    chosen = choose(options, memory)
-    if chosen is None and min(sizes) > (memory or math.inf):
-        return f"Nothing fits{budget}: the smallest is {options[0].name} with {size(options[0].packed_bytes)}."
-    if chosen is None:
-        return f"Nothing{budget and ' that fits' + budget} stays within {limit} of full precision."
-    found = f"{chosen.name} ({size(chosen.packed_bytes)}, {chosen.difference}{unit} from full precision)"
-    if chosen.judgement == KEPT:
-        return f"Use {found}{budget and f': the most accurate{budget}'}. It stays within {limit}."
+def _grouped(runs: Iterable[RunSamples]) -> list[list[RunSamples]]:
+    groups: dict[str, list[RunSamples]] = defaultdict(list)
+    for run in runs:
+        key = {name: run.run.get(name) for name in SAME} | {"source": _calibration(run.run).get("source")}
+        groups[json.dumps(key, sort_keys=True, default=str)].append(run)
+    return [*groups.values()]
+
+
+def _calibration(facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    return facts.get("calibration") or {}
+
+
+def _joined(runs: Sequence[RunSamples], speeds: Mapping[Path, float | None]) -> _Runs:
+    by_seed: dict[Any, RunSamples] = {}
+    for run in sorted(runs, key=lambda run: run.file.name):  # names begin with the time: the newest run of a task stays
+        seed = _calibration(run.run).get("seed")
+        tasks = {**by_seed[seed].tasks, **run.tasks} if seed in by_seed else run.tasks
+        by_seed[seed] = replace(run, tasks=tasks)
+    return _Runs(runs[0].run, by_seed, tuple(speed for run in runs if (speed := speeds.get(run.file))))
+
+
+def _choice(one: _Runs, baselines: Sequence[_Runs], metric: str) -> tuple[Choice, Mapping[str, Any]]:
+    facts, runs = one.facts, one.by_seed.values()
+    if any(_calibration(run.run).get("documents_also_evaluated") for run in runs):
+        raise QVLMError("calibrated on evaluated documents; left out")
+    baseline = _baseline(facts, baselines)
+    shared = set(baseline.tasks).intersection(*(run.tasks for run in runs))
+    if not shared:
+        raise QVLMError("full precision was not evaluated on its tasks; left out")
+    only = [replace(run, tasks={task: run.tasks[task] for task in sorted(shared)}) for run in (baseline, *runs)]
+    *_, pooled = pool([(only[0], run) for run in only[1:]], metric)
+    choice = Choice(
+        model=str(facts.get("pretrained") or "model"),
+        method=facts["method"],
+        scheme=facts["scheme"],
+        calibration=str(_calibration(facts).get("source") or ""),
+        variant="",
+        simulated=facts.get("backend") == "reference",
+        packed_bytes=facts.get("packed_bytes"),
+        tokens_per_second=sum(one.speeds) / len(one.speeds) if one.speeds else None,
+        tasks=tuple(sorted(shared)),
+        pooled=pooled,
+    )
+    return choice, facts
+
+
+def _baseline(facts: Mapping[str, Any], baselines: Sequence[_Runs]) -> RunSamples:
+    """Full precision of the same checkpoint, if possible in the same compute type and on the same device."""
+    own = [one for one in baselines if one.facts.get("model_fingerprint") == facts.get("model_fingerprint")]
+    if not own:
+        raise QVLMError("there is no run of method=none with the same checkpoint; left out")
+    alike = lambda one: sum(one.facts.get(name) == facts.get(name) for name in ("dtype", "device"))  # noqa: E731
+    return next(iter(max(own, key=alike).by_seed.values()))
+
+
+def _with_variants(found: Sequence[tuple[Choice, Mapping[str, Any]]]) -> list[Choice]:
+    """The choices, those of the same name told apart by their options, backend, compute type or device."""
+    named: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    every = [{**(facts.get("options") or {}), **{name: facts.get(name) for name in SAME[4:]}} for _, facts in found]
+    for (choice, _), options in zip(found, every, strict=True):
+        named[choice.model, choice.name].append(options)
+    choices = []
+    for (choice, _), options in zip(found, every, strict=True):
+        others = named[choice.model, choice.name]
+        differing = [name for name in options if any(other.get(name) != options[name] for other in others)]
+        choices.append(replace(choice, variant=", ".join(f"{name}={options[name]}" for name in differing)))
+    return choices
+
+
+def choices_grid(choices: Sequence[Choice], tolerance: float) -> Grid:
+    """One row for each choice."""
+    return Grid(HEADER, tuple(_cells(choice, tolerance) for choice in choices))
+
+
+def _cells(choice: Choice, tolerance: float) -> tuple[str, ...]:
+    pooled, speed = choice.pooled, choice.tokens_per_second
+    low, high = choice.interval
     return (
-        f"Nothing{budget} is known to stay within {limit}. Closest is {found}: evaluate more documents or seeds to "
-        f"decide. Its interval is {_width(chosen.pooled.difference, chosen.pooled.scale)}{unit} wide."
+        f"{choice.method} ({choice.variant})" if choice.variant else choice.method,
+        choice.scheme,
+        choice.calibration,
+        size(choice.packed_bytes),
+        "simulated" if choice.simulated else "" if speed is None else f"{speed:.1f}",
+        str(pooled.seeds),
+        f"{pooled.documents:,}",
+        difference_text(replace(pooled.difference, low=low, high=high), pooled.scale, decimals=1),
+        choice.verdict(tolerance).value,
     )
 
 
-def _width(estimate: Estimate, scale: int) -> str:
-    return number_text(estimate.high - estimate.low, scale)
+def advice(choices: Sequence[Choice], memory: float | None, tolerance: float) -> list[str]:
+    """What to choose for one model, in sentences.
+
+    Args:
+        choices: of one model.
+        memory: bytes that weights may take; None for any.
+        tolerance: drop that is accepted, in the unit of tables (points for shares).
+    """
+    fitting = [one for one in choices if memory is None or (one.packed_bytes or math.inf) <= memory]
+    if not fitting:
+        return [_nothing_fits(choices, memory)]
+    by_verdict = {verdict: [one for one in fitting if one.verdict(tolerance) is verdict] for verdict in Verdict}
+    recommended = sorted(
+        by_verdict[Verdict.RECOMMENDED], key=lambda one: (one.packed_bytes or math.inf, -one.interval[0])
+    )
+    unit = f" point{'s' * (tolerance != 1)}" if fitting[0].pooled.scale == PERCENT else ""
+    budget = "" if memory is None else f" for {size(memory)}"
+    if recommended:
+        best, *others = recommended
+        said = [
+            f"Choose {_described(best)}{budget}: the smallest whose interval excludes a drop above {tolerance:g}{unit}."
+        ]
+        said += [f"Also recommended: {', '.join(map(_described, others))}."] * bool(others)
+        if best.simulated:
+            said.append("Its runs simulate low bits: evaluate it with backend=auto for answers and speed as deployed.")
+        if best.pooled.drawn and best.pooled.seeds == 1:
+            said.append("It was evaluated with one draw of calibration samples; another draw can change the result.")
+    else:
+        said = [f"No choice is recommended{budget}: no interval excludes a drop above {tolerance:g}{unit}."]
+    if undecided := by_verdict[Verdict.UNDECIDED]:
+        said.append(f"Undecided, for want of documents or seeds: {', '.join(map(_described, undecided))}.")
+    return said
 
 
-def advice_grid(options: Sequence[Option]) -> Grid:
-    """A row for each option."""
-    header = ("method", "scheme", "size", "tokens/s", "seeds", "difference (points)", "judgement")
-    rows = (
-        (
-            one.method, one.scheme, size(one.packed_bytes),
-            "" if one.tokens_per_second is None else f"{one.tokens_per_second:.1f} ({one.backend})",
-            str(one.pooled.seeds), one.difference, one.judgement,
-        )
-        for one in options
-    )  # fmt: skip
-    return Grid(header, tuple(rows))
+def _described(choice: Choice) -> str:
+    return f"{choice.name}, {size(choice.packed_bytes)}"
 
 
-def advice_rows(options: Sequence[Option], memory: float | None) -> list[dict[str, Any]]:
-    """The options as JSON data; ``chosen`` marks the one to use."""
-    chosen = choose(options, memory)
-    names = ("method", "scheme", "backend", "packed_bytes", "tokens_per_second", "judgement")
-    return [
-        {name: getattr(one, name) for name in names}
-        | {"seeds": one.pooled.seeds, "documents": one.pooled.documents, "task": one.pooled.task}
-        | {"difference": one.pooled.difference.value, "interval": _finite(one.pooled.difference)}
-        | {"chosen": one is chosen}
-        for one in options
+def _nothing_fits(choices: Sequence[Choice], memory: float | None) -> str:
+    sized = [one for one in choices if one.packed_bytes is not None]
+    if not sized:
+        return "No run states its packed size: an older version wrote it. Run it again."
+    return f"Nothing that was evaluated fits into {size(memory)}; the smallest is {_described(sized[0])}."
+
+
+def notes(choices: Sequence[Choice]) -> list[str]:
+    """How to read the table."""
+    tasks = sorted({", ".join(one.tasks) for one in choices})
+    unit = "points" if all(one.pooled.scale == PERCENT for one in choices) else unit_text(1)
+    found = [
+        f"Difference from full precision, {unit}, averaged over {' / '.join(tasks)}, with its 95 % interval: documents "
+        "are clustered by image, and with several seeds the draw of calibration samples counts as chance too.",
+        "Packed size is that of the weights as stored. Kernels hold 2- and 3-bit weights in 4 bits and 5- to 7-bit "
+        "weights in 8; activations and the cache of keys and values come on top.",
     ]
-
-
-def _finite(estimate: Estimate) -> list[float] | None:
-    return None if math.isnan(estimate.error) else [estimate.low, estimate.high]
-
-
-def advice_notes(options: Sequence[Option]) -> Iterator[str]:
-    """What a reader of the table must know."""
-    yield (
-        "Size: the packed model, everything counted. The key-value cache, images and temporaries come on top of it: "
-        "leave a fifth of the memory free for a request at a time, more for batches."
-    )
-    yield "Difference: score minus that of full precision on the same documents, with its 95 % interval."
-    if any(one.pooled.seeds == 1 and one.pooled.drawn for one in options):
-        yield "One seed: another draw of calibration samples can change the difference; three tell more."
-    if any(one.tokens_per_second is None for one in options):
-        yield "Tokens/s are shown of packed runs alone: backend=reference simulates low bits at full size."
+    if len(tasks) > 1:
+        found.append("Not all rows are over the same tasks; do not compare those that are not.")
+    return found

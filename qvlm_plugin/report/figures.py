@@ -43,13 +43,15 @@ class Series:
     Attributes:
         name: for the legend.
         x, y: as many of each.
-        errors: standard errors of y; None draws no bars, and so does a None in it.
+        errors: of y, drawn as bars; None draws no bars, and so does a None in it.
+        labels: texts beside the points; None writes none.
     """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     errors: Sequence[float | None] | None = None
+    labels: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Bars:
         rows: names, top to bottom.
         accuracies: by task, (value, standard error) of each row, shares in percent; None where there is none.
         lines: by task, a value to compare with, drawn as a line across.
+        line: what that value is of.
         costs: seconds of each row.
     """
 
@@ -94,6 +97,7 @@ class Bars:
     rows: tuple[str, ...]
     accuracies: Mapping[str, Sequence[tuple[float, float | None] | None]]
     lines: Mapping[str, float]
+    line: str
     costs: Sequence[float | None]
 
 
@@ -127,7 +131,8 @@ def bars_figure(groups: Sequence[Bars]) -> dict[str, bytes]:
             _draw_costs(cost, group)
         grid[-1][0].set_xlabel("score (shares in %), ± standard error")
         grid[-1][1].set_xlabel("search cost (s)")
-        _add_legend(figure, [axes for axes, _ in grid])
+        grid[-1][1].set_xlim(left=0)  # the axis is shared
+        _add_legend(figure, [axes for axes, _ in grid], fewest=1)
         return _files(figure)
 
 
@@ -143,6 +148,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
             for artist in drawn.get_children():
                 artist.set_transform(axes.transData + aside)
+        for number, text in enumerate(series.labels or ()):  # above and below in turn, so that neighbours stay apart
+            where, offset = (series.x[number], series.y[number]), (6, -9 if number % 2 else 3)
+            axes.annotate(text, where, xytext=offset, textcoords="offset points", fontsize=8)
     for border in panel.borders:
         axes.axvline(border, color="0.4", linestyle=(0, (3, 2)), linewidth=0.8, zorder=0)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
@@ -166,7 +174,8 @@ def _draw_accuracies(axes: Axes, group: Bars) -> None:
                 x, y, xerr=_bars(errors), linestyle="", color=colour, marker=marker, label=task, capsize=2, markersize=4
             )
         if task in group.lines:
-            axes.axvline(group.lines[task], color=colour, linestyle=(0, (4, 2 + index)), linewidth=1)
+            line = f"{group.line}, {task}" if count > 1 else group.line
+            axes.axvline(group.lines[task], color=colour, linestyle=(0, (4, 2 + index)), linewidth=1, label=line)
     axes.set_title(group.title, loc="left")
     axes.set_yticks(range(len(group.rows)), group.rows)
     axes.set_ylim(len(group.rows) - 0.5, -0.5)
@@ -179,7 +188,6 @@ def _draw_costs(axes: Axes, group: Bars) -> None:
     texts = ["" if cost is None else f"{cost:.0f}" if cost >= 10 else f"{cost:.1f}" for cost in group.costs]
     axes.bar_label(bars, texts, padding=2, fontsize=8)
     axes.margins(x=0.3)
-    axes.set_xlim(left=0)
     axes.set_yticks([])
     axes.set_ylim(len(widths) - 0.5, -0.5)
 
@@ -190,12 +198,12 @@ def _bars(errors: Sequence[float | None] | None) -> list[float] | None:
     return [0.0 if error is None else error for error in errors]
 
 
-def _add_legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend, above the panels, for all that have several series."""
+def _add_legend(figure: Figure, panels: Sequence[Axes], fewest: int = 2) -> None:
+    """One legend, above the panels, for all that have so many series at least."""
     entries = {}
     for axes in panels:
         handles, names = axes.get_legend_handles_labels()
-        if len(names) > 1:
+        if len(names) >= fewest:
             entries |= {name: entries.get(name, handle) for handle, name in zip(handles, names, strict=True)}
     if entries:
         figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=min(len(entries), 3))

@@ -1,17 +1,18 @@
 """Compare runs over the same documents: paired differences, with standard errors clustered by image."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import special
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.report.naming import labels
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.samples import Document, RunSamples, check_same_documents
-from qvlm_plugin.report.shares import number_text, scale, score_text, unit_text
+from qvlm_plugin.report.shares import FEWEST, PERCENT, number_text, scale, score_text, unit_text, wilson
 
 AVERAGE = "average"
 
@@ -28,12 +29,14 @@ class Estimate:
         error: its standard error; NaN where a task has fewer than two clusters.
         low, high: the 95 % interval, by Student's t with one degree of freedom fewer than there are clusters. It is
             a large-sample interval: too narrow where only a handful of documents differ.
+        wilson: whether the interval is Wilson's, and the error says little.
     """
 
     value: float
     error: float
     low: float
     high: float
+    wilson: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,14 +204,15 @@ def count_flips(tasks: Sequence[PairedTask]) -> Flips:
 def _comparison(run: RunSamples, name: str, tasks: Sequence[PairedTask]) -> Comparison:
     """Of tasks with one pair."""
     clusters = [task.clusters for task in tasks]
-    differences = [task.differences[0] for task in tasks]
-    estimates = [
-        clustered_mean(values, clusters)
-        for values in ([task.baseline[0] for task in tasks], [task.score[0] for task in tasks], differences)
-    ]
+    baselines, scores, differences = zip(*((t.baseline[0], t.score[0], t.differences[0]) for t in tasks), strict=True)
+    baseline, score, difference = (clustered_mean(values, clusters) for values in (baselines, scores, differences))
     if total := any(task.totals is not None for task in tasks):
-        estimates = [without_error(float(one[0])) for one in total_means(tasks)]
-    baseline, score, difference = estimates
+        baseline, score, difference = (without_error(float(one[0])) for one in total_means(tasks))
+    elif min(task.scale for task in tasks) == PERCENT:
+        baseline, score = (
+            score_estimate(estimate, values, clusters) for estimate, values in ((baseline, baselines), (score, scores))
+        )
+        difference = difference_estimate(difference, clusters)
     return Comparison(
         run=run,
         task=name,
@@ -255,6 +259,43 @@ def clustered_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray])
     error = float(np.sqrt((sums**2).sum()))
     reach = float(special.stdtrit(len(sums) - 1, 0.975)) * error
     return Estimate(mean, error, mean - reach, mean + reach)
+
+
+def score_estimate(estimate: Estimate, values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> Estimate:
+    """A mean of scores from 0 to 1, with Wilson's interval where fewer than `FEWEST` of them differ from 0, or from 1.
+
+    For scores between 0 and 1 the interval is wider than it need be.
+
+    Args:
+        estimate: by `clustered_mean`.
+        values, clusters: as there.
+    """
+    every = np.concatenate(values)
+    if every.min() < 0 or every.max() > 1 or min((every > 0).sum(), (every < 1).sum()) >= FEWEST:
+        return estimate
+    low, high = wilson(estimate.value, _effective_count(clusters))
+    return replace(estimate, low=low, high=high, wilson=True)
+
+
+def difference_estimate(estimate: Estimate, clusters: Sequence[np.ndarray]) -> Estimate:
+    """A mean of differences of scores from 0 to 1, with an interval where all are the same, so that no error is seen.
+
+    Where scores are 0 and 1 it is Tango's score interval (1998); of no difference it reaches as far as Wilson's of 0.
+
+    Args:
+        estimate: by `clustered_mean`.
+        clusters: as there.
+    """
+    if estimate.error != 0 or abs(estimate.value) not in (0, 1):
+        return estimate
+    _, reach = wilson(0, _effective_count(clusters))
+    reach *= 1 + abs(estimate.value)
+    return replace(estimate, low=max(-1.0, estimate.value - reach), high=min(1.0, estimate.value + reach))
+
+
+def _effective_count(clusters: Sequence[np.ndarray]) -> float:
+    """As many independent documents tell a share as surely as these, each task with the same weight."""
+    return len(clusters) ** 2 / sum(1 / len(np.unique(task)) for task in clusters)
 
 
 def cluster_sums(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> np.ndarray:
@@ -327,6 +368,8 @@ def paired_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
         {
             "run": row.run.name,
             "file": str(row.run.file),
+            "model": (row.run.run or {}).get("pretrained"),
+            "backend": (row.run.run or {}).get("backend"),
             "task": row.task,
             "documents": row.documents,
             "clusters": row.clusters,
@@ -351,12 +394,12 @@ def estimate_data(name: str, estimate: Estimate) -> dict[str, float | None]:
     return {key: value if np.isfinite(value) else None for key, value in values.items()}
 
 
-def paired_grid(comparisons: Sequence[Comparison]) -> Grid:
+def paired_grid(baseline: RunSamples, comparisons: Sequence[Comparison]) -> Grid:
     """The comparisons as a table, shares in percent; Holm's adjustment is over all its rows."""
-    names = Counter(name for name, _ in {(row.run.name, row.run.file) for row in comparisons})
+    names = _names(baseline, comparisons)
     rows = [
         (
-            row.run.name if names[row.run.name] == 1 else f"{row.run.name} ({row.run.file})",
+            names[row.run.file],
             row.task,
             estimate_text(row.baseline, row.scale),
             estimate_text(row.score, row.scale),
@@ -368,7 +411,11 @@ def paired_grid(comparisons: Sequence[Comparison]) -> Grid:
         for row, adjusted in zip(comparisons, holm([row.p for row in comparisons]), strict=True)
     ]
     header = ("run", "task", "baseline", "score", "difference", "p", "p (Holm)", "broke / fixed / changed")
-    return Grid(header, tuple(rows))
+    return Grid(header, tuple(rows), lead=2)
+
+
+def _names(baseline: RunSamples, comparisons: Sequence[Comparison]) -> dict[Path, str]:
+    return labels({run.file: run.run or {} for run in (baseline, *(row.run for row in comparisons))})
 
 
 def paired_notes(baseline: RunSamples, comparisons: Sequence[Comparison], metric: str) -> list[str]:
@@ -376,7 +423,9 @@ def paired_notes(baseline: RunSamples, comparisons: Sequence[Comparison], metric
     compared = {row.task: row for row in comparisons if row.task != AVERAGE}
     unit = unit_text(min(row.scale for row in comparisons))
     lines = [
-        f"baseline: {baseline.name} ({baseline.file}); {metric} {unit} ± standard error",
+        f"baseline: {_names(baseline, comparisons)[baseline.file]}, {baseline.file}",
+        f"{metric} {unit} ± standard error, or with Wilson's 95 % interval where fewer than {FEWEST} documents are "
+        "right, or wrong",
         "difference: run minus baseline, of shares in points, with its 95 % interval; average: every task weighs the "
         "same",
         f"p: sign-flip test (for 0/1 scores of independent documents McNemar's), exact or from {_DRAWS:,} draws (then "
@@ -417,15 +466,15 @@ def unknown_note(unknown: int, documents: int) -> str:
 
 
 def estimate_text(estimate: Estimate, scale: int) -> str:
-    """A score for a table, with its standard error where there is one."""
-    return score_text(estimate.value, estimate.error, scale)
+    """A score for a table, with its standard error or Wilson's interval where there is one."""
+    return score_text(estimate.value, estimate.error, scale, (estimate.low, estimate.high) if estimate.wilson else None)
 
 
 def difference_text(estimate: Estimate, scale: int, decimals: int = 2) -> str:
     """A difference for a table, of shares in points, with its interval where there is one."""
-    value, low, high = (
-        number_text(one, scale, decimals, signed=True) for one in (estimate.value, estimate.low, estimate.high)
-    )
+    ends = [estimate.low, estimate.high]
+    ends = [min(max(end, -1.0), 1.0) for end in ends] if scale == PERCENT else ends
+    value, low, high = (number_text(one, scale, decimals, signed=True) for one in (estimate.value, *ends))
     return value if np.isnan(estimate.error) else f"{value} [{low}, {high}]"
 
 

@@ -1,6 +1,7 @@
 """Pictures of a plan: what the search found out, and what it chose."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
@@ -8,7 +9,10 @@ from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.report.ablations.layer_errors import LayerErrors
 from qvlm_plugin.report.figures import Panel, Series, panels_figure
 
-LOSSES = {"total": "total", "reg": "answers (L_reg)", "ent": "entropy (L_ent)", "err": "errors (L_err)"}
+LOSSES = {
+    "total": "L (nats)", "reg": "L_reg: answers (nats)", "ent": "L_ent: entropy (nats)",
+    "err": "L_err: errors (relative)",
+}  # fmt: skip
 
 
 def search_figures(plan: RoundingPlan) -> dict[str, dict[str, bytes]]:
@@ -24,7 +28,7 @@ def search_figures(plan: RoundingPlan) -> dict[str, dict[str, bytes]]:
     if "cdm" in plan.record:
         figures["search"] = panels_figure([[_dependencies(plan)], [_percentiles(plan)]], height=2.4)
     if "veo" in plan.record:
-        figures["veo"] = panels_figure([[_losses(plan.record["veo"])]], height=3.0)
+        figures["veo"] = panels_figure(_losses(plan.record["veo"]))
     if not figures:
         raise QVLMError(
             f"this plan's method, {plan.method}, keeps no record of its search; qvlm and qvlm_jacobian do, unless both "
@@ -102,17 +106,18 @@ def _percentiles(plan: RoundingPlan) -> Panel:
     )
 
 
-def _losses(record: Mapping[str, Any]) -> Panel:
+def _losses(record: Mapping[str, Any]) -> list[list[Panel]]:
+    """An axis for each loss: they differ by orders of magnitude, and each changes by a small part of itself."""
     curve = record["curve"]
-    before, after = (f"{record[when]['total']:.4g}" for when in ("before", "after"))
     epochs = [row["epoch"] for row in curve]
-    return Panel(
-        "epoch",
-        "loss (nats; errors relative)",
-        tuple(Series(label, epochs, [row[name] for row in curve]) for name, label in LOSSES.items()),
-        integers=True,
-        title=f"visual encoder optimization: mean of each epoch's steps; L {before} before, {after} after",
-    )
+    panels = [
+        Panel("epoch", label, (Series(label, epochs, [row[name] for row in curve]),), integers=True)
+        for name, label in LOSSES.items()
+    ]
+    before, after = (f"{record[when]['total']:.4g}" for when in ("before", "after"))
+    total = replace(panels[0], title=f"L {before} before, {after} after")
+    rest = replace(panels[1], title="means of each epoch's steps")
+    return [[total, rest], panels[2:]]
 
 
 def _error_series(name: str, values: Any) -> Series:

@@ -15,7 +15,9 @@ from qvlm_plugin.report.paired import (
     cluster_sums,
     clustered_mean,
     count_flips,
+    difference_estimate,
     paired_tasks,
+    score_estimate,
     sign_flip_p,
     total_means,
     without_error,
@@ -109,13 +111,14 @@ def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
     clusters = [task.clusters for task in tasks]
     differences = [task.differences for task in tasks]
     difference, degrees = two_way_mean(differences, clusters)
-    baseline, score = (
-        two_way_mean(values, clusters)[0]
-        for values in ([task.baseline for task in tasks], [task.score for task in tasks])
-    )
+    baselines, scores = [task.baseline for task in tasks], [task.score for task in tasks]
+    baseline, score = (two_way_mean(values, clusters)[0] for values in (baselines, scores))
     by_seed = total_means(tasks)
     if any(task.totals is not None for task in tasks):
         baseline, score, difference = (without_error(float(one.mean())) for one in by_seed)
+    elif min(task.scale for task in tasks) == PERCENT:
+        baseline, score = _share(baseline, baselines, clusters), _share(score, scores, clusters)
+        difference = difference_estimate(difference, clusters)
     flipped = sign_flip_p(cluster_sums([task.mean(axis=0) for task in differences], clusters))
     return Pooled(
         task=name,
@@ -133,6 +136,13 @@ def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
         flips=count_flips(tasks),
         drawn=drawn,
     )
+
+
+def _share(estimate: Estimate, values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> Estimate:
+    """The `two_way_mean` of shares, where no seed adds to the error with the interval of `score_estimate`."""
+    if len(values[0]) > 1 and estimate.error > 0:
+        return estimate
+    return score_estimate(estimate, [task.mean(axis=0) for task in values], clusters)
 
 
 def two_way_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> tuple[Estimate, float]:

@@ -72,7 +72,8 @@ def publish_results(rows: Sequence[Row], checkpoint: Path, source_url: str | Non
     for row in rows:
         if row.main:
             entries = eval_result_entries_to_yaml([_entry(row, source_url)])
-            file = checkpoint / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', row.task)}.yaml"
+            variant = re.sub(r"[^A-Za-z0-9_.+-]", "_", f"{row.task}-{row.method}-{row.scheme}-{row.backend}")
+            file = checkpoint / ".eval_results" / f"{variant}.yaml"
             files[file] = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
     for file, text in files.items():
         write_file(file, text.encode())
@@ -106,7 +107,7 @@ def _entry(row: Row, source_url: str | None) -> EvalResultEntry:
         source_url=source_url,
         source_name="lmms-eval" if source_url else None,
         notes=f"{row.metric}{' in percent' if row.percent else ''} by lmms-eval; {_setup(row)}; {row.split} split, "
-        f"{row.documents} documents",
+        f"{row.documents} documents; plan {(row.plan_hash or '?')[:12]}",
     )
 
 

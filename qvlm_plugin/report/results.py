@@ -4,14 +4,20 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from pydantic import BaseModel, Field
+from rich import box
+from rich.cells import cell_len
+from rich.console import Group
 from rich.table import Table
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import concerning, one_line, read_json
-from qvlm_plugin.report.shares import PERCENT, scale, score_text
+from qvlm_plugin.report.leaderboard.schema import main_metric
+from qvlm_plugin.report.naming import traits
+from qvlm_plugin.report.shares import FEWEST, PERCENT, Interval, scale, score_text, share_interval
 
 BYPASS = "bypass"
 """What lmms-eval writes, with a value of 999, where ``--predict_only`` left scoring out."""
@@ -46,6 +52,7 @@ class _File(BaseModel):
 
     results: dict[str, dict[str, Any]]
     counts: dict[str, _Counts] = Field(alias="n-samples")
+    configs: dict[str, dict[str, Any]] = Field(default_factory=dict)
     config: _Command = Field(default_factory=_Command)
     qvlm: _Run | None = None
 
@@ -56,6 +63,7 @@ class Score:
 
     Attributes:
         task, metric: as lmms-eval names them.
+        main: whether it is the task's first metric; others may be of some documents only.
         value: over all documents; None where answers were only collected (``--predict_only``).
         stderr: its standard error; None where the harness gives none.
         documents: how many documents were evaluated; None for a group of tasks.
@@ -66,6 +74,7 @@ class Score:
 
     task: str
     metric: str
+    main: bool
     value: float | None
     stderr: float | None
     documents: int | None
@@ -78,11 +87,25 @@ class Score:
         """By which tables show it, see `shares.scale`."""
         return scale(self.metric, self.value)
 
+    @property
+    def interval(self) -> Interval | None:
+        """Its 95 % interval, where it is a share of documents that a standard error does not describe."""
+        if self.value is None:
+            return None
+        return share_interval(self.metric, self.value, self.stderr, self.documents if self.main else None)
+
+    @property
+    def text(self) -> str:
+        """For tables, by itself."""
+        return "" if self.value is None else score_text(self.value, self.stderr, self.scale, self.interval)
+
     def row(self) -> dict[str, Any]:
         """As JSON data; the run's facts are those that tables show."""
         run = self.run or {}
         facts = {name: run.get(name) for name in ("method", "scheme", "backend", "bits", "packed_bytes", "plan_hash")}
         own = {name: getattr(self, name) for name in ("task", "metric", "value", "stderr", "documents", "limited")}
+        low, high = self.interval or (None, None)
+        own |= {"wilson_low": low, "wilson_high": high, "model": run.get("pretrained")}
         return {**facts, **own, "stand_in": run.get("stand_in"), "file": str(self.file)}
 
 
@@ -125,6 +148,7 @@ def _read_file(file: Path) -> Iterator[Score]:
             yield Score(
                 task=task,
                 metric=metric,
+                main=metric == main_metric(read, task),
                 value=None if metric == BYPASS else value,
                 stderr=stderr if isinstance(stderr, int | float) and metric != BYPASS else None,
                 documents=counts.effective if counts else None,
@@ -136,17 +160,33 @@ def _read_file(file: Path) -> Iterator[Score]:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of text: one row per run, one column per task and metric."""
+    """A table of text.
+
+    Attributes:
+        header, rows: as many texts each.
+        lead: how many columns name a row.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    lead: int = 1
 
-    def rich(self) -> Table:
-        """For the terminal."""
-        table = Table(*self.header)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
+    def rich(self, width: int) -> Group:
+        """For a terminal: as many tables below each other as keep ``width``, each with the columns that name a row."""
+        columns = list(zip(self.header, *self.rows, strict=True))
+        lead, rest = columns[: self.lead], [_wrapped(*column) for column in columns[self.lead :]]
+        words = [max(cell_len(word) for cell in column for word in (*cell.split(), "")) for column in lead]
+        room = width - 1 - min(sum(size + _PADDING for size in words), width // 2)
+        tables: list[list[tuple[str, ...]]] = [[]]
+        left = room
+        for column in rest:
+            size = max(cell_len(line) for cell in column for line in cell.split("\n")) + _PADDING
+            if size > left and tables[-1]:
+                tables.append([])
+                left = room
+            tables[-1].append(column)
+            left -= size
+        return Group(*(_table(lead, own) for own in tables))
 
     def markdown(self) -> str:
         """For a document."""
@@ -154,47 +194,106 @@ class Grid:
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def results_grid(scores: Sequence[Score]) -> Grid:
-    """The scores with standard errors, the runs in the order given; columns of shares are in percent.
+_PADDING = 2
+"""Blanks between columns."""
 
-    Rows are marked where the data stands in for a real data set, and where a limit left documents out.
+
+def _wrapped(heading: str, *cells: str) -> tuple[str, ...]:
+    """A column as wide as it need be to break headings at words and cells at brackets only."""
+    size = max(map(cell_len, [*heading.split(), *(cell.partition(" (")[0] for cell in cells), " "]))
+    return tuple("\n".join(wrap(text, size)) for text in (heading, *cells))
+
+
+def _table(lead: Sequence[tuple[str, ...]], rest: Sequence[tuple[str, ...]]) -> Table:
+    """Columns as a table, whose leading ones are narrowed where there is no room."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading, *_ in lead:
+        table.add_column(heading, overflow="fold")
+    for heading, *_ in rest:
+        table.add_column(heading, no_wrap=True)
+    _, *rows = zip(*lead, *rest, strict=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def results_grid(scores: Sequence[Score]) -> Grid:
+    """The scores with standard errors or intervals, the runs in the order given; columns of shares are in percent.
+
+    Columns have the number of documents where it is the same for all runs, else cells have it.
     """
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for score in scores:
-        if score.value is not None:
-            values[score.task, score.metric].append(score.value)
-    columns = {(task, metric): scale(metric, *values[task, metric]) for task, metric in sorted(values)}
+    files = dict.fromkeys(score.file for score in scores)
+    apart = traits({file: next(one.run for one in scores if one.file == file) or {} for file in files})
+    shown = [score for score in scores if score.value is not None]
+    columns: dict[tuple[str, str], list[Score]] = defaultdict(list)
+    for score in sorted(shown, key=lambda score: (score.task, not score.main, score.metric)):
+        columns[score.task, score.metric].append(score)
     rows = []
-    for file in dict.fromkeys(score.file for score in scores):
+    for file in files:
         with concerning(str(file)):
             own = [score for score in scores if score.file == file]
             cells = {
-                (one.task, one.metric): score_text(one.value, one.stderr, columns[one.task, one.metric])
+                (one.task, one.metric): _cell(one, columns[one.task, one.metric])
                 for one in own
                 if one.value is not None
             }
             run = own[0].run or {}
-            head = (run.get("method", "?"), run.get("scheme", "?"), _bits(run))
-            rows.append((*head, *(cells.get(column, "") for column in columns), _notes(own, run)))
-    names = (f"{task} {metric}{' (%)' * (scale == PERCENT)}" for (task, metric), scale in columns.items())
-    return Grid(("method", "scheme", "weight / activation bits", *names, "notes"), tuple(rows))
+            head = (run.get("method", "–"), run.get("scheme", "–"), *apart[file].values(), _bits(run), _packed(run))
+            rows.append((*map(str, head), *(cells.get(column, "") for column in columns)))
+    named = ("method", "scheme", *next(iter(apart.values()), {}))
+    header = (*named, "bits (w / a)", "packed size", *(_heading(*column, own) for column, own in columns.items()))
+    marks = [_marks([score for score in scores if score.file == file]) for file in files]
+    if len(set(marks)) > 1:  # else `results_notes` has them
+        header, rows = (*header, "notes"), [(*row, mark) for row, mark in zip(rows, marks, strict=True)]
+    return Grid(header, tuple(rows), lead=len(named))
+
+
+def _heading(task: str, metric: str, column: Sequence[Score]) -> str:
+    documents = {one.documents for one in column if one.main}
+    count = f", {next(iter(documents))} documents" if len(documents) == 1 and None not in documents else ""
+    return f"{task} {metric}{' (%)' * (_scale(column) == PERCENT)}{count}"
+
+
+def _scale(column: Sequence[Score]) -> int:
+    return scale(column[0].metric, *(one.value for one in column))
+
+
+def _cell(score: Score, column: Sequence[Score]) -> str:
+    counts = {one.documents for one in column}
+    count = f" (n={score.documents})" if score.main and len(counts) > 1 and score.documents is not None else ""
+    return score_text(score.value, score.stderr, _scale(column), score.interval) + count
 
 
 def _bits(run: dict[str, Any]) -> str:
     decoder = run.get("bits", {}).get("decoder")
-    return f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else "?"
+    return f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else "–"
 
 
-def _notes(row: Sequence[Score], run: dict[str, Any]) -> str:
-    counts = {score.task: score.documents for score in row if score.documents is not None}
-    if len(set(counts.values())) == 1:
-        notes = [f"{next(iter(counts.values()))} documents per task"]
-    else:
-        notes = ["documents: " + ", ".join(f"{task} {count}" for task, count in counts.items())] if counts else []
-    if any(score.value is None for score in row):
-        notes.append("answers only, not scored")
-    if run.get("stand_in"):
-        notes.append("stand-in data")
-    if any(score.limited for score in row):
-        notes.append("limited")
-    return ", ".join(notes)
+def _packed(run: dict[str, Any]) -> str:
+    packed = run.get("packed_bytes")
+    return size(packed) if packed else "–"
+
+
+def size(count: int | None) -> str:
+    """Bytes for people."""
+    if count is None:
+        return "?"
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _marks(run: Sequence[Score]) -> str:
+    """Whether a run is on data that stands in for a real data set, or on a part of the documents."""
+    marks = ["answers only, not scored"] if any(score.value is None for score in run) else []
+    marks += ["stand-in data"] if (run[0].run or {}).get("stand_in") else []
+    marks += ["not all documents"] if any(score.limited for score in run) else []
+    return ", ".join(marks)
+
+
+def results_notes(scores: Sequence[Score]) -> list[str]:
+    """What the table's figures are, line by line."""
+    texts = [score.text for score in scores]
+    lines = ["±: standard error, which takes documents as independent"] if any("±" in one for one in texts) else []
+    if any("[" in one for one in texts):
+        lines.append(f"[…]: Wilson's 95 % interval, where fewer than {FEWEST} documents are right, or wrong")
+    marks = {_marks([score for score in scores if score.file == file]) for file in {score.file for score in scores}}
+    return lines + [f"all runs: {mark}" for mark in marks if mark and len(marks) == 1]

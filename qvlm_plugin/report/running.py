@@ -16,7 +16,6 @@ from qvlm_plugin.progress import LINE_EVERY, duration
 from qvlm_plugin.report.cluster import QUEUED, Jobs
 from qvlm_plugin.report.results import read_results
 from qvlm_plugin.report.runs import POLL, RUNNING, Cell, Outcome, Setting, finished_cells, log_end, steps
-from qvlm_plugin.report.shares import number_text
 
 FRESH, DONE, FOUND, FAILED = "waiting", "done", "finished before", "failed"
 INTERRUPTED, LEFT, WITHDRAWN = "interrupted", "its job goes on", "its job is taken back"
@@ -61,14 +60,13 @@ class _Run:
 
 @dataclass
 class _Standing:
-    """How all cells stand: a table on a terminal, and lines elsewhere."""
+    """How all cells stand: lines of those that have ended, and on a terminal a table of those that run."""
 
     cells: Sequence[Cell]
     metric: str
     console: Console
     runs: dict[str, _Run] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    scores: dict[str, str] = field(default_factory=dict)
     told: float = 0.0
 
     def shown(self) -> AbstractContextManager:
@@ -85,13 +83,11 @@ class _Standing:
         """A cell ended."""
         name = outcome.cell.name
         run = self.runs.pop(name, None)
-        self.scores[name] = self._score(outcome)
-        self.outcomes[name] = outcome  # after its score: a thread draws the table
-        if not self.console.is_terminal:
-            took = f" in {duration(run.seconds)}" if run and not outcome.reused else ""
-            score = f", {self.metric} {self.scores[name]}" if outcome.results else ""
-            count = f"{len(self.outcomes)} of {len(self.cells)}"
-            self._print(f"{name}: {_state(outcome)}{took}{score} ({count})")
+        self.outcomes[name] = outcome
+        took = f" in {duration(run.seconds)}" if run and not outcome.reused else ""
+        score = f", {self.metric} {self._score(outcome.results)}" if outcome.results else ""
+        count = f"{len(self.outcomes)} of {len(self.cells)}"
+        self._print(f"{name}: {_state(outcome)}{took}{score} ({count})")
         if outcome.results is None:
             self._print("\n".join([f"{name} failed; the end of {outcome.log}:", *log_end(outcome.log)]))
 
@@ -108,22 +104,19 @@ class _Standing:
         self.told = time.monotonic()
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _score(self, outcome: Outcome) -> str:
+    def _score(self, results: Path) -> str:
         """Of each task; the task is named where there are several."""
-        if outcome.results is None:
-            return ""
-        found = [one for one in read_results([outcome.results]) if one.metric == self.metric]
-        texts = [f"{one.task} " * (len(found) > 1) + number_text(one.value, one.scale) for one in found]
+        found = [one for one in read_results([results]) if one.metric == self.metric]
+        texts = [f"{one.task} " * (len(found) > 1) + one.text for one in found]
         return ", ".join(texts) or "–"
 
     def __rich__(self) -> Table:
-        table = Table("cell", Column("state", no_wrap=True, overflow="ellipsis"), self.metric)
-        for cell in self.cells:
-            outcome, run = self.outcomes.get(cell.name), self.runs.get(cell.name)
-            if outcome is not None:
-                table.add_row(cell.name, _state(outcome), self.scores[cell.name])
-            else:
-                table.add_row(cell.name, FRESH if run is None else str(run), "")
+        table = Table("cell", Column("state", no_wrap=True, overflow="ellipsis"))
+        runs = {**self.runs}
+        for name, run in runs.items():
+            table.add_row(name, str(run))
+        if left := len(self.cells) - len(self.outcomes) - len(runs):
+            table.add_row(f"{left} more", FRESH)
         return table
 
 

@@ -1,10 +1,11 @@
-"""Which scores are shares, to be shown in percent, and how scores are written for tables.
+"""Which scores are shares, to be shown in percent, how sure they are, and how scores are written for tables.
 
 A score from 0 to 1 need not be a share (CIDEr, which ends at 10, can be 0.8), and names alone do not tell either (some
 tasks' accuracies end at 100): a share is what is listed here and lies between 0 and 1. All else is shown as it is.
 """
 
 import math
+from statistics import NormalDist
 
 SHARES = frozenset(
     {
@@ -34,10 +35,54 @@ def number_text(value: float, scale: int, decimals: int = 1, signed: bool = Fals
     return f"{PERCENT * value:{sign}.{decimals}f}" if scale == PERCENT else f"{value:{sign}.5g}"
 
 
-def score_text(value: float, error: float | None, scale: int) -> str:
-    """A score with its standard error, where there is one."""
-    known = error is not None and not math.isnan(error)
-    return number_text(value, scale) + (f" ± {number_text(error, scale)}" if known else "")
+FEWEST = 5
+"""Documents of either kind, right or wrong, from which on a standard error describes a share of documents."""
+
+Interval = tuple[float, float]
+"""Lower and upper end."""
+
+
+def wilson(share: float, count: float) -> Interval:
+    """Wilson's 95 % interval of a share of so many documents: of 4 of 4 from 0.51 to 1, where the error would be 0."""
+    z = NormalDist().inv_cdf(0.975) ** 2
+    middle, reach = share + z / (2 * count), math.sqrt(z * share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, (middle - reach) / (1 + z / count)), min(1.0, (middle + reach) / (1 + z / count))
+
+
+def share_interval(metric: str, value: float, error: float | None, documents: int | None) -> Interval | None:
+    """Wilson's interval of a score that is a share of documents with fewer than `FEWEST` of either kind; else None.
+
+    The standard error tells how many documents were scored, and whether each was right or wrong: of n scores of 0 and 1
+    it is √(p (1 - p) / (n - 1)), of others with the same mean less. Where all are right, or wrong, it tells nothing.
+
+    Args:
+        metric: its name.
+        value, error: the score, and its standard error where there is one.
+        documents: that have this metric; None where that is unknown.
+    """
+    if scale(metric, value) != PERCENT or error is None or math.isnan(error):
+        return None
+    spread = value * (1 - value)
+    if spread and error:
+        count = round(spread / error**2 + 1)
+        right = value * count
+        if count < 2 or abs(right - round(right)) > 1e-6 * count:
+            return None
+        if abs(math.sqrt(spread / (count - 1)) - error) > 1e-6 * error:
+            return None
+    elif spread or documents is None:
+        return None
+    else:
+        count = documents
+    return wilson(value, count) if count * min(value, 1 - value) < FEWEST else None
+
+
+def score_text(value: float, error: float | None, scale: int, interval: Interval | None = None) -> str:
+    """A score with its interval where there is one, else with its standard error; one of 0 says nothing."""
+    text = number_text(value, scale)
+    if interval is not None:
+        return f"{text} [{', '.join(number_text(end, scale) for end in interval)}]"
+    return text + (f" ± {number_text(error, scale)}" if error is not None and error > 0 else "")
 
 
 def unit_text(scale: int) -> str:

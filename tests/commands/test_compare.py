@@ -1,4 +1,6 @@
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 from report.stub_harness import calls, write_stub
@@ -6,7 +8,7 @@ from typer.testing import CliRunner
 
 from qvlm_plugin.cli import app
 
-GRID = "models: [tiny]\nmethods: [rtn, awq]\nschemes: [w4a4, w6a6]\ntasks: [quiz]\nlimit: 40\n"
+GRID = "models: [tiny]\nmethods: [rtn, awq]\nschemes: [w4a4, w6a6]\ntasks: [pope]\nlimit: 40\n"
 
 
 @pytest.fixture
@@ -22,7 +24,9 @@ def run(tmp_path, *arguments):
 
 def test_a_grid_ends_in_a_comparison_and_goes_on_where_it_stopped(place, tmp_path):
     shown = run(tmp_path, "--dry-run")
-    assert shown.exit_code == 0 and len(shown.stdout.splitlines()) == 5 and not (tmp_path / "out").exists()
+    assert shown.exit_code == 0 and not (tmp_path / "out").exists()
+    runs, summary = shown.stdout.split("\n\n")
+    assert len(runs.splitlines()) == 5 and "5 runs, 0 of them finished\ntime: unknown" in summary
     assert "--model_args pretrained=tiny,method=rtn,scheme=w4a4" in shown.stdout.replace("\n", " ")
     done = run(tmp_path, "--jobs", "2")
     assert done.exit_code == 0, done.output
@@ -38,7 +42,8 @@ def test_a_grid_ends_in_a_comparison_and_goes_on_where_it_stopped(place, tmp_pat
     text = (tmp_path / "out" / "comparison.md").read_text()
     assert "Stand-in data" in text and "McNemar" in text and "over all 4 rows" in text
     assert (tmp_path / "out" / "comparison.svg").is_file()
-    assert all("finished: " in line for line in run(tmp_path, "--dry-run").stdout.splitlines())
+    runs, summary = run(tmp_path, "--dry-run").stdout.split("\n\n")
+    assert all("finished: " in line for line in runs.splitlines()) and summary == "5 runs, 5 of them finished\n"
     assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 5
 
 
@@ -59,22 +64,22 @@ def test_seeds_are_cells_and_add_to_what_is_there(place, tmp_path):
     assert verdict.startswith("awq is 30.0 points above rtn [+") and "over 2 seeds and 40 documents" in verdict
     assert verdict in (tmp_path / "out" / "comparison.md").read_text()
     (tmp_path / "grid.yaml").write_text(GRID + "seeds: [0, 7]\nbaseline: rtn\n")
-    shown = run(tmp_path, "--dry-run").stdout.splitlines()
+    shown = run(tmp_path, "--dry-run").stdout.split("\n\n")[0].splitlines()
     assert len(shown) == 1 + 2 * 2 * 2 and sum("finished: " in line for line in shown) == 5
 
 
 def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
     (tmp_path / "grid.yaml").write_text(GRID.replace("[rtn, awq]", "[qvlm]") + "options: {qvlm: {max_depth: 4}}\n")
-    log = tmp_path / "out" / "tiny" / "qvlm-w4a4" / "quiz" / "log.txt"
+    log = tmp_path / "out" / "tiny" / "qvlm-w4a4" / "pope" / "log.txt"
     done = run(tmp_path)
     assert done.exit_code == 2 and not (tmp_path / "out" / "comparison.md").exists()
     assert done.stderr.splitlines()[-1] == (
-        f"error: tiny/qvlm-w4a4/quiz ended without results: QVLMError: too deep; log: {log} "
+        f"error: tiny/qvlm-w4a4/pope ended without results: QVLMError: too deep; log: {log} "
         "(1 runs were not started; --keep-going starts them)"
     )
     done = run(tmp_path, "--keep-going")
     assert done.exit_code == 2 and "2 runs are missing there; the same command tries them again" in done.stderr
-    assert "Missing: tiny/qvlm-w4a4/quiz ended without" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "Missing: tiny/qvlm-w4a4/pope ended without" in (tmp_path / "out" / "comparison.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -83,16 +88,49 @@ def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
         (("--methods", "rtm"), "rtm"),
         (("--schemes", "w9a9"), "9 bits; allowed are"),
         (("--data", "missing"), "there is no such folder"),
-        (("--tasks", "a,a"), "each must be there once"),
-        (("--seeds", "0,x"), "seeds.1: input should be a valid integer"),
+        (("--tasks", "a,a"), "error: --tasks: each must be there once"),
+        (("--tasks", "scienceqa,sciencqa_img"), "lmms-eval has no task 'sciencqa_img'; did you mean scienceqa_img"),
+        (("--seeds", "0,x"), "error: --seeds: input should be a valid integer"),
+        (("--model-args", "seed=3"), "error: --model-args: name seed=3 as one of the seeds"),
+        (
+            ("--baseline", "qlora"),
+            "error: --baseline: qlora is not among the methods; allowed are none, previous, rtn",
+        ),
         (("--executor", "pbs"), "--executor pbs is not known; allowed are local, slurm"),
         (("--gpus", "2", "--time", "9"), "--gpus is of jobs; name their --executor, local or slurm"),
         (("--executor", "local", "--devices", "0,1"), "--devices is of processes here; a job gets --gpus"),
-        (("--executor", "local", "--memory", "0"), "cluster.memory: input should be greater than 0"),
-        (("--baseline", "qlora"), "baseline: qlora is not among the methods; allowed are none, previous, rtn, awq"),
+        (("--executor", "local", "--memory", "0"), "error: --memory: input should be greater than 0"),
     ],
 )
-def test_mistakes_are_one_line_before_anything_runs(place, tmp_path, arguments, message):
-    done = run(tmp_path, *arguments)
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_mistakes_are_one_line_before_anything_runs(place, tmp_path, arguments, message, dry, monkeypatch):
+    index = SimpleNamespace(all_tasks=["scienceqa_img", "gqa"], match_tasks=lambda names: [])  # indexing takes seconds
+    monkeypatch.setattr("qvlm_plugin.harness.task_names._indexed", lambda: index)
+    done = run(tmp_path, *arguments, *dry)
     assert done.exit_code == 2 and message in done.stderr and calls(place) == []
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_dry_run_tells_time_and_memory_and_what_they_rest_on(place, tmp_path, tiny_llava):
+    """The stub's runs take the time that they say: 10 s for 40 documents, searches of 64 s aside."""
+    stub, timed = place / "lmms_eval.py", '"total_evaluation_time_seconds": "74.0", "config": {'
+    stub.write_text(stub.read_text().replace('"config": {', timed))
+    grid = ("--models", tiny_llava, "--model-args", "dtype=float32")
+    unknown = run(tmp_path, *grid, "--dry-run").stdout
+    assert "time: unknown\n- evaluation of 5 runs: unknown, no run of the same model" in unknown
+    found = [float(text) for text in re.findall(r"([\d.]+) GB to (?:search|evaluate)", unknown)]
+    assert len(found) == 1 + 2 * 4 and "- a search: by the formula" in unknown
+    assert run(tmp_path, *grid, "--methods", "rtn", "--schemes", "w4a4").exit_code == 0
+    more = ("--methods", "rtn,smoothquant", "--schemes", "w4a4", "--seeds", "0,7")
+    runs, summary = run(tmp_path, *grid, *more, "--dry-run").stdout.split("\n\n")
+    told = {line.split("/")[1]: line.split(": ")[1].split(",")[0] for line in runs.splitlines()}
+    assert told == {
+        "none-w16a16": "finished",
+        "rtn-w4a4": "finished",
+        "rtn-w4a4-seed7": "about 1 min 14 s",
+        "smoothquant-w4a4": "about 10 s and a search",
+        "smoothquant-w4a4-seed7": "about 10 s and a search",
+    }
+    assert "5 runs, 2 of them finished\ntime: about 1 min 34 s, and what is unknown\n" in summary
+    assert "- evaluation of 1 runs: by finished runs of the same method and scheme" in summary
+    assert "- 2 searches: unknown" in summary and "- 1 searches: by finished runs of the same method" in summary

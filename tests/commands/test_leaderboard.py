@@ -1,6 +1,11 @@
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from report.leaderboard.written import provenance, write_run
 from typer.testing import CliRunner
 
@@ -52,3 +57,26 @@ def test_nothing_usable_is_an_error(tmp_path):
     write_run(tmp_path / "bad", [1]).write_text("{")
     done = run("leaderboard", tmp_path / "bad", "--out", tmp_path / "out")
     assert done.exit_code == 2 and "none of 1 results files holds a score" in done.stderr
+
+
+def test_the_ci_job_validates_and_renders_what_was_added(tmp_path):
+    template = Path(__file__).parents[2] / "docs" / "leaderboard-ci.yaml"
+    (job,) = yaml.safe_load(template.read_text())["jobs"].values()
+    scripts = {step["name"]: step["run"] for step in job["steps"] if "qvlm leaderboard" in step.get("run", "")}
+    assert [*scripts] == ["Validate every run", "Render"]
+    environment = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+
+    def job_step(name):
+        return subprocess.run(
+            ["bash", "-eo", "pipefail", "-c", scripts[name]], cwd=tmp_path, env=environment
+        ).returncode
+
+    hashes = {"plan_hash": "1" * 64, "table_hash": "2" * 64, "model_fingerprint": "3" * 64}
+    calibration = {"source": "x:train:4", "seed": 0, "documents_compared": 3, "documents_also_evaluated": 0}
+    file = write_run(tmp_path / "in", [1, 0, 1], provenance("rtn", **hashes, calibration=calibration))
+    assert run("leaderboard", "add", file, "--to", tmp_path / "runs").exit_code == 0
+    assert job_step("Validate every run") == 0 and job_step("Render") == 0
+    assert (tmp_path / "site" / "leaderboard.html").stat().st_size > 10_000
+    (added,) = (tmp_path / "runs").rglob("*_results.json")
+    added.write_text(added.read_text().replace("0.6666", "0.9999"))
+    assert job_step("Validate every run") != 0

@@ -54,7 +54,7 @@ def add(results, folder):
 def compare(place, folder):
     """Run a grid where the harness is a stand-in for it (`report.stub_harness`)."""
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, [place, *sys.path]))
-    grid = ["--models", "tiny", "--methods", "rtn,awq", "--schemes", "w4a4", "--tasks", "quiz", "--jobs", "2"]
+    grid = ["--models", "tiny", "--methods", "rtn,awq", "--schemes", "w4a4", "--tasks", "pope", "--jobs", "2"]
     done = CliRunner().invoke(app, ["compare", str(folder / "compared"), *grid, "--data", str(place)])
     assert done.exit_code == 0, done.output
 

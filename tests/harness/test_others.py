@@ -20,5 +20,5 @@ def test_they_run_as_they_are_with_what_is_known_of_them(tmp_path):
     assert found["kernels"] == {"compressed-tensors, dequantized": len(rounded)} and found["fallbacks"] == 0
     assert found["calibration"]["source"] == "unknown" and found["calibration"]["documents_compared"] is None
     assert found["plan_hash"] == found["model_fingerprint"] and found["bits"]["decoder"]["weight"] == 5
-    with pytest.raises(QVLMError, match="is a quantized checkpoint .* cannot be combined with method, scheme"):
+    with pytest.raises(QVLMError, match=r"is a quantized checkpoint .* cannot be combined with method, scheme"):
         QVLMChat(pretrained=str(folder), device="cpu", method="rtn", scheme="w4a4")

@@ -69,7 +69,7 @@ def test_shapes_of_the_input(bias):
 
 @pytest.mark.parametrize("part", [2**12, 2**14, 2**20])
 def test_parts_of_a_product_are_the_whole(monkeypatch, part):
-    problem = Problem.draw((144, 128), tokens=40)
+    problem = Problem.draw((144, 128), tokens=40, dtype=torch.float16)
     whole = problem.outputs(INT4_CODES, progressive(), TOKEN)
     monkeypatch.setattr(dequantized, "PART", part)
     monkeypatch.setattr(int4_integers, "_TOKENS", 7)
@@ -84,6 +84,21 @@ def test_whole_numbers_are_multiples_of_codes():
     found = torch.cat([part.clone() for part in whole_numbers(packed)])
     expected = (codes.int().view(48, 2, 32) - zero_point.unsqueeze(2)) * multiple.unsqueeze(2)
     assert torch.equal(found.int(), expected) and expected.abs().max() > 100
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 8), (torch.float16, 4), (torch.bfloat16, 4)])
+def test_weights_are_unpacked_in_float32_alone(dtype, bits):
+    problem = Problem.draw((64, 512), dtype=dtype)
+    layer = problem.quantized(INT4_CODES, progressive(), TOKEN)
+    largest = max(layer.parameters(), key=lambda tensor: tensor.nbytes)
+    assert largest.nbytes == 64 * 512 * bits / 8
+    outputs = layer(problem.x)
+    for other in (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+    ):  # the layout stays, whatever the model becomes; inputs get other codes
+        assert relative(layer.to(other)(problem.x.to(other)), outputs) < 0.1
 
 
 def test_a_model_of_another_kernel_computes_the_same():

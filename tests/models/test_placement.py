@@ -6,7 +6,7 @@ from tiny_llava import logits_of
 from torch import nn
 
 from qvlm_plugin.models.loading import load
-from qvlm_plugin.models.placement import execution_device, is_offloaded, materialized, place_like
+from qvlm_plugin.models.placement import default_device, execution_device, is_offloaded, materialized, place_like
 
 MIXED = {
     "model.vision_tower": "disk", "model.multi_modal_projector": "cpu", "model.language_model": "disk", "lm_head": "cpu"
@@ -69,3 +69,14 @@ def test_a_stand_in_is_offloaded_like_its_original_and_gone_with_its_last_use(lo
     with materialized(offloaded.model.get_submodule(name)):
         place_like(resident := nn.Linear(32, 64), offloaded.model.get_submodule(name))
     assert not resident.weight.is_meta
+
+
+@pytest.mark.parametrize(
+    "accelerator, forbidden, expected",
+    [(None, "", "cpu"), ("cuda", "", "cuda"), ("mps", "", "mps"), ("cuda", "1", "cpu")],
+)
+def test_without_a_name_a_model_runs_on_the_accelerator(monkeypatch, accelerator, forbidden, expected):
+    found = accelerator and torch.device(accelerator)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: found)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", forbidden or "0")
+    assert default_device() == torch.device(expected)

@@ -213,7 +213,7 @@ def test_the_ladder_pairs_each_rung_with_the_one_before(tmp_path, monkeypatch):
     """With a stub for the harness, to which rtn is a fifth of the documents worse than all else."""
     monkeypatch.setattr("sys.argv", ["qvlm", "ablate", "ladder", "a folder"])
     place, output = write_stub(tmp_path / "place"), tmp_path / "report"
-    common = [output, "--data", place, "--tasks", "quiz,exam", "--limit", 50]
+    common = [output, "--data", place, "--tasks", "pope,gqa", "--limit", 50]
     text = invoke("ladder", *common, "--schemes", "w4a4,w3a3", "--seeds", "0,1")
     assert "w3a3 is 20.0 points below qlora" in text
     assert len(calls(place)) == 2 * (1 + 2 * 2 * 7)  # tasks, full precision, schemes, seeds, rungs
@@ -229,7 +229,7 @@ def test_the_ladder_pairs_each_rung_with_the_one_before(tmp_path, monkeypatch):
     assert "from the row above with the same scheme and seed" in document and "Stand-in data" in document
     invoke("ladder", *common, "--schemes", "w4a4", "--seeds", "1,2")
     assert len(calls(place)) == 2 * (1 + 5 * 7)
-    assert "seeds.1: input should be a valid integer" in invoke("ladder", *common, "--seeds", "0,one", code=2)
+    assert "--seeds: input should be a valid integer" in invoke("ladder", *common, "--seeds", "0,one", code=2)
 
 
 @pytest.fixture

@@ -8,10 +8,20 @@ from report.logged import sample, scored, write_run
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report import paired
-from qvlm_plugin.report.paired import AVERAGE, clustered_mean, compare, holm, paired_grid, paired_notes, sign_flip_p
+from qvlm_plugin.report.paired import (
+    AVERAGE,
+    clustered_mean,
+    compare,
+    holm,
+    paired_grid,
+    paired_notes,
+    score_estimate,
+    sign_flip_p,
+)
 from qvlm_plugin.report.pooled import pool, spread_text, verdict
 from qvlm_plugin.report.samples import read_samples
 
@@ -171,7 +181,7 @@ def test_swapping_the_runs_negates(tmp_path):
 def test_identical_runs_do_not_differ(tmp_path):
     one, other = write_runs(tmp_path, *({"a": scored(FIRST), "b": scored(SECOND)} for _ in range(2)))
     for row in compare(one, other, "exact_match"):
-        assert (row.difference.value, row.difference.low, row.difference.high, row.p) == (0, 0, 0, 1)
+        assert (row.difference.value, row.difference.error, row.p) == (0, 0, 1)
         assert (row.flips.broke, row.flips.fixed, row.flips.changed) == (0, 0, 0)
 
 
@@ -203,14 +213,14 @@ def test_unknown_images_are_never_taken_for_independent(tmp_path):
     known = runs(tmp_path / "known", lambda row: row)
     (row,) = compare(*known, "exact_match")
     assert row.unknown == 0 and "taken as independent" in "\n".join(paired_notes(known[0], [row], "exact_match"))
-    assert "?" not in "".join(paired_grid([row]).rows[0])
+    assert "?" not in "".join(paired_grid(known[0], [row]).rows[0])
     # of the first two documents, which share an image after all, a resumed run told nothing
     resumed = runs(tmp_path / "resumed", lambda row: without_images(row) if row["doc_id"] < 2 else row)
     (row,) = compare(*resumed, "exact_match")
     notes = "\n".join(paired_notes(resumed[0], [row], "exact_match"))
     assert row.unknown == 2 and "taken as independent" not in notes
     assert "4 documents, of 2 of which no run tells the image: whether they are independent is unknown" in notes
-    assert paired_grid([row]).rows[0][5:7] == (f"{row.p:.3f}?", f"{row.p:.3f}?")
+    assert paired_grid(resumed[0], [row]).rows[0][5:7] == (f"{row.p:.3f}?", f"{row.p:.3f}?")
     assert compare(known[0], resumed[1], "exact_match")[0].unknown == 0  # the other run tells
     pooled = pool([resumed, resumed], "exact_match")[0]
     assert pooled.unknown == 2 and "of unknown independence" in verdict(pooled, "a", "b")
@@ -232,18 +242,48 @@ def test_a_metric_may_belong_to_some_documents_but_to_the_same_ones(tmp_path):
         compare(one, other, "f1")
 
 
+def wilson(right):
+    """A share of 6 documents with its interval, in percent."""
+    low, high = proportion_confint(right, 6, method="wilson")
+    return f"{100 * right / 6:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def test_where_all_are_right_or_none_differs_the_interval_is_not_empty(tmp_path):
+    right, same, wrong = write_runs(tmp_path, *({"quiz": scored([score] * 8)} for score in (1, 1, 0)))
+    (row,) = compare(right, same, "exact_match")
+    low, high = proportion_confint(8, 8, method="wilson")
+    assert (row.score.low, row.score.high) == pytest.approx((low, high)) and row.score.wilson
+    assert (row.difference.low, row.difference.high) == pytest.approx((low - 1, 1 - low))
+    (row,) = compare(right, wrong, "exact_match")
+    square = stats.norm.ppf(0.975) ** 2
+    assert (row.difference.low, row.difference.high) == pytest.approx((-1, (square - 8) / (square + 8)))  # Tango 1998
+    pooled = pool([(right, same)] * 3, "exact_match")[0]
+    assert pooled.score.low == pytest.approx(low) and pooled.difference.high == pytest.approx(1 - low)
+
+
+def test_the_average_of_shares_is_as_sure_as_its_tasks():
+    values, clusters = [np.ones(4), np.ones(12)], [np.arange(4), np.arange(4, 16)]
+    estimate = score_estimate(clustered_mean(values, clusters), values, clusters)
+    assert estimate.low == pytest.approx(proportion_confint(12, 12, method="wilson")[0])  # 2² / (1/4 + 1/12) is 12
+    twice = [np.repeat(task, 2) for task in clusters]  # documents that share images are no more sure
+    doubled = score_estimate(estimate, [np.ones(8), np.ones(24)], twice)
+    assert doubled.low == estimate.low
+    values[1] = 1 - (np.arange(12) < 5.0)
+    assert not score_estimate(clustered_mean(values, clusters), values, clusters).wilson  # five of either kind
+
+
 def test_the_table_and_its_notes(tmp_path):
     runs = write_runs(tmp_path, *({"quiz": scored(s), "b": scored(s)} for s in (FIRST, SECOND, FIRST)), stand_in=True)
     rows = [row for run in runs[1:] for row in compare(runs[0], run, "exact_match")]
-    grid = paired_grid(rows)
+    grid = paired_grid(runs[0], rows)
     assert [row[:2] for row in grid.rows] == [(f"m{i} w4a4", task) for i in (1, 2) for task in ("b", "quiz", AVERAGE)]
     quiz = rows[1]
     low, high = 100 * quiz.difference.low, 100 * quiz.difference.high
-    assert grid.rows[1][2:5] == ("83.3 ± 16.7", "50.0 ± 22.4", f"-33.33 [{low:+.2f}, {high:+.2f}]")
+    assert grid.rows[1][2:5] == (wilson(5), wilson(3), f"-33.33 [{max(low, -100):+.2f}, {high:+.2f}]")
     assert grid.rows[1][5:] == ("0.625", "1.000", "3 / 1 / 0")
     notes = "\n".join(paired_notes(runs[0], rows, "exact_match"))
     for text in (
-        f"baseline: m0 w4a4 ({runs[0].file})",
+        f"baseline: m0 w4a4, {runs[0].file}",
         "Holm over all 6 rows",
         "quiz: 6 documents, taken as",
         "stand-in",
@@ -257,9 +297,9 @@ def test_scores_of_another_unit_are_not_called_percent(tmp_path):
 
     baseline, other = write_runs(tmp_path, run([1200.5, 900.0]), run([1300.5, 1000.0]))
     (row,) = compare(baseline, other, "rating")
-    cells = paired_grid([row]).rows[0]
+    cells = paired_grid(baseline, [row]).rows[0]
     assert cells[2].startswith("1050.2 ± ") and cells[3].startswith("1150.2 ± ") and cells[4].startswith("+100 [")
-    assert "rating as lmms-eval gives it ±" in paired_notes(baseline, [row], "rating")[0]
+    assert "rating as lmms-eval gives it ±" in paired_notes(baseline, [row], "rating")[1]
     pooled = pool([(baseline, other)] * 2, "rating")[0]
     assert "+100" in verdict(pooled, "a", "b") or "is 100 above b" in verdict(pooled, "a", "b")
     assert "points" not in verdict(pooled, "a", "b") and spread_text(pooled) == "0 (1150.2 to 1150.2)"
@@ -268,5 +308,5 @@ def test_scores_of_another_unit_are_not_called_percent(tmp_path):
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     tasks = ({"quiz": scored(scores)} for scores in (FIRST, SECOND, SECOND))
     baseline, *others = write_runs(tmp_path, *tasks, method="rtn")
-    grid = paired_grid([row for run in others for row in compare(baseline, run, "exact_match")])
-    assert [row[0] for row in grid.rows] == [f"rtn w4a4 ({run.file})" for run in others]
+    grid = paired_grid(baseline, [row for run in others for row in compare(baseline, run, "exact_match")])
+    assert [row[0] for row in grid.rows] == [f"rtn w4a4 ({run.file.parent.parent.name})" for run in others]

@@ -209,7 +209,7 @@ def test_one_draw_says_that_it_is_one():
 def test_equal_runs_and_single_documents():
     row = pooled(0, 0)
     assert (row.t_p, row.sign_flip_p, row.agreeing, row.holds) == (1, 1, 2, False)
-    assert verdict(row, "a", "b").startswith("a cannot be told apart from b: +0.0 points [+0.0, +0.0]")
+    assert verdict(row, "a", "b").startswith("a cannot be told apart from b: +0.0 points [-0.4, +0.4]")
     (alone,) = pool([(run(quiz=[0]), run(quiz=[1]))] * 2, "exact_match")
     assert np.isnan(alone.difference.error) and alone.t_p == 1 and not alone.holds
     assert "points over 2 seeds" in verdict(alone, "a", "b")

@@ -39,12 +39,15 @@ def test_the_card_tells_the_score_and_keeps_what_it_said(results, checkpoint):
 
 def test_eval_results_are_what_the_hubs_own_reader_reads(results, checkpoint):
     files = publish_results(publishable([results]), checkpoint, "https://example.org/runs")
-    assert [file.relative_to(checkpoint).as_posix() for file in files] == ["README.md", ".eval_results/quiz.yaml"]
+    assert [file.relative_to(checkpoint).as_posix() for file in files] == [
+        "README.md",
+        ".eval_results/quiz-rtn-w4a4-reference.yaml",
+    ]
     data = yaml.safe_load(files[1].read_text())
     assert set(data[0]) == {"dataset", "value", "date", "source", "notes"}
     (entry,) = parse_eval_result_entries(data)
     assert (entry.dataset_id, entry.task_id, entry.value, entry.date) == ("org/Quiz", "quiz", 66.67, "2026-11-21")
-    assert "rtn w4a4" in entry.notes
+    assert "rtn w4a4" in entry.notes and f"plan {provenance()['plan_hash'][:12]}" in entry.notes
 
 
 def test_publishing_again_replaces_and_adds(results, checkpoint, tmp_path):

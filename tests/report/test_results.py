@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from statsmodels.stats.proportion import proportion_confint
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.report.results import read_results, results_grid
+from qvlm_plugin.report.naming import labels
+from qvlm_plugin.report.results import read_results, results_grid, results_notes
 from qvlm_plugin.report.shares import SHARES
 
 
@@ -30,6 +32,13 @@ def write(folder, name, score, *, effective=100, original=100, qvlm=None, metric
     return file
 
 
+def shown(files, width):
+    """The lines of the table on a terminal."""
+    console = Console(width=width, record=True)
+    console.print(results_grid(read_results(files)).rich(width))
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
 def test_scores_keep_their_error_count_and_provenance(tmp_path):
     (tmp_path / "deeper").mkdir()
     write(tmp_path / "deeper", "a", 0.5, effective=10, qvlm={"method": "rtn"})
@@ -42,14 +51,17 @@ def test_the_table_marks_stand_in_data_limits_and_foreign_runs(tmp_path):
     bits = {"decoder": {"weight": 4.127, "activation": 4.0}}
     qvlm = {"method": "qlora", "scheme": "w4a4", "bits": bits, "stand_in": True}
     files = [write(tmp_path, "a", 0.923, effective=50, qvlm=qvlm), write(tmp_path, "b", 0.5)]
-    console = Console(width=200, record=True)
-    console.print(results_grid(read_results(files)).rich())
-    first, second = [line for line in console.export_text().splitlines() if "±" in line]
+    first, counts, second, other_counts = [line for line in shown(files, 200) if "±" in line or "(n=" in line]
     assert all(
-        text in first
-        for text in ("qlora", "w4a4", "4.13 / 4", "92.3 ± 1.2", "50 documents per task, stand-in data, limited")
+        text in first for text in ("qlora", "w4a4", "4.13 / 4", "92.3 ± 1.2", "stand-in data, not all documents")
     )
-    assert "50.0 ± 1.2" in second and "stand-in" not in second and "?" in second
+    assert "50.0 ± 1.2" in second and "stand-in" not in second and second.startswith(" –  ")
+    assert (counts.strip(), other_counts.strip()) == ("(n=50)", "(n=100)")
+    (line,) = [line for line in shown(files[:1], 200) if "±" in line]
+    assert line.endswith("92.3 ± 1.2")  # what holds for all runs stands above and below the table
+    scores = read_results(files[:1])
+    assert results_notes(scores)[1] == "all runs: stand-in data, not all documents"
+    assert results_grid(scores).header[-1] == "quiz exact_match (%), 50 documents"
 
 
 @pytest.mark.parametrize(
@@ -60,35 +72,33 @@ def test_the_table_marks_stand_in_data_limits_and_foreign_runs(tmp_path):
         ("gpt_eval_score", 64.3, "64.3 ± 0.012"),
         ("acc", 64.3, "64.3 ± 0.012"),  # no share, though it is called like one
         ("acc", 0.643, "64.3 ± 1.2"),
-        ("parse_failure", 1, "100.0 ± 1.2"),
+        ("parse_failure", 1, "100.0 [96.3, 100.0]"),
     ],
 )
 def test_only_what_is_known_to_be_a_share_is_in_percent(tmp_path, metric, score, shown):
     grid = results_grid(read_results([write(tmp_path, "a", score, metric=metric)]))
-    assert grid.rows[0][3] == shown
-    assert grid.header[3] == f"quiz {metric}" + " (%)" * (shown.endswith("1.2"))
+    assert grid.rows[0][-1] == shown
+    assert grid.header[-1].split(",")[0] == f"quiz {metric}" + " (%)" * (not shown.endswith("0.012"))
 
 
 def test_a_column_has_one_unit(tmp_path):
     grid = results_grid(read_results([write(tmp_path, name, s, metric="acc") for name, s in (("a", 0.5), ("b", 50.0))]))
-    assert grid.header[3] == "quiz acc" and [row[3] for row in grid.rows] == ["0.5 ± 0.012", "50 ± 0.012"]
+    assert grid.header[-1] == "quiz acc, 100 documents"
+    assert [row[-1] for row in grid.rows] == ["0.5 ± 0.012", "50 ± 0.012"]
 
 
 def test_an_offset_leaves_documents_out(tmp_path):
     (score,) = read_results([write(tmp_path, "a", 0.5, effective=100, config={"offset": 3})])
-    assert score.limited and results_grid([score]).rows[0][-1] == "100 documents per task, limited"
+    assert score.limited and results_notes([score])[-1] == "all runs: not all documents"
     (score,) = read_results([write(tmp_path, "a", 0.5, effective=100, config={"offset": 0})])
-    assert not score.limited
+    assert not score.limited and "not all documents" not in str(results_notes([score]))
 
 
 def test_answers_that_were_not_scored_have_no_score(tmp_path):
     files = [write(tmp_path, "a", 999, metric="bypass"), write(tmp_path, "b", 0.5)]
     grid = results_grid(read_results(files))
-    assert grid.header[3:] == ("quiz exact_match (%)", "notes")
-    assert [row[3:] for row in grid.rows] == [
-        ("", "100 documents per task, answers only, not scored"),
-        ("50.0 ± 1.2", "100 documents per task"),
-    ]
+    assert grid.header[-2:] == ("quiz exact_match (%), 100 documents", "notes")
+    assert [row[-2:] for row in grid.rows] == [("", "answers only, not scored"), ("50.0 ± 1.2", "")]
     assert "999" not in grid.markdown()
 
 
@@ -98,7 +108,64 @@ def test_documents_are_counted_for_each_task(tmp_path):
     content["results"] |= {"exam": {"acc,none": 0.25}, "both": {"acc,none": 0.4}}  # a group has no documents of its own
     content["n-samples"]["exam"] = {"original": 7, "effective": 7}
     file.write_text(json.dumps(content))
-    assert results_grid(read_results([file])).rows[0][-1] == "documents: quiz 100, exam 7"
+    *_, both, exam, quiz = results_grid(read_results([file])).header
+    assert (both, exam) == ("both acc (%)", "exam acc (%), 7 documents") and quiz.endswith("(%), 100 documents")
+
+
+def test_a_share_of_few_documents_has_wilsons_interval(tmp_path):
+    def text(right, documents, **more):
+        p = right / documents
+        metrics = {"exact_match,none": p, "exact_match_stderr,none": (p * (1 - p) / (documents - 1)) ** 0.5, **more}
+        file = write(tmp_path, "a", 0.5, effective=documents, original=documents)
+        content = json.loads(file.read_text()) | {"results": {"quiz": metrics}}
+        file.write_text(json.dumps(content))
+        return results_grid(read_results([file])).rows[0][5:]
+
+    for right, documents in ((4, 4), (0, 4), (19, 20), (1, 2)):
+        low, high = proportion_confint(right, documents, method="wilson")
+        assert text(right, documents) == (f"{100 * right / documents:.1f} [{100 * low:.1f}, {100 * high:.1f}]",)
+    assert text(15, 20) == ("75.0 ± 9.9",)
+    # A soft score's error is smaller; of a class nobody knows how many documents are in it.
+    soft = {"exact_match_stderr,none": 0.03, "IMG,none": 1.0, "IMG_stderr,none": 0.0}
+    assert text(19, 20, **soft) == ("95.0 ± 3.0", "100.0")
+
+
+def test_runs_are_told_apart_by_what_they_differ_in_and_else_by_their_folders(tmp_path):
+    facts = {"method": "rtn", "scheme": "w4a4", "pretrained": "hub/llava"}
+    files = []
+    for name, more in (("a", {"backend": "packed"}), ("b", {"backend": "reference"}), ("c", {"backend": "packed"})):
+        (tmp_path / name / "llava").mkdir(parents=True)
+        files.append(write(tmp_path / name / "llava", "x", 0.5, qvlm={**facts, **more}))
+    grid = results_grid(read_results(files[:2]))
+    assert grid.header[:3] == ("method", "scheme", "backend") and grid.lead == 3
+    assert [row[2] for row in grid.rows] == ["packed", "reference"]
+    seeded = {
+        file: {**facts, "method": m, "calibration": s}
+        for file, m, s in zip(files, "ab", ({"seed": 0}, None), strict=False)
+    }
+    assert labels(seeded) == {files[0]: "a w4a4", files[1]: "b w4a4"}  # one has no seed
+    assert labels({**seeded, files[2]: {**facts, "calibration": {"seed": 1}}})[files[2]] == "rtn w4a4 (1)"
+    grid = results_grid(read_results([tmp_path]))
+    assert [row[2:4] for row in grid.rows] == [("packed", "a"), ("reference", "–"), ("packed", "c")]
+    assert labels({file: {**facts, "backend": "packed"} for file in files[::2]}) == {
+        files[0]: "rtn w4a4 (a)", files[2]: "rtn w4a4 (c)"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80, 130])
+def test_tables_keep_the_width_of_the_terminal(tmp_path, width):
+    files = []
+    for name in ("one", "two"):
+        file = write(tmp_path, name, 0.5, qvlm={"method": "qvlm_rotated", "scheme": "w4a4+vision:w8a8"})
+        tasks = {
+            f"a_task_with_a_long_name_{n}": {"exact_match,none": 0.5, "exact_match_stderr,none": 0.1} for n in range(5)
+        }
+        counts = {task: {"original": 9, "effective": 9} for task in tasks}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"results": tasks, "n-samples": counts}))
+        files.append(file)
+    lines = shown(files, width)
+    assert max(map(len, lines)) <= width
+    assert "\n".join(lines).count("50.0 ± 10.0") == 10 and "…" not in "\n".join(lines)
 
 
 def test_the_metrics_of_our_tasks_are_known():

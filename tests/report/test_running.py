@@ -33,7 +33,7 @@ def test_each_cell_runs_once_and_is_known_again(setting, place):
     outcomes, shown = run(dataclasses.replace(setting, jobs=3))
     assert len(calls(place)) == len(outcomes) == 6 and not any(one.reused for one in outcomes)
     assert shown.count("started\n") == 6 and shown.count(": done in ") == 6 and shown.count("(6 of 6)") == 1
-    assert re.search(r"tiny/rtn-w4a4/quiz: done in \d+ s, exact_match 80.0 \(\d of 6\)", shown)
+    assert re.search(r"tiny/rtn-w4a4/quiz: done in \d+ s, exact_match 80.0 ± 2.0 \(\d of 6\)", shown)
     again, shown = run(setting)
     assert len(calls(place)) == 6 and all(one.reused for one in again) and "finished before" in shown
     assert [one.cell.name for one in again] == [one.cell.name for one in outcomes]
@@ -107,9 +107,11 @@ def test_lines_tell_how_it_goes_where_there_is_no_terminal(setting, place, monke
 
 def test_a_terminal_shows_a_table(setting):
     _, shown = run(setting, terminal=True)
-    assert "waiting" in shown and re.search(r"running, \d s", shown) and "started" not in shown
+    assert "5 more" in shown and re.search(r"running, \d s", shown) and "started" not in shown
+    rows = [shown.index(f"{name}: done in ") for name in ("tiny/none-w16a16/quiz", "tiny/qvlm-w4a4/exam")]
+    assert rows[0] < shown.rindex("running, ") < rows[1]  # each as its cell ends
     _, shown = run(setting, terminal=True)
-    assert shown.count("finished before") >= 6 and "80.0" in shown
+    assert shown.count("finished before") == 6 and "80.0" in shown
 
 
 def test_an_interrupt_ends_the_harness_too(setting, place, tmp_path):
@@ -119,7 +121,7 @@ def test_an_interrupt_ends_the_harness_too(setting, place, tmp_path):
         # What a shell starts in the background ignores interrupts, and so do its children.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "app(['compare', sys.argv[1], '--models', 'a,b,c', '--methods', 'none', '--schemes', 'w4a4', '--tasks', "
-        "'quiz', '--data', sys.argv[2], '--jobs', '2'])\n"
+        "'pope', '--data', sys.argv[2], '--jobs', '2'])\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(setting.output), str(place)], stderr=subprocess.PIPE, text=True

@@ -5,7 +5,7 @@ layers below; its error is the distance of its output from the full-precision mo
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from statistics import mean
 from typing import Any
@@ -71,6 +71,21 @@ class CandidateLayer:
         }
 
 
+@dataclass(frozen=True)
+class Searched:
+    """The percentiles of a block's sites with the least error.
+
+    Attributes:
+        choices: {site name: index into the grid} for each layer.
+        error: of the block's output.
+        output: the block's output with these percentiles; None where the search does not have it any more.
+    """
+
+    choices: list[dict[str, int]]
+    error: float
+    output: HiddenCache | None = field(default=None, compare=False)
+
+
 @dataclass(frozen=True, eq=False)
 class Mined:
     """The result of the search.
@@ -132,15 +147,18 @@ def mine(
             step = f"{part}-{block.start}-{block.stop - 1}"
             if (kept := context.recalled(step)) is None:
                 weights = token_weights and [context.shard.own(token_weights[index]) for index in block]
-                choices, error = search_block(members, quantized, targets, options, weights)
-                kept = {"choices": choices, "error": error}, {}
-                workspace.keep(step, *kept)
-            choices, error = kept[0]["choices"], kept[0]["error"]
-            for member, chosen in zip(members, choices, strict=True):
-                quantized = member.run(chosen, quantized)
+                best = search_block(members, quantized, targets, options, weights)
+                workspace.keep(step, {"choices": best.choices, "error": best.error}, {})
+            else:
+                best = Searched(**kept[0])
+            for member, chosen in zip(members, best.choices, strict=True):
+                if best.output is None:
+                    quantized = member.run(chosen, quantized)
                 found |= member.found(chosen)
-            percentiles = [{site: options.percentiles[c] for site, c in chosen.items()} for chosen in choices]
-            rows.append({"layers": list(block), "percentiles": percentiles, "error": error})
+            quantized = best.output or quantized
+            percentiles = [{site: options.percentiles[c] for site, c in chosen.items()} for chosen in best.choices]
+            rows.append({"layers": list(block), "percentiles": percentiles, "error": best.error})
+            del best  # frees the output where it is not the next block's input
             del member  # frees its rounded weights before those of the next block are made
             progress.advance()
     return Mined(found, {"dependencies": mutual, "h0": h0, "blocks": rows})
@@ -152,7 +170,7 @@ def search_block(
     targets: Sequence[HiddenCache],
     options: MiningOptions,
     token_weights: TokenWeights | None = None,
-) -> tuple[list[dict[str, int]], float]:
+) -> Searched:
     """The percentiles of a block's sites with the least error of its output (Eq. 3).
 
     Args:
@@ -161,9 +179,6 @@ def search_block(
         targets: each layer's output in full precision.
         options: of the search.
         token_weights: of the block's layers.
-
-    Returns:
-        {site name: index into the grid} for each layer; and the block's error.
 
     Raises:
         QVLMError: an output or the error is not finite; the message names the layer.
@@ -207,7 +222,7 @@ def search_block(
     choices: list[dict[str, int]] = [{} for _ in members]
     for (index, names), candidate in zip(units, found.choices, strict=True):
         choices[index] |= dict.fromkeys(names, candidate)
-    return choices, found.error
+    return Searched(choices, found.error, found.state and found.state[2])
 
 
 def candidate_layer(

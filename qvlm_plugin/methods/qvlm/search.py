@@ -6,7 +6,7 @@ candidates over d steps form a tree, which costs c + c² + … + c^d step runs i
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 State = TypeVar("State")
@@ -30,16 +30,18 @@ class Tree(Generic[State]):
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Generic[State]):
     """The best combination.
 
     Attributes:
         choices: the candidate's index for each step.
         error: the objective after the last step.
+        state: after the last step; None where the search does not have it any more.
     """
 
     choices: tuple[int, ...]
     error: float
+    state: State | None = field(default=None, compare=False)
 
 
 def combinations(tree: Tree[State], start: State, first: int = 0) -> Iterator[Found]:
@@ -108,5 +110,5 @@ def search_with_beam(tree: Tree[State], start: State, width: int) -> Found:
                 # Only states that may survive are kept; sorting by error and choices never compares states.
                 grown = sorted([*grown, entry], key=lambda one: one[:2])[:width]
         beam = grown
-    value, choices, _ = beam[0]
-    return Found(choices, value)
+    value, choices, state = beam[0]
+    return Found(choices, value, state)

@@ -119,9 +119,9 @@ def _search_pair(
 ) -> tuple[float, float]:
     """Relative errors of the second layer's output on one sample: searched layer by layer, and jointly."""
     first, second = members
-    (choices,), _ = search_block([first], start, [here], options)
-    _, sequential = search_block([second], first.run(choices, start), [above], options)
-    _, joint = search_block(members, start, [here, above], options)
+    (choices,) = search_block([first], start, [here], options).choices
+    sequential = search_block([second], first.run(choices, start), [above], options).error
+    joint = search_block(members, start, [here, above], options).error
     zeros = replace(above, states=[torch.zeros_like(states) for states in above.states])
     norm = zeros.error(above, options)
     return sequential / norm, joint / norm

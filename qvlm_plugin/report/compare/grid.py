@@ -100,14 +100,19 @@ class CompareGrid(BaseModel):
         Raises:
             QVLMError: see `check_request`.
         """
-        return self.seeds if self._request(method, scheme).needs_calibration else (None,)
+        return self.seeds if self.request(method, scheme).needs_calibration else (None,)
 
     def row(self, name: str) -> tuple[str, dict[str, str | int | float | bool]]:
         """The quantization method of a row and its options; none where it has a checkpoint of its own."""
         options = dict(self.options.get(name, {}))
         return str(options.pop("method", "none" if "pretrained" in options else name)), options
 
-    def _request(self, name: str, scheme: str) -> PlanRequest:
+    def request(self, name: str, scheme: str) -> PlanRequest:
+        """What a row searches at a scheme.
+
+        Raises:
+            QVLMError: see `check_request`.
+        """
         method, options = self.row(name)
         options.pop("pretrained", None)
         known = check_request(method, scheme, {}).method.options.model_fields
@@ -135,26 +140,36 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
             raise QVLMError(f"{file} is not a YAML file: {one_line(error)}") from error
         if not isinstance(content, dict):
             raise QVLMError(f"{file} must hold keys and values; allowed keys are {', '.join(CompareGrid.model_fields)}")
-    given = {name: value for name, value in flags.items() if value is not None}
+    named = {name: value for name, value in flags.items() if value is not None}
+    given = dict(named)
     if isinstance(content.get("cluster"), dict):
         given["cluster"] = content["cluster"] | given.get("cluster", {})
     try:
         return CompareGrid.model_validate({**content, **given})
     except ValidationError as error:
-        raise QVLMError(f"{file or 'the grid'}: {_explain(error.errors()[0])}") from error
+        raise QVLMError(_explain(error.errors()[0], file, named)) from error
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
-    fields = JobRequest.model_fields if problem["loc"][:1] == ("cluster",) else CompareGrid.model_fields
-    name, allowed = ".".join(map(str, problem["loc"])), ", ".join(fields)
+def _explain(problem: Mapping[str, Any], file: Path | None, flags: Mapping[str, Any]) -> str:
+    """What is wrong, under the name that the value was given by: a flag, or a key of the file."""
+    text = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"].lower()
+    loc = tuple(map(str, problem["loc"] or (text.partition(":")[0],)))
+    text = text.removeprefix(f"{loc[0]}: ")
+    of_job = loc[0] == "cluster" and len(loc) > 1
+    keys = ", ".join(JobRequest.model_fields if of_job else CompareGrid.model_fields)
+    flag = loc[1] if of_job else loc[0]
+    by_flag = file is None or flag in (flags.get("cluster") or {} if of_job else flags)
+    name = f"--{flag.replace('_', '-')}" if by_flag else f"{file}: {'.'.join(loc)}"
     match problem["type"]:
         case "missing":
-            return f"{name}: is missing; allowed are {allowed}"
+            return (
+                f"{name} is missing (or a YAML file with it)" if by_flag else f"{name}: is missing; allowed are {keys}"
+            )
         case "extra_forbidden":
-            return f"{name}: is no key; allowed are {allowed}"
+            return f"{name}: is no key; allowed are {keys}"
         case "value_error":
-            return ": ".join(filter(None, (name, str(problem["ctx"]["error"]))))
-    return f"{name}: {problem['msg'].lower()}, not {problem['input']!r}"
+            return f"{name}: {text}"
+    return f"{name}: {text}, not {problem['input']!r}"
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seeds
 from qvlm_plugin.report.compare.grid import FULL_PRECISION, PREVIOUS, CompareGrid
 from qvlm_plugin.report.figures import Bars, bars_figure
-from qvlm_plugin.report.leaderboard.tables import size
 from qvlm_plugin.report.paired import difference_text, estimate_text, flips_text, p_text, total_note, unknown_note
 from qvlm_plugin.report.pooled import Pooled, spread_text, verdict
-from qvlm_plugin.report.results import Grid
-from qvlm_plugin.report.shares import PERCENT, unit_text
+from qvlm_plugin.report.results import Grid, size
+from qvlm_plugin.report.shares import FEWEST, PERCENT, unit_text
 from qvlm_plugin.report.writing import STAND_IN, Report
 
 HEADER = (
@@ -59,7 +58,8 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
     same = "" if grid.baseline == "none" else " with the same scheme and seed"
     notes = [
         *([STAND_IN] if stand_in else []),
-        f"{grid.metric} {unit} ± standard error on {limit} of each task. Difference: from {baseline}{same} on the "
+        f"{grid.metric} {unit} ± standard error, or with Wilson's 95 % interval where fewer than {FEWEST} documents "
+        f"are right, or wrong, on {limit} of each task. Difference: from {baseline}{same} on the "
         "same documents, with its 95 % interval. Standard errors and intervals are clustered by image where "
         "several questions are about one.",
         "Tests: McNemar's exact test for scores of 0 and 1 (where documents share images, its extension to clusters by "
@@ -151,6 +151,7 @@ def _bars(grid: CompareGrid, compared: Sequence[Compared], pooled: Sequence[Over
                 rows=tuple(" ".join(run) for run in runs),
                 accuracies={task: [_point(own.get((*run, task))) for run in runs] for task in grid.tasks},
                 lines={task: value for task, (value, _) in plain.items()},
+                line=BASELINES["none"],
                 costs=[_cost(compared, (model, *run)) for run in runs],
             )
         )

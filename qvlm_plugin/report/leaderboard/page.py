@@ -51,7 +51,7 @@ FACTS = (
 )  # fmt: skip
 """Fields of a row that the page tells of a run."""
 
-SCORES = ("value", "stderr", "difference", "rank", "rank_low", "rank_high")
+SCORES = ("value", "stderr", "difference", "rank", "rank_low", "rank_high", "wilson_low", "wilson_high")
 """Fields of a row that the page tells of a score; the script knows them by their places."""
 
 

@@ -14,11 +14,11 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import concerning, parse_json
 from qvlm_plugin.report.leaderboard.documents import Coverage, Marks, read_coverage
 from qvlm_plugin.report.leaderboard.row import Row
-from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
+from qvlm_plugin.report.leaderboard.schema import ResultsFile, main_metric, metric_list, numbers, parse_results
 from qvlm_plugin.report.results import BYPASS
 from qvlm_plugin.report.samples import is_mean
 from qvlm_plugin.report.seal import seal
-from qvlm_plugin.report.shares import PERCENT, scale
+from qvlm_plugin.report.shares import PERCENT, scale, share_interval
 
 SUFFIX = "_results.json"
 
@@ -124,9 +124,9 @@ def read_run(file: Path) -> Run:
 
 def _without_parts(coverage: Coverage, parsed: ResultsFile, task: str) -> Coverage:
     """Without documents' scores where the task makes another one than their mean: they do not tell who is better."""
-    if coverage.marks is None or _metric_list(parsed, task).get(coverage.marks.metric, {}).get("aggregation") == "mean":
+    if coverage.marks is None or metric_list(parsed, task).get(coverage.marks.metric, {}).get("aggregation") == "mean":
         return coverage
-    values = [value for name, _, value in _numbers(parsed.results[task]) if name == coverage.marks.metric]
+    values = [value for name, _, value in numbers(parsed.results[task]) if name == coverage.marks.metric]
     fits = any(is_mean(value, [coverage.means[coverage.marks.metric]]) for value in values)
     return coverage if fits else replace(coverage, marks=None)
 
@@ -172,12 +172,14 @@ def _rows(run: Run, base: Path, problems: list[Problem]) -> Iterator[Row]:
         if task not in parsed.counts:  # a group: its members have rows of their own
             continue
         main = main_metric(parsed, task)
-        order = [main, *_metric_list(parsed, task)]
+        order = [main, *metric_list(parsed, task)]
         scores = [*_scores(task, metrics, name, problems)]
         scores.sort(key=lambda score: order.index(score[0]) if score[0] in order else len(order))
         facts = _task_facts(run, task, base, name, problems)
         directions = parsed.higher_is_better.get(task) or {}
         for metric, value, stderr in scores:
+            documents = facts["documents"] if metric == main else None  # others may be of some documents only
+            low, high = share_interval(metric, value, stderr, documents) or (None, None)
             yield Row(
                 **common,
                 **facts,
@@ -187,6 +189,8 @@ def _rows(run: Run, base: Path, problems: list[Problem]) -> Iterator[Row]:
                 value=value,
                 percent=scale(metric, value) == PERCENT,
                 stderr=stderr,
+                wilson_low=low,
+                wilson_high=high,
                 higher_is_better=directions.get(metric) is not False,
             )
 
@@ -194,7 +198,7 @@ def _rows(run: Run, base: Path, problems: list[Problem]) -> Iterator[Row]:
 def _scores(
     task: str, metrics: Mapping[str, Any], name: str, problems: list[Problem]
 ) -> Iterator[tuple[str, float, float | None]]:
-    for metric, kind, value in _numbers(metrics):
+    for metric, kind, value in numbers(metrics):
         if metric == BYPASS:
             problems.append(Problem(name, f"{task} was not scored (--predict_only)"))
             continue
@@ -204,27 +208,6 @@ def _scores(
         stderr = metrics.get(f"{metric}_stderr,{kind}")
         known = isinstance(stderr, int | float) and math.isfinite(stderr)
         yield metric, value, stderr if known else None
-
-
-def _numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """A task's scores with the names of their metrics and filters."""
-    for key, value in metrics.items():
-        metric, _, kind = key.partition(",")
-        if kind and "_stderr" not in metric and isinstance(value, int | float) and not isinstance(value, bool):
-            yield metric, kind, value
-
-
-def main_metric(parsed: ResultsFile, task: str) -> str | None:
-    """The first of a task's metrics, in its own order, that has a score."""
-    scored = [metric for metric, _, value in _numbers(parsed.results.get(task, {})) if math.isfinite(value)]
-    return next((metric for metric in _metric_list(parsed, task) if metric in scored), next(iter(scored), None))
-
-
-def _metric_list(parsed: ResultsFile, task: str) -> dict[str, dict[str, Any]]:
-    """A task's metrics by name, in its own order."""
-    listed = parsed.configs.get(task, {}).get("metric_list")
-    entries = listed if isinstance(listed, list) else []
-    return {str(entry.get("metric")): entry for entry in entries if isinstance(entry, dict)}
 
 
 def _run_facts(run: Run) -> dict[str, Any]:
@@ -312,7 +295,7 @@ def misfit(task: str, evaluated: int, parsed: ResultsFile, coverage: Coverage) -
         return f"{task}: its samples cannot be read"
     if coverage.count != evaluated:
         return f"{task}: {evaluated} documents were evaluated, but there are samples of {coverage.count}"
-    for metric, entry in _metric_list(parsed, task).items():
+    for metric, entry in metric_list(parsed, task).items():
         if entry.get("aggregation") != "mean":
             continue
         values = [value for key, value in parsed.results[task].items() if key.partition(",")[0] == metric]

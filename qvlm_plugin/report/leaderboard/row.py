@@ -22,6 +22,11 @@ class Row(BaseModel):
     value: float = Field(description="the metric over all documents, as lmms-eval gives it")
     percent: bool = Field(False, description="whether it is known to be a share, from 0 to 1, and shown in percent")
     stderr: float | None = Field(description="its standard error by lmms-eval, which takes documents as independent")
+    wilson_low: float | None = Field(
+        None,
+        description="lower end of Wilson's 95 % interval, where a score is a share with few documents right, or wrong",
+    )
+    wilson_high: float | None = Field(None, description="its upper end")
     higher_is_better: bool = Field(description="which values rank first")
     difference: float | None = Field(None, description="value minus that of the same model in full precision")
     documents: int = Field(description="documents evaluated")

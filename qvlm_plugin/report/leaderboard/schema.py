@@ -1,6 +1,7 @@
 """The parts of a results file that a leaderboard reads. Whatever else is there is left alone."""
 
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -141,3 +142,24 @@ def parse_results(content: Any, file: Path) -> ResultsFile:
     if not parsed.results:
         raise QVLMError(f"{file} holds no results: the evaluation failed")
     return parsed
+
+
+def numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """A task's scores with the names of their metrics and filters."""
+    for key, value in metrics.items():
+        metric, _, kind = key.partition(",")
+        if kind and "_stderr" not in metric and isinstance(value, int | float) and not isinstance(value, bool):
+            yield metric, kind, value
+
+
+def main_metric(parsed: ResultsFile, task: str) -> str | None:
+    """The first of a task's metrics, in its own order, that has a score."""
+    scored = [metric for metric, _, value in numbers(parsed.results.get(task, {})) if math.isfinite(value)]
+    return next((metric for metric in metric_list(parsed, task) if metric in scored), next(iter(scored), None))
+
+
+def metric_list(parsed: ResultsFile, task: str) -> dict[str, dict[str, Any]]:
+    """A task's metrics by name, in its own order."""
+    listed = parsed.configs.get(task, {}).get("metric_list")
+    entries = listed if isinstance(listed, list) else []
+    return {str(entry.get("metric")): entry for entry in entries if isinstance(entry, dict)}

@@ -10,16 +10,17 @@ from qvlm_plugin.report.leaderboard.paper import ReportedTable, paper_source
 from qvlm_plugin.report.leaderboard.reading import Board
 from qvlm_plugin.report.leaderboard.row import Row
 from qvlm_plugin.report.leaderboard.view import Entry, Group, groups
-from qvlm_plugin.report.results import Grid
-from qvlm_plugin.report.shares import PERCENT, number_text, score_text
+from qvlm_plugin.report.results import Grid, size
+from qvlm_plugin.report.shares import FEWEST, PERCENT, number_text, score_text
 
 READING = (
     "Ranks hold within a table: its rows share data, split, prompt and documents. A rank such as 2–7 names the places "
     "that the documents do not exclude, by paired tests of all runs. Shares are in percent, other scores as lmms-eval "
-    "gives them. ±: lmms-eval's standard error, which takes documents as independent; `qvlm compare` and `qvlm paired` "
-    "test differences. Difference: below (−) or above the same model in full precision. Size: quantized weights as "
-    "their formats say, scales included, and all else in 16 bits. Memory and speed are measured, memory as weights / "
-    "peak of the run; they are left out where low bits are simulated (backend reference)."
+    "gives them. ±: lmms-eval's standard error, which takes documents as independent; […]: Wilson's 95 % interval, "
+    f"where fewer than {FEWEST} documents are right, or wrong. `qvlm compare` and `qvlm paired` test differences. "
+    "Difference: below (−) or above the same model in full precision. Size: quantized weights as their formats say, "
+    "scales included, and all else in 16 bits. Memory and speed are measured, memory as weights / peak of the run, and "
+    "left out where low bits are simulated (backend reference)."
 )
 APART = "Stand-in data, or a part of the documents"
 APART_NOTE = "These rows say nothing about the real benchmarks and cannot be compared with the ones above."
@@ -104,8 +105,11 @@ def _cells(entry: Entry, main: str, others: Sequence[str]) -> tuple[str, ...]:
 
 
 def cell(row: Row | None) -> str:
-    """A score with its standard error, shares in percent."""
-    return "" if row is None else score_text(row.value, row.stderr, PERCENT if row.percent else 1)
+    """A score with its standard error, or its interval where it has one, shares in percent."""
+    if row is None:
+        return ""
+    interval = None if row.wilson_low is None else (row.wilson_low, row.wilson_high)
+    return score_text(row.value, row.stderr, PERCENT if row.percent else 1, interval)
 
 
 def _rank(row: Row) -> str:
@@ -119,13 +123,6 @@ def _difference(row: Row) -> str:
 def bits(row: Row) -> str:
     """Effective bits of the decoder's weights and activations."""
     return "" if row.weight_bits is None else f"{row.weight_bits:.2f} / {row.activation_bits or 16:.0f}"
-
-
-def size(count: int | None) -> str:
-    """Bytes for people."""
-    if count is None:
-        return "?"
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def plain(text: str) -> str:

@@ -56,7 +56,8 @@ def run_all(members, choices, hidden):
 
 def test_a_block_gets_the_best_of_all_combinations_and_never_less_than_layer_by_layer(block):
     members, start, targets = block
-    joint, error = search_block(members, start, targets, MethodOptions(**GRID))
+    found = search_block(members, start, targets, MethodOptions(**GRID))
+    joint, error = found.choices, found.error
     errors = {
         choices: run_all(members, choices, start).error(targets[-1], MethodOptions())
         for choices in itertools.product(range(3), repeat=2)
@@ -66,20 +67,24 @@ def test_a_block_gets_the_best_of_all_combinations_and_never_less_than_layer_by_
 
     greedy, hidden = [], start
     for member, target in zip(members, targets, strict=True):
-        (choice,), _ = search_block([member], hidden, [target], MethodOptions(**GRID))
+        (choice,) = search_block([member], hidden, [target], MethodOptions(**GRID)).choices
         hidden = member.run(choice, hidden)
         greedy.append(next(iter(choice.values())))
     assert error <= errors[tuple(greedy)]
     beamed = search_block(members, start, targets, MethodOptions(**GRID, beam=9))
-    assert beamed == (joint, error)
+    assert beamed == found and found.output is None
+    hidden = start
+    for member, chosen in zip(members, joint, strict=True):
+        hidden = member.run(chosen, hidden)
+    assert all(map(torch.equal, beamed.output.states, hidden.states))
 
 
 def test_a_site_may_choose_apart_and_a_wide_beam_then_beats_one_percentile_per_layer(block):
     members, start, targets = block
     options = MethodOptions(**GRID, unit="site", beam=81)
-    choices, error = search_block(members[:1], start, targets[:1], options)
-    assert set(choices[0]) == {site.name for site in members[0].sites}
-    assert error <= search_block(members[:1], start, targets[:1], MethodOptions(**GRID))[1]
+    found = search_block(members[:1], start, targets[:1], options)
+    assert set(found.choices[0]) == {site.name for site in members[0].sites}
+    assert found.error <= search_block(members[:1], start, targets[:1], MethodOptions(**GRID)).error
 
 
 def test_an_error_that_is_not_finite_names_the_layer(block):
@@ -200,14 +205,14 @@ def test_token_weights_decide_which_errors_count(block):
     members, start, targets = block
     options = MethodOptions(**GRID)
     nothing = [[torch.zeros_like(batch.attended, dtype=torch.float32) for batch in start.batches] for _ in members]
-    assert search_block(members, start, targets, options, nothing)[1] == 0
+    assert search_block(members, start, targets, options, nothing).error == 0
     ones = [[weights + 1 for weights in layer] for layer in nothing]
     expected = search_block(members, start, targets, options)
     assert search_block(members, start, targets, options, ones) == expected
     answers = [[batch.answer.float() for batch in start.batches] for _ in members]
     only_answers = search_block(members, start, targets, MethodOptions(**GRID, tokens="answer"))
     found = search_block(members, start, targets, options, answers)
-    assert found[0] == only_answers[0] and found[1] == pytest.approx(only_answers[1])
+    assert found.choices == only_answers.choices and found.error == pytest.approx(only_answers.error)
 
 
 def test_sixteen_bits_are_the_identity_and_parts_left_out_are_not_searched(deep, calibration):
@@ -257,11 +262,11 @@ def test_impossible_settings_are_one_line_errors_before_any_work(options, messag
 def test_a_pruned_search_measures_its_choice_on_all_samples(prune, block):
     members, start, targets = block
     options = MethodOptions(**GRID, prune=prune)
-    choices, error = search_block(members, start, targets, options)
-    picked = [next(iter(layer.values())) for layer in choices]
-    assert error == pytest.approx(run_all(members, picked, start).error(targets[-1], options))
-    _, best = search_block(members, start, targets, MethodOptions(**GRID))
-    assert error >= best and 0 < len(start.spread(prune)) < len(start.states)
+    found = search_block(members, start, targets, options)
+    picked = [next(iter(layer.values())) for layer in found.choices]
+    assert found.error == pytest.approx(run_all(members, picked, start).error(targets[-1], options))
+    best = search_block(members, start, targets, MethodOptions(**GRID))
+    assert found.error >= best.error and 0 < len(start.spread(prune)) < len(start.states)
 
 
 def test_the_part_is_the_same_in_however_many_processes(block):

@@ -48,8 +48,8 @@ function scoreColumn(index, metric, more) {
     value: (row) => scoreOf(row, index, metric.name)?.value ?? null,
     high: higher,
     show: (_, row) => {
-      const {value, error} = scoreOf(row, index, metric.name);
-      return withError(value, error, percent);
+      const {value, error, interval} = scoreOf(row, index, metric.name);
+      return withError(value, error, percent, interval);
     },
     unit: percent ? "%" : "",
     ...more,

@@ -54,10 +54,8 @@ function scoreList(row) {
     for (const entry of entries) {
       const {name, percent} = mainOf(index);
       const score = entry.scores[name];
-      const item = element(
-        "li",
-        `${evaluations[index].title}: ${score ? `${name} ${withError(score[0], score[1], percent)}` : "no score"} `,
-      );
+      const text = score ? `${name} ${withError(score[0], score[1], percent, intervalOf(score))}` : "no score";
+      const item = element("li", `${evaluations[index].title}: ${text} `);
       item.append(element("a", "results", {href: entry.file}));
       if (entry.samples) item.append(" ", element("a", "samples", {href: entry.samples}));
       if (entry.notes.length) item.append(element("span", ` ${entry.notes.join("; ")}`, {class: "notes"}));

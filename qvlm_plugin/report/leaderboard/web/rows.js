@@ -74,6 +74,8 @@ function rowsOf(view) {
   return rowsMade.get(view);
 }
 
+const intervalOf = (score) => (known(score[6]) ? [score[6], score[7]] : null);
+
 // A row's score by a metric of an evaluation: value, error and difference are means over its runs.
 function scoreOf(row, index, metric) {
   const scores = (row.entries[index] ?? []).map((entry) => entry.scores[metric]).filter(known);
@@ -83,7 +85,8 @@ function scoreOf(row, index, metric) {
       ? scores.reduce((sum, score) => sum + score[place], 0) / scores.length
       : null;
   const [, , , rank, low, high] = scores[0];
-  return {value: mean(0), error: mean(1), difference: mean(2), rank, low, high, count: scores.length};
+  const interval = scores.length === 1 ? intervalOf(scores[0]) : null;
+  return {value: mean(0), error: mean(1), difference: mean(2), rank, low, high, interval, count: scores.length};
 }
 
 const metricOf = (index, name) => evaluations[index].metrics.find((metric) => metric.name === name);

@@ -37,8 +37,11 @@ const scaled = (value, percent) => (percent ? 100 * value : value);
 const number = (value, percent) =>
   percent ? fixed(100 * value, 1) : String(Number(value.toPrecision(5))).replace("-", "−");
 
-function withError(value, error, percent) {
-  return number(value, percent) + (known(error) ? ` ± ${number(error, percent)}` : "");
+// interval: both ends; null where the error describes the score. An error of 0 tells nothing.
+function withError(value, error, percent, interval = null) {
+  const text = number(value, percent);
+  if (interval) return `${text} [${interval.map((end) => number(end, percent)).join(", ")}]`;
+  return text + (known(error) && error > 0 ? ` ± ${number(error, percent)}` : "");
 }
 
 function signed(value, percent) {

@@ -1,0 +1,207 @@
+"""What takes torch's operators five to twenty launches on CUDA, in one each.
+
+A decoding step reads its weights in less time than it takes to start so many kernels. These are written in Triton
+(`triton_kernels`), which comes with torch for CUDA; they compute in float32 what the functions do that they stand for.
+`fusable` tells when they are used. What is compiled as a whole does without them: a compiler fuses operators itself.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def points_of_tokens(x: Tensor, clip_ratio: Tensor, center: Tensor | None, bits: int) -> Tensor:
+    """`reference.round_activation` of tokens: ``x`` [..., I] → the same shape and dtype."""
+    points = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch_tokens(x, clip_ratio, center, bits, points, None, None)
+    return points
+
+
+def codes_of_tokens(x: Tensor, clip_ratio: Tensor, center: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Signed codes, int8 [N, I], of ``x`` [..., I] with each token's ``step`` and ``offset``, float32 [N, 1]: it is
+    rounded to ``offset + step * code``, from ``center`` where there is one."""
+    columns = x.shape[-1]
+    codes = x.new_empty(x.numel() // columns, columns, dtype=torch.int8)
+    step, offset = (x.new_empty(len(codes), 1, dtype=torch.float32) for _ in range(2))
+    _launch_tokens(x, clip_ratio, center, bits, codes, step, offset)
+    return codes, step, offset
+
+
+def points_of_channels(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor, bits: int) -> Tensor:
+    """`quantizers.round_to_points` for bounds of channels, float32 [I]."""
+    points = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch_channels(x, lower, step, inverse, None, bits, points)
+    return points
+
+
+def codes_of_channels(
+    x: Tensor, bounds: tuple[Tensor, Tensor, Tensor], index: Tensor, bits: int, dtype: torch.dtype
+) -> Tensor:
+    """The codes of ``x`` [..., I] at ``index`` [C], in ``dtype`` [N, C]; what is not a number is none in floats.
+
+    Args:
+        x: inputs.
+        bounds: ``lower``, ``inverse`` and what is added to codes, ``low``; float32 [I].
+        index: int64 [C].
+        bits: of a code.
+        dtype: of the result.
+    """
+    lower, inverse, low = bounds
+    codes = x.new_empty(x.numel() // x.shape[-1], len(index), dtype=dtype)
+    _launch_channels(x, lower, low, inverse, index, bits, codes)
+    return codes
+
+
+def _launch_tokens(
+    x: Tensor,
+    clip_ratio: Tensor,
+    center: Tensor | None,
+    bits: int,
+    out: Tensor,
+    step: Tensor | None,
+    offset: Tensor | None,
+) -> None:
+    x, columns = x.contiguous(), x.shape[-1]
+    if not x.numel():
+        return
+    width = _power(columns)
+    with torch.cuda.device(x.device):  # Triton starts kernels on the current one
+        _kernels().round_tokens[(x.numel() // columns,)](
+            x, clip_ratio, x if center is None else center, out, out if step is None else step,
+            out if offset is None else offset, columns, 2**bits - 1, center is not None, step is not None, width,
+            num_warps=4 if width <= 4096 else 8,
+        )  # fmt: skip
+
+
+def _launch_channels(
+    x: Tensor, lower: Tensor, factor: Tensor, inverse: Tensor, index: Tensor | None, bits: int, out: Tensor
+) -> None:
+    x, columns, width = x.contiguous(), x.shape[-1], out.shape[-1]
+    if not out.numel():
+        return
+    with torch.cuda.device(x.device):
+        _kernels().round_channels[(out.numel() // width, -(-width // _BLOCK))](
+            x, lower, factor, inverse, x if index is None else index, out, columns, width, 2**bits - 1,
+            index is not None, _BLOCK,
+        )  # fmt: skip
+
+
+_BLOCK = 1024
+"""Channels of a token to a program."""
+
+
+FEW_TOKENS = 16
+"""`multiply_codes` is for so many: the rows of a tensor core's tile."""
+
+
+def multiply_codes(
+    codes: Tensor,
+    weights: Sequence[Tensor],
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    steps: tuple[Tensor, Tensor, Tensor] | None,
+) -> Tensor:
+    """`int8_product.int8_linear` of up to `FEW_TOKENS` tokens, for one or two segments.
+
+    Args:
+        codes: int8 [N, I].
+        weights: of the segments, int8 [O, their channels].
+        scale: float32 [segments, O].
+        bias: [O] or None.
+        dtype: of the result.
+        steps: ``step``, ``offset`` and ``row_sum``; None for tokens that are their codes.
+    """
+    codes, out = codes.contiguous(), codes.new_empty(len(codes), scale.shape[1], dtype=dtype)
+    first, *second = weights
+    step, offset, row_sum = (scale, scale, scale) if steps is None else steps
+    if out.numel():
+        with torch.cuda.device(codes.device):
+            _kernels().multiply_codes[(-(-scale.shape[1] // _FEATURES),)](
+                codes, first, weights[-1], scale, step, offset, row_sum, scale if bias is None else bias, out,
+                len(codes), scale.shape[1], first.shape[1], second[0].shape[1] if second else 0,
+                len(weights), steps is not None, bias is not None, FEW_TOKENS, _FEATURES, _CHANNELS,
+            )  # fmt: skip
+    return out
+
+
+_FEATURES, _CHANNELS = 16, 256
+"""Rows and columns of a weight that a program multiplies with at a time."""
+
+
+def scale_product(
+    product: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    steps: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """`int8_product.scaled` of a ``product`` of codes: [N, O] in ``dtype``.
+
+    Args:
+        product: [N, O].
+        scale: float32 [O].
+        bias: [O] or None.
+        dtype: of the result.
+        steps: ``step`` and ``offset``, float32 [N, 1], and ``row_sum``, float32 [O].
+    """
+    product, out = product.contiguous(), torch.empty_like(product, dtype=dtype)
+    count, features = product.shape
+    if out.numel():
+        with torch.cuda.device(product.device):
+            _kernels().scale_product[(count, -(-features // _BLOCK))](
+                product, scale, *steps, scale if bias is None else bias, out, features, bias is not None, _BLOCK,
+            )  # fmt: skip
+    return out
+
+
+def can_rotate(orders: tuple[int, ...]) -> bool:
+    """Whether `rotate` is for matrices of these orders: two or three, as small as a program holds."""
+    if len(orders) not in (2, 3):
+        return False
+    first, *others = orders
+    held = _power(first) * math.prod(others)
+    return first <= _LARGEST_ORDER and held <= _LARGEST_TOKEN and all(16 <= order == _power(order) for order in others)
+
+
+_LARGEST_ORDER, _LARGEST_TOKEN = 512, 2**14
+"""Of the first matrix, and channels of a token."""
+
+
+def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """`rotation.rotate` for matrices that it `can_rotate` by."""
+    signs, first, *others = factors
+    x, order, channels = x.contiguous(), len(first), len(signs)
+    out = torch.empty_like(x)
+    if x.numel():
+        with torch.cuda.device(x.device):
+            _kernels().rotate_tokens[(x.numel() // channels,)](
+                x, signs, first, others[0], others[-1], out, order, max(16, _power(order)),
+                len(others[0]) if len(others) > 1 else 1, len(others[-1]), 16, num_warps=8,
+            )  # fmt: skip
+    return out
+
+
+def _power(count: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (count - 1).bit_length()
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether there is Triton, and a device that it compiles them for."""
+    return _kernels() is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The kernels; None where there is no Triton."""
+    try:
+        return import_module("qvlm_plugin.kernels.triton_kernels")
+    except ImportError:
+        return None

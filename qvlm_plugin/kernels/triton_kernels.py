@@ -1,0 +1,160 @@
+"""Kernels of `fused`; importing this needs Triton.
+
+Where a value is rounded to a whole number, a large number is added and taken away again, of which float32 has only
+whole neighbours: to the nearest, ties to even, like torch.
+"""
+
+import triton
+import triton.language as tl
+
+_LARGE = tl.constexpr(12582912.0)
+"""1.5 times 2^23."""
+
+
+@triton.jit
+def round_tokens(
+    x, clip_ratio, center, out, steps, offsets, columns, levels,
+    CENTERED: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Round one token to ``levels + 1`` points of its own range, or to their codes, see `fused`."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, WIDTH)
+    inside = place < columns
+    values = tl.load(x + row * columns + place, mask=inside, other=0.0).to(tl.float32)
+    if CENTERED:
+        middle = tl.load(center + place, mask=inside, other=0.0).to(tl.float32)
+        values = values - middle
+    mean = tl.sum(values, axis=0) / columns  # what is outside is 0
+    clip = tl.load(clip_ratio).to(tl.float32)
+    lower = mean + (tl.min(tl.where(inside, values, float("inf")), axis=0) - mean) * clip
+    upper = mean + (tl.max(tl.where(inside, values, float("-inf")), axis=0) - mean) * clip
+    step = (upper - lower) / levels
+    inverse = tl.where(step > 0, 1.0 / step, 0.0)
+    code = tl.minimum(tl.maximum((values - lower) * inverse, 0.0), levels)
+    code = (code + _LARGE) - _LARGE
+    if CODES:
+        half = (levels + 1) // 2
+        tl.store(out + row * columns + place, (code - half).to(tl.int8), mask=inside)
+        tl.store(steps + row, step)
+        tl.store(offsets + row, lower + half * step)
+    else:
+        point = code * step + lower
+        if CENTERED:
+            point = point + middle
+        tl.store(out + row * columns + place, point.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def round_channels(
+    x, lower, factor, inverse, index, out, columns, width, levels, CODES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Round channels of one token within fixed bounds: to points, where ``factor`` is their steps, or to the codes of
+    the channels at ``index``, where it is what is added to them."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < width
+    channel = place
+    if CODES:
+        channel = tl.load(index + place, mask=inside, other=0)
+    value = tl.load(x + row * columns + channel, mask=inside, other=0.0).to(tl.float32)
+    low = tl.load(lower + channel, mask=inside, other=0.0)
+    code = (value - low) * tl.load(inverse + channel, mask=inside, other=0.0)
+    code = tl.minimum(tl.maximum(code, 0.0), levels)
+    code = (code + _LARGE) - _LARGE
+    by = tl.load(factor + channel, mask=inside, other=0.0)
+    result = code + by if CODES else code * by + low
+    result = tl.where(value == value, result, value)  # what is not a number stays none
+    tl.store(out + row * width + place, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def multiply_codes(
+    codes, first, second, scale, step, offset, row_sum, bias, out, tokens, features, width_1, width_2,
+    SEGMENTS: tl.constexpr, STEPS: tl.constexpr, BIAS: tl.constexpr,
+    TOKENS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Multiply codes of up to ``TOKENS`` tokens with ``FEATURES`` rows of one or two segments of a weight, see
+    `int8_product.int8_linear`."""
+    token = tl.arange(0, TOKENS)
+    feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    is_token, is_feature = token < tokens, feature < features
+    row = feature.to(tl.int64)
+    total = tl.zeros([TOKENS, FEATURES], dtype=tl.float32)
+    for segment in tl.static_range(SEGMENTS):
+        weight = first if segment == 0 else second
+        width = width_1 if segment == 0 else width_2
+        start = 0 if segment == 0 else width_1
+        sums = tl.zeros([TOKENS, FEATURES], dtype=tl.int32)
+        for begin in range(0, width, WIDTH):
+            channel = begin + tl.arange(0, WIDTH)
+            is_channel = channel < width
+            x = tl.load(
+                codes + token[:, None] * (width_1 + width_2) + start + channel[None, :],
+                mask=is_token[:, None] & is_channel[None, :], other=0,
+            )  # fmt: skip
+            w = tl.load(
+                weight + row[None, :] * width + channel[:, None],
+                mask=is_feature[None, :] & is_channel[:, None], other=0,
+            )  # fmt: skip
+            sums += tl.dot(x, w, out_dtype=tl.int32)
+        total += (
+            sums.to(tl.float32) * tl.load(scale + segment * features + feature, mask=is_feature, other=0.0)[None, :]
+        )
+    if STEPS:
+        total = total * tl.load(step + token, mask=is_token, other=0.0)[:, None]
+        sum_of_row = tl.load(row_sum + feature, mask=is_feature, other=0.0)
+        total += tl.load(offset + token, mask=is_token, other=0.0)[:, None] * sum_of_row[None, :]
+    if BIAS:
+        total += tl.load(bias + feature, mask=is_feature, other=0.0).to(tl.float32)[None, :]
+    places = token[:, None].to(tl.int64) * features + feature[None, :]
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=is_token[:, None] & is_feature[None, :])
+
+
+@triton.jit
+def scale_product(product, scale, step, offset, row_sum, bias, out, features, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """Turn a part of a token's product of codes into one of the values that these stand for."""
+    row = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = feature < features
+    value = tl.load(product + row * features + feature, mask=inside, other=0).to(tl.float32)
+    value = value * tl.load(scale + feature, mask=inside, other=0.0) * tl.load(step + row)
+    value += tl.load(offset + row) * tl.load(row_sum + feature, mask=inside, other=0.0)
+    if BIAS:
+        value += tl.load(bias + feature, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * features + feature, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotate_tokens(
+    x, signs, first, second, third, out, order,
+    PADDED: tl.constexpr, MIDDLE: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Multiply one token with the Kronecker product of three matrices, of ``order``, ``MIDDLE`` and ``LAST``, or of the
+    first and the last where ``MIDDLE`` is 1; see `rotation.rotate`."""
+    rest: tl.constexpr = MIDDLE * LAST
+    row = tl.program_id(0).to(tl.int64)
+    i, j = tl.arange(0, PADDED), tl.arange(0, rest)
+    turned = tl.zeros([PADDED, rest], dtype=tl.float32)
+    for begin in range(0, order, CHUNK):
+        k = begin + tl.arange(0, CHUNK)
+        inside = k < order
+        places = k[:, None] * rest + j[None, :]
+        values = tl.load(x + row * order * rest + places, mask=inside[:, None], other=0.0).to(tl.float32)
+        values = values * tl.load(signs + places, mask=inside[:, None], other=0.0)
+        matrix = tl.load(
+            first + k[None, :] * order + i[:, None], mask=inside[None, :] & (i < order)[:, None], other=0.0
+        )
+        turned += tl.dot(matrix, values, input_precision="tf32x3")
+    k, n = tl.arange(0, LAST)[:, None], tl.arange(0, LAST)[None, :]
+    turned = tl.dot(
+        tl.reshape(turned, [PADDED * MIDDLE, LAST]), tl.load(third + k * LAST + n), input_precision="tf32x3"
+    )
+    if MIDDLE > 1:
+        k, n = tl.arange(0, MIDDLE)[:, None], tl.arange(0, MIDDLE)[None, :]
+        turned = tl.permute(tl.reshape(turned, [PADDED, MIDDLE, LAST]), [0, 2, 1])
+        turned = tl.reshape(turned, [PADDED * LAST, MIDDLE])
+        turned = tl.dot(turned, tl.load(second + k * MIDDLE + n), input_precision="tf32x3")
+        turned = tl.permute(tl.reshape(turned, [PADDED, LAST, MIDDLE]), [0, 2, 1])
+    turned = tl.reshape(turned, [PADDED, rest])
+    places = i[:, None] * rest + j[None, :]
+    tl.store(out + row * order * rest + places, turned.to(out.dtype.element_ty), mask=(i < order)[:, None])

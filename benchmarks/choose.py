@@ -82,7 +82,7 @@ def picture(choices: Sequence[Choice]) -> bytes:
                 method if len(own) > 1 else f"{method} {schemes[0]}",
                 [choice.packed_bytes / 1e6 for choice in own],
                 [100 * choice.pooled.difference.value for choice in own],
-                [100 * (choice.interval[1] - choice.interval[0]) / 2 for choice in own],
+                [50 * (choice.pooled.difference.high - choice.pooled.difference.low) for choice in own],
                 labels=schemes if len(own) > 1 else None,
             )
         )

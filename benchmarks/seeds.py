@@ -7,7 +7,6 @@ python benchmarks/seeds.py run seeds-results                       # all methods
 python benchmarks/seeds.py run seeds-results --schemes w4a8,w8a8 --methods qvlm_rotated --samples 64
 python benchmarks/seeds.py table seeds-results --baseline qlora    # means, spreads, paired differences
 python benchmarks/seeds.py table seeds-results --baseline full-precision --tasks average
-python benchmarks/seeds.py figure seeds-results seeds.svg --samples 64   # what each method loses against full precision
 python benchmarks/seeds.py agreement seeds-results qlora-w4a4-32-0 # with generation by the harness on the same plan
 """
 
@@ -17,13 +16,10 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import chdir
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
 from teacher_forced import Question, exact_matches, read_questions
 
 from qvlm_plugin import planning
@@ -36,7 +32,6 @@ from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.reading import read_json
-from qvlm_plugin.report.figures import COLOURS, STYLE, WIDTH
 from qvlm_plugin.report.paired import difference_text, estimate_text, p_text
 from qvlm_plugin.report.pooled import Pooled, pool, spread_text, verdict
 from qvlm_plugin.report.results import Grid
@@ -179,33 +174,6 @@ def show_table(todo: Sequence[Draw], output: Path, baseline: str, tasks: Sequenc
     print("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
 
 
-def draw_figure(todo: Sequence[Draw], output: Path, file: Path) -> None:
-    """Write an SVG of what each method loses, averaged over tasks, with 95 % intervals over draws and documents."""
-    full = read_run(output, FULL_PRECISION)
-    rows: dict[str, list[tuple[RunSamples, RunSamples]]] = {}
-    for draw in todo:
-        if draw != Draw() and (output / f"{draw.name}.json").exists():
-            name = f"{draw.method} {draw.scheme}, {draw.samples} samples"
-            rows.setdefault(name, []).append((full, read_run(output, draw.name)))
-    found = {name: pool(runs, METRIC)[-1] for name, runs in rows.items()}
-    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        figure = Figure(figsize=(WIDTH, 1.0 + 0.3 * len(found)), layout="constrained")
-        axes = figure.subplots()
-        axes.axvline(0, color="0.2", linewidth=1)
-        for place, row in enumerate(found.values()):
-            value, low, high = (
-                row.scale * one for one in (row.difference.value, row.difference.low, row.difference.high)
-            )
-            axes.errorbar(value, place, xerr=[[value - low], [high - value]], color=COLOURS[0], marker="o", capsize=3)
-            axes.annotate(f"{value:+.1f}", (value, place), (0, 5), textcoords="offset points", ha="center", fontsize=8)
-        axes.set_yticks(range(len(found)), [*found])
-        axes.set_ylim(len(found) - 0.5, -0.7)
-        axes.set_xlabel(f"points from full precision ({row.scale * row.baseline.value:.1f} %), with 95 % intervals")
-        stream = BytesIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    write_file(file, stream.getvalue())
-
-
 HEADER = (
     "method", "scheme", "bits", "samples", "seeds", "task", "exact match", "spread over seeds", "difference (points)",
     "p", "sign-flip p",
@@ -255,11 +223,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     names = lambda text: text.split(",")  # noqa: E731
     numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
-    for name in ("run", "table", "figure"):
+    for name in ("run", "table"):
         command = commands.add_parser(name)
         command.add_argument("output", type=Path)
-        if name == "figure":
-            command.add_argument("file", type=Path, help="to write, an SVG")
         command.add_argument("--schemes", type=names, default=["w4a4"])
         command.add_argument("--methods", type=names, default=list(METHODS))
         command.add_argument("--samples", type=numbers, default=[32, 64])
@@ -281,9 +247,6 @@ def main() -> None:
     cells = [*draws(asked.schemes, asked.methods, asked.samples, asked.seeds)]
     if asked.command == "table":
         show_table(cells, output, asked.baseline, asked.tasks)
-        return
-    if asked.command == "figure":
-        draw_figure(cells, output, asked.file)
         return
     with chdir(asked.data):
         run(cells, output, asked.dtype, asked.limit)

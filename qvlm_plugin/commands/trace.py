@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from qvlm_plugin.commands.shared import Conv, Revision, opened
+from qvlm_plugin.commands.shared import Conv, Revision
+from qvlm_plugin.demo import resolve_demo
 
 
 def trace(
@@ -19,8 +20,10 @@ def trace(
 
     Example: qvlm trace path/to/model > my_family.py
     """
+    from qvlm_plugin.models.loading import open_checkpoint
     from qvlm_plugin.models.placement import empty_model
     from qvlm_plugin.tracing.source import written
+    from qvlm_plugin.tracing.trace import traced
 
-    checkpoint = opened(model, topology="traced", revision=revision, conv=conv)
+    checkpoint = traced(open_checkpoint(resolve_demo(model), revision=revision, conv=conv))
     typer.echo(written(checkpoint.topology, empty_model(checkpoint.config)), nl=False)

@@ -21,9 +21,6 @@ SAME = ("model_fingerprint", "method", "scheme", "options", "backend", "dtype", 
 
 HEADER = ("method", "scheme", "calibration", "packed size", "tokens/s", "seeds", "documents", "difference", "verdict")
 
-_NONE_SEEN = -math.log(0.025)
-"""Among n documents without a change, a share of changes up to this number divided by n cannot be excluded (95 %)."""
-
 
 class Verdict(Enum):
     """Whether a choice loses more than the tolerance."""
@@ -66,27 +63,16 @@ class Choice:
         details = ", ".join(filter(None, (self.variant, self.calibration)))
         return f"{self.method} {self.scheme}" + (f" ({details})" if details else "")
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of the difference from full precision.
-
-        For shares it reaches at least as far as `_NONE_SEEN` divided by the number of clusters: where few documents
-        change, the t interval is too narrow, and it has no width where none do.
-        """
-        difference = self.pooled.difference
-        reach = _NONE_SEEN / self.pooled.clusters if self.pooled.scale == PERCENT else 0.0
-        return min(difference.low, difference.value - reach), max(difference.high, difference.value + reach)
-
     def verdict(self, tolerance: float) -> Verdict:
         """Whether the interval excludes a drop above ``tolerance``, given in the unit of tables (points for shares)."""
-        low, high = (self.pooled.scale * edge for edge in self.interval)
+        low, high = (self.pooled.scale * edge for edge in (self.pooled.difference.low, self.pooled.difference.high))
         if low >= -tolerance:
             return Verdict.RECOMMENDED
         return Verdict.WORSE if high < -tolerance else Verdict.UNDECIDED
 
     def row(self, tolerance: float) -> dict[str, Any]:
         """As JSON data; differences are in the metric's own unit."""
-        low, high = self.interval
+        low, high = self.pooled.difference.low, self.pooled.difference.high
         names = ("model", "method", "scheme", "calibration", "variant", "simulated", "packed_bytes")
         return {
             **{name: getattr(self, name) for name in names},
@@ -213,7 +199,6 @@ def choices_grid(choices: Sequence[Choice], tolerance: float) -> Grid:
 
 def _cells(choice: Choice, tolerance: float) -> tuple[str, ...]:
     pooled, speed = choice.pooled, choice.tokens_per_second
-    low, high = choice.interval
     return (
         f"{choice.method} ({choice.variant})" if choice.variant else choice.method,
         choice.scheme,
@@ -222,7 +207,7 @@ def _cells(choice: Choice, tolerance: float) -> tuple[str, ...]:
         "simulated" if choice.simulated else "" if speed is None else f"{speed:.1f}",
         str(pooled.seeds),
         f"{pooled.documents:,}",
-        difference_text(replace(pooled.difference, low=low, high=high), pooled.scale, decimals=1),
+        difference_text(pooled.difference, pooled.scale, decimals=1),
         choice.verdict(tolerance).value,
     )
 
@@ -240,7 +225,7 @@ def advice(choices: Sequence[Choice], memory: float | None, tolerance: float) ->
         return [_nothing_fits(choices, memory)]
     by_verdict = {verdict: [one for one in fitting if one.verdict(tolerance) is verdict] for verdict in Verdict}
     recommended = sorted(
-        by_verdict[Verdict.RECOMMENDED], key=lambda one: (one.packed_bytes or math.inf, -one.interval[0])
+        by_verdict[Verdict.RECOMMENDED], key=lambda one: (one.packed_bytes or math.inf, -one.pooled.difference.low)
     )
     unit = f" point{'s' * (tolerance != 1)}" if fitting[0].pooled.scale == PERCENT else ""
     budget = "" if memory is None else f" for {size(memory)}"

@@ -39,7 +39,7 @@ def test_each_cell_is_a_job_and_is_known_again_by_whoever_runs_it(setting, place
     outcomes, shown = run(CELLS, dataclasses.replace(setting, jobs=2), jobs)
     assert sorted(calls(place)) == ["pretrained=tiny,method=a 1", "pretrained=tiny,method=b 1"]
     assert all(log_end(one.log) == ["loading"] and not one.reused for one in outcomes)
-    assert shown.count(": started\n") == 2 and "exact_match 80.0 (2 of 2)" in shown
+    assert shown.count(": started\n") == 2 and "exact_match 80.0 ± 2.0 (2 of 2)" in shown
     assert run_cell(CELLS[0], setting).reused
     assert all(one.reused for one in run(CELLS, setting, jobs)[0]) and len(calls(place)) == 2
 

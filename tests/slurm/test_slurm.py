@@ -154,8 +154,8 @@ def test_the_harness_itself(tmp_path):
     write_tiny_llava(place / "tiny")
     (tmp_path / "grid.yaml").write_text(
         f"models: [{place / 'tiny'}]\nmethods: [rtn]\nschemes: [w4a4]\ntasks: [vqav2_val]\n"
-        "calibration: vqav2_val:train:3\nmodel_args: {dtype: float32, calibration_batch_size: 3}\n"
-        "cluster: {partition: main, memory: 0.9}\n"
+        "calibration: vqav2_val:train:3\nmodel_args: {dtype: float32}\n"
+        "options: {rtn: {calibration_batch_size: 3}}\ncluster: {partition: main, memory: 0.9}\n"
     )
     command = [sys.executable, "-m", "qvlm_plugin", "compare", tmp_path / "runs", tmp_path / "grid.yaml"]
     command += ["--data", place, "--executor", "slurm", "--time", "10"]

@@ -78,7 +78,7 @@ def test_troubleshooting():
 def test_checkpoints(place, programs):
     printed = run(place, programs, script(DOCS / "checkpoints.md"))
     assert "q_proj" in printed  # of `qvlm inspect --modules`
-    assert (place / "for-vllm" / "config.json").is_file() and (place / "llava-v1.5-7b-hf" / "config.json").is_file()
+    assert (place / "llava-w8a8" / "config.json").is_file() and (place / "llava-v1.5-7b-hf" / "config.json").is_file()
 
 
 @pytest.fixture(scope="module")

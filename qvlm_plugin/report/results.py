@@ -39,6 +39,8 @@ class _Run(BaseModel):
     method: str = "?"
     scheme: str = "?"
     bits: dict[str, _Widths] = Field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    packed_bytes: int | None = None
     stand_in: bool = False
     search_seconds: float | None = None
 

@@ -89,4 +89,9 @@ def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, caps
     )
     table, _ = capsys.readouterr().out.split("\n\n")
     assert table.count("| average |") >= 5 and "scienceqa" not in table
-    assert table in (docs / "results-demo.md").read_text()
+    page = (docs / "results-demo.md").read_text()
+    assert table in page
+    draws = [*seeds.draws(["w4a4"], ["qvlm_rotated"], [64], [0, 1, 2])]
+    seeds.show_table(draws, docs / "seeds" / "thousand", "full-precision", [])
+    table, _ = capsys.readouterr().out.split("\n\n")
+    assert table.count("| 3 |") == 4 and table in page

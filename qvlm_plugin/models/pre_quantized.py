@@ -54,8 +54,8 @@ def check_quantizer(config: PretrainedConfig, source: str) -> None:
         source: what named it, for messages.
 
     Raises:
-        QVLMError: transformers has no quantizer for it, a package is missing or too old, or the configuration is not
-            the quantizer's.
+        QVLMError: transformers has no quantizer for it, a package is missing or too old, the configuration is not the
+            quantizer's, or it transforms inputs, which transformers does not.
     """
     method = foreign_method(config)
     if method is None:
@@ -65,6 +65,12 @@ def check_quantizer(config: PretrainedConfig, source: str) -> None:
         raise QVLMError(
             f"{source}: quant_method={method!r} of its quantization_config is not one that transformers runs; it runs "
             f"{', '.join(sorted(names - {OWN, 'qvlm-plan'}))}"
+        )
+    stored = config.quantization_config
+    if isinstance(stored, Mapping) and (stored.get("transform_config") or {}).get("config_groups"):
+        raise QVLMError(
+            f"{source}: its quantization_config transforms inputs (transform_config), which transformers leaves out: "
+            "answers would be wrong; vLLM runs it"
         )
     for wanted in PACKAGES.get(method, ()):
         _require_package(wanted, method, source)

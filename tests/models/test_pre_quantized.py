@@ -115,3 +115,11 @@ def test_an_unknown_method_is_refused(tmp_path):
     folder = configured(write_tiny_llava(tmp_path / "x", hidden=64), {"quant_method": "theirs"})
     with pytest.raises(QVLMError, match=r"quant_method='theirs' .* not one that transformers runs; it runs .*awq"):
         open_checkpoint(str(folder))
+
+
+def test_transforms_that_transformers_leaves_out_are_refused(tmp_path):
+    folder, _ = compressed(tmp_path / "x", [])
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    configured(folder, stored | {"transform_config": {"config_groups": {"R": {"type": "hadamard", "apply": []}}}})
+    with pytest.raises(QVLMError, match=r"transforms inputs \(transform_config\), which transformers leaves out"):
+        open_checkpoint(str(folder))

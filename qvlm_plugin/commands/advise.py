@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from qvlm_plugin.commands.results import Markdown
-from qvlm_plugin.commands.shared import AsJSON, needs_report_packages
+from qvlm_plugin.commands.shared import AsJSON, Markdown, needs_report_packages, print_grid
 from qvlm_plugin.errors import QVLMError
 
 UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30}
@@ -59,12 +57,7 @@ def advise(
         own = [one for one in choices if one.model == name]
         if len(models) > 1:
             typer.echo(f"{name}:\n")
-        grid = choices_grid(own, tolerance)
-        if markdown:
-            typer.echo(grid.markdown())
-        else:
-            console = Console()
-            console.print(grid.rich(console.width))
+        print_grid(choices_grid(own, tolerance), markdown)
         typer.echo("\n" + "\n".join(f"- {line}" for line in [*said[name], *notes(own)]) + "\n")
 
 

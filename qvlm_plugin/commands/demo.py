@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from qvlm_plugin.commands.shared import Seed, needs_report_packages, obtain_plans, opened, working_in
+from qvlm_plugin.commands.shared import Seed, needs_report_packages, obtain_plans, opened, print_grid, working_in
 from qvlm_plugin.demo import CALIBRATION, TASKS
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.progress import duration
@@ -105,8 +104,7 @@ def run(
         with steps.take(f"{one.name}: evaluate {limit} documents of each of {', '.join(TASKS)}"):
             (outcome,) = run_cells([Cell(one.name, one.model_args, TASKS, limit)], setting, METRIC)
             found.append(outcome.results)
-    console = Console()
-    console.print(results_grid(read_results(found)).rich(console.width))
+    print_grid(results_grid(read_results(found)))
     typer.echo("\n".join(_verdicts(found)))
 
 

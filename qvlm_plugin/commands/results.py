@@ -5,12 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from qvlm_plugin.commands.shared import AsJSON, needs_report_packages
+from qvlm_plugin.commands.shared import AsJSON, Markdown, needs_report_packages, print_grid
 from qvlm_plugin.errors import QVLMError
-
-Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
 
 
 def results(
@@ -28,12 +25,7 @@ def results(
     if as_json:
         typer.echo(json.dumps([score.row() for score in scores], indent=1))
         return
-    grid = results_grid(scores)
-    if markdown:
-        typer.echo(grid.markdown())
-    else:
-        console = Console()
-        console.print(grid.rich(console.width))
+    print_grid(results_grid(scores), markdown)
     typer.echo("\n".join(f"- {note}" for note in results_notes(scores)))
 
 
@@ -70,10 +62,5 @@ def paired(
     if as_json:
         typer.echo(json.dumps(paired_rows(rows), indent=1))
         return
-    grid = paired_grid(first, rows)
-    if markdown:
-        typer.echo(grid.markdown())
-    else:
-        console = Console()
-        console.print(grid.rich(console.width))
+    print_grid(paired_grid(first, rows), markdown)
     typer.echo("\n" + "\n".join(f"- {note}" for note in paired_notes(first, rows, metric)))

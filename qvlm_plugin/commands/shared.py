@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qvlm_plugin.models.loading import Checkpoint, LoadedModel
     from qvlm_plugin.plan import RoundingPlan
     from qvlm_plugin.plan_request import PlanRequest
+    from qvlm_plugin.report.results import Grid
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -56,6 +57,7 @@ Device = Annotated[
     str | None, typer.Option(callback=_device, help="Torch device; default: the accelerator if there is one, else cpu.")
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
 KeepGoing = Annotated[
     bool, typer.Option("--keep-going", help="Run the others after a run that ended without results, and report them.")
 ]
@@ -77,6 +79,17 @@ def working_in(directory: Path | None) -> Iterator[None]:
         raise QVLMError(f"--data {directory}: there is no such folder")
     with chdir(directory or "."):
         yield
+
+
+def print_grid(grid: "Grid", markdown: bool = False) -> None:
+    """Print a table as wide as the terminal, or as Markdown."""
+    from rich.console import Console
+
+    if markdown:
+        typer.echo(grid.markdown())
+    else:
+        console = Console()
+        console.print(grid.rich(console.width))
 
 
 def pairs(options: Sequence[str] | None) -> dict[str, str]:

@@ -64,15 +64,18 @@ def _pack(
     unit = kept["unit"] = kept["unit"].float().squeeze(1)
     # The operator gets whole numbers for scales, which bfloat16 holds exactly.
     packed = pack_weight(codes, multiple.bfloat16(), zero_point, device)
-    sums = torch.cat([rows.sum(dim=(1, 2)) for rows in whole_numbers(packed)])
-    kept["row_sum"] = sums * unit
-    if activation_format.centered:  # the product is with distances from the center
-        center = kept["center"].float()
-        bias = torch.cat([rows.flatten(1).float() @ center for rows in whole_numbers(packed)]) * unit
+    center = kept["center"].float() if activation_format.centered else None
+    sums, products, integers = [], [], []
+    for part in whole_numbers(packed):
+        rows = part.flatten(1)
+        sums.append(part.sum(dim=(1, 2)))
+        products += [] if center is None else [rows.float() @ center]
+        integers += [rows.clone()] if in_bytes else []
+    kept["row_sum"] = torch.cat(sums) * unit
+    if center is not None:  # the product is with distances from the center
+        bias = torch.cat(products) * unit
         kept["bias"] = bias + kept["bias"].float() if "bias" in kept else bias
-    if in_bytes:
-        packed = {"integers": torch.cat([rows.flatten(1).clone() for rows in whole_numbers(packed)])}
-    return {**packed, **kept}
+    return {**({"integers": torch.cat(integers)} if in_bytes else packed), **kept}
 
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:

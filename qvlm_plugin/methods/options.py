@@ -94,10 +94,10 @@ class TransformOptions(_Options):
             ``smooth+rotate`` does both in this order.
         alpha_steps: for ``awq``: number of exponents tried for a site's scale, evenly spaced from 0 to below 1; 1
             switches scaling off.
-        duo_scaling: for ``awq``: a site's scale depends on the magnitudes of its weights too: mean|x|^α / mean|w|^(1-α)
-            (AutoAWQ). False: mean|x|^α, as in the paper.
         min_clip: for ``awq`` and ``weight_clip``: the narrowest weight range tried, as a share of the whole range; 1
             switches clipping off.
+        duo_scaling: for ``awq``: a site's scale depends on the magnitudes of its weights too: mean|x|^α / mean|w|^(1-α)
+            (AutoAWQ). False: mean|x|^α, as in the paper.
         search_tokens: for ``awq``: calibration tokens of each site on which errors are measured.
         smooth_alpha: for ``smooth``: exponent α, the share of a channel's magnitude that moves (SmoothQuant, Eq. 4).
         smooth_by: for ``smooth``: the magnitude of a channel is its maximum (``max``, SmoothQuant), or the root mean
@@ -109,8 +109,8 @@ class TransformOptions(_Options):
 
     transform: Literal["none", "awq", "smooth", "rotate", "smooth+rotate"] = "none"
     alpha_steps: int = Field(20, ge=1)
-    duo_scaling: bool = False
     min_clip: float = Field(0.5, gt=0, le=1)
+    duo_scaling: bool = False
     search_tokens: int = Field(512, ge=1)
     smooth_alpha: float = Field(0.5, ge=0, le=1)
     smooth_by: Literal["max", "rms"] = "max"

@@ -83,12 +83,14 @@ class Reference:
 
     Attributes:
         inputs: of all rows.
+        given: the decoder's keyword arguments on each sample; no row changes what comes before the decoder.
         calls: every call of a decoder layer on the samples.
         answers: logits at the tokens of each sample's answer, [N, V].
         prose: logits at all tokens of the texts, [texts, tokens, V].
     """
 
     inputs: Inputs
+    given: Sequence[dict[str, Any]]
     calls: Sequence[Call]
     answers: Sequence[Tensor]
     prose: Tensor
@@ -281,9 +283,15 @@ def _subject(limit: int) -> tuple[nn.Module, Inputs]:
 @torch.inference_mode()
 def reference_of(model: nn.Module, inputs: Inputs) -> Reference:
     """Run the full-precision model on the inputs."""
+    given: list[dict[str, Any]] = []
+    decoder = model.model.language_model
+    hook = decoder.register_forward_pre_hook(lambda _, __, named: given.append(dict(named)), with_kwargs=True)
     with _recorded(model) as calls:
-        answers = [_answer_logits(model, *one) for one in inputs.samples]
-    return Reference(inputs, calls, answers, model(input_ids=inputs.texts).logits)
+        for sample, _ in inputs.samples:
+            model.model(**sample, use_cache=False)
+    hook.remove()
+    answers = _answers(model, inputs, given)
+    return Reference(inputs, given, calls, answers, model(input_ids=inputs.texts).logits)
 
 
 @torch.inference_mode()
@@ -294,7 +302,7 @@ def measured(model: nn.Module, reference: Reference) -> dict[str, Any]:
     from qvlm_plugin.demo import TASKS
 
     inputs = reference.inputs
-    answers = [_answer_logits(model, *one) for one in inputs.samples]
+    answers = _answers(model, inputs, reference.given)
     exact = exact_matches(model, inputs.questions)
     by_task = {task: [exact[one.task, one.id] for one in inputs.questions if one.task == task] for task in TASKS}
     divergences = [_divergence(*pair) for pair in zip(reference.answers, answers, strict=True)]
@@ -306,8 +314,10 @@ def measured(model: nn.Module, reference: Reference) -> dict[str, Any]:
     }
 
 
-def _answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], answer: Tensor) -> Tensor:
-    return model(**inputs, use_cache=False).logits[answer]
+def _answers(model: nn.Module, inputs: Inputs, given: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """Logits at the tokens of each sample's answer, [N, V]."""
+    hidden = (model.model.language_model(**one).last_hidden_state for one in given)
+    return [model.lm_head(states[answer]) for states, (_, answer) in zip(hidden, inputs.samples, strict=True)]
 
 
 def _divergence(target: Tensor, found: Tensor) -> Tensor:

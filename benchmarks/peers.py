@@ -41,8 +41,8 @@ PEERS: tuple[Row, ...] = (
 
 G64 = {"group_size": 64}
 WEIGHTS_ALONE = (
-    ("rtn", "rtn", G64), ("awq", "awq", G64 | {"weight_clip": "mse"}), ("gptq", "gptq", G64),
-    ("gptq, clipped", "gptq", G64 | {"weight_clip": "mse"}), ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
+    ("rtn", "rtn", G64), ("awq", "awq", G64), ("awq, duo scaling", "awq", G64 | {"duo_scaling": True}),
+    ("gptq", "gptq", G64), ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
 )  # fmt: skip
 OURS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "w4a16": WEIGHTS_ALONE,

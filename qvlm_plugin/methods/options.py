@@ -141,7 +141,8 @@ class GPTQOptions(_Options):
             squared errors then have no influence.
         correction: for ``gptq``: the share of the error of the layers below that a weight compensates (after GPTAQ, Li
             et al., 2025). 0: the target is the full-precision weight's output on the quantized model's inputs.
-        weight_clip: ``mse`` narrows the range of each group of weights to the least squared error.
+        weight_clip: ``mse`` narrows the range of each group of weights to the least squared error of the weights; with
+            ``transform=awq`` instead of AWQ's own clipping, which has the least error of outputs.
     """
 
     rounding: Literal["nearest", "gptq"] = "nearest"

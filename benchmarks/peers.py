@@ -43,7 +43,8 @@ PEERS: tuple[Row, ...] = (
 G64 = {"group_size": 64}
 WEIGHTS_ALONE = (
     ("rtn", "rtn", G64), ("awq", "awq", G64), ("awq, duo scaling", "awq", G64 | {"duo_scaling": True}),
-    ("gptq", "gptq", G64), ("gptq, damping 0.1", "gptq", G64 | {"damping": 0.1}),
+    ("awq, weight_clip=mse", "awq", G64 | {"weight_clip": "mse"}), ("gptq", "gptq", G64),
+    ("gptq, clipped", "gptq", G64 | {"weight_clip": "mse"}), ("gptq, damping 0.1", "gptq", G64 | {"damping": 0.1}),
     ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
 )  # fmt: skip
 OURS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {

@@ -107,7 +107,9 @@ def test_a_missing_package_is_named_before_weights_are_read(tmp_path, monkeypatc
     monkeypatch.setattr(pre_quantized, "version", nothing)
     folder = configured(write_tiny_llava(tmp_path / "x", hidden=64), {"quant_method": method, "bits": 4})
     (folder / "model.safetensors").unlink()
-    with pytest.raises(QVLMError, match=rf"quantized by {method}, which takes {missing} .* is not installed: pip inst"):
+    with pytest.raises(
+        QVLMError, match=rf"quantized by {method}, which takes {missing} .* is not installed: pip inst.*qvlm_plugin\["
+    ):
         open_checkpoint(str(folder))
 
 
@@ -123,3 +125,19 @@ def test_transforms_that_transformers_leaves_out_are_refused(tmp_path):
     configured(folder, stored | {"transform_config": {"config_groups": {"R": {"type": "hadamard", "apply": []}}}})
     with pytest.raises(QVLMError, match=r"transforms inputs \(transform_config\), which transformers leaves out"):
         open_checkpoint(str(folder))
+
+
+def test_blocks_that_autoround_quantized_are_not_left_out(tmp_path, capsys, monkeypatch):
+    """As AutoRound 0.15 writes AWQ's format: it left out `model.language_model.layers`, which it quantized."""
+    monkeypatch.setattr("qvlm_plugin.models.loading.check_quantizer", lambda config, source: None)
+    left = ["model.vision_tower.encoder.layer", "model.language_model.layers", "lm_head"]
+    stored = {"quant_method": "awq", "bits": 4, "modules_to_not_convert": left}
+    folder = configured(
+        write_tiny_llava(tmp_path / "x", hidden=64), stored | {"to_quant_block_names": "language_model.layers"}
+    )
+    config = open_checkpoint(str(folder)).config
+    assert config.quantization_config["modules_to_not_convert"] == [left[0], left[2]]
+    assert "model.language_model.layers is quantized by its to_quant_block_names" in capsys.readouterr().err
+    configured(folder, stored)
+    assert open_checkpoint(str(folder)).config.quantization_config["modules_to_not_convert"] == left
+    assert capsys.readouterr().err == ""

@@ -26,7 +26,7 @@ from typing import Any
 
 GROUP = 64
 LEFT = ("lm_head", "vision_tower", "multi_modal_projector")
-"""What is left in full precision."""
+"""Parts of names of what stays in full precision."""
 
 
 def write(folder: Path, checkpoint: str, names: list[str]) -> None:
@@ -129,7 +129,7 @@ def _bitsandbytes(checkpoint: str, folder: Path, samples: Path) -> None:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=list(LEFT),
+        llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
     )
     _model(checkpoint, quantization_config=how).save_pretrained(folder)
 

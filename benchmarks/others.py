@@ -148,14 +148,14 @@ WRITERS: Mapping[str, Callable[[str, Path, Path], None]] = {
 """By the names of folders."""
 
 
-def table(folder: Path, limit: int) -> None:
-    """Evaluate full precision and all folders that are there, in the current folder with the stand-in data."""
+def table(folder: Path, limit: int, names: list[str]) -> None:
+    """Evaluate full precision and the folders that are there, in the current folder with the stand-in data."""
     from qvlm_plugin.demo import TASKS
     from qvlm_plugin.report.results import Grid
     from qvlm_plugin.report.runs import Cell, Setting, last_error, run_cell
 
     rows = []
-    for name in ("demo", *(one for one in WRITERS if (folder / one).exists())):
+    for name in ("demo", *(one for one in names if (folder / one).exists())):
         path = "demo" if name == "demo" else str((folder / name).resolve())
         cell = Cell(name, {"pretrained": path, "dtype": "float32"}, TASKS, limit)
         outcome = run_cell(cell, Setting((folder / "results").resolve(), Path.cwd(), batch_size=16))
@@ -187,13 +187,14 @@ def main() -> None:
     for name in ("write", "table"):
         commands.add_parser(name).add_argument("folder", type=Path)
     commands.choices["write"].add_argument("checkpoint", help="folder of the demo model")
-    commands.choices["write"].add_argument("names", nargs="*", help=", ".join(WRITERS))
+    for one in commands.choices.values():
+        one.add_argument("--names", nargs="+", choices=list(WRITERS), default=list(WRITERS), help="folders; all")
     commands.choices["table"].add_argument("--limit", type=int, default=50, help="documents of each task")
     asked = parser.parse_args()
     if asked.command == "write":
-        write(asked.folder, asked.checkpoint, asked.names or list(WRITERS))
+        write(asked.folder, asked.checkpoint, asked.names)
     else:
-        table(asked.folder, asked.limit)
+        table(asked.folder, asked.limit, asked.names)
 
 
 if __name__ == "__main__":

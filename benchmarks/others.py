@@ -10,7 +10,7 @@ uv venv others-env && uv pip install --python others-env/bin/python llmcompresso
     bitsandbytes
 others-env/bin/python benchmarks/others.py write others "$(qvlm demo build | tail -1)"      # skips what is there
 echo 'protobuf>=7.36' > override.txt
-uv pip install --override override.txt --requirement requirements.lock gptqmodel==7.7.0 optimum auto-round
+uv pip install --override override.txt --editable 'CHECKOUT[test,gptq,auto-round]'        # this repository's folder
 python benchmarks/others.py table others                     # resumes
 """
 

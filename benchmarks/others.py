@@ -1,13 +1,12 @@
 """The demo model as others' libraries quantize it: folders that they write, evaluated through the harness.
 
 All round the decoder's weights in groups of 64, except W8A8, which has a scale for each output channel and each token.
-llm-compressor and GPTQModel calibrate on the samples of `peers.py`; auto-round and bitsandbytes round to nearest. The
-libraries write in an environment of their own. The harness reads in this package's, with what the formats take;
-gptqmodel asks for a protobuf that lmms-eval's wandb does not allow, so it has to be overridden:
+llm-compressor calibrates on the samples of `peers.py`; auto-round and bitsandbytes round to nearest. The libraries
+write in an environment of their own. The harness reads in this package's, with what the formats take; gptqmodel asks
+for a protobuf that lmms-eval's wandb does not allow, so it has to be overridden:
 
 python benchmarks/peers.py samples others                    # in a folder with the stand-in data (`qvlm demo data .`)
-uv venv others-env && uv pip install --python others-env/bin/python llmcompressor==0.14.0.1 auto-round gptqmodel \\
-    bitsandbytes
+uv venv others-env && uv pip install --python others-env/bin/python llmcompressor==0.14.0.1 auto-round bitsandbytes
 others-env/bin/python benchmarks/others.py write others "$(qvlm demo build | tail -1)"      # skips what is there
 echo 'protobuf>=7.36' > override.txt
 uv pip install --override override.txt --editable 'CHECKOUT[test,gptq,auto-round]'        # this repository's folder
@@ -107,20 +106,6 @@ def _auto_round(format: str, checkpoint: str, folder: Path, samples: Path) -> No
     rounding.quantize_and_save(str(folder), format=format)
 
 
-def _gptqmodel(method: str, checkpoint: str, folder: Path, samples: Path) -> None:
-    from gptqmodel import GPTQModel, QuantizeConfig
-    from transformers import AutoProcessor
-
-    tokenizer = AutoProcessor.from_pretrained(checkpoint).tokenizer
-    texts = [tokenizer.decode(one["input_ids"][0], skip_special_tokens=True) for one in _samples(samples)]
-    asked = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
-    format = {"gptq": "gptq", "awq": "gemm"}[method]
-    how = QuantizeConfig(bits=4, group_size=GROUP, quant_method=method, format=format, device="cpu")
-    model = GPTQModel.load(checkpoint, how)
-    model.quantize(asked, batch_size=1)
-    model.save(str(folder))
-
-
 def _bitsandbytes(checkpoint: str, folder: Path, samples: Path) -> None:
     import torch
     from transformers import BitsAndBytesConfig
@@ -141,8 +126,6 @@ WRITERS: Mapping[str, Callable[[str, Path, Path], None]] = {
     "auto-round": partial(_auto_round, "auto_round"),
     "auto-round-gptq": partial(_auto_round, "auto_gptq"),
     "auto-round-awq": partial(_auto_round, "auto_awq"),
-    "gptqmodel-gptq": partial(_gptqmodel, "gptq"),
-    "gptqmodel-awq": partial(_gptqmodel, "awq"),
     "bitsandbytes-nf4": _bitsandbytes,
 }
 """By the names of folders."""

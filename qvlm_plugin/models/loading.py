@@ -40,6 +40,7 @@ from qvlm_plugin.models.pre_quantized import (
     note_schemes,
     put_blocks_right,
     put_ignored_right,
+    put_unconverted_right,
 )
 from qvlm_plugin.models.processors import read_processor
 from qvlm_plugin.models.prompts import IMAGE, PROMPT_FORMATS, chat_template, name_of, origin_of, prompt_format
@@ -152,6 +153,7 @@ def open_checkpoint(
     check_quantizer(config, source)
     put_ignored_right(config, source)
     put_blocks_right(config)
+    put_unconverted_right(config, source)
     dequantize_asymmetric(config)
     if check_config is not None:
         check_config(config)

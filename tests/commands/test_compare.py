@@ -3,6 +3,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from models.test_pre_quantized import compressed
 from report.stub_harness import calls, write_stub
 from typer.testing import CliRunner
 
@@ -53,6 +54,23 @@ def test_runs_may_be_jobs_and_what_they_ask_for_is_in_the_file_or_in_flags(place
     assert done.exit_code == 0, done.output
     assert len(calls(place)) == 3 and len(list((tmp_path / "out").rglob("jobs/*_submitted.pkl"))) == 3
     assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 3
+
+
+def test_a_checkpoint_quantized_by_others_is_one_row_beside_all_schemes(place, tmp_path):
+    folder, _ = compressed(tmp_path / "theirs-w4a16", [])
+    rows = GRID.replace("[rtn, awq]", "[rtn, theirs]") + f"options: {{theirs: {{pretrained: {folder}}}}}\n"
+    (tmp_path / "grid.yaml").write_text(rows)
+    shown = run(tmp_path, "--dry-run").stdout
+    assert f"--model_args pretrained={folder} " in shown.replace("\n", " ") and "4 runs, 0 of them" in shown
+    done = run(tmp_path)
+    assert done.exit_code == 0, done.output
+    assert calls(place).count(f"pretrained={folder} 1") == 1 and len(calls(place)) == 4
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [(row["method"], row["scheme"], row.get("difference")) for row in report["rows"]] == [
+        ("none", "w16a16", None), ("rtn", "w4a4", -0.5), ("rtn", "w6a6", -0.5), ("theirs", "w4a16", -0.25),
+    ]  # fmt: skip
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "theirs w4a16 is 25.0 points below" in text and "scheme of their checkpoints: theirs." in text
 
 
 def test_seeds_are_cells_and_add_to_what_is_there(place, tmp_path):

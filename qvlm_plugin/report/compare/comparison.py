@@ -9,7 +9,7 @@ from scipy import stats
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import read_json
-from qvlm_plugin.report.compare.grid import CompareGrid, GridCell, cells
+from qvlm_plugin.report.compare.grid import STORED, CompareGrid, GridCell, cells
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
 from qvlm_plugin.report.paired import AVERAGE, Comparison, Estimate, compare, estimate_data, holm
 from qvlm_plugin.report.pooled import Pooled, pool
@@ -47,13 +47,19 @@ class Compared:
     p: float | None = None
     adjusted: float | None = None
 
+    @property
+    def scheme(self) -> str:
+        """That the run had: of a checkpoint that is quantized already, the one that its results tell."""
+        facts = self.parsed.qvlm
+        return facts.scheme if self.of.scheme == STORED and facts else self.of.scheme
+
     def row(self) -> dict[str, Any]:
         """As JSON data."""
         compared, facts = self.comparison, self.parsed.qvlm
         return {
             "model": self.of.model,
             "method": self.of.method,
-            "scheme": self.of.scheme,
+            "scheme": self.scheme,
             "seed": self.of.seed,
             "task": self.of.task,
             **estimate_data("score", self.score),
@@ -174,7 +180,8 @@ def _with_baseline(grid: CompareGrid, one: Compared, read: Mapping[Key, Compared
     baseline = read.get((of.model, *named, of.seed if of.seed in draws else draws[0], of.task))
     if baseline is None:
         raise QVLMError(f"left out, because there is no run of {' '.join(named)} to compare with")
-    if _fingerprint(one.parsed) != _fingerprint(baseline.parsed):
+    stored = STORED in (of.scheme, named[1])  # of another checkpoint than the model's
+    if not stored and _fingerprint(one.parsed) != _fingerprint(baseline.parsed):
         raise QVLMError(f"{one.file} is of another checkpoint than {baseline.file}")
     *_, row = compare(baseline.samples, one.samples, grid.metric)
     test, p = choose_test(row, baseline.samples, one.samples, grid.metric)
@@ -188,8 +195,9 @@ def pool_seeds(grid: CompareGrid, compared: Sequence[Compared]) -> list[OverSeed
     those with which they could on all tasks.
     """
     samples = {_key(one.of): one.samples for one in compared}
+    schemes = {(one.of.model, one.of.method, one.of.scheme): one.scheme for one in compared}
     found: list[OverSeeds] = []
-    for model, method, scheme in dict.fromkeys((one.of.model, one.of.method, one.of.scheme) for one in compared):
+    for (model, method, scheme), shown in schemes.items():
         own, baseline = (method, scheme), grid.baseline_of(method, scheme)
         for tasks in [(task,) for task in grid.tasks] + ([grid.tasks] if len(grid.tasks) > 1 else []):
             pairs = [
@@ -199,7 +207,7 @@ def pool_seeds(grid: CompareGrid, compared: Sequence[Compared]) -> list[OverSeed
             if whole := [pair for pair in pairs if None not in pair]:
                 task = tasks[0] if len(tasks) == 1 else AVERAGE
                 *_, row = pool(whole, grid.metric)
-                found.append(OverSeeds(model, method, scheme, task, baseline and baseline[0], row))
+                found.append(OverSeeds(model, method, shown, task, baseline and baseline[0], row))
     tested = [one.pooled.t_p for one in found if one.baseline is not None]
     adjusted = iter(holm(tested) if tested else ())
     return [one if one.baseline is None else replace(one, adjusted=next(adjusted)) for one in found]

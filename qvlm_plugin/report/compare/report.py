@@ -56,6 +56,7 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
     backends = sorted({one.parsed.qvlm.backend or "?" for one in compared if one.parsed.qvlm})
     unit = unit_text(min((one.scale for one in compared), default=PERCENT))
     same = "" if grid.baseline == "none" else " with the same scheme and seed"
+    stored = [name for name in grid.methods if grid.is_stored(name)]
     notes = [
         *([STAND_IN] if stand_in else []),
         f"{grid.metric} {unit} ± standard error, or with Wilson's 95 % interval where fewer than {FEWEST} documents "
@@ -68,6 +69,7 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
         "Bits: effective ones of a decoder weight, scales included / of a decoder activation. Arithmetic: "
         f"{', '.join(backends)}"
         + (" (simulated: memory and speed of quantized runs are left out)." if "reference" in backends else "."),
+        *([f"Quantized already, compared in the scheme of their checkpoints: {', '.join(stored)}."] if stored else []),
         "Packed size: quantized weights as their formats say, scales included, and all else in 16 bits.",
     ]
     unknown = {one.of.task: one.comparison for one in compared if one.comparison and one.comparison.unknown}
@@ -91,7 +93,7 @@ def _cells(one: Compared) -> tuple[str, ...]:
     return (
         one.of.model,
         one.of.method,
-        one.of.scheme,
+        one.scheme,
         "" if one.of.seed is None else str(one.of.seed),
         one.of.task,
         estimate_text(one.score, one.scale),
@@ -167,6 +169,6 @@ def _point(row: Pooled | None) -> tuple[float, float | None] | None:
 
 def _cost(compared: Sequence[Compared], run: tuple[str, str, str]) -> float | None:
     """Seconds that the search took, as the first of the method's runs that searched says."""
-    own = [one.parsed.qvlm for one in compared if (one.of.model, one.of.method, one.of.scheme) == run]
+    own = [one.parsed.qvlm for one in compared if (one.of.model, one.of.method, one.scheme) == run]
     seconds = [facts.search_seconds for facts in own if facts and facts.calibration]
     return next((one for one in seconds if one is not None), None)

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from qvlm_plugin.errors import QVLMError
@@ -131,9 +133,38 @@ def test_mistakes(tmp_path, text, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_quantized_checkpoint_is_a_row_of_its_own():
-    flags = {"models": ("demo",), "methods": ("rtn", "theirs"), "schemes": ("w4a16",), "tasks": ("quiz",)}
-    flags |= {"options": {"theirs": {"pretrained": "a/folder"}}, "model_args": {"dtype": "float16"}}
-    found = {one.method: one for one in cells(read_grid(None, flags))}
-    assert found["theirs"].cell.model_args == {"pretrained": "a/folder", "dtype": "float16"}
-    assert found["theirs"].seed is None and found["rtn"].cell.model_args["pretrained"] == "demo"
+STORED = "models: [demo]\nmethods: [rtn, theirs, ours]\nschemes: [w4a16, w8a8]\ntasks: [quiz]\nseeds: [0, 1]\n"
+STORED += "options: {theirs: {pretrained: a/folder}, ours: {pretrained: b}}\nmodel_args: {dtype: float16}\n"
+
+
+def test_a_quantized_checkpoint_is_one_row_whatever_the_schemes_and_seeds(tmp_path):
+    (tmp_path / "grid.yaml").write_text(STORED)
+    grid = read_grid(tmp_path / "grid.yaml", {})
+    found = [(one.method, one.scheme, one.seed) for one in cells(grid)]
+    assert [one for one in found if one[0] == "rtn"] == [
+        ("rtn", "w4a16", None), ("rtn", "w8a8", 0), ("rtn", "w8a8", 1),
+    ]  # fmt: skip
+    assert found[0] == ("none", "w16a16", None) and found[4:] == [("theirs", "stored", None), ("ours", "stored", None)]
+    theirs = cells(grid)[4].cell
+    assert theirs.model_args == {"pretrained": "a/folder", "dtype": "float16"} and theirs.name == "demo/theirs/quiz"
+    assert grid.baseline_of("theirs", "stored") == ("none", "w16a16")
+
+
+def test_what_a_quantized_checkpoint_is_compared_with(tmp_path):
+    (tmp_path / "grid.yaml").write_text(STORED)
+
+    def baseline_of(method, scheme, **changes):
+        return read_grid(tmp_path / "grid.yaml", changes).baseline_of(method, scheme)
+
+    assert baseline_of("theirs", "stored", baseline="rtn", schemes=["w8a8"]) == ("rtn", "w8a8")
+    assert baseline_of("rtn", "w8a8", baseline="theirs") == ("theirs", "stored")
+    assert baseline_of("ours", "stored", baseline="theirs") == ("theirs", "stored")
+    assert baseline_of("ours", "stored", baseline="previous", schemes=["w8a8"]) == ("theirs", "stored")
+    for changes, message in (
+        ({"baseline": "rtn"}, "--baseline: theirs has its own scheme (pretrained), and rtn is run at 2"),
+        ({"baseline": "previous"}, "theirs has its own scheme (pretrained), and rtn is run at 2; allowed are"),
+        ({"models": ["demo", "other"]}, "--models: theirs is a checkpoint of one model (pretrained)"),
+        ({"options": {"theirs": {"pretrained": "x", "method": "rtn"}}}, "theirs is quantized already (pretrained), so"),
+    ):
+        with pytest.raises(QVLMError, match=re.escape(message)):
+            baseline_of("theirs", "stored", **changes)

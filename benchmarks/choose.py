@@ -32,7 +32,7 @@ def read_choices(folders: Sequence[Path]) -> list[Choice]:
     found: list[Choice] = []
     for folder in folders:
         names = sorted(file.stem for file in folder.glob("*.json") if file.stem not in ("documents", "parameters"))
-        choices, _ = find_choices([_with_facts(read_run(folder, name), name) for name in names], METRIC, {})
+        choices, _ = find_choices([_with_facts(read_run(folder, name), name) for name in names], METRIC)
         found += choices
     return sorted(found, key=lambda choice: choice.packed_bytes or math.inf)
 

@@ -32,12 +32,13 @@ from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.reading import read_json
-from qvlm_plugin.report.paired import difference_text, estimate_text, p_text
+from qvlm_plugin.report.estimates import difference_text, estimate_text
 from qvlm_plugin.report.pooled import Pooled, pool, spread_text, verdict
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.running import run_cells
 from qvlm_plugin.report.runs import Cell, Setting
 from qvlm_plugin.report.samples import Document, RunSamples, read_samples
+from qvlm_plugin.report.significance import p_text
 
 _FASTER = {"veo_checkpointing": False}  # the same plans; training the tower is a quarter faster and takes more memory
 METHODS = {

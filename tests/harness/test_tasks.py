@@ -25,7 +25,8 @@ from harness.task_mirrors import (
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.leaderboard.write import write_leaderboard
-from qvlm_plugin.report.paired import compare, paired_notes
+from qvlm_plugin.report.paired import compare
+from qvlm_plugin.report.paired_table import paired_notes
 from qvlm_plugin.report.pooled import pool, verdict
 from qvlm_plugin.report.samples import read_samples
 

@@ -40,7 +40,7 @@ def runs(tmp_path):
 
 
 def choices(folder):
-    found, trouble = find_choices(read_samples(folder), "exact_match", {})
+    found, trouble = find_choices(read_samples(folder), "exact_match")
     assert not trouble
     return {(one.method, one.scheme): one for one in found}
 

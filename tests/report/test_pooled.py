@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.report.paired import AVERAGE, clustered_mean, compare
+from qvlm_plugin.report.estimates import clustered_mean
+from qvlm_plugin.report.paired import AVERAGE, compare
 from qvlm_plugin.report.pooled import pool, two_way_mean, verdict
 from qvlm_plugin.report.samples import Document, RunSamples
 

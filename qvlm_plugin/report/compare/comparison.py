@@ -10,11 +10,13 @@ from scipy import stats
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import read_json
 from qvlm_plugin.report.compare.grid import CompareGrid, GridCell, cells
+from qvlm_plugin.report.estimates import Estimate, estimate_data
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
-from qvlm_plugin.report.paired import AVERAGE, Comparison, Estimate, compare, estimate_data, holm
+from qvlm_plugin.report.paired import AVERAGE, Comparison, compare
 from qvlm_plugin.report.pooled import Pooled, pool
 from qvlm_plugin.report.runs import Outcome
 from qvlm_plugin.report.samples import RunSamples, read_samples
+from qvlm_plugin.report.significance import holm
 
 MCNEMAR = "McNemar"
 SIGN_FLIP = "sign flip"

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seeds
 from qvlm_plugin.report.compare.grid import FULL_PRECISION, PREVIOUS, CompareGrid
+from qvlm_plugin.report.estimates import difference_text, estimate_text
 from qvlm_plugin.report.figures import Bars, bars_figure
-from qvlm_plugin.report.paired import difference_text, estimate_text, flips_text, p_text, total_note, unknown_note
+from qvlm_plugin.report.paired_table import flips_text, total_note, unknown_note
 from qvlm_plugin.report.pooled import Pooled, spread_text, verdict
 from qvlm_plugin.report.results import Grid, size
 from qvlm_plugin.report.shares import FEWEST, PERCENT, unit_text
+from qvlm_plugin.report.significance import p_text
 from qvlm_plugin.report.writing import STAND_IN, Report
 
 HEADER = (

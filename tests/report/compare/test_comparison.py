@@ -11,10 +11,11 @@ from statsmodels.stats.contingency_tables import mcnemar
 from qvlm_plugin.report.compare.comparison import choose_test, compare_outcomes, pool_seeds
 from qvlm_plugin.report.compare.grid import cells, read_grid
 from qvlm_plugin.report.compare.report import compare_report
-from qvlm_plugin.report.paired import AVERAGE, compare, holm
+from qvlm_plugin.report.paired import AVERAGE, compare
 from qvlm_plugin.report.pooled import pool
 from qvlm_plugin.report.runs import Outcome
 from qvlm_plugin.report.samples import Document, RunSamples
+from qvlm_plugin.report.significance import holm
 
 
 def run(scores, images=None):

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from qvlm_plugin.report.estimates import cluster_sums
 from qvlm_plugin.report.leaderboard.intervals import LEVEL, TaskScores, rank_intervals
-from qvlm_plugin.report.paired import cluster_sums, sign_flip_p
+from qvlm_plugin.report.significance import sign_flip_p
 
 
 def task(scores, clusters=None):

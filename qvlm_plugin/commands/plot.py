@@ -86,7 +86,7 @@ def _errors(
     from qvlm_plugin.models.loading import load_weights
     from qvlm_plugin.plan_request import check_request
     from qvlm_plugin.planning import obtain_plan
-    from qvlm_plugin.report.ablations.layer_errors import held_apart, layer_errors
+    from qvlm_plugin.report.ablations.layer_errors import held_out, layer_errors
     from qvlm_plugin.report.plan_figures import error_figure
 
     depth = plan.options["max_depth"]
@@ -100,6 +100,6 @@ def _errors(
             f"--{checkpoint.source}, with the options given, is another model than the plan's; name that one"
         )
     layer_wise = obtain_plan(model, request, samples, cache_root() / "plans")
-    apart = held_apart(held_apart(others, plan), layer_wise)
+    apart = held_out(held_out(others, plan), layer_wise)
     plans = {"layer-wise (max_depth 1)": layer_wise, f"joint (max_depth {depth})": plan}
     return error_figure(plan, {name: layer_errors(model, one, apart, batch_size) for name, one in plans.items()})

@@ -1,7 +1,7 @@
-"""Small pictures of what samples name as their images, to be embedded into the page.
+"""Thumbnails of the images that samples name, for the page.
 
-Samples may come from others. So only pictures in them, or in files beside or below them, are read, and all are drawn
-anew.
+Samples are untrusted: only embedded pictures and files in or below the samples' folder are read, and all are encoded
+again.
 """
 
 import base64
@@ -20,15 +20,15 @@ SIDE = 224
 """Pixels of the longer side."""
 
 LIMIT = 20_000_000
-"""Bytes and pixels up to which a picture is read."""
+"""Maximum bytes, and maximum pixels, of a picture that is read."""
 
 
 def picture(media: Any, folder: Path) -> str | None:
-    """A data URI of the first picture that can be shown; None where there is none.
+    """A data URI of the first picture that can be read; None without one.
 
     Args:
-        media: a sample's ``input_media``: names of files, data URIs, addresses, or digests.
-        folder: of the samples file.
+        media: a sample's ``input_media``: file names, data URIs, URLs, or digests.
+        folder: the samples file's folder.
     """
     for source in media if isinstance(media, list) else ():
         blob = _blob(source, folder)
@@ -66,5 +66,5 @@ def _small(blob: bytes) -> bytes | None:
             stream = io.BytesIO()
             small.save(stream, "WEBP", quality=70)
             return stream.getvalue()
-    except Exception:  # pictures that are damaged fail in whatever way
+    except Exception:  # damaged pictures raise all kinds of exceptions
         return None

@@ -1,4 +1,4 @@
-"""``qvlm leaderboard``: results as one table, and a shared folder that collects them."""
+"""``qvlm leaderboard``: rank results, and collect runs in a shared folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +11,8 @@ from qvlm_plugin.commands.shared import needs_report_packages
 WRITE = "write"
 
 
-class _WritesUnlessTold(TyperGroup):
-    """What is no sub-command is the first argument of ``write``."""
+class _WriteByDefault(TyperGroup):
+    """Runs ``write`` if the first argument is not a sub-command."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
@@ -21,7 +21,7 @@ class _WritesUnlessTold(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_WritesUnlessTold,
+    cls=_WriteByDefault,
     help="Results of many runs as one table: qvlm leaderboard DIR… --out OUT.",
     no_args_is_help=True,
 )
@@ -33,10 +33,10 @@ def write(
     out: Annotated[Path, typer.Option(help="Folder for leaderboard.md, .csv, .json and .html.")],
     reported: Annotated[bool, typer.Option(help="Also show the paper's tables, as reported.")] = True,
 ) -> None:
-    """Write leaderboard.md, .csv, .json and .html; the word "write" may be left out.
+    """Write leaderboard.md, .csv, .json and .html; the word "write" may be omitted.
 
-    Rows are ranked against each other only where data, split, prompt and documents are the same. Files with problems
-    are reported, and their rows left out or left unranked.
+    Rows are ranked together only if data, split, prompt and documents are the same. Files with problems are reported,
+    and their rows left out or left unranked.
 
     Example: qvlm leaderboard results/ --out leaderboard
     """
@@ -56,8 +56,8 @@ def add(
 ) -> None:
     """Check a run and copy it, with its samples, into a shared folder.
 
-    Refused: runs without provenance or with a seal that does not fit, on a part of the documents, calibrated on
-    evaluated documents, or with another result for the same model, plan and documents than one that is there.
+    Refuses runs without provenance, with a seal that does not match, on a part of the documents, calibrated on
+    evaluated documents, or that contradict a run in the folder with the same model, plan and documents.
 
     Example: qvlm leaderboard add results/model/20261121_120000_results.json --to shared-results
     """

@@ -62,7 +62,7 @@ def needs_of(pretrained: str, revision: str | None, scheme: Scheme) -> Needs:
 
 
 def check_space(pretrained: str | None, revision: str | None, scheme: Scheme) -> list[Finding]:
-    """Findings on memory and disk space, compared with the needs of a checkpoint where one is given."""
+    """Findings on memory and disk space, compared with the needs of a checkpoint if one is given."""
     needs, findings = None, []
     if pretrained is not None:
         try:

@@ -23,7 +23,7 @@ from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.planning import apply, obtain_plan
 from qvlm_plugin.report.ablations.difference import sample_points
 from qvlm_plugin.report.ablations.figure2 import correlation
-from qvlm_plugin.report.ablations.layer_errors import held_out, layer_errors, relative_errors
+from qvlm_plugin.report.ablations.layer_errors import layer_errors, relative_errors, unseen_samples
 from qvlm_plugin.report.compare.grid import GRIDS, cells, read_grid
 from qvlm_plugin.report.paired import AVERAGE
 from qvlm_plugin.report.results import Grid
@@ -152,9 +152,9 @@ def test_full_precision_has_no_layer_error(loaded, samples):
 
 def test_measured_samples_are_apart_from_fitted_ones(loaded, samples):
     plan = obtain_plan(loaded, request(cdm=False), CalibrationSet(samples.samples[1:3]), None)
-    assert held_out(samples, plan).samples == (samples.samples[0], samples.samples[3])
+    assert unseen_samples(samples, plan).samples == (samples.samples[0], samples.samples[3])
     with pytest.raises(QVLMError, match="no sample apart from those calibrated on"):
-        held_out(CalibrationSet(samples.samples[1:3]), plan)
+        unseen_samples(CalibrationSet(samples.samples[1:3]), plan)
 
 
 # Grids that come with the package

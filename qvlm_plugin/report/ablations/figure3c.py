@@ -7,7 +7,7 @@ from torch import Tensor
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.report.ablations.layer_errors import held_out, layer_errors
+from qvlm_plugin.report.ablations.layer_errors import layer_errors, unseen_samples
 from qvlm_plugin.report.figures import Panel, Series, panels_figure
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.writing import Report, stand_in_note
@@ -26,7 +26,7 @@ def figure3c(
         command: the command line, for the report.
     """
     for plan in plans.values():
-        samples = held_out(samples, plan)
+        samples = unseen_samples(samples, plan)
     errors = {depth: layer_errors(loaded, plan, samples, batch_size) for depth, plan in plans.items()}
     whole = {depth: one.whole for depth, one in errors.items()}
     token = {depth: one.token for depth, one in errors.items()}

@@ -20,7 +20,7 @@ from qvlm_plugin.progress import track
 from qvlm_plugin.topology import blocks_of
 
 
-def held_out(samples: CalibrationSet, plan: RoundingPlan) -> CalibrationSet:
+def unseen_samples(samples: CalibrationSet, plan: RoundingPlan) -> CalibrationSet:
     """The samples that the plan was not calibrated on.
 
     Raises:
@@ -55,7 +55,7 @@ def layer_errors(loaded: LoadedModel, plan: RoundingPlan, samples: CalibrationSe
     Args:
         loaded: the model in full precision; it is not changed.
         plan: a plan for this model.
-        samples: samples that the plan was not calibrated on, see `held_out`.
+        samples: samples that the plan was not calibrated on, see `unseen_samples`.
         batch_size: samples per forward pass.
     """
     model = loaded.model

@@ -21,7 +21,7 @@ from qvlm_plugin.methods.importance import visit_jacobians
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.report.ablations.layer_errors import held_out
+from qvlm_plugin.report.ablations.layer_errors import unseen_samples
 from qvlm_plugin.report.figures import Panel, Series, panels_figure
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.writing import Report, stand_in_note
@@ -104,7 +104,7 @@ def sources_report(
         command: the command line, for the report.
     """
     for plan in plans.values():
-        samples = held_out(samples, plan)
+        samples = unseen_samples(samples, plan)
     found = {name: error_sources(loaded, plan, samples, batch_size) for name, plan in plans.items()}
     kinds = _kinds(next(iter(found.values())))
     panels = [

@@ -27,6 +27,7 @@ from qvlm_plugin.atomic import make_folder, write_file
 from qvlm_plugin.calibration import read_calibration
 from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness.provenance import packed_bytes
 from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
@@ -105,12 +106,13 @@ def _cell(draw: Draw, output: Path, loaded: LoadedModel, questions: Sequence[Que
     if draw != Draw():
         plan = _plan(draw, output, loaded)
         planning.apply(plan, loaded)
-        facts = plan.facts
+        facts = {**plan.facts}
     exact = exact_matches(loaded.model, questions)
     marks = {
         task: "".join(str(int(exact[one.task, one.id])) for one in questions if one.task == task) for task in TASKS
     }
-    return {"run": {**facts, "dtype": str(loaded.model.dtype), "stand_in": True}, "exact": marks}
+    facts |= {"packed_bytes": packed_bytes(loaded.model), "dtype": str(loaded.model.dtype), "stand_in": True}
+    return {"run": facts, "exact": marks}
 
 
 def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:

@@ -78,7 +78,7 @@ class Request:
 
 
 def simple_generation(instance: Instance, documents: Documents) -> Request:
-    """Convert a "simple" generation request: (context, arguments, doc_to_visual, [doc_to_text,] doc_id, task, split)."""
+    """Convert a "simple" generation request (context, arguments, doc_to_visual, [doc_to_text,] doc_id, task, split)."""
     context, generation, doc_to_visual, *doc_to_text, doc_id, task, split = instance.args
     document = partial(_document, documents, task, split, doc_id)
 
@@ -100,7 +100,7 @@ def simple_generation(instance: Instance, documents: Documents) -> Request:
 
 
 def chat_generation(instance: Instance, documents: Documents) -> Request:
-    """Convert a "chat" generation request: (context, doc_to_messages, arguments, doc_id, task, split)."""
+    """Convert a "chat" generation request (context, doc_to_messages, arguments, doc_id, task, split)."""
     context, doc_to_messages, generation, doc_id, task, split = instance.args
     document = partial(_document, documents, task, split, doc_id)
 

@@ -118,8 +118,8 @@ def check_same_documents(first: RunSamples, second: RunSamples) -> None:
         ones, others = ({document.id: document for document in run.tasks[task]} for run in (first, second))
         if alone := sorted(ones.keys() ^ others.keys()):
             raise QVLMError(
-                f"{where} do not cover the same documents of task {task}: only one of them has {len(alone)} documents, "
-                f"for example document {alone[0]}"
+                f"{where} do not cover the same documents of task {task}: {len(alone)} are in only one of them, for "
+                f"example document {alone[0]}"
             )
         for index, one in ones.items():
             for part in ("target", "input", "image"):

@@ -40,7 +40,7 @@ def test_a_grid_ends_in_a_comparison_and_goes_on_where_it_stopped(place, tmp_pat
         ("awq", "w6a6"): -0.2,
     }  # fmt: skip
     text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "Stand-in data" in text and "McNemar" in text and "over all 4 rows" in text
+    assert "Stand-in data" in text and "McNemar" in text and "covers all 4 rows" in text
     assert (tmp_path / "out" / "comparison.svg").is_file()
     runs, summary = run(tmp_path, "--dry-run").stdout.split("\n\n")
     assert all("finished: " in line for line in runs.splitlines()) and summary == "5 runs, 5 of them finished\n"
@@ -78,7 +78,7 @@ def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
         "(1 runs were not started; --keep-going starts them)"
     )
     done = run(tmp_path, "--keep-going")
-    assert done.exit_code == 2 and "2 runs are missing there; the same command tries them again" in done.stderr
+    assert done.exit_code == 2 and "2 runs are missing; the same command runs them again" in done.stderr
     assert "Missing: tiny/qvlm-w4a4/pope ended without" in (tmp_path / "out" / "comparison.md").read_text()
 
 
@@ -87,7 +87,7 @@ def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
     [
         (("--methods", "rtm"), "rtm"),
         (("--schemes", "w9a9"), "9 bits; allowed are"),
-        (("--data", "missing"), "there is no such folder"),
+        (("--data", "missing"), "no such folder"),
         (("--tasks", "a,a"), "error: --tasks: each must be there once"),
         (("--tasks", "scienceqa,sciencqa_img"), "lmms-eval has no task 'sciencqa_img'; did you mean scienceqa_img"),
         (("--seeds", "0,x"), "error: --seeds: input should be a valid integer"),
@@ -97,8 +97,8 @@ def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
             "error: --baseline: qlora is not among the methods; allowed are none, previous, rtn",
         ),
         (("--executor", "pbs"), "--executor pbs is not known; allowed are local, slurm"),
-        (("--gpus", "2", "--time", "9"), "--gpus is of jobs; name their --executor, local or slurm"),
-        (("--executor", "local", "--devices", "0,1"), "--devices is of processes here; a job gets --gpus"),
+        (("--gpus", "2", "--time", "9"), "--gpus applies to jobs only; add --executor local or --executor slurm"),
+        (("--executor", "local", "--devices", "0,1"), "--devices does not apply to jobs; use --gpus"),
         (("--executor", "local", "--memory", "0"), "error: --memory: input should be greater than 0"),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_dry_run_tells_time_and_memory_and_what_they_rest_on(place, tmp_path, 
     unknown = run(tmp_path, *grid, "--dry-run").stdout
     assert "time: unknown\n- evaluation of 5 runs: unknown, no run of the same model" in unknown
     found = [float(text) for text in re.findall(r"([\d.]+) GB to (?:search|evaluate)", unknown)]
-    assert len(found) == 1 + 2 * 4 and "- a search: by the formula" in unknown
+    assert len(found) == 1 + 2 * 4 and "- search: by the formula" in unknown
     assert run(tmp_path, *grid, "--methods", "rtn", "--schemes", "w4a4").exit_code == 0
     more = ("--methods", "rtn,smoothquant", "--schemes", "w4a4", "--seeds", "0,7")
     runs, summary = run(tmp_path, *grid, *more, "--dry-run").stdout.split("\n\n")
@@ -131,6 +131,6 @@ def test_a_dry_run_tells_time_and_memory_and_what_they_rest_on(place, tmp_path, 
         "smoothquant-w4a4": "about 10 s and a search",
         "smoothquant-w4a4-seed7": "about 10 s and a search",
     }
-    assert "5 runs, 2 of them finished\ntime: about 1 min 34 s, and what is unknown\n" in summary
-    assert "- evaluation of 1 runs: by finished runs of the same method and scheme" in summary
-    assert "- 2 searches: unknown" in summary and "- 1 searches: by finished runs of the same method" in summary
+    assert "5 runs, 2 of them finished\ntime: about 1 min 34 s plus unknown parts\n" in summary
+    assert "- evaluation of 1 runs: from finished runs of the same method and scheme" in summary
+    assert "- 2 searches: unknown" in summary and "- 1 searches: from finished runs of the same method" in summary

@@ -26,7 +26,7 @@ def test_the_exit_status_says_whether_something_fails(monkeypatch, found, code):
 
 def test_what_is_being_done_is_said_before_and_what_was_found_right_after(monkeypatch):
     first, found, second, *_, last = invoke(monkeypatch, [GOOD]).output.splitlines()
-    assert first == "looking at packages …" and found == str(GOOD) and second.endswith(" …")
+    assert first == "checking packages …" and found == str(GOOD) and second.endswith(" …")
     assert last == "evaluating two documents with a tiny model, about half a minute …"
 
 

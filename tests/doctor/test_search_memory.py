@@ -29,4 +29,4 @@ def test_full_precision_searches_nothing(tiny_llava):
 @pytest.mark.parametrize("arguments", [("--method", "qvlm"), ("--pretrained", "demo", "--option", "beam=2")])
 def test_what_goes_together(arguments):
     done = CliRunner().invoke(app, ["doctor", *arguments])
-    assert done.exit_code == 2 and "--method goes with --pretrained" in done.stderr
+    assert done.exit_code == 2 and "--method needs --pretrained" in done.stderr

@@ -175,7 +175,7 @@ def test_likelihood(place, scores, answers):
     assert scores["seedbench_ppl"]["acc"] == pytest.approx(mean(right))
     assert not (place / "refused").exists()
     assert (
-        "task seedbench_ppl scores by likelihood, which lmms-eval does in its simple format only; add --force_simple"
+        "task seedbench_ppl scores by likelihood, which lmms-eval supports in its simple format only"
         in (place / "log.txt").read_text()
     )
 

@@ -400,7 +400,7 @@ def test_unreadable_document_is_named(chat):
         chat.generate_until(ask(chat, docs))
     assert "\n" not in str(caught.value)
     docs[1]["images"] = [{"type": "video", "url": "a.mp4"}]
-    with pytest.raises(QVLMError, match=r"document 1 of task toy.*shows video"):
+    with pytest.raises(QVLMError, match=r"document 1 of task toy.*contains video"):
         chat.generate_until(ask(chat, [docs[0], docs[1] | {"text": "x"}]))
 
 

@@ -86,7 +86,7 @@ def test_a_job_that_outlives_who_submitted_it_is_waited_for(setting, place, jobs
 
 def test_what_is_missing_is_told_before_anything_runs(setting, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(QVLMError, match="--executor slurm: there is no sbatch here"):
+    with pytest.raises(QVLMError, match="--executor slurm: sbatch not found"):
         Jobs("slurm", JobRequest(), setting)
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(QVLMError, match=r"--executor needs: pip install 'qvlm_plugin\[cluster\]'"):

@@ -75,14 +75,14 @@ def test_unknown_images_are_never_taken_for_independent(tmp_path):
 
     known = runs(tmp_path / "known", lambda row: row)
     (row,) = compare(*known, "exact_match")
-    assert row.unknown == 0 and "taken as independent" in "\n".join(paired_notes(known[0], [row], "exact_match"))
+    assert row.unknown == 0 and "treated as independent" in "\n".join(paired_notes(known[0], [row], "exact_match"))
     assert "?" not in "".join(paired_grid(known[0], [row]).rows[0])
     # of the first two documents, which share an image after all, a resumed run told nothing
     resumed = runs(tmp_path / "resumed", lambda row: without_images(row) if row["doc_id"] < 2 else row)
     (row,) = compare(*resumed, "exact_match")
     notes = "\n".join(paired_notes(resumed[0], [row], "exact_match"))
-    assert row.unknown == 2 and "taken as independent" not in notes
-    assert "4 documents, of 2 of which no run tells the image: whether they are independent is unknown" in notes
+    assert row.unknown == 2 and "treated as independent" not in notes
+    assert "4 documents; the image of 2 is not recorded, so whether they are independent is unknown" in notes
     assert paired_grid(resumed[0], [row]).rows[0][5:7] == (f"{row.p:.3f}?", f"{row.p:.3f}?")
     assert compare(known[0], resumed[1], "exact_match")[0].unknown == 0  # the other run tells
     pooled = pool([resumed, resumed], "exact_match")[0]

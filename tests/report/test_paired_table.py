@@ -26,7 +26,7 @@ def test_the_table_and_its_notes(tmp_path):
     for text in (
         f"baseline: m0 w4a4, {runs[0].file}",
         "Holm over all 6 rows",
-        "quiz: 6 documents, taken as",
+        "quiz: 6 documents, treated as",
         "stand-in",
     ):
         assert text in notes

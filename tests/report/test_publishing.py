@@ -112,5 +112,5 @@ def test_a_checkpoint_has_one_plan(results, tmp_path):
 
 def test_a_card_that_cannot_be_read(results, checkpoint):
     (checkpoint / "README.md").write_text("---\na: [\n---\n")
-    with pytest.raises(QVLMError, match="its head cannot be read"):
+    with pytest.raises(QVLMError, match="invalid front matter"):
         publish_results(publishable([results]), checkpoint)

@@ -99,7 +99,7 @@ def test_lines_tell_how_it_goes_where_there_is_no_terminal(setting, place, monke
     assert lines[0] == "tiny/none-w16a16/quiz: started" and "\r" not in shown and "\x1b" not in shown
     assert re.fullmatch(r"tiny/none-w16a16/quiz: running, \d s: \d/6", lines[2]), shown
     assert lines[-2:] == [
-        f"tiny/none-w16a16/quiz failed; the end of {setting.output}/tiny/none-w16a16/quiz/log.txt:",
+        f"tiny/none-w16a16/quiz failed; last lines of {setting.output}/tiny/none-w16a16/quiz/log.txt:",
         " 5/6",
     ]
     assert any(re.fullmatch(r"tiny/none-w16a16/quiz: failed in \d s \(1 of 1\)", line) for line in lines)

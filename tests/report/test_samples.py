@@ -120,13 +120,13 @@ def test_what_is_not_told_of_images_is_unknown_unless_all_were_seen(tmp_path):
     "tasks, message",
     [
         ({"quiz": scored([1, 0]), "more": scored([1])}, "only one of them has samples of more"),
-        ({"quiz": scored([1, 0, 1])}, "documents of task quiz: 1 are in one of them only, for example document 2"),
+        ({"quiz": scored([1, 0, 1])}, "documents of task quiz: 1 are in only one of them, for example document 2"),
         (
             {"quiz": [sample(0, 1, input_media=["a.png"]), sample(1, 1, target="blue")]},
-            "document 1 of task quiz has another target",
+            "the target of document 1 of task quiz differs",
         ),
-        ({"quiz": [sample(0, 1, question="why?"), sample(1, 1)]}, "document 0 of task quiz has another input"),
-        ({"quiz": [sample(0, 1, input_media=["b.png"]), sample(1, 1)]}, "document 0 of task quiz has another image"),
+        ({"quiz": [sample(0, 1, question="why?"), sample(1, 1)]}, "the input of document 0 of task quiz differs"),
+        ({"quiz": [sample(0, 1, input_media=["b.png"]), sample(1, 1)]}, "the image of document 0 of task quiz differs"),
     ],
 )
 def test_runs_over_other_documents_are_refused(tmp_path, tasks, message):

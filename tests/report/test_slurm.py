@@ -34,7 +34,7 @@ def test_states_are_those_of_the_controller(controller):
 
 def test_without_an_answer_the_last_one_holds(controller):
     queue = Queue()
-    with pytest.raises(QVLMError, match=r"Slurm does not answer: .*slurm_load_jobs error"):
+    with pytest.raises(QVLMError, match=r"squeue failed: .*slurm_load_jobs error"):
         queue.state("7")
     (controller / "answer").write_text("7|RUNNING|None\n")
     assert queue.state("7").name == "RUNNING"

@@ -241,7 +241,7 @@ def versions(folder):
     "harm, message",
     [
         (truncated, "is not a results file of lmms-eval"),
-        (failed, "holds no results: the evaluation failed"),
+        (failed, "contains no results: the evaluation failed"),
         (not_a_number, "quiz exact_match is nan; left out"),
         (missing_samples, "4 documents were evaluated, but there are samples of 3"),
         (cut_samples, "is not a samples file of lmms-eval: line 4"),

@@ -192,13 +192,13 @@ class Grid:
         tables: list[list[tuple[str, ...]]] = [[]]
         left = available
         for column in rest:
-            size = max(cell_len(line) for cell in column for line in cell.split("\n")) + _PADDING
+            size = _column_width(column)
             if size > left and tables[-1]:
                 tables.append([])
                 left = available
             tables[-1].append(column)
             left -= size
-        return Group(*(_table(lead, own) for own in tables))
+        return Group(*(_table(lead, own, width) for own in tables))
 
     def markdown(self) -> str:
         """As a Markdown table."""
@@ -216,17 +216,35 @@ def _wrapped(heading: str, *cells: str) -> tuple[str, ...]:
     return tuple("\n".join(wrap(text, size)) for text in (heading, *cells))
 
 
-def _table(lead: Sequence[tuple[str, ...]], rest: Sequence[tuple[str, ...]]) -> Table:
-    """Columns as a table; leading columns are folded if space is short."""
+def _column_width(column: Sequence[str]) -> int:
+    """Width of a column with its padding."""
+    return max(cell_len(line) for cell in column for line in cell.split("\n")) + _PADDING
+
+
+def _table(lead: Sequence[tuple[str, ...]], rest: Sequence[tuple[str, ...]], width: int) -> Table:
+    """Columns as a table; leading columns are wrapped if space is short, at words if possible."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading, *_ in lead:
-        table.add_column(heading, overflow="fold")
+    widths = _lead_widths(lead, width - 1 - sum(map(_column_width, rest)))
+    for (heading, *_), size in zip(lead, widths, strict=True):
+        table.add_column(heading, overflow="fold", width=size)
     for heading, *_ in rest:
         table.add_column(heading, no_wrap=True)
     _, *rows = zip(*lead, *rest, strict=True)
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _lead_widths(lead: Sequence[tuple[str, ...]], available: int) -> list[int]:
+    """Widths of the leading columns without padding: that of their longest words, more if there is space."""
+    words = [max(cell_len(word) for cell in column for word in (*cell.split(), " ")) for column in lead]
+    spare = available - sum(size + _PADDING for size in words)
+    widths = []
+    for size, column in zip(words, lead, strict=True):
+        change = min(_column_width(column) - _PADDING - size, spare) if spare > 0 else max(spare, 1 - size)
+        widths.append(size + change)
+        spare -= change
+    return widths
 
 
 def results_grid(scores: Sequence[Score]) -> Grid:

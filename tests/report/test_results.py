@@ -8,7 +8,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.naming import labels
-from qvlm_plugin.report.results import read_results, results_grid, results_notes
+from qvlm_plugin.report.results import Grid, read_results, results_grid, results_notes
 from qvlm_plugin.report.shares import SHARES
 
 
@@ -183,9 +183,20 @@ def test_markdown_has_the_same_cells(tmp_path):
 
 
 def test_what_is_not_a_results_file_is_named(tmp_path):
-    with pytest.raises(QVLMError, match=r"has no \*_results\.json"):
+    with pytest.raises(QVLMError, match=r"contains no \*_results\.json"):
         read_results([tmp_path])
     file = write(tmp_path, "a", 0.5)
     file.write_text(file.read_text()[:30])
     with pytest.raises(QVLMError, match=r"a_results\.json is not a results file"):
         read_results([tmp_path])
+
+
+@pytest.mark.parametrize("width", [36, 50, 64, 80, 120])
+def test_a_narrow_terminal_breaks_names_at_words_and_cuts_no_figure(width):
+    figures = ("71.7 ± 5.9", "-10.00 [-20.31, +0.31]", "0.109", "19 / 8 / 64")
+    grid = Grid(("run", "task", *"abcd"), (("qlora w4a4", "vizwiz_vqa_val", *figures),), lead=2)
+    console = Console(width=width, record=True)
+    console.print(grid.rich(width))
+    text = console.export_text()
+    assert all(figure.partition(" [")[0] in text for figure in figures) and "[-20.31, +0.31]" in text
+    assert "vizwiz_vqa_val" in text and max(map(len, text.splitlines())) <= width

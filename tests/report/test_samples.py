@@ -75,7 +75,7 @@ def test_a_run_of_another_package_is_named_after_its_model(tmp_path):
 
 def test_a_run_without_samples_says_how_to_get_them(tmp_path):
     write_run(tmp_path, {"quiz": scored([1])}, log_samples=False)
-    with pytest.raises(QVLMError, match=r"_results\.json has no 20261121_120000_samples_\*.*--log_samples"):
+    with pytest.raises(QVLMError, match=r"_results\.json: no 20261121_120000_samples_\*.*--log_samples"):
         read_samples(tmp_path)
 
 

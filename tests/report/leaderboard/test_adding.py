@@ -39,7 +39,7 @@ def test_another_plan_is_another_run(tmp_path):
 def test_a_contradiction_is_refused(tmp_path):
     add_run(write_run(tmp_path / "a", [1, 1, 0], facts()), tmp_path / "shared")
     other = write_run(tmp_path / "b", [1, 0, 0], facts(), date="20261122_120000")
-    with pytest.raises(QVLMError, match=r"is 0.333333, but .* there has 0.666667 for the same model, plan"):
+    with pytest.raises(QVLMError, match=r"is 0.333333, but .* in .* has 0.666667 for the same model, plan"):
         add_run(other, tmp_path / "shared")
     assert len([*(tmp_path / "shared").rglob("*_results.json")]) == 1
 

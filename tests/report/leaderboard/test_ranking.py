@@ -243,10 +243,10 @@ def versions(folder):
         (truncated, "is not a results file of lmms-eval"),
         (failed, "contains no results: the evaluation failed"),
         (not_a_number, "quiz exact_match is nan; left out"),
-        (missing_samples, "4 documents were evaluated, but there are samples of 3"),
+        (missing_samples, "4 documents were evaluated, but the samples file has 3"),
         (cut_samples, "is not a samples file of lmms-eval: line 4"),
         (twice, "has document 0 twice"),
-        (nan_sample, "has a score that is no number: exact_match"),
+        (nan_sample, "has a score that is not finite: exact_match"),
         (disagreeing, "exact_match is 1, but the samples' mean is 0.5"),
         (edited, "was edited after the run"),
         (malformed, "is not a results file of lmms-eval: n-samples.quiz"),
@@ -274,7 +274,7 @@ def test_bad_files_are_told_and_never_ranked_above(healthy, harm, message):
 def test_paths(tmp_path):
     with pytest.raises(QVLMError, match="missing does not exist"):
         find_results([tmp_path / "missing"])
-    with pytest.raises(QVLMError, match=r"no \*_results.json there"):
+    with pytest.raises(QVLMError, match=r"no \*_results.json found"):
         find_results([tmp_path])
     file = write_run(tmp_path / "a", [1])
     assert find_results([tmp_path, file, tmp_path / "a"]) == [file]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from qvlm_plugin.commands.shared import needs_report_packages
+from qvlm_plugin.commands.shared import needs_report_packages, working_in
 
 WRITE = "write"
 
@@ -64,3 +64,26 @@ def add(
     from qvlm_plugin.report.leaderboard.adding import add_run
 
     typer.echo(add_run(file, to))
+
+
+@app.command("thumbnails")
+def thumbnails(
+    paths: Annotated[list[Path], typer.Argument(help="Results files of runs with --log_samples, or folders of them.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Working directory of the runs, from which local mirrors are resolved.")
+    ] = None,
+) -> None:
+    """Write thumbnails of the evaluated images next to the samples, so that the leaderboard's page can show them.
+
+    Reads the images again from the tasks' data, and checks that they are the evaluated ones. Mind the data's license
+    before you share the files.
+
+    Example: qvlm leaderboard thumbnails results/ --data demo-data
+    """
+    from qvlm_plugin.harness.thumbnails import write_thumbnails
+    from qvlm_plugin.report.leaderboard.reading import find_results
+
+    files = [file.resolve() for file in find_results(paths)]
+    with working_in(data):
+        for file in files:
+            typer.echo(f"{file}: {write_thumbnails(file)} thumbnails written")

@@ -173,7 +173,7 @@ def test_an_empty_result_says_why(science):
     tick(science, "method", "qvlm")
     assert science.table() == [] and science.is_shown("#empty")
     reasons = science.run("[...document.querySelectorAll('#empty li')].map((one) => one.textContent)")
-    assert reasons == ["Drop: method qvlm leaves 0 rows", "Drop: at most 3 bits leaves 2 rows"]
+    assert reasons == ["Remove: method qvlm leaves 0 rows", "Remove: at most 3 bits leaves 2 rows"]
     science.click("#empty li:last-child button")
     assert len(science.table()) == 2 and science.run("document.activeElement.id") == "table"
 
@@ -304,7 +304,7 @@ def test_downloads_have_the_rows_shown(science):
 
 def test_stand_ins_are_another_table_and_say_so(desk):
     labels = desk.run("[...document.querySelectorAll('optgroup')].map((one) => [one.label, one.children.length])")
-    assert labels == [["Whole benchmarks", 3], ["Stand-in data or a part", 2]]
+    assert labels == [["Complete benchmarks", 3], ["Stand-in data or a part", 2]]
     assert not desk.is_shown("#apart")
     choose_view(desk, "quiz")
     assert len(desk.table()) == 2 and desk.is_shown("#apart")

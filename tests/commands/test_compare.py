@@ -22,7 +22,7 @@ def run(tmp_path, *arguments):
     return CliRunner().invoke(app, [str(argument) for argument in command])
 
 
-def test_a_grid_ends_in_a_comparison_and_goes_on_where_it_stopped(place, tmp_path):
+def test_a_grid_ends_in_a_comparison_and_resumes(place, tmp_path):
     shown = run(tmp_path, "--dry-run")
     assert shown.exit_code == 0 and not (tmp_path / "out").exists()
     runs, summary = shown.stdout.split("\n\n")
@@ -47,7 +47,7 @@ def test_a_grid_ends_in_a_comparison_and_goes_on_where_it_stopped(place, tmp_pat
     assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 5
 
 
-def test_runs_may_be_jobs_and_what_they_ask_for_is_in_the_file_or_in_flags(place, tmp_path):
+def test_runs_may_be_jobs_with_resources_from_the_file_or_options(place, tmp_path):
     (tmp_path / "grid.yaml").write_text(GRID + "cluster: {time: 3, partition: some, sbatch: {account: me}}\n")
     done = run(tmp_path, "--schemes", "w4a4", "--executor", "local", "--jobs", "3", "--time", "2")
     assert done.exit_code == 0, done.output
@@ -55,7 +55,7 @@ def test_runs_may_be_jobs_and_what_they_ask_for_is_in_the_file_or_in_flags(place
     assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 3
 
 
-def test_seeds_are_cells_and_add_to_what_is_there(place, tmp_path):
+def test_seeds_are_cells_and_extend_a_finished_grid(place, tmp_path):
     assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 3
     done = run(tmp_path, "--schemes", "w4a4", "--seeds", "0,7", "--baseline", "rtn")
     assert done.exit_code == 0, done.output
@@ -68,7 +68,7 @@ def test_seeds_are_cells_and_add_to_what_is_there(place, tmp_path):
     assert len(shown) == 1 + 2 * 2 * 2 and sum("finished: " in line for line in shown) == 5
 
 
-def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
+def test_a_missing_cell_stops_the_grid_unless_keep_going_is_set(place, tmp_path):
     (tmp_path / "grid.yaml").write_text(GRID.replace("[rtn, awq]", "[qvlm]") + "options: {qvlm: {max_depth: 4}}\n")
     log = tmp_path / "out" / "tiny" / "qvlm-w4a4" / "pope" / "log.txt"
     done = run(tmp_path)
@@ -111,7 +111,7 @@ def test_mistakes_are_one_line_before_anything_runs(place, tmp_path, arguments, 
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_dry_run_tells_time_and_memory_and_what_they_rest_on(place, tmp_path, tiny_llava):
+def test_a_dry_run_estimates_time_and_memory_and_names_the_basis(place, tmp_path, tiny_llava):
     """The stub's runs take the time that they say: 10 s for 40 documents, searches of 64 s aside."""
     stub, timed = place / "lmms_eval.py", '"total_evaluation_time_seconds": "74.0", "config": {'
     stub.write_text(stub.read_text().replace('"config": {', timed))

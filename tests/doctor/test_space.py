@@ -22,7 +22,7 @@ def test_free_memory_decides(monkeypatch, free, status):
     assert bool(finding.remedy) == (status != "ok")
 
 
-def test_a_gpu_that_only_holds_packed_weights_has_another_remedy(monkeypatch):
+def test_a_gpu_with_space_for_packed_weights_only_gets_its_own_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (5e9, 6e9))
     gpu = check_memory(NEEDS)[1]

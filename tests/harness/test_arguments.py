@@ -100,7 +100,7 @@ def test_a_system_instruction_is_refused_for_a_model_that_is_made_already(tiny_l
 
 
 @pytest.mark.parametrize("wrapper, refused", [(QVLMChat, True), (QVLMSimple, False)])
-def test_examples_that_the_chat_format_does_not_show_are_refused(tiny_llava, wrapper, refused):
+def test_fewshot_examples_are_refused_in_the_chat_format(tiny_llava, wrapper, refused):
     model = wrapper(pretrained=str(tiny_llava), dtype="float32", device="cpu")
     config = {"num_fewshot": 2}
     task = SimpleNamespace(get_config=config.get, dump_config=lambda: config, VERSION=1)

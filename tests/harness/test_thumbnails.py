@@ -59,9 +59,7 @@ def test_other_data_than_the_evaluated_are_refused(mirrors, tmp_path, monkeypatc
     shown = next(index for index, row in enumerate(ROWS) if row["image"])
     images = [Image.new("RGB", (30, 30), "red") if index == shown else None for index in range(len(ROWS))]
     results, _ = write_run(tmp_path / "run", images)
-    with pytest.raises(
-        QVLMError, match=f"the image of document {shown} of scienceqa is not the one"
-    ):
+    with pytest.raises(QVLMError, match=f"the image of document {shown} of scienceqa is not the one"):
         write_thumbnails(results)
     assert not (results.parent / "thumbnails").exists()
 

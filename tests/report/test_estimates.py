@@ -24,7 +24,7 @@ def test_clustered_error_equals_the_sandwich_of_a_regression():
     assert clustered_mean([values], [clusters]).error == pytest.approx(fit.bse[0])
 
 
-def test_asking_the_same_twice_does_not_make_it_surer():
+def test_duplicated_documents_in_clusters_keep_the_error():
     values, clusters = values_of(30), np.arange(30)
     once, twice = clustered_mean([values], [clusters]), clustered_mean([np.tile(values, 2)], [np.tile(clusters, 2)])
     assert (twice.value, twice.error, twice.high) == pytest.approx((once.value, once.error, once.high))
@@ -47,7 +47,7 @@ def test_one_cluster_has_no_error():
     assert estimate.value == 0.5 and np.isnan(estimate.error)
 
 
-def test_the_average_of_shares_is_as_sure_as_its_tasks():
+def test_the_average_of_shares_uses_the_effective_count():
     values, clusters = [np.ones(4), np.ones(12)], [np.arange(4), np.arange(4, 16)]
     estimate = score_estimate(clustered_mean(values, clusters), values, clusters)
     assert estimate.low == pytest.approx(proportion_confint(12, 12, method="wilson")[0])  # 2² / (1/4 + 1/12) is 12

@@ -68,7 +68,7 @@ def without_images(row):
     return {name: value for name, value in row.items() if name != "input_media"}
 
 
-def test_unknown_images_are_never_taken_for_independent(tmp_path):
+def test_unknown_images_are_not_reported_as_independent(tmp_path):
     def runs(folder, change):
         scored = [[1, 1, 0, 0], [0, 0, 0, 0]]
         return write_runs(folder, *({"quiz": [change(sample(i, s)) for i, s in enumerate(one)]} for one in scored))
@@ -89,7 +89,7 @@ def test_unknown_images_are_never_taken_for_independent(tmp_path):
     assert pooled.unknown == 2 and "of unknown independence" in verdict(pooled, "a", "b")
 
 
-def test_a_metric_may_belong_to_some_documents_but_to_the_same_ones(tmp_path):
+def test_a_metric_must_belong_to_the_same_documents_in_all_runs(tmp_path):
     def run(having, score):
         quiz = [sample(index, 1, **({"acc_NAT": score} if index in having else {})) for index in range(4)]
         return {"quiz": quiz, "b": scored([1])}
@@ -105,7 +105,7 @@ def test_a_metric_may_belong_to_some_documents_but_to_the_same_ones(tmp_path):
         compare(one, other, "f1")
 
 
-def test_where_all_are_right_or_none_differs_the_interval_is_not_empty(tmp_path):
+def test_the_interval_is_not_empty_if_all_are_right_or_none_differs(tmp_path):
     right, same, wrong = write_runs(tmp_path, *({"quiz": scored([score] * 8)} for score in (1, 1, 0)))
     (row,) = compare(right, same, "exact_match")
     low, high = proportion_confint(8, 8, method="wilson")

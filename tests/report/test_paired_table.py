@@ -46,7 +46,7 @@ def test_scores_of_another_unit_are_not_called_percent(tmp_path):
     assert "points" not in verdict(pooled, "a", "b") and spread_text(pooled) == "0 (1150.2 to 1150.2)"
 
 
-def test_runs_of_the_same_name_are_told_apart(tmp_path):
+def test_runs_with_equal_names_are_distinguished(tmp_path):
     tasks = ({"quiz": scored(scores)} for scores in (FIRST, SECOND, SECOND))
     baseline, *others = write_runs(tmp_path, *tasks, method="rtn")
     grid = paired_grid(baseline, [row for run in others for row in compare(baseline, run, "exact_match")])

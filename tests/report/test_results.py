@@ -75,7 +75,7 @@ def test_the_table_marks_stand_in_data_limits_and_foreign_runs(tmp_path):
         ("parse_failure", 1, "100.0 [96.3, 100.0]"),
     ],
 )
-def test_only_what_is_known_to_be_a_share_is_in_percent(tmp_path, metric, score, shown):
+def test_only_known_shares_are_in_percent(tmp_path, metric, score, shown):
     grid = results_grid(read_results([write(tmp_path, "a", score, metric=metric)]))
     assert grid.rows[0][-1] == shown
     assert grid.header[-1].split(",")[0] == f"quiz {metric}" + " (%)" * (not shown.endswith("0.012"))
@@ -130,7 +130,7 @@ def test_a_share_of_few_documents_has_wilsons_interval(tmp_path):
     assert text(19, 20, **soft) == ("95.0 ± 3.0", "100.0")
 
 
-def test_runs_are_told_apart_by_what_they_differ_in_and_else_by_their_folders(tmp_path):
+def test_runs_are_named_by_their_differences_or_else_by_their_folders(tmp_path):
     facts = {"method": "rtn", "scheme": "w4a4", "pretrained": "hub/llava"}
     files = []
     for name, more in (("a", {"backend": "packed"}), ("b", {"backend": "reference"}), ("c", {"backend": "packed"})):
@@ -182,7 +182,7 @@ def test_markdown_has_the_same_cells(tmp_path):
     assert "50.0 ± 1.2" in lines[2]
 
 
-def test_what_is_not_a_results_file_is_named(tmp_path):
+def test_invalid_results_files_are_named(tmp_path):
     with pytest.raises(QVLMError, match=r"contains no \*_results\.json"):
         read_results([tmp_path])
     file = write(tmp_path, "a", 0.5)

@@ -12,7 +12,7 @@ from qvlm_plugin.report.significance import holm, sign_flip_p
 
 
 @pytest.mark.parametrize("fell, rose", [(0, 0), (1, 0), (5, 5), (3, 11), (40, 7), (400, 90), (1, 200)])
-def test_for_right_and_wrong_it_is_mcnemars_exact_test(fell, rose):
+def test_it_equals_mcnemars_exact_test_for_0_1_scores(fell, rose):
     count = fell + rose
     p = sign_flip_p(np.repeat([-1.0, 1.0, 0.0], (fell, rose, 50)) / (count + 50))
     assert p == pytest.approx(mcnemar([[30, fell], [rose, 20]], exact=True).pvalue, rel=1e-9)

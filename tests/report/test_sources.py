@@ -52,7 +52,7 @@ def test_sources_are_weighed_errors_and_add_up_over_kinds_and_batches(loaded, ca
     assert all(float(sum(sources.values())[TOKENS.index(kind)]) > 0 for kind in TOKENS)
 
 
-def test_the_report_shows_every_plan_and_is_measured_apart(loaded, calibration, tmp_path):
+def test_the_report_shows_every_plan_on_held_out_samples(loaded, calibration, tmp_path):
     fitted, _ = halves(calibration)
     calibration = dataclasses.replace(calibration, source="task:train:5")
     plans = {"site": plan_of(loaded, fitted), "channel": plan_of(loaded, fitted, ranges="channel")}

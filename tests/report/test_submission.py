@@ -36,6 +36,6 @@ def test_both_formats(tmp_path):
         ([*VQA, {"question_id": 9, "answer": "x", "score": 1}], "entry 4 must have question_id and answer"),
     ],
 )
-def test_what_a_server_would_not_accept(tmp_path, content, message):
+def test_invalid_submissions_are_refused(tmp_path, content, message):
     with pytest.raises(QVLMError, match=message):
         check(tmp_path, content)

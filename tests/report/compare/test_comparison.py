@@ -169,7 +169,7 @@ def test_a_run_without_draws_is_compared_with_each_seed_of_the_other(tmp_path):
         assert pooled["rtn"].drawn == (baseline == "awq")
 
 
-def test_a_seed_that_failed_is_left_out_of_what_needs_it(tmp_path):
+def test_a_failed_seed_is_left_out_of_the_pooled_rows(tmp_path):
     grid = grid_of(seeds=(0, 1, 2))
     compared, trouble = compare_outcomes(grid, without(outcomes_of(tmp_path, grid), "awq-w4a4-seed1/exam"))
     seeds = {(one.method, one.task): one.pooled.seeds for one in pool_seeds(grid, compared)}
@@ -200,7 +200,7 @@ def test_the_report_over_seeds(tmp_path):
     assert row["p_t"] <= row["p_t_holm"] and row["spread"] == pytest.approx(0.025) and len(data["verdicts"]) == 2
 
 
-def test_the_report_of_one_seed_says_that_it_is_one(tmp_path):
+def test_the_report_of_one_seed_mentions_it(tmp_path):
     grid = grid_of(methods=("qlora",))
     report = compare_report(grid, *compare_outcomes(grid, outcomes_of(tmp_path, grid)), "qvlm compare")
     assert len(report.tables) == 1 and report.title == "Comparison with full precision"
@@ -209,7 +209,7 @@ def test_the_report_of_one_seed_says_that_it_is_one(tmp_path):
     assert sentence.endswith("over 80 documents (one draw of calibration samples; another can change it).")
 
 
-def test_schemes_and_models_are_named_where_there_are_several(tmp_path):
+def test_schemes_and_models_are_named_if_there_are_several(tmp_path):
     grid = grid_of(models=("m", "n"), methods=("qlora",), schemes=("w4a4", "w6a6"), tasks=("quiz",))
     report = compare_report(grid, *compare_outcomes(grid, outcomes_of(tmp_path, grid)), "qvlm compare")
     starts = [f"{model}: qlora {scheme} is " for model in "mn" for scheme in ("w4a4", "w6a6")]

@@ -84,7 +84,7 @@ def test_a_run_that_saw_all_images_or_answers_is_added(tmp_path):
         (lambda folder: write_run(folder, [1, 0], facts(calibration={"source": "x"})), "does not record whether"),
     ],
 )
-def test_what_may_not_be_added(tmp_path, make, message):
+def test_runs_that_may_not_be_added(tmp_path, make, message):
     file = make(tmp_path / "run")
     with pytest.raises(QVLMError) as caught:
         add_run(file, tmp_path / "shared")

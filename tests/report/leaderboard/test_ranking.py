@@ -57,7 +57,7 @@ def test_a_metric_that_should_be_low_ranks_the_lowest_first(tmp_path):
         lambda whole: whole["versions"].update(quiz=2.0),
     ],
 )
-def test_what_differs_is_not_ranked_together(tmp_path, change):
+def test_different_evaluations_are_not_ranked_together(tmp_path, change):
     write_run(tmp_path / "a", [1, 1, 0, 0], provenance("a"))
     whole = content([1, 1, 1, 0], provenance("b"))
     change(whole)
@@ -87,7 +87,7 @@ def test_the_address_of_a_prompt_function_does_not_matter(tmp_path):
     assert by_run(board(tmp_path))["a"].rank == 2
 
 
-def test_another_packages_model_is_ranked_where_it_answered_the_same_documents(tmp_path):
+def test_another_packages_model_is_ranked_on_the_same_documents(tmp_path):
     write_run(tmp_path / "ours", [1, 0, 0], provenance())
     write_run(tmp_path / "same", [1, 1, 0])
     write_run(tmp_path / "fewer", [1, 1], total=3)
@@ -98,7 +98,7 @@ def test_another_packages_model_is_ranked_where_it_answered_the_same_documents(t
     assert rows["silent"].rank is None and rows["silent"].evaluation is None
 
 
-def test_stand_ins_stand_apart_and_so_do_others_on_the_same_documents(tmp_path):
+def test_stand_in_runs_and_others_on_the_same_documents_are_listed_apart(tmp_path):
     origin = DATA | {"origin": "local", "revision": None, "content_hash": "c" * 64, "stand_in": True}
     write_run(tmp_path / "ours", [1, 0, 0], provenance(data={"quiz": origin}, stand_in=True))
     write_run(tmp_path / "other", [1, 1, 0])
@@ -262,7 +262,7 @@ def versions(folder):
         (versions, "quiz: other versions than in other runs: torch 2.1"),
     ],
 )
-def test_bad_files_are_told_and_never_ranked_above(healthy, harm, message):
+def test_bad_files_are_reported_and_never_ranked(healthy, harm, message):
     harm(healthy)
     found = board(healthy)
     assert any(message in problem.message for problem in found.problems)

@@ -60,5 +60,5 @@ def test_the_report_shows_every_plan_on_held_out_samples(loaded, calibration, tm
     text = file.read_text()
     assert "mean over 2 samples" in text and "| channel | down_proj |" in text and "| site | all |" in text
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".json", ".png", ".svg"}
-    with pytest.raises(QVLMError, match="no sample apart"):
+    with pytest.raises(QVLMError, match="calibrated on all samples"):
         sources_report(loaded, plans, dataclasses.replace(fitted, source="task:train:3"), 2, "")

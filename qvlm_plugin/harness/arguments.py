@@ -166,7 +166,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"{name}= is missing: {description}"
     if problem["type"] in ("string_type", "path_type") and isinstance(value, int | float):
         return (
-            f"{name}={value!r}: lmms-eval reads this value as a number; it must be text ({description}), "
+            f"{name}={value!r}: lmms-eval reads this value as a number; it must be text ({description}); "
             "write a folder as ./NAME and a revision as its full commit hash"
         )
     return f"{name}={value!r}: {problem['msg'].lower()} ({description})"

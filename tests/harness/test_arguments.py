@@ -46,11 +46,11 @@ def test_defaults_and_none():
         ),
         ("pretrained=x,colour=red", "unknown model argument 'colour'; allowed are pretrained, revision"),
         ("pretrained=x,method=rtn,grupsize=4", "unknown model argument 'grupsize'.*for method=rtn: .*group_size"),
-        ("pretrained=007", "pretrained=7: lmms-eval reads this value as a number.*a folder is written as ./NAME"),
+        ("pretrained=007", "pretrained=7: lmms-eval reads this value as a number.*write a folder as ./NAME"),
         ("pretrained=x,revision=1.10", "revision=1.1: .*full commit hash"),
         ("pretrained=x,seed=-1", "seed=-1"),
         ("pretrained=x,allow_overlap=maybe", "allow_overlap='maybe': .*boolean"),
-        ("pretrained=x,device_map=offload", "is for searching.*evaluate it with plan=DIR"),
+        ("pretrained=x,device_map=offload", "works only for searches.*evaluate it with plan=DIR"),
         ("pretrained=x,plan=d,method=rtn,seed=1", "plan=DIR is a finished plan.*method, seed"),
     ],
 )
@@ -106,7 +106,7 @@ def test_fewshot_examples_are_refused_in_the_chat_format(tiny_llava, wrapper, re
     task = SimpleNamespace(get_config=config.get, dump_config=lambda: config, VERSION=1)
     evaluate = _refusing(lambda **_: "evaluated")
     if refused:
-        with pytest.raises(QVLMError, match=r"task quiz asks for 2 examples.*--force_simple"):
+        with pytest.raises(QVLMError, match=r"task quiz has 2 examples.*--force_simple"):
             evaluate(lm=model, task_dict={"group": {"quiz": task}})
         config |= {"num_fewshot": 0, "output_type": "multiple_choice"}
         with pytest.raises(QVLMError, match=r"task quiz scores by likelihood.*--force_simple"):

@@ -25,7 +25,7 @@ def read(**given):
         ({"temperature": "hot"}, "temperature='hot' is not allowed"),
         ({"seed": "a"}, "seed='a' is not allowed"),
         ({"max_length": 4}, "max_length includes the prompt and its padding.*; use max_new_tokens"),
-        ({"min_length": "4"}, "min_length counts the prompt.*; use min_new_tokens"),
+        ({"min_length": "4"}, "min_length includes the prompt.*; use min_new_tokens"),
         ({"suppress_tokens": 3}, "suppress_tokens=3 is not allowed: .*list"),
     ],
 )

@@ -187,7 +187,7 @@ def test_prompts_longer_than_the_context_are_counted(make, tmp_path):
     sink = logger.add(messages.append, level="WARNING", format="{message}")
     model.record.finish(model._model)
     logger.remove(sink)
-    assert any("task toy: prompts with more tokens than the model's context of 512: 2;" in text for text in messages)
+    assert any("task toy: 2 prompts exceed the model's context of 512 tokens;" in text for text in messages)
     assert model.record.report({})["prompts_over_context"] == {"toy": 2}
 
 

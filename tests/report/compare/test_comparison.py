@@ -113,7 +113,7 @@ def test_without_its_baseline_a_run_is_left_out(tmp_path):
     compared, trouble = compare_outcomes(grid, without(outcomes, "none-w16a16/quiz"))
     assert {one.of.task for one in compared} == {"exam"} and len(compared) == 4
     assert sum("its baseline none w16a16 has no run" in line for line in trouble) == 3
-    assert trouble[0].startswith("m/none-w16a16/quiz ended without results: nothing was printed; log: ")
+    assert trouble[0].startswith("m/none-w16a16/quiz ended without results: its log is empty; log: ")
     grid = grid_of(baseline="qlora")
     compared, trouble = compare_outcomes(grid, without(outcomes, "none"))
     assert len(compared) == 6 and len(trouble) == 2
@@ -236,5 +236,5 @@ def test_a_score_of_all_documents_at_once_has_no_interval(tmp_path):
     assert row["p"] == pytest.approx(2 * 0.5**18) and row["right_to_wrong"] == 18  # of the documents' own scores
     assert report.verdicts == ["qlora is 150 below full precision over 40 documents (one draw of calibration samples; "
                                "another can change it)."]  # fmt: skip
-    assert any(note.startswith("quiz: exact_match is made of all documents at once") for note in report.notes)
+    assert any(note.startswith("quiz: exact_match is computed from all documents at once") for note in report.notes)
     assert any("as lmms-eval gives it" in note for note in report.notes)

@@ -28,18 +28,20 @@ from qvlm_plugin.atomic import make_folder, write_file
 from qvlm_plugin.calibration import read_calibration
 from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness.provenance import packed_bytes
 from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.reading import read_json
 from qvlm_plugin.report.compare.grid import PREVIOUS, read_grid
-from qvlm_plugin.report.paired import difference_text, estimate_text, p_text
+from qvlm_plugin.report.estimates import difference_text, estimate_text
 from qvlm_plugin.report.pooled import Pooled, pool, spread_text, verdict
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.running import run_cells
 from qvlm_plugin.report.runs import Cell, Setting
 from qvlm_plugin.report.samples import Document, RunSamples, read_samples
+from qvlm_plugin.report.significance import p_text
 
 _FASTER = {"veo_checkpointing": False}  # the same plans; training the tower is a quarter faster and takes more memory
 _LADDER = read_grid(Path("ladder"), {})  # `qvlm ablate ladder`, here without a process for each evaluation
@@ -118,12 +120,13 @@ def _cell(draw: Draw, output: Path, loaded: LoadedModel, questions: Sequence[Que
     if draw != Draw():
         plan = _plan(draw, output, loaded)
         planning.apply(plan, loaded)
-        facts = plan.facts
+        facts = {**plan.facts}
     exact = exact_matches(loaded.model, questions)
     marks = {
         task: "".join(str(int(exact[one.task, one.id])) for one in questions if one.task == task) for task in TASKS
     }
-    return {"run": {**facts, "dtype": str(loaded.model.dtype), "stand_in": True}, "exact": marks}
+    facts |= {"packed_bytes": packed_bytes(loaded.model), "dtype": str(loaded.model.dtype), "stand_in": True}
+    return {"run": facts, "exact": marks}
 
 
 def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:

@@ -26,7 +26,7 @@ def question(teacher_forced, loaded, index, image, answer):
 
 
 @torch.inference_mode()
-def test_an_answer_is_exact_where_a_forward_pass_over_all_of_it_says_so(benchmarks, loaded, monkeypatch):
+def test_exact_matches_agree_with_a_forward_pass_over_the_whole_answer(benchmarks, loaded, monkeypatch):
     _, teacher_forced = benchmarks
     monkeypatch.setattr(teacher_forced, "IMAGES_AT_A_TIME", 2)
     monkeypatch.setattr(teacher_forced, "QUESTIONS_AT_A_TIME", 3)

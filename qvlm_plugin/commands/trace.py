@@ -1,4 +1,4 @@
-"""``qvlm trace``: where the parts of a model are, as a description of its family."""
+"""``qvlm trace``: describe a model family by running a model."""
 
 from typing import Annotated
 
@@ -15,8 +15,8 @@ def trace(
 ) -> None:
     """Find the parts of a model and print them as a plugin that describes its family.
 
-    Prompts with images and without run through a model of the same configuration, without its weights. The text that is
-    printed is a Python module: see docs/add-a-family.md. With topology=traced an evaluation finds the same by itself.
+    Runs prompts with and without images through a model of the same configuration, without its weights. Prints a Python
+    module: see docs/add-a-family.md. With topology=traced, an evaluation does the same by itself.
 
     Example: qvlm trace path/to/model > my_family.py
     """

@@ -21,12 +21,12 @@ def test_a_gpu_that_is_too_small_is_a_warning(tiny_llava, monkeypatch):
     assert found.status is Status.WARN and "offload" in found.remedy
 
 
-def test_full_precision_searches_nothing(tiny_llava):
+def test_full_precision_needs_no_search(tiny_llava):
     (found,) = check_search_memory(str(tiny_llava), None, check_request("none", "w4a4", {}), 64, 600)
     assert found.message == "method=none needs no search"
 
 
 @pytest.mark.parametrize("arguments", [("--method", "qvlm"), ("--pretrained", "demo", "--option", "beam=2")])
-def test_what_goes_together(arguments):
+def test_options_that_need_each_other(arguments):
     done = CliRunner().invoke(app, ["doctor", *arguments])
-    assert done.exit_code == 2 and "--method goes with --pretrained" in done.stderr
+    assert done.exit_code == 2 and "--method needs --pretrained" in done.stderr

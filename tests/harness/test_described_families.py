@@ -93,5 +93,5 @@ def test_videos_are_refused(model):
     model.task_dict["toy"] = {"test": [{}]}
     messages = [{"role": "user", "content": [{"type": "video", "url": "clip.mp4"}]}]
     request = instance("generate_until", ("what?", lambda doc: messages, {}, 0, "toy", "test"), 0)
-    with pytest.raises(QVLMError, match=r"document 0 of task toy .* shows video; this model reads text and images"):
+    with pytest.raises(QVLMError, match=r"document 0 of task toy .* contains video; this model reads only"):
         model.generate_until([request])

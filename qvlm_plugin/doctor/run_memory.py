@@ -11,9 +11,9 @@ from qvlm_plugin.calibration import parse_sources
 from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.doctor.space import HEADROOM, needs_of
 from qvlm_plugin.methods.peak import Setting, Shapes, peaks
-from qvlm_plugin.models.loading import open_checkpoint
 from qvlm_plugin.models.placement import default_device, empty_model
 from qvlm_plugin.plan_request import PlanRequest
+from qvlm_plugin.tracing.trace import open_with_topology
 
 TOKENS = 600
 """Tokens of the longest calibration sample, which nobody knows before it is read."""
@@ -40,12 +40,12 @@ def run_memory(arguments: Mapping[str, str], request: PlanRequest) -> Memory:
         request: what is searched for it.
 
     Raises:
-        QVLMError: the checkpoint cannot be read.
+        QVLMError: see `open_with_topology`.
     """
-    source, revision = resolve_demo(arguments["pretrained"]), arguments.get("revision")
-    config = open_checkpoint(source, revision=revision).config
-    element = _element(config, arguments.get("dtype", "auto"))
-    needs = needs_of(source, revision, request.scheme)
+    named = {name: arguments[name] for name in ("revision", "topology") if name in arguments}
+    checkpoint = open_with_topology(resolve_demo(arguments["pretrained"]), **named)
+    element = _element(checkpoint.config, arguments.get("dtype", "auto"))
+    needs = needs_of(checkpoint, request.scheme)
     packed = arguments.get("backend", "reference") != "reference" and request.method.name != "none"
     weights = needs.packed if packed else needs.full * element / 2
     search = 0.0
@@ -53,7 +53,7 @@ def run_memory(arguments: Mapping[str, str], request: PlanRequest) -> Memory:
         samples = sum(one.count for one in parse_sources(arguments["calibration"]))
         where = default_device().type != "cpu"
         setting = Setting(samples, TOKENS, element=element, accelerator=where)
-        shapes = Shapes.of(empty_model(config), plugins.topology(config))
+        shapes = Shapes.of(empty_model(checkpoint.config), plugins.topology_of(checkpoint))
         found = peaks(shapes, request.method, request.scheme, request.options, setting)
         search = float(max((peak.bytes for peak in found), default=0))
     return Memory(weights * HEADROOM, search)

@@ -1,5 +1,8 @@
 """The memory that a search takes on the model's device, computed by `qvlm_plugin.methods.peak` without a search."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from qvlm_plugin import plugins
@@ -7,18 +10,16 @@ from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.doctor.finding import Finding, Status
 from qvlm_plugin.methods.footprint import Footprint
 from qvlm_plugin.methods.peak import Peak, Setting, Shapes, peaks
-from qvlm_plugin.models.loading import open_checkpoint
 from qvlm_plugin.models.placement import empty_model
 from qvlm_plugin.plan_request import PlanRequest
+from qvlm_plugin.tracing.trace import open_with_topology
 
 
-def check_search_memory(
-    pretrained: str, revision: str | None, request: PlanRequest, samples: int, tokens: int
-) -> list[Finding]:
+def check_search_memory(opening: Mapping[str, Any], request: PlanRequest, samples: int, tokens: int) -> list[Finding]:
     """The peak memory of a search in 16 bits, by step; also with caches on the CPU, and with offloaded weights.
 
     Args:
-        pretrained, revision: a checkpoint, of which only the small files are read.
+        opening: of a checkpoint, see `open_with_topology`; only its small files are read.
         request: the method, its options and the scheme.
         samples: of the calibration set.
         tokens: of the longest sample, including image and answer.
@@ -26,8 +27,8 @@ def check_search_memory(
     Raises:
         QVLMError: the checkpoint cannot be read.
     """
-    config = open_checkpoint(resolve_demo(pretrained), revision=revision).config
-    shapes = Shapes.of(empty_model(config), plugins.topology(config))
+    checkpoint = open_with_topology(**{**opening, "pretrained": resolve_demo(opening["pretrained"])})
+    shapes = Shapes.of(empty_model(checkpoint.config), plugins.topology_of(checkpoint))
 
     def found(footprint: Footprint, offloaded: bool = False) -> list[Peak]:
         setting = Setting(samples, tokens, offloaded=offloaded, footprint=footprint)

@@ -1,8 +1,10 @@
 """Compare free disk space and memory with the needs of a model."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -14,10 +16,11 @@ from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.doctor.finding import Finding, Status
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.options import MethodOptions
-from qvlm_plugin.models.loading import open_checkpoint
+from qvlm_plugin.models.loading import Checkpoint
 from qvlm_plugin.models.placement import empty_model
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import resolve
+from qvlm_plugin.tracing.trace import open_with_topology
 
 FOR_PLANS = 1e9
 """Rough upper limit of the disk space of plans and of the steps of an unfinished search, in bytes."""
@@ -40,15 +43,14 @@ class Needs:
     packed: float
 
 
-def needs_of(pretrained: str, revision: str | None, scheme: Scheme) -> Needs:
-    """The size of a checkpoint's weights, computed from its small files.
+def needs_of(checkpoint: Checkpoint, scheme: Scheme) -> Needs:
+    """The size of a checkpoint's weights, computed from its configuration.
 
     Raises:
-        QVLMError: it cannot be read, its family is not supported, or its prompts do not fit the model.
+        QVLMError: its family is not supported.
     """
-    config = open_checkpoint(pretrained, revision=revision).config
-    topology = plugins.topology(config)
-    model = empty_model(config)
+    topology = plugins.topology_of(checkpoint)
+    model = empty_model(checkpoint.config)
     full = sum(parameter.numel() for parameter in model.parameters()) * 2
     packed, options = full, MethodOptions()
     for site in resolve(topology, model):
@@ -61,16 +63,21 @@ def needs_of(pretrained: str, revision: str | None, scheme: Scheme) -> Needs:
     return Needs(full, packed)
 
 
-def check_space(pretrained: str | None, revision: str | None, scheme: Scheme) -> list[Finding]:
-    """Findings on memory and disk space, compared with the needs of a checkpoint where one is given."""
+def check_space(opening: Mapping[str, Any] | None, scheme: Scheme) -> list[Finding]:
+    """Findings on memory and disk space, compared with the needs of a checkpoint where one is given.
+
+    Args:
+        opening: of the checkpoint, see `open_with_topology`.
+        scheme: for the size of packed weights.
+    """
     needs, findings = None, []
-    if pretrained is not None:
+    if opening is not None:
         try:
-            pretrained = resolve_demo(pretrained)
-            needs = needs_of(pretrained, revision, scheme)
+            opening = {**opening, "pretrained": resolve_demo(opening["pretrained"])}
+            needs = needs_of(open_with_topology(**opening), scheme)
         except QVLMError as error:
             findings = [Finding("checkpoint", Status.FAIL, str(error), "choose another with --pretrained")]
-    download = pretrained is not None and not Path(pretrained).is_dir()
+    download = opening is not None and not Path(opening["pretrained"]).is_dir()
     return [*findings, *check_memory(needs), *check_disk(needs, download)]
 
 

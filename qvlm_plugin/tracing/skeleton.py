@@ -6,6 +6,7 @@ look at them on its way (image sizes, masks, chosen experts), which it cannot on
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,30 +14,32 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 _RANK = 8
 _LARGE = 2**22
 """Elements of a Parameter from which on one row stands for all, whatever it is for."""
 
 
-def skeleton(config: PretrainedConfig, tokens: int = 0, trust_remote_code: bool = False) -> PreTrainedModel:
+Build = Callable[[PretrainedConfig], PreTrainedModel]
+"""Makes a model of a configuration."""
+
+
+def skeleton(config: PretrainedConfig, build: Build, tokens: int = 0) -> PreTrainedModel:
     """A float32 model on the CPU, in evaluation mode; `MadeUpProducts` must be active when it runs.
 
     Norms, biases and convolutions have random values, positive where they scale channels.
 
     Args:
         config: of the model.
+        build: makes the model, in any compute type.
         tokens: that its tokenizer has; LLaVA's own layout counts an image's only where weights are read.
-        trust_remote_code: run code that comes with the checkpoint.
     """
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, tokens)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForImageTextToText.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        model = build(config)
     generator, made = torch.Generator().manual_seed(0), {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -6,25 +6,51 @@ read the same tensor (`runs`), and where scales can be folded (`producers`).
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
+from qvlm_plugin import plugins
 from qvlm_plugin.conversation import Conversation, encode, to_device
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.models.loading import Checkpoint
+from qvlm_plugin.models.loading import Checkpoint, open_checkpoint
 from qvlm_plugin.reading import parsed_elsewhere
 from qvlm_plugin.topology import Group, Stack, Topology, blocks_of, require_only_linears
 from qvlm_plugin.tracing.blocks import Seen, look_at
 from qvlm_plugin.tracing.parts import block_lists, find_parts, members
 from qvlm_plugin.tracing.producers import producers
 from qvlm_plugin.tracing.runs import Call, watch
-from qvlm_plugin.tracing.skeleton import skeleton
+from qvlm_plugin.tracing.skeleton import Build, skeleton
+
+TOPOLOGIES = ("described", "traced")
+"""What ``topology=`` may be."""
+
+
+def open_with_topology(pretrained: str, topology: str = "described", **opening: Any) -> Checkpoint:
+    """Open a checkpoint of which the parts are known; see `plugins.topology_of`.
+
+    Args:
+        pretrained, opening: see `open_checkpoint`.
+        topology: ``described`` by a plugin, or ``traced``.
+
+    Raises:
+        QVLMError: see `open_checkpoint`; no plugin describes the family, or it cannot be traced.
+    """
+    check_topology(topology)
+    if topology == "traced":
+        return traced(open_checkpoint(pretrained, **opening))
+    return open_checkpoint(pretrained, check_config=plugins.topology, **opening)
+
+
+def check_topology(topology: str) -> None:
+    """Raise a QVLMError unless ``topology=`` may be this."""
+    if topology not in TOPOLOGIES:
+        raise QVLMError(f"topology={topology!r} is not known; allowed are {', '.join(TOPOLOGIES)}")
 
 
 def traced(checkpoint: Checkpoint) -> Checkpoint:
@@ -38,9 +64,26 @@ def trace(checkpoint: Checkpoint) -> Topology:
     Raises:
         QVLMError: the model does not run, or what it does cannot be described.
     """
-    with parsed_elsewhere(f"{checkpoint.source}: the model cannot be traced"):
-        model = skeleton(checkpoint.config, len(checkpoint.processor.tokenizer), checkpoint.trust_remote_code)
-        return _trace(model, _batches(checkpoint), checkpoint.source)
+    build = partial(
+        AutoModelForImageTextToText.from_config,
+        dtype=torch.float32,
+        trust_remote_code=checkpoint.trust_remote_code,
+    )
+    return _traced(checkpoint.config, checkpoint.processor, build, checkpoint.source)
+
+
+def trace_model(model: PreTrainedModel, processor: ProcessorMixin) -> Topology:
+    """The topology of a model in memory; it does not run itself.
+
+    Raises:
+        QVLMError: see `trace`.
+    """
+    return _traced(model.config, processor, type(model), "the model")
+
+
+def _traced(config: PretrainedConfig, processor: ProcessorMixin, build: Build, source: str) -> Topology:
+    with parsed_elsewhere(f"{source}: the model cannot be traced"):
+        return _trace(skeleton(config, build, len(processor.tokenizer)), _batches(processor), source)
 
 
 def _trace(model: PreTrainedModel, batches: Sequence[dict[str, Any]], source: str) -> Topology:
@@ -77,7 +120,7 @@ def _trace(model: PreTrainedModel, batches: Sequence[dict[str, Any]], source: st
     return topology
 
 
-def _batches(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def _batches(processor: ProcessorMixin) -> list[dict[str, Any]]:
     """A prompt with an image, one with two of other shapes, and one without."""
     image = Image.linear_gradient("L").convert("RGB")
     prompts = [
@@ -86,7 +129,7 @@ def _batches(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         Conversation.from_prompt("What?"),
     ]
     cpu = torch.device("cpu")
-    return [to_device(encode(checkpoint.processor, [prompt])[0], cpu, torch.float32) for prompt in prompts]
+    return [to_device(encode(processor, [prompt])[0], cpu, torch.float32) for prompt in prompts]
 
 
 def _structure(model: nn.Module, name: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from original_llava import write_original_llava
 
 from qvlm_plugin.doctor.space import HEADROOM, Needs, check_disk, check_memory, check_space, needs_of
-from qvlm_plugin.models.loading import load
+from qvlm_plugin.models.loading import load, open_checkpoint
 from qvlm_plugin.scheme import Scheme
 
 NEEDS = Needs(full=10e9, packed=3e9)
@@ -16,8 +16,8 @@ Memory, Usage = namedtuple("Memory", "available"), namedtuple("Usage", "free")
 
 def test_a_model_takes_the_bytes_of_its_weights(tiny_llava):
     full = 2 * sum(parameter.numel() for parameter in load(str(tiny_llava)).model.parameters())
-    assert needs_of(str(tiny_llava), None, Scheme.parse("w16a16")) == Needs(full, full)
-    four, six, eight = (needs_of(str(tiny_llava), None, Scheme.parse(f"w{bits}a16")) for bits in (4, 6, 8))
+    assert needs_of(open_checkpoint(str(tiny_llava)), Scheme.parse("w16a16")) == Needs(full, full)
+    four, six, eight = (needs_of(open_checkpoint(str(tiny_llava)), Scheme.parse(f"w{bits}a16")) for bits in (4, 6, 8))
     assert four.full == full and four.packed < eight.packed < full
     assert six == eight  # six bits are stored as eight
 
@@ -25,7 +25,7 @@ def test_a_model_takes_the_bytes_of_its_weights(tiny_llava):
 def test_weights_in_the_original_layout_are_not_read(tmp_path):
     folder = write_original_llava(tmp_path / "m")
     (folder / "pytorch_model.bin").unlink()
-    assert needs_of(str(folder), None, Scheme.parse("w4a4")).packed > 0
+    assert needs_of(open_checkpoint(str(folder)), Scheme.parse("w4a4")).packed > 0
 
 
 @pytest.mark.parametrize(("free", "status"), [(11e9, "warn"), (13e9, "ok"), (3e9, "fail"), (4e9, "warn")])
@@ -54,5 +54,5 @@ def test_free_disk_decides(monkeypatch, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_used_is_a_finding():
-    first, *rest = check_space("/absent", None, Scheme.parse("w4a4"))
+    first, *rest = check_space({"pretrained": "/absent"}, Scheme.parse("w4a4"))
     assert first.status == "fail" and "no such folder" in first.message and len(rest) >= 2

@@ -112,7 +112,7 @@ def draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample
 
 
 def opened(
-    pretrained: str, dtype: str, device: "str | torch.device", topology: str | None, **opening: Any
+    pretrained: str, dtype: str, device: "str | torch.device", topology: str | None = "described", **opening: Any
 ) -> "Checkpoint":
     """The checkpoint to search on, by its small files: what is wrong with it shows before anything else is read.
 

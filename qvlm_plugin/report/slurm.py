@@ -3,13 +3,16 @@
 import os
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import one_line
 
 LOOK_EVERY = 15.0
 """Seconds between two questions to Slurm's controller, which answers for all of a user's jobs at once."""
+
+PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
+"""What a machine has that hands jobs to Slurm; submitit takes it for one by ``srun``."""
 
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 ENDED = frozenset(
@@ -44,8 +47,9 @@ class State:
 class Queue:
     """This user's jobs. Accounting (``sacct``) is not needed, which not every cluster has."""
 
-    _states: dict[str, State] | None = None
+    _states: dict[str, State] = field(default_factory=dict)
     _looked: float = float("-inf")
+    _answered: bool = False
 
     def state(self, job: str) -> State:
         """How a job stands, as of at most `LOOK_EVERY` seconds ago or of when Slurm answered last.
@@ -59,14 +63,15 @@ class Queue:
             asked = subprocess.run(command, capture_output=True, text=True)
             if asked.returncode == 0:
                 rows = (line.strip().split("|", 2) for line in asked.stdout.splitlines())
+                self._answered = True
                 self._states = {number: State(name, reason) for number, name, reason in rows}
-            elif self._states is None:
+            elif not self._answered:
                 raise QVLMError(f"Slurm does not answer: {one_line(asked.stderr)}")
         return self._states.get(job, State("", ""))
 
     def add(self, job: str) -> None:
         """Note a job that has just been submitted, until Slurm is asked again."""
-        self._states = {**(self._states or {}), job: State("PENDING", "submitted")}
+        self._states = {**self._states, job: State("PENDING", "submitted")}
 
 
 def withdraw(job: str) -> None:

@@ -42,6 +42,7 @@ def open_with_topology(pretrained: str, topology: str = "described", **opening: 
         QVLMError: see `open_checkpoint`; no plugin describes the family, or it cannot be traced.
     """
     check_topology(topology)
+    plugins.plugin_manager()  # imports other packages, which may register models with transformers
     if topology == "traced":
         return traced(open_checkpoint(pretrained, **opening))
     return open_checkpoint(pretrained, check_config=plugins.topology, **opening)

@@ -21,8 +21,8 @@ def trace(
     Example: qvlm trace path/to/model > my_family.py
     """
     from qvlm_plugin.models.placement import empty_model
-    from qvlm_plugin.tracing.source import written
+    from qvlm_plugin.tracing.source import python_source
     from qvlm_plugin.tracing.trace import open_with_topology
 
     checkpoint = open_with_topology(resolve_demo(model), "traced", revision=revision, conv=conv)
-    typer.echo(written(checkpoint.topology, empty_model(checkpoint.config)), nl=False)
+    typer.echo(python_source(checkpoint.topology, empty_model(checkpoint.config)), nl=False)

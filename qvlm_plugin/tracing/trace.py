@@ -21,10 +21,10 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import Checkpoint, open_checkpoint
 from qvlm_plugin.reading import parsed_elsewhere
 from qvlm_plugin.topology import Group, Stack, Topology, blocks_of, require_only_linears
-from qvlm_plugin.tracing.blocks import Seen, look_at
+from qvlm_plugin.tracing.blocks import RecordedModel, inspect_block
 from qvlm_plugin.tracing.parts import block_lists, find_parts, members
 from qvlm_plugin.tracing.producers import producers
-from qvlm_plugin.tracing.runs import Call, watch
+from qvlm_plugin.tracing.runs import Call, record_run
 from qvlm_plugin.tracing.skeleton import Build, skeleton
 
 TOPOLOGIES = ("described", "traced")
@@ -92,7 +92,7 @@ def _trace(model: PreTrainedModel, batches: Sequence[dict[str, Any]], source: st
     blocks = [name for path in block_lists(model) for name in members(model, path)]
     for name in blocks:
         require_only_linears(name, model.get_submodule(name))
-    runs = [watch(model, inputs, blocks) for inputs in batches]
+    runs = [record_run(model, inputs, blocks) for inputs in batches]
     parts = find_parts(model, runs[0], runs[-1], batches[0], source)
     chains = {
         "vision": members(model, parts.tower)[: parts.depth],
@@ -100,12 +100,12 @@ def _trace(model: PreTrainedModel, batches: Sequence[dict[str, Any]], source: st
         "decoder": members(model, parts.decoder),
     }
     alike = {_structure(model, name): name for names in chains.values() for name in reversed(names)}
-    calls = watch(model, batches[0], blocks, alike.values()).calls
+    calls = record_run(model, batches[0], blocks, alike.values()).calls
     one_call = {_structure(model, name): (name, call) for name, call in calls.items()}
-    written_by = cache(lambda structure: _producers(seen, *one_call[structure]) if structure in one_call else {})
-    seen = Seen(model, tuple(runs), source)
+    written_by = cache(lambda structure: _producers(recorded, *one_call[structure]) if structure in one_call else {})
+    recorded = RecordedModel(model, tuple(runs), source)
     found = {
-        part: _stack(seen, {name: written_by(_structure(model, name)) for name in names})
+        part: _stack(recorded, {name: written_by(_structure(model, name)) for name in names})
         for part, names in chains.items()
     }
     topology = Topology(
@@ -142,32 +142,32 @@ Producers = dict[tuple[str, ...], str]
 """The producers of a block's groups, where there are any."""
 
 
-def _producers(seen: Seen, name: str, call: Call) -> Producers:
+def _producers(recorded: RecordedModel, name: str, call: Call) -> Producers:
     """Those of a block, from its call in the first run."""
-    block, first = look_at(seen, name), seen.runs[0]
+    block, first = inspect_block(recorded, name), recorded.runs[0]
     called = sorted((one for one in first.order if one.startswith(f"{name}.")), key=first.order.__getitem__)
     order = [one.removeprefix(f"{name}.") for one in called]
     sites = {group: linears for group, linears in block.sites.items() if linears[0] in order}
-    found = producers(seen.model.get_submodule(name), call, list(sites.values()), order)
+    found = producers(recorded.model.get_submodule(name), call, list(sites.values()), order)
     written_by = {group: one and block.of_any_expert(one) for group, one in zip(sites, found, strict=True)}
     # What experts read is read by all of them, and the router: by some perhaps in other runs only.
     return {group: one for group, one in written_by.items() if one and ("*" in one) == ("*" in group[0])}
 
 
-def _stack(seen: Seen, blocks: dict[str, Producers]) -> Stack:
+def _stack(recorded: RecordedModel, blocks: dict[str, Producers]) -> Stack:
     """What blocks are made of, by their full names; where they are is left out."""
     groups: dict[tuple[str, ...], set[str | None]] = {}
     kept: dict[str, None] = {}
     for name, written_by in blocks.items():
-        block = look_at(seen, name)
+        block = inspect_block(recorded, name)
         kept |= dict.fromkeys(block.kept)
         for group in block.sites:
             groups.setdefault(group, set()).add(written_by.get(group))
     for group, other in combinations(groups, 2):
         if shared := set(group) & set(other):
             raise QVLMError(
-                f"{seen.source}: {min(shared)} shares its input with other Linears in some blocks than in others "
-                f"({', '.join(group)}; {', '.join(other)}); such a model is not supported"
+                f"{recorded.source}: {min(shared)} shares its input with other Linears in some blocks than in "
+                f"others ({', '.join(group)}; {', '.join(other)}); such a model is not supported"
             )
     # A scale is folded only where it can be in every block. Experts come last.
     described = [Group(group, one.pop() if len(one) == 1 else None) for group, one in groups.items()]

@@ -20,7 +20,7 @@ from qvlm_plugin.models.loading import open_checkpoint
 from qvlm_plugin.models.placement import empty_model
 from qvlm_plugin.topology import Group, Stack, resolve
 from qvlm_plugin.tracing import trace as tracing
-from qvlm_plugin.tracing.source import written
+from qvlm_plugin.tracing.source import python_source
 from qvlm_plugin.tracing.trace import trace
 
 LEGITIMATE = {
@@ -35,7 +35,7 @@ def test_traced_equals_declared_and_is_written_as_python(name, tmp_path):
     checkpoint = open_checkpoint(str(FAMILIES[name](tmp_path / "model")))
     found = trace(checkpoint)
     assert found == replace(plugins.topology(checkpoint.config), **LEGITIMATE.get(name, {}))
-    source = written(found, empty_model(checkpoint.config))
+    source = python_source(found, empty_model(checkpoint.config))
     module = {}
     exec(source, module)
     assert module["qvlm_topology"](checkpoint.config) == found
@@ -51,7 +51,7 @@ def test_what_reads_one_norm_together_is_one_group(tmp_path):
         "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj",
     }  # fmt: skip
     assert down == Group(("mlp.down_proj",), producer="mlp.up_proj")
-    source, module = written(found, empty_model(checkpoint.config)), {}
+    source, module = python_source(found, empty_model(checkpoint.config)), {}
     assert max(map(len, source.splitlines())) <= 120
     exec(source, module)
     assert module["TOPOLOGY"] == found

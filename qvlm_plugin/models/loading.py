@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from qvlm_plugin.quantized_loading import QuantizeOnLoad
 
 OFFLOAD = "offload"
-"""The ``device_map`` of ours, see `load`."""
+"""Our own value of ``device_map``; see `load_weights`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ class Checkpoint:
         processor: ready to form prompts.
         original: what is in LLaVA's own layout; None in the Hugging Face layout.
         trust_remote_code: whether code that comes with it may run.
-        changes: what was asked for in place of what the files say, by names of `open_checkpoint`; None where nothing.
+        changes: arguments of `open_checkpoint` that override what the files say, by name; None where not given.
         topology: that was traced; None: the one that plugins describe.
     """
 

@@ -61,7 +61,7 @@ def _check_logits(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def _watch(name: str, module: nn.Module) -> list[RemovableHandle]:
-    """Hooks that raise where the module's inputs or outputs are not finite; the innermost of nested modules is first."""
+    """Hooks that raise where the module's inputs or outputs are not finite; of nested ones, the innermost is first."""
 
     def look(what: str, values: Any) -> None:
         if not all(map(_is_finite, tree_leaves(values))):

@@ -10,6 +10,7 @@ from tiny_families import (
     write_tiny_idefics3,
     write_tiny_internvl,
     write_tiny_qwen3_vl_moe,
+    write_tiny_seer,
 )
 from tiny_llava import write_tiny_llava
 from torch import nn
@@ -55,6 +56,18 @@ def test_what_reads_one_norm_together_is_one_group(tmp_path):
     assert max(map(len, source.splitlines())) <= 120
     exec(source, module)
     assert module["TOPOLOGY"] == found
+
+
+def test_a_model_that_transformers_does_not_know_with_fused_linears(tmp_path):
+    found = trace(open_checkpoint(str(write_tiny_seer(tmp_path / "model")), trust_remote_code=True))
+    assert (found.vision_path, found.projector_path, found.decoder_path) == ("eye", "bridge", "voice")
+    assert found.projector.groups == (Group(("widen",), producer="calm"),)
+    assert found.decoder.groups == (
+        Group(("self_attn.qkv_proj",), producer="input_layernorm"),
+        Group(("self_attn.o_proj",)),  # scales of values alone cannot be folded into the fused Linear
+        Group(("mlp.gate_up_proj",), producer="post_attention_layernorm"),
+        Group(("mlp.down_proj",)),
+    )
 
 
 @pytest.fixture

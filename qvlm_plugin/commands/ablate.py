@@ -21,6 +21,7 @@ from qvlm_plugin.commands.shared import (
     RouterNoiseSeed,
     Seed,
     Source,
+    Topology,
     command_line,
     draw_from_task,
     needs_report_packages,
@@ -89,6 +90,7 @@ def fig2(
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
+    topology: Topology = "described",
     dtype: Dtype = "auto",
     device: Device = None,
     data: Data = None,
@@ -108,7 +110,7 @@ def fig2(
     require_writable(output / "report")
     with working_in(data):
         checkpoint = opened(
-            pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+            pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
             image_aspect_ratio=image_aspect_ratio,
         )  # fmt: skip
         samples = read_calibration(calibration, None, seed, draw_from_task)
@@ -132,6 +134,7 @@ def fig3c(
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
+    topology: Topology = "described",
     dtype: Dtype = "auto",
     device: Device = None,
     data: Data = None,
@@ -154,7 +157,7 @@ def fig3c(
     require_writable(output / "report")
     with working_in(data):
         checkpoint = opened(
-            pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+            pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
             image_aspect_ratio=image_aspect_ratio,
         )  # fmt: skip
         others = read_calibration(held_out or calibration, None, seed + 1, draw_from_task)
@@ -179,6 +182,7 @@ def sources(
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
+    topology: Topology = "described",
     dtype: Dtype = "auto",
     device: Device = None,
     data: Data = None,
@@ -199,7 +203,7 @@ def sources(
     require_writable(output / "report")
     with working_in(data):
         checkpoint = opened(
-            pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+            pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
             image_aspect_ratio=image_aspect_ratio,
         )  # fmt: skip
         others = read_calibration(held_out or calibration, None, seed + 1, draw_from_task)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qvlm_plugin.commands.shared import MethodOptions, OneScheme, Revision, pairs, working_in
+from qvlm_plugin.commands.shared import MethodOptions, OneScheme, Revision, Topology, pairs, working_in
 from qvlm_plugin.errors import QVLMError
 
 
@@ -27,6 +27,7 @@ def doctor(
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples of that search.")] = 64,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of its longest sample, including the image.")] = 600,
     revision: Revision = None,
+    topology: Topology = "described",
     tasks: Annotated[
         str, typer.Option(help="Tasks whose data to check, separated by commas.")
     ] = "scienceqa,vizwiz_vqa_val,vqav2_val",
@@ -46,10 +47,12 @@ def doctor(
     from qvlm_plugin.doctor.finding import Status
     from qvlm_plugin.plan_request import check_request
     from qvlm_plugin.scheme import Scheme
+    from qvlm_plugin.tracing.trace import check_topology
 
     if (method and pretrained is None) or (option and method is None):
         raise QVLMError("--method needs --pretrained, and --option needs --method")
-    space = (pretrained, revision, Scheme.parse(scheme))
+    check_topology(topology)
+    opening = pretrained and {"pretrained": pretrained, "revision": revision, "topology": topology}
     trial = "evaluating two documents with a tiny model, about half a minute"
     names = [name for name in tasks.split(",") if name]
     checks = (
@@ -59,11 +62,11 @@ def doctor(
         ("lmms-eval", "checking lmms-eval", "qvlm_plugin.harness.checks:check_registration"),
         ("tasks", "checking tasks and their data", "qvlm_plugin.harness.checks:check_tasks", names),
         ("kernels", "testing kernels", "qvlm_plugin.doctor.kernels:check_kernels"),
-        ("space", "checking memory and disk", "qvlm_plugin.doctor.space:check_space", *space),
+        ("space", "checking memory and disk", "qvlm_plugin.doctor.space:check_space", opening, Scheme.parse(scheme)),
         ("trial run", trial, "qvlm_plugin.doctor.trial:check_trial"),
     )
     if method is not None:
-        search = (pretrained, revision, check_request(method, scheme, pairs(option)), samples, tokens)
+        search = (opening, check_request(method, scheme, pairs(option)), samples, tokens)
         check = "qvlm_plugin.doctor.search_memory:check_search_memory"
         checks = (*checks[:-1], ("search memory", "computing the memory of a search", check, *search), checks[-1])
     findings = []

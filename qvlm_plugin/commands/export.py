@@ -103,8 +103,8 @@ def export(
     exported = None if plan is None else RoundingPlan.load(plan)
     request = check_request(method, scheme, pairs(option)) if exported is None else None
     checkpoint = opened(
-        pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
-        image_aspect_ratio=image_aspect_ratio,
+        pretrained, dtype, device, topology if exported is None else None, revision=revision, conv=conv,
+        router_noise_seed=router_noise_seed, image_aspect_ratio=image_aspect_ratio,
     )  # fmt: skip
     if push_to_hub is not None:
         create_repository(push_to_hub)

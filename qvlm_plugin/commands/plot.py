@@ -12,6 +12,7 @@ from qvlm_plugin.commands.shared import (
     ImageAspectRatio,
     Revision,
     RouterNoiseSeed,
+    Topology,
     draw_from_task,
     needs_report_packages,
     opened,
@@ -38,6 +39,7 @@ def plot(
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
+    topology: Topology = "described",
     dtype: Dtype = "auto",
     device: Device = None,
     data: Annotated[
@@ -64,7 +66,7 @@ def plot(
         _check_blocks(loaded)
         with working_in(data):
             checkpoint = opened(
-                pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+                pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
                 image_aspect_ratio=image_aspect_ratio,
             )  # fmt: skip
             figures["errors"] = _errors(loaded, checkpoint, held_out, batch_size, {"dtype": dtype, "device": device})

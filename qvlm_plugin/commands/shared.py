@@ -110,7 +110,7 @@ def draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample
 
 
 def opened(
-    pretrained: str, dtype: str, device: "str | torch.device", topology: str = "described", **opening: Any
+    pretrained: str, dtype: str, device: "str | torch.device", topology: str | None = "described", **opening: Any
 ) -> "Checkpoint":
     """Open a checkpoint by its small files, so that its faults are reported before weights are read.
 
@@ -119,20 +119,18 @@ def opened(
     Args:
         pretrained, opening: see `open_checkpoint`.
         dtype, device: of the model that will be loaded.
-        topology: ``described`` by a plugin, or ``traced``.
+        topology: ``described`` by a plugin, or ``traced``; None if it is not needed.
     """
     from qvlm_plugin.models.loading import open_checkpoint
     from qvlm_plugin.models.placement import check_placement, device_name
-    from qvlm_plugin.plugins import topology as described
-    from qvlm_plugin.tracing.trace import traced
+    from qvlm_plugin.tracing.trace import open_with_topology
 
     placed = check_placement(dtype, device)
-    if topology not in ("described", "traced"):
-        raise QVLMError(f"topology={topology!r} is not known; allowed are described, traced")
-    if topology == "traced":
-        checkpoint = traced(open_checkpoint(resolve_demo(pretrained), **opening))
+    pretrained = resolve_demo(pretrained)
+    if topology is None:
+        checkpoint = open_checkpoint(pretrained, **opening)
     else:
-        checkpoint = open_checkpoint(resolve_demo(pretrained), check_config=described, **opening)
+        checkpoint = open_with_topology(pretrained, topology, **opening)
     name = device_name(placed)
     typer.echo(f"device: {placed}" + f" ({name})" * (name != placed.type), err=True)
     return checkpoint

@@ -20,10 +20,9 @@ def trace(
 
     Example: qvlm trace path/to/model > my_family.py
     """
-    from qvlm_plugin.models.loading import open_checkpoint
     from qvlm_plugin.models.placement import empty_model
-    from qvlm_plugin.tracing.source import written
-    from qvlm_plugin.tracing.trace import traced
+    from qvlm_plugin.tracing.source import python_source
+    from qvlm_plugin.tracing.trace import open_with_topology
 
-    checkpoint = traced(open_checkpoint(resolve_demo(model), revision=revision, conv=conv))
-    typer.echo(written(checkpoint.topology, empty_model(checkpoint.config)), nl=False)
+    checkpoint = open_with_topology(resolve_demo(model), "traced", revision=revision, conv=conv)
+    typer.echo(python_source(checkpoint.topology, empty_model(checkpoint.config)), nl=False)

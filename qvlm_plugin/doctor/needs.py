@@ -1,6 +1,8 @@
 """The memory that a checkpoint needs, computed from its small files; no weight is loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -8,11 +10,11 @@ from qvlm_plugin import plugins
 from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.peak import Peak, Setting, Shapes, peaks
-from qvlm_plugin.models.loading import open_checkpoint
 from qvlm_plugin.models.placement import empty_model
 from qvlm_plugin.plan_request import PlanRequest
 from qvlm_plugin.scheme import UNQUANTIZED, Scheme
 from qvlm_plugin.topology import Topology, resolve
+from qvlm_plugin.tracing.trace import open_with_topology
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,17 @@ class Needs:
     packed: float
 
 
-def open_skeleton(pretrained: str, revision: str | None) -> Skeleton:
+def open_skeleton(opening: Mapping[str, Any]) -> Skeleton:
     """The model of a checkpoint folder, a hub id or ``demo``, without its weights.
+
+    Args:
+        opening: ``pretrained``, and further arguments of `open_with_topology`.
 
     Raises:
         QVLMError: the checkpoint cannot be read, its family is not supported, or its prompts do not fit the model.
     """
-    config = open_checkpoint(resolve_demo(pretrained), revision=revision).config
-    return Skeleton(config, plugins.topology(config), empty_model(config))
+    checkpoint = open_with_topology(**{**opening, "pretrained": resolve_demo(opening["pretrained"])})
+    return Skeleton(checkpoint.config, plugins.topology_of(checkpoint), empty_model(checkpoint.config))
 
 
 def weight_needs(skeleton: Skeleton, scheme: Scheme) -> Needs:

@@ -38,9 +38,10 @@ def run_memory(arguments: Mapping[str, str], request: PlanRequest) -> Memory:
         request: the plan to search for it.
 
     Raises:
-        QVLMError: the checkpoint cannot be read.
+        QVLMError: see `open_skeleton`.
     """
-    skeleton = open_skeleton(arguments["pretrained"], arguments.get("revision"))
+    named = {name: arguments[name] for name in ("pretrained", "revision", "topology") if name in arguments}
+    skeleton = open_skeleton(named)
     element = _element(skeleton.config, arguments.get("dtype", "auto"))
     needs = weight_needs(skeleton, request.scheme)
     packed = arguments.get("backend", "reference") != "reference" and request.method.name != "none"

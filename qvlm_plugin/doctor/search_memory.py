@@ -1,5 +1,8 @@
 """The memory that a search needs on the model's device, computed without a search."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from qvlm_plugin.doctor.finding import Finding, Status
@@ -9,13 +12,11 @@ from qvlm_plugin.methods.peak import Peak, Setting
 from qvlm_plugin.plan_request import PlanRequest
 
 
-def check_search_memory(
-    pretrained: str, revision: str | None, request: PlanRequest, samples: int, tokens: int
-) -> list[Finding]:
+def check_search_memory(opening: Mapping[str, Any], request: PlanRequest, samples: int, tokens: int) -> list[Finding]:
     """The peak memory of a search in 16 bits, by step; also with caches on the CPU, and with offloaded weights.
 
     Args:
-        pretrained, revision: a checkpoint; only its small files are read.
+        opening: of a checkpoint, see `open_skeleton`; only its small files are read.
         request: the method, its options and the scheme.
         samples: number of calibration samples.
         tokens: tokens of the longest sample, including image and answer.
@@ -23,7 +24,7 @@ def check_search_memory(
     Raises:
         QVLMError: the checkpoint cannot be read.
     """
-    skeleton = open_skeleton(pretrained, revision)
+    skeleton = open_skeleton(opening)
 
     def found(footprint: Footprint, offloaded: bool = False) -> list[Peak]:
         return search_peaks(skeleton, request, Setting(samples, tokens, offloaded=offloaded, footprint=footprint))

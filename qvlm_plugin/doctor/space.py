@@ -1,7 +1,9 @@
 """Compare free disk space and memory with the needs of a model."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -21,16 +23,21 @@ HEADROOM = 1.2
 """Rough ratio of a running model's memory to that of its weights; for searches see `needs.search_peaks`."""
 
 
-def check_space(pretrained: str | None, revision: str | None, scheme: Scheme) -> list[Finding]:
-    """Findings on memory and disk space, compared with the needs of a checkpoint if one is given."""
+def check_space(opening: Mapping[str, Any] | None, scheme: Scheme) -> list[Finding]:
+    """Findings on memory and disk space, compared with the needs of a checkpoint if one is given.
+
+    Args:
+        opening: of the checkpoint, see `open_skeleton`.
+        scheme: for the size of packed weights.
+    """
     needs, findings = None, []
-    if pretrained is not None:
+    if opening is not None:
         try:
-            pretrained = resolve_demo(pretrained)
-            needs = weight_needs(open_skeleton(pretrained, revision), scheme)
+            opening = {**opening, "pretrained": resolve_demo(opening["pretrained"])}
+            needs = weight_needs(open_skeleton(opening), scheme)
         except QVLMError as error:
             findings = [Finding("checkpoint", Status.FAIL, str(error), "choose another with --pretrained")]
-    download = pretrained is not None and not Path(pretrained).is_dir()
+    download = opening is not None and not Path(opening["pretrained"]).is_dir()
     return [*findings, *check_memory(needs), *check_disk(needs, download)]
 
 

@@ -120,7 +120,7 @@ class _QVLM(lmms):
         if foreign is not None:
             execution, digests, kernels = Execution({}), (), stored_kernels(loaded.model)
             facts = {
-                **stored_facts(loaded.model, loaded.topology or plugins.topology(loaded.model.config), foreign),
+                **stored_facts(loaded.model, plugins.topology_of(loaded), foreign),
                 "plan_hash": loaded.fingerprint,
                 "backend": foreign,
                 "quantized_from": None,
@@ -425,7 +425,8 @@ class _QVLM(lmms):
             image_aspect_ratio=arguments.image_aspect_ratio,
             check_config=partial(_check_config, arguments),
         )
-        return traced(checkpoint) if arguments.topology == "traced" and arguments.plan is None else checkpoint
+        needed = arguments.topology == "traced" and _needs_topology(arguments, checkpoint.config)
+        return traced(checkpoint) if needed else checkpoint
 
     def _facts(
         self, arguments: ModelArguments, loaded: LoadedModel, kernels: Mapping[str, int], execution: Execution
@@ -470,13 +471,22 @@ class QVLMChat(_QVLM):
 
 def _check_config(arguments: ModelArguments, config: PretrainedConfig) -> None:
     """Check the arguments against the model's configuration, before weights are loaded."""
-    if arguments.topology == "described":
+    if arguments.topology == "described" and _needs_topology(arguments, config):
         plugins.topology(config)
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None and stored.get("quant_method") == QUANT_METHOD:
-        check_stored(arguments, CheckpointRecord.read(stored).backend)
+    if _is_exported(config):
+        check_stored(arguments, CheckpointRecord.read(config.quantization_config).backend)
     elif (foreign := foreign_method(config)) is not None:
         check_stored(arguments, foreign)
+
+
+def _needs_topology(arguments: ModelArguments, config: PretrainedConfig) -> bool:
+    """Whether the model's parts must be known: a saved plan and an exported checkpoint say them."""
+    return arguments.plan is None and not _is_exported(config)
+
+
+def _is_exported(config: PretrainedConfig) -> bool:
+    stored = getattr(config, "quantization_config", None)
+    return stored is not None and stored.get("quant_method") == QUANT_METHOD
 
 
 def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:

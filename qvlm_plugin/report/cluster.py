@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import one_line
 from qvlm_plugin.report.runs import LOCKED, RUNNING, Cell, Outcome, Setting, command, find_results, lock_file, try_lock
-from qvlm_plugin.report.slurm import NEVER, Queue, withdraw
+from qvlm_plugin.report.slurm import NEVER, PROGRAMS, Queue, withdraw
 
 EXECUTORS = ("local", "slurm")
 
@@ -69,8 +69,9 @@ class Jobs:
             import submitit  # noqa: F401
         except ImportError as error:
             raise QVLMError(f"{error}; --executor needs: pip install 'qvlm_plugin[cluster]'") from error
-        if executor == "slurm" and shutil.which("sbatch") is None:
-            raise QVLMError("--executor slurm: sbatch not found; run this on a machine that submits to Slurm")
+        missing = [program for program in PROGRAMS if shutil.which(program) is None]
+        if executor == "slurm" and missing:
+            raise QVLMError(f"--executor slurm: {missing[0]} not found; run this on a machine that submits to Slurm")
         self._executor, self._request, self._setting = executor, request, setting
         self._queue = Queue()
         self._local: dict[str, Any] = {}

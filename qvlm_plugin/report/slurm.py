@@ -3,13 +3,16 @@
 import os
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import one_line
 
 LOOK_EVERY = 15.0
 """Seconds between two calls of squeue, which lists all jobs of the user."""
+
+PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
+"""Programs that a machine needs to submit jobs; submitit detects Slurm by ``srun``."""
 
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 ENDED = frozenset(
@@ -44,8 +47,9 @@ class State:
 class Queue:
     """This user's jobs, by ``squeue``: not every cluster has accounting (``sacct``)."""
 
-    _states: dict[str, State] | None = None
+    _states: dict[str, State] = field(default_factory=dict)
     _looked: float = float("-inf")
+    _answered: bool = False
 
     def state(self, job: str) -> State:
         """A job's state, at most `LOOK_EVERY` seconds old or as of Slurm's last answer.
@@ -59,14 +63,15 @@ class Queue:
             listed = subprocess.run(command, capture_output=True, text=True)
             if listed.returncode == 0:
                 rows = (line.strip().split("|", 2) for line in listed.stdout.splitlines())
+                self._answered = True
                 self._states = {number: State(name, reason) for number, name, reason in rows}
-            elif self._states is None:
+            elif not self._answered:
                 raise QVLMError(f"squeue failed: {one_line(listed.stderr)}")
         return self._states.get(job, State("", ""))
 
     def add(self, job: str) -> None:
         """Add a job that has just been submitted, until the next call of squeue."""
-        self._states = {**(self._states or {}), job: State("PENDING", "submitted")}
+        self._states = {**self._states, job: State("PENDING", "submitted")}
 
 
 def withdraw(job: str) -> None:

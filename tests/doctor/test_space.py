@@ -39,5 +39,5 @@ def test_free_disk_decides(monkeypatch, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_used_is_a_finding():
-    first, *rest = check_space("/absent", None, Scheme.parse("w4a4"))
+    first, *rest = check_space({"pretrained": "/absent"}, Scheme.parse("w4a4"))
     assert first.status == "fail" and "no such folder" in first.message and len(rest) >= 2

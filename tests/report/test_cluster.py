@@ -84,10 +84,15 @@ def test_a_job_that_outlives_who_submitted_it_is_waited_for(setting, place, jobs
     assert len(calls(place)) == 1
 
 
-def test_missing_programs_are_reported_before_anything_runs(setting, monkeypatch):
+def test_missing_programs_are_reported_before_anything_runs(setting, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(QVLMError, match="--executor slurm: sbatch not found"):
         Jobs("slurm", JobRequest(), setting)
+    for program, missing in (("sbatch", "squeue"), ("squeue", "scancel"), ("scancel", "srun")):
+        (tmp_path / program).touch(mode=0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(QVLMError, match=f"{missing} not found"):
+            Jobs("slurm", JobRequest(), setting)
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(QVLMError, match=r"--executor needs: pip install 'qvlm_plugin\[cluster\]'"):
         Jobs("local", JobRequest(), setting)

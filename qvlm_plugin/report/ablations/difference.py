@@ -79,7 +79,7 @@ def sample_points(
         QVLMError: no layer follows it, or the scheme does not round the decoder's activations.
     """
     bits = scheme.decoder.activation
-    context = SearchContext(loaded, plugins.topology(loaded.model.config), scheme, options, calibration, "qvlm")
+    context = SearchContext(loaded, plugins.topology_of(loaded), scheme, options, calibration, "qvlm")
     if not 0 <= layer < len(context.layers) - 1:
         raise QVLMError(f"layer={layer} is not allowed; allowed are 0 to {len(context.layers) - 2}")
     if bits == UNQUANTIZED:

@@ -59,7 +59,7 @@ def layer_errors(loaded: LoadedModel, plan: RoundingPlan, samples: CalibrationSe
         batch_size: samples per forward pass.
     """
     model = loaded.model
-    layers = [layer for _, layer in blocks_of(plugins.topology(model.config), model, "decoder")]
+    layers = [layer for _, layer in blocks_of(plugins.topology_of(loaded), model, "decoder")]
     quantized = stand_ins(plan, model, REFERENCE)
     rows = []
     batches = samples.batches(loaded.processor, batch_size)

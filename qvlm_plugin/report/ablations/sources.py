@@ -64,7 +64,7 @@ def error_sources(
     """
     formats = {module.site: module.activation for module in plan.modules if module.activation.kind == "static_channel"}
     options = MethodOptions(calibration_batch_size=batch_size)
-    topology = plugins.topology(loaded.model.config)
+    topology = plugins.topology_of(loaded)
     context = SearchContext(loaded, topology, Scheme.parse(plan.scheme), options, samples)
     image_token = loaded.model.config.image_token_id
     kinds = [

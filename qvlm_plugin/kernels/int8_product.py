@@ -71,7 +71,9 @@ def int8_linear(
     if fusable.products(codes, dtype, len(weights)):
         steps = None if step is None else (step, offset, row_sum)
         return fused.multiply_codes(codes, weights, scale, bias, dtype, steps)
-    parts = [part.contiguous() for part in codes.split([weight.shape[1] for weight in weights], dim=1)]
+    parts = [codes]
+    if len(weights) > 1:
+        parts = [part.contiguous() for part in codes.split([weight.shape[1] for weight in weights], dim=1)]
     if codes.device.type != "cpu" or (count <= _TOKENS and count * rows <= _OUTPUTS):
         total = _scaled_sum(parts, weights, scale.unbind())
         return finished(total, bias, step, offset, row_sum).to(dtype)

@@ -1,7 +1,8 @@
 """Hadamard matrices: square, with entries 1 and -1 and orthogonal rows.
 
 Sylvester's construction gives the powers of two. Paley's (1933) gives order q + 1 for prime powers q = 3 mod 4, and
-2 (q + 1) for q = 1 mod 4: among others 12, 20, 28, 36, 76, 108, 140 and 344, which the widths of models need.
+2 (q + 1) for q = 1 mod 4: among others 12, 20, 28, 36, 76, 108 and 140, which the widths of models need. Williamson's
+(1944) gives 172, for widths of 43 times a power of two, such as the 11,008 of LLaMA-7B.
 """
 
 from functools import cache
@@ -22,17 +23,49 @@ def sylvester(power: int) -> Tensor:
     return matrix
 
 
-def has_paley(order: int) -> bool:
-    """Whether `paley` has a matrix of this order."""
-    return order % 4 == 0 and (_field(order - 1) is not None or _second_kind(order))
+def has_hadamard(order: int) -> bool:
+    """Whether `hadamard` has a matrix of this order."""
+    return order in _WILLIAMSON or _has_paley(order)
 
 
 @cache
 @torch.inference_mode(False)
-def paley(order: int) -> Tensor:
-    """Paley's matrix of an order for which `has_paley` is true: float32. All callers get the same tensor."""
-    if not has_paley(order):
-        raise ValueError(f"Paley's construction has no Hadamard matrix of order {order}")
+def hadamard(order: int) -> Tensor:
+    """The matrix of an order for which `has_hadamard` is true: float32. All callers get the same tensor."""
+    if not has_hadamard(order):
+        raise ValueError(f"no Hadamard matrix of order {order} is known here")
+    return _williamson(order) if order in _WILLIAMSON else _paley(order)
+
+
+_WILLIAMSON = {172: ((43, 3), ("++++---", "-++--+-", "-+-+++-", "--++-++"))}
+"""Of an order 4n: the prime n with a primitive root, and for each circulant the signs of the classes, see
+`_williamson`. Found by trying all signs."""
+
+
+def _williamson(order: int) -> Tensor:
+    """Williamson's array of four symmetric circulant matrices, the squares of which sum to ``order`` times the identity.
+
+    In the first row of a circulant the first entry is 1; the place ``root^k mod n`` has the sign of the class of k
+    modulo the number of classes.
+    """
+    (n, root), of_circulants = _WILLIAMSON[order]
+    place = torch.arange(n)
+    circulants = []
+    for signs in of_circulants:
+        row = torch.ones(n)
+        for power in range(n - 1):
+            row[pow(root, power, n)] = 1.0 if signs[power % len(signs)] == "+" else -1.0
+        circulants.append(row[(place - place[:, None]) % n])
+    a, b, c, d = circulants
+    rows = ((a, b, c, d), (-b, a, -d, c), (-c, d, a, -b), (-d, -c, b, a))
+    return torch.cat([torch.cat(row, dim=1) for row in rows])
+
+
+def _has_paley(order: int) -> bool:
+    return order % 4 == 0 and (_field(order - 1) is not None or _second_kind(order))
+
+
+def _paley(order: int) -> Tensor:
     if _field(order - 1) is not None:
         return torch.eye(order) + _bordered(order - 1, -1.0)
     conference, unit = _bordered(order // 2 - 1, 1.0), torch.eye(order // 2)

@@ -91,9 +91,12 @@ class QuantLinear(nn.Module):
         """The input after the rotation, if there is one: the tensor that is rounded."""
         if not self.rotation_names:
             return x
-        factors = [getattr(self, name) for name in self.rotation_names]
-        turn = fused.rotate if fusable.rotations(x, factors) else rotate
-        return once(x, self._parameters, self.rotation_names, "rotated", lambda: turn(x, factors))
+        factors = [self._parameters[name] for name in self.rotation_names]
+
+        def compute() -> Tensor:
+            return fused.rotate(x, factors) if fusable.rotations(x, factors) else rotate(x, factors)
+
+        return once(x, self._parameters, self.rotation_names, "rotated", compute)
 
     def extra_repr(self) -> str:
         """Shape, formats and kernel, for ``print(model)``."""

@@ -1,8 +1,8 @@
 """Multiply channels by an orthogonal matrix: a `Rotation` spreads a few massive channels over all.
 
 R = S (M ⊗ H) with a diagonal S of random signs, an orthogonal M of a small order, and a Hadamard matrix H of a power of
-two, divided by √order (QuaRot, Ashkboos et al., 2024). M is a Hadamard matrix, too, wherever Paley's construction has
-one: then all entries of R have the same magnitude, and a single massive channel becomes two values, which any code of
+two, divided by √order (QuaRot, Ashkboos et al., 2024). M is a Hadamard matrix, too, wherever one is
+known: then all entries of R have the same magnitude, and a single massive channel becomes two values, which any code of
 two bits or more represents. Without the signs, the first column of H would turn the mean over channels, which is large
 after a GELU, into a massive channel.
 
@@ -15,13 +15,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qvlm_plugin.hadamard import has_paley, paley, sylvester
+from qvlm_plugin.hadamard import hadamard, has_hadamard, sylvester
 from qvlm_plugin.plan_header import Rotation
 from qvlm_plugin.quantizers import by_rows, widen
 
-_LARGEST = 6
-"""Largest factor of H, as a power of two. For 600 tokens of 4,096 channels on one thread, factors of 64 x 64 take 6 ms,
-16 x 256 take 10 ms (a product with a 4,096 x 4,096 weight: 127 ms)."""
+_SINGLE, _FACTOR = 6, 4
+"""H is one matrix up to this power of two; a larger one is split into matrices of about this power. 600 tokens on two
+threads with AVX-512: of 4,096 channels 2.7 ms with factors of 64 x 64, 2.0 ms with 16 x 16 x 16; of 11,008 12.6 ms with
+172 x 64, 14.3 ms with 172 x 8 x 8."""
 
 _LARGEST_OUTER = 512
 """Largest order of M as a Hadamard matrix; where only a larger one exists, M is a random matrix of the odd part."""
@@ -30,13 +31,13 @@ _LARGEST_OUTER = 512
 def rotation_of(site: str, channels: int, seed: int = 0) -> Rotation:
     """The rotation of a site with ``channels`` input channels.
 
-    M is the smallest Hadamard matrix that fits (576 = 36 * 16, 11008 = 344 * 32); where there is none, a random
+    M is the smallest Hadamard matrix that fits (576 = 36 * 16, 11008 = 172 * 64); where there is none, a random
     orthogonal matrix whose order is the odd part of ``channels`` (4304 = 269 * 16).
     """
     odd = channels // (channels & -channels)
     outer = odd
     while outer <= min(channels, _LARGEST_OUTER):
-        if outer == 1 or has_paley(outer):
+        if outer == 1 or has_hadamard(outer):
             return Rotation(site=site, outer=outer, block=channels // outer, seed=seed)
         outer *= 2
     return Rotation(site=site, outer=odd, block=channels // odd, seed=seed)
@@ -56,15 +57,15 @@ def factors(rotation: Rotation, device: torch.device | str = "cpu") -> list[Tens
     if rotation.outer > 1:
         found.append(_outer(rotation.outer, generator))
     power = rotation.block.bit_length() - 1
-    count = -(-power // _LARGEST)
+    count = max(min(power, 1), -(-(power - _SINGLE) // _FACTOR) + 1)
     powers = [(power + index) // count for index in range(count)]
     found += [sylvester(power) / 2 ** (power / 2) for power in powers]
     return [factor.to(device) for factor in found]
 
 
 def _outer(order: int, generator: torch.Generator) -> Tensor:
-    if has_paley(order):
-        return paley(order) / order**0.5
+    if has_hadamard(order):
+        return hadamard(order) / order**0.5
     normal = torch.randn(order, order, dtype=torch.float64, generator=generator)
     orthogonal, upper = torch.linalg.qr(normal)
     return (orthogonal * upper.diagonal().sign()).float().contiguous()
@@ -102,6 +103,10 @@ def _multiplied(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     turned, after = x, x.shape[-1]
     for matrix in matrices:
         matrix, size, after = matrix.to(turned.dtype), len(matrix), after // len(matrix)
-        # One product where the axis is the last; otherwise one for each token and index of the axes before it.
-        turned = turned.reshape(-1, size) @ matrix if after == 1 else matrix.t() @ turned.reshape(-1, size, after)
+        # One product where the axis is the last; otherwise one for each token and index of the axes before it. Where
+        # there is only one of these, a product without that dimension takes a third of the operators.
+        if after == 1:
+            turned = turned.reshape(-1, size) @ matrix
+        else:
+            turned = matrix.t() @ turned.reshape(-1, size, after).squeeze(0)
     return turned.reshape(x.shape)

@@ -38,8 +38,9 @@ def channels(x: Tensor) -> bool:
 
 def products(codes: Tensor, dtype: torch.dtype, segments: int) -> bool:
     """Whether `fused.multiply_codes` is for ``codes`` [N, I] and a weight of so many segments, with ``dtype``."""
-    few = len(codes) <= fused.FEW_TOKENS and segments <= 2
-    return few and _could_be(codes, dtype) and _passes(_products, codes.device, dtype, segments)
+    if not _could_be(codes, dtype) or len(codes) > fused.FEW_TOKENS or segments > 2:
+        return False
+    return _passes(_products, codes.device, dtype, segments)
 
 
 def scaling(product: Tensor, dtype: torch.dtype) -> bool:
@@ -49,8 +50,10 @@ def scaling(product: Tensor, dtype: torch.dtype) -> bool:
 
 def rotations(x: Tensor, factors: Sequence[Tensor]) -> bool:
     """Whether `fused.rotate` is for inputs [..., I] like ``x`` and such `rotation.factors`."""
+    if not _could_be(x):
+        return False
     orders = tuple(len(matrix) for matrix in factors[1:])
-    return fused.can_rotate(orders) and _could_be(x) and _passes(_rotations, x.device, x.dtype, orders)
+    return fused.can_rotate(orders) and _passes(_rotations, x.device, x.dtype, orders)
 
 
 def _could_be(x: Tensor, dtype: torch.dtype | None = None) -> bool:

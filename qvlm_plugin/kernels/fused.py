@@ -161,16 +161,24 @@ def scale_product(
 
 
 def can_rotate(orders: tuple[int, ...]) -> bool:
-    """Whether `rotate` is for matrices of these orders: two or three, as small as a program holds."""
+    """Whether `rotate` is for matrices of these orders: two or three, of which all but the first are powers of two.
+
+    A program keeps a whole token in registers, with the first order padded to a power of two: 16,384 channels at most.
+    18,944 channels are 148 × 128, hence padded 32,768: too many.
+    """
     if len(orders) not in (2, 3):
         return False
     first, *others = orders
-    held = _power(first) * math.prod(others)
-    return first <= _LARGEST_ORDER and held <= _LARGEST_TOKEN and all(16 <= order == _power(order) for order in others)
+    rest = math.prod(others)
+    small_enough = first <= _LARGEST_ORDER and max(_DOT, _power(first)) * rest <= _LARGEST_TOKEN
+    return small_enough and rest >= _DOT and all(order == _power(order) for order in others)
 
 
 _LARGEST_ORDER, _LARGEST_TOKEN = 512, 2**14
-"""Of the first matrix, and channels of a token."""
+"""The largest order of the first matrix, and the most channels of a token."""
+
+_DOT = 16
+"""The smallest size of Triton's products."""
 
 
 def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -181,8 +189,8 @@ def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     if x.numel():
         with torch.cuda.device(x.device):
             _kernels().rotate_tokens[(x.numel() // channels,)](
-                x, signs, first, others[0], others[-1], out, order, max(16, _power(order)),
-                len(others[0]) if len(others) > 1 else 1, len(others[-1]), 16, num_warps=8,
+                x, signs, first, others[0], others[-1], out, order, max(_DOT, _power(order)),
+                len(others[0]) if len(others) > 1 else 1, len(others[-1]), _DOT, num_warps=8,
             )  # fmt: skip
     return out
 

@@ -1,7 +1,7 @@
 """What all Linears of a site make of the tensor that they read is computed by the first of them.
 
 Queries, keys and values round the same input, gate and up projections another. What the first of them computed is kept
-for the others as long as the input lives, and no longer: it is found by the input, weakly.
+for the others as long as the input lives, and no longer: it is an attribute of the input.
 
 It is used again only where it cannot differ: for the very tensors that it was computed from, as they were then, and
 once for each Linear. One that comes again begins another forward pass; this is for inputs made in inference mode, which
@@ -15,12 +15,13 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 Result = TypeVar("Result")
 
 ROUNDING = ("lower", "upper", "step", "inverse", "low", "index", "clip_ratio", "center")
 """Names that run-time tensors have which inputs are rounded by."""
+
+_ATTRIBUTE = "_qvlm_computed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +39,6 @@ class _Computed:
     operands: tuple[Tensor, ...]
     result: object
     users: set[int] = field(default_factory=set)
-
-
-_of_inputs = WeakTensorKeyDictionary()
 
 
 def once(
@@ -61,8 +59,9 @@ def once(
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *operands)):
         return compute()
     key = (what, *((id(tensor), None if tensor.is_inference() else tensor._version) for tensor in (x, *operands)))
-    found = _of_inputs.get(x)
+    found = getattr(x, _ATTRIBUTE, None)
     if found is None or found.key != key or id(tensors) in found.users:
-        found = _of_inputs[x] = _Computed(key, operands, compute())
+        found = _Computed(key, operands, compute())
+        setattr(x, _ATTRIBUTE, found)
     found.users.add(id(tensors))
     return found.result

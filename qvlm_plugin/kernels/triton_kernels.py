@@ -145,16 +145,24 @@ def rotate_tokens(
             first + k[None, :] * order + i[:, None], mask=inside[None, :] & (i < order)[:, None], other=0.0
         )
         turned += tl.dot(matrix, values, input_precision="tf32x3")
-    k, n = tl.arange(0, LAST)[:, None], tl.arange(0, LAST)[None, :]
-    turned = tl.dot(
-        tl.reshape(turned, [PADDED * MIDDLE, LAST]), tl.load(third + k * LAST + n), input_precision="tf32x3"
-    )
+    turned = _multiplied(tl.reshape(turned, [PADDED * MIDDLE, LAST]), third, PADDED * MIDDLE, LAST, CHUNK)
     if MIDDLE > 1:
-        k, n = tl.arange(0, MIDDLE)[:, None], tl.arange(0, MIDDLE)[None, :]
         turned = tl.permute(tl.reshape(turned, [PADDED, MIDDLE, LAST]), [0, 2, 1])
-        turned = tl.reshape(turned, [PADDED * LAST, MIDDLE])
-        turned = tl.dot(turned, tl.load(second + k * MIDDLE + n), input_precision="tf32x3")
+        turned = _multiplied(tl.reshape(turned, [PADDED * LAST, MIDDLE]), second, PADDED * LAST, MIDDLE, CHUNK)
         turned = tl.permute(tl.reshape(turned, [PADDED, LAST, MIDDLE]), [0, 2, 1])
     turned = tl.reshape(turned, [PADDED, rest])
     places = i[:, None] * rest + j[None, :]
     tl.store(out + row * order * rest + places, turned.to(out.dtype.element_ty), mask=(i < order)[:, None])
+
+
+@triton.jit
+def _multiplied(rows, matrix, COUNT: tl.constexpr, ORDER: tl.constexpr, SMALLEST: tl.constexpr):
+    """``rows`` [COUNT, ORDER] times a matrix. Products have a smallest size: several rows side by side are multiplied
+    by as many copies of a smaller matrix along the diagonal."""
+    WIDTH: tl.constexpr = max(ORDER, SMALLEST)
+    k, n = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
+    values = tl.load(matrix + k % ORDER * ORDER + n % ORDER)
+    if ORDER < SMALLEST:
+        values = tl.where(k // ORDER == n // ORDER, values, 0.0)
+    rows = tl.reshape(rows, [COUNT * ORDER // WIDTH, WIDTH])
+    return tl.reshape(tl.dot(rows, values, input_precision="tf32x3"), [COUNT, ORDER])

@@ -127,7 +127,7 @@ def test_scaled_products(triton_cuda, bias, dtype, of_product):
 
 
 @pytest.mark.parametrize(
-    ("channels", "dtype"), [(256, torch.float32), (576, torch.bfloat16), (1408, torch.float32), (4096, torch.float16)]
+    ("channels", "dtype"), [(256, torch.float32), (576, torch.bfloat16), (1536, torch.float32), (4096, torch.float16)]
 )
 def test_rotations(triton_cuda, channels, dtype):
     factors = rotation.factors(rotation.rotation_of("site", channels))
@@ -140,10 +140,10 @@ def test_rotations(triton_cuda, channels, dtype):
 
 
 def test_which_rotations_a_program_holds():
-    for width in (576, 1024, 4096, 5120, 11008):
+    for width in (576, 1024, 1536, 2560, 4096, 5120, 5632, 11008, 13824, 14336):
         matrices = rotation.factors(rotation.rotation_of("site", width))[1:]
         assert fused.can_rotate(tuple(map(len, matrices))), width
-    for orders in ((64,), (16, 8), (108, 8, 16), (4, 64, 64, 64), (1024, 16), (32, 32, 32)):
+    for orders in ((64,), (16, 8), (108, 12, 16), (4, 64, 64, 64), (1024, 16), (32, 32, 32), (148, 8, 16)):
         assert not fused.can_rotate(orders)
 
 
@@ -160,7 +160,7 @@ COMPILED = {
         {"SEGMENTS": 2, "STEPS": True, "BIAS": True, "TOKENS": 16, "FEATURES": 16, "WIDTH": 256},
     ),
     "scale_product": ({"out": "*bf16", "bias": "*bf16"}, {"BIAS": True, "BLOCK": 1024}),
-    "rotate_tokens": ({"out": "*bf16"}, {"PADDED": 64, "MIDDLE": 1, "LAST": 64, "CHUNK": 16}),
+    "rotate_tokens": ({"out": "*bf16"}, {"PADDED": 64, "MIDDLE": 8, "LAST": 16, "CHUNK": 16}),
 }
 
 

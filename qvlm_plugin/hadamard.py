@@ -43,7 +43,7 @@ _WILLIAMSON = {172: ((43, 3), ("++++---", "-++--+-", "-+-+++-", "--++-++"))}
 
 
 def _williamson(order: int) -> Tensor:
-    """Williamson's array of four symmetric circulant matrices, the squares of which sum to ``order`` times the identity.
+    """Williamson's array of four symmetric circulant matrices, whose squares sum to ``order`` times the identity.
 
     In the first row of a circulant the first entry is 1; the place ``root^k mod n`` has the sign of the class of k
     modulo the number of classes.

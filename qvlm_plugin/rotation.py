@@ -1,13 +1,13 @@
 """Multiply channels by an orthogonal matrix: a `Rotation` spreads a few massive channels over all.
 
 R = S (M ⊗ H) with a diagonal S of random signs, an orthogonal M of a small order, and a Hadamard matrix H of a power of
-two, divided by √order (QuaRot, Ashkboos et al., 2024). M is a Hadamard matrix, too, wherever one is
-known: then all entries of R have the same magnitude, and a single massive channel becomes two values, which any code of
-two bits or more represents. Without the signs, the first column of H would turn the mean over channels, which is large
-after a GELU, into a massive channel.
+two, divided by √order (QuaRot, Ashkboos et al., 2024). M is a Hadamard matrix, too, wherever one is known: then all
+entries of R have the same magnitude, and a single massive channel becomes two values, which any code of two bits or
+more represents. Without the signs, the first column of H would turn the mean over channels, which is large after a
+GELU, into a massive channel.
 
-H is itself a Kronecker product, so R is a Kronecker product of small matrices, its factors. Multiplying by each along
-its axis takes K (outer + 64 + …) multiplications per token instead of K².
+H is a Kronecker product itself, so M ⊗ H is one of small matrices, the factors. Multiplying by each along its axis
+takes K (outer + 16 + …) multiplications for each token instead of K².
 """
 
 from collections.abc import Sequence

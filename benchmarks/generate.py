@@ -11,8 +11,6 @@ python benchmarks/generate.py --layout llava-1.5-13b --device cuda --compile --j
 
 import argparse
 import multiprocessing
-import re
-import resource
 import tempfile
 import time
 from collections.abc import Mapping
@@ -28,6 +26,7 @@ from transformers import CompileConfig, LlavaForConditionalGeneration
 from transformers.utils import logging
 
 from qvlm_plugin import backends, plugins
+from qvlm_plugin.memory import peak_memory
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.methods.options import MethodOptions
@@ -121,7 +120,7 @@ def serve(connection: Connection, setting: Setting, variant: Variant, fingerprin
         with torch.device("meta"):
             shape = LlavaForConditionalGeneration(config_from(setting.source))
         quantize = QuantizeOnLoad(make_plan(shape, fingerprint, variant), backends.kernels(variant.backend))
-    before, start = _peak(device), time.perf_counter()
+    before, start = peak_memory(device.type == "cuda"), time.perf_counter()
     loaded = load(setting.source, dtype=variant.dtype, device=device, quantize=quantize)
     seconds = time.perf_counter() - start
     model, layers = loaded.model, loaded.model.model.language_model.layers
@@ -132,7 +131,7 @@ def serve(connection: Connection, setting: Setting, variant: Variant, fingerprin
             "weight_bytes_all_layers": weight_bytes + (setting.layers - len(layers)) * _weight_bytes(layers[-1]),
             "load_s": seconds,
             "memory_before_bytes": before,
-            "load_peak_bytes": _peak(device),
+            "load_peak_bytes": peak_memory(device.type == "cuda"),
             "kernels": quantize.execution.counts if quantize else {},
             "fallbacks": len(quantize.execution.fallbacks) if quantize else 0,
         }
@@ -150,7 +149,7 @@ def serve(connection: Connection, setting: Setting, variant: Variant, fingerprin
             answer = model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, **options)
         assert answer[0, -count:].numel() == count  # copying the answer waits for the device
         connection.send(time.perf_counter() - start)
-    connection.send(_peak(device))
+    connection.send(peak_memory(device.type == "cuda"))
 
 
 def config_from(source: str) -> Any:
@@ -165,16 +164,6 @@ def _weight_bytes(model: torch.nn.Module) -> int:
         for tensor in (*model.parameters(), *model.buffers())
     }
     return sum(storages.values())
-
-
-def _peak(device: torch.device) -> int:
-    """Peak memory so far in bytes: of the device, or of the process including interpreter and libraries."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux, `getrusage` of a child includes the parent's peak
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(setting: Setting, names: list[str], answers: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:

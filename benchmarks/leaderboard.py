@@ -5,11 +5,11 @@ python benchmarks/leaderboard.py            # 500 results files with 2,000 sampl
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
 
+from qvlm_plugin.memory import peak_memory
 from qvlm_plugin.report.leaderboard.write import write_leaderboard
 from qvlm_plugin.report.seal import seal
 
@@ -61,7 +61,7 @@ def main() -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         board = write_leaderboard([Path(name)], Path(name) / "out", with_reported=True)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_memory(on_gpu=False) / 1e6
     print(f"{asked.files} files, {asked.files * asked.samples:,} samples, {len(board.rows)} rows:")
     print(f"{wall:.1f} s wall, {cpu:.1f} s CPU, {peak:.0f} MB peak")
     assert not board.problems, board.problems[0]

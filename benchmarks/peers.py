@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -41,8 +42,10 @@ PEERS: tuple[Row, ...] = (
 
 G64 = {"group_size": 64}
 WEIGHTS_ALONE = (
-    ("rtn", "rtn", G64), ("awq", "awq", G64 | {"weight_clip": "mse"}), ("gptq", "gptq", G64),
-    ("gptq, clipped", "gptq", G64 | {"weight_clip": "mse"}), ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
+    ("rtn", "rtn", G64), ("awq", "awq", G64), ("awq, duo scaling", "awq", G64 | {"duo_scaling": True}),
+    ("awq, weight_clip=mse", "awq", G64 | {"weight_clip": "mse"}), ("gptq", "gptq", G64),
+    ("gptq, clipped", "gptq", G64 | {"weight_clip": "mse"}), ("gptq, damping 0.1", "gptq", G64 | {"damping": 0.1}),
+    ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
 )  # fmt: skip
 OURS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "w4a16": WEIGHTS_ALONE,
@@ -83,12 +86,14 @@ class Reference:
 
     Attributes:
         inputs: of all rows.
+        given: the decoder's keyword arguments on each sample; no row changes what comes before the decoder.
         calls: every call of a decoder layer on the samples.
         answers: logits at the tokens of each sample's answer, [N, V].
         prose: logits at all tokens of the texts, [texts, tokens, V].
     """
 
     inputs: Inputs
+    given: Sequence[dict[str, Any]]
     calls: Sequence[Call]
     answers: Sequence[Tensor]
     prose: Tensor
@@ -104,12 +109,28 @@ def write_samples(folder: Path) -> None:
 
 
 def _drawn(count: int, seed: int) -> Any:
-    """Stand-in train samples; those of seed 0 are the calibration set of all methods."""
+    """Stand-in train samples; those of seed 0 are the calibration set of all methods, draws of ours aside."""
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.demo import CALIBRATION
     from qvlm_plugin.harness.task_source import draw_samples
 
     return read_calibration(f"{CALIBRATION}:{count}", None, seed, draw_samples)
+
+
+def _held_out() -> Any:
+    """The samples on which rows are measured."""
+    return _drawn(HELD_OUT + SAMPLES, 1).without(set(_drawn(SAMPLES, 0).digests()))[:HELD_OUT]
+
+
+def _calibration(draw: int) -> Any:
+    """The calibration set of a draw; draws other than 0 leave out what rows are measured on."""
+    from qvlm_plugin.calibration import CalibrationSet
+
+    if draw == 0:
+        return _drawn(SAMPLES, 0)
+    drawn = _drawn(HELD_OUT + SAMPLES, draw)
+    apart = drawn.without(set(CalibrationSet(_held_out()).digests()))
+    return CalibrationSet(apart[:SAMPLES], drawn.source, draw)
 
 
 def _full_precision() -> Any:
@@ -196,20 +217,30 @@ def _rounded(model: nn.Module) -> dict[str, Tensor]:
 # Our side: fit our methods, and measure all rows.
 
 
-def table(folder: Path, limit: int, schemes: Sequence[str]) -> None:
-    """Measure all available rows and print them; rows that an earlier call measured are read from the folder."""
+def table(folder: Path, limit: int, schemes: Sequence[str], draws: Sequence[int] = (0,), only: str = "") -> None:
+    """Measure all available rows and print them; rows that an earlier call measured are read from the folder.
+
+    Args:
+        folder: of the samples, the peers' weights and the measured rows.
+        limit: documents of each task.
+        schemes: of the rows.
+        draws: of calibration samples for our rows; the peers have draw 0.
+        only: rows whose name has this in it.
+    """
     from qvlm_plugin.atomic import write_file
     from qvlm_plugin.reading import read_json
     from qvlm_plugin.report.results import Grid
 
     todo: dict[str, Callable[[Reference], dict[str, Any]]] = {}
     for scheme in schemes:
-        for name, method, options in OURS[scheme]:
-            todo[f"{scheme} {name} (ours)"] = partial(_ours, method, scheme, options)
+        for (name, method, options), draw in product(OURS[scheme], draws):
+            label = f"{scheme} {name} (ours)" + (f", draw {draw}" if draw else "")
+            todo[label] = partial(_ours, method, scheme, options, draw)
         for method, named in PEERS:
             file = folder / f"{method}-{scheme}.safetensors"
             if named == scheme and file.exists():
                 todo[f"{scheme} {method}, llm-compressor"] = partial(_theirs, file, scheme)
+    todo = {name: measure for name, measure in todo.items() if only in name}
     kept = folder / f"rows-{limit}.json"
     found = read_json(kept) if kept.exists() else {}
     missing = [name for name in todo if name not in found]
@@ -226,14 +257,14 @@ def table(folder: Path, limit: int, schemes: Sequence[str]) -> None:
     print(Grid(header, tuple(rows)).markdown())
 
 
-def _ours(method: str, scheme: str, options: Mapping[str, Any], reference: Reference) -> dict[str, Any]:
+def _ours(method: str, scheme: str, options: Mapping[str, Any], draw: int, reference: Reference) -> dict[str, Any]:
     from qvlm_plugin import planning
     from qvlm_plugin.plan_request import check_request
 
     loaded = _full_precision()
     request = check_request(method, f"{scheme}+vision:w16a16+projector:w16a16", dict(options))
     start = time.process_time()
-    plan = planning.obtain_plan(loaded, request, _drawn(SAMPLES, 0), None)
+    plan = planning.obtain_plan(loaded, request, _calibration(draw), None)
     seconds = time.process_time() - start
     planning.apply(plan, loaded)
     return measured(loaded.model, reference) | {"seconds": seconds}
@@ -268,8 +299,7 @@ def _subject(limit: int) -> tuple[nn.Module, Inputs]:
     from qvlm_plugin.methods.hidden import predicting
 
     loaded = _full_precision()
-    apart = _drawn(HELD_OUT + SAMPLES, 1).without(set(_drawn(SAMPLES, 0).digests()))
-    batches = CalibrationSet(apart[:HELD_OUT]).batches(loaded.processor, 1)
+    batches = CalibrationSet(_held_out()).batches(loaded.processor, 1)
     samples = [(inputs, predicting(answer)) for inputs, answer in batches]
     prose = " ".join(topics.topics[name] for name in sorted(topics.topics))
     ids = loaded.processor.tokenizer(prose[:200_000], return_tensors="pt")["input_ids"][0]
@@ -281,9 +311,15 @@ def _subject(limit: int) -> tuple[nn.Module, Inputs]:
 @torch.inference_mode()
 def reference_of(model: nn.Module, inputs: Inputs) -> Reference:
     """Run the full-precision model on the inputs."""
+    given: list[dict[str, Any]] = []
+    decoder = model.model.language_model
+    hook = decoder.register_forward_pre_hook(lambda _, __, named: given.append(dict(named)), with_kwargs=True)
     with _recorded(model) as calls:
-        answers = [_answer_logits(model, *one) for one in inputs.samples]
-    return Reference(inputs, calls, answers, model(input_ids=inputs.texts).logits)
+        for sample, _ in inputs.samples:
+            model.model(**sample, use_cache=False)
+    hook.remove()
+    answers = _answers(model, inputs, given)
+    return Reference(inputs, given, calls, answers, model(input_ids=inputs.texts).logits)
 
 
 @torch.inference_mode()
@@ -294,7 +330,7 @@ def measured(model: nn.Module, reference: Reference) -> dict[str, Any]:
     from qvlm_plugin.demo import TASKS
 
     inputs = reference.inputs
-    answers = [_answer_logits(model, *one) for one in inputs.samples]
+    answers = _answers(model, inputs, reference.given)
     exact = exact_matches(model, inputs.questions)
     by_task = {task: [exact[one.task, one.id] for one in inputs.questions if one.task == task] for task in TASKS}
     divergences = [_divergence(*pair) for pair in zip(reference.answers, answers, strict=True)]
@@ -306,8 +342,10 @@ def measured(model: nn.Module, reference: Reference) -> dict[str, Any]:
     }
 
 
-def _answer_logits(model: nn.Module, inputs: Mapping[str, Tensor], answer: Tensor) -> Tensor:
-    return model(**inputs, use_cache=False).logits[answer]
+def _answers(model: nn.Module, inputs: Inputs, given: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """Logits at the tokens of each sample's answer, [N, V]."""
+    hidden = (model.model.language_model(**one).last_hidden_state for one in given)
+    return [model.lm_head(states[answer]) for states, (_, answer) in zip(hidden, inputs.samples, strict=True)]
 
 
 def _divergence(target: Tensor, found: Tensor) -> Tensor:
@@ -359,13 +397,15 @@ def main() -> None:
     shown = commands.choices["table"]
     shown.add_argument("--limit", type=int, default=200, help="documents of each task")
     shown.add_argument("--schemes", type=lambda text: text.split(","), default=[*OURS])
+    shown.add_argument("--draws", type=lambda text: [*map(int, text.split(","))], default=[0], help="of our rows")
+    shown.add_argument("--only", default="", help="rows whose name has this in it")
     asked = parser.parse_args()
     if asked.command == "samples":
         write_samples(asked.folder)
     elif asked.command == "peer":
         run_peers(asked.folder, asked.checkpoint)
     else:
-        table(asked.folder, asked.limit, asked.schemes)
+        table(asked.folder, asked.limit, asked.schemes, asked.draws, asked.only)
 
 
 if __name__ == "__main__":

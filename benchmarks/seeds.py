@@ -7,6 +7,7 @@ python benchmarks/seeds.py run seeds-results                       # all methods
 python benchmarks/seeds.py run seeds-results --schemes w4a8,w8a8 --methods qvlm_rotated --samples 64
 python benchmarks/seeds.py table seeds-results --baseline qlora    # means, spreads, paired differences
 python benchmarks/seeds.py table seeds-results --baseline full-precision --tasks average
+python benchmarks/seeds.py table seeds-results --methods ladder --baseline previous   # each row with the one before
 python benchmarks/seeds.py agreement seeds-results qlora-w4a4-32-0 # with generation by the harness on the same plan
 """
 
@@ -27,19 +28,23 @@ from qvlm_plugin.atomic import make_folder, write_file
 from qvlm_plugin.calibration import read_calibration
 from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.harness.provenance import packed_bytes
 from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.reading import read_json
-from qvlm_plugin.report.paired import difference_text, estimate_text, p_text
+from qvlm_plugin.report.compare.grid import PREVIOUS, read_grid
+from qvlm_plugin.report.estimates import difference_text, estimate_text
 from qvlm_plugin.report.pooled import Pooled, pool, spread_text, verdict
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.running import run_cells
 from qvlm_plugin.report.runs import Cell, Setting
 from qvlm_plugin.report.samples import Document, RunSamples, read_samples
+from qvlm_plugin.report.significance import p_text
 
 _FASTER = {"veo_checkpointing": False}  # the same plans; training the tower is a quarter faster and takes more memory
+_LADDER = read_grid(Path("ladder"), {})  # `qvlm ablate ladder`, here without a process for each evaluation
 METHODS = {
     "qlora": {},
     "awq": {"weights": "nf"},
@@ -51,11 +56,22 @@ METHODS = {
     "qvlm_rotated-blocks": {"max_depth": 1},
     "qvlm_rotated-groups": {"group_size": -1},
     "qvlm_rotated-progressive": {"group_scales": "progressive"},
+    "qvlm_rotated-veo": _LADDER.row("+ VEO")[1] | _FASTER,
+    "rtn-rotation": _LADDER.row("+ rotation, per token")[1],
+    "rtn-rotation-gptq": _LADDER.row("+ GPTQ")[1],
+    "rtn-rotation-gptq-centers": _LADDER.row("+ centers, biases")[1],
 }
 """Rows and their options: a method, and after a hyphen what the row leaves out or changes."""
 
+LADDER = (
+    "qlora", "rtn-rotation", "rtn-rotation-gptq", "rtn-rotation-gptq-centers", "qvlm_rotated-cdm", "qvlm_rotated",
+    "qvlm_rotated-veo",
+)  # fmt: skip
+"""The rows of the ladder, each to be compared with the one before."""
+
 METRIC = "exact_match"
 FULL_PRECISION = "full-precision"
+LADDER_BASELINES = dict(zip((FULL_PRECISION, *LADDER), (FULL_PRECISION, FULL_PRECISION, *LADDER), strict=False))
 
 
 @dataclass(frozen=True)
@@ -104,12 +120,13 @@ def _cell(draw: Draw, output: Path, loaded: LoadedModel, questions: Sequence[Que
     if draw != Draw():
         plan = _plan(draw, output, loaded)
         planning.apply(plan, loaded)
-        facts = plan.facts
+        facts = {**plan.facts}
     exact = exact_matches(loaded.model, questions)
     marks = {
         task: "".join(str(int(exact[one.task, one.id])) for one in questions if one.task == task) for task in TASKS
     }
-    return {"run": {**facts, "dtype": str(loaded.model.dtype), "stand_in": True}, "exact": marks}
+    facts |= {"packed_bytes": packed_bytes(loaded.model), "dtype": str(loaded.model.dtype), "stand_in": True}
+    return {"run": facts, "exact": marks}
 
 
 def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
@@ -153,23 +170,28 @@ def read_run(output: Path, name: str) -> RunSamples:
 
 
 def show_table(todo: Sequence[Draw], output: Path, baseline: str, tasks: Sequence[str]) -> None:
-    """Print means over seeds and paired differences to a baseline, for finished cells and the given tasks."""
+    """Print means over seeds and paired differences to a baseline, for finished cells and the given tasks.
+
+    Args:
+        todo: the cells of the table, whose folder is ``output``.
+        baseline: a method, or `PREVIOUS`: the row before in `LADDER`.
+        tasks: none is all.
+    """
     found = {draw: read_run(output, draw.name) for draw in todo if (output / f"{draw.name}.json").exists()}
     rows, sentences = [], []
     for scheme, count, method in dict.fromkeys((draw.scheme, draw.samples, draw.method) for draw in found):
         own = [draw for draw in found if (draw.scheme, draw.samples, draw.method) == (scheme, count, method)]
-        pairs = [(_compared_with(draw, baseline), draw) for draw in own]
-        runs = [(found[other], found[draw]) for other, draw in pairs if other in found]
+        other = LADDER_BASELINES[method] if baseline == PREVIOUS else baseline
+        pairs = [(_compared_with(draw, other), draw) for draw in own]
+        runs = [(found[one], found[draw]) for one, draw in pairs if one in found]
         if len(runs) < len(pairs):
-            print(
-                f"{method} {scheme} {count} samples: {len(pairs) - len(runs)} seeds have no {baseline} to compare with"
-            )
+            print(f"{method} {scheme} {count} samples: {len(pairs) - len(runs)} seeds have no {other} to compare with")
         if runs:
             pooled = pool(runs, METRIC)
             rows += [_row((method, scheme, _bits(runs[0][1]), str(count or "")), one) for one in pooled
                      if one.task in (tasks or (one.task,))]  # fmt: skip
-            if method not in (baseline, FULL_PRECISION):
-                sentences.append(f"{count} samples: {verdict(pooled[-1], f'{scheme} {method}', baseline)}")
+            if method not in (other, FULL_PRECISION):
+                sentences.append(f"{count} samples: {verdict(pooled[-1], f'{scheme} {method}', other)}")
     print(Grid(HEADER, tuple(rows)).markdown())
     print("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
 
@@ -222,16 +244,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     names = lambda text: text.split(",")  # noqa: E731
+    methods = lambda text: list(LADDER) if text == "ladder" else names(text)  # noqa: E731
     numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     for name in ("run", "table"):
         command = commands.add_parser(name)
         command.add_argument("output", type=Path)
         command.add_argument("--schemes", type=names, default=["w4a4"])
-        command.add_argument("--methods", type=names, default=list(METHODS))
+        command.add_argument("--methods", type=methods, default=list(METHODS), help="ladder: those of the ladder")
         command.add_argument("--samples", type=numbers, default=[32, 64])
         command.add_argument("--seeds", type=numbers, default=[0, 1, 2])
     commands.choices["run"].add_argument("--dtype", default="float32")
-    commands.choices["table"].add_argument("--baseline", choices=[FULL_PRECISION, *METHODS], default="qlora")
+    commands.choices["table"].add_argument("--baseline", choices=[FULL_PRECISION, PREVIOUS, *METHODS], default="qlora")
     commands.choices["table"].add_argument("--tasks", type=names, default=[], help="such as average; default: all")
     command = commands.add_parser("agreement")
     command.add_argument("output", type=Path)
@@ -246,6 +269,8 @@ def main() -> None:
         return
     cells = [*draws(asked.schemes, asked.methods, asked.samples, asked.seeds)]
     if asked.command == "table":
+        if asked.baseline == PREVIOUS and not set(asked.methods) <= set(LADDER):
+            parser.error(f"--baseline previous takes --methods ladder, or some of {', '.join(LADDER)}")
         show_table(cells, output, asked.baseline, asked.tasks)
         return
     with chdir(asked.data):

@@ -25,10 +25,12 @@ from qvlm_plugin.calibration import CalibrationSet, Sample, read_calibration
 from qvlm_plugin.commands.shared import draw_from_task
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.models.loading import LoadedModel
+from qvlm_plugin.models.loading import LoadedModel, prepare
 from qvlm_plugin.models.prompts import name_of
 from qvlm_plugin.plan import RoundingPlan, apply_plan
 from qvlm_plugin.plan_request import check_request
+from qvlm_plugin.topology import Topology
+from qvlm_plugin.tracing.trace import check_topology, trace_model
 
 Calibration = str | CalibrationSet | Sequence[tuple[Image.Image, str, str]] | None
 
@@ -39,6 +41,7 @@ def search(
     method: str = "qlora",
     scheme: str = "w4a4",
     calibration: Calibration = None,
+    topology: str | Topology = "described",
     **options: Any,
 ) -> RoundingPlan:
     """Search a plan; the model is left unchanged.
@@ -53,6 +56,8 @@ def search(
         scheme: bits, for example ``w4a4`` or ``w4a4+vision:w8a8``.
         calibration: triples of an image, a question and its answer; or sources as in ``calibration=``, for example
             ``file.json:64`` or ``scienceqa:train:64``; None for methods that need none.
+        topology: where the model's parts are: ``described`` by a plugin; ``traced``, by a run, for a family without a
+            description; or a description of your own.
         options: of the method.
 
     Raises:
@@ -60,9 +65,11 @@ def search(
     """
     request = check_request(method, scheme, options)
     samples = _samples(calibration) if request.needs_calibration else None
-    processor, prompt = copy.deepcopy(processor), name_of(processor.chat_template)
-    processor.tokenizer.padding_side = "left"
-    loaded = LoadedModel(model.eval(), processor, "a model in memory", fingerprint(model), prompt)
+    processor = copy.deepcopy(processor)
+    prepare(processor, "processor")
+    parts = _topology(model, processor, topology)
+    prompt = name_of(processor.chat_template)
+    loaded = LoadedModel(model.eval(), processor, "a model in memory", fingerprint(model), prompt, topology=parts)
     return planning.obtain_plan(loaded, request, samples, cache=None)
 
 
@@ -87,10 +94,11 @@ def quantize(
     method: str = "qlora",
     scheme: str = "w4a4",
     calibration: Calibration = None,
+    topology: str | Topology = "described",
     **options: Any,
 ) -> PreTrainedModel:
     """`search` a plan, and `apply` it with ``backend="auto"``."""
-    plan = search(model, processor, method, scheme, calibration, **options)
+    plan = search(model, processor, method, scheme, calibration, topology, **options)
     apply_plan(plan, model, plan.model, backends.kernels("auto"))  # the search has hashed this model's tensors
     return model
 
@@ -109,6 +117,13 @@ def fingerprint(model: PreTrainedModel) -> str:
         sha.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         sha.update(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def _topology(model: PreTrainedModel, processor: ProcessorMixin, topology: str | Topology) -> Topology | None:
+    if isinstance(topology, Topology):
+        return topology
+    check_topology(topology)
+    return trace_model(model, processor) if topology == "traced" else None
 
 
 def _samples(calibration: Calibration) -> CalibrationSet | None:

@@ -1,6 +1,7 @@
 """Peak memory of the process, and returning freed memory to the system."""
 
 import platform
+import re
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -8,17 +9,21 @@ from pathlib import Path
 import psutil
 import torch
 
+_STATUS = Path("/proc/self/status")
+
 
 def peak_memory(on_gpu: bool) -> int:
-    """Peak bytes since the process began, or since `restart_peak`: on all GPUs together, or of the process."""
+    """Peak memory in bytes, summed over all GPUs or of this process, since its start or `restart_peak`."""
     if on_gpu:
         return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    if _STATUS.exists():  # on Linux `getrusage` also counts the process that started this one
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text())[1])
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def restart_peak() -> None:
-    """Make `peak_memory` count from now; the process's own peak restarts on Linux only."""
+    """Make `peak_memory` start again from now; for the process only on Linux."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)

@@ -1,7 +1,7 @@
 """The cache of plans on disk: each plan is searched once, by one of the processes that need it.
 
-Its key covers all that decides a plan: the model, its prompts, scheme, method, options, calibration data, code, and the
-arithmetic in which the model ran (device, dtype, attention).
+Its key covers all that decides a plan: the model, its topology and prompts, scheme, method, options, calibration data,
+code, and the arithmetic in which the model ran (device, dtype, attention).
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from qvlm_plugin import plugins
 from qvlm_plugin.atomic import make_folder
 from qvlm_plugin.cache import sources_digest
 from qvlm_plugin.calibration import CalibrationSet
@@ -35,7 +36,7 @@ def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: Calibratio
         "dtype": str(loaded.model.dtype),
         "device": device_name(execution_device(loaded.model)),
         "attention": loaded.model.config._attn_implementation,
-        "topology": repr(loaded.topology),
+        "topology": repr(plugins.topology_of(loaded)),
         "prompts": loaded.processor.chat_template,
         "method": request.method.name,
         "options": request.options.model_dump(mode="json"),

@@ -45,7 +45,7 @@ def obtain_plan(
     """
     if getattr(loaded.model.config, "quantization_config", None) is not None:
         raise QVLMError(f"pretrained={loaded.source!r} is quantized already; search on the model in full precision")
-    topology = loaded.topology or plugins.topology(loaded.model.config)
+    topology = plugins.topology_of(loaded)
     check_calibration(request, calibration)
     if not request.needs_calibration:
         calibration = None

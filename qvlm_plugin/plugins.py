@@ -17,7 +17,7 @@ from qvlm_plugin.methods.base import Method
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from qvlm_plugin.models.loading import LoadedModel
+    from qvlm_plugin.models.loading import Checkpoint, LoadedModel
     from qvlm_plugin.plan import RoundingPlan
     from qvlm_plugin.topology import Topology
 
@@ -99,6 +99,15 @@ def topology(config: "PretrainedConfig") -> "Topology":
         f"model type {config.model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}, and what "
         "plugins describe (docs/add-a-family.md); topology=traced finds the parts of others by a run"
     )
+
+
+def topology_of(model: "Checkpoint | LoadedModel") -> "Topology":
+    """The topology that was traced for a model, else the one that plugins describe.
+
+    Raises:
+        QVLMError: see `topology`.
+    """
+    return model.topology or topology(model.config)
 
 
 def notify_quantized(loaded: "LoadedModel", plan: "RoundingPlan") -> None:

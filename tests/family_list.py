@@ -20,19 +20,20 @@ from tiny_families import (
 )
 from tiny_llava import write_tiny_llava
 
-FAMILIES = {
-    "llava-hf": write_tiny_llava,
+ORIGINAL = {
     "llava-v1.3": write_original_llava,
     "llava-v1.5": partial(write_original_llava, projector="mlp2x_gelu", pads=True, image_size=42, shards=2),
     "moe-llava": write_moe_llava,
-    "llava-next": write_tiny_llava_next,
-    "llava-onevision": write_tiny_llava_onevision,
 }
+"""Those in the layout of LLaVA's own code."""
 
-DESCRIBED = {
+HUGGING_FACE = {
     "gemma3": write_tiny_gemma3,
     "idefics3": write_tiny_idefics3,
     "internvl": write_tiny_internvl,
+    "llava": write_tiny_llava,
+    "llava-next": write_tiny_llava_next,
+    "llava-onevision": write_tiny_llava_onevision,
     "mistral3": write_tiny_mistral3,
     "paligemma2": write_tiny_paligemma2,
     "pixtral": write_tiny_pixtral,
@@ -41,4 +42,6 @@ DESCRIBED = {
     "qwen3-vl": write_tiny_qwen3_vl,
     "smolvlm": write_tiny_smolvlm,
 }
-"""Those of the Hugging Face layout beside LLaVA's."""
+"""Those in the layout of transformers."""
+
+FAMILIES = ORIGINAL | HUGGING_FACE

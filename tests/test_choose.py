@@ -23,8 +23,12 @@ def test_the_documents_table_and_advice_are_what_the_command_prints(choose, caps
     assert table.count("recommended") >= 1 and table in page and advice in page
 
 
-def test_full_precision_takes_what_the_harness_measured(choose):
-    assert choose._packed_bytes({}) == pytest.approx(313.2e6, rel=1e-3)  # docs/compare/comparison.md
+def test_every_cell_has_a_size_by_its_scheme(choose):
+    sizes = {one.scheme: one.packed_bytes for one in choose.read_choices(FOLDERS) if one.method == "qvlm_rotated"}
+    full = choose.read_run(FOLDERS[0], "full-precision").run["packed_bytes"]
+    assert full == pytest.approx(313.2e6, rel=1e-3)  # docs/compare/comparison.md
+    assert sizes["w4a3"] == sizes["w4a4"] == sizes["w4a8"]  # the size of weights does not depend on activations
+    assert sizes["w3a16"] < sizes["w4a4"] < sizes["w8a8"] < full
 
 
 def test_the_picture_is_that_of_the_cells_that_are_kept(choose):

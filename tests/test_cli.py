@@ -156,7 +156,8 @@ def test_paired_says_what_is_wrong_with_its_runs(pair, monkeypatch):
     assert "2 results files; name one" in complaint(pair, pair / "rtn")
     assert "no run to compare with the baseline" in complaint(pair / "rtn", pair / "rtn")
     assert "metric 'acc'; allowed are exact_match" in complaint(pair / "none", pair / "rtn", "--metric", "acc")
-    monkeypatch.delitem(sys.modules, "qvlm_plugin.report.paired", raising=False)
+    for module in ("estimates", "paired", "paired_table", "significance"):
+        monkeypatch.delitem(sys.modules, f"qvlm_plugin.report.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "scipy", None)
     assert "pip install 'qvlm_plugin[report]'" in complaint(pair / "none", pair / "rtn")
 

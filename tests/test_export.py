@@ -443,5 +443,5 @@ def test_the_command_uploads_the_folder_and_states_scores(source, tmp_path, monk
     _, evaluation = (tmp_path / "y" / "README.md").read_text().split("## Evaluation")
     assert "| rtn | w4a16 |" in evaluation and evaluation.count("\n| ") == 3 and "backend packed" in evaluation
     wrong = run(tmp_path / "z", "--results", tmp_path / "runs" / "other")
-    assert wrong.exit_code == 2 and "no run there is of the plan to export" in wrong.stderr
+    assert wrong.exit_code == 2 and "none of the runs is of the exported plan" in wrong.stderr
     assert not (tmp_path / "z").exists()

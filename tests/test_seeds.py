@@ -26,7 +26,7 @@ def question(teacher_forced, loaded, index, image, answer):
 
 
 @torch.inference_mode()
-def test_an_answer_is_exact_where_a_forward_pass_over_all_of_it_says_so(benchmarks, loaded, monkeypatch):
+def test_exact_matches_agree_with_a_forward_pass_over_the_whole_answer(benchmarks, loaded, monkeypatch):
     _, teacher_forced = benchmarks
     monkeypatch.setattr(teacher_forced, "IMAGES_AT_A_TIME", 2)
     monkeypatch.setattr(teacher_forced, "QUESTIONS_AT_A_TIME", 3)
@@ -79,6 +79,21 @@ def test_the_table_pairs_each_seed_with_its_own_baseline(benchmarks, tmp_path, c
     assert "| 3 | one |" in row and "| -13.3 [" in row and "no full-precision" not in printed
     seeds.show_table(todo, tmp_path, "qlora", ["average"])
     assert "| awq" not in capsys.readouterr().out  # there is one task
+
+
+def test_the_ladder_compares_each_row_with_the_one_before(benchmarks, tmp_path, capsys):
+    seeds, _ = benchmarks
+    documents = {"one": [[index, str(index), "x"] for index in range(40)]}
+    (tmp_path / "documents.json").write_text(json.dumps(documents))
+    for name, right in ((seeds.FULL_PRECISION, 40), *((f"{row}-w4a4-64-0", 10 + index**2) for index, row in
+                                                      enumerate(seeds.LADDER[:5]))):  # fmt: skip
+        content = {"run": {"method": name}, "exact": {"one": f"{'1' * right:0<40}"}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    seeds.show_table([*seeds.draws(["w4a4"], seeds.LADDER, [64], [0])], tmp_path, "previous", [])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    steps = [-75.0, 2.5, 7.5, 12.5, 17.5]  # of 40 documents
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (seeds.FULL_PRECISION, *seeds.LADDER[:5])]
+    assert all(f"| {step:+.1f} [" in row for row, step in zip(rows[1:], steps, strict=True))
 
 
 def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, capsys):

@@ -1,6 +1,11 @@
 """Tiny random checkpoints of the other families in the Hugging Face layout."""
 
+import json
+import shutil
+
+import seer
 import torch
+from seer import Seer, SeerConfig
 from tiny_llava import CHAT_TEMPLATE, byte_tokenizer, randomized
 from transformers import (
     AyaVisionConfig,
@@ -143,6 +148,28 @@ def write_tiny_vip_llava(directory, seed=0):
         num_additional_image_tokens=1,
     )
     return _save(directory, VipLlavaForConditionalGeneration(config), processor)
+
+
+def write_tiny_seer(directory, seed=0):
+    """A family of which transformers knows nothing: its code, of `seer`, comes with the checkpoint."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    vision = {**VISION, "num_hidden_layers": 2, "is_native": True}
+    config = SeerConfig(vision, {**TEXT, "vocab_size": len(tokenizer), "tie_word_embeddings": False}, image_token_id=3)
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=0,
+    )
+    _save(directory, Seer(config), processor)
+    shutil.copy(seer.__file__, directory / "seer.py")
+    config = json.loads((directory / "config.json").read_text())
+    code = {"AutoConfig": "seer.SeerConfig", "AutoModelForImageTextToText": "seer.Seer"}
+    (directory / "config.json").write_text(json.dumps(config | {"auto_map": code}))
+    return directory
 
 
 SMALL = VISION | {"num_hidden_layers": 2, "patch_size": 7}

@@ -1,1 +1,1 @@
-"""The commands of ``qvlm``, each in a module of its name. What needs torch they import themselves."""
+"""The commands of ``qvlm``, each in a module of its name. They import slow packages only when they run."""

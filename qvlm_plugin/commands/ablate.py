@@ -21,6 +21,7 @@ from qvlm_plugin.commands.shared import (
     RouterNoiseSeed,
     Seed,
     Source,
+    Topology,
     command_line,
     draw_from_task,
     needs_report_packages,
@@ -36,24 +37,24 @@ Output = Annotated[Path, typer.Argument(help="Folder of the report.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
 Data = Annotated[
     Path | None,
-    typer.Option(help="Working directory: local mirrors of data sets, and relative names, are looked up there."),
+    typer.Option(help="Working directory, from which local mirrors of data sets and relative names are resolved."),
 ]
 HeldOut = Annotated[
     str | None,
-    typer.Option(help="Samples to measure on, named like --calibration; default: its sources, drawn again."),
+    typer.Option(help="Samples to measure on, as for --calibration; default: its sources with another seed."),
 ]
 Depths = Annotated[str, typer.Option(help="Values of max_depth, separated by commas.")]
 
 _GRIDS = {
-    "table1": "What the joint search (CDM) and the training of the encoder (VEO) add, alone and together: Table 1.",
+    "table1": "Gain from the joint search (CDM) and from training the encoder (VEO), alone and together: Table 1.",
     "fig3a": "Accuracy and search cost against the maximum depth of a block: Figure 3a.",
     "fig3b": "Accuracy and search cost against the end of the percentile grid, and against η: Figure 3b.",
-    "ladder": "From qlora to qvlm_rotated, one choice after the other, each compared with the one before.",
+    "ladder": "From qlora to qvlm_rotated, changing one choice at a time, each compared with the previous one.",
 }
 
 
 def _compare_on(grid: str) -> Callable[..., None]:
-    """`compare` on a grid that comes with the package."""
+    """`compare` on a grid that is part of the package."""
 
     @wraps(compare)
     def command(**given: Any) -> None:
@@ -63,7 +64,7 @@ def _compare_on(grid: str) -> Callable[..., None]:
     command.__signature__ = signature(compare).replace(parameters=parameters)
     command.__doc__ = f"""{_GRIDS[grid]}
 
-    The same as qvlm compare OUTPUT {grid}: its rows are a grid file of that name; options change it.
+    The same as qvlm compare OUTPUT {grid}, a grid file of this package; options override its values.
 
     Example: qvlm ablate {grid} ablations --data demo-data --calibration calibration/train.json:64 --limit 200
     """
@@ -81,7 +82,7 @@ def fig2(
     calibration: Source = "scienceqa:train:64",
     scheme: OneScheme = "w4a4",
     layer: Annotated[
-        int | None, typer.Option(help="Decoder layer, from 0, searched with the next one; default: below the middle.")
+        int | None, typer.Option(help="First of the two decoder layers, from 0; default: the one below the middle.")
     ] = None,
     option: MethodOptions = None,
     seed: Seed = 0,
@@ -89,11 +90,12 @@ def fig2(
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
+    topology: Topology = "described",
     dtype: Dtype = "auto",
     device: Device = None,
     data: Data = None,
 ) -> None:
-    """Discretization error difference of two layers against activation entropy, a point for each calibration sample.
+    """Plot the discretization error difference of two layers against activation entropy, by calibration sample.
 
     Example: qvlm ablate fig2 ablations --data demo-data --calibration calibration/train.json:64
     """
@@ -108,7 +110,7 @@ def fig2(
     require_writable(output / "report")
     with working_in(data):
         checkpoint = opened(
-            pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+            pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
             image_aspect_ratio=image_aspect_ratio,
         )  # fmt: skip
         samples = read_calibration(calibration, None, seed, draw_from_task)
@@ -132,13 +134,14 @@ def fig3c(
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
+    topology: Topology = "described",
     dtype: Dtype = "auto",
     device: Device = None,
     data: Data = None,
 ) -> None:
-    """Quantization error of each decoder layer, for plans of different maximum depth; no evaluation is run.
+    """Plot the quantization error of each decoder layer for plans of different maximum depth; runs no evaluation.
 
-    Plans are taken from the cache where they are there. Samples that they were fitted on are left out.
+    Uses cached plans if there are any, and leaves out samples that the plans were calibrated on.
 
     Example: qvlm ablate fig3c ablations --data demo-data --calibration calibration/train.json:64
     """
@@ -154,7 +157,7 @@ def fig3c(
     require_writable(output / "report")
     with working_in(data):
         checkpoint = opened(
-            pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+            pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
             image_aspect_ratio=image_aspect_ratio,
         )  # fmt: skip
         others = read_calibration(held_out or calibration, None, seed + 1, draw_from_task)
@@ -179,13 +182,14 @@ def sources(
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
+    topology: Topology = "described",
     dtype: Dtype = "auto",
     device: Device = None,
     data: Data = None,
 ) -> None:
-    """Where the error of rounded activations enters: by layer, Linear and kind of token; no evaluation is run.
+    """Plot the sources of activation rounding error, by layer, Linear and kind of token; runs no evaluation.
 
-    Not a figure of the paper. Plans are taken from the cache where they are there.
+    Not a figure of the paper. Uses cached plans if there are any.
 
     Example: qvlm ablate sources ablations --data demo-data --calibration calibration/train.json:64
     """
@@ -199,7 +203,7 @@ def sources(
     require_writable(output / "report")
     with working_in(data):
         checkpoint = opened(
-            pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+            pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
             image_aspect_ratio=image_aspect_ratio,
         )  # fmt: skip
         others = read_calibration(held_out or calibration, None, seed + 1, draw_from_task)

@@ -1,4 +1,4 @@
-"""``qvlm advise``: which scheme to choose, from results."""
+"""``qvlm advise``: choose a scheme from results."""
 
 import json
 import re
@@ -15,7 +15,7 @@ UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30}
 
 def advise(
     paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that contain them.")],
-    memory: Annotated[str | None, typer.Option(help="What weights may take, such as 4GB; default: any size.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Limit of the weights' size, as 4GB; default: none.")] = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Accepted drop from full precision: points for metrics in percent.")
     ] = 1.0,
@@ -23,49 +23,46 @@ def advise(
     markdown: Markdown = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Say which method and scheme to choose for a memory budget, with the uncertainty of the answer.
+    """Recommend a method and scheme for a memory budget, as far as the results decide it.
 
     Each method and scheme is compared with full precision of the same checkpoint over the same documents. It is
-    recommended when the 95 % interval of the difference excludes a drop above the tolerance, and "loses more" when the
-    interval lies below it; otherwise it is undecided. Needs runs with lmms-eval's --log_samples, one of them with
-    method=none. Speed is shown for packed runs only.
+    recommended if the 95 % interval of the difference excludes a drop above the tolerance, and "loses more" if the
+    whole interval lies beyond the tolerance; otherwise it is undecided. Needs runs with lmms-eval's --log_samples, one
+    of them with method=none. Speed is shown for packed runs only.
 
     Example: qvlm advise results/ --memory 4GB
     """
     budget = None if memory is None else parse_memory(memory)
     with needs_report_packages():
         from qvlm_plugin.report.advice import advice, choices_grid, find_choices, notes
-    from qvlm_plugin.reading import read_json
-    from qvlm_plugin.report.leaderboard.schema import parse_results
     from qvlm_plugin.report.samples import read_samples
 
     runs = [run for path in paths for run in read_samples(path)]
     runs = [*{run.file.resolve(): run for run in runs}.values()]
-    speeds = {run.file: parse_results(read_json(run.file), run.file).tokens_per_second for run in runs}
-    choices, trouble = find_choices(runs, metric, speeds)
+    choices, trouble = find_choices(runs, metric)
     for line in trouble:
         typer.echo(line, err=True)
     if not choices:
         raise QVLMError("no quantized run can be compared with full precision (method=none) of the same checkpoint")
     models = list(dict.fromkeys(choice.model for choice in choices))
-    said = {name: advice([one for one in choices if one.model == name], budget, tolerance) for name in models}
+    sentences = {name: advice([one for one in choices if one.model == name], budget, tolerance) for name in models}
     if as_json:
         rows = [choice.row(tolerance) for choice in choices]
-        typer.echo(json.dumps({"choices": rows, "advice": said}, indent=1, allow_nan=False))
+        typer.echo(json.dumps({"choices": rows, "advice": sentences}, indent=1, allow_nan=False))
         return
     for name in models:
         own = [one for one in choices if one.model == name]
         if len(models) > 1:
             typer.echo(f"{name}:\n")
         print_grid(choices_grid(own, tolerance), markdown)
-        typer.echo("\n" + "\n".join(f"- {line}" for line in [*said[name], *notes(own)]) + "\n")
+        typer.echo("\n" + "\n".join(f"- {line}" for line in [*sentences[name], *notes(own)]) + "\n")
 
 
 def parse_memory(text: str) -> float:
     """Bytes of a size such as 4GB or 3.5 GiB.
 
     Raises:
-        QVLMError: it is none.
+        QVLMError: the text is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     units = {unit.lower(): count for unit, count in UNITS.items()}

@@ -11,53 +11,53 @@ from qvlm_plugin.errors import QVLMError
 
 def compare(
     output: Annotated[Path, typer.Argument(help="Folder of the runs and of the comparison.")],
-    grid: Annotated[
-        Path | None, typer.Argument(help="YAML file with the grid; flags take the place of its values.")
-    ] = None,
+    grid: Annotated[Path | None, typer.Argument(help="YAML file with the grid; options override its values.")] = None,
     models: Annotated[str | None, typer.Option(help="Checkpoint folders or hub ids, separated by commas.")] = None,
     methods: Annotated[str | None, typer.Option(help="Quantization methods, separated by commas.")] = None,
     schemes: Annotated[str | None, typer.Option(help="Bits, separated by commas.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lmms-eval, separated by commas.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="task:split:n or file.json:n, joined by +.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="task:split:n or file.json:n; join several by +.")] = None,
     seeds: Annotated[
         str | None, typer.Option(help="Seeds of the calibration draw, separated by commas; default: 0.")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Method that the others are compared with; default: none, full precision.")
+        str | None, typer.Option(help="Method to compare the others with; default: none, full precision.")
     ] = None,
     model_args: Annotated[
-        str | None, typer.Option(help="Further model arguments of every run, as dtype=float16.")
+        str | None, typer.Option(help="Additional model arguments of every run, as dtype=float16.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")] = None,
-    metric: Annotated[str | None, typer.Option(help="What is compared; default: exact_match.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric to compare; default: exact_match.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Documents per forward pass.")] = 8,
-    processes: Annotated[int, typer.Option(min=1, help="Processes that share the documents of a run.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the documents of each run.")] = 1,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time; default: one for each device, on Slurm all.")
+        int | None, typer.Option(min=1, help="Runs at a time; default: one for each device; on Slurm all.")
     ] = None,
-    devices: Annotated[str | None, typer.Option(help="CUDA devices, separated by commas; jobs take turns.")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="CUDA devices, separated by commas; assigned to runs in turn.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Working directory of the runs, with local mirrors of data.")
     ] = None,
     executor: Annotated[
         str | None,
-        typer.Option(help="Each run as a job through submitit: local (this machine) or slurm; default: processes."),
+        typer.Option(help="Submit each run as a job: slurm, or local (this machine); default: child processes."),
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="Of Slurm; default: the cluster's.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of a job; default: none.")] = None,
-    time: Annotated[int | None, typer.Option(min=1, help="Minutes that a job may take; default: 1440.")] = None,
-    memory: Annotated[float | None, typer.Option(help="GB of a job; default: the cluster's.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition; default: the cluster's.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of each job; default: none.")] = None,
+    time: Annotated[int | None, typer.Option(min=1, help="Time limit of each job in minutes; default: 1440.")] = None,
+    memory: Annotated[float | None, typer.Option(help="Memory of each job in GB; default: the cluster's.")] = None,
     keep_going: KeepGoing = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs, what is finished, and the time and memory of the rest.")
+        bool, typer.Option("--dry-run", help="Print the runs, which are finished, and time and memory of the others.")
     ] = False,
 ) -> None:
     """Run models × methods × schemes × seeds × tasks, each in its own process, and compare them with a baseline.
 
-    Full precision is always run as well. Finished runs, recognized by what their results record, are not run again. It
-    stops at the first run without results, unless --keep-going is given. Ends with comparison.md, .json, .svg and .png,
-    and a verdict. With --executor slurm --partition gpu --gpus 1 --time 240 each run is a job of Slurm; its jobs go on
-    where this command is ended, and it finds them again.
+    Full precision is always included. Finished runs, recognized by their recorded arguments, are not run again. Stops
+    at the first run that fails, unless --keep-going is given. Writes comparison.md, .json, .svg and .png, and prints a
+    verdict. With --executor slurm --partition gpu --gpus 1 --time 240 each run is a Slurm job; jobs continue after
+    this command is interrupted, and the same command finds them again.
 
     Example: qvlm compare results --models demo --methods qlora,awq,qvlm --schemes w6a6,w4a4 --seeds 0,1,2
     --baseline qlora --tasks qvlm_scienceqa,qvlm_vizwiz,qvlm_vqav2 --data demo-data
@@ -75,45 +75,46 @@ def compare(
     given |= {"calibration": calibration, "limit": limit, "metric": metric}
     request = {"partition": partition, "gpus": gpus, "time": time, "memory": memory}
     given |= {"cluster": _request(executor, devices, request)}
-    asked = read_grid(grid, given | {"model_args": pairs(model_args.split(",")) if model_args else None})
-    todo, named = [one.cell for one in cells(asked)], _names(devices) or ()
-    jobs = jobs or (len(todo) if executor == "slurm" else max(1, len(named)))
-    setting = Setting(output, data, batch_size, processes, jobs=jobs, devices=named, keep_going=keep_going)
+    compared_grid = read_grid(grid, given | {"model_args": pairs(model_args.split(",")) if model_args else None})
+    runs, cuda_devices = [one.cell for one in cells(compared_grid)], _names(devices) or ()
+    jobs = jobs or (len(runs) if executor == "slurm" else max(1, len(cuda_devices)))
+    setting = Setting(output, data, batch_size, processes, jobs=jobs, devices=cuda_devices, keep_going=keep_going)
     if data is not None and not data.is_dir():
-        raise QVLMError(f"--data {data}: there is no such folder")
-    check_task_names(asked.tasks, data or Path())
+        raise QVLMError(f"--data {data}: no such folder")
+    check_task_names(compared_grid.tasks, data or Path())
     if dry_run:
-        typer.echo("\n".join(dry_run_lines(asked, setting)))
+        typer.echo("\n".join(dry_run_lines(compared_grid, setting)))
         return
     with needs_report_packages():
         from qvlm_plugin.report.compare.comparison import compare_outcomes
         from qvlm_plugin.report.compare.report import compare_report
         from qvlm_plugin.report.running import run_cells
 
-    submitted = executor and Jobs(executor, asked.cluster, setting)
+    submitted = executor and Jobs(executor, compared_grid.cluster, setting)
     make_folder(output)
-    compared, trouble = compare_outcomes(asked, run_cells(todo, setting, asked.metric, jobs=submitted))
+    outcomes = run_cells(runs, setting, compared_grid.metric, jobs=submitted)
+    compared, trouble = compare_outcomes(compared_grid, outcomes)
     if not compared:
         raise QVLMError(f"no run can be compared: {trouble[0]}")
-    report = compare_report(asked, compared, trouble, command_line())
+    report = compare_report(compared_grid, compared, trouble, command_line())
     typer.echo(report.write(output))
     for sentence in report.verdicts:
         typer.echo(sentence)
     if trouble:
-        raise QVLMError(f"{len(trouble)} runs are missing there; the same command tries them again: {trouble[0]}")
+        raise QVLMError(f"{len(trouble)} runs are missing; the same command runs them again: {trouble[0]}")
 
 
 def _request(executor: str | None, devices: str | None, flags: dict[str, Any]) -> dict[str, Any]:
-    """Of what a job asks for, the flags that are given."""
+    """The job's resources that are given as options."""
     from qvlm_plugin.report.cluster import EXECUTORS
 
     given = {name: value for name, value in flags.items() if value is not None}
     if executor not in (None, *EXECUTORS):
         raise QVLMError(f"--executor {executor} is not known; allowed are {', '.join(EXECUTORS)}")
     if executor is None and given:
-        raise QVLMError(f"--{next(iter(given))} is of jobs; name their --executor, local or slurm")
+        raise QVLMError(f"--{next(iter(given))} applies to jobs only; add --executor local or --executor slurm")
     if executor is not None and devices is not None:
-        raise QVLMError("--devices is of processes here; a job gets --gpus")
+        raise QVLMError("--devices does not apply to jobs; use --gpus")
     return given
 
 

@@ -1,4 +1,4 @@
-"""``qvlm convert``: from LLaVA's own layout to the Hugging Face one."""
+"""``qvlm convert``: convert LLaVA's own layout to that of Hugging Face."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,8 @@ def convert(
 ) -> None:
     """Write a checkpoint in the Hugging Face layout, with its processor and prompt format; prints the folder.
 
-    Only for other programs: this one reads LLaVA's own layout directly. A plan belongs to one of the two folders.
+    Needed for other programs only: this package reads LLaVA's own layout directly. A plan fits only the folder that it
+    was searched on.
 
     Example: qvlm convert liuhaotian/llava-v1.5-7b llava-v1.5-7b-hf
     """

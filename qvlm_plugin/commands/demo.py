@@ -42,7 +42,7 @@ def build(
 def data(directory: Annotated[Path, typer.Argument(help="Folder to write the mirrors into.")]) -> None:
     """Write stand-in data in the schemas of ScienceQA, VizWiz-VQA and VQAv2; prints the folder last.
 
-    Run lmms-eval inside that folder and its own tasks read the mirrors instead of the hub.
+    If lmms-eval runs inside that folder, its own tasks read the mirrors instead of the hub.
 
     Example: qvlm demo data demo-data
     """
@@ -60,20 +60,20 @@ def run(
     limit: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 100,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 32,
     seed: Seed = 0,
-    dtype: Annotated[str, typer.Option(help="float32 is as fast on every CPU; bfloat16 only on some.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Compute type; bfloat16 is slow on many CPUs.")] = "float32",
     backend: Annotated[str, typer.Option(help="Arithmetic: reference, packed or auto.")] = "reference",
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the documents of a run.")] = 1,
     folder: Annotated[Path, typer.Option("--data", help="Folder of the stand-in data.")] = Path("demo-data"),
 ) -> None:
     """Evaluate methods on the small LLaVA with the harness's own tasks: build, search, evaluate, compare.
 
-    Each step says what it does and how long it took. An interrupted demo resumes. The other runs are compared with the
-    first one; the sentences at the end say what the differences mean.
+    Prints what each step does and how long it took. An interrupted demo resumes. The other runs are compared with the
+    first one; the sentences at the end explain the differences.
 
     Example: qvlm demo run demo-results --limit 200
     """
-    # Read when the hub's client and torch are imported, here and by the harness: nothing of the demo is on the hub, and
-    # threads that wait actively are slow beside other work.
+    # Read when the hub's client and torch are imported, here and by the harness. The demo needs nothing from the hub,
+    # and threads that wait actively are slow if the machine has other work.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from qvlm_plugin.demo.data import write_mirrors
@@ -113,9 +113,9 @@ class _Run:
     """A run of the demo.
 
     Attributes:
-        name: as METHOD-SCHEME or METHOD-SCHEME-WEIGHTS; of its folder, too.
-        request: what is searched.
-        model_args: of the harness, which finds the searched plan in the cache.
+        name: METHOD-SCHEME or METHOD-SCHEME-WEIGHTS; also the name of its folder.
+        request: method, options and scheme to search.
+        model_args: the harness's arguments; it finds the searched plan in the cache.
     """
 
     name: str
@@ -124,7 +124,16 @@ class _Run:
 
     @classmethod
     def parse(cls, name: str, calibration: Mapping[str, str], shared: Mapping[str, str]) -> "_Run":
-        """Check a run's name; ``calibration`` is for those that need it, ``shared`` for all."""
+        """Parse a run's name.
+
+        Args:
+            name: as typed by the user.
+            calibration: arguments of runs that need calibration.
+            shared: arguments of all runs.
+
+        Raises:
+            QVLMError: the name, method or scheme is not allowed.
+        """
         from qvlm_plugin.plan_request import check_request
 
         parts = name.split("-")
@@ -140,22 +149,22 @@ class _Run:
 
 @dataclass
 class _Steps:
-    """The steps of the demo: each says what it does, and at its end how long it took."""
+    """Prints the steps of the demo, and how long each took."""
 
     total: int
     taken: int = 0
 
     @contextmanager
-    def take(self, what: str) -> Iterator[None]:
+    def take(self, description: str) -> Iterator[None]:
         self.taken += 1
-        typer.echo(f"[{self.taken}/{self.total}] {what}")
+        typer.echo(f"[{self.taken}/{self.total}] {description}")
         start = time.monotonic()
         yield
         typer.echo(f"[{self.taken}/{self.total}] done in {duration(time.monotonic() - start)}")
 
 
 def _verdicts(results: list[Path]) -> list[str]:
-    """What the runs' differences mean: of each from the first, then of each from the one before."""
+    """Sentences on the differences of each run from the first, then from the previous one."""
     from qvlm_plugin.report.pooled import pool, verdict
     from qvlm_plugin.report.samples import read_samples
 

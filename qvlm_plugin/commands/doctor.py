@@ -1,4 +1,4 @@
-"""``qvlm doctor``: is everything here that an evaluation needs?"""
+"""``qvlm doctor``: check that everything that an evaluation needs is installed and works."""
 
 import json as json_format
 from collections.abc import Iterator
@@ -10,35 +10,36 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qvlm_plugin.commands.shared import MethodOptions, OneScheme, Revision, pairs, working_in
+from qvlm_plugin.commands.shared import MethodOptions, OneScheme, Revision, Topology, pairs, working_in
 from qvlm_plugin.errors import QVLMError
 
 
 def doctor(
     pretrained: Annotated[
         str | None,
-        typer.Option(help="Checkpoint folder or hub id, to compare memory and disk with; only small files are read."),
+        typer.Option(help="Checkpoint folder or hub id, for its memory and disk space; reads only small files."),
     ] = None,
     scheme: OneScheme = "w4a4",
     method: Annotated[
-        str | None, typer.Option(help="Method whose search to compute the peak memory of, with --pretrained.")
+        str | None, typer.Option(help="Also compute the peak memory of this method's search; needs --pretrained.")
     ] = None,
     option: MethodOptions = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples of that search.")] = 64,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of its longest sample, picture included.")] = 600,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of its longest sample, including the image.")] = 600,
     revision: Revision = None,
+    topology: Topology = "described",
     tasks: Annotated[
-        str, typer.Option(help="Tasks whose data to look for, separated by commas.")
+        str, typer.Option(help="Tasks whose data to check, separated by commas.")
     ] = "scienceqa,vizwiz_vqa_val,vqav2_val",
     data: Annotated[
-        Path | None, typer.Option(help="Working directory of the evaluation, where local mirrors are looked up.")
+        Path | None, typer.Option(help="Working directory of the evaluation, from which local mirrors are resolved.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Look for what would stop an evaluation, then try one: one line for each thing, with the remedy.
+    """Check what an evaluation needs, then run a small one; prints a line for each check, with a remedy.
 
     The trial is a real run of lmms-eval on two documents with a tiny quantized model of random weights, offline and in
-    a temporary folder. Exits with 1 if something fails; warnings are about what some runs do without.
+    a temporary folder. Exits with 1 if a check fails; warnings concern only some runs.
 
     Example: qvlm doctor --pretrained llava-hf/llava-1.5-7b-hf --method qvlm --scheme w4a4
     """
@@ -46,30 +47,32 @@ def doctor(
     from qvlm_plugin.doctor.finding import Status
     from qvlm_plugin.plan_request import check_request
     from qvlm_plugin.scheme import Scheme
+    from qvlm_plugin.tracing.trace import check_topology
 
     if (method and pretrained is None) or (option and method is None):
-        raise QVLMError("--method goes with --pretrained, and --option with --method")
-    space = (pretrained, revision, Scheme.parse(scheme))
+        raise QVLMError("--method needs --pretrained, and --option needs --method")
+    check_topology(topology)
+    opening = pretrained and {"pretrained": pretrained, "revision": revision, "topology": topology}
     trial = "evaluating two documents with a tiny model, about half a minute"
     names = [name for name in tasks.split(",") if name]
     checks = (
-        ("packages", "looking at packages", "qvlm_plugin.doctor.packages:check_packages"),
-        ("bfloat16", "looking at the processor", "qvlm_plugin.doctor.arithmetic:check_arithmetic"),
-        ("plugins", "looking at plugins", "qvlm_plugin.doctor.plugins:check_plugins"),
-        ("lmms-eval", "looking at lmms-eval", "qvlm_plugin.harness.checks:check_registration"),
-        ("tasks", "looking for tasks and their data", "qvlm_plugin.harness.checks:check_tasks", names),
+        ("packages", "checking packages", "qvlm_plugin.doctor.packages:check_packages"),
+        ("bfloat16", "checking the processor", "qvlm_plugin.doctor.arithmetic:check_arithmetic"),
+        ("plugins", "checking plugins", "qvlm_plugin.doctor.plugins:check_plugins"),
+        ("lmms-eval", "checking lmms-eval", "qvlm_plugin.harness.checks:check_registration"),
+        ("tasks", "checking tasks and their data", "qvlm_plugin.harness.checks:check_tasks", names),
         ("kernels", "testing kernels", "qvlm_plugin.doctor.kernels:check_kernels"),
-        ("space", "looking at memory and disk", "qvlm_plugin.doctor.space:check_space", *space),
+        ("space", "checking memory and disk", "qvlm_plugin.doctor.space:check_space", opening, Scheme.parse(scheme)),
         ("trial run", trial, "qvlm_plugin.doctor.trial:check_trial"),
     )
     if method is not None:
-        search = (pretrained, revision, check_request(method, scheme, pairs(option)), samples, tokens)
+        search = (opening, check_request(method, scheme, pairs(option)), samples, tokens)
         check = "qvlm_plugin.doctor.search_memory:check_search_memory"
         checks = (*checks[:-1], ("search memory", "computing the memory of a search", check, *search), checks[-1])
     findings = []
     with working_in(data):
-        for subject, doing, check, *arguments in checks:
-            with _telling(doing):
+        for subject, activity, check, *arguments in checks:
+            with _showing(activity):
                 found = examine(subject, check, *arguments)
             findings += found
             if not json:
@@ -82,12 +85,12 @@ def doctor(
 
 
 @contextmanager
-def _telling(doing: str) -> Iterator[None]:
-    """While active, a terminal shows what is being done; a log gets a line."""
+def _showing(activity: str) -> Iterator[None]:
+    """Shows the activity on a terminal while its body runs; elsewhere prints a line."""
     console = Console(stderr=True)
     if console.is_terminal:
-        with console.status(f"{doing} …"):
+        with console.status(f"{activity} …"):
             yield
     else:
-        typer.echo(f"{doing} …", err=True)
+        typer.echo(f"{activity} …", err=True)
         yield

@@ -1,4 +1,4 @@
-"""What ``qvlm compare --dry-run`` prints: the runs of a grid, and the time and memory that they take."""
+"""The output of ``qvlm compare --dry-run``: the runs of a grid, and their estimated time and memory."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from qvlm_plugin.report.runs import Setting, command, finished_cells
 
 
 def dry_run_lines(grid: CompareGrid, setting: Setting) -> list[str]:
-    """A line for each run, with its results or what it takes, and what all take, with what that rests on."""
+    """A line for each run with its results or its estimated costs, then the total and the basis of the estimates."""
     runs = cells(grid)
     finished, past = finished_cells([one.cell for one in runs], setting.output), finished_runs(setting.output)
     left = [one for one in runs if one.cell.name not in finished]
@@ -24,8 +24,8 @@ def dry_run_lines(grid: CompareGrid, setting: Setting) -> list[str]:
             lines.append(f"{one.cell.name}: finished: {finished[one.cell.name]}")
         else:
             time = estimate(one.cell, one.seed is not None and _plan(one) not in plans, past)
-            takes = f"{_time_text(time)}, {_memory_text(memory[_kind(one)])}"
-            lines.append(f"{one.cell.name}: {takes}: {' '.join(command(one.cell, setting))}")
+            costs = f"{_time_text(time)}, {_memory_text(memory[_kind(one)])}"
+            lines.append(f"{one.cell.name}: {costs}: {' '.join(command(one.cell, setting))}")
             times.append(time)
         plans.add(_plan(one))
     lines += ["", f"{len(runs)} runs, {len(finished)} of them finished"]
@@ -49,20 +49,20 @@ def _time_text(time: Estimate) -> str:
 def _time_lines(times: Sequence[Estimate], jobs: int) -> list[str]:
     known = sum((one.evaluation or 0) + (one.search or 0) for one in times) / jobs
     partly = any(None in (one.evaluation, one.search) for one in times)
-    text = f"about {duration(known)}" + ", and what is unknown" * partly if known else "unknown"
+    text = f"about {duration(known)}" + " plus unknown parts" * partly if known else "unknown"
     lines = [f"time: {text}" + (f", {jobs} runs at a time" if known and jobs > 1 else "")]
     for basis, count in Counter(one.basis for one in times).items():
-        rests = f"by finished {basis}" if basis else "unknown, no run of the same model on its task is finished"
-        lines.append(f"- evaluation of {count} runs: {rests}")
+        source = f"from finished {basis}" if basis else "unknown, no run of the same model on its task is finished"
+        lines.append(f"- evaluation of {count} runs: {source}")
     if unknown := sum(one.search is None for one in times):
         lines.append(f"- {unknown} searches: unknown, no run of the same model, method and scheme is finished")
     if found := sum(bool(one.search) for one in times):
-        lines.append(f"- {found} searches: by finished runs of the same method; what is in the cache takes no time")
+        lines.append(f"- {found} searches: from finished runs of the same method; cached plans take no time")
     return lines
 
 
 def _memory(grid: CompareGrid, setting: Setting, runs: Sequence[GridCell]) -> dict[tuple, Memory | str]:
-    """What runs take by model, method and scheme; a text where that cannot be told."""
+    """The runs' memory by model, method and scheme; an error's text if it cannot be computed."""
     found: dict[tuple, Memory | str] = {}
     for one in runs:
         if _kind(one) not in found:
@@ -87,7 +87,7 @@ def _memory_lines(found: Sequence[Memory | str]) -> list[str]:
     if known:
         lines.append(f"memory: at most {max(max(one.search, one.evaluation) for one in known) / 1e9:.1f} GB a run")
         lines.append(
-            f"- a search: by the formula of docs/performance.md, taking {TOKENS} tokens for the longest sample; "
-            "evaluation: weights and a fifth; packages and data come on top"
+            f"- search: by the formula of docs/performance.md, for {TOKENS} tokens in the longest sample; "
+            "evaluation: 1.2 times the weights; packages and data need more"
         )
     return lines

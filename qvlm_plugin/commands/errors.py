@@ -1,4 +1,4 @@
-"""Errors of the ``qvlm`` command are one line, whatever they are."""
+"""Report every error of the ``qvlm`` command in one line."""
 
 import errno
 import os
@@ -13,10 +13,10 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import one_line
 
 SWITCH = "QVLM_TRACEBACK"
-"""The environment variable that shows tracebacks."""
+"""Environment variable that turns tracebacks on."""
 
 RESUMING = ("search", "compare", "ablate", "demo")
-"""Commands that find what they had finished before an interrupt."""
+"""Commands that resume after an interrupt."""
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -24,12 +24,12 @@ _PACKAGE = Path(__file__).parents[1]
 class OneLineErrors(TyperGroup):
     """Commands that report every exception in one line on stderr.
 
-    The status is 2 for a `QVLMError`, which the user can mend, 1 for what nobody expected, and 130 where the user
-    interrupted, as in a shell.
+    The exit status is 2 for a `QVLMError`, which the user can fix, 1 for an unexpected exception, and 130 for an
+    interrupt, as in a shell.
     """
 
     def invoke(self, ctx: typer.Context) -> Any:
-        """Run the command that was asked for."""
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
@@ -47,20 +47,20 @@ class OneLineErrors(TyperGroup):
 
 
 def _is_for_typer(error: Exception) -> bool:
-    """Whether it is an exception of its own, or of click's; or a pipe that was closed, as by ``| head``."""
-    ends = type(error).__module__.partition(".")[0] in ("typer", "click")
-    return ends or (isinstance(error, OSError) and error.errno == errno.EPIPE)
+    """Whether it is typer's or click's own exception, or a closed pipe, as by ``| head``."""
+    own = type(error).__module__.partition(".")[0] in ("typer", "click")
+    return own or (isinstance(error, OSError) and error.errno == errno.EPIPE)
 
 
 def _unexpected(error: Exception) -> str:
-    """What it says, what it was about (its notes), where in this package it came from, and how to see more."""
-    kind, said = type(error).__name__, one_line(error)
+    """The exception's message, its notes, the line of this package that raised it, and how to see the traceback."""
+    kind, message = type(error).__name__, one_line(error)
     ours = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if Path(frame.filename).is_relative_to(_PACKAGE) and frame.filename != __file__
     ]
-    places = [" ".join(note.split()) for note in getattr(error, "__notes__", ())]
-    places += [f"{Path(ours[-1].filename).relative_to(_PACKAGE.parent)}, line {ours[-1].lineno}"] if ours else []
-    what = kind if said == kind else f"{kind}: {said}"
-    return f"{what} ({'; '.join(places)}); {SWITCH}=1 in the environment shows the traceback"
+    details = [" ".join(note.split()) for note in getattr(error, "__notes__", ())]
+    details += [f"{Path(ours[-1].filename).relative_to(_PACKAGE.parent)}, line {ours[-1].lineno}"] if ours else []
+    text = kind if message == kind else f"{kind}: {message}"
+    return f"{text} ({'; '.join(details)}); set {SWITCH}=1 to see the traceback"

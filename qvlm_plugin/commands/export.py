@@ -1,4 +1,4 @@
-"""``qvlm export``: write a quantized model that loads packed."""
+"""``qvlm export``: write a quantized checkpoint."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 
 class Format(StrEnum):
-    """What kind of folder to write."""
+    """Format of the exported folder."""
 
     QVLM = "qvlm"
     COMPRESSED_TENSORS = "compressed-tensors"
 
 
 def export(
-    output: Annotated[Path, typer.Argument(help="Folder to write; a new one.")],
+    output: Annotated[Path, typer.Argument(help="New folder to write.")],
     pretrained: Pretrained,
     plan: Annotated[Path | None, typer.Option(help="Folder of a saved plan, instead of a method and scheme.")] = None,
     method: Annotated[str | None, typer.Option(help="Quantization method; see `qvlm methods`.")] = None,
@@ -49,12 +49,14 @@ def export(
     option: MethodOptions = None,
     seed: Seed = 0,
     format_: Annotated[
-        Format, typer.Option("--format", help="qvlm loads packed here; compressed-tensors is what vLLM serves.")
+        Format, typer.Option("--format", help="qvlm, for this package; or compressed-tensors, for vLLM.")
     ] = Format.QVLM,
     backend: Annotated[str, typer.Option(help="auto, packed, reference or the name of one kernel.")] = "auto",
-    strict: Annotated[bool, typer.Option("--strict", help="Falling back to the reference is an error.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail if a Linear would need the reference arithmetic.")
+    ] = False,
     results: Annotated[
-        list[Path] | None, typer.Option(help="Results of this plan, or folders that hold some, for the model card.")
+        list[Path] | None, typer.Option(help="Results of this plan, files or folders, for the model card.")
     ] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="Repository to upload the folder to, as NAME/MODEL.")] = None,
     shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB.")] = "5GB",
@@ -68,11 +70,11 @@ def export(
 ) -> None:
     """Write a quantized model as a Hugging Face folder; prints the folder last.
 
-    It is a checkpoint like any other where this package is imported: from_pretrained loads it packed, and lmms-eval
-    runs it as pretrained=DIR. Without this package loading it is an error. Its model card, README.md, says what it is
-    and how to load it, with the scores in --results.
-    With --format compressed-tensors it is for vLLM: schemes w4a16, w8a16, w4a8 and w8a8, the latter two with
-    activations rounded per token.
+    After import qvlm_plugin, from_pretrained loads it with packed weights; lmms-eval runs it as pretrained=DIR. Without
+    this package, loading it is an error. Its model card, README.md, describes it and how to load it, with the scores
+    in --results.
+    --format compressed-tensors is for vLLM: schemes w4a16, w8a16, w4a8 and w8a8, the latter two with activations
+    rounded per token.
 
     Example: qvlm export llava-w4a16 --pretrained llava-hf/llava-1.5-7b-hf --method rtn --scheme w4a16
     """
@@ -98,42 +100,42 @@ def export(
             raise QVLMError(
                 f"{error}; --format compressed-tensors needs: pip install 'qvlm_plugin[compressed-tensors]'"
             ) from error
-    found = None if plan is None else RoundingPlan.load(plan)
-    request = check_request(method, scheme, pairs(option)) if found is None else None
+    exported = None if plan is None else RoundingPlan.load(plan)
+    request = check_request(method, scheme, pairs(option)) if exported is None else None
     checkpoint = opened(
-        pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
-        image_aspect_ratio=image_aspect_ratio,
+        pretrained, dtype, device, topology if exported is None else None, revision=revision, conv=conv,
+        router_noise_seed=router_noise_seed, image_aspect_ratio=image_aspect_ratio,
     )  # fmt: skip
     if push_to_hub is not None:
         create_repository(push_to_hub)
-    if found is not None:
-        stated = _of_plan(scores, found)
+    if exported is not None:
+        own_scores = _of_plan(scores, exported)
         loaded = load_weights(checkpoint, dtype=dtype, device=device)
     else:
         loaded, plans = obtain_plans(
             {method: request}, calibration, images, seed, checkpoint, dtype=dtype, device=device
         )
-        found = plans[method]
-        stated = _of_plan(scores, found)
-    if warning := planning.prompt_warning(found.calibration and found.calibration.conv, loaded):
+        exported = plans[method]
+        own_scores = _of_plan(scores, exported)
+    if warning := planning.prompt_warning(exported.calibration and exported.calibration.conv, loaded):
         typer.echo(warning, err=True)
     if format_ is Format.QVLM:
-        typer.echo(write(found, loaded, output, backend=backend, strict=strict, shard_size=shard_size))
+        typer.echo(write(exported, loaded, output, backend=backend, strict=strict, shard_size=shard_size))
     else:
-        counts = export_compressed_tensors(found, loaded, output, shard_size=shard_size)
+        counts = export_compressed_tensors(exported, loaded, output, shard_size=shard_size)
         typer.echo(f"quantized Linear layers by format: {', '.join(f'{group} {n}' for group, n in counts.items())}")
         if any(group.rounds_tokens for group in counts):
             typer.echo("activations are rounded per token to symmetric codes of 8 bits, not with the plan's ranges")
-    if stated:
-        add_evaluation(output, stated)
+    if own_scores:
+        add_evaluation(output, own_scores)
     if push_to_hub is not None:
         typer.echo(upload(output, push_to_hub))
     typer.echo(output)
 
 
 def _of_plan(scores: "list[Score]", plan: "RoundingPlan") -> "list[Score]":
-    """Those of runs of the plan."""
+    """The scores of the plan's runs."""
     found = [score for score in scores if (score.run or {}).get("plan_hash") == plan.hash]
     if scores and not found:
-        raise QVLMError(f"--results: no run there is of the plan to export ({plan.hash[:16]}…)")
+        raise QVLMError(f"--results: none of the runs is of the exported plan ({plan.hash[:16]}…)")
     return found

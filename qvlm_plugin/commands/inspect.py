@@ -1,4 +1,4 @@
-"""``qvlm inspect``: what a plan does."""
+"""``qvlm inspect``: show a plan."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def inspect(
     modules: Annotated[bool, typer.Option(help="List every Linear.")] = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Print what a plan does.
+    """Print a plan's method, options, calibration and bits.
 
     Example: qvlm inspect plans/qlora-w4a4 --modules
     """
@@ -38,15 +38,15 @@ def inspect(
     record = plan.calibration
     facts.add_row("calibration", f"{len(record.digests)} of {record.source}, seed {record.seed}" if record else "none")
     if record and record.over_context:
-        facts.add_row("too long", f"{record.over_context} samples have more tokens than the model's context")
+        facts.add_row("too long", f"{record.over_context} samples exceed the model's context")
     if stored := sum(module.weight.stored for module in plan.modules):
-        facts.add_row("codes", f"of {stored} Linears are in the plan")
+        facts.add_row("codes", f"for {stored} Linears")
     if plan.rotations:
-        facts.add_row("rotations", f"of the inputs of {len(plan.rotations)} sites")
+        facts.add_row("rotations", f"inputs of {len(plan.rotations)} sites")
     facts.add_row("search", f"{plan.search_seconds:.1f} s")
     if uncalibrated := plan.record.get("uncalibrated"):
         facts.add_row(
-            "uncalibrated", f"inputs of experts that saw no sample, ranges by token: {', '.join(uncalibrated)}"
+            "uncalibrated", f"experts without samples, whose inputs get per-token ranges: {', '.join(uncalibrated)}"
         )
     console.print(facts)
     bits = Table("part", "Linears", "weight bits", "activation bits", title="Effective bits")

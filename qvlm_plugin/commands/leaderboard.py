@@ -1,4 +1,4 @@
-"""``qvlm leaderboard``: results as one table, and a shared folder that collects them."""
+"""``qvlm leaderboard``: rank results, and collect runs in a shared folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from qvlm_plugin.commands.shared import needs_report_packages
+from qvlm_plugin.commands.shared import needs_report_packages, working_in
 
 WRITE = "write"
 
 
-class _WritesUnlessTold(TyperGroup):
-    """What is no sub-command is the first argument of ``write``."""
+class _WriteByDefault(TyperGroup):
+    """Runs ``write`` if the first argument is not a sub-command."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
@@ -21,7 +21,7 @@ class _WritesUnlessTold(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_WritesUnlessTold,
+    cls=_WriteByDefault,
     help="Results of many runs as one table: qvlm leaderboard DIR… --out OUT.",
     no_args_is_help=True,
 )
@@ -33,10 +33,10 @@ def write(
     out: Annotated[Path, typer.Option(help="Folder for leaderboard.md, .csv, .json and .html.")],
     reported: Annotated[bool, typer.Option(help="Also show the paper's tables, as reported.")] = True,
 ) -> None:
-    """Write leaderboard.md, .csv, .json and .html; the word "write" may be left out.
+    """Write leaderboard.md, .csv, .json and .html; the word "write" may be omitted.
 
-    Rows are ranked against each other only where data, split, prompt and documents are the same. Files with problems
-    are reported, and their rows left out or left unranked.
+    Rows are ranked together only if data, split, prompt and documents are the same. Files with problems are reported,
+    and their rows left out or left unranked.
 
     Example: qvlm leaderboard results/ --out leaderboard
     """
@@ -56,11 +56,34 @@ def add(
 ) -> None:
     """Check a run and copy it, with its samples, into a shared folder.
 
-    Refused: runs without provenance or with a seal that does not fit, on a part of the documents, calibrated on
-    evaluated documents, or with another result for the same model, plan and documents than one that is there.
+    Refuses runs without provenance, with a seal that does not match, on a part of the documents, calibrated on
+    evaluated documents, or that contradict a run in the folder with the same model, plan and documents.
 
     Example: qvlm leaderboard add results/model/20261121_120000_results.json --to shared-results
     """
     from qvlm_plugin.report.leaderboard.adding import add_run
 
     typer.echo(add_run(file, to))
+
+
+@app.command("thumbnails")
+def thumbnails(
+    paths: Annotated[list[Path], typer.Argument(help="Results files of runs with --log_samples, or folders of them.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Working directory of the runs, from which local mirrors are resolved.")
+    ] = None,
+) -> None:
+    """Write thumbnails of the evaluated images next to the samples, so that the leaderboard's page can show them.
+
+    Reads the images again from the tasks' data, and checks that they are the evaluated ones. Mind the data's license
+    before you share the files.
+
+    Example: qvlm leaderboard thumbnails results/ --data demo-data
+    """
+    from qvlm_plugin.harness.thumbnails import write_thumbnails
+    from qvlm_plugin.report.leaderboard.reading import find_results
+
+    files = [file.resolve() for file in find_results(paths)]
+    with working_in(data):
+        for file in files:
+            typer.echo(f"{file}: {write_thumbnails(file)} thumbnails written")

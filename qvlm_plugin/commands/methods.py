@@ -1,11 +1,11 @@
-"""``qvlm methods``: what there is to choose from."""
+"""``qvlm methods``: list the methods and their options."""
 
 from rich.console import Console
 from rich.table import Table
 
 
 def methods() -> None:
-    """List the quantization methods, which are presets, and the options that any of them takes.
+    """List the quantization methods, which are presets, and the options that all of them accept.
 
     Example: qvlm methods
     """
@@ -13,7 +13,7 @@ def methods() -> None:
     from qvlm_plugin.methods.base import shown
     from qvlm_plugin.methods.options import MethodOptions
 
-    console, presets = Console(), Table("method", "what it does", "its defaults", title="Methods")
+    console, presets = Console(), Table("method", "description", "defaults", title="Methods")
     for name, method in sorted(plugins.methods().items()):
         differing, own = method.preset()
         defaults = differing | {key: method.options.model_fields[key].default for key in own}

@@ -1,4 +1,4 @@
-"""``qvlm plot``: pictures of a plan."""
+"""``qvlm plot``: figures of a plan."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +12,7 @@ from qvlm_plugin.commands.shared import (
     ImageAspectRatio,
     Revision,
     RouterNoiseSeed,
+    Topology,
     draw_from_task,
     needs_report_packages,
     opened,
@@ -26,27 +27,29 @@ if TYPE_CHECKING:
 
 def plot(
     plan: Annotated[Path, typer.Argument(help="A plan's folder.")],
-    output: Annotated[Path | None, typer.Option(help="Folder of the pictures; default: the plan's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the figures; default: the plan's.")] = None,
     pretrained: Annotated[
-        str | None, typer.Option(help="The plan's checkpoint: measures errors too, which searches a layer-wise plan.")
+        str | None, typer.Option(help="The plan's checkpoint; also measures errors, and searches a layer-wise plan.")
     ] = None,
     held_out: Annotated[
-        str | None, typer.Option(help="Samples to measure errors on; default: the plan's sources, drawn again.")
+        str | None, typer.Option(help="Samples to measure errors on; default: the plan's sources with another seed.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
     revision: Revision = None,
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
     image_aspect_ratio: ImageAspectRatio = None,
+    topology: Topology = "described",
     dtype: Dtype = "auto",
     device: Device = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder that relative names, and mirrors of data, start from.")
+        Path | None, typer.Option(help="Working directory, from which local mirrors and relative names are resolved.")
     ] = None,
 ) -> None:
-    """Draw dependency per layer with block borders, chosen percentiles and the VEO losses, from a plan's record.
+    """Draw a plan's record: dependency of layers with block borders, chosen percentiles and VEO losses.
 
-    With --pretrained, also the error of each layer against the layer-wise search with the same options (max_depth=1).
+    With --pretrained, also the error of each layer, compared with a layer-wise search with the same options
+    (max_depth=1).
 
     Example: qvlm plot plans/qvlm-w4a4 --pretrained demo --data demo-data
     """
@@ -63,7 +66,7 @@ def plot(
         _check_blocks(loaded)
         with working_in(data):
             checkpoint = opened(
-                pretrained, dtype, device, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
+                pretrained, dtype, device, topology, revision=revision, conv=conv, router_noise_seed=router_noise_seed,
                 image_aspect_ratio=image_aspect_ratio,
             )  # fmt: skip
             figures["errors"] = _errors(loaded, checkpoint, held_out, batch_size, {"dtype": dtype, "device": device})
@@ -75,7 +78,7 @@ def plot(
 
 def _check_blocks(plan: "RoundingPlan") -> None:
     if "cdm" not in plan.record or plan.calibration is None:
-        raise QVLMError("--pretrained: blocks of layers were not searched for this plan (qvlm does, with cdm=true)")
+        raise QVLMError("--pretrained needs a plan with a search of blocks (method=qvlm with cdm=true)")
 
 
 def _errors(
@@ -86,7 +89,7 @@ def _errors(
     from qvlm_plugin.models.loading import load_weights
     from qvlm_plugin.plan_request import check_request
     from qvlm_plugin.planning import obtain_plan
-    from qvlm_plugin.report.ablations.layer_errors import held_apart, layer_errors
+    from qvlm_plugin.report.ablations.layer_errors import layer_errors, unseen_samples
     from qvlm_plugin.report.plan_figures import error_figure
 
     depth = plan.options["max_depth"]
@@ -97,9 +100,9 @@ def _errors(
     model = load_weights(checkpoint, **placement)
     if model.fingerprint != plan.model:
         raise QVLMError(
-            f"--{checkpoint.source}, with the options given, is another model than the plan's; name that one"
+            f"--{checkpoint.source}, with the options given, is not the plan's model; name the plan's checkpoint"
         )
     layer_wise = obtain_plan(model, request, samples, cache_root() / "plans")
-    apart = held_apart(held_apart(others, plan), layer_wise)
+    unseen = unseen_samples(unseen_samples(others, plan), layer_wise)
     plans = {"layer-wise (max_depth 1)": layer_wise, f"joint (max_depth {depth})": plan}
-    return error_figure(plan, {name: layer_errors(model, one, apart, batch_size) for name, one in plans.items()})
+    return error_figure(plan, {name: layer_errors(model, one, unseen, batch_size) for name, one in plans.items()})

@@ -1,4 +1,4 @@
-"""Start a command in several processes that work together, as torchrun does, and end as one command does."""
+"""Start a command in several cooperating processes, as torchrun does, with one output and one exit status."""
 
 import contextlib
 import os
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 
 
 def device_of_process(device: str, count: int) -> str:
-    """The device of one of ``count`` processes: of ``cuda``, the GPU of its rank on this machine."""
+    """The device of one of ``count`` processes: for ``cuda``, the GPU with its local rank."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if count > 1 and device == "cuda" else device
 
 
 def run_together(processes: int, arguments: Sequence[str]) -> int:
-    """Run ``qvlm ARGUMENTS`` in so many processes of this machine; the first one speaks for all.
+    """Run ``qvlm ARGUMENTS`` in several processes on this machine; only the first one prints.
 
     Returns:
-        0, or the exit status of the first process that failed, after which the others are ended.
+        0, or the exit status of the first process that failed, after which the others are terminated.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -27,16 +27,16 @@ def run_together(processes: int, arguments: Sequence[str]) -> int:
     common = {"OMP_NUM_THREADS": threads, **os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     children = []
     for rank in range(processes):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        quiet = None if rank == 0 else subprocess.DEVNULL
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        output = None if rank == 0 else subprocess.DEVNULL
         command = [sys.executable, "-m", "qvlm_plugin", *arguments]
-        children.append(subprocess.Popen(command, env=common | place, stdout=quiet, stderr=quiet))
+        children.append(subprocess.Popen(command, env=common | own, stdout=output, stderr=output))
     try:
         while True:
             codes = [child.poll() for child in children]
             if failed := [code for code in codes if code]:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    children[0].wait(10)  # it has heard of the failure, and tells it
+                    children[0].wait(10)  # it gets the failure too, and prints it
                 return failed[0]
             if all(code == 0 for code in codes):
                 return 0

@@ -11,7 +11,7 @@ from qvlm_plugin.commands.shared import needs_report_packages
 def publish(
     results: Annotated[list[Path], typer.Argument(help="Results files of one quantized checkpoint, or their folders.")],
     to: Annotated[Path, typer.Option(help="The checkpoint's folder.")],
-    source_url: Annotated[str | None, typer.Option(help="Where the runs can be looked at.")] = None,
+    source_url: Annotated[str | None, typer.Option(help="Page that shows the runs.")] = None,
 ) -> None:
     """Write scores into a checkpoint's model card (model-index) and its .eval_results folder.
 
@@ -38,4 +38,4 @@ def check_submission(
     found, count = check(file)
     typer.echo(f"{file}: {count} answers in {found.benchmark}'s format")
     if count != found.count:
-        typer.echo(f"its whole test split has {found.count} questions; the server wants an answer to each", err=True)
+        typer.echo(f"the test split has {found.count} questions; the server requires an answer to each", err=True)

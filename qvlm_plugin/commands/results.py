@@ -40,8 +40,8 @@ def paired(
 ) -> None:
     """Compare runs with a baseline over the same documents: paired differences, intervals and tests.
 
-    The runs must have been made with lmms-eval's --log_samples. One row for each run and task, and one for the tasks'
-    average; Holm's adjustment is over all the rows.
+    Needs runs with lmms-eval's --log_samples. Prints one row for each run and task, and one for the tasks' average;
+    Holm's adjustment covers all rows.
 
     Example: qvlm paired results/none-w16a16 results/rtn-w4a4 results/qlora-w4a4
     """
@@ -49,15 +49,15 @@ def paired(
 
     with needs_report_packages():
         from qvlm_plugin.report.paired import compare as compare_runs
-        from qvlm_plugin.report.paired import paired_grid, paired_notes, paired_rows
+        from qvlm_plugin.report.paired_table import paired_grid, paired_notes, paired_rows
 
     first, *more = read_samples(baseline)
     if more:
-        raise QVLMError(f"{baseline} holds {len(more) + 1} results files; name one of them as the baseline")
+        raise QVLMError(f"{baseline} contains {len(more) + 1} results files; name one of them as the baseline")
     runs = {run.file.resolve(): run for path in others for run in read_samples(path)}
-    runs.pop(first.file.resolve(), None)  # a folder of all runs holds the baseline too
+    runs.pop(first.file.resolve(), None)  # a folder of all runs contains the baseline too
     if not runs:
-        raise QVLMError(f"no run to compare with the baseline {first.file}")
+        raise QVLMError(f"there is no run to compare with the baseline {first.file}")
     rows = [row for run in runs.values() for row in compare_runs(first, run, metric)]
     if as_json:
         typer.echo(json.dumps(paired_rows(rows), indent=1))

@@ -1,4 +1,4 @@
-"""``qvlm search``: a plan without an evaluation."""
+"""``qvlm search``: search a plan without an evaluation."""
 
 import sys
 from pathlib import Path
@@ -46,17 +46,17 @@ def search(
     device_map: Annotated[
         str | None,
         typer.Option(
-            help="offload keeps the weights on the CPU, one block at a time on the device; or accelerate's, as auto."
+            help="offload keeps weights on the CPU, with one block at a time on the device; or accelerate's, as auto."
         ),
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Processes that search together, each with a model, on a GPU of its own.")
+        int, typer.Option(min=1, help="Processes that search together, each with its own copy of the model and GPU.")
     ] = 1,
 ) -> None:
     """Search a rounding plan and write it, without running an evaluation.
 
-    An interrupted search resumes; a plan that was searched before is taken from the cache. Several
-    processes share the samples and find the plan that one would; torchrun starts them on several machines.
+    An interrupted search resumes; a plan that was searched before comes from the cache. Several processes share the
+    samples and find the same plan as one process; use torchrun to start them on several machines.
 
     Example: qvlm search plans/qlora-w4a4 --pretrained llava-hf/llava-1.5-7b-hf --method qlora --scheme w4a4
     --calibration llava_mix.json:64 --images images/ --device cuda

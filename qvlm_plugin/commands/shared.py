@@ -1,4 +1,4 @@
-"""What several commands share. It imports nothing heavy."""
+"""Options and helpers that several commands share. Imports nothing slow."""
 
 import shlex
 import sys
@@ -34,38 +34,36 @@ def _device(named: str | None) -> str:
 
 Pretrained = Annotated[str, typer.Option(help="Checkpoint folder or hub id; 'demo' is the embedded small LLaVA.")]
 OneScheme = Annotated[str, typer.Option(help="Bits, for example w4a4 or w4a4+vision:w8a8.")]
-Source = Annotated[str, typer.Option(help="task:split:n (needs lmms-eval) or file.json:n, several joined by +.")]
-Images = Annotated[Path | None, typer.Option(help="Folder that a conversation file's image names start from.")]
+Source = Annotated[str, typer.Option(help="task:split:n (needs lmms-eval) or file.json:n; join several by +.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of the images that a conversation file names.")]
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--option", help="Option of the method as name=value; may be repeated.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration draw.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Conv = Annotated[str | None, typer.Option(help="Prompt format instead of the checkpoint's, as vicuna_v1.")]
+Conv = Annotated[str | None, typer.Option(help="Prompt format, as vicuna_v1; default: the checkpoint's.")]
 RouterNoiseSeed = Annotated[
     int | None,
     typer.Option(min=0, help="Seed of noise in the choice of experts (MoE-LLaVA); default: no noise."),
 ]
 ImageAspectRatio = Annotated[
-    str | None, typer.Option(help="square or pad instead of what a checkpoint in LLaVA's own layout says.")
+    str | None, typer.Option(help="square or pad; default: as a checkpoint in LLaVA's own layout says.")
 ]
 Topology = Annotated[
-    str, typer.Option(help="described; or traced: parts are found by a run, for a family without a description.")
+    str, typer.Option(help="described; or traced: find the parts by running the model, for families not described.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Device = Annotated[
     str | None, typer.Option(callback=_device, help="Torch device; default: the accelerator if there is one, else cpu.")
 ]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
-KeepGoing = Annotated[
-    bool, typer.Option("--keep-going", help="Run the others after a run that ended without results, and report them.")
-]
+KeepGoing = Annotated[bool, typer.Option("--keep-going", help="If a run fails, run the others and report them.")]
 
 
 @contextmanager
 def needs_report_packages() -> Iterator[None]:
-    """Around imports of what the extra "report" brings."""
+    """Turns an ImportError in its body into an error that names the extra "report"."""
     try:
         yield
     except ImportError as error:
@@ -74,9 +72,9 @@ def needs_report_packages() -> Iterator[None]:
 
 @contextmanager
 def working_in(directory: Path | None) -> Iterator[None]:
-    """While active, relative names start from ``directory``."""
+    """Changes the working directory to ``directory`` for its body."""
     if directory is not None and not directory.is_dir():
-        raise QVLMError(f"--data {directory}: there is no such folder")
+        raise QVLMError(f"--data {directory}: no such folder")
     with chdir(directory or "."):
         yield
 
@@ -93,12 +91,12 @@ def print_grid(grid: "Grid", markdown: bool = False) -> None:
 
 
 def pairs(options: Sequence[str] | None) -> dict[str, str]:
-    """``name=value`` texts by name."""
+    """Parse ``name=value`` texts."""
     return {name: value for name, _, value in (pair.partition("=") for pair in options or [])}
 
 
 def command_line() -> str:
-    """How this command was called, as typed in a shell."""
+    """This call of the command, as typed in a shell."""
     return shlex.join(["qvlm", *sys.argv[1:]])
 
 
@@ -112,29 +110,27 @@ def draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample
 
 
 def opened(
-    pretrained: str, dtype: str, device: "str | torch.device", topology: str = "described", **opening: Any
+    pretrained: str, dtype: str, device: "str | torch.device", topology: str | None = "described", **opening: Any
 ) -> "Checkpoint":
-    """The checkpoint to search on, by its small files: what is wrong with it shows before anything else is read.
+    """Open a checkpoint by its small files, so that its faults are reported before weights are read.
 
-    Says on which device.
+    Prints the device.
 
     Args:
         pretrained, opening: see `open_checkpoint`.
-        dtype, device: that it is going to be loaded to.
-        topology: ``described`` by a plugin, or ``traced``.
+        dtype, device: of the model that will be loaded.
+        topology: ``described`` by a plugin, or ``traced``; None if it is not needed.
     """
     from qvlm_plugin.models.loading import open_checkpoint
     from qvlm_plugin.models.placement import check_placement, device_name
-    from qvlm_plugin.plugins import topology as described
-    from qvlm_plugin.tracing.trace import traced
+    from qvlm_plugin.tracing.trace import open_with_topology
 
     placed = check_placement(dtype, device)
-    if topology not in ("described", "traced"):
-        raise QVLMError(f"topology={topology!r} is not known; allowed are described, traced")
-    if topology == "traced":
-        checkpoint = traced(open_checkpoint(resolve_demo(pretrained), **opening))
+    pretrained = resolve_demo(pretrained)
+    if topology is None:
+        checkpoint = open_checkpoint(pretrained, **opening)
     else:
-        checkpoint = open_checkpoint(resolve_demo(pretrained), check_config=described, **opening)
+        checkpoint = open_with_topology(pretrained, topology, **opening)
     name = device_name(placed)
     typer.echo(f"device: {placed}" + f" ({name})" * (name != placed.type), err=True)
     return checkpoint
@@ -149,13 +145,13 @@ def obtain_plans(
     shard: "Shard | None" = None,
     **placement: Any,
 ) -> "tuple[LoadedModel, dict[Key, RoundingPlan]]":
-    """The model in full precision, and the plan of each request: searched, or from the cache.
+    """The model in full precision, and a plan for each request, searched or from the cache.
 
     Args:
-        requests: checked ones.
-        calibration, images, seed: see `read_calibration`; nothing is read where no request needs samples.
+        requests: checked requests.
+        calibration, images, seed: see `read_calibration`; not read if no request needs samples.
         checkpoint: see `opened`.
-        shard: of this process, where several search together.
+        shard: this process's share if several search together.
         placement: see `load_weights`.
     """
     from qvlm_plugin.cache import cache_root

@@ -1,4 +1,4 @@
-"""``qvlm trace``: where the parts of a model are, as a description of its family."""
+"""``qvlm trace``: describe a model family by running a model."""
 
 from typing import Annotated
 
@@ -15,15 +15,14 @@ def trace(
 ) -> None:
     """Find the parts of a model and print them as a plugin that describes its family.
 
-    Prompts with images and without run through a model of the same configuration, without its weights. The text that is
-    printed is a Python module: see docs/add-a-family.md. With topology=traced an evaluation finds the same by itself.
+    Runs prompts with and without images through a model of the same configuration, without its weights. Prints a Python
+    module: see docs/add-a-family.md. With topology=traced, an evaluation does the same by itself.
 
     Example: qvlm trace path/to/model > my_family.py
     """
-    from qvlm_plugin.models.loading import open_checkpoint
     from qvlm_plugin.models.placement import empty_model
-    from qvlm_plugin.tracing.source import written
-    from qvlm_plugin.tracing.trace import traced
+    from qvlm_plugin.tracing.source import python_source
+    from qvlm_plugin.tracing.trace import open_with_topology
 
-    checkpoint = traced(open_checkpoint(resolve_demo(model), revision=revision, conv=conv))
-    typer.echo(written(checkpoint.topology, empty_model(checkpoint.config)), nl=False)
+    checkpoint = open_with_topology(resolve_demo(model), "traced", revision=revision, conv=conv)
+    typer.echo(python_source(checkpoint.topology, empty_model(checkpoint.config)), nl=False)

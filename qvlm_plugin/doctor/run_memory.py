@@ -1,4 +1,4 @@
-"""The memory that a run of a grid takes, computed from the shapes of the model; no weight is loaded for it."""
+"""The memory that a run of a grid needs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,26 +6,24 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from qvlm_plugin import plugins
 from qvlm_plugin.calibration import parse_sources
-from qvlm_plugin.demo import resolve_demo
-from qvlm_plugin.doctor.space import HEADROOM, needs_of
-from qvlm_plugin.methods.peak import Setting, Shapes, peaks
-from qvlm_plugin.models.loading import open_checkpoint
-from qvlm_plugin.models.placement import default_device, empty_model
+from qvlm_plugin.doctor.needs import open_skeleton, search_peaks, weight_needs
+from qvlm_plugin.doctor.space import HEADROOM
+from qvlm_plugin.methods.peak import Setting
+from qvlm_plugin.models.placement import default_device
 from qvlm_plugin.plan_request import PlanRequest
 
 TOKENS = 600
-"""Tokens of the longest calibration sample, which nobody knows before it is read."""
+"""Assumed tokens of the longest calibration sample, which is unknown before samples are read."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at most.
+    """Maximum bytes.
 
     Attributes:
-        evaluation: of the weights and what runs beside them, by `HEADROOM`.
-        search: of finding the plan, by `methods.peak`; 0 where there is nothing to find.
+        evaluation: the weights times `HEADROOM`.
+        search: the peak of the plan's search; 0 without a search.
     """
 
     evaluation: float
@@ -33,29 +31,26 @@ class Memory:
 
 
 def run_memory(arguments: Mapping[str, str], request: PlanRequest) -> Memory:
-    """What a run takes where the model runs.
+    """The memory of a run on the model's device.
 
     Args:
-        arguments: of the model, by name.
-        request: what is searched for it.
+        arguments: the model's arguments by name.
+        request: the plan to search for it.
 
     Raises:
-        QVLMError: the checkpoint cannot be read.
+        QVLMError: see `open_skeleton`.
     """
-    source, revision = resolve_demo(arguments["pretrained"]), arguments.get("revision")
-    config = open_checkpoint(source, revision=revision).config
-    element = _element(config, arguments.get("dtype", "auto"))
-    needs = needs_of(source, revision, request.scheme)
+    named = {name: arguments[name] for name in ("pretrained", "revision", "topology") if name in arguments}
+    skeleton = open_skeleton(named)
+    element = _element(skeleton.config, arguments.get("dtype", "auto"))
+    needs = weight_needs(skeleton, request.scheme)
     packed = arguments.get("backend", "reference") != "reference" and request.method.name != "none"
     weights = needs.packed if packed else needs.full * element / 2
     search = 0.0
     if request.needs_calibration:
         samples = sum(one.count for one in parse_sources(arguments["calibration"]))
-        where = default_device().type != "cpu"
-        setting = Setting(samples, TOKENS, element=element, accelerator=where)
-        shapes = Shapes.of(empty_model(config), plugins.topology(config))
-        found = peaks(shapes, request.method, request.scheme, request.options, setting)
-        search = float(max((peak.bytes for peak in found), default=0))
+        setting = Setting(samples, TOKENS, element=element, accelerator=default_device().type != "cpu")
+        search = float(max((peak.bytes for peak in search_peaks(skeleton, request, setting)), default=0))
     return Memory(weights * HEADROOM, search)
 
 

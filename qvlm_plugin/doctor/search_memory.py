@@ -1,37 +1,33 @@
-"""The memory that a search takes on the model's device, computed by `qvlm_plugin.methods.peak` without a search."""
+"""The memory that a search needs on the model's device, computed without a search."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from qvlm_plugin import plugins
-from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.doctor.finding import Finding, Status
+from qvlm_plugin.doctor.needs import open_skeleton, search_peaks
 from qvlm_plugin.methods.footprint import Footprint
-from qvlm_plugin.methods.peak import Peak, Setting, Shapes, peaks
-from qvlm_plugin.models.loading import open_checkpoint
-from qvlm_plugin.models.placement import empty_model
+from qvlm_plugin.methods.peak import Peak, Setting
 from qvlm_plugin.plan_request import PlanRequest
 
 
-def check_search_memory(
-    pretrained: str, revision: str | None, request: PlanRequest, samples: int, tokens: int
-) -> list[Finding]:
+def check_search_memory(opening: Mapping[str, Any], request: PlanRequest, samples: int, tokens: int) -> list[Finding]:
     """The peak memory of a search in 16 bits, by step; also with caches on the CPU, and with offloaded weights.
 
     Args:
-        pretrained, revision: a checkpoint, of which only the small files are read.
+        opening: of a checkpoint, see `open_skeleton`; only its small files are read.
         request: the method, its options and the scheme.
-        samples: of the calibration set.
-        tokens: of the longest sample, including image and answer.
+        samples: number of calibration samples.
+        tokens: tokens of the longest sample, including image and answer.
 
     Raises:
         QVLMError: the checkpoint cannot be read.
     """
-    config = open_checkpoint(resolve_demo(pretrained), revision=revision).config
-    shapes = Shapes.of(empty_model(config), plugins.topology(config))
+    skeleton = open_skeleton(opening)
 
     def found(footprint: Footprint, offloaded: bool = False) -> list[Peak]:
-        setting = Setting(samples, tokens, offloaded=offloaded, footprint=footprint)
-        return peaks(shapes, request.method, request.scheme, request.options, setting)
+        return search_peaks(skeleton, request, Setting(samples, tokens, offloaded=offloaded, footprint=footprint))
 
     steps, on_cpu = found(Footprint()), found(Footprint(caches_on_cpu=True))
     if not steps:

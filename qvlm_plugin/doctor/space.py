@@ -1,76 +1,43 @@
 """Compare free disk space and memory with the needs of a model."""
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from qvlm_plugin import plugins
 from qvlm_plugin.cache import cache_root
 from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.doctor.finding import Finding, Status
+from qvlm_plugin.doctor.needs import Needs, open_skeleton, weight_needs
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.options import MethodOptions
-from qvlm_plugin.models.loading import open_checkpoint
-from qvlm_plugin.models.placement import empty_model
-from qvlm_plugin.scheme import UNQUANTIZED, Scheme
-from qvlm_plugin.topology import resolve
+from qvlm_plugin.scheme import Scheme
 
 FOR_PLANS = 1e9
 """Rough upper limit of the disk space of plans and of the steps of an unfinished search, in bytes."""
 
 HEADROOM = 1.2
-"""Rough ratio of a running model's memory to that of its weights. `qvlm_plugin.doctor.search_memory` computes that of a
-search."""
+"""Rough ratio of a running model's memory to that of its weights; for searches see `needs.search_peaks`."""
 
 
-@dataclass(frozen=True)
-class Needs:
-    """Bytes of a model's weights.
+def check_space(opening: Mapping[str, Any] | None, scheme: Scheme) -> list[Finding]:
+    """Findings on memory and disk space, compared with the needs of a checkpoint if one is given.
 
-    Attributes:
-        full: in 16 bits, as for a search and ``backend=reference``.
-        packed: with ``backend=packed``.
+    Args:
+        opening: of the checkpoint, see `open_skeleton`.
+        scheme: for the size of packed weights.
     """
-
-    full: float
-    packed: float
-
-
-def needs_of(pretrained: str, revision: str | None, scheme: Scheme) -> Needs:
-    """The size of a checkpoint's weights, computed from its small files.
-
-    Raises:
-        QVLMError: it cannot be read, its family is not supported, or its prompts do not fit the model.
-    """
-    config = open_checkpoint(pretrained, revision=revision).config
-    topology = plugins.topology(config)
-    model = empty_model(config)
-    full = sum(parameter.numel() for parameter in model.parameters()) * 2
-    packed, options = full, MethodOptions()
-    for site in resolve(topology, model):
-        bits = getattr(scheme, site.part).weight
-        if bits != UNQUANTIZED:
-            stored = options.weight_format(4 if bits <= 4 else 8)  # packed kernels have 4 and 8 bits only
-            for name in site.linears:
-                weight = model.get_submodule(name).weight
-                packed -= weight.numel() * (UNQUANTIZED - stored.effective_bits(tuple(weight.shape))) / 8
-    return Needs(full, packed)
-
-
-def check_space(pretrained: str | None, revision: str | None, scheme: Scheme) -> list[Finding]:
-    """Findings on memory and disk space, compared with the needs of a checkpoint where one is given."""
     needs, findings = None, []
-    if pretrained is not None:
+    if opening is not None:
         try:
-            pretrained = resolve_demo(pretrained)
-            needs = needs_of(pretrained, revision, scheme)
+            opening = {**opening, "pretrained": resolve_demo(opening["pretrained"])}
+            needs = weight_needs(open_skeleton(opening), scheme)
         except QVLMError as error:
             findings = [Finding("checkpoint", Status.FAIL, str(error), "choose another with --pretrained")]
-    download = pretrained is not None and not Path(pretrained).is_dir()
+    download = opening is not None and not Path(opening["pretrained"]).is_dir()
     return [*findings, *check_memory(needs), *check_disk(needs, download)]
 
 

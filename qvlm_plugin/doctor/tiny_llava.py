@@ -28,8 +28,8 @@ def byte_tokenizer(*more_specials: str, **named: str) -> PreTrainedTokenizerFast
     """A tokenizer with <pad>, <s>, </s>, <image>, more special tokens, and a token for each byte.
 
     Args:
-        more_specials: in this order.
-        named: special tokens that a processor looks up by attribute, as ``boi_token="<begin>"``.
+        more_specials: further special tokens, in this order.
+        named: special tokens that a processor accesses as attributes, as ``boi_token="<begin>"``.
     """
     specials = ["<pad>", "<s>", "</s>", "<image>", *more_specials]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

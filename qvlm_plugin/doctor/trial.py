@@ -83,7 +83,7 @@ def _write(folder: Path) -> None:
 def _environment(folder: Path) -> dict[str, str]:
     """Environment variables: offline, all caches in ``folder``, and absolute paths in PYTHONPATH.
 
-    The run's working directory is another one, in which relative paths would not find this process's packages.
+    Paths are absolute because the run has another working directory.
     """
     paths = os.environ.get("PYTHONPATH")
     overlays = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))} if paths else {}
@@ -113,7 +113,7 @@ def _failure(outcome: Outcome) -> Finding:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """While active, transformers shows no progress bars."""
+    """Disables transformers' progress bars for its body."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,1 +1,1 @@
-"""The plugin's side that lmms-eval sees: registration, model wrapper, calibration from tasks, provenance of results."""
+"""The interface to lmms-eval: registration, model wrapper, calibration from tasks, provenance of results."""

@@ -1,7 +1,7 @@
-"""What ``--model_args`` may say.
+"""The arguments in ``--model_args``.
 
-lmms-eval hands values over as it guesses their types: ``true`` is a bool, ``8`` an int, ``1.0`` a float, ``None`` the
-text "None". Everything is validated here, once; keys that are not listed are options of the quantization method.
+lmms-eval guesses the types of values: ``true`` becomes a bool, ``8`` an int, ``1.0`` a float, ``None`` the text "None".
+All values are validated here, once. Names not listed are options of the quantization method.
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ from qvlm_plugin.models.dtypes import DTYPES
 from qvlm_plugin.models.prompts import PROMPT_FORMATS, prompt_format
 
 _OF_THE_SEARCH = ("method", "scheme", "calibration", "images", "seed", "cache")
-"""Arguments that a saved plan makes meaningless."""
+"""Arguments that cannot be combined with a saved plan."""
 
 
 class ModelArguments(BaseModel):
     """The arguments of ``--model qvlm``.
 
-    Excluded ones are not written in ``--model_args``: they are lmms-eval's own options, which it hands over.
+    Excluded fields are not written in ``--model_args``: lmms-eval passes them from its own options.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -32,26 +32,28 @@ class ModelArguments(BaseModel):
     pretrained: str = Field(description="checkpoint folder, hub id, or 'demo' for the embedded small model")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     dtype: str = Field("auto", description=f"compute type: {', '.join(DTYPES)}")
-    device: str | None = Field(None, description="cpu, cuda, cuda:1; the accelerator if there is one by default")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1; default: the accelerator if there is one")
     device_map: str | None = Field(None, description="auto spreads the model over all devices")
     attn_implementation: str | None = Field(None, description="eager, sdpa, flash_attention_2")
     trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
     conv: str | None = Field(
-        None, description=f"prompt format instead of the checkpoint's: {', '.join(PROMPT_FORMATS)}"
+        None, description=f"prompt format, by default the checkpoint's: {', '.join(PROMPT_FORMATS)}"
     )
-    router_noise_seed: int | None = Field(None, ge=0, description="seed of noise in the choice of experts; MoE-LLaVA")
+    router_noise_seed: int | None = Field(None, ge=0, description="seed of noise in the choice of experts (MoE-LLaVA)")
     image_aspect_ratio: str | None = Field(
-        None, description="square or pad instead of the checkpoint's; LLaVA's own layout"
+        None, description="square or pad, by default the checkpoint's (LLaVA's own layout)"
     )
     topology: Literal["described", "traced"] = Field(
-        "described", description="traced finds the model's parts by a run, for a family without a description"
+        "described", description="traced finds the parts by running the model, for families that are not described"
     )
     method: str = Field("none", description="quantization method")
     scheme: str = Field("w4a4", description="bit widths, for example w4a4+vision:w8a8")
     plan: Path | None = Field(None, description="folder of a saved rounding plan, instead of method and scheme")
-    calibration: str | None = Field("scienceqa:train:64", description="task:split:n or file.json:n, joined by +")
+    calibration: str | None = Field(
+        "scienceqa:train:64", description="task:split:n or file.json:n; several are joined by +"
+    )
     images: Path | None = Field(None, description="folder of the images that calibration files name")
-    seed: int = Field(0, ge=0, description="of the calibration draw and the search")
+    seed: int = Field(0, ge=0, description="seed of the calibration draw and the search")
     cache: Path | None = Field(
         default_factory=lambda: cache_root() / "plans",
         description="folder of searched plans, by default in $QVLM_CACHE or ~/.cache/qvlm_plugin; none: search again",
@@ -59,18 +61,18 @@ class ModelArguments(BaseModel):
     backend: str = Field(
         "reference", description="arithmetic of the plan: auto, packed, reference or one kernel's name"
     )
-    strict: bool = Field(False, description="falling back to the reference arithmetic is an error")
-    allow_overlap: bool = Field(False, description="evaluate even documents that were calibrated on")
+    strict: bool = Field(False, description="fail if a Linear would fall back to the reference arithmetic")
+    allow_overlap: bool = Field(False, description="allow evaluating documents that were calibrated on")
     batch_size: int = Field(1, ge=1, exclude=True, description="documents per forward pass")
-    max_new_tokens: int = Field(32, ge=1, description="answer length for tasks that set none")
-    system_prompt: str | None = Field(None, description="text, or a file with the text, of a system message")
+    max_new_tokens: int = Field(32, ge=1, description="maximum answer length for tasks that set none")
+    system_prompt: str | None = Field(None, description="a system message, as text or as a file with the text")
 
     @field_validator(
         "revision", "device", "device_map", "attn_implementation", "plan", "calibration", "images", "cache",
         "system_prompt", "conv", "router_noise_seed", "image_aspect_ratio", mode="before",
     )  # fmt: skip
     @classmethod
-    def _none_is_a_word(cls, value: object) -> object:
+    def _parse_none(cls, value: object) -> object:
         return None if isinstance(value, str) and value.lower() == "none" else value
 
     @property
@@ -80,18 +82,18 @@ class ModelArguments(BaseModel):
 
 
 def merge_arguments(text: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's arguments from ``--model_args`` and those that lmms-eval has options for.
+    """Combine ``--model_args`` with lmms-eval's own options.
 
     Args:
-        text: of ``--model_args``.
-        options: ``batch_size``, ``max_batch_size`` and ``device``; None where the option was not given.
+        text: the arguments in ``--model_args``.
+        options: ``batch_size``, ``max_batch_size`` and ``device``; None if the option was not given.
 
     Raises:
-        QVLMError: one is given in both ways, or in the one that it does not go.
+        QVLMError: an argument is given twice, or as an option or argument that is not allowed.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if "max_batch_size" in given:
-        raise QVLMError("--max_batch_size is for a batch size that is found automatically; write --batch_size 8")
+        raise QVLMError("--max_batch_size is not supported: no batch size is searched; write --batch_size 8")
     if "batch_size" in text:
         raise QVLMError(f"batch_size is an option of lmms-eval: write --batch_size {text['batch_size']}")
     if "device" in text and "device" in given:
@@ -119,8 +121,8 @@ def parse_arguments(values: Mapping[str, Any]) -> ModelArguments:
         prompt_format(arguments.conv)
     if arguments.device_map == "offload":
         raise QVLMError(
-            "device_map='offload' is for searching, which leaves the model as it was; write the plan with qvlm search "
-            "--device_map offload and evaluate it with plan=DIR"
+            "device_map='offload' works only for searches; write the plan with qvlm search --device_map offload and "
+            "evaluate it with plan=DIR"
         )
     if arguments.plan is not None:
         named = [name for name in (*_OF_THE_SEARCH, *arguments.options) if name in values]
@@ -130,22 +132,22 @@ def parse_arguments(values: Mapping[str, Any]) -> ModelArguments:
 
 
 def written_arguments() -> dict[str, FieldInfo]:
-    """What ``--model_args`` may name, options of methods apart."""
+    """Fields that ``--model_args`` may contain, without options of methods."""
     return {name: field for name, field in ModelArguments.model_fields.items() if not field.exclude}
 
 
 def check_stored(arguments: ModelArguments, backend: str) -> None:
-    """Check that nothing is asked of a quantized checkpoint that was settled when it was exported.
+    """Check that the arguments do not contradict a quantized checkpoint.
 
     Args:
-        arguments: of the model.
-        backend: that the checkpoint was exported with.
+        arguments: the model's arguments.
+        backend: the checkpoint's backend.
 
     Raises:
-        QVLMError: an argument is about quantizing, or names another arithmetic.
+        QVLMError: an argument concerns quantization, or names another arithmetic.
     """
-    settled = {"scheme", "plan", "calibration", "images", *arguments.options}
-    named = sorted(arguments.model_fields_set & settled)
+    fixed = {"scheme", "plan", "calibration", "images", *arguments.options}
+    named = sorted(arguments.model_fields_set & fixed)
     if arguments.method != "none":
         named = ["method", *named]
     if "backend" in arguments.model_fields_set and arguments.backend not in ("auto", "packed", backend):
@@ -164,7 +166,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"{name}= is missing: {description}"
     if problem["type"] in ("string_type", "path_type") and isinstance(value, int | float):
         return (
-            f"{name}={value!r}: lmms-eval reads this value as a number; it must be text ({description}), "
-            "so a folder is written as ./NAME and a revision as its full commit hash"
+            f"{name}={value!r}: lmms-eval reads this value as a number; it must be text ({description}); "
+            "write a folder as ./NAME and a revision as its full commit hash"
         )
     return f"{name}={value!r}: {problem['msg'].lower()} ({description})"

@@ -1,4 +1,4 @@
-"""Whether lmms-eval sees this package, and what it needs to evaluate with it; for `qvlm doctor`."""
+"""Checks of `qvlm doctor`: whether lmms-eval finds this package, its tasks and their data."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ def check_registration() -> list[Finding]:
             payload = entry.load()
             if callable(payload):
                 payload()
-        except Exception as error:  # whatever another package does
+        except Exception as error:  # another package may raise anything
             owner = entry.dist.name if entry.dist else "unknown"
             broken.append(
                 (owner, f"entry point {entry.name} of package {owner} raises {type(error).__name__}: {error}")
@@ -49,7 +49,7 @@ def check_registration() -> list[Finding]:
 
 
 def check_tasks(names: Sequence[str]) -> list[Finding]:
-    """Whether the package's own tasks are known by name, and for each of ``names`` whether its data can be read."""
+    """Whether lmms-eval finds the package's own tasks by name, and the data of each task in ``names``."""
     tasks.install()
     with contextlib.redirect_stdout(io.StringIO()):
         manager = TaskManager("ERROR")
@@ -72,7 +72,7 @@ def _check_data(manager: TaskManager, name: str) -> Finding:
     path = config["dataset_path"]
     if Path(path).is_dir():
         stand_in = " (stand-in data)" if (Path(path) / "stand_in.json").is_file() else ""
-        return Finding(subject, Status.OK, f"{path}: a folder here{stand_in}")
+        return Finding(subject, Status.OK, f"{path}: a folder in the working directory{stand_in}")
     try:
         CachedDatasetModuleFactory(path).get_module()
     except (FileNotFoundError, ValueError):

@@ -1,7 +1,7 @@
-"""Scores of single documents, for tasks that log records of them, which say what was answered but not what it is worth.
+"""Add scores of single documents to tasks that log records without one.
 
-lmms-eval's MMMU and SEED-Bench make their score from all records at once. Paired tests need each document's, and
-lmms-eval's own look for it in a record's ``score``.
+lmms-eval's MMMU and SEED-Bench compute their score from all records at once. Paired tests need each document's score;
+lmms-eval's own tests look for it in a record's ``score``.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from lmms_eval.api.task import ConfigurableTask
 from qvlm_plugin.harness.host import wrap_once
 
 SINGLY = frozenset({"mmmu_acc", "seed_all", "seed_image", "seed_video"})
-"""Metrics whose aggregation of one record is that document's score, and does nothing else but print."""
+"""Metrics whose aggregation of a single record is that document's score, with no side effect except printing."""
 
 _PRINTING = Lock()
 
 
 def install() -> None:
-    """Let records of these metrics have a score. Repeating it changes nothing."""
+    """Add scores to the records of these metrics. Idempotent."""
     wrap_once(ConfigurableTask, "process_results", _scoring_records)
 
 

@@ -1,9 +1,8 @@
-"""The harness's generation arguments, in transformers' terms, and stop strings.
+"""Translate the harness's generation arguments to transformers', and stop at strings.
 
-Decoding is greedy, and nothing else steers it, unless a task (``generation_kwargs``) or the user (``--gen_kwargs``)
-asks for more. ``do_sample=True``, or a temperature above 0 without ``do_sample=False``, asks for sampling; a
-temperature of 0 always means greedy. A checkpoint's generation_config.json says only which tokens begin, end and pad a
-text.
+Decoding is plain and greedy unless a task (``generation_kwargs``) or the user (``--gen_kwargs``) sets something else.
+``do_sample=True``, or a temperature above 0 without ``do_sample=False``, selects sampling; a temperature of 0 always
+means greedy. Of a checkpoint's generation_config.json only the begin, end and padding tokens are used.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,18 +19,18 @@ _ALIASES = {"max_gen_toks": "max_new_tokens", "max_tokens": "max_new_tokens"}
 _STOP_KEYS = ("until", "stop_sequences", "stop_strings")
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _WITH_PROMPT = {"max_length": "max_new_tokens", "min_length": "min_new_tokens"}
-_NOT_FOR_US = ("image_aspect_ratio",)
-"""What task definitions set for other models' image processing."""
+_IGNORED = ("image_aspect_ratio",)
+"""Arguments that task definitions set for other models' image processing."""
 
 Texts = str | list[str]
 Tokens = list[int]
 
 
 class _Allowed(BaseModel):
-    """What a task may ask for: stop strings under three names, a seed, and fields of transformers' GenerationConfig.
+    """Arguments that a task may set: stop strings (three names), a seed, and fields of transformers' GenerationConfig.
 
-    Those that say how ``generate`` returns answers, pads, or gets more than one token a step are not among them; nor
-    are those that count the prompt with its padding, by which an answer would depend on the batch it is in.
+    Fields that change what ``generate`` returns, padding, or the number of tokens per step are not allowed; nor are
+    lengths that include the prompt and its padding, which would make an answer depend on its batch.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -73,13 +72,13 @@ class _Allowed(BaseModel):
 
 @dataclass(frozen=True)
 class Generation:
-    """How to generate one group of answers.
+    """How to generate a group of answers.
 
     Attributes:
-        arguments: of transformers' ``generate``.
-        stops: strings that end an answer; neither they nor what follows belongs to it.
-        skip_special_tokens: whether special tokens are left out of the answer.
-        seed: of sampling; None continues the harness's random state.
+        arguments: arguments of transformers' ``generate``.
+        stops: strings that end an answer; an answer is cut before them.
+        skip_special_tokens: whether to leave special tokens out of the answer.
+        seed: seed of sampling; None continues the harness's random state.
     """
 
     arguments: Mapping[str, Any]
@@ -89,12 +88,12 @@ class Generation:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All of it, as JSON data for the results."""
+        """All settings as JSON data for the results."""
         more = {"until": list(self.stops), "skip_special_tokens": self.skip_special_tokens, "seed": self.seed}
         return {**self.arguments, **more}
 
     def cut(self, text: str) -> str:
-        """The text up to the first stop string."""
+        """The text before the first stop string."""
         return text[: min([found for stop in self.stops if (found := text.find(stop)) >= 0], default=len(text))]
 
 
@@ -104,9 +103,9 @@ def read_generation(
     """Translate the generation arguments of ``task``; answers end at ``stops_of_model`` too.
 
     Raises:
-        QVLMError: an argument is not known, has a value of another kind, or asks for more than one answer.
+        QVLMError: an argument is unknown, has a value of the wrong type, or requests more than one answer.
     """
-    given = {_ALIASES.get(name, name): value for name, value in given.items() if name not in _NOT_FOR_US}
+    given = {_ALIASES.get(name, name): value for name, value in given.items() if name not in _IGNORED}
     given = {name: value for name, value in given.items() if value is not None and value != "None"}
     try:
         arguments = _Allowed.model_validate(given).model_dump(exclude_unset=True)
@@ -118,12 +117,12 @@ def read_generation(
         stops += [value] if isinstance(value, str) else value
     skip_special_tokens, seed = arguments.pop("skip_special_tokens", True), arguments.pop("seed", None)
     temperature = arguments.get("temperature")
-    samples = arguments.get("do_sample", bool(temperature)) and temperature != 0
-    if not samples:
+    sampling = arguments.get("do_sample", bool(temperature)) and temperature != 0
+    if not sampling:
         arguments = {name: value for name, value in arguments.items() if name not in _SAMPLING_KEYS}
     arguments.setdefault("max_new_tokens", default_max_new_tokens)
     return Generation(
-        {**arguments, "do_sample": bool(samples)}, tuple(stop for stop in stops if stop), skip_special_tokens, seed
+        {**arguments, "do_sample": bool(sampling)}, tuple(stop for stop in stops if stop), skip_special_tokens, seed
     )
 
 
@@ -131,27 +130,27 @@ def _explain(error: ValidationError) -> str:
     problem = error.errors()[0]
     name, value = problem["loc"][0], problem["input"]
     if name in _WITH_PROMPT:
-        return f"{name} counts the prompt and its padding too, which differs between batches; use {_WITH_PROMPT[name]}"
+        return f"{name} includes the prompt and its padding, which depends on the batch; use {_WITH_PROMPT[name]}"
     if problem["type"] == "extra_forbidden":
         return f"unknown generation argument {name}; allowed are {', '.join(_Allowed.model_fields)}"
     if name in _STOP_KEYS:
         return f"generation argument {name}={value!r} is neither a text nor a list of texts"
     if name == "num_return_sequences":
-        return "num_return_sequences must be 1; --repeats asks a question several times"
+        return "num_return_sequences must be 1; use --repeats to repeat a question"
     return f"generation argument {name}={value!r} is not allowed: {problem['msg'].lower()}"
 
 
 class StopAtText(StoppingCriteria):
-    """Ends a row of a batch once its new text holds a stop string.
+    """Ends a row of a batch once its generated text contains a stop string.
 
-    transformers' own stop strings also match text that began in the prompt; this looks at generated tokens only.
+    transformers' own stop strings also match text that begins in the prompt; this checks generated tokens only.
     """
 
     def __init__(self, stops: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> None:
         self._stops = stops
         self._tokenizer = tokenizer
         self._start = prompt_length
-        # A token adds at least one byte, so a stop string that has just ended lies within so many last tokens.
+        # A token adds at least one byte, so a stop string that has just ended lies within this many last tokens.
         self._window = max(len(stop.encode()) for stop in stops) + 4
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:

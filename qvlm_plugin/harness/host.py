@@ -1,6 +1,6 @@
-"""Where lmms-eval offers no hook, and where versions of it and of its data library differ.
+"""Patches where lmms-eval has no hook, and differences between versions of lmms-eval and datasets.
 
-README.md has the table of versions that are tested.
+README.md lists the tested versions.
 """
 
 import functools
@@ -15,7 +15,7 @@ from qvlm_plugin.errors import QVLMError
 
 
 def wrap_once(owner: type | ModuleType, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-    """Replace ``owner.name`` by what ``wrapper`` makes of it. Repeating it changes nothing."""
+    """Replace ``owner.name`` by ``wrapper(owner.name)``. Idempotent."""
     original = getattr(owner, name)
     wrappers = getattr(original, "wrapped_by_qvlm", ())
     if wrapper not in wrappers:
@@ -25,15 +25,15 @@ def wrap_once(owner: type | ModuleType, name: str, wrapper: Callable[[Callable],
 
 
 def takes_losses(process_results: Callable) -> bool:
-    """Whether this method of lmms-eval's tasks takes the choice of the lowest number for the likeliest, as 0.7 does."""
+    """Whether this method of lmms-eval's tasks picks the choice with the lowest number, as 0.7 does."""
     return "np.argmin(lls)" in inspect.getsource(process_results)
 
 
 def set_response_key(cache: Any, key: str) -> None:
-    """Let lmms-eval's response cache tell models apart by ``key``, a hash.
+    """Set the hash by which lmms-eval's response cache distinguishes models.
 
     Raises:
-        QVLMError: this version's cannot.
+        QVLMError: this version of lmms-eval has no such hash.
     """
     if not hasattr(cache, "_model_fingerprint_hash"):
         raise QVLMError("--use_cache does not work with this version of lmms-eval; leave it out")
@@ -41,12 +41,12 @@ def set_response_key(cache: Any, key: str) -> None:
 
 
 def require_whole_images() -> None:
-    """Let truncated images be errors: lmms-eval has Pillow fill them up with grey, in every task."""
+    """Make truncated images errors: lmms-eval configures Pillow to fill them with grey, for every task."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
 def answers_of(column: Any) -> list[str]:
-    """Several people's answers: a list of texts or records, or, by some versions of datasets, a record of lists."""
+    """Annotators' answers from a list of texts or records or, in some versions of datasets, a record of lists."""
     if isinstance(column, Mapping):
         column = column["answer"]
     return [answer["answer"] if isinstance(answer, Mapping) else answer for answer in column]

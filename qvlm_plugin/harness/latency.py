@@ -1,4 +1,4 @@
-"""How long an answer takes: until its first token is there, and for each token after that."""
+"""Latency of answers: time to the first token, and time per further token."""
 
 import time
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from transformers import StoppingCriteria
 
 
 class FirstToken(StoppingCriteria):
-    """Notes when a batch has its first tokens. It ends nothing.
+    """Records when a batch has its first tokens. Never stops generation.
 
     Attributes:
         time: of `time.perf_counter`, in seconds; None before the first token.
     """
 
     def __init__(self) -> None:
-        """Start without a token."""
+        """Start without a time."""
         self.time: float | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -33,12 +33,12 @@ class FirstToken(StoppingCriteria):
 
 @dataclass(frozen=True)
 class Latency:
-    """What the requests of one batch waited.
+    """Latency of the requests of one batch.
 
     Attributes:
-        requests: how many there are.
+        requests: their number.
         first_token: seconds from texts and images to the first token.
-        per_token: seconds for each further token, which comes for all requests at once; None where there is none.
+        per_token: seconds per further token, the same for all requests; None without further tokens.
     """
 
     requests: int
@@ -47,13 +47,19 @@ class Latency:
 
     @classmethod
     def of(cls, requests: int, times: tuple[float, float, float], tokens: int) -> "Latency":
-        """Of a batch by when it started, had its first tokens and ended, and by the tokens of its longest answer."""
+        """The latency of a batch.
+
+        Args:
+            requests: their number.
+            times: seconds at the start, at the first tokens and at the end.
+            tokens: tokens of the longest answer.
+        """
         start, first, end = times
         return cls(requests, first - start, (end - first) / (tokens - 1) if tokens > 1 else None)
 
 
 def summary(batches: Sequence[Latency]) -> dict[str, Any] | None:
-    """Mean, median and 90th percentile over requests, in seconds; None where nothing was generated."""
+    """Mean, median and 90th percentile over requests, in seconds; None if nothing was generated."""
     if not batches:
         return None
     counts = [one.requests for one in batches]

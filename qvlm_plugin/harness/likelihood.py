@@ -1,8 +1,8 @@
-"""Scoring by likelihood: what a model returns, and the repairs that lmms-eval needs to use it.
+"""Scoring by likelihood: the model's result, and fixes of lmms-eval that it needs.
 
-In lmms-eval 0.7.3 no model can be scored by likelihood: its evaluator turns every answer that is not a text into one.
-And its multiple-choice scorer takes the choice with the lowest number, because its own models return losses where its
-interface asks for log-probabilities. Both are mended here for results of this package's models, known by their type.
+In lmms-eval 0.7.3 no model can be scored by likelihood: the evaluator converts every answer to a text. And the
+multiple-choice scorer picks the choice with the lowest number, because lmms-eval's own models return losses where the
+interface specifies log-probabilities. Both are fixed here for results of this package's models, recognized by type.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,14 @@ from qvlm_plugin.harness.host import takes_losses, wrap_once
 
 
 class Likelihood(NamedTuple):
-    """How likely a continuation is: its natural log-probability, and whether greedy decoding would produce it."""
+    """A continuation's natural log-probability, and whether greedy decoding would produce it."""
 
     log_probability: float
     is_greedy: bool
 
 
 def install() -> None:
-    """Let lmms-eval score likelihoods. Repeating it changes nothing."""
+    """Make lmms-eval score likelihoods. Idempotent."""
     wrap_once(evaluator, "unwrap_generation_output", _keeping_likelihoods)
     wrap_once(ConfigurableTask, "process_results", _scoring_likelihoods)
 

@@ -1,4 +1,4 @@
-"""The payload of the entry point ``lmms_eval.models``: what makes ``--model qvlm`` known to the harness."""
+"""The payload of the entry point ``lmms_eval.models``, by which the harness finds ``--model qvlm``."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -8,19 +8,19 @@ if TYPE_CHECKING:
 
 MODEL_ID = "qvlm_llava"
 MODEL_IDS = ("qvlm", MODEL_ID)
-"""Names of one and the same model: any of them runs every family."""
+"""Names of the same model; both run every family."""
 
 
 def manifests() -> "list[ModelManifest]":
-    """The models this package adds to lmms-eval; where an evaluation is about to begin, its tasks too.
+    """The models that this package adds to lmms-eval. Before an evaluation, also adds its tasks.
 
-    Imports nothing heavy and never raises: one entry point that raises hides the models of every plugin.
+    Imports nothing slow and never raises: an entry point that raises hides the models of every plugin.
     """
     try:
         from lmms_eval.models.registry_v2 import ModelManifest
     except ImportError:  # an lmms-eval without this registry cannot use a manifest either
         return []
-    if "lmms_eval.evaluator" in sys.modules:  # it imports the task manager anyway; a list of models does not
+    if "lmms_eval.evaluator" in sys.modules:  # which imports the task manager anyway; listing models does not
         _install_tasks()
     return [
         ModelManifest(
@@ -38,5 +38,5 @@ def _install_tasks() -> None:
 
         tasks.install()
         refused_options.install_with_tasks()
-    except Exception as error:  # with another lmms-eval; --include_path still finds them
+    except Exception as error:  # another version of lmms-eval; --include_path still finds the tasks
         print(f"qvlm_plugin: its tasks need --include_path with this lmms-eval: {error!r}", file=sys.stderr)

@@ -1,6 +1,6 @@
-"""The processes of one evaluation, as torchrun or accelerate started them.
+"""The processes of one evaluation, started by torchrun or accelerate.
 
-Asked of torch.distributed rather than of accelerate, which reports a single process under torchrun on CPU.
+Uses torch.distributed, because accelerate reports a single process under torchrun on CPU.
 """
 
 import atexit
@@ -15,17 +15,17 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's number."""
-    return distributed.get_rank() if _several() else 0
+    """This process's rank."""
+    return distributed.get_rank() if _is_distributed() else 0
 
 
 def count() -> int:
-    """How many processes there are."""
-    return distributed.get_world_size() if _several() else 1
+    """Number of processes."""
+    return distributed.get_world_size() if _is_distributed() else 1
 
 
 def gather(value: T) -> list[T]:
-    """Every process's value, in order of rank, in every process. All must call it."""
+    """The values of all processes in order of rank. Every process must call it."""
     values = [value] * count()
     if len(values) > 1:
         distributed.all_gather_object(values, value)
@@ -34,9 +34,9 @@ def gather(value: T) -> list[T]:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """Let the first process finish the block before the others enter it, so that they find what it cached.
+    """Run the body in the first process before the others, so that they find what it cached.
 
-    The others also go on when it fails; they then meet the same error themselves.
+    If it fails, the others continue and meet the same error.
     """
     if rank() > 0:
         distributed.barrier()
@@ -49,10 +49,10 @@ def first_process_first() -> Iterator[None]:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Make a failure of one process the end of all; also usable as a decorator.
+    """Stop all processes if one fails; also usable as a decorator.
 
-    lmms-eval catches exceptions and lets the process end as if all were well, while the others wait for it at the next
-    barrier. A failing exit code makes torchrun stop them.
+    lmms-eval catches exceptions and exits with 0, while the other processes wait at the next barrier. A nonzero exit
+    code makes torchrun stop them.
     """
     try:
         yield
@@ -64,19 +64,18 @@ def failing_together() -> Iterator[None]:
 
 
 def leave_at_exit() -> None:
-    """End this process's part in the group before the interpreter shuts down.
+    """Leave the process group before the interpreter shuts down.
 
-    Nobody else does; a process that still has gloo's threads then may abort, whereupon torchrun stops the others while
-    they write the results.
+    Otherwise gloo's threads may abort the process, and torchrun then stops the others while they write the results.
     """
     if count() > 1:
         atexit.register(_leave)
 
 
 def _leave() -> None:
-    if _several():
+    if _is_distributed():
         distributed.destroy_process_group()
 
 
-def _several() -> bool:
+def _is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()

@@ -1,8 +1,8 @@
-"""What a result rests on: written as ``qvlm`` at the top level of every results JSON.
+"""Provenance of results, written as ``qvlm`` at the top level of every results JSON.
 
-lmms-eval has no hook for information about a model. Two of its functions are therefore wrapped, once per process and
-without any state of their own: the run's record travels through the harness's own list of logged metrics, which it
-empties at the start of each evaluation, so a record can never end up in another run's results.
+lmms-eval has no hook for information about a model, so two of its functions are wrapped, once per process. The wrappers
+have no state: the run's record is passed in the harness's list of logged metrics, which is cleared at the start of each
+evaluation, so a record cannot end up in another run's results.
 """
 
 import hashlib
@@ -52,31 +52,31 @@ READABLE_ANSWERS = {
     "qvlm_scienceqa": _LETTER,
     "qvlm_scienceqa_lepa": re.compile(r"(?s:.*)(?:ANSWER:|The answer is)\s*\(?[A-Z]\b"),
 }
-"""For tasks with an answer format of their own, what an answer (without surrounding blanks) must begin with for the
-task's scorer to read it. Everywhere else an answer counts as unreadable when it is empty."""
+"""What a stripped answer must begin with for the task's scorer to parse it, for tasks with an answer format. For other
+tasks only an empty answer cannot be parsed."""
 
 _ANY_ANSWER = re.compile(r"\S")
 
 
 def is_readable(task: str, answer: str) -> bool:
-    """Whether the scorer of ``task`` can read ``answer`` at all, right or wrong."""
+    """Whether the scorer of ``task`` can parse ``answer``, right or wrong."""
     return bool(READABLE_ANSWERS.get(task, _ANY_ANSWER).match(answer.strip()))
 
 
 @dataclass
 class Counts:
-    """What one process counts while it answers.
+    """Counts of one process.
 
     Attributes:
-        generated, found: per task, answers generated, and answers found in the response cache.
-        unreadable: per task, how many of both its scorer cannot read.
-        over_context: per task, prompts encoded that have more tokens than the model's context.
-        compared: what was compared with the calibration documents: task, document id and context.
-        overlapping: names of those that are among them.
-        tokens, seconds: generated tokens, and the time that generating them took.
+        generated, found: answers generated, and answers found in the response cache, by task.
+        unreadable: answers that the task's scorer cannot parse, by task.
+        over_context: encoded prompts longer than the model's context, by task.
+        compared: documents compared with the calibration's: task, document id and context.
+        overlapping: names of documents that are also in the calibration.
+        tokens, seconds: generated tokens, and the time to generate them.
         latencies: of each batch.
-        images: digest of each asked document's images, by task and document id; None where it has no image.
-        generation: per task, how answers were generated: `Generation.settings`, each once.
+        images: digest of each document's images, by task and document id; None if it has no image.
+        generation: distinct `Generation.settings` by task.
     """
 
     generated: Counter[str] = field(default_factory=Counter)
@@ -93,7 +93,7 @@ class Counts:
 
     @classmethod
     def total(cls, counts: Sequence["Counts"]) -> "Counts":
-        """Of several processes, which work at the same time."""
+        """The sum over processes that run in parallel."""
         generation: dict[str, list[dict[str, Any]]] = {}
         for task, own in ((task, own) for count in counts for task, own in count.generation.items()):
             known = generation.setdefault(task, [])
@@ -118,11 +118,11 @@ class RunRecord:
     """One evaluation's provenance, from the loaded model to the written results.
 
     Attributes:
-        facts: what is known before the evaluation: method, scheme, bits, hashes, versions, …; JSON values.
-        calibration_digests: content digests of the documents calibrated on.
-        documents: the tasks' data sets, ``documents[task][split]``; the harness fills it in.
-        counts: of this process; of all of them after `finish`.
-        measured: bytes of weights and of peak memory; known after `finish`.
+        facts: facts known before the evaluation: method, scheme, bits, hashes, versions, …; JSON values.
+        calibration_digests: content digests of the calibration documents.
+        documents: the tasks' data sets, ``documents[task][split]``; filled in by the harness.
+        counts: this process's counts; after `finish`, those of all processes.
+        measured: bytes of weights and of peak memory; set by `finish`.
     """
 
     facts: Mapping[str, Any]
@@ -135,10 +135,10 @@ class RunRecord:
         return f"{self.facts['method']} {self.facts['scheme']}"  # the harness prints logged metrics on one line
 
     def compare(self, requests: Iterable[Request], *, allow_overlap: bool, show_progress: bool) -> None:
-        """Compare the documents to be evaluated with those calibrated on, by content; each is compared once.
+        """Compare the documents to evaluate with the calibration's by content, each once.
 
         Raises:
-            QVLMError: some are the same, and ``allow_overlap`` is false; or one cannot be read.
+            QVLMError: documents overlap and ``allow_overlap`` is false, or a document cannot be read.
         """
         if not self.calibration_digests:
             return
@@ -147,7 +147,7 @@ class RunRecord:
 
         def examine(request: Request) -> str:
             conversation = request.conversation()
-            self.see(request, conversation)
+            self.note_images(request, conversation)
             return conversation.digest()
 
         digests = _read_all(new, examine, "looking for calibration documents", show_progress)
@@ -158,43 +158,48 @@ class RunRecord:
         self.counts.overlapping += found
         if found and not allow_overlap:
             raise QVLMError(
-                f"{len(found)} of the documents to evaluate were calibrated on, for example {found[0]}; calibrate on "
-                "another split or with another seed, or accept it with allow_overlap=true"
+                f"{len(found)} of the documents to evaluate are in the calibration set, for example {found[0]}; "
+                "calibrate on another split or with another seed, or allow it with allow_overlap=true"
             )
 
     def note_generation(self, request: Request, generation: Generation) -> None:
-        """Note how a request's answer is generated, found in the response cache or not."""
+        """Record how a request's answer is generated, whether or not the response cache has it."""
         if not request.is_padding:
             known = self.counts.generation.setdefault(request.task, [])
             if generation.settings not in known:
                 known.append(generation.settings)
 
-    def see(self, request: Request, conversation: Conversation) -> None:
-        """Note which images a document's first question is about."""
+    def note_images(self, request: Request, conversation: Conversation) -> None:
+        """Record the images of a document's first question."""
         key = request.task, request.doc_id
         if request.doc_id is not None and not request.is_padding and key not in self.counts.images:
             self.counts.images[key] = conversation.image_digest()
 
-    def measure(self, request: Request, length: int) -> None:
-        """Note how many tokens a prompt has."""
+    def note_length(self, request: Request, length: int) -> None:
+        """Count a prompt that is longer than the model's context.
+
+        Args:
+            request: the prompt's request.
+            length: number of its tokens.
+        """
         context = self.facts["context_length"]
         if context is not None and length > context and not request.is_padding:
             self.counts.over_context[request.task] += 1
 
     def count(self, request: Request, answer: str, tokens: int) -> None:
-        """Note one generated answer."""
+        """Count one generated answer."""
         self.counts.tokens += tokens
         self._count(self.counts.generated, request, answer)
 
     def note_found(self, answered: Sequence[tuple[Request, Sequence[str]]], show_progress: bool) -> None:
-        """Note documents whose answers were found in the response cache: all that is noted where they are generated.
+        """Record documents with answers from the response cache, as if their answers had been generated.
 
         Raises:
-            QVLMError: one cannot be read.
+            QVLMError: a document cannot be read.
         """
         documents = {(request.task, request.doc_id): request for request, _ in answered}
         unseen = [request for key, request in documents.items() if key not in self.counts.images]
-        _read_all(unseen, lambda one: self.see(one, one.conversation()), "looking at images", show_progress)
+        _read_all(unseen, lambda one: self.note_images(one, one.conversation()), "hashing images", show_progress)
         for request, answers in answered:
             for answer in answers:
                 self._count(self.counts.found, request, answer)
@@ -205,9 +210,9 @@ class RunRecord:
             self.counts.unreadable[request.task] += not is_readable(request.task, answer)
 
     def finish(self, model: nn.Module) -> None:
-        """Measure the model, put the processes' counts together, and hand the record to the harness.
+        """Measure the model, sum the processes' counts, and pass the record to the harness.
 
-        Every process must call it, while the model is still there.
+        Every process must call it while the model still exists.
         """
         counts, measured = zip(*processes.gather((self.counts, memory(model))), strict=True)
         self.counts = Counts.total(counts)
@@ -219,8 +224,8 @@ class RunRecord:
         for task, count in self.counts.over_context.items() if processes.rank() == 0 else ():
             context = self.facts["context_length"]
             logger.warning(
-                f"task {task}: prompts with more tokens than the model's context of {context}: {count}; their answers "
-                "mean little"
+                f"task {task}: {count} prompts exceed the model's context of {context} tokens; their answers are "
+                "unreliable"
             )
         seconds, tokens = self.counts.seconds, self.counts.tokens
         log_metrics(
@@ -253,7 +258,7 @@ class RunRecord:
             "calibration": self.facts["calibration"]
             and {
                 **self.facts["calibration"],
-                # What another program calibrated on is not known, and nothing could be compared with it.
+                # Another program's calibration samples are unknown, so nothing was compared with them.
                 "documents_compared": None if self.facts["calibration"]["source"] == UNKNOWN else len(counts.compared),
                 "documents_also_evaluated": len(counts.overlapping),
             },
@@ -277,41 +282,40 @@ class RunRecord:
         }
 
 
-def _read_all(requests: Sequence[Request], look: Callable[[Request], T], what: str, show_progress: bool) -> list[T]:
-    """What ``look`` makes of each; decoding and hashing images both release the interpreter's lock."""
-    with ThreadPoolExecutor() as pool, Progress(what, len(requests), show_progress and bool(requests)) as progress:
+def _read_all(requests: Sequence[Request], read: Callable[[Request], T], label: str, show_progress: bool) -> list[T]:
+    """``read`` of each request, in threads: decoding and hashing images release the interpreter's lock."""
+    with ThreadPoolExecutor() as pool, Progress(label, len(requests), show_progress and bool(requests)) as progress:
         results = []
-        for result in pool.map(look, requests):
+        for result in pool.map(read, requests):
             results.append(result)
             progress.advance()
     return results
 
 
 def memory(model: nn.Module) -> dict[str, Any]:
-    """Bytes held by the model's parameters and buffers (shared storage once), and the process's peak memory.
+    """Bytes of the model's parameters and buffers (shared storage once), and the process's peak memory.
 
-    The reference arithmetic holds weights that are rounded but not packed; ``packed_bytes`` is what they would take.
+    With the reference arithmetic weights are rounded but not packed; ``packed_bytes`` is their packed size.
     """
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.is_meta:
             storage = tensor.untyped_storage()
             storages[tensor.device, storage.data_ptr()] = storage.nbytes()
-    held = {"weight_bytes": sum(storages.values()), "packed_bytes": packed_bytes(model)}
+    sizes = {"weight_bytes": sum(storages.values()), "packed_bytes": packed_bytes(model)}
     gpu = on_gpu(model)
-    return held | {"peak_memory_bytes": peak_memory(gpu), "peak_memory_of": "cuda" if gpu else "process"}
+    return sizes | {"peak_memory_bytes": peak_memory(gpu), "peak_memory_of": "cuda" if gpu else "process"}
 
 
 def on_gpu(model: nn.Module) -> bool:
-    """Whether a part of the model is on a GPU: its peak is then that of the GPUs."""
+    """Whether any part of the model is on a GPU; peak memory is then that of the GPUs."""
     return any(tensor.is_cuda for tensor in (*model.parameters(), *model.buffers()))
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Size of the model: quantized weights as their formats say, scales included, and all else in 16 bits.
+    """Size of the model: quantized weights in their formats, scales included, and everything else in 16 bits.
 
-    That is the size of a scheme, whatever a run computes in, and however it keeps the weights. Parameters that several
-    modules share count once.
+    It depends on the scheme only, not on a run's compute type or kernels. Shared parameters count once.
     """
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     bits = sum(one.weight_format.effective_bits(one.shape) * math.prod(one.shape) for one in layers)
@@ -326,13 +330,13 @@ def packed_bytes(model: nn.Module) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes a result."""
+    """Versions of the packages that affect results."""
     packages = ("torch", "transformers", "lmms_eval", "datasets", "accelerate", "qvlm_plugin")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def data_origin(config: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, Any]:
-    """Where a task's documents come from.
+    """The source of a task's documents.
 
     Args:
         config: the task's configuration, as in the results' ``configs``.
@@ -340,8 +344,8 @@ def data_origin(config: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[st
 
     Returns:
         ``dataset``, ``config``, ``split``; ``origin``: ``hub`` with a ``revision``, or ``local`` with a
-        ``content_hash``; ``stand_in``: whether the local folder says, by a file stand_in.json, that it holds other
-        data than its name says.
+        ``content_hash``; ``stand_in``: whether the local folder has a file stand_in.json, which marks data other than
+        its name says.
     """
     dataset, split = str(config.get("dataset_path")), config.get("test_split") or config.get("validation_split")
     origin = {"dataset": dataset, "config": config.get("dataset_name"), "split": split}
@@ -352,7 +356,7 @@ def data_origin(config: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[st
 
 
 def _local_files(dataset: str, options: Mapping[str, Any]) -> list[Path]:
-    """The files of a local data set: those of its folder, or those it lists; none for one from the hub."""
+    """The files of a local data set, in its folder or listed in its options; none for a hub data set."""
     if Path(dataset).is_dir():
         return sorted(path for path in Path(dataset).rglob("*") if path.is_file())
     listed = options.get("data_files") or ()
@@ -362,7 +366,7 @@ def _local_files(dataset: str, options: Mapping[str, Any]) -> list[Path]:
 
 
 def content_hash(files: Iterable[Path]) -> str:
-    """SHA-256 over files' names and contents, in the order given."""
+    """SHA-256 over the files' names and contents, in the order given."""
     sha = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -372,13 +376,13 @@ def content_hash(files: Iterable[Path]) -> str:
 
 
 def hub_revision(split: Any) -> str | None:
-    """The commit of a hub data set, by which ``datasets`` names its cache folder; None when that does not tell."""
+    """The commit of a hub data set, after which ``datasets`` names its cache folder; None if unknown."""
     folders = (Path(file["filename"]).parent.name for file in getattr(split, "cache_files", ()))
     return next((name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)), None)
 
 
 def install() -> None:
-    """Let lmms-eval write provenance. Repeating it changes nothing."""
+    """Make lmms-eval write provenance. Idempotent."""
     wrap_once(EvaluationTracker, "save_results_aggregated", _saving_provenance)
     wrap_once(EvaluationTracker, "save_results_samples", _naming_images)
 
@@ -396,9 +400,9 @@ def _saving_provenance(save: Callable) -> Callable:
 
 
 def _naming_images(save: Callable) -> Callable:
-    # Questions about one image are not independent. The harness names images that lie in files, but not those that
-    # ``datasets`` decodes, so that its samples do not show which questions share one. An empty list means that a
-    # document has no image; no list, that this is unknown.
+    # Questions about one image are not independent. The harness records images in files, but not those that
+    # ``datasets`` decodes, so its samples do not show which questions share an image. An empty list means that a
+    # document has no image; a missing list, that this is unknown.
     def save_results_samples(self: EvaluationTracker, task_name: str, samples: list[dict[str, Any]]) -> None:
         record = _record_of_this_run()
         for sample in samples if record else ():

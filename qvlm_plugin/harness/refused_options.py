@@ -1,8 +1,8 @@
-"""Options and tasks of lmms-eval that one of its formats does not have are refused for this package's models.
+"""Refuse options and tasks of lmms-eval that its request format does not support, for this package's models.
 
-lmms-eval writes ``--system_instruction`` and the examples of ``--num_fewshot`` in front of a prompt's text, which only
-its "simple" format hands to a model: in the chat format samples show what the model never saw. Tasks that score by
-likelihood it asks in the simple format only.
+lmms-eval prepends ``--system_instruction`` and the examples of ``--num_fewshot`` to a prompt's text, which only its
+"simple" format passes to a model: in the chat format, samples log text that the model never saw. Tasks that score by
+likelihood exist in the simple format only.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ from qvlm_plugin.harness.manifest import MODEL_IDS
 
 
 def install() -> None:
-    """Refuse them before a model is made and, where that was too late to install, before it answers."""
+    """Refuse them before a model is created or, if installed too late for that, before it answers."""
     for name in ("simple_evaluate", "evaluate"):
         wrap_once(evaluator, name, _refusing)
 
 
 def install_with_tasks() -> None:
-    """`install` once the task manager is made: before that, lmms-eval may still be in the middle of its imports."""
+    """Call `install` when the task manager is created: before that, lmms-eval may not have finished its imports."""
     from lmms_eval.tasks import TaskManager
 
     wrap_once(TaskManager, "__init__", _installing)
@@ -48,21 +48,21 @@ def _refusing(evaluate: Callable) -> Callable:
 
 
 def _check(model: Any, options: Mapping[str, Any]) -> None:
-    """Raise QVLMError where options of an evaluation would not be shown; ``model`` is a name or has been made."""
+    """Raise QVLMError if the model would not see an option; ``model`` is a name or an object."""
     if options.get("system_instruction") is not None:
-        raise QVLMError("--system_instruction is not shown to the model; write model argument system_prompt=TEXT")
-    if getattr(model, "is_simple", True):  # not known yet, or the format that has all
+        raise QVLMError("--system_instruction does not reach the model; use the model argument system_prompt=TEXT")
+    if getattr(model, "is_simple", True):  # unknown yet, or the format that supports everything
         return
     for output in get_task_list(options.get("task_dict") or {}):
         if output.task is None:
             continue
         if output.task.get_config("output_type") in ("loglikelihood", "multiple_choice"):
             raise QVLMError(
-                f"task {output.task_name} scores by likelihood, which lmms-eval does in its simple format only; add "
-                "--force_simple"
+                f"task {output.task_name} scores by likelihood, which lmms-eval supports in its simple format only; "
+                "add --force_simple"
             )
         if count := output.task.get_config("num_fewshot"):
             raise QVLMError(
-                f"task {output.task_name} asks for {count} examples (--num_fewshot), which lmms-eval shows in its "
-                "simple format only; add --force_simple"
+                f"task {output.task_name} has {count} examples (--num_fewshot), which lmms-eval supports in its simple "
+                "format only; add --force_simple"
             )

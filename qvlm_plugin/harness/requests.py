@@ -1,7 +1,7 @@
-"""From the harness's request tuples to conversations.
+"""Convert the harness's request tuples to conversations.
 
-lmms-eval has two request formats, "simple" (a text, and a function that finds the images) and "chat" (a function that
-makes messages). This module is the only place that knows their layout.
+lmms-eval has two request formats: "simple" (a text, and a function that returns the images) and "chat" (a function that
+returns messages). Only this module knows their layout.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,15 +26,14 @@ class Request:
     """One question to the model.
 
     Attributes:
-        task, doc_id: which document it is about; for a text without a document, doc_id is None.
-        context: the prompt's text, by whose length requests are sorted and by which the response cache knows them.
-        build: makes the conversation; the document's images are decoded only then.
-        generation: generation arguments as the task gives them; None when a continuation is scored.
-        continuation: the text whose likelihood is asked for.
-        is_padding: whether the harness asks only to keep processes in step and drops the answer.
-        next_round: for multi-round tasks: given the round's index, the answers so far and what the task passes along,
-            the conversation of the next round (None at the end), the answers as the task wants them kept, and what it
-            passes along next.
+        task, doc_id: the document; doc_id is None for a text without a document.
+        context: the prompt's text; requests are sorted by its length, and it is the response cache's key.
+        build: builds the conversation; the document's images are decoded only then.
+        generation: the task's generation arguments; None if a continuation is scored.
+        continuation: the text whose likelihood is scored.
+        is_padding: whether the request only keeps processes in step, and its answer is dropped.
+        next_round: for multi-round tasks. Takes the round's index, the answers so far and the task's state; returns the
+            next round's conversation (None at the end), the answers to keep, and the new state.
     """
 
     task: str
@@ -48,32 +47,30 @@ class Request:
 
     @property
     def name(self) -> str:
-        """How error messages call it."""
+        """Name in error messages."""
         return f"document {self.doc_id} of task {self.task}"
 
     def conversation(self) -> Conversation:
         """Build the conversation.
 
         Raises:
-            QVLMError: the document cannot be read, or shows something other than images.
+            QVLMError: the document cannot be read, or contains media other than images.
         """
         try:
             return self.build()
         except Exception as error:
             raise QVLMError(f"{self.name} cannot be prepared: {' '.join(str(error).split())}") from error
 
-    def following(
-        self, index: int, answers: list[str], passed_along: object
-    ) -> tuple[Conversation | None, list[str], Any]:
-        """What `next_round` says; one round is all for a task without it.
+    def following(self, index: int, answers: list[str], state: object) -> tuple[Conversation | None, list[str], Any]:
+        """The result of `next_round`; tasks without it have one round.
 
         Raises:
             QVLMError: the round cannot be prepared.
         """
         if self.next_round is None:
-            return None, answers, passed_along
+            return None, answers, state
         try:
-            return self.next_round(index, answers, passed_along)
+            return self.next_round(index, answers, state)
         except Exception as error:
             raise QVLMError(
                 f"{self.name}: round {index + 1} cannot be prepared: {' '.join(str(error).split())}"
@@ -81,7 +78,7 @@ class Request:
 
 
 def simple_generation(instance: Instance, documents: Documents) -> Request:
-    """A "simple" request to generate: (context, arguments, doc_to_visual, [doc_to_text,] doc_id, task, split)."""
+    """Convert a "simple" generation request (context, arguments, doc_to_visual, [doc_to_text,] doc_id, task, split)."""
     context, generation, doc_to_visual, *doc_to_text, doc_id, task, split = instance.args
     document = partial(_document, documents, task, split, doc_id)
 
@@ -103,13 +100,13 @@ def simple_generation(instance: Instance, documents: Documents) -> Request:
 
 
 def chat_generation(instance: Instance, documents: Documents) -> Request:
-    """A "chat" request to generate: (context, doc_to_messages, arguments, doc_id, task, split)."""
+    """Convert a "chat" generation request (context, doc_to_messages, arguments, doc_id, task, split)."""
     context, doc_to_messages, generation, doc_id, task, split = instance.args
     document = partial(_document, documents, task, split, doc_id)
 
     def next_round(index: int, answers: list[str], info: object) -> tuple[Conversation | None, list[str], Any]:
         step = doc_to_messages(document(), round_idx=index, previous_output=answers, previous_round_info=info)
-        if not (isinstance(step, tuple) and len(step) == 4):  # a task that knows one round only
+        if not (isinstance(step, tuple) and len(step) == 4):  # a single-round task
             return None, answers, info
         messages, finished, kept, info = step
         kept = answers if kept is None else list(kept)
@@ -127,9 +124,9 @@ def chat_generation(instance: Instance, documents: Documents) -> Request:
 
 
 def scoring(instance: Instance, documents: Documents) -> Request:
-    """A request for a likelihood: (context, continuation, doc_to_visual, doc_id, task, split).
+    """Convert a request for a likelihood: (context, continuation, doc_to_visual, doc_id, task, split).
 
-    Only "simple" tasks make them. Without a document, (context, continuation), it asks for the text's own likelihood.
+    Only the "simple" format has them. (context, continuation), without a document, is for the likelihood of a text.
     """
     context, continuation, *rest = instance.args
     if not rest:
@@ -154,15 +151,15 @@ def scoring(instance: Instance, documents: Documents) -> Request:
 
 
 def from_visuals(text: str, visuals: Iterable[object] | None) -> Conversation:
-    """One user turn out of a text and its images."""
+    """One user turn from a text and its images."""
     return Conversation.from_prompt(text, [_image(visual) for visual in visuals or ()])
 
 
 def from_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
-    """A conversation out of the harness's messages, whose images lie within their content.
+    """A conversation from the harness's messages, whose content includes the images.
 
-    A message of one text that holds ``<image>`` once for each image places them, as it does in the simple format: the
-    harness puts the images in front there only because it has no better place for them.
+    If a message has one text with as many ``<image>`` placeholders as images, the images go there, as in the simple
+    format; the harness itself always puts them first.
     """
     turns, images = [], []
     for message in messages:
@@ -175,7 +172,7 @@ def from_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
                 parts.append({"type": "image"})
                 images.append(_image(part["url"]))
             else:
-                raise QVLMError(f"it shows {part['type']}; this model reads text and images")
+                raise QVLMError(f"it contains {part['type']}; this model reads only text and images")
         match [part["text"] for part in parts if part["type"] == "text"]:
             case [text] if text.count(IMAGE_PLACEHOLDER) == len(parts) - 1:
                 parts = message_content(text, len(parts) - 1)
@@ -184,7 +181,7 @@ def from_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
 
 
 def with_system_prompt(conversation: Conversation, text: str | None) -> Conversation:
-    """The conversation, opened by a system message when there is a text for one."""
+    """The conversation, preceded by a system message if there is a text for one."""
     if not text:
         return conversation
     message = {"role": "system", "content": [{"type": "text", "text": text}]}
@@ -196,7 +193,7 @@ def _document(documents: Documents, task: str, split: str, doc_id: int) -> Any:
 
 
 def with_shallow_images(value: Any) -> Any:
-    """A document whose images a task's function can convert to RGB without clipping them, see `as_rgb`."""
+    """A document whose images can be converted to RGB without clipping, see `as_rgb`."""
     if isinstance(value, dict):
         return {name: with_shallow_images(one) for name, one in value.items()}
     if isinstance(value, list):
@@ -213,7 +210,7 @@ def _image(visual: object) -> Image.Image:
         return visual
     if isinstance(visual, str | Path) and Path(visual).suffix.lower() in Image.registered_extensions():
         return open_image(Path(visual))
-    if isinstance(visual, dict) and isinstance(visual.get("bytes"), bytes):  # as ``datasets`` has it before decoding
+    if isinstance(visual, dict) and isinstance(visual.get("bytes"), bytes):  # undecoded, from ``datasets``
         return open_image(visual["bytes"])
     kind = visual.get("type", "a dict") if isinstance(visual, dict) else repr(visual)[:80]
-    raise QVLMError(f"it shows {kind}; this model reads text and images")
+    raise QVLMError(f"it contains {kind}; this model reads only text and images")

@@ -1,9 +1,9 @@
 """lmms-eval's response cache (``--use_cache``) for this package's models.
 
-By itself it keys answers on the text of ``--model_args``, which does not change when a plan, a checkpoint or a local
-data set behind the same name does; it keeps answers only when all have come, and those of a run that failed are never
-looked at again. Here answers are distinguished by content and kept batch by batch; a batch that fails does not keep the
-others from being answered; and a run's record counts the answers that were found, too.
+lmms-eval keys answers on the text of ``--model_args``, which stays the same if the plan, checkpoint or local data set
+of that name changes. It stores answers only after all requests are answered, and ignores those of failed runs. Here
+keys depend on content, answers are stored batch by batch, a failed batch does not stop the others, and the run's record
+includes answers found in the cache.
 """
 
 import hashlib
@@ -29,25 +29,25 @@ _MERGED = ".merged"
 
 
 def install() -> None:
-    """Let lmms-eval's response cache do so. Repeating it changes nothing."""
-    wrap_once(ResponseCache, "create", _with_what_was_left)
+    """Change lmms-eval's response cache. Idempotent."""
+    wrap_once(ResponseCache, "create", _recovering)
     wrap_once(ResponseCache, "execute", _by_batches)
 
 
-def _with_what_was_left(create: Callable) -> Callable:
-    def create_with_what_was_left(cache_root: str, *, model: str = "", **more: Any) -> ResponseCache:
+def _recovering(create: Callable) -> Callable:
+    def create_and_recover(cache_root: str, *, model: str = "", **more: Any) -> ResponseCache:
         if model not in MODEL_IDS:
             return create(cache_root, model=model, **more)
         with processes.first_process_first():
             if processes.rank() == 0:
-                take_up(Path(cache_root).parent if cache_root.endswith(".db") else Path(cache_root))
+                recover(Path(cache_root).parent if cache_root.endswith(".db") else Path(cache_root))
             return create(cache_root, model=model, **more)
 
-    return create_with_what_was_left
+    return create_and_recover
 
 
-def take_up(root: Path) -> None:
-    """Bring answers into the cache that runs left behind which did not come to their end."""
+def recover(root: Path) -> None:
+    """Merge the answers of interrupted runs into the cache."""
     for run in sorted((root / "runs").glob("*")):
         shards = sorted(run.glob("rank_*.db"))
         merged = run / _MERGED
@@ -58,7 +58,7 @@ def take_up(root: Path) -> None:
             try:
                 ResponseCache.merge_shards([str(shard)], str(root / "cache.db"))
             except sqlite3.Error as error:
-                logger.warning(f"answers in {str(shard)!r} cannot be used: {error}")
+                logger.warning(f"cannot use the answers in {str(shard)!r}: {error}")
 
 
 def _by_batches(execute: Callable) -> Callable:
@@ -69,30 +69,31 @@ def _by_batches(execute: Callable) -> Callable:
         set_response_key(self, hashlib.sha256(identity.encode()).hexdigest())
         items = lm.prepare(reqtype, requests)
         responses: list[Any] = [None] * len(requests)
-        found, failures, asked = [], [], set()
+        found, failures, generated = [], [], set()
 
-        def ask(batch: Sequence[Instance]) -> list:
-            asked.update(map(id, batch))
+        def answer(batch: Sequence[Instance]) -> list:
+            generated.update(map(id, batch))
             return getattr(lm, reqtype)(batch)
 
         with Progress("answering", len(requests), lm.rank == 0) as progress, _quietly():
             for rows in _batches(lm, reqtype, requests, items):
                 try:
-                    batch = execute(self, SimpleNamespace(**{reqtype: ask}), reqtype, [requests[row] for row in rows])
-                except Exception as error:  # one bad document; the others' answers shall be there when it is mended
+                    model = SimpleNamespace(**{reqtype: answer})
+                    batch = execute(self, model, reqtype, [requests[row] for row in rows])
+                except Exception as error:  # a bad document; the next run then finds the other answers in the cache
                     failures.append(error)
                     if isinstance(error.__cause__, OverflowingModelError):
                         break
                     continue
                 for row, response in zip(rows, batch, strict=True):
-                    responses[row] = _as_given(reqtype, response)
-                    found += [row] if id(requests[row]) not in asked else []
+                    responses[row] = _from_json(reqtype, response)
+                    found += [row] if id(requests[row]) not in generated else []
                 progress.advance(len(rows))
         for error in failures[1:]:
             logger.error(str(error))
         if failures:
             raise failures[0]
-        logger.info(f"{len(found)} of {len(requests)} answers were found in the response cache")
+        logger.info(f"{len(found)} of {len(requests)} answers found in the response cache")
         lm.note_found([items[row] for row in found], [responses[row] for row in found])
         return responses
 
@@ -100,7 +101,7 @@ def _by_batches(execute: Callable) -> Callable:
 
 
 def _batches(lm: Any, reqtype: str, requests: Sequence[Instance], items: Sequence[Any]) -> Iterator[list[int]]:
-    """Rows to be answered together: those that can be cached by batches, sampled answers all at once, by one seed."""
+    """Rows to answer together: cacheable ones in batches, sampled ones all at once with one seed."""
     cached = [is_deterministic(reqtype, extract_gen_kwargs(request)) for request in requests]
     rows = [row for row, is_cached in enumerate(cached) if is_cached]
     for batch in lm.batches([items[row] for row in rows]):
@@ -109,14 +110,14 @@ def _batches(lm: Any, reqtype: str, requests: Sequence[Instance], items: Sequenc
         yield sampled
 
 
-def _as_given(reqtype: str, response: Any) -> Any:
-    """A response as the model gives it: likelihoods come as lists out of the cache."""
+def _from_json(reqtype: str, response: Any) -> Any:
+    """A response as the model returns it: the cache returns likelihoods as lists."""
     return Likelihood(*response) if reqtype == "loglikelihood" else response
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the cache logs of each batch."""
+    """Suppress what the cache logs for each batch."""
     logger.disable(ResponseCache.__module__)
     try:
         yield

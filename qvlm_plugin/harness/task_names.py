@@ -1,4 +1,4 @@
-"""Whether the harness has the tasks that somebody names, before it is started for them."""
+"""Check names of tasks before the harness is started."""
 
 import contextlib
 import difflib
@@ -18,26 +18,26 @@ _NAME = re.compile(rb"^(?:task|group|tag)[ \t]*:[ \t]*[\"']?([^\s\"'#]+)[\"']?[ 
 
 
 def check_task_names(names: Sequence[str], directory: Path) -> None:
-    """Check that lmms-eval knows each task, or that it is the file of one, whose name starts from ``directory``.
+    """Check that each name is a task of lmms-eval, or a task's file relative to ``directory``.
 
-    Most names stand in their task's file as they are, and looking for them takes well below a second. Only for others
-    is the harness imported, which indexes all its tasks.
+    Most names appear literally in their task's file, and searching these takes well below a second. Only for other
+    names is the harness imported, which indexes all its tasks.
 
     Raises:
-        QVLMError: it does not know one; the message names those that are spelled alike.
+        QVLMError: a task is unknown; the message suggests similar names.
     """
     listed = set(_listed())
     if unknown := [name for name in names if name not in listed and not (directory / name).is_file()]:
         known = _indexed()
         for name in unknown:
             if not known.match_tasks([name]):
-                alike = difflib.get_close_matches(name, known.all_tasks, 3, 0.7)
-                hint = f"; did you mean {' or '.join(alike)}?" if alike else "; lmms-eval tasks list names all"
+                similar = difflib.get_close_matches(name, known.all_tasks, 3, 0.7)
+                hint = f"; did you mean {' or '.join(similar)}?" if similar else "; see: lmms-eval tasks list"
                 raise QVLMError(f"lmms-eval has no task {name!r}{hint}")
 
 
 def _listed() -> Iterator[str]:
-    """The names at the top of files of tasks, the harness's and ours."""
+    """The names at the top of task files, the harness's and ours."""
     if (harness := find_spec("lmms_eval")) is None:
         raise QVLMError("lmms-eval is not installed: pip install lmms-eval")
     folders = [Path(folder) / "tasks" for folder in harness.submodule_search_locations or ()]

@@ -1,4 +1,4 @@
-"""Calibration documents from the harness's own task definitions: rendered exactly as they are when evaluated."""
+"""Calibration documents from the harness's task definitions, with the same prompts as in an evaluation."""
 
 import difflib
 import random
@@ -28,14 +28,14 @@ def draw_samples(
 
     Args:
         task_name: one of lmms-eval's tasks.
-        split: a split of its data set, other than the one it evaluates.
-        count: how many.
-        seed: of the draw.
-        chat: render in the harness's chat format, else in its simple one.
-        allow_overlap: let the evaluated split be drawn from.
+        split: a split of its data set, other than the one that the task evaluates.
+        count: number of documents.
+        seed: seed of the draw.
+        chat: whether to render in the harness's chat format, or in its simple one.
+        allow_overlap: whether the evaluated split is allowed.
 
     Raises:
-        QVLMError: the task or split is unknown, its data does not load, or too few documents have an image.
+        QVLMError: the task or split is unknown, its data cannot be loaded, or too few documents have an image.
     """
     require_whole_images()
     source = f"calibration={task_name}:{split}"
@@ -43,9 +43,9 @@ def draw_samples(
     evaluated = task.config.test_split or task.config.validation_split
     allowed = [name for name in task.dataset if allow_overlap or name != evaluated]
     if split not in allowed:
-        why = "is what the task evaluates" if split == evaluated else "does not exist"
+        reason = "is the one that the task evaluates" if split == evaluated else "does not exist"
         raise QVLMError(
-            f"{source}: the split {why}; allowed are {', '.join(allowed) or 'none of this task, so take another'}"
+            f"{source}: the split {reason}; allowed are {', '.join(allowed) or 'none of this task; use another task'}"
         )
     drawn = _draw(task, split, count, seed, chat, source)
     if len(drawn) < count:
@@ -59,13 +59,13 @@ def _draw(task: ConfigurableTask, split: str, count: int, seed: int, chat: bool,
     config = task.config
     processed = (config.training_split, config.validation_split, config.test_split, config.fewshot_split)
     if config.process_docs is not None and split not in processed:
-        with parsed_elsewhere(f"{source}: its documents cannot be asked as the task says"):
+        with parsed_elsewhere(f"{source}: the task cannot process its documents"):
             documents = config.process_docs(documents)
     drawn: dict[int, Sample] = {}
     for index in random.Random(seed).sample(range(len(documents)), len(documents)):
         if len(drawn) == count:
             break
-        with parsed_elsewhere(f"{source}: document {index} cannot be asked as the task says"):
+        with parsed_elsewhere(f"{source}: the task cannot render document {index}"):
             document = with_shallow_images(documents[index])
             conversation = render(task, document, chat)
             if conversation.images:
@@ -83,7 +83,7 @@ def load_task(name: str, chat: bool) -> ConfigurableTask:
     """One of lmms-eval's tasks, with its data.
 
     Raises:
-        QVLMError: it is unknown, or its data does not load.
+        QVLMError: the task is unknown, or its data cannot be loaded.
     """
     known = _task_manager().all_subtasks
     if name not in known:
@@ -94,30 +94,30 @@ def load_task(name: str, chat: bool) -> ConfigurableTask:
         )
     try:
         return get_task_dict([name], _task_manager(), "chat" if chat else "simple")[name]
-    except Exception as error:  # whatever datasets, the hub client or the retries around them raise
+    except Exception as error:  # datasets, the hub client and retries raise all kinds of exceptions
         cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
-        raise QVLMError(f"calibration={name}: its data does not load: {' '.join(str(cause).split())}") from error
+        raise QVLMError(f"calibration={name}: cannot load its data: {' '.join(str(cause).split())}") from error
 
 
 def render(task: ConfigurableTask, document: Mapping[str, Any], chat: bool) -> Conversation:
-    """A document as the task asks it, in the harness's chat format or in its simple one."""
+    """A document with the task's prompt, in the harness's chat format or in its simple one."""
     if chat:
         return from_messages(task.doc_to_messages(document))
     return from_visuals(task.fewshot_context(document, 0), task.doc_to_visual(document))
 
 
 def answer_of(task: ConfigurableTask, document: Mapping[str, Any], source: str) -> str:
-    """What the model should have said: the commonest of several people's answers, else the task's target."""
+    """The reference answer: the most common of several annotators' answers, else the task's target."""
     if answers := document.get("answers"):
-        return _commonest(answers_of(answers))
+        return _most_common(answers_of(answers))
     target = task.config.doc_to_target
     if isinstance(target, str) and target not in document and "{{" not in target:
-        raise QVLMError(f"{source}: this split has no answers; take another")
+        raise QVLMError(f"{source}: this split has no answers; use another")
     answer = task.doc_to_target(document)
     if isinstance(answer, int) and task.config.doc_to_choice is not None:
         answer = task.doc_to_choice(document)[answer]
-    return _commonest([str(one) for one in answer]) if isinstance(answer, list) else str(answer)
+    return _most_common([str(one) for one in answer]) if isinstance(answer, list) else str(answer)
 
 
-def _commonest(answers: list[str]) -> str:
+def _most_common(answers: list[str]) -> str:
     return Counter(answers).most_common(1)[0][0]

@@ -1,4 +1,4 @@
-"""The package's own tasks, found by name alone. Elsewhere ``--include_path`` does the same for their folder."""
+"""Register the package's own tasks, so that lmms-eval finds them by name, without ``--include_path``."""
 
 import copy
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from qvlm_plugin.harness.host import wrap_once
 
 
 def install() -> None:
-    """Let lmms-eval's task manager know the tasks, and read its own ones once. Repeating it changes nothing."""
+    """Add the tasks to lmms-eval's task manager, and cache its index of its own ones. Idempotent."""
     from lmms_eval.tasks import TaskManager
 
-    wrap_once(TaskManager, "_get_task_and_group", _reading_the_harness_once)
-    wrap_once(TaskManager, "initialize_tasks", _knowing_ours)
+    wrap_once(TaskManager, "_get_task_and_group", _caching_own_tasks)
+    wrap_once(TaskManager, "initialize_tasks", _adding_our_tasks)
 
 
-def _reading_the_harness_once(index: Callable) -> Callable:
-    """Indexing the harness's two thousand tasks takes seconds, and a run does it to calibrate and to evaluate."""
+def _caching_own_tasks(index: Callable) -> Callable:
+    """Indexing the harness's two thousand tasks takes seconds, and a run does it for calibration and evaluation."""
     import lmms_eval.tasks
 
     own = Path(lmms_eval.tasks.__file__).parent
@@ -34,11 +34,11 @@ def _reading_the_harness_once(index: Callable) -> Callable:
     return _get_task_and_group
 
 
-def _knowing_ours(initialize: Callable) -> Callable:
+def _adding_our_tasks(initialize: Callable) -> Callable:
     def initialize_tasks(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         index = initialize(self, *args, **kwargs)
         for folder in find_spec("qvlm_plugin.tasks").submodule_search_locations:
-            index = {**self._get_task_and_group(folder), **index}  # other tasks of these names win
+            index = {**self._get_task_and_group(folder), **index}  # other tasks with these names take precedence
         return index
 
     return initialize_tasks

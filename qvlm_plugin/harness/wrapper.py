@@ -1,6 +1,6 @@
 """The models that lmms-eval runs: a vision-language model, quantized while it is loaded.
 
-``QVLMSimple`` and ``QVLMChat`` differ only in the harness's request format that they read.
+``QVLMSimple`` and ``QVLMChat`` differ only in the request format that they read.
 """
 
 import json
@@ -68,18 +68,18 @@ T = TypeVar("T")
 
 
 class _QVLM(lmms):
-    """What both formats share."""
+    """The model without a request format."""
 
     read_request: ClassVar[Callable[[Instance, Documents], Request]]
 
     def __init__(self, **values: Any) -> None:
-        """Load a model, and quantize it by a searched or a saved plan.
+        """Load a model, and quantize it with a searched or a saved plan.
 
         Args:
-            values: see `ModelArguments`; unknown ones are options of the quantization method.
+            values: see `ModelArguments`; other names are options of the quantization method.
 
         Raises:
-            QVLMError: an argument is not allowed, or what it names cannot be used. The cheap checks come first.
+            QVLMError: an argument is not allowed, or names something unusable. Cheap checks come first.
         """
         super().__init__()
         arguments = parse_arguments(values)
@@ -120,15 +120,15 @@ class _QVLM(lmms):
         if foreign is not None:
             execution, digests, kernels = Execution({}), (), stored_kernels(loaded.model)
             facts = {
-                **stored_facts(loaded.model, loaded.topology or plugins.topology(loaded.model.config), foreign),
+                **stored_facts(loaded.model, plugins.topology_of(loaded), foreign),
                 "plan_hash": loaded.fingerprint,
                 "backend": foreign,
                 "quantized_from": None,
             }
             if self._rank == 0:
                 logger.warning(
-                    f"pretrained={arguments.pretrained!r}: quantized by {foreign} on samples that are not known; "
-                    "whether evaluated documents are among them cannot be told"
+                    f"pretrained={arguments.pretrained!r}: quantized by {foreign} with unknown calibration samples; "
+                    "they may include evaluated documents"
                 )
         elif stored is None:
             if request is not None:
@@ -158,7 +158,7 @@ class _QVLM(lmms):
         ignored = steering(self._model.generation_config)
         if self._rank == 0 and ignored:
             settings = ", ".join(f"{name}={value}" for name, value in ignored.items())
-            logger.warning(f"decoding is plain: generation_config.json is not followed in {settings}; see --gen_kwargs")
+            logger.warning(f"ignoring {settings} of generation_config.json; set them with --gen_kwargs if needed")
         self._model.generation_config = plain_config(self._model.generation_config)
         if arguments.device_map is not None:
             self._device = self._model.device
@@ -180,12 +180,12 @@ class _QVLM(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> Self:
-        """Make the model as lmms-eval asks for it: the text of ``--model_args``, and the options that it passes on."""
+        """Create the model from the text of ``--model_args`` and the options that lmms-eval passes on."""
         return cls(**merge_arguments(simple_parse_args_string(arg_string), additional_config or {}))
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go, and what processes exchange."""
+        """Device of inputs, and of tensors that processes exchange."""
         return self._device
 
     @property
@@ -195,11 +195,11 @@ class _QVLM(lmms):
 
     @processes.failing_together()
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer each request; answers come in the order of the requests.
+        """Answer each request; returns answers in the order of the requests.
 
         Raises:
-            QVLMError: a generation argument or a document cannot be used, or a document was calibrated on.
-            RuntimeError: generation failed; it names the documents.
+            QVLMError: a generation argument or a document is unusable, or a document is in the calibration set.
+            RuntimeError: generation failed; the message names the documents.
         """
         items = self._prepare(requests, self.read_request)
         results = self._generate(items)
@@ -209,23 +209,21 @@ class _QVLM(lmms):
 
     @processes.failing_together()
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """Answer each request round by round, as long as its task asks on; returns the answers of all rounds.
+        """Answer each request round by round until its task stops; returns the answers of all rounds.
 
         Raises:
             QVLMError, RuntimeError: as `generate_until`.
         """
         items = self._prepare(requests, self.read_request)
         answers: list[list[str]] = [[] for _ in items]
-        passed_along: list[Any] = [None] * len(items)
+        states: list[Any] = [None] * len(items)
         current, active, index = list(items), list(range(len(items))), 0
         while active:
             for row, result in zip(active, self._generate([current[row] for row in active]), strict=True):
                 answers[row].append(result.text)
             index += 1
             for row in list(active):
-                following, answers[row], passed_along[row] = items[row].following(
-                    index, answers[row], passed_along[row]
-                )
+                following, answers[row], states[row] = items[row].following(index, answers[row], states[row])
                 if following is None:
                     active.remove(row)
                 else:
@@ -235,7 +233,7 @@ class _QVLM(lmms):
 
     @processes.failing_together()
     def loglikelihood(self, requests: list[Instance]) -> list[Likelihood]:
-        """For each request the log-probability of its continuation, and whether greedy decoding would produce it.
+        """The log-probability of each request's continuation, and whether greedy decoding would produce it.
 
         Raises:
             QVLMError, RuntimeError: as `generate_until`.
@@ -247,13 +245,13 @@ class _QVLM(lmms):
         return results
 
     def clean(self) -> None:
-        """Close the run's record, then free the model; the harness calls it before it scores."""
+        """Finish the run's record, then free the model; the harness calls it before scoring."""
         if hasattr(self, "_model"):
             self.record.finish(self._model)
         super().clean()
 
     def response_identity(self) -> str:
-        """What answers depend on, beyond the text of ``--model_args``: the response cache tells by it."""
+        """Everything that answers depend on beyond the text of ``--model_args``; part of the response cache's key."""
         files = sorted(
             file["filename"]
             for splits in self.task_dict.values()
@@ -277,7 +275,7 @@ class _QVLM(lmms):
         return self._prepare(requests, scoring if kind == "loglikelihood" else self.read_request)
 
     def batches(self, items: Sequence[Request]) -> list[list[int]]:
-        """Rows of requests that run together: of equal generation arguments, the longest first."""
+        """Rows of requests that run together: with equal generation arguments, longest first."""
         groups: dict[str, list[int]] = defaultdict(list)
         for row in sorted(
             range(len(items)), key=lambda row: -len(items[row].context + (items[row].continuation or ""))
@@ -288,7 +286,7 @@ class _QVLM(lmms):
 
     @processes.failing_together()
     def note_found(self, items: Sequence[Request], responses: Sequence[Any]) -> None:
-        """Note requests that the response cache answered, as if they had been answered here.
+        """Record requests that the response cache answered, as if the model had answered them.
 
         Raises:
             QVLMError: a document cannot be read.
@@ -315,15 +313,15 @@ class _QVLM(lmms):
         return lambda: with_system_prompt(build(), self._system_prompt)
 
     def _generate(self, items: Sequence[Request]) -> list[GenerationResult]:
-        # What was drawn while loading (a search, or none when the plan was cached) must not change sampled answers.
+        # Random numbers drawn while loading (a search, or none if the plan was cached) must not affect sampled answers.
         torch.manual_seed(torch.initial_seed())
         return self._by_batches(items, "generating", self._answer)
 
-    def _by_batches(self, items: Sequence[Request], what: str, run: Callable[[Sequence[Request]], list[T]]) -> list[T]:
-        """What ``run`` makes of batches, in the order of the items."""
+    def _by_batches(self, items: Sequence[Request], label: str, run: Callable[[Sequence[Request]], list[T]]) -> list[T]:
+        """The results of ``run`` on all batches, in the order of the items."""
         results: dict[int, T] = {}
         batches = self.batches(items)
-        with Progress(what, len(items), shown=self.rank == 0 and len(batches) > 1) as progress:
+        with Progress(label, len(items), shown=self.rank == 0 and len(batches) > 1) as progress:
             for rows in batches:
                 results.update(zip(rows, run([items[row] for row in rows]), strict=True))
                 progress.advance(len(rows))
@@ -332,14 +330,14 @@ class _QVLM(lmms):
     def _conversations(self, batch: Sequence[Request]) -> list[Conversation]:
         conversations = [item.conversation() for item in batch]
         for item, conversation in zip(batch, conversations, strict=True):
-            self.record.see(item, conversation)
+            self.record.note_images(item, conversation)
         return conversations
 
     def _measured(self, batch: Sequence[Request], inputs: BatchFeature) -> list[int]:
-        """How many tokens each prompt has; the record notes it."""
+        """Number of tokens of each prompt; also recorded."""
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         for item, length in zip(batch, lengths, strict=True):
-            self.record.measure(item, length)
+            self.record.note_length(item, length)
         return lengths
 
     @torch.inference_mode()
@@ -406,7 +404,7 @@ class _QVLM(lmms):
         return [Likelihood(*score) for score in zip(sums.tolist(), greedy.tolist(), strict=True)]
 
     def _read_calibration(self, arguments: ModelArguments) -> CalibrationSet:
-        """The calibration samples, with the same system prompt that evaluated documents get."""
+        """The calibration samples, with the same system prompt as evaluated documents."""
         draw = partial(draw_samples, chat=not self.is_simple, allow_overlap=arguments.allow_overlap)
         calibration = read_calibration(arguments.calibration, arguments.images, arguments.seed, draw)
         samples = [
@@ -427,7 +425,8 @@ class _QVLM(lmms):
             image_aspect_ratio=arguments.image_aspect_ratio,
             check_config=partial(_check_config, arguments),
         )
-        return traced(checkpoint) if arguments.topology == "traced" and arguments.plan is None else checkpoint
+        needed = arguments.topology == "traced" and _needs_topology(arguments, checkpoint.config)
+        return traced(checkpoint) if needed else checkpoint
 
     def _facts(
         self, arguments: ModelArguments, loaded: LoadedModel, kernels: Mapping[str, int], execution: Execution
@@ -451,7 +450,7 @@ class _QVLM(lmms):
             "eos_token_id": loaded.model.generation_config.eos_token_id,
             "versions": provenance.versions(),
             "commit": source_commit(),
-            # What loading and searching took is a figure of its own: the next run finds the plan, and takes less.
+            # Recorded separately, because the next run finds the plan in the cache and needs less.
             "preparation_peak_bytes": peak_memory(provenance.on_gpu(loaded.model)),
         }
 
@@ -471,14 +470,23 @@ class QVLMChat(_QVLM):
 
 
 def _check_config(arguments: ModelArguments, config: PretrainedConfig) -> None:
-    """Check that the model can be used as the arguments say, before its weights are loaded."""
-    if arguments.topology == "described":
+    """Check the arguments against the model's configuration, before weights are loaded."""
+    if arguments.topology == "described" and _needs_topology(arguments, config):
         plugins.topology(config)
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None and stored.get("quant_method") == QUANT_METHOD:
-        check_stored(arguments, CheckpointRecord.read(stored).backend)
+    if _is_exported(config):
+        check_stored(arguments, CheckpointRecord.read(config.quantization_config).backend)
     elif (foreign := foreign_method(config)) is not None:
         check_stored(arguments, foreign)
+
+
+def _needs_topology(arguments: ModelArguments, config: PretrainedConfig) -> bool:
+    """Whether the model's parts must be known: a saved plan and an exported checkpoint say them."""
+    return arguments.plan is None and not _is_exported(config)
+
+
+def _is_exported(config: PretrainedConfig) -> bool:
+    stored = getattr(config, "quantization_config", None)
+    return stored is not None and stored.get("quant_method") == QUANT_METHOD
 
 
 def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:
@@ -487,9 +495,7 @@ def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device
     if processes.count() == 1:
         return wanted
     if arguments.device_map is not None:
-        raise QVLMError(
-            f"device_map={arguments.device_map} spreads one process's model over all devices; start a single process"
-        )
+        raise QVLMError(f"device_map={arguments.device_map} spreads one model over all devices; start a single process")
     if wanted.type != accelerator.device.type:
         raise QVLMError(
             f"device={arguments.device}: the {processes.count()} processes communicate on "
@@ -498,6 +504,6 @@ def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device
     return accelerator.device
 
 
-def _failure(what: str, batch: Sequence[Request], error: Exception) -> RuntimeError:
+def _failure(action: str, batch: Sequence[Request], error: Exception) -> RuntimeError:
     names = ", ".join(item.name for item in batch)
-    return RuntimeError(f"{what} failed for {names}: {type(error).__name__}: {' '.join(str(error).split())}")
+    return RuntimeError(f"{action} failed for {names}: {type(error).__name__}: {' '.join(str(error).split())}")

@@ -16,7 +16,15 @@ from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.sampling import Sample, sample_tokens
-from qvlm_plugin.methods.scaling import fold_of, produced_magnitude, scale_grid, search_scale
+from qvlm_plugin.methods.scaling import (
+    duo_scale_grid,
+    fold_of,
+    over_readers,
+    produced_magnitude,
+    scale_grid,
+    search_scale,
+    weight_shares,
+)
 from qvlm_plugin.methods.stand_ins import copied
 from qvlm_plugin.plan import apply_fold
 from qvlm_plugin.plan_header import Fold
@@ -66,6 +74,9 @@ def search_block(
             channels, device = len(modules[site.producer].weight), weights[0].device
             magnitude = produced_magnitude(tokens[site.name].tokens.to(device), fold, channels)
             grid = scale_grid(magnitude, options.alpha_steps)
+            if options.duo_scaling:
+                shares = over_readers(weight_shares(weights, weight_format), fold, channels, torch.mean)
+                grid = duo_scale_grid(magnitude, shares, options.alpha_steps)
             scale = search_scale(weights, weight_format, tokens[site.name].weighted(device), fold, grid)
             tensors[f"{site.name}/scale"] = scale.cpu()
     for site, fold in folds.items():

@@ -31,14 +31,16 @@ def group_errors(error: Tensor, weight_format: WeightFormat, tokens: Tensor | No
     """
     rows, columns = error.shape
     if tokens is None:
-        caused = _split(error, weight_format).square().sum(dim=-1).flatten()[: weight_format.groups((rows, columns))]
+        caused = (
+            split_groups(error, weight_format).square().sum(dim=-1).flatten()[: weight_format.groups((rows, columns))]
+        )
         return caused.view(rows, -1) if weight_format.kind == "int" else caused
     period = _rows_per_period(columns, weight_format)
     # Each token on one row of the period at a time: rows that share a block are different outputs and do not mix.
     alone = torch.eye(period, device=tokens.device)[:, None, :, None] * tokens[None, :, None, :]
-    inputs = _split(alone.view(-1, columns), weight_format)
+    inputs = split_groups(alone.view(-1, columns), weight_format)
     moments = torch.einsum("npi,npj->pij", inputs, inputs)
-    groups = _split(error, weight_format).transpose(0, 1)
+    groups = split_groups(error, weight_format).transpose(0, 1)
     caused = ((groups @ moments) * groups).sum(dim=-1).T.flatten()[: weight_format.groups((rows, columns))]
     return caused.view(rows, -1) if weight_format.kind == "int" else caused
 
@@ -70,7 +72,7 @@ def _rows_per_period(columns: int, weight_format: WeightFormat) -> int:
     return 1 if weight_format.kind == "int" else lcm(columns, NF_BLOCK) // columns
 
 
-def _split(x: Tensor, weight_format: WeightFormat) -> Tensor:
+def split_groups(x: Tensor, weight_format: WeightFormat) -> Tensor:
     """x [R, I] as groups [periods, groups in a period, group size], padded with zeros."""
     rows, columns = x.shape
     if weight_format.kind == "int":
@@ -78,3 +80,11 @@ def _split(x: Tensor, weight_format: WeightFormat) -> Tensor:
         return F.pad(x, (0, -columns % size)).view(rows, -1, size)
     period = lcm(columns, NF_BLOCK)
     return F.pad(x.flatten(), (0, -x.numel() % period)).view(-1, period // NF_BLOCK, NF_BLOCK)
+
+
+def join_groups(groups: Tensor, shape: Sequence[int], weight_format: WeightFormat) -> Tensor:
+    """The inverse of `split_groups`: the weight [R, I] of this shape, without padding."""
+    rows, columns = shape
+    if weight_format.kind == "int":
+        return groups.reshape(rows, -1)[:, :columns]
+    return groups.flatten()[: rows * columns].view(rows, columns)

@@ -96,6 +96,8 @@ class TransformOptions(_Options):
             switches scaling off.
         min_clip: for ``awq`` and ``weight_clip``: the narrowest weight range tried, as a share of the whole range; 1
             switches clipping off.
+        duo_scaling: for ``awq``: a site's scale depends on the magnitudes of its weights too: mean|x|^α / mean|w|^(1-α)
+            (AutoAWQ). False: mean|x|^α, as in the paper.
         search_tokens: for ``awq``: calibration tokens of each site on which errors are measured.
         smooth_alpha: for ``smooth``: exponent α, the share of a channel's magnitude that moves (SmoothQuant, Eq. 4).
         smooth_by: for ``smooth``: the magnitude of a channel is its maximum (``max``, SmoothQuant), or the root mean
@@ -108,6 +110,7 @@ class TransformOptions(_Options):
     transform: Literal["none", "awq", "smooth", "rotate", "smooth+rotate"] = "none"
     alpha_steps: int = Field(20, ge=1)
     min_clip: float = Field(0.5, gt=0, le=1)
+    duo_scaling: bool = False
     search_tokens: int = Field(512, ge=1)
     smooth_alpha: float = Field(0.5, ge=0, le=1)
     smooth_by: Literal["max", "rms"] = "max"
@@ -138,7 +141,8 @@ class GPTQOptions(_Options):
             squared errors then have no influence.
         correction: for ``gptq``: the share of the error of the layers below that a weight compensates (after GPTAQ, Li
             et al., 2025). 0: the target is the full-precision weight's output on the quantized model's inputs.
-        weight_clip: ``mse`` narrows the range of each group of weights to the least squared error.
+        weight_clip: ``mse`` narrows the range of each group of weights to the least squared error of the weights; with
+            ``transform=awq`` instead of AWQ's own clipping, which has the least error of outputs.
     """
 
     rounding: Literal["nearest", "gptq"] = "nearest"
@@ -264,7 +268,7 @@ class VisionOptions(_Options):
 
 
 _READ_WITH = {
-    (("transform", "awq"),): ("alpha_steps", "search_tokens"),
+    (("transform", "awq"),): ("alpha_steps", "duo_scaling", "search_tokens"),
     (("transform", "awq"), ("weight_clip", "mse")): ("min_clip",),
     (("transform", "smooth"), ("transform", "smooth+rotate")): ("smooth_alpha", "smooth_by"),
     (("transform", "rotate"), ("transform", "smooth+rotate")): ("rotation_seed",),

@@ -4,6 +4,10 @@ Weights that multiply large activations matter more. Multiplying such a weight c
 dividing the activation by s, leaves the product unchanged but reduces the column's relative rounding error. The scale
 is s = mean|x|^alpha for each channel, with the alpha of least output error; the division is folded into the module that
 produces the activation.
+
+With duo scaling, s = mean|x|^alpha / mean|w|^(1 - alpha), where each weight is divided by the largest magnitude of its
+group first. So channels whose weights are small in their groups, which lose most in rounding, are scaled up as well.
+The paper does not have it; it comes from AutoAWQ (``duo_scaling`` there and in llm-compressor's AWQModifier).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels.reference import round_weight
+from qvlm_plugin.methods.clipping import join_groups, split_groups
 from qvlm_plugin.plan_header import Fold
 from qvlm_plugin.topology import Site
 
@@ -70,6 +75,40 @@ def channel_scale(magnitude: Tensor, alpha: float) -> Tensor:
 def scale_grid(magnitude: Tensor, steps: int) -> list[Tensor]:
     """The scales of alpha = 0, 1/steps, …, (steps - 1)/steps; see `channel_scale`."""
     return [channel_scale(magnitude, step / steps) for step in range(steps)]
+
+
+def duo_scale_grid(magnitude: Tensor, shares: Tensor, steps: int) -> list[Tensor]:
+    """All ones, and the scales magnitude^alpha / shares^(1 - alpha) of ``steps - 1`` values of alpha from 0 to 1.
+
+    Args:
+        magnitude: mean|x| of each channel, float32 [C].
+        shares: `weight_shares` of each channel, float32 [C].
+        steps: the number of scales.
+
+    Returns:
+        float32 [C] each, positive, divided by the geometric mean of its extremes.
+    """
+    alphas = [step / max(steps - 2, 1) for step in range(steps - 1)]
+    products = (channel_scale(magnitude, alpha) / channel_scale(shares, 1 - alpha) for alpha in alphas)
+    return [torch.ones_like(magnitude), *(one / (one.max() * one.min()).sqrt() for one in products)]
+
+
+def weight_shares(weights: Sequence[Tensor], weight_format: WeightFormat) -> Tensor:
+    """Mean magnitude of each input channel's weights, as shares of the largest magnitude in their group.
+
+    Args:
+        weights: of the Linears of a site, [O, I] each.
+        weight_format: decides the groups.
+
+    Returns:
+        float32 [I]: the mean over all output channels.
+    """
+    shares = []
+    for weight in weights:
+        groups = split_groups(weight.float().abs(), weight_format)
+        relative = groups / groups.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        shares.append(join_groups(relative, weight.shape, weight_format))
+    return torch.cat(shares).mean(dim=0)
 
 
 def output_error(weight: Tensor, approximation: Tensor, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Write what was loaded in the Hugging Face layout."""
+"""Write a loaded checkpoint in the Hugging Face layout."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def convert(source: str, output: Path, dtype: str = AUTO, **opening: Any) -> Pat
 
     Args:
         source: its folder or hub id.
-        output: a new or empty folder; it is there whole or not at all.
+        output: a new or empty folder; it is written completely or not at all.
         dtype: to store weights in, one of `DTYPES`.
         opening: see `open_checkpoint`.
 

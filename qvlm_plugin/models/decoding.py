@@ -1,6 +1,7 @@
-"""What of a checkpoint's generation_config.json is followed: its tokens. All else would steer answers unasked.
+"""The settings of generation, and the positions of tokens.
 
-And the positions of tokens, as transformers' generation has them.
+Only the token ids of a checkpoint's generation_config.json are followed: its other settings would change answers
+although nobody asked for it.
 """
 
 from collections.abc import Mapping
@@ -14,12 +15,12 @@ _CHANGES_NO_ANSWER = (*_TOKENS, "use_cache", "transformers_version")
 
 
 def plain_config(config: GenerationConfig) -> GenerationConfig:
-    """What is left of a checkpoint's configuration: its tokens."""
+    """A configuration with a checkpoint's token ids, and nothing else of it."""
     return GenerationConfig(**{name: getattr(config, name, None) for name in _TOKENS})
 
 
 def steering(config: GenerationConfig) -> dict[str, Any]:
-    """What a checkpoint's configuration asks for, as far as `plain_config` leaves it out."""
+    """The settings of a checkpoint's configuration that `plain_config` leaves out."""
     return {
         name: value
         for name, value in config.to_dict().items()

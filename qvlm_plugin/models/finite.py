@@ -1,6 +1,6 @@
-"""Logits are finite, or an error: a model that overflows its compute type gives no answers and no likelihoods.
+"""Check that logits are finite: a model that overflows its compute type ends in an error, not in wrong answers.
 
-float16 ends at 65504. What exceeds it is infinite, and NaN after the next norm. Greedy decoding then answers with
+float16 ends at 65504. Larger values become infinite, and NaN after the next norm. Greedy decoding then answers with
 token 0 for ever, which a harness scores like any other answer.
 """
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class OverflowingModelError(QVLMError):
-    """The model computes what is not finite: other documents need not be tried."""
+    """The model computes values that are not finite; it would on other documents, too."""
 
 
 class _NotFiniteError(Exception):
@@ -61,7 +61,7 @@ def _check_logits(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def _watch(name: str, module: nn.Module) -> list[RemovableHandle]:
-    """Hooks that raise where the module reads or makes what is not finite; of nested ones, the innermost is first."""
+    """Hooks that raise where the module's inputs or outputs are not finite; of nested ones, the innermost is first."""
 
     def look(what: str, values: Any) -> None:
         if not all(map(_is_finite, tree_leaves(values))):

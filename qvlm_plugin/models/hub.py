@@ -1,4 +1,4 @@
-"""Local folders of checkpoints, wherever they come from, and repositories that they are uploaded to."""
+"""Find or download the folders of checkpoints, and upload them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +72,7 @@ def upload(folder: Path, repository: str) -> str:
     """Upload a folder's files to a repository; returns its address.
 
     Raises:
-        QVLMError: it does not work; the folder stays.
+        QVLMError: the upload fails; the folder stays.
     """
     with parsed_elsewhere(f"{folder} is written but not uploaded; hf upload {repository} {folder} tries again"):
         return str(HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Quantized checkpoint"))

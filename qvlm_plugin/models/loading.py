@@ -40,6 +40,7 @@ from qvlm_plugin.models.pre_quantized import (
     note_schemes,
     put_blocks_right,
     put_ignored_right,
+    put_unconverted_right,
 )
 from qvlm_plugin.models.processors import read_processor
 from qvlm_plugin.models.prompts import IMAGE, PROMPT_FORMATS, chat_template, name_of, origin_of, prompt_format
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from qvlm_plugin.quantized_loading import QuantizeOnLoad
 
 OFFLOAD = "offload"
-"""The ``device_map`` of ours, see `load`."""
+"""Our own value of ``device_map``; see `load_weights`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,11 @@ class LoadedModel:
     topology: Topology | None = None
 
     @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
     def conv(self) -> str:
         """The prompt format, in words."""
         return self.prompt or "the checkpoint's own"
@@ -100,7 +106,7 @@ class Checkpoint:
         processor: ready to form prompts.
         original: what is in LLaVA's own layout; None in the Hugging Face layout.
         trust_remote_code: whether code that comes with it may run.
-        changes: what was asked for in place of what the files say, by names of `open_checkpoint`; None where nothing.
+        changes: arguments of `open_checkpoint` that override what the files say, by name; None where not given.
         topology: that was traced; None: the one that plugins describe.
     """
 
@@ -152,6 +158,7 @@ def open_checkpoint(
     check_quantizer(config, source)
     put_ignored_right(config, source)
     put_blocks_right(config)
+    put_unconverted_right(config, source)
     dequantize_asymmetric(config)
     if check_config is not None:
         check_config(config)
@@ -160,7 +167,7 @@ def open_checkpoint(
     if prompt is not None:
         origin = origin_of(getattr(processor, "chat_template", None) or "")
         processor.chat_template = chat_template(prompt, origin and origin[1])
-    _prepare(processor, source, conv)
+    prepare(processor, source, conv)
     if original:
         config.image_token_index = processor.tokenizer.convert_tokens_to_ids(IMAGE)
     check_prompts(processor, config, source, trust_remote_code)
@@ -310,8 +317,17 @@ def _set_router_noise(config: PretrainedConfig, seed: int | None, source: str) -
     text.router_noise_seed = seed
 
 
-def _prepare(processor: ProcessorMixin, source: str, conv: str | None) -> None:
-    """Set the padding, and check that prompts can be formed."""
+def prepare(processor: ProcessorMixin, source: str, conv: str | None = None) -> None:
+    """Set the padding, and check that prompts can be formed.
+
+    Args:
+        processor: is changed.
+        source: names it in messages.
+        conv: the prompt format that was named, if any.
+
+    Raises:
+        QVLMError: there is no chat template, or it ends answers with another token than the tokenizer.
+    """
     if not getattr(processor, "chat_template", None):
         raise QVLMError(
             f"{source}: the processor has no chat template, so prompts cannot be formed; name a format with conv="

@@ -60,12 +60,12 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool = False) -> Pr
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether some of the module's weights are offloaded, and not here now."""
+    """Whether some of the module's weights are offloaded at this moment."""
     return any(parameter.is_meta for parameter in module.parameters())
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where the module runs, wherever its weights wait; of one that is spread over several devices, the first."""
+    """The device on which the module runs, even while its weights are offloaded; the first, where there are several."""
     for part in module.modules():
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if device is not None:
@@ -74,7 +74,7 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a device computes with: the name of a GPU, else its type."""
+    """The name of a GPU; of other devices, the type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

@@ -32,6 +32,12 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
 }
 """What the quantizers of transformers need for a ``quant_method``; others say it themselves."""
 
+EXTRAS: Mapping[str, str] = {
+    "awq": "gptq", "gptq": "gptq", "auto-round": "auto-round", "bitsandbytes": "nf",
+    "compressed-tensors": "compressed-tensors",
+}  # fmt: skip
+"""The extra of this package that installs them."""
+
 _REGEX = "re:"
 
 
@@ -94,7 +100,7 @@ def _require_package(wanted: str, method: str, source: str) -> None:
     if found is None or Version(found) < Version(least):
         there = "is not installed" if found is None else f"is {found} here"
         raise QVLMError(f"{source}: quantized by {method}, which takes {name} {least} or newer, and that {there}: "
-                        f"pip install '{wanted}'")  # fmt: skip
+                        f"pip install '{wanted}', or the extra qvlm_plugin[{EXTRAS[method]}]")  # fmt: skip
 
 
 def put_ignored_right(config: PretrainedConfig, source: str) -> None:
@@ -119,12 +125,8 @@ def put_ignored_right(config: PretrainedConfig, source: str) -> None:
         stored = config.quantization_config
         stored["ignore"] = [changed.get(name, name) for name in stored["ignore"]]
         old, new = next(iter(changed.items()))
-        Console(stderr=True).print(
-            f"{source}: {len(changed)} names that its quantization_config ignores are those of weight files, and were "
-            f"replaced by the model's, for example {old} by {new}",
-            markup=False,
-            soft_wrap=True,
-        )
+        _log(f"{source}: {len(changed)} names that its quantization_config ignores are those of weight files, and were "
+             f"replaced by the model's, for example {old} by {new}")  # fmt: skip
 
 
 def put_blocks_right(config: PretrainedConfig) -> None:
@@ -138,6 +140,30 @@ def put_blocks_right(config: PretrainedConfig) -> None:
     moved = [name.strip().replace("language_model.model.", "model.language_model.") for name in names]
     if all(name in modules for name in moved):
         stored["block_name_to_quantize"] = ",".join(moved) if isinstance(given, str) else moved
+
+
+def put_unconverted_right(config: PretrainedConfig, source: str) -> None:
+    """Take the blocks that AutoRound quantized out of ``modules_to_not_convert``.
+
+    In AWQ's format AutoRound writes there all blocks but those of ``to_quant_block_names``, and compares names by two
+    rules of naming (``language_model.layers`` and ``model.language_model.layers``), so that none is left to convert.
+
+    Args:
+        config: of the model; its ``quantization_config`` is changed.
+        source: what named it, for the log.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if foreign_method(config) != "awq" or not isinstance(stored, dict):
+        return
+    blocks, left = stored.get("to_quant_block_names"), stored.get("modules_to_not_convert")
+    if not blocks or not left:
+        return
+    names = blocks.split(",") if isinstance(blocks, str) else blocks
+    endings = tuple(f".{name.strip()}" for name in names)
+    if wrong := [name for name in left if f".{name}".endswith(endings)]:
+        stored["modules_to_not_convert"] = [name for name in left if name not in wrong]
+        _log(f"{source}: {', '.join(wrong)} is quantized by its to_quant_block_names, and was taken out of its "
+             "modules_to_not_convert")  # fmt: skip
 
 
 def dequantize_asymmetric(config: PretrainedConfig) -> None:
@@ -181,6 +207,10 @@ def loading_hint(config: PretrainedConfig) -> str:
     if not (unknown := _unknown_ignored(config)):
         return ""
     return f" (its quantization_config ignores {len(unknown)} names that no module has, for example {unknown[0]})"
+
+
+def _log(line: str) -> None:
+    Console(stderr=True).print(line, markup=False, soft_wrap=True)
 
 
 def _unknown_ignored(config: PretrainedConfig) -> list[str]:

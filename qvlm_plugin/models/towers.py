@@ -1,4 +1,4 @@
-"""Vision towers that checkpoints in LLaVA's own layout name instead of holding."""
+"""Vision towers that checkpoints in LLaVA's own layout refer to by name."""
 
 import re
 from collections.abc import Mapping
@@ -85,8 +85,8 @@ def find_tower(name: str, folder: Path, source: str) -> Tower:
     """The tower that a checkpoint names.
 
     Args:
-        name: folder in the checkpoint's, or hub id. Of a path on the machine that wrote the checkpoint its last part is
-            looked up there, too; nowhere else on this one.
+        name: a folder within the checkpoint's, or a hub id. Of a path on another machine, only the last part is looked
+            up, in the checkpoint's folder.
         folder: of the checkpoint.
         source: what named the checkpoint, for messages.
 

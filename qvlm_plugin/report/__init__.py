@@ -1,1 +1,1 @@
-"""What lmms-eval wrote: read, compared and shown."""
+"""Run evaluations; read, compare and show their results."""

@@ -1,4 +1,4 @@
-"""Which quantized scheme to choose: its loss of accuracy against its packed size, as far as the runs decide it."""
+"""Choose a quantized scheme by its loss of accuracy and its packed size, as far as the runs decide it."""
 
 import json
 import math
@@ -6,18 +6,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.report.paired import difference_text
+from qvlm_plugin.report.estimates import difference_text
 from qvlm_plugin.report.pooled import Pooled, pool
 from qvlm_plugin.report.results import Grid, size
 from qvlm_plugin.report.samples import RunSamples
 from qvlm_plugin.report.shares import PERCENT, unit_text
 
 SAME = ("model_fingerprint", "method", "scheme", "options", "backend", "dtype", "device")
-"""Facts that the runs of one choice share. They may differ in tasks and in the seed of the calibration draw."""
+"""Provenance that all runs of one choice share. They may differ in tasks and in the seed of the calibration draw."""
 
 HEADER = ("method", "scheme", "calibration", "packed size", "tokens/s", "seeds", "documents", "difference", "verdict")
 
@@ -32,17 +31,17 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to quantize a model, with what its runs say about it.
+    """One way to quantize a model, with the results of its runs.
 
     Attributes:
         model: the checkpoint's name.
-        method, scheme: what was evaluated.
-        calibration: source of the samples; empty where none were drawn.
+        method, scheme: the method and scheme evaluated.
+        calibration: source of the samples; empty if none were drawn.
         variant: options in which it differs from other choices of the same method, scheme and calibration.
-        simulated: whether its runs simulate low bits, so that nothing is known about their speed.
-        packed_bytes: size of the weights under the scheme; None where no run says.
-        tokens_per_second: mean over packed runs; None where there are none.
-        tasks: over which it is compared.
+        simulated: whether its runs simulate low bits, so that their speed is unknown.
+        packed_bytes: size of the weights under the scheme; None if no run records it.
+        tokens_per_second: mean over packed runs; None without packed runs.
+        tasks: the tasks compared.
         pooled: score and difference from full precision, averaged over tasks and seeds.
     """
 
@@ -59,7 +58,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """For sentences."""
+        """Name in sentences."""
         details = ", ".join(filter(None, (self.variant, self.calibration)))
         return f"{self.method} {self.scheme}" + (f" ({details})" if details else "")
 
@@ -90,27 +89,24 @@ class Choice:
 
 @dataclass(frozen=True)
 class _Runs:
-    """The runs of one choice by seed, their tasks joined."""
+    """The runs of one choice by seed; runs of the same seed are merged into one with all their tasks."""
 
     facts: Mapping[str, Any]
     by_seed: Mapping[Any, RunSamples]
     speeds: tuple[float, ...]
 
 
-def find_choices(
-    runs: Sequence[RunSamples], metric: str, speeds: Mapping[Path, float | None]
-) -> tuple[list[Choice], list[str]]:
+def find_choices(runs: Sequence[RunSamples], metric: str) -> tuple[list[Choice], list[str]]:
     """Compare each quantized choice with full precision of the same model, on the same documents.
 
     Args:
-        runs: of any models, methods, tasks and seeds; those of other packages' models are left out.
-        metric: of the tasks.
-        speeds: generated tokens per second by results file, None where low bits are simulated.
+        runs: of any models, methods, tasks and seeds; runs of other packages' models are left out.
+        metric: name of the tasks' metric.
 
     Returns:
-        The choices by packed size, and a line for each that cannot be compared.
+        The choices by packed size, and a line for each run or choice that cannot be compared.
     """
-    known = [_joined(own, speeds) for own in _grouped(run for run in runs if run.run)]
+    known = [_joined(own) for own in _grouped(run for run in runs if run.run)]
     baselines = [one for one in known if one.facts["method"] == "none"]
     found, trouble = [], [f"{run.file}: a model of another package; left out" for run in runs if not run.run]
     for one in known:
@@ -135,13 +131,13 @@ def _calibration(facts: Mapping[str, Any]) -> Mapping[str, Any]:
     return facts.get("calibration") or {}
 
 
-def _joined(runs: Sequence[RunSamples], speeds: Mapping[Path, float | None]) -> _Runs:
+def _joined(runs: Sequence[RunSamples]) -> _Runs:
     by_seed: dict[Any, RunSamples] = {}
-    for run in sorted(runs, key=lambda run: run.file.name):  # names begin with the time: the newest run of a task stays
+    for run in sorted(runs, key=lambda run: run.file.name):  # names begin with the time: a task's newest run wins
         seed = _calibration(run.run).get("seed")
         tasks = {**by_seed[seed].tasks, **run.tasks} if seed in by_seed else run.tasks
         by_seed[seed] = replace(run, tasks=tasks)
-    return _Runs(runs[0].run, by_seed, tuple(speed for run in runs if (speed := speeds.get(run.file))))
+    return _Runs(runs[0].run, by_seed, tuple(run.tokens_per_second for run in runs if run.tokens_per_second))
 
 
 def _choice(one: _Runs, baselines: Sequence[_Runs], metric: str) -> tuple[Choice, Mapping[str, Any]]:
@@ -151,7 +147,7 @@ def _choice(one: _Runs, baselines: Sequence[_Runs], metric: str) -> tuple[Choice
     baseline = _baseline(facts, baselines)
     shared = set(baseline.tasks).intersection(*(run.tasks for run in runs))
     if not shared:
-        raise QVLMError("full precision was not evaluated on its tasks; left out")
+        raise QVLMError("full precision was evaluated on none of its tasks; left out")
     only = [replace(run, tasks={task: run.tasks[task] for task in sorted(shared)}) for run in (baseline, *runs)]
     *_, pooled = pool([(only[0], run) for run in only[1:]], metric)
     choice = Choice(
@@ -170,7 +166,7 @@ def _choice(one: _Runs, baselines: Sequence[_Runs], metric: str) -> tuple[Choice
 
 
 def _baseline(facts: Mapping[str, Any], baselines: Sequence[_Runs]) -> RunSamples:
-    """Full precision of the same checkpoint, if possible in the same compute type and on the same device."""
+    """Full precision of the same checkpoint, preferably with the same compute type and device."""
     own = [one for one in baselines if one.facts.get("model_fingerprint") == facts.get("model_fingerprint")]
     if not own:
         raise QVLMError("there is no run of method=none with the same checkpoint; left out")
@@ -179,7 +175,7 @@ def _baseline(facts: Mapping[str, Any], baselines: Sequence[_Runs]) -> RunSample
 
 
 def _with_variants(found: Sequence[tuple[Choice, Mapping[str, Any]]]) -> list[Choice]:
-    """The choices, those of the same name told apart by their options, backend, compute type or device."""
+    """The choices; those with the same name get the options, backend, compute type or device in which they differ."""
     named: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     every = [{**(facts.get("options") or {}), **{name: facts.get(name) for name in SAME[4:]}} for _, facts in found]
     for (choice, _), options in zip(found, every, strict=True):
@@ -213,12 +209,12 @@ def _cells(choice: Choice, tolerance: float) -> tuple[str, ...]:
 
 
 def advice(choices: Sequence[Choice], memory: float | None, tolerance: float) -> list[str]:
-    """What to choose for one model, in sentences.
+    """Sentences that say which choice to take for one model.
 
     Args:
-        choices: of one model.
-        memory: bytes that weights may take; None for any.
-        tolerance: drop that is accepted, in the unit of tables (points for shares).
+        choices: all choices of one model.
+        memory: limit of the weights' size in bytes; None for no limit.
+        tolerance: accepted drop, in the unit of tables (points for shares).
     """
     fitting = [one for one in choices if memory is None or (one.packed_bytes or math.inf) <= memory]
     if not fitting:
@@ -242,7 +238,7 @@ def advice(choices: Sequence[Choice], memory: float | None, tolerance: float) ->
     else:
         said = [f"No choice is recommended{budget}: no interval excludes a drop above {tolerance:g}{unit}."]
     if undecided := by_verdict[Verdict.UNDECIDED]:
-        said.append(f"Undecided, for want of documents or seeds: {', '.join(map(_described, undecided))}.")
+        said.append(f"Undecided, needs more documents or seeds: {', '.join(map(_described, undecided))}.")
     return said
 
 
@@ -253,8 +249,8 @@ def _described(choice: Choice) -> str:
 def _nothing_fits(choices: Sequence[Choice], memory: float | None) -> str:
     sized = [one for one in choices if one.packed_bytes is not None]
     if not sized:
-        return "No run states its packed size: an older version wrote it. Run it again."
-    return f"Nothing that was evaluated fits into {size(memory)}; the smallest is {_described(sized[0])}."
+        return "No run records its packed size, because an older version wrote it. Run the evaluation again."
+    return f"No evaluated choice fits into {size(memory)}; the smallest is {_described(sized[0])}."
 
 
 def notes(choices: Sequence[Choice]) -> list[str]:
@@ -263,10 +259,10 @@ def notes(choices: Sequence[Choice]) -> list[str]:
     unit = "points" if all(one.pooled.scale == PERCENT for one in choices) else unit_text(1)
     found = [
         f"Difference from full precision, {unit}, averaged over {' / '.join(tasks)}, with its 95 % interval: documents "
-        "are clustered by image, and with several seeds the draw of calibration samples counts as chance too.",
-        "Packed size is that of the weights as stored. Kernels hold 2- and 3-bit weights in 4 bits and 5- to 7-bit "
-        "weights in 8; activations and the cache of keys and values come on top.",
+        "are clustered by image; several seeds also account for the draw of calibration samples.",
+        "Packed size is that of the weights on disk. In memory, kernels store 2- and 3-bit weights in 4 bits and 5- to "
+        "7-bit weights in 8; activations and the KV cache need more.",
     ]
     if len(tasks) > 1:
-        found.append("Not all rows are over the same tasks; do not compare those that are not.")
+        found.append("Rows cover different tasks; compare only rows that cover the same tasks.")
     return found

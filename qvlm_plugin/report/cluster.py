@@ -1,4 +1,4 @@
-"""Cells as jobs, through submitit: submitted, followed, and found again by who starts a grid anew."""
+"""Run cells as jobs through submitit: submit them, follow them, and find them again when a grid is restarted."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,32 +10,32 @@ from pydantic import BaseModel, ConfigDict, Field
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import one_line
 from qvlm_plugin.report.runs import LOCKED, RUNNING, Cell, Outcome, Setting, command, find_results, lock_file, try_lock
-from qvlm_plugin.report.slurm import NEVER, Queue, withdraw
+from qvlm_plugin.report.slurm import NEVER, PROGRAMS, Queue, withdraw
 
 EXECUTORS = ("local", "slurm")
 
 QUEUED = "queued"
-"""How the state of a cell begins whose job waits for its turn."""
+"""Prefix of the state of a cell whose job is pending."""
 
 _FOLDER = "jobs"
-"""Folder of a cell's folder, for what submitit writes."""
+"""Subfolder of a cell's folder for submitit's files."""
 
 _SCRIPT = "_submission.sh"
-"""How the name of a job's batch script ends, after the job's number."""
+"""Suffix of a job's batch script; the prefix is the job's number."""
 
-# The job itself holds the cell's lock: another process that would run the cell waits, wherever it is.
+# The job itself takes the cell's lock, so that processes on other machines wait too.
 _JOB = ["flock", "--no-fork", "{lock}", "bash", "-c", 'exec "$@" < /dev/null > "$0" 2>&1', "{log}"]
 
 
 class JobRequest(BaseModel):
-    """What the job of a cell asks for; the keys of ``cluster`` in the grid's file.
+    """Resources of a cell's job; the keys of ``cluster`` in the grid's file.
 
     Attributes:
-        partition: of Slurm; None is Slurm's default, as of all else that is None.
-        gpus: how many of one node.
-        time: minutes until it is ended.
+        partition: Slurm's partition. Here and below, None is Slurm's default.
+        gpus: number of GPUs, all on one node.
+        time: time limit in minutes.
         memory: in GB.
-        sbatch: further options of Slurm's ``sbatch``, by name; True is an option without a value, False none.
+        sbatch: further options of ``sbatch`` by name; True is an option without a value, False leaves it out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,10 +48,10 @@ class JobRequest(BaseModel):
 
 
 class Jobs:
-    """The cells of a grid as jobs.
+    """Runs the cells of a grid as jobs.
 
-    A job's function is submitit's own, which runs a command line: what submitit pickles is that list of texts, and
-    nothing that it pickles is read here.
+    A job's function is submitit's own, which runs a command line: submitit pickles only that list of texts, and no
+    pickle is read here.
     """
 
     def __init__(self, executor: str, request: JobRequest, setting: Setting) -> None:
@@ -59,29 +59,30 @@ class Jobs:
 
         Args:
             executor: ``slurm``, or ``local`` for submitit's processes on this machine.
-            request: what each job asks for; ``local`` looks at ``gpus`` and ``time`` alone.
+            request: resources of each job; ``local`` uses only ``gpus`` and ``time``.
             setting: where and how cells run.
 
         Raises:
-            QVLMError: submitit is not installed, or this machine hands no jobs to Slurm.
+            QVLMError: submitit is not installed, or this machine cannot submit to Slurm.
         """
         try:
             import submitit  # noqa: F401
         except ImportError as error:
             raise QVLMError(f"{error}; --executor needs: pip install 'qvlm_plugin[cluster]'") from error
-        if executor == "slurm" and shutil.which("sbatch") is None:
-            raise QVLMError("--executor slurm: there is no sbatch here; start it on a machine that submits to Slurm")
+        missing = [program for program in PROGRAMS if shutil.which(program) is None]
+        if executor == "slurm" and missing:
+            raise QVLMError(f"--executor slurm: {missing[0]} not found; run this on a machine that submits to Slurm")
         self._executor, self._request, self._setting = executor, request, setting
         self._queue = Queue()
         self._local: dict[str, Any] = {}
         self._searching: dict[tuple, str] = {}
 
     def steps(self, cell: Cell) -> Iterator[str | Outcome]:
-        """Evaluate a cell by a job, unless results of it, or such a job, are there already.
+        """Evaluate a cell as a job, unless its results or its job exist already.
 
         Yields:
-            `QUEUED` with more, `RUNNING` or `LOCKED`, at once, as often as it is asked, and at last the outcome. The
-            job goes on when this generator is closed.
+            A state that begins with `QUEUED`, `RUNNING` or `LOCKED`, without blocking, until the job has ended; then
+            the outcome. The job continues if this generator is closed.
 
         Raises:
             QVLMError: the cell's folder cannot be written, or Slurm refuses the job or will never start it.
@@ -104,12 +105,12 @@ class Jobs:
         yield Outcome(cell, find_results(cell, self._setting.output), log, reused=False, job=ended)
 
     def withdraw(self, cell: Cell) -> None:
-        """Take back a cell's job, unless it has started."""
+        """Cancel a cell's job, unless it has started."""
         if job := self._find(self._setting.output / cell.name):
             withdraw(job)
 
     def _find(self, folder: Path) -> str | None:
-        """The number of a job on Slurm that an earlier call submitted for the cell, and that has not ended."""
+        """The number of the cell's job on Slurm that an earlier call submitted, if it has not ended."""
         scripts = (folder / _FOLDER).glob(f"[0-9]*{_SCRIPT}") if self._executor == "slurm" else ()
         numbers = (script.name.removesuffix(_SCRIPT) for script in scripts)
         return next((number for number in numbers if not self._queue.state(number).ended), None)
@@ -124,16 +125,16 @@ class Jobs:
         around = [part.format(lock=folder / "lock", log=log) for part in _JOB]
         directory = self._setting.directory and self._setting.directory.resolve()
         function = CommandFunction([*around, *command(cell, self._setting)], cwd=directory)
-        asked = self._request
-        options = {"requeue": True, **self._after_search(cell), **asked.sbatch}
+        request = self._request
+        options = {"requeue": True, **self._after_search(cell), **request.sbatch}
         executor = AutoExecutor(folder / _FOLDER, cluster=self._executor)
         executor.update_parameters(
             name=cell.name,
-            timeout_min=asked.time,
-            gpus_per_node=asked.gpus or None,
-            mem_gb=asked.memory,
-            slurm_partition=asked.partition,
-            slurm_use_srun=False,  # a step that srun starts does not get all cores of the job
+            timeout_min=request.time,
+            gpus_per_node=request.gpus or None,
+            mem_gb=request.memory,
+            slurm_partition=request.partition,
+            slurm_use_srun=False,  # a step started by srun does not get all cores of the job
             slurm_additional_parameters={name: value for name, value in options.items() if value is not False},
         )
         try:
@@ -145,25 +146,25 @@ class Jobs:
         return job.job_id
 
     def _after_search(self, cell: Cell) -> dict[str, str]:
-        """Of cells of one plan the first searches it; the others shall not wait for that with a GPU in their hands."""
+        """Lets the other cells of a plan start after the first, which searches it, so that no GPU idles meanwhile."""
         first = self._searching.get(_plan(cell))
         if first is None or self._executor != "slurm" or "calibration" not in cell.model_args:
             return {}
         return {} if self._queue.state(first).ended else {"dependency": f"afterany:{first}"}
 
     def _state(self, cell: Cell, job: str) -> str:
-        """`QUEUED` with more, or `RUNNING`; of a job that has ended how it ended, where that is known."""
+        """A state that begins with `QUEUED`, or `RUNNING`; for a job that has ended, how it ended, if known."""
         if self._executor == "local":
             return "" if self._local[job].done() else RUNNING
         state = self._queue.state(job)
         if state.waits and state.reason in NEVER:
             withdraw(job)
-            raise QVLMError(f"Slurm will never start the job of {cell.name}, as it asks too much: {state.reason}")
+            raise QVLMError(f"Slurm will never start the job of {cell.name}: it requests too much ({state.reason})")
         if state.waits:
             return f"{QUEUED} as job {job} ({state.reason})"
         return state.name.lower().replace("_", " ") if state.ended else RUNNING
 
 
 def _plan(cell: Cell) -> tuple:
-    """The same for cells of one plan."""
+    """A key that the cells of one plan share."""
     return tuple(sorted(cell.model_args.items()))

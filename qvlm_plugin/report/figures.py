@@ -1,4 +1,4 @@
-"""Figures of a report: a few panels that read at page width and in black and white."""
+"""Figures of a report: a few panels, legible at page width and in black and white."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ WIDTH = 7.0
 """Inches: the text width of a page."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, which people with any kind of colour vision tell apart."""
+"""Okabe and Ito's palette, distinguishable under any kind of colour vision."""
 
 MARKERS = "osD^vPX"
 
 FEW = 12
-"""Points of a line up to which they are drawn large and apart from those of other lines."""
+"""Maximum number of points of a line that are drawn large and shifted apart from other lines' points."""
 
 DODGE = 2.5
 """Points between series at the same x."""
@@ -38,13 +38,13 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Series:
-    """Points under one name.
+    """A named series of points.
 
     Attributes:
-        name: for the legend.
-        x, y: as many of each.
-        errors: of y, drawn as bars; None draws no bars, and so does a None in it.
-        labels: texts beside the points; None writes none.
+        name: shown in the legend.
+        x, y: coordinates, of equal length.
+        errors: errors of y, drawn as bars; None draws none.
+        labels: texts next to the points; None writes none.
     """
 
     name: str
@@ -59,14 +59,14 @@ class Panel:
     """One pair of axes.
 
     Attributes:
-        x_label, y_label: with units.
-        series: what is drawn.
+        x_label, y_label: labels with units.
+        series: the series drawn.
         joined: whether a line joins the points of a series.
-        log_y: a logarithmic axis.
-        integers: whether x takes whole numbers only.
+        log_y: whether the y axis is logarithmic.
+        integers: whether x has integer ticks only.
         title: above the panel.
-        borders: values of x with a line across.
-        x_range: what of x is shown; None fits the series.
+        borders: values of x marked by vertical lines.
+        x_range: range of x; None fits the series.
     """
 
     x_label: str
@@ -82,14 +82,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bars:
-    """Rows of a table as two aligned panels: accuracies with error bars, and cost.
+    """A table as two aligned panels: accuracies with error bars, and cost.
 
     Attributes:
-        title: of the two.
-        rows: names, top to bottom.
-        accuracies: by task, (value, standard error) of each row, shares in percent; None where there is none.
-        lines: by task, a value to compare with, drawn as a line across.
-        line: what that value is of.
+        title: title of both panels.
+        rows: names of the rows, top to bottom.
+        accuracies: (value, standard error) of each row by task, shares in percent; None if missing.
+        lines: reference value by task, drawn as a vertical line.
+        line: name of the reference.
         costs: seconds of each row.
     """
 
@@ -102,11 +102,11 @@ class Bars:
 
 
 def panels_figure(rows: Sequence[Sequence[Panel]], height: float = 2.6) -> dict[str, bytes]:
-    """Panels in rows; a legend names the series where a panel has several.
+    """Panels in rows; a legend names the series if a panel has several.
 
     Args:
-        rows: as many panels in each.
-        height: of a row in inches.
+        rows: rows with equal numbers of panels.
+        height: height of a row in inches.
 
     Returns:
         The figure's files by suffix: ``png`` and ``svg``.
@@ -143,12 +143,12 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         style |= {"linestyle": "-" if panel.joined else ""}
         style |= {"linewidth": 0.9, "markersize": 2.5} if crowded else {"linewidth": 1.2, "markersize": 4, "capsize": 2}
         drawn = axes.errorbar(series.x, series.y, yerr=_bars(series.errors), **style)
-        if not crowded:  # side by side, so that error bars at the same x can be told apart
+        if not crowded:  # side by side, so that error bars at the same x do not overlap
             points = (index - (len(panel.series) - 1) / 2) * DODGE
-            aside = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
+            shift = ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
             for artist in drawn.get_children():
-                artist.set_transform(axes.transData + aside)
-        for number, text in enumerate(series.labels or ()):  # above and below in turn, so that neighbours stay apart
+                artist.set_transform(axes.transData + shift)
+        for number, text in enumerate(series.labels or ()):  # above and below in turn, so that neighbours do not touch
             where, offset = (series.x[number], series.y[number]), (6, -9 if number % 2 else 3)
             axes.annotate(text, where, xytext=offset, textcoords="offset points", fontsize=8)
     for border in panel.borders:
@@ -166,7 +166,7 @@ def _draw_accuracies(axes: Axes, group: Bars) -> None:
     count = len(group.accuracies)
     for index, (task, cells) in enumerate(group.accuracies.items()):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        offset = (index - (count - 1) / 2) * 0.22  # tasks of a row stand below each other
+        offset = (index - (count - 1) / 2) * 0.22  # tasks of a row are drawn below each other
         known = [(row + offset, *cell) for row, cell in enumerate(cells) if cell is not None]
         if known:
             y, x, errors = zip(*known, strict=True)
@@ -199,7 +199,7 @@ def _bars(errors: Sequence[float | None] | None) -> list[float] | None:
 
 
 def _add_legend(figure: Figure, panels: Sequence[Axes], fewest: int = 2) -> None:
-    """One legend, above the panels, for all that have so many series at least."""
+    """One legend above the panels, for those that have at least ``fewest`` series."""
     entries = {}
     for axes in panels:
         handles, names = axes.get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""What tells runs apart in a table."""
+"""Names that distinguish runs in a table."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,29 +13,29 @@ _NONE = "–"
 
 
 def traits(runs: Mapping[Path, Facts]) -> dict[Path, dict[str, str]]:
-    """Of each run, by its results file, what tells it from the others beside method and scheme.
+    """What distinguishes each run from the others in addition to method and scheme, by results file.
 
-    That is the model, the arithmetic (``backend``) and the seed of the calibration draw, each where runs that have one
-    differ in it, and the folder where some would still look the same. The model is named, too, where one is of another
-    package, which has no method. All runs have the same keys.
+    These are the model, the arithmetic (``backend``) and the seed of the calibration draw, each if runs differ in it,
+    and the folder if runs would still look the same. The model is also named if any run is of another package, which
+    has no method. All runs have the same keys.
     """
     known = {file: _traits(file, facts) for file, facts in runs.items()}
     models = {own["model"] for own in known.values()}
     if len({Path(model).name for model in models}) == len(models):
         known = {file: own | {"model": Path(own["model"]).name} for file, own in known.items()}
-    told = {name: {own[name] for own in known.values()} - {_NONE} for name in ("model", "backend", "seed")}
-    names = [name for name, values in told.items() if len(values) > 1 or (name == "model" and not all(runs.values()))]
+    values = {name: {own[name] for own in known.values()} - {_NONE} for name in ("model", "backend", "seed")}
+    names = [name for name, own in values.items() if len(own) > 1 or (name == "model" and not all(runs.values()))]
     found = {file: {name: own[name] for name in names} for file, own in known.items()}
-    looks = {file: _look(runs[file], own) for file, own in found.items()}
-    alike = Counter(looks.values())
-    if len(alike) < len(runs):
+    shown = {file: _shown(runs[file], own) for file, own in found.items()}
+    counts = Counter(shown.values())
+    if len(counts) < len(runs):
         for file, folder in _folders(list(runs)).items():
-            found[file]["folder"] = folder if alike[looks[file]] > 1 else _NONE
+            found[file]["folder"] = folder if counts[shown[file]] > 1 else _NONE
     return found
 
 
 def labels(runs: Mapping[Path, Facts]) -> dict[Path, str]:
-    """The runs' names: method and scheme, or of other packages the model, and in brackets their `traits`."""
+    """The runs' names: method and scheme (for other packages, the model) with their `traits` in brackets."""
     return {file: _label(runs[file], file, own) for file, own in traits(runs).items()}
 
 
@@ -54,20 +54,20 @@ def _traits(file: Path, facts: Facts) -> dict[str, str]:
     }
 
 
-def _look(facts: Facts, own: Mapping[str, str]) -> tuple[str, ...]:
+def _shown(facts: Facts, own: Mapping[str, str]) -> tuple[str, ...]:
     return str(facts.get("method")), str(facts.get("scheme")), *own.values()
 
 
 def _folders(files: list[Path]) -> dict[Path, str]:
-    """Of their folders the part in which they differ; of results files in the same folder also the file's name."""
+    """The part of each file's folder that differs between files; plus the file's name for files in one folder."""
     paths = {file: file.resolve().parent.parts for file in files}
-    start = _alike(list(paths.values()))
-    end = _alike([parts[start:][::-1] for parts in paths.values()])
+    start = _common_length(list(paths.values()))
+    end = _common_length([parts[start:][::-1] for parts in paths.values()])
     folders = {file: "/".join(parts[start : len(parts) - end]) or "." for file, parts in paths.items()}
-    twins = Counter(folders.values())
-    return {file: name if twins[name] == 1 else f"{name}/{file.name}" for file, name in folders.items()}
+    counts = Counter(folders.values())
+    return {file: name if counts[name] == 1 else f"{name}/{file.name}" for file, name in folders.items()}
 
 
-def _alike(paths: list[tuple[str, ...]]) -> int:
-    """How many parts all begin with."""
+def _common_length(paths: list[tuple[str, ...]]) -> int:
+    """Number of leading parts that all paths share."""
     return sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False)))

@@ -1,4 +1,4 @@
-"""Pictures of a plan: what the search found out, and what it chose."""
+"""Figures of a plan: what its search measured and chose."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,13 +16,13 @@ LOSSES = {
 
 
 def search_figures(plan: RoundingPlan) -> dict[str, dict[str, bytes]]:
-    """What the plan's record shows, by the figure's name: its files by suffix.
+    """Figures of the plan's record: files by suffix, by the figure's name.
 
-    ``search``: dependency between layers, with the blocks' borders, and the chosen percentiles. ``veo``: the losses of
-    the visual encoder's training.
+    ``search`` shows the dependency between layers with the blocks' borders, and the chosen percentiles. ``veo`` shows
+    the losses of the visual encoder's training.
 
     Raises:
-        QVLMError: the plan's method kept no record of its search.
+        QVLMError: the plan has no record of a search.
     """
     figures = {}
     if "cdm" in plan.record:
@@ -31,14 +31,14 @@ def search_figures(plan: RoundingPlan) -> dict[str, dict[str, bytes]]:
         figures["veo"] = panels_figure(_losses(plan.record["veo"]))
     if not figures:
         raise QVLMError(
-            f"this plan's method, {plan.method}, keeps no record of its search; qvlm and qvlm_jacobian do, unless both "
-            "cdm and veo are false"
+            f"this plan's method, {plan.method}, records no search; qvlm and qvlm_jacobian do, unless cdm and veo are "
+            "both false"
         )
     return figures
 
 
 def block_borders(plan: RoundingPlan) -> tuple[float, ...]:
-    """Where one block of decoder layers ends and the next begins: halfway between their layers."""
+    """Borders between blocks of decoder layers: halfway between the last layer of one and the first of the next."""
     blocks = plan.record.get("cdm", {}).get("blocks", [])
     return tuple(max(block["layers"]) + 0.5 for block in blocks[:-1])
 
@@ -47,8 +47,8 @@ def error_figure(plan: RoundingPlan, errors: Mapping[str, LayerErrors]) -> dict[
     """Errors of each decoder layer's output, one series for each plan.
 
     Args:
-        plan: whose block borders are drawn.
-        errors: by the series' name.
+        plan: the plan whose block borders are drawn.
+        errors: errors by the name of the series.
     """
     kinds = {"whole": "whole sample", "token": "mean over tokens"}
     panels = [
@@ -81,12 +81,12 @@ def _dependencies(plan: RoundingPlan) -> Panel:
 
 
 def _layers(plan: RoundingPlan) -> tuple[float, float]:
-    """So that panels above each other show the same layers at the same place."""
+    """The range of x, which aligns panels that stand above each other."""
     return -0.5, len(plan.record["cdm"]["dependencies"]) + 0.5
 
 
 def _percentiles(plan: RoundingPlan) -> Panel:
-    """A series for each kind of site, or one where all sites of a layer share their percentile."""
+    """A series for each kind of site, or a single one if all sites of a layer share their percentile."""
     chosen: dict[str, dict[int, float]] = {}
     for block in plan.record["cdm"]["blocks"]:
         for layer, sites in zip(block["layers"], block["percentiles"], strict=True):
@@ -107,7 +107,7 @@ def _percentiles(plan: RoundingPlan) -> Panel:
 
 
 def _losses(record: Mapping[str, Any]) -> list[list[Panel]]:
-    """An axis for each loss: they differ by orders of magnitude, and each changes by a small part of itself."""
+    """An axis for each loss: losses differ by orders of magnitude, and each changes only a little."""
     curve = record["curve"]
     epochs = [row["epoch"] for row in curve]
     panels = [
@@ -121,7 +121,7 @@ def _losses(record: Mapping[str, Any]) -> list[list[Panel]]:
 
 
 def _error_series(name: str, values: Any) -> Series:
-    """Mean and standard error over samples, of a tensor [samples, layers]."""
+    """Mean and standard error over samples of a tensor [samples, layers]."""
     count, means = len(values), values.mean(dim=0).tolist()
     errors = (values.std(dim=0) / count**0.5).tolist() if count > 1 else None
     return Series(name, range(len(means)), means, errors)

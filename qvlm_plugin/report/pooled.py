@@ -1,4 +1,4 @@
-"""Compare two methods over several seeds: what holds whatever calibration samples were drawn."""
+"""Compare two methods over several seeds of the calibration draw."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,44 +7,39 @@ import numpy as np
 from scipy import stats
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.report.paired import (
-    AVERAGE,
+from qvlm_plugin.report.estimates import (
     Estimate,
-    Flips,
-    PairedTask,
     cluster_sums,
     clustered_mean,
-    count_flips,
     difference_estimate,
-    paired_tasks,
     score_estimate,
-    sign_flip_p,
-    total_means,
     without_error,
 )
+from qvlm_plugin.report.paired import AVERAGE, Flips, PairedTask, count_flips, paired_tasks, total_means
 from qvlm_plugin.report.samples import RunSamples
 from qvlm_plugin.report.shares import PERCENT, number_text
+from qvlm_plugin.report.significance import sign_flip_p
 
 LEVEL = 0.05
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """Runs of several seeds against their baselines on one task, or on the average of all tasks.
+    """Runs of several seeds compared with their baselines on one task, or on the average of all tasks.
 
     Attributes:
         task: the task's name, or `AVERAGE`.
-        documents, clusters: how many there are, each counted once; documents of the same image are one cluster.
-        unknown: of how many documents no run tells the image, as in `Comparison`.
-        scale: by which tables show scores and differences: `shares.scale`.
-        scores, differences: of each seed, in the order given; differences are score minus baseline.
-        baseline, score, difference: means over seeds, with errors and 95 % intervals as of `two_way_mean`.
-        t_p: two-sided p of no difference by the t of `difference`, for documents and seeds at random. It is
-            ``sign_flip_p`` where there is no error above 0 to divide by.
-        sign_flip_p: of the sign-flip test on the clusters' differences, averaged over seeds: for documents at random
-            and these very draws of calibration samples.
-        flips: counts of changed documents, summed over seeds.
-        drawn: whether a run says that calibration samples were drawn for it.
+        documents, clusters: their numbers, each counted once; documents with the same image form one cluster.
+        unknown: number of documents whose image no run records, as in `Comparison`.
+        scale: factor by which tables multiply scores and differences: `shares.scale`.
+        scores, differences: one for each seed, in the order given; differences are score minus baseline.
+        baseline, score, difference: means over seeds, with errors and 95 % intervals from `two_way_mean`.
+        t_p: two-sided p for no difference by the t statistic of `difference`, with documents and seeds as random. It
+            equals ``sign_flip_p`` if the standard error is 0 or unknown.
+        sign_flip_p: p of the sign-flip test on the clusters' differences, averaged over seeds: documents are random,
+            the draws of calibration samples are fixed.
+        flips: numbers of changed documents, summed over seeds.
+        drawn: whether any run used calibration samples.
     """
 
     task: str
@@ -64,24 +59,23 @@ class Pooled:
 
     @property
     def seeds(self) -> int:
-        """How many there are."""
+        """Number of seeds."""
         return len(self.differences)
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of the seeds' scores; None for one seed."""
+        """Standard deviation of the scores over seeds; None for one seed."""
         return float(np.std(self.scores, ddof=1)) if self.seeds > 1 else None
 
     @property
     def agreeing(self) -> int:
-        """How many seeds' differences have the sign of the pooled one."""
+        """Number of seeds whose difference has the sign of the pooled difference."""
         return sum(_sign(one) == _sign(self.difference.value) for one in self.differences)
 
     @property
     def holds(self) -> bool:
         """Whether the interval excludes 0 and all seeds agree in sign."""
-        # Where there is no interval, or one without width, the sign-flip test decides. Elsewhere p < 0.05 is that the
-        # interval excludes 0.
+        # p < 0.05 means that the interval excludes 0. Without an interval, t_p is that of the sign-flip test.
         return self.t_p < LEVEL and self.agreeing == self.seeds
 
 
@@ -89,9 +83,9 @@ def pool(pairs: Sequence[tuple[RunSamples, RunSamples]], metric: str) -> list[Po
     """Compare runs with their baselines over several seeds.
 
     Args:
-        pairs: (baseline, other) of each seed. All runs must be over the same documents. Where a method needs no
-            calibration samples, its run may be in every pair.
-        metric: of the tasks.
+        pairs: (baseline, other) of each seed. All runs must cover the same documents. The run of a method without
+            calibration may be in every pair.
+        metric: name of the tasks' metric.
 
     Returns:
         A row for each task that has the metric and, if there are several, one for their average.
@@ -139,30 +133,30 @@ def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
 
 
 def _share(estimate: Estimate, values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> Estimate:
-    """The `two_way_mean` of shares, where no seed adds to the error with the interval of `score_estimate`."""
+    """The `two_way_mean` of shares, with the interval of `score_estimate` if seeds add no variance."""
     if len(values[0]) > 1 and estimate.error > 0:
         return estimate
     return score_estimate(estimate, [task.mean(axis=0) for task in values], clusters)
 
 
 def two_way_mean(values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> tuple[Estimate, float]:
-    """Mean over seeds and tasks, each task with the same weight, with an error for both documents and seeds at random.
+    """Mean over seeds and tasks, tasks unweighted, with a standard error that treats documents and seeds as random.
 
-    The variance is the sum of two: that of `clustered_mean` of the documents' values averaged over seeds, and the
-    sample variance of the seeds' means, divided by the number of seeds. This is two-way clustering (Cameron, Gelbach
-    and Miller 2011) without subtracting the interaction of documents and seeds, which is in both parts: it errs to the
-    safe side. The interval is Student's with Satterthwaite's degrees of freedom, from clusters - 1 and seeds - 1. With
-    few seeds that differ much these are few: three seeds alone tell little.
+    The variance has two parts: that of `clustered_mean` for the documents' values averaged over seeds, and the sample
+    variance of the seeds' means, divided by the number of seeds. This is two-way clustering (Cameron, Gelbach and
+    Miller 2011) without subtracting the interaction of documents and seeds, which both parts contain, so the error is
+    conservative. The interval is Student's with Satterthwaite's degrees of freedom, from (clusters - 1) and
+    (seeds - 1). A few seeds that differ much give few degrees of freedom, and wide intervals.
 
-    One seed has no variance that could be seen: the result is that of `clustered_mean`, which does *not* cover what
-    another draw of calibration samples would change.
+    The variance over seeds cannot be estimated from one seed: the result is then that of `clustered_mean`, which does
+    *not* cover the variation between draws of calibration samples.
 
     Args:
-        values: of each task the documents' values by seed, float64[seeds, n].
-        clusters: of each task the documents' clusters, int[n]; a cluster may reach over several tasks.
+        values: the documents' values of each task by seed, float64[seeds, n].
+        clusters: the documents' clusters of each task, int[n]; a cluster may span several tasks.
 
     Returns:
-        The mean, and the degrees of freedom; error and interval are NaN where a task has fewer than two clusters.
+        The mean, and the degrees of freedom; error and interval are NaN if a task has fewer than two clusters.
     """
     of_documents = clustered_mean([task.mean(axis=0) for task in values], clusters)
     documents, freedom = of_documents.error**2, len(np.unique(np.concatenate(clusters))) - 1
@@ -188,11 +182,11 @@ def _t_p(estimate: Estimate, freedom: float) -> float:
 
 
 def _sign(difference: float) -> int:
-    return int(np.sign(round(difference, 12)))  # rounding leaves traces where documents' differences cancel
+    return int(np.sign(round(difference, 12)))  # differences that cancel leave rounding errors
 
 
 def spread_text(row: Pooled) -> str:
-    """Standard deviation, and the lowest and highest, of the seeds' scores for a table; nothing for one seed."""
+    """Standard deviation, lowest and highest of the scores over seeds, for a table; empty for one seed."""
     if row.spread is None:
         return ""
     spread, low, high = (number_text(one, row.scale) for one in (row.spread, min(row.scores), max(row.scores)))
@@ -200,11 +194,11 @@ def spread_text(row: Pooled) -> str:
 
 
 def verdict(row: Pooled, name: str, baseline: str) -> str:
-    """What a comparison found, in one sentence with its uncertainty.
+    """The result of a comparison in one sentence, with its uncertainty.
 
     Args:
-        row: of one task or of the average.
-        name, baseline: of the two methods.
+        row: the comparison on one task or on the average.
+        name, baseline: names of the two methods.
     """
     difference, interval = row.difference.value, _interval(row)
     unit = " points" if row.scale == PERCENT else ""

@@ -1,7 +1,7 @@
-"""Scores of a quantized checkpoint as metadata of its model card, in the hub's two forms.
+"""Write a quantized checkpoint's scores into the metadata of its model card, in the hub's two formats.
 
-``model-index`` in the head of README.md, and ``.eval_results/*.yaml``, which feeds the leaderboards of benchmark data
-sets (https://huggingface.co/docs/hub/eval-results). Both are written by huggingface_hub, which knows their fields.
+These are ``model-index`` in README.md's front matter, and ``.eval_results/*.yaml``, which feeds the leaderboards of
+benchmark data sets (https://huggingface.co/docs/hub/eval-results). huggingface_hub writes both.
 """
 
 import re
@@ -21,10 +21,10 @@ TASK_TYPE = "visual-question-answering"
 
 
 def publishable(paths: Sequence[Path]) -> list[Row]:
-    """The rows of results that may be published: all of one plan, whole and on the real data.
+    """The rows of results, checked: all of one plan, on all documents of the real data.
 
     Raises:
-        QVLMError: a file has a problem, or a row must not be published; the message says why.
+        QVLMError: a file has a problem, or a row must not be published.
     """
     board = rank(read_board(find_results(paths), Path.cwd()))
     if board.problems:
@@ -34,34 +34,34 @@ def publishable(paths: Sequence[Path]) -> list[Row]:
         if row.method is None:
             raise QVLMError(f"{row.file} is of another package's model; publish results of --model qvlm")
         if row.notes:
-            raise QVLMError(f"{row.file}: {row.task}: {'; '.join(row.notes)}: this must not be published")
+            raise QVLMError(f"{row.file}: {row.task} must not be published: {'; '.join(row.notes)}")
     if len({row.plan_hash for row in board.rows}) != 1:
         files = ", ".join(sorted({row.file for row in board.rows}))
-        raise QVLMError(f"the results are of several plans, a checkpoint has one: {files}")
+        raise QVLMError(f"the results are of several plans, but a checkpoint has one: {files}")
     return board.rows
 
 
 def publish_results(rows: Sequence[Row], checkpoint: Path, source_url: str | None = None) -> list[Path]:
-    """Write the rows into a checkpoint's model card and ``.eval_results`` folder; what else is there stays.
+    """Write the rows into a checkpoint's model card and ``.eval_results`` folder; keeps all other content.
 
     Args:
         rows: see `publishable`.
-        checkpoint: its folder; README.md is made where it is missing.
-        source_url: where the runs can be looked at.
+        checkpoint: its folder; README.md is created if missing.
+        source_url: page that shows the runs.
 
     Returns:
         The files written.
 
     Raises:
-        QVLMError: the folder does not exist, or its README.md has a head that cannot be read.
+        QVLMError: the folder does not exist, or the front matter of its README.md is invalid.
     """
     if not checkpoint.is_dir():
-        raise QVLMError(f"{checkpoint}: there is no such folder")
+        raise QVLMError(f"{checkpoint}: no such folder")
     readme = checkpoint / "README.md"
     try:
         card = ModelCard(readme.read_text(encoding="utf-8") if readme.is_file() else f"# {checkpoint.resolve().name}\n")
     except (ValueError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QVLMError(f"{readme}: its head cannot be read: {' '.join(str(error).split())}") from error
+        raise QVLMError(f"{readme}: invalid front matter: {' '.join(str(error).split())}") from error
     others, name = card.data.eval_results or [], card.data.get("model_name") or checkpoint.resolve().name
     data = {key: value for key, value in card.data.to_dict().items() if key not in ("model-index", "model_name")}
     added = [_eval_result(row, source_url) for row in rows]
@@ -125,6 +125,6 @@ def _revision(row: Row) -> str | None:
 
 
 def _iso(date: str | None) -> str | None:
-    """The day of lmms-eval's ``20261121_120000``; its time has no zone."""
+    """The day of lmms-eval's ``20261121_120000``, whose time has no zone."""
     found = re.match(r"(\d{4})(\d\d)(\d\d)_", date or "")
     return f"{found[1]}-{found[2]}-{found[3]}" if found else None

@@ -15,12 +15,12 @@ from rich.table import Table
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import concerning, one_line, read_json
-from qvlm_plugin.report.leaderboard.schema import main_metric
+from qvlm_plugin.report.leaderboard.schema import generation_speed, is_simulated, main_metric
 from qvlm_plugin.report.naming import traits
 from qvlm_plugin.report.shares import FEWEST, PERCENT, Interval, scale, score_text, share_interval
 
 BYPASS = "bypass"
-"""What lmms-eval writes, with a value of 999, where ``--predict_only`` left scoring out."""
+"""The metric that lmms-eval writes, with a value of 999, under ``--predict_only``."""
 
 
 class _Counts(BaseModel):
@@ -34,10 +34,11 @@ class _Widths(BaseModel):
 
 
 class _Run(BaseModel):
-    """What is read of a run's ``qvlm``; more may be there."""
+    """The parts of a run's ``qvlm`` that are read."""
 
     method: str = "?"
     scheme: str = "?"
+    backend: str | None = None
     bits: dict[str, _Widths] = Field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     packed_bytes: int | None = None
@@ -50,13 +51,19 @@ class _Command(BaseModel):
 
 
 class _File(BaseModel):
-    """What is read of a results file."""
+    """The parts of a results file that are read."""
 
     results: dict[str, dict[str, Any]]
     counts: dict[str, _Counts] = Field(alias="n-samples")
     configs: dict[str, dict[str, Any]] = Field(default_factory=dict)
     config: _Command = Field(default_factory=_Command)
+    throughput: dict[str, Any] | None = None
     qvlm: _Run | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        simulated = self.qvlm is not None and is_simulated(self.qvlm.method, self.qvlm.backend)
+        return None if simulated else generation_speed(self.throughput)
 
 
 @dataclass(frozen=True)
@@ -64,13 +71,14 @@ class Score:
     """One metric of one task in one run.
 
     Attributes:
-        task, metric: as lmms-eval names them.
-        main: whether it is the task's first metric; others may be of some documents only.
-        value: over all documents; None where answers were only collected (``--predict_only``).
-        stderr: its standard error; None where the harness gives none.
-        documents: how many documents were evaluated; None for a group of tasks.
+        task, metric: lmms-eval's names.
+        main: whether it is the task's first metric; others may cover only some documents.
+        value: the score over all documents; None if answers were not scored (``--predict_only``).
+        stderr: its standard error; None if the harness gives none.
+        documents: number of documents evaluated; None for a group of tasks.
         limited: whether ``--limit`` or ``--offset`` left documents out.
         run: the run's ``qvlm`` provenance; None for models of other packages.
+        tokens_per_second: the run's speed of generation; None if unknown, or if low bits are simulated.
         file: the results file.
     """
 
@@ -82,27 +90,28 @@ class Score:
     documents: int | None
     limited: bool
     run: dict[str, Any] | None
+    tokens_per_second: float | None
     file: Path
 
     @property
     def scale(self) -> int:
-        """By which tables show it, see `shares.scale`."""
+        """Factor by which tables multiply it, see `shares.scale`."""
         return scale(self.metric, self.value)
 
     @property
     def interval(self) -> Interval | None:
-        """Its 95 % interval, where it is a share of documents that a standard error does not describe."""
+        """Wilson's 95 % interval, for shares whose standard error is a poor guide; else None."""
         if self.value is None:
             return None
         return share_interval(self.metric, self.value, self.stderr, self.documents if self.main else None)
 
     @property
     def text(self) -> str:
-        """For tables, by itself."""
+        """The score for a table."""
         return "" if self.value is None else score_text(self.value, self.stderr, self.scale, self.interval)
 
     def row(self) -> dict[str, Any]:
-        """As JSON data; the run's facts are those that tables show."""
+        """As JSON data, with those of the run's facts that tables show."""
         run = self.run or {}
         facts = {name: run.get(name) for name in ("method", "scheme", "backend", "bits", "packed_bytes", "plan_hash")}
         own = {name: getattr(self, name) for name in ("task", "metric", "value", "stderr", "documents", "limited")}
@@ -112,7 +121,7 @@ class Score:
 
 
 def read_results(paths: Sequence[Path]) -> list[Score]:
-    """The scores in results files, or in all ``*_results.json`` below folders.
+    """The scores in results files, and in all ``*_results.json`` below folders.
 
     Raises:
         QVLMError: a folder has no results file (lmms-eval exits with 0 even when an evaluation failed), or a file is
@@ -130,7 +139,7 @@ def _results_files(path: Path) -> list[Path]:
         return [path]
     files = sorted(path.rglob("*_results.json"))
     if not files:
-        raise QVLMError(f"{path} has no *_results.json: the evaluation failed, or wrote elsewhere")
+        raise QVLMError(f"{path} contains no *_results.json: the evaluation failed, or wrote to another folder")
     return files
 
 
@@ -146,7 +155,7 @@ def _read_file(file: Path) -> Iterator[Score]:
             if not kind or "_stderr" in metric or not isinstance(value, int | float):
                 continue
             stderr = metrics.get(f"{metric}_stderr,{kind}")
-            counts = read.counts.get(task)  # none of a group
+            counts = read.counts.get(task)  # groups have none
             yield Score(
                 task=task,
                 metric=metric,
@@ -156,6 +165,7 @@ def _read_file(file: Path) -> Iterator[Score]:
                 documents=counts.effective if counts else None,
                 limited=bool(read.config.offset or (counts and counts.effective != counts.original)),
                 run=content.get("qvlm"),
+                tokens_per_second=read.tokens_per_second,
                 file=file,
             )
 
@@ -165,8 +175,8 @@ class Grid:
     """A table of text.
 
     Attributes:
-        header, rows: as many texts each.
-        lead: how many columns name a row.
+        header, rows: texts, one for each column.
+        lead: number of leading columns, which name the row.
     """
 
     header: tuple[str, ...]
@@ -174,43 +184,49 @@ class Grid:
     lead: int = 1
 
     def rich(self, width: int) -> Group:
-        """For a terminal: as many tables below each other as keep ``width``, each with the columns that name a row."""
+        """For a terminal: split into tables no wider than ``width``, each with the columns that name the rows."""
         columns = list(zip(self.header, *self.rows, strict=True))
         lead, rest = columns[: self.lead], [_wrapped(*column) for column in columns[self.lead :]]
         words = [max(cell_len(word) for cell in column for word in (*cell.split(), "")) for column in lead]
-        room = width - 1 - min(sum(size + _PADDING for size in words), width // 2)
+        available = width - 1 - min(sum(size + _PADDING for size in words), width // 2)
         tables: list[list[tuple[str, ...]]] = [[]]
-        left = room
+        left = available
         for column in rest:
-            size = max(cell_len(line) for cell in column for line in cell.split("\n")) + _PADDING
+            size = _column_width(column)
             if size > left and tables[-1]:
                 tables.append([])
-                left = room
+                left = available
             tables[-1].append(column)
             left -= size
-        return Group(*(_table(lead, own) for own in tables))
+        return Group(*(_table(lead, own, width) for own in tables))
 
     def markdown(self) -> str:
-        """For a document."""
+        """As a Markdown table."""
         lines = [self.header, tuple("---" for _ in self.header), *self.rows]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 _PADDING = 2
-"""Blanks between columns."""
+"""Spaces between columns."""
 
 
 def _wrapped(heading: str, *cells: str) -> tuple[str, ...]:
-    """A column as wide as it need be to break headings at words and cells at brackets only."""
+    """A column wrapped as narrowly as headings allow without breaking words, and cells before their brackets."""
     size = max(map(cell_len, [*heading.split(), *(cell.partition(" (")[0] for cell in cells), " "]))
     return tuple("\n".join(wrap(text, size)) for text in (heading, *cells))
 
 
-def _table(lead: Sequence[tuple[str, ...]], rest: Sequence[tuple[str, ...]]) -> Table:
-    """Columns as a table, whose leading ones are narrowed where there is no room."""
+def _column_width(column: Sequence[str]) -> int:
+    """Width of a column with its padding."""
+    return max(cell_len(line) for cell in column for line in cell.split("\n")) + _PADDING
+
+
+def _table(lead: Sequence[tuple[str, ...]], rest: Sequence[tuple[str, ...]], width: int) -> Table:
+    """Columns as a table; leading columns are wrapped if space is short, at words if possible."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading, *_ in lead:
-        table.add_column(heading, overflow="fold")
+    widths = _lead_widths(lead, width - 1 - sum(map(_column_width, rest)))
+    for (heading, *_), size in zip(lead, widths, strict=True):
+        table.add_column(heading, overflow="fold", width=size)
     for heading, *_ in rest:
         table.add_column(heading, no_wrap=True)
     _, *rows = zip(*lead, *rest, strict=True)
@@ -219,10 +235,22 @@ def _table(lead: Sequence[tuple[str, ...]], rest: Sequence[tuple[str, ...]]) -> 
     return table
 
 
-def results_grid(scores: Sequence[Score]) -> Grid:
-    """The scores with standard errors or intervals, the runs in the order given; columns of shares are in percent.
+def _lead_widths(lead: Sequence[tuple[str, ...]], available: int) -> list[int]:
+    """Widths of the leading columns without padding: that of their longest words, more if there is space."""
+    words = [max(cell_len(word) for cell in column for word in (*cell.split(), " ")) for column in lead]
+    spare = available - sum(size + _PADDING for size in words)
+    widths = []
+    for size, column in zip(words, lead, strict=True):
+        change = min(_column_width(column) - _PADDING - size, spare) if spare > 0 else max(spare, 1 - size)
+        widths.append(size + change)
+        spare -= change
+    return widths
 
-    Columns have the number of documents where it is the same for all runs, else cells have it.
+
+def results_grid(scores: Sequence[Score]) -> Grid:
+    """The scores with standard errors or intervals, runs in the order given; shares are in percent.
+
+    The number of documents is in the heading if it is the same for all runs, else in the cells.
     """
     files = dict.fromkeys(score.file for score in scores)
     apart = traits({file: next(one.run for one in scores if one.file == file) or {} for file in files})
@@ -277,14 +305,14 @@ def _packed(run: dict[str, Any]) -> str:
 
 
 def size(count: int | None) -> str:
-    """Bytes for people."""
+    """A number of bytes in MB or GB."""
     if count is None:
         return "?"
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _marks(run: Sequence[Score]) -> str:
-    """Whether a run is on data that stands in for a real data set, or on a part of the documents."""
+    """Marks a run that is not scored, uses stand-in data, or covers only part of the documents."""
     marks = ["answers only, not scored"] if any(score.value is None for score in run) else []
     marks += ["stand-in data"] if (run[0].run or {}).get("stand_in") else []
     marks += ["not all documents"] if any(score.limited for score in run) else []
@@ -292,10 +320,10 @@ def _marks(run: Sequence[Score]) -> str:
 
 
 def results_notes(scores: Sequence[Score]) -> list[str]:
-    """What the table's figures are, line by line."""
+    """Lines that explain the table's figures."""
     texts = [score.text for score in scores]
-    lines = ["±: standard error, which takes documents as independent"] if any("±" in one for one in texts) else []
+    lines = ["±: standard error, if documents are independent"] if any("±" in one for one in texts) else []
     if any("[" in one for one in texts):
-        lines.append(f"[…]: Wilson's 95 % interval, where fewer than {FEWEST} documents are right, or wrong")
+        lines.append(f"[…]: Wilson's 95 % interval, if fewer than {FEWEST} documents are right or wrong")
     marks = {_marks([score for score in scores if score.file == file]) for file in {score.file for score in scores}}
     return lines + [f"all runs: {mark}" for mark in marks if mark and len(marks) == 1]

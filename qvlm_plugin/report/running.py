@@ -1,4 +1,4 @@
-"""Run many cells, several at a time, and show how they stand."""
+"""Run many cells, several at a time, and show their progress."""
 
 import time
 from collections import deque
@@ -18,12 +18,12 @@ from qvlm_plugin.report.results import read_results
 from qvlm_plugin.report.runs import POLL, RUNNING, Cell, Outcome, Setting, finished_cells, log_end, steps
 
 FRESH, DONE, FOUND, FAILED = "waiting", "done", "finished before", "failed"
-INTERRUPTED, LEFT, WITHDRAWN = "interrupted", "its job goes on", "its job is taken back"
+INTERRUPTED, DETACHED, WITHDRAWN = "interrupted", "its job continues", "its job is cancelled"
 
 
 @dataclass
 class _Run:
-    """A cell that has been started: what it does, on which device, and since when it runs."""
+    """A cell that has been started: its device, its state, and the time of its last change of state."""
 
     cell: Cell
     device: str | None
@@ -35,8 +35,8 @@ class _Run:
     @classmethod
     def start(cls, cell: Cell, setting: Setting, device: str | None, jobs: Jobs | None) -> "_Run":
         environment = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
-        going = steps(cell, setting, environment) if jobs is None else jobs.steps(cell)
-        return cls(cell, device, going, setting.output / cell.name / "log.txt")
+        progress = steps(cell, setting, environment) if jobs is None else jobs.steps(cell)
+        return cls(cell, device, progress, setting.output / cell.name / "log.txt")
 
     def change(self, state: str) -> None:
         self.state, self.since = state, time.monotonic()
@@ -50,37 +50,37 @@ class _Run:
         return self.state.startswith(QUEUED)
 
     def __str__(self) -> str:
-        """How it stands, with the newest line of its log."""
+        """Its state, with the newest line of its log."""
         if self.state != RUNNING:
             return self.state
-        place = "" if self.device is None else f" on {self.device}"
+        device = "" if self.device is None else f" on {self.device}"
         newest = log_end(self.log)[-1:]
-        return f"{RUNNING}{place}, {duration(self.seconds)}" + "".join(f": {line.strip()}" for line in newest)
+        return f"{RUNNING}{device}, {duration(self.seconds)}" + "".join(f": {line.strip()}" for line in newest)
 
 
 @dataclass
-class _Standing:
-    """How all cells stand: lines of those that have ended, and on a terminal a table of those that run."""
+class _Display:
+    """Shows all cells: a line for each that has ended, and on a terminal a table of those that run."""
 
     cells: Sequence[Cell]
     metric: str
     console: Console
     runs: dict[str, _Run] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    told: float = 0.0
+    printed: float = 0.0
 
     def shown(self) -> AbstractContextManager:
-        """While active, a terminal shows the table."""
+        """A context in which a terminal shows the table."""
         return Live(self, console=self.console, refresh_per_second=2) if self.console.is_terminal else nullcontext()
 
     def changed(self, run: _Run) -> None:
-        """A run began to wait or to run."""
+        """Report that a run began to wait or to run."""
         self.runs[run.cell.name] = run
         if not self.console.is_terminal:
             self._print(f"{run.cell.name}: {'started' if run.state == RUNNING else run.state}")
 
     def ended(self, outcome: Outcome) -> None:
-        """A cell ended."""
+        """Report that a cell ended."""
         name = outcome.cell.name
         run = self.runs.pop(name, None)
         self.outcomes[name] = outcome
@@ -89,11 +89,11 @@ class _Standing:
         count = f"{len(self.outcomes)} of {len(self.cells)}"
         self._print(f"{name}: {_state(outcome)}{took}{score} ({count})")
         if outcome.results is None:
-            self._print("\n".join([f"{name} failed; the end of {outcome.log}:", *log_end(outcome.log)]))
+            self._print("\n".join([f"{name} failed; last lines of {outcome.log}:", *log_end(outcome.log)]))
 
-    def go_on(self) -> None:
-        """Where the output is no terminal, let it not stand still."""
-        if not self.console.is_terminal and self.runs and time.monotonic() - self.told >= LINE_EVERY:
+    def heartbeat(self) -> None:
+        """If the output is not a terminal, print the state of running cells from time to time."""
+        if not self.console.is_terminal and self.runs and time.monotonic() - self.printed >= LINE_EVERY:
             for name, run in self.runs.items():
                 if not run.queued:
                     self._print(f"{name}: {run}")
@@ -101,11 +101,11 @@ class _Standing:
                 self._print(f"{queued} jobs are {QUEUED}")
 
     def _print(self, text: str) -> None:
-        self.told = time.monotonic()
+        self.printed = time.monotonic()
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _score(self, results: Path) -> str:
-        """Of each task; the task is named where there are several."""
+        """The score of each task, with the task's name if there are several."""
         found = [one for one in read_results([results]) if one.metric == self.metric]
         texts = [f"{one.task} " * (len(found) > 1) + one.text for one in found]
         return ", ".join(texts) or "–"
@@ -129,26 +129,26 @@ def run_cells(
 ) -> list[Outcome]:
     """Run all cells that are not finished.
 
-    After a cell that ended without results no other is started, those that run already are waited for, and the failure
-    is raised; unless the setting says to keep going. When this is interrupted, so are the cells that run; jobs go on.
+    After a cell failed, no other is started; running cells are waited for and the failure is raised, unless the setting
+    says to keep going. An interrupt stops the cells that run as processes; jobs continue.
 
     Args:
-        cells: those of one plan next to each other.
+        cells: cells of one plan next to each other.
         setting: where and how.
-        metric: shown of finished cells.
-        console: to show them on; None is standard error.
-        jobs: of a cluster, each running one cell; None runs cells as processes of this one.
+        metric: the metric shown for finished cells.
+        console: where to show progress; None for standard error.
+        jobs: runs each cell as a job of a cluster; None runs cells as child processes.
 
     Returns:
         An outcome for each cell, in their order.
 
     Raises:
-        QVLMError: a cell failed, its folder cannot be written, its job is refused, or the working directory is not
-            there.
+        QVLMError: a cell failed, its folder cannot be written, its job is refused, or the working directory does not
+            exist.
     """
     if setting.directory is not None and not setting.directory.is_dir():
         raise QVLMError(f"working directory {str(setting.directory)!r} does not exist")
-    standing = _Standing(cells, metric, console or Console(stderr=True))
+    display = _Display(cells, metric, console or Console(stderr=True))
     finished = finished_cells(cells, setting.output)
     waiting = deque(cell for cell in cells if cell.name not in finished)
     free = deque(
@@ -156,10 +156,10 @@ def run_cells(
     )
     running: list[_Run] = []
     failed: list[Outcome] = []
-    with standing.shown():
+    with display.shown():
         for cell in cells:
             if results := finished.get(cell.name):
-                standing.ended(Outcome(cell, results, setting.output / cell.name / "log.txt", reused=True))
+                display.ended(Outcome(cell, results, setting.output / cell.name / "log.txt", reused=True))
         try:
             while running or (waiting and (setting.keep_going or not failed)):
                 while waiting and free and (setting.keep_going or not failed):
@@ -169,7 +169,7 @@ def run_cells(
                     if isinstance(step, Outcome):
                         running.remove(run)
                         free.append(run.device)
-                        standing.ended(step)
+                        display.ended(step)
                         failed += [step] if step.results is None else []
                     elif failed and not setting.keep_going and step.startswith(QUEUED):
                         run.steps.close()
@@ -177,17 +177,17 @@ def run_cells(
                         running.remove(run)
                         waiting.append(run.cell)
                         run.change(WITHDRAWN)
-                        standing.changed(run)
+                        display.changed(run)
                     elif step != run.state:
                         run.change(step)
-                        standing.changed(run)
-                standing.go_on()
+                        display.changed(run)
+                display.heartbeat()
                 if running:
                     time.sleep(POLL)
         except KeyboardInterrupt:
             for run in running:
-                run.change(INTERRUPTED if jobs is None else LEFT)
-                standing.changed(run)
+                run.change(INTERRUPTED if jobs is None else DETACHED)
+                display.changed(run)
             raise
         finally:
             for run in running:
@@ -195,7 +195,7 @@ def run_cells(
     if failed and not setting.keep_going:
         rest = f" ({len(waiting)} runs were not started; --keep-going starts them)" if waiting else ""
         raise QVLMError(f"{failed[0].failure}{rest}")
-    return [standing.outcomes[cell.name] for cell in cells]
+    return [display.outcomes[cell.name] for cell in cells]
 
 
 def _state(outcome: Outcome) -> str:

@@ -1,4 +1,4 @@
-"""Run the harness on one configuration, in a process of its own, unless results of it are there already."""
+"""Run the harness on one configuration in a separate process, unless its results exist already."""
 
 import fcntl
 import os
@@ -20,19 +20,19 @@ from qvlm_plugin.report.leaderboard.reading import samples_file
 MODEL = "qvlm_llava"
 
 RUNNING, LOCKED = "running", "waiting for another process that runs it"
-"""What a cell does until it has ended."""
+"""States of a cell that has not ended."""
 
 POLL = 0.1
-"""Seconds between two looks at a process."""
+"""Seconds between two polls of a process."""
 
 LOG_LINES = 15
-"""How much of a failed cell's log is shown."""
+"""Lines of a failed cell's log that are shown."""
 
 _TAIL = 65_536
-"""Bytes at the end of a log in which the newest lines are looked for."""
+"""Bytes at the end of a log that are searched for its newest lines."""
 
 _GRACE = 10
-"""Seconds that the harness gets to end itself."""
+"""Seconds between SIGTERM and SIGKILL."""
 
 _ERROR = re.compile(
     r"^Traceback \(most recent call last\):\n(?:[ \t].*\n)*(?P<raised>\S.*)"
@@ -49,10 +49,10 @@ class Cell:
     """One evaluation: a configuration of the model on some tasks.
 
     Attributes:
-        name: of its folder.
-        model_args: what ``--model_args`` says, as text.
+        name: name of its folder.
+        model_args: the harness's ``--model_args``, as texts.
         tasks: names of lmms-eval's tasks.
-        limit: documents of each task; None evaluates all.
+        limit: documents of each task; None for all.
     """
 
     name: str
@@ -63,18 +63,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how cells run; it does not change what comes out.
+    """Where and how cells run; it does not affect their results.
 
     Attributes:
-        output: folder that gets one folder for each cell. All it holds must come from one working directory, because
-            relative names in ``model_args``, and local mirrors of data sets, mean something else in another.
+        output: folder that gets one folder for each cell. Use one working directory for all its content: relative
+            names in ``model_args`` and local mirrors of data sets depend on it.
         directory: the harness's working directory; None for the current one.
         batch_size: documents per forward pass.
-        processes: processes that share a cell's documents.
-        include_path: folder of tasks that lmms-eval does not know; None for no more.
-        jobs: cells at a time.
-        devices: what each job's CUDA_VISIBLE_DEVICES says, taken in turns; empty leaves the environment alone.
-        keep_going: whether others are run after a cell that ended without results.
+        processes: number of processes that share a cell's documents.
+        include_path: folder of additional tasks; None for none.
+        jobs: number of cells that run at a time.
+        devices: values of CUDA_VISIBLE_DEVICES, assigned to jobs in turn; empty leaves the environment unchanged.
+        keep_going: whether to run the remaining cells after one failed.
     """
 
     output: Path
@@ -89,15 +89,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell.
+    """How a cell ended.
 
     Attributes:
-        cell: which.
-        results: its results file; None when it failed.
-        log: what the harness printed.
-        reused: whether an earlier run's results were taken.
-        status: the harness's exit status; None where it was not started here.
-        job: its job on a cluster, and how that ended; empty where there was none.
+        cell: the cell.
+        results: its results file; None if it failed.
+        log: file with the harness's output.
+        reused: whether the results are an earlier run's.
+        status: the harness's exit status; None if it was not started by this process.
+        job: its job on a cluster, and how that ended; empty without a job.
     """
 
     cell: Cell
@@ -109,10 +109,10 @@ class Outcome:
 
     @property
     def failure(self) -> str:
-        """Of a cell without results: what its log says last about an error, and where the log is."""
+        """Why a cell has no results: the last error in its log, and the log's path."""
         killed = f"killed by signal {-self.status}" if self.status is not None and self.status < 0 else ""
         ended = f" ({killed or self.job})" if killed or self.job else ""
-        error = last_error(self.log) or "nothing was printed"
+        error = last_error(self.log) or "its log is empty"
         return f"{self.cell.name} ended without results{ended}: {error}; log: {self.log}"
 
 
@@ -132,15 +132,15 @@ def command(cell: Cell, setting: Setting) -> list[str]:
 
 
 def find_results(cell: Cell, output: Path) -> Path | None:
-    """The newest results file anywhere below ``output`` that records this cell's arguments, tasks and limit.
+    """The newest results file below ``output`` with this cell's arguments, tasks and limit.
 
-    Beside it must be the samples of all documents: the harness writes them last, and may be killed before.
+    The samples of all documents must be in the same folder: the harness writes them last.
     """
     return finished_cells([cell], output).get(cell.name)
 
 
 def finished_cells(cells: Sequence[Cell], output: Path) -> dict[str, Path]:
-    """Of the cells that `find_results` would find, the results file by the cell's name; each file is read once."""
+    """The files that `find_results` finds for several cells, by the cell's name; each file is read once."""
     left, found = list(cells), {}
     for file in sorted(output.rglob("*_results.json"), key=lambda file: file.stat().st_mtime, reverse=True):
         content = _read(file)
@@ -151,26 +151,26 @@ def finished_cells(cells: Sequence[Cell], output: Path) -> dict[str, Path]:
 
 
 def run_cell(cell: Cell, setting: Setting, environment: Mapping[str, str] | None = None) -> Outcome:
-    """Evaluate a cell and wait for it; arguments and errors are those of `steps`."""
-    with closing(steps(cell, setting, environment)) as going:
-        while not isinstance(step := next(going), Outcome):
+    """Evaluate a cell and wait for it; arguments and errors as for `steps`."""
+    with closing(steps(cell, setting, environment)) as progress:
+        while not isinstance(step := next(progress), Outcome):
             time.sleep(POLL)
     return step
 
 
 def steps(cell: Cell, setting: Setting, environment: Mapping[str, str] | None = None) -> Iterator[str | Outcome]:
-    """Evaluate a cell, unless a finished run of it is there already.
+    """Evaluate a cell, unless a finished run of it exists already.
 
-    lmms-eval exits with 0 even when an evaluation failed, so what counts is whether it wrote results.
+    lmms-eval exits with 0 even if an evaluation failed, so a cell succeeded if it wrote results.
 
     Args:
         cell: what to evaluate.
         setting: where and how.
-        environment: variables that the harness sees beside this process's own.
+        environment: variables added to this process's environment for the harness.
 
     Yields:
-        `RUNNING` or `LOCKED`, at once, as often as it is asked, and at last the outcome. The harness is ended when this
-        generator is closed.
+        `RUNNING` or `LOCKED`, without blocking, until the cell has ended; then the outcome. Closing the generator
+        stops the harness.
 
     Raises:
         QVLMError: the cell's folder cannot be written.
@@ -201,7 +201,7 @@ def steps(cell: Cell, setting: Setting, environment: Mapping[str, str] | None = 
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a process, if it has not ended."""
+    """Stop a process that still runs."""
     process.terminate()
     try:
         process.wait(_GRACE)
@@ -212,10 +212,10 @@ def _end(process: subprocess.Popen) -> None:
 
 @contextmanager
 def lock_file(folder: Path) -> Iterator[int]:
-    """The descriptor of a file by which processes that would run the cell of this folder exclude each other.
+    """The descriptor of a lock file that lets one process at a time run the cell of this folder.
 
-    Who inherits the descriptor holds the lock too: where this process is killed, the harness that it started goes on,
-    and is waited for.
+    Child processes inherit the descriptor and with it the lock: if this process is killed, its harness continues and
+    others wait for it.
     """
     make_folder(folder)
     try:
@@ -229,7 +229,7 @@ def lock_file(folder: Path) -> Iterator[int]:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Take the lock of `lock_file`, unless another process has it."""
+    """Take the lock of `lock_file`; False if another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -238,15 +238,16 @@ def try_lock(descriptor: int) -> bool:
 
 
 def log_end(log: Path) -> list[str]:
-    """The last lines of a log, without what progress bars have overwritten."""
+    """The last lines of a log, progress bars in their last state."""
     return _lines(log, _TAIL)[-LOG_LINES:]
 
 
 def last_error(log: Path) -> str:
-    """The line of a log that says why the run failed.
+    """The line of a log that explains a failure.
 
-    It is the last one that ends a traceback, is printed as an error, or that loguru logs as one; where loguru's repeats
-    the exception before it, the exception. A log without any gives its last line, an empty one nothing.
+    This is the last line that ends a traceback, is printed as an error, or is logged as an error by loguru. If loguru's
+    line repeats the exception before it, the exception. Without such a line it is the log's last line; for an empty
+    log, an empty text.
     """
     lines = [_RANK.sub("", line) for line in _lines(log)]
     exception, error = "", lines[-1] if lines else ""
@@ -260,7 +261,7 @@ def last_error(log: Path) -> str:
 
 
 def _lines(log: Path, size: int | None = None) -> list[str]:
-    """The lines of a log's last ``size`` bytes that are not empty, as a terminal would show them."""
+    """The non-empty lines in the last ``size`` bytes of a log, as a terminal would show them."""
     if not log.is_file():
         return []
     with log.open("rb") as stream:
@@ -272,7 +273,7 @@ def _lines(log: Path, size: int | None = None) -> list[str]:
 
 
 def _read(file: Path) -> Any:
-    """The JSON of a results file; None when it is not whole."""
+    """The JSON of a results file; None if it is incomplete."""
     try:
         return read_json(file)
     except (OSError, ValueError):
@@ -282,12 +283,12 @@ def _read(file: Path) -> Any:
 def _is_of(cell: Cell, content: Any) -> bool:
     try:
         config = content["config"]
-        asked = config["resolved_cli_args"]
+        arguments = config["resolved_cli_args"]
         return (
             bool(content["results"])
             and config["model"] == MODEL
             and _parse(config["model_args"]) == dict(cell.model_args)
-            and set(str(asked["tasks"]).split(",")) == set(cell.tasks)
+            and set(str(arguments["tasks"]).split(",")) == set(cell.tasks)
             and config["limit"] == cell.limit
         )
     except (KeyError, TypeError, AttributeError):
@@ -295,7 +296,7 @@ def _is_of(cell: Cell, content: Any) -> bool:
 
 
 def _has_samples(file: Path, content: Any) -> bool:
-    """Whether the samples beside a results file are those of all documents that it counts."""
+    """Whether the samples of all documents that a results file counts are in its folder."""
     try:
         for task, counts in content["n-samples"].items():
             with samples_file(file, task).open("rb") as lines:
@@ -307,5 +308,5 @@ def _has_samples(file: Path, content: Any) -> bool:
 
 
 def _parse(model_args: Any) -> dict[str, str]:
-    """The text of ``--model_args`` as names and values, whatever their order."""
+    """Parse the text of ``--model_args``."""
     return {name: value for name, _, value in (pair.partition("=") for pair in model_args.split(","))}

@@ -1,4 +1,4 @@
-"""Read what lmms-eval logs of every document: its answer and its scores."""
+"""Read the samples files of lmms-eval: each document's answer and scores."""
 
 import glob
 import hashlib
@@ -15,7 +15,7 @@ from qvlm_plugin.reading import concerning, parse_json
 from qvlm_plugin.report.results import Score, read_results
 
 FIELDS = {"doc_id", "doc_hash", "target", "input", "input_media", "filtered_resps", "resps", "token_counts"}
-"""What lmms_eval.evaluator and lmms_eval.loggers log beside a document's metrics."""
+"""Keys of a logged document that are not metrics (lmms_eval.evaluator, lmms_eval.loggers)."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,13 @@ class Document:
     Attributes:
         id: its index in the task's split.
         target, input: the reference answer and the prompt's text, as logged.
-        answer: the generated text without surrounding blanks; of a multiple choice, the index of the likeliest choice.
-        image: digest of the images that the samples name (``input_media``), empty where they say that there is none;
-            None where they do not tell. Runs of this package tell it of all documents; the harness by itself only names
-            those that a data set holds as paths, addresses or bytes, not those that ``datasets`` decodes, as for
-            scienceqa, vizwiz_vqa_val and vqav2_val.
-        metrics: its numeric scores. A task may give a metric to some of its documents only.
-        records: names of metrics that are logged as records, which tasks make into a score of all documents. Where a
-            record has a ``score``, it is in ``metrics``.
+        answer: the generated text, stripped; for multiple choice, the index of the likeliest choice.
+        image: digest of the document's images (``input_media``), empty if it has none; None if not recorded. Runs of
+            this package record it for all documents. The harness itself records only images that a data set stores as
+            paths, URLs or bytes, not those that ``datasets`` decodes, as in scienceqa, vizwiz_vqa_val and vqav2_val.
+        metrics: its numeric scores. A task may give a metric to only some of its documents.
+        records: names of metrics logged as records, from which tasks compute a score of all documents. If a record has
+            a ``score``, it is in ``metrics``.
     """
 
     id: int
@@ -51,18 +50,20 @@ class RunSamples:
     Attributes:
         file: the results file.
         run: the run's ``qvlm`` provenance; None for models of other packages.
-        tasks: of each task the documents, by ascending id.
-        totals: by task and metric the scores that are made of all documents at once, and are no mean of theirs.
+        tasks: the documents of each task, by ascending id.
+        tokens_per_second: speed of generation; None if not recorded, or if low bits are simulated.
+        totals: scores by task and metric that are computed from all documents at once, not as a mean.
     """
 
     file: Path
     run: dict[str, Any] | None
     tasks: Mapping[str, tuple[Document, ...]]
+    tokens_per_second: float | None = None
     totals: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """Method and scheme; of other packages' models the folder, which lmms-eval names after the model."""
+        """Method and scheme; for other packages' models the folder, which lmms-eval names after the model."""
         return f"{self.run.get('method', '?')} {self.run.get('scheme', '?')}" if self.run else self.file.parent.name
 
 
@@ -72,21 +73,22 @@ def read_samples(path: Path) -> list[RunSamples]:
     Raises:
         QVLMError: there is no results file, a run was made without ``--log_samples``, or a file is not readable.
     """
-    scores = read_results([path])
-    runs = {score.file: score.run for score in scores}
+    runs: dict[Path, list[Score]] = {}
+    for score in read_results([path]):
+        runs.setdefault(score.file, []).append(score)
     if not runs:
-        raise QVLMError(f"{path} holds no scores to compare")
+        raise QVLMError(f"{path} contains no scores to compare")
     found = []
-    for file, run in runs.items():
+    for file, scores in runs.items():
+        run = scores[0].run
         with concerning(f"samples of {file}"):
             tasks = _read_tasks(file, run or {})
-            totals = _totals([score for score in scores if score.file == file], tasks)
-            found.append(RunSamples(file, run, tasks, totals))
+            found.append(RunSamples(file, run, tasks, scores[0].tokens_per_second, _totals(scores, tasks)))
     return found
 
 
 def _totals(scores: Sequence[Score], tasks: Mapping[str, Sequence[Document]]) -> dict[tuple[str, str], float]:
-    """Of metrics whose documents log records, the scores that are not the mean of the records' scores."""
+    """Scores of metrics logged as records that are not the mean of the records' scores."""
     found = {}
     for one in scores:
         documents = [document for document in tasks.get(one.task, ()) if one.metric in document.records]
@@ -97,17 +99,17 @@ def _totals(scores: Sequence[Score], tasks: Mapping[str, Sequence[Document]]) ->
 
 
 def is_mean(value: float, parts: Sequence[float]) -> bool:
-    """Whether a score is the mean of the documents' own, up to rounding to five digits, which some tasks do."""
+    """Whether a score is the mean of the documents' scores, up to the rounding to five digits that some tasks do."""
     return abs(value - math.fsum(parts) / len(parts)) < 1e-5
 
 
 def check_same_documents(first: RunSamples, second: RunSamples) -> None:
-    """Two runs can be paired: the same tasks, document ids, targets, inputs and, where both name them, images.
+    """Check that two runs can be paired: same tasks, document ids, targets, inputs and, if both record them, images.
 
-    lmms-eval's ``doc_hash`` is no help: it is the same for every document.
+    lmms-eval's ``doc_hash`` cannot be used: it is the same for every document.
 
     Raises:
-        QVLMError: they cannot.
+        QVLMError: they cannot be paired.
     """
     where = f"{first.file} and {second.file}"
     if alone := sorted(first.tasks.keys() ^ second.tasks.keys()):
@@ -116,7 +118,7 @@ def check_same_documents(first: RunSamples, second: RunSamples) -> None:
         ones, others = ({document.id: document for document in run.tasks[task]} for run in (first, second))
         if alone := sorted(ones.keys() ^ others.keys()):
             raise QVLMError(
-                f"{where} do not cover the same documents of task {task}: {len(alone)} are in one of them only, for "
+                f"{where} do not cover the same documents of task {task}: {len(alone)} are in only one of them, for "
                 f"example document {alone[0]}"
             )
         for index, one in ones.items():
@@ -124,18 +126,19 @@ def check_same_documents(first: RunSamples, second: RunSamples) -> None:
                 values = getattr(one, part), getattr(others[index], part)
                 if None not in values and values[0] != values[1]:
                     raise QVLMError(
-                        f"{where} do not cover the same documents: document {index} of task {task} has another {part}"
+                        f"{where} do not cover the same documents: the {part} of document {index} of task {task} "
+                        "differs"
                     )
 
 
 def saw_all_images(answers: Mapping[str, Any] | None, documents: int) -> bool:
-    """Whether a run that names some images has named all, so that documents of which it names none have none.
+    """Whether a run recorded the images of all documents, so that those without a record have no image.
 
-    Early versions wrote nothing of documents without an image, and knew nothing of answers that were found in a cache.
+    Early versions recorded nothing for documents without an image, nor for answers found in a cache.
 
     Args:
         answers: the task's entry in ``qvlm.answers``.
-        documents: how many the task has.
+        documents: number of the task's documents.
     """
     return sum((answers or {}).get(name, 0) for name in ("generated", "found_in_cache")) >= documents
 
@@ -144,7 +147,7 @@ def _read_tasks(results: Path, run: Mapping[str, Any]) -> dict[str, tuple[Docume
     prefix = f"{results.name.removesuffix('_results.json')}_samples_"
     files = sorted(results.parent.glob(f"{glob.escape(prefix)}*.jsonl"))
     if not files:
-        raise QVLMError(f"{results} has no {prefix}*.jsonl beside it: run lmms-eval with --log_samples")
+        raise QVLMError(f"{results}: no {prefix}*.jsonl in the same folder; run lmms-eval with --log_samples")
     tasks = {file.stem.removeprefix(prefix): tuple(_read_task(file)) for file in files}
     for task, documents in tasks.items():
         if saw_all_images((run.get("answers") or {}).get(task), len(documents)):
@@ -164,7 +167,7 @@ def _read_task(file: Path) -> list[Document]:
 def _read_file(file: Path) -> Iterator[Document]:
     number = 0
     try:
-        with file.open(encoding="utf-8", newline="\n") as lines:  # answers may hold any other line separator
+        with file.open(encoding="utf-8", newline="\n") as lines:  # answers may contain other line separators
             for number, line in enumerate(lines, 1):  # noqa: B007
                 yield document(parse_json(line))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -172,10 +175,10 @@ def _read_file(file: Path) -> Iterator[Document]:
 
 
 def document(sample: dict[str, Any]) -> Document:
-    """One line of a samples file.
+    """Parse one line of a samples file.
 
     Raises:
-        KeyError, TypeError, ValueError: it is none.
+        KeyError, TypeError, ValueError: the line is not a sample.
     """
     return Document(
         id=operator.index(sample["doc_id"]),
@@ -193,7 +196,7 @@ def document(sample: dict[str, Any]) -> Document:
 
 
 def score_of(value: Any) -> float | None:
-    """The number that is logged of a document's metric, by itself or as the ``score`` of a record; None where none."""
+    """A metric's logged number, or the ``score`` of its logged record; None if there is neither."""
     value = value.get("score") if isinstance(value, dict) else value
     return value if isinstance(value, int | float) else None
 
@@ -208,7 +211,7 @@ def _answer(responses: Any) -> str:
     if isinstance(responses, str):
         return responses.strip()
     match responses:
-        case [[_, "True" | "False"], *_]:  # of each choice its log-likelihood, and whether it is the greedy answer
+        case [[_, "True" | "False"], *_]:  # each choice's log-likelihood, and whether it is the greedy answer
             likelihoods = [float(likelihood) for likelihood, _ in responses]
             return str(likelihoods.index(max(likelihoods)))
     return json.dumps(responses)

@@ -1,6 +1,6 @@
 """A hash that binds a run's scores to its provenance.
 
-It tells scores that were edited or mixed up after the run; it is no signature, and no proof against intent.
+It detects scores that were edited or mixed up after the run. It is not a signature and does not stop forgery.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ def seal(content: Mapping[str, Any]) -> str:
     """SHA-256 over the scores, their tasks and the provenance of a results file.
 
     Args:
-        content: the file's JSON object, of JSON types only; a seal that is there already does not count.
+        content: the file's JSON object, of JSON types only; an existing seal is left out of the hash.
     """
     provenance = {name: value for name, value in content["qvlm"].items() if name != SEAL}
     sealed = {name: content.get(name) for name in PARTS} | {"qvlm": provenance}

@@ -1,7 +1,8 @@
-"""Which scores are shares, to be shown in percent, how sure they are, and how scores are written for tables.
+"""Tell which scores are shares, give their intervals, and format scores for tables.
 
-A score from 0 to 1 need not be a share (CIDEr, which ends at 10, can be 0.8), and names alone do not tell either (some
-tasks' accuracies end at 100): a share is what is listed here and lies between 0 and 1. All else is shown as it is.
+Shares are shown in percent. A score between 0 and 1 need not be a share (CIDEr, whose maximum is 10, can be 0.8), nor
+is every metric of a known name one (some tasks' accuracies go up to 100). So a score is a share if its metric is listed
+here and it lies between 0 and 1. All other scores are shown as they are.
 """
 
 import math
@@ -25,40 +26,40 @@ PERCENT = 100
 
 
 def scale(metric: str, *values: float) -> int:
-    """What scores are multiplied by for people: `PERCENT` where all are known to be shares, else 1."""
+    """Factor by which tables multiply scores: `PERCENT` if all are shares, else 1."""
     return PERCENT if metric in SHARES and all(0 <= value <= 1 for value in values) else 1
 
 
 def number_text(value: float, scale: int, decimals: int = 1, signed: bool = False) -> str:
-    """A score, or a difference of scores: shares in percent with so many decimals, all else with five digits."""
+    """A score, or a difference of scores: shares in percent with ``decimals``, others with five significant digits."""
     sign = "+" if signed else ""
     return f"{PERCENT * value:{sign}.{decimals}f}" if scale == PERCENT else f"{value:{sign}.5g}"
 
 
 FEWEST = 5
-"""Documents of either kind, right or wrong, from which on a standard error describes a share of documents."""
+"""Numbers of right and of wrong documents below which Wilson's interval replaces a share's standard error."""
 
 Interval = tuple[float, float]
 """Lower and upper end."""
 
 
 def wilson(share: float, count: float) -> Interval:
-    """Wilson's 95 % interval of a share of so many documents: of 4 of 4 from 0.51 to 1, where the error would be 0."""
+    """Wilson's 95 % interval of a share of ``count`` documents: for 4 of 4 it is 0.51 to 1; a standard error is 0."""
     z = NormalDist().inv_cdf(0.975) ** 2
     middle, reach = share + z / (2 * count), math.sqrt(z * share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, (middle - reach) / (1 + z / count)), min(1.0, (middle + reach) / (1 + z / count))
 
 
 def share_interval(metric: str, value: float, error: float | None, documents: int | None) -> Interval | None:
-    """Wilson's interval of a score that is a share of documents with fewer than `FEWEST` of either kind; else None.
+    """Wilson's interval of a share of right documents, if fewer than `FEWEST` are right or wrong; else None.
 
-    The standard error tells how many documents were scored, and whether each was right or wrong: of n scores of 0 and 1
-    it is √(p (1 - p) / (n - 1)), of others with the same mean less. Where all are right, or wrong, it tells nothing.
+    The standard error reveals how many documents were scored, and whether each was right or wrong: for n scores of 0
+    and 1 it is √(p (1 - p) / (n - 1)), for others with the same mean it is smaller. It is 0 if all are right, or wrong.
 
     Args:
-        metric: its name.
-        value, error: the score, and its standard error where there is one.
-        documents: that have this metric; None where that is unknown.
+        metric: name of the metric.
+        value, error: the score, and its standard error if known.
+        documents: number of documents that have this metric; None if unknown.
     """
     if scale(metric, value) != PERCENT or error is None or math.isnan(error):
         return None
@@ -78,7 +79,7 @@ def share_interval(metric: str, value: float, error: float | None, documents: in
 
 
 def score_text(value: float, error: float | None, scale: int, interval: Interval | None = None) -> str:
-    """A score with its interval where there is one, else with its standard error; one of 0 says nothing."""
+    """A score with its interval if given, else with its standard error unless that is 0 or unknown."""
     text = number_text(value, scale)
     if interval is not None:
         return f"{text} [{', '.join(number_text(end, scale) for end in interval)}]"

@@ -1,15 +1,18 @@
-"""What Slurm says of this user's jobs, and how jobs are taken back."""
+"""States of this user's Slurm jobs, and their cancellation."""
 
 import os
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import one_line
 
 LOOK_EVERY = 15.0
-"""Seconds between two questions to Slurm's controller, which answers for all of a user's jobs at once."""
+"""Seconds between two calls of squeue, which lists all jobs of the user."""
+
+PROGRAMS = ("sbatch", "squeue", "scancel", "srun")
+"""Programs that a machine needs to submit jobs; submitit detects Slurm by ``srun``."""
 
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 ENDED = frozenset(
@@ -21,12 +24,12 @@ NEVER = frozenset(
         "QOSMaxWallDurationPerJobLimit", "AssocMaxWallDurationPerJobLimit",
     }
 )  # fmt: skip
-"""Why a job waits that will never start as it is."""
+"""Reasons of pending jobs that will never start as submitted."""
 
 
 @dataclass(frozen=True)
 class State:
-    """A job as ``squeue`` shows it: its state, and why it waits. Both are empty of a job that Slurm has forgotten."""
+    """A job's state in ``squeue``, and why it is pending. Both are empty for a job that Slurm no longer lists."""
 
     name: str
     reason: str
@@ -42,33 +45,35 @@ class State:
 
 @dataclass
 class Queue:
-    """This user's jobs. Accounting (``sacct``) is not needed, which not every cluster has."""
+    """This user's jobs, by ``squeue``: not every cluster has accounting (``sacct``)."""
 
-    _states: dict[str, State] | None = None
+    _states: dict[str, State] = field(default_factory=dict)
     _looked: float = float("-inf")
+    _answered: bool = False
 
     def state(self, job: str) -> State:
-        """How a job stands, as of at most `LOOK_EVERY` seconds ago or of when Slurm answered last.
+        """A job's state, at most `LOOK_EVERY` seconds old or as of Slurm's last answer.
 
         Raises:
-            QVLMError: it has never answered.
+            QVLMError: Slurm has never answered.
         """
         if time.monotonic() - self._looked >= LOOK_EVERY:
             self._looked = time.monotonic()
             command = ["squeue", f"--user={os.getuid()}", "--noheader", "--states=all", "--format=%i|%T|%r"]
-            asked = subprocess.run(command, capture_output=True, text=True)
-            if asked.returncode == 0:
-                rows = (line.strip().split("|", 2) for line in asked.stdout.splitlines())
+            listed = subprocess.run(command, capture_output=True, text=True)
+            if listed.returncode == 0:
+                rows = (line.strip().split("|", 2) for line in listed.stdout.splitlines())
+                self._answered = True
                 self._states = {number: State(name, reason) for number, name, reason in rows}
-            elif self._states is None:
-                raise QVLMError(f"Slurm does not answer: {one_line(asked.stderr)}")
+            elif not self._answered:
+                raise QVLMError(f"squeue failed: {one_line(listed.stderr)}")
         return self._states.get(job, State("", ""))
 
     def add(self, job: str) -> None:
-        """Note a job that has just been submitted, until Slurm is asked again."""
-        self._states = {**(self._states or {}), job: State("PENDING", "submitted")}
+        """Add a job that has just been submitted, until the next call of squeue."""
+        self._states = {**self._states, job: State("PENDING", "submitted")}
 
 
 def withdraw(job: str) -> None:
-    """Take back a job that waits; one that runs or has ended is left alone."""
+    """Cancel a pending job; a job that runs or has ended is left alone."""
     subprocess.run(["scancel", "--state=PENDING", job], capture_output=True)

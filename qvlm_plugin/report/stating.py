@@ -12,8 +12,8 @@ def add_evaluation(folder: Path, scores: Sequence[Score]) -> None:
     """Add a table of scores to a checkpoint's card.
 
     Args:
-        folder: of the checkpoint.
-        scores: of runs of its plan; at least one.
+        folder: the checkpoint's.
+        scores: one or more scores of runs with its plan.
     """
     backends = sorted({str((score.run or {}).get("backend")) for score in scores})
     notes = "\n".join(f"- {note}" for note in (*results_notes(scores), f"by lmms-eval, backend {', '.join(backends)}"))

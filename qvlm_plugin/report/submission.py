@@ -1,8 +1,8 @@
-"""Answers for the official test servers: what the harness's test tasks write, checked before it is sent.
+"""Check submissions to the official test servers, as the harness's test tasks write them.
 
-VQA-v2 (https://visualqa.org/evaluation.html): a list of {"question_id": int, "answer": str}, a question once.
+VQA-v2 (https://visualqa.org/evaluation.html): a list of {"question_id": int, "answer": str}, each question once.
 VizWiz-VQA (https://vizwiz.org/tasks-and-datasets/vqa/): a list of {"image": "VizWiz_test_00000000.jpg", "answer": str}.
-Both servers want an answer to every question of the split, in one file.
+Both servers require one file that answers every question of the split.
 """
 
 import re
@@ -17,14 +17,14 @@ from qvlm_plugin.reading import read_json
 
 @dataclass(frozen=True)
 class Format:
-    """What a server accepts.
+    """The format that a server accepts.
 
     Attributes:
         benchmark: its name.
-        key: what names the question.
-        is_key: whether a value is one.
-        expected: how the error says what is one.
-        count: questions of the whole test split.
+        key: name of the entry that identifies the question.
+        is_key: whether a value is a valid key.
+        expected: description of a valid key, for errors.
+        count: number of questions in the test split.
     """
 
     benchmark: str
@@ -49,31 +49,31 @@ FORMATS = (
 
 
 def check_submission(file: Path) -> tuple[Format, int]:
-    """Check a submission file; returns its format and how many answers it has.
+    """Check a submission file; returns its format and the number of its answers.
 
     Raises:
-        QVLMError: it is not what a server accepts; the message names the entry.
+        QVLMError: no server accepts it; the message names the faulty entry.
     """
     try:
         entries = read_json(file)
     except (OSError, ValueError) as error:
         raise QVLMError(f"{file} is not a JSON file: {error}") from error
     if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
-        raise QVLMError(f"{file} is no list of answers")
+        raise QVLMError(f"{file} is not a list of answers")
     found = next((one for one in FORMATS if one.key in entries[0]), None)
     if found is None:
         keys = " or ".join(one.key for one in FORMATS)
-        raise QVLMError(f"{file}: its first entry has neither {keys}: no submission to VizWiz-VQA or VQA-v2")
+        raise QVLMError(f"{file} is not a submission to VizWiz-VQA or VQA-v2: its first entry has no {keys}")
     seen = set()
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or entry.keys() != {found.key, "answer"}:
-            raise QVLMError(f"{file}: entry {number} must have {found.key} and answer, and nothing else")
+            raise QVLMError(f"{file}: entry {number} must have {found.key} and answer only")
         key, answer = entry[found.key], entry["answer"]
         if not found.is_key(key):
             raise QVLMError(f"{file}: entry {number}: {found.key} is {key!r}; it must be {found.expected}")
         if not isinstance(answer, str):
             raise QVLMError(f"{file}: entry {number}: answer is {answer!r}; it must be text")
         if key in seen:
-            raise QVLMError(f"{file}: entry {number} answers {key!r} again")
+            raise QVLMError(f"{file}: entry {number} answers {key!r} a second time")
         seen.add(key)
     return found, len(entries)

@@ -1,4 +1,4 @@
-"""The Linears of one block: which of them read the same tensor, and which choose experts."""
+"""The Linears of one block: which of them read the same tensor, and which are routers of experts."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ BY_HAND = "describe the family by hand (docs/add-a-family.md)"
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """What is known of a model.
+class RecordedModel:
+    """A model without weights, and runs of it.
 
     Attributes:
         model: see `skeleton`.
@@ -34,9 +34,9 @@ class Block:
 
     Attributes:
         experts: paths of its lists of experts.
-        sites: Linears that read the same tensor, in the order of their calls, by their names in a `Group`: of experts
-            those of one.
-        kept: routers, which are beside experts and have an output for each.
+        sites: Linears that read the same tensor, in the order of their calls, by their names in a `Group`. Of experts,
+            whose names in a group have a ``*``, the Linears of one expert.
+        kept: routers: Linears next to a list of experts, with one output for each expert.
     """
 
     experts: tuple[str, ...]
@@ -48,21 +48,22 @@ class Block:
         return _of_any_expert(name, self.experts)
 
 
-def look_at(seen: Seen, name: str) -> Block:
+def inspect_block(recorded: RecordedModel, name: str) -> Block:
     """The Linears of the block of this full name.
 
     Raises:
-        QVLMError: it or one of them is never called, or one reads the same tensor as another on some prompts only.
+        QVLMError: the block or one of its Linears is never called, or two Linears read the same tensor on some
+            prompts only.
     """
-    if not any(name in run.order for run in seen.runs):
-        raise QVLMError(f"{seen.source}: {name} is never called; such a model is not supported")
-    linears = linear_layers(seen.model.get_submodule(name))
-    routed = {one for run in seen.runs for one in run.routed if one.startswith(f"{name}.")}
+    if not any(name in run.order for run in recorded.runs):
+        raise QVLMError(f"{recorded.source}: {name} is never called; such a model is not supported")
+    linears = linear_layers(recorded.model.get_submodule(name))
+    routed = {one for run in recorded.runs for one in run.routed if one.startswith(f"{name}.")}
     experts = sorted({one.removeprefix(f"{name}.").rpartition(".")[0] for one in routed})
-    widths = {path.rpartition(".")[0]: len(seen.model.get_submodule(f"{name}.{path}")) for path in experts}
+    widths = {path.rpartition(".")[0]: len(recorded.model.get_submodule(f"{name}.{path}")) for path in experts}
     kept = [one for one, linear in linears.items() if widths.get(one.rpartition(".")[0]) == linear.out_features]
-    reads = {one: tuple(run.reads.get(f"{name}.{one}") for run in seen.runs) for one in linears.keys() - set(kept)}
-    order = {one: tuple(run.order.get(f"{name}.{one}", len(run.order)) for run in seen.runs) for one in reads}
+    reads = {one: tuple(run.reads.get(f"{name}.{one}") for run in recorded.runs) for one in linears.keys() - set(kept)}
+    order = {one: tuple(run.order.get(f"{name}.{one}", len(run.order)) for run in recorded.runs) for one in reads}
     together: dict[tuple[tuple[int, ...] | None, ...], list[str]] = {}
     for one in sorted(reads, key=order.__getitem__):
         if any(reads[one]):
@@ -74,10 +75,10 @@ def look_at(seen: Seen, name: str) -> Block:
     for one in linears.keys() - set(kept):
         if _of_any_expert(one, experts) not in reached:
             raise QVLMError(
-                f"{seen.source}: {name}.{one} is never reached, by prompts with images or without, so what it reads is "
-                f"not known; {BY_HAND}, with it among the Linears that are kept"
+                f"{recorded.source}: {name}.{one} is never reached, by prompts with images or without, so what it "
+                f"reads is not known; {BY_HAND}, with it among the Linears that are kept"
             )
-    _require_consistent(seen, name, reads)
+    _require_consistent(recorded, name, reads)
     return Block(tuple(experts), sites, tuple(kept))
 
 
@@ -89,12 +90,12 @@ def _of_any_expert(name: str, experts: Iterable[str]) -> str:
     return name
 
 
-def _require_consistent(seen: Seen, name: str, reads: dict[str, Sequence[tuple[int, ...] | None]]) -> None:
+def _require_consistent(recorded: RecordedModel, name: str, reads: dict[str, Sequence[tuple[int, ...] | None]]) -> None:
     """Check that Linears which read the same tensor on one prompt do so on every prompt that reaches both."""
     for one, other in combinations(sorted(reads), 2):
         equal = {a == b for a, b in zip(reads[one], reads[other], strict=True) if a and b}
         if len(equal) > 1:
             raise QVLMError(
-                f"{seen.source}: {one} and {other} of {name} read the same tensor for some prompts and different ones "
-                f"for others; {BY_HAND}, each in a group of its own"
+                f"{recorded.source}: {one} and {other} of {name} read the same tensor for some prompts and different "
+                f"ones for others; {BY_HAND}, each in a group of its own"
             )

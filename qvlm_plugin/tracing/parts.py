@@ -1,4 +1,4 @@
-"""Where the parts of a model are: the lists of its blocks, and what stands between the tower and the decoder."""
+"""Where the parts of a model are: the tower, the decoder, and the projectors between them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,12 +51,12 @@ def members(model: nn.Module, path: str) -> list[str]:
     return [f"{path}.{index}" for index in range(len(module))] if isinstance(module, nn.ModuleList) else [path]
 
 
-def find_parts(model: nn.Module, shown: Run, text: Run, inputs: Mapping[str, Any], source: str) -> Parts:
+def find_parts(model: nn.Module, image_run: Run, text_run: Run, inputs: Mapping[str, Any], source: str) -> Parts:
     """The parts of a model.
 
     Args:
         model: see `skeleton`.
-        shown, text: runs of it with an image and without.
+        image_run, text_run: runs of it with an image and without.
         inputs: of the first.
         source: names the model in messages.
 
@@ -64,10 +64,10 @@ def find_parts(model: nn.Module, shown: Run, text: Run, inputs: Mapping[str, Any
         QVLMError: it has no list of blocks for images, or none for text.
     """
     lists = block_lists(model)
-    texts = [path for path in lists if _begin(path, text) is not None]
-    images = [path for path in lists if _begin(path, shown) is not None and path not in texts]
+    texts = [path for path in lists if _begin(path, text_run) is not None]
+    images = [path for path in lists if _begin(path, image_run) is not None and path not in texts]
     decoder = max(texts, key=lambda path: len(linear_layers(model.get_submodule(path))), default=None)
-    tower = min(images, key=lambda path: _begin(path, shown), default=None)  # resamplers come behind it
+    tower = min(images, key=lambda path: _begin(path, image_run), default=None)  # resamplers come behind it
     if decoder is None or tower is None:
         missing, way = ("decoder layers", "text") if decoder is None else ("vision blocks", "an image")
         raise QVLMError(
@@ -81,11 +81,11 @@ def find_parts(model: nn.Module, shown: Run, text: Run, inputs: Mapping[str, Any
         depth -= 1
     if not depth:
         raise QVLMError(f"{source}: the output does not depend on what {tower} writes; {BY_HAND}")
-    begin = _begin(tower, shown)
+    begin = _begin(tower, image_run)
     between = dict.fromkeys(
         _owner(name, (tower, decoder))
         for name, module in model.named_modules()
-        if shown.order.get(name, 0) > begin and name not in text.order and _has_weights(module)
+        if image_run.order.get(name, 0) > begin and name not in text_run.order and _has_weights(module)
         and not within(name, tower) and not within(name, decoder)
     )  # fmt: skip
     vision_path = _vision_path(tower, decoder)
@@ -103,7 +103,7 @@ def find_parts(model: nn.Module, shown: Run, text: Run, inputs: Mapping[str, Any
 
 
 def _begin(path: str, run: Run) -> int | None:
-    """When the first module of a list was called; None if none was."""
+    """The rank of the first call of a module in the list; None if none was called."""
     return min((place for name, place in run.order.items() if within(name, path)), default=None)
 
 

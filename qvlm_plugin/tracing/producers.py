@@ -1,8 +1,8 @@
 """Which norm or Linear of a block writes what a site reads: scales of channels can move from one to the other.
 
-It is tried: the channels of a candidate are divided by random scales, what the site reads is multiplied by them, and
-nothing that the block writes may change. An activation function between the two, another reader of the candidate, or a
-norm that multiplies by 1 + weight changes it.
+They are found by trial: the channels of a candidate are divided by random scales, the site's input is multiplied by
+them, and the block must write what it wrote before. It does not where an activation function lies between the two,
+where another module reads the candidate's output, or where a norm multiplies by 1 + weight.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from qvlm_plugin.plan import divide_channels
 from qvlm_plugin.plan_header import Fold
 from qvlm_plugin.topology import Site
 from qvlm_plugin.tracing.runs import Call
-from qvlm_plugin.tracing.skeleton import MadeUpProducts
+from qvlm_plugin.tracing.skeleton import RandomProducts
 
 _CLOSE, _APART = 1e-4, 1e-3
-"""Of the largest element: differences that are rounding, and those that are not."""
+"""Differences relative to the largest element: up to the first it is rounding, above the second it is not."""
 
 
 def producers(block: nn.Module, call: Call, sites: Sequence[Sequence[str]], order: Sequence[str]) -> list[str | None]:
@@ -67,7 +67,7 @@ def _outputs(
 ) -> list[Tensor]:
     """What the block writes; with a module's channels divided by scales, and multiplied where a site reads them."""
     args, kwargs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, call)
-    with ExitStack() as stack, MadeUpProducts():
+    with ExitStack() as stack, RandomProducts():
         if scaled is not None:
             module = block.get_submodule(scaled)
             scale = torch.rand(len(module.weight), generator=torch.Generator().manual_seed(2)) + 0.5

@@ -1,4 +1,4 @@
-"""What a run of a model shows: which modules are called, in which order, and which Linears read the same tensor."""
+"""Runs of a model: which modules are called, in which order, and which Linears read the same tensor."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from qvlm_plugin.tracing.skeleton import MadeUpProducts
+from qvlm_plugin.tracing.skeleton import RandomProducts
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a module is called with: positional and keyword arguments."""
@@ -20,10 +20,10 @@ class Run:
     """One forward pass.
 
     Attributes:
-        order: when each module was called first, by its full name; modules that were not called are left out.
+        order: the rank of each module's first call, by its full name; modules that were not called are left out.
         reads: of each Linear that was called, the tensors that it read, one for each call. Equal numbers are equal
             tensors, where both Linears are in the same block.
-        calls: of modules that were asked for, their first call.
+        calls: the first call of each module of which it was to be kept.
         routed: members of ModuleLists that were called as ``expert(tokens, rows)``.
     """
 
@@ -34,14 +34,16 @@ class Run:
 
 
 @torch.no_grad()
-def watch(model: nn.Module, inputs: Mapping[str, Any], blocks: Collection[str], asked: Collection[str] = ()) -> Run:
-    """Run the skeleton and look on.
+def record_run(
+    model: nn.Module, inputs: Mapping[str, Any], blocks: Collection[str], kept_calls: Collection[str] = ()
+) -> Run:
+    """Run the skeleton, and record what is called.
 
     Args:
         model: see `skeleton`.
         inputs: of one batch.
-        blocks: full names; tensors are told apart until the block that is running ends, and then let go.
-        asked: full names of modules whose calls to keep.
+        blocks: full names. Tensors are compared within a block, and released when it ends.
+        kept_calls: full names of modules of which to keep the first call.
     """
     run, seen = Run(), _Tensors()
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -54,7 +56,7 @@ def watch(model: nn.Module, inputs: Mapping[str, Any], blocks: Collection[str], 
             run.reads[name] = (*run.reads.get(name, ()), seen.number(read))
         if name in listed and len(args) == 2 and isinstance(args[1], Tensor) and args[1].dtype == torch.int64:
             run.routed.add(name)
-        if name in asked:
+        if name in kept_calls:
             run.calls.setdefault(name, (args, kwargs))
 
     with ExitStack() as stack:
@@ -66,13 +68,13 @@ def watch(model: nn.Module, inputs: Mapping[str, Any], blocks: Collection[str], 
         for name in blocks:
             hook = model.get_submodule(name).register_forward_hook(lambda *_: seen.held.clear())
             stack.callback(hook.remove)
-        with MadeUpProducts():
+        with RandomProducts():
             model(**inputs, use_cache=False)
     return run
 
 
 class _Tensors:
-    """Numbers tensors as they come; one that is held has one number, whatever Python object stands for it."""
+    """Numbers tensors in the order in which they come; held memory keeps its number, whatever Python object it is."""
 
     def __init__(self) -> None:
         self.held: list[tuple[Tensor, int]] = []
@@ -95,7 +97,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 @torch.no_grad()
 def logits_with(model: nn.Module, inputs: Mapping[str, Any], changed: Iterable[nn.Module] = ()) -> Tensor:
     """The skeleton's logits when the outputs of some modules are multiplied by random factors."""
-    with ExitStack() as stack, MadeUpProducts():
+    with ExitStack() as stack, RandomProducts():
         for module in changed:
             # Before transformers' own hooks, which collect hidden states.
             hook = module.register_forward_hook(lambda _, args, output: tree_map(_changed, output), prepend=True)

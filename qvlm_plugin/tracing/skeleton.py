@@ -1,11 +1,12 @@
-"""A model that runs without its weights: what it computes is made up, the way of its tensors is the real one.
+"""A model that runs without its weights: its values are random, but each module is called as in the real model.
 
-It takes little memory and time, whatever the size of the model: every matrix is one row that stands for all, and a
-Linear multiplies by a random matrix of low rank in its place. Values are real numbers on the CPU, so that a model may
-look at them on its way (image sizes, masks, chosen experts), which it cannot on the meta device.
+It takes little memory and time, whatever the size of the model: the rows of every matrix share one row's memory, and a
+Linear multiplies by a random matrix of low rank instead. Values are on the CPU, because models branch on some of them
+(image sizes, masks, chosen experts), which the meta device does not allow.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,30 +14,33 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 _RANK = 8
 _LARGE = 2**22
-"""Elements of a Parameter from which on one row stands for all, whatever it is for."""
+"""Parameters of more elements share one row's memory, too, whatever their number of dimensions."""
 
 
-def skeleton(config: PretrainedConfig, tokens: int = 0, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A float32 model on the CPU, in evaluation mode; `MadeUpProducts` must be active when it runs.
+Build = Callable[[PretrainedConfig], PreTrainedModel]
+"""Makes a model of a configuration."""
+
+
+def skeleton(config: PretrainedConfig, build: Build, tokens: int = 0) -> PreTrainedModel:
+    """A float32 model on the CPU, in evaluation mode; `RandomProducts` must be active when it runs.
 
     Norms, biases and convolutions have random values, positive where they scale channels.
 
     Args:
         config: of the model.
-        tokens: that its tokenizer has; LLaVA's own layout counts an image's only where weights are read.
-        trust_remote_code: run code that comes with the checkpoint.
+        build: makes the model, in any compute type.
+        tokens: number of tokens of its tokenizer; the vocabulary of a configuration in LLaVA's own layout lacks the
+            image token until weights are read.
     """
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, tokens)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForImageTextToText.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+        model = build(config)
     generator, made = torch.Generator().manual_seed(0), {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -55,7 +59,7 @@ def _values(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator) * 0.1
 
 
-class MadeUpProducts(TorchFunctionMode):
+class RandomProducts(TorchFunctionMode):
     """While active, the n-th Linear that runs multiplies by the n-th random matrix, and has no bias.
 
     A run of the same modules on the same inputs gives the same values, and every product is linear in its input.
@@ -66,7 +70,7 @@ class MadeUpProducts(TorchFunctionMode):
         self._calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Run an operator of torch, or what stands for it."""
+        """Run an operator of torch; a Linear's product is replaced."""
         if func is not functional.linear:
             return func(*args, **(kwargs or {}))
         return self._product(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""A topology as Python source: a module that another package can have as its plugin."""
+"""A topology as Python source: a module that another package can register as its plugin."""
 
 from collections.abc import Iterable
 
@@ -24,8 +24,8 @@ def qvlm_topology(config):
 """
 
 
-def written(topology: Topology, model: PreTrainedModel) -> str:
-    """The source of a module that describes the family of ``model``.
+def python_source(topology: Topology, model: PreTrainedModel) -> str:
+    """The source code of a module that describes the family of ``model``.
 
     Raises:
         QVLMError: see `resolve`.

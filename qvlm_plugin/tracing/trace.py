@@ -6,25 +6,52 @@ read the same tensor (`runs`), and where scales can be folded (`producers`).
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel, ProcessorMixin
 
+from qvlm_plugin import plugins
 from qvlm_plugin.conversation import Conversation, encode, to_device
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.models.loading import Checkpoint
+from qvlm_plugin.models.loading import Checkpoint, open_checkpoint
 from qvlm_plugin.reading import parsed_elsewhere
 from qvlm_plugin.topology import Group, Stack, Topology, blocks_of, require_only_linears
-from qvlm_plugin.tracing.blocks import Seen, look_at
+from qvlm_plugin.tracing.blocks import RecordedModel, inspect_block
 from qvlm_plugin.tracing.parts import block_lists, find_parts, members
 from qvlm_plugin.tracing.producers import producers
-from qvlm_plugin.tracing.runs import Call, watch
-from qvlm_plugin.tracing.skeleton import skeleton
+from qvlm_plugin.tracing.runs import Call, record_run
+from qvlm_plugin.tracing.skeleton import Build, skeleton
+
+TOPOLOGIES = ("described", "traced")
+"""What ``topology=`` may be."""
+
+
+def open_with_topology(pretrained: str, topology: str = "described", **opening: Any) -> Checkpoint:
+    """Open a checkpoint of which the parts are known; see `plugins.topology_of`.
+
+    Args:
+        pretrained, opening: see `open_checkpoint`.
+        topology: ``described`` by a plugin, or ``traced``.
+
+    Raises:
+        QVLMError: see `open_checkpoint`; no plugin describes the family, or it cannot be traced.
+    """
+    check_topology(topology)
+    plugins.plugin_manager()  # imports other packages, which may register models with transformers
+    if topology == "traced":
+        return traced(open_checkpoint(pretrained, **opening))
+    return open_checkpoint(pretrained, check_config=plugins.topology, **opening)
+
+
+def check_topology(topology: str) -> None:
+    """Raise a QVLMError unless ``topology=`` may be this."""
+    if topology not in TOPOLOGIES:
+        raise QVLMError(f"topology={topology!r} is not known; allowed are {', '.join(TOPOLOGIES)}")
 
 
 def traced(checkpoint: Checkpoint) -> Checkpoint:
@@ -38,9 +65,26 @@ def trace(checkpoint: Checkpoint) -> Topology:
     Raises:
         QVLMError: the model does not run, or what it does cannot be described.
     """
-    with parsed_elsewhere(f"{checkpoint.source}: the model cannot be traced"):
-        model = skeleton(checkpoint.config, len(checkpoint.processor.tokenizer), checkpoint.trust_remote_code)
-        return _trace(model, _batches(checkpoint), checkpoint.source)
+    build = partial(
+        AutoModelForImageTextToText.from_config,
+        dtype=torch.float32,
+        trust_remote_code=checkpoint.trust_remote_code,
+    )
+    return _traced(checkpoint.config, checkpoint.processor, build, checkpoint.source)
+
+
+def trace_model(model: PreTrainedModel, processor: ProcessorMixin) -> Topology:
+    """The topology of a model in memory; it does not run itself.
+
+    Raises:
+        QVLMError: see `trace`.
+    """
+    return _traced(model.config, processor, type(model), "the model")
+
+
+def _traced(config: PretrainedConfig, processor: ProcessorMixin, build: Build, source: str) -> Topology:
+    with parsed_elsewhere(f"{source}: the model cannot be traced"):
+        return _trace(skeleton(config, build, len(processor.tokenizer)), _batches(processor), source)
 
 
 def _trace(model: PreTrainedModel, batches: Sequence[dict[str, Any]], source: str) -> Topology:
@@ -48,7 +92,7 @@ def _trace(model: PreTrainedModel, batches: Sequence[dict[str, Any]], source: st
     blocks = [name for path in block_lists(model) for name in members(model, path)]
     for name in blocks:
         require_only_linears(name, model.get_submodule(name))
-    runs = [watch(model, inputs, blocks) for inputs in batches]
+    runs = [record_run(model, inputs, blocks) for inputs in batches]
     parts = find_parts(model, runs[0], runs[-1], batches[0], source)
     chains = {
         "vision": members(model, parts.tower)[: parts.depth],
@@ -56,12 +100,12 @@ def _trace(model: PreTrainedModel, batches: Sequence[dict[str, Any]], source: st
         "decoder": members(model, parts.decoder),
     }
     alike = {_structure(model, name): name for names in chains.values() for name in reversed(names)}
-    calls = watch(model, batches[0], blocks, alike.values()).calls
+    calls = record_run(model, batches[0], blocks, alike.values()).calls
     one_call = {_structure(model, name): (name, call) for name, call in calls.items()}
-    written_by = cache(lambda structure: _producers(seen, *one_call[structure]) if structure in one_call else {})
-    seen = Seen(model, tuple(runs), source)
+    written_by = cache(lambda structure: _producers(recorded, *one_call[structure]) if structure in one_call else {})
+    recorded = RecordedModel(model, tuple(runs), source)
     found = {
-        part: _stack(seen, {name: written_by(_structure(model, name)) for name in names})
+        part: _stack(recorded, {name: written_by(_structure(model, name)) for name in names})
         for part, names in chains.items()
     }
     topology = Topology(
@@ -77,7 +121,7 @@ def _trace(model: PreTrainedModel, batches: Sequence[dict[str, Any]], source: st
     return topology
 
 
-def _batches(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def _batches(processor: ProcessorMixin) -> list[dict[str, Any]]:
     """A prompt with an image, one with two of other shapes, and one without."""
     image = Image.linear_gradient("L").convert("RGB")
     prompts = [
@@ -86,7 +130,7 @@ def _batches(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         Conversation.from_prompt("What?"),
     ]
     cpu = torch.device("cpu")
-    return [to_device(encode(checkpoint.processor, [prompt])[0], cpu, torch.float32) for prompt in prompts]
+    return [to_device(encode(processor, [prompt])[0], cpu, torch.float32) for prompt in prompts]
 
 
 def _structure(model: nn.Module, name: str) -> str:
@@ -98,32 +142,32 @@ Producers = dict[tuple[str, ...], str]
 """The producers of a block's groups, where there are any."""
 
 
-def _producers(seen: Seen, name: str, call: Call) -> Producers:
+def _producers(recorded: RecordedModel, name: str, call: Call) -> Producers:
     """Those of a block, from its call in the first run."""
-    block, first = look_at(seen, name), seen.runs[0]
+    block, first = inspect_block(recorded, name), recorded.runs[0]
     called = sorted((one for one in first.order if one.startswith(f"{name}.")), key=first.order.__getitem__)
     order = [one.removeprefix(f"{name}.") for one in called]
     sites = {group: linears for group, linears in block.sites.items() if linears[0] in order}
-    found = producers(seen.model.get_submodule(name), call, list(sites.values()), order)
+    found = producers(recorded.model.get_submodule(name), call, list(sites.values()), order)
     written_by = {group: one and block.of_any_expert(one) for group, one in zip(sites, found, strict=True)}
     # What experts read is read by all of them, and the router: by some perhaps in other runs only.
     return {group: one for group, one in written_by.items() if one and ("*" in one) == ("*" in group[0])}
 
 
-def _stack(seen: Seen, blocks: dict[str, Producers]) -> Stack:
+def _stack(recorded: RecordedModel, blocks: dict[str, Producers]) -> Stack:
     """What blocks are made of, by their full names; where they are is left out."""
     groups: dict[tuple[str, ...], set[str | None]] = {}
     kept: dict[str, None] = {}
     for name, written_by in blocks.items():
-        block = look_at(seen, name)
+        block = inspect_block(recorded, name)
         kept |= dict.fromkeys(block.kept)
         for group in block.sites:
             groups.setdefault(group, set()).add(written_by.get(group))
     for group, other in combinations(groups, 2):
         if shared := set(group) & set(other):
             raise QVLMError(
-                f"{seen.source}: {min(shared)} shares its input with other Linears in some blocks than in others "
-                f"({', '.join(group)}; {', '.join(other)}); such a model is not supported"
+                f"{recorded.source}: {min(shared)} shares its input with other Linears in some blocks than in "
+                f"others ({', '.join(group)}; {', '.join(other)}); such a model is not supported"
             )
     # A scale is folded only where it can be in every block. Experts come last.
     described = [Group(group, one.pop() if len(one) == 1 else None) for group, one in groups.items()]

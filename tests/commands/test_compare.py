@@ -3,6 +3,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from models.test_pre_quantized import compressed
 from report.stub_harness import calls, write_stub
 from typer.testing import CliRunner
 
@@ -22,7 +23,7 @@ def run(tmp_path, *arguments):
     return CliRunner().invoke(app, [str(argument) for argument in command])
 
 
-def test_a_grid_ends_in_a_comparison_and_goes_on_where_it_stopped(place, tmp_path):
+def test_a_grid_ends_in_a_comparison_and_resumes(place, tmp_path):
     shown = run(tmp_path, "--dry-run")
     assert shown.exit_code == 0 and not (tmp_path / "out").exists()
     runs, summary = shown.stdout.split("\n\n")
@@ -40,14 +41,14 @@ def test_a_grid_ends_in_a_comparison_and_goes_on_where_it_stopped(place, tmp_pat
         ("awq", "w6a6"): -0.2,
     }  # fmt: skip
     text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "Stand-in data" in text and "McNemar" in text and "over all 4 rows" in text
+    assert "Stand-in data" in text and "McNemar" in text and "covers all 4 rows" in text
     assert (tmp_path / "out" / "comparison.svg").is_file()
     runs, summary = run(tmp_path, "--dry-run").stdout.split("\n\n")
     assert all("finished: " in line for line in runs.splitlines()) and summary == "5 runs, 5 of them finished\n"
     assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 5
 
 
-def test_runs_may_be_jobs_and_what_they_ask_for_is_in_the_file_or_in_flags(place, tmp_path):
+def test_runs_may_be_jobs_with_resources_from_the_file_or_options(place, tmp_path):
     (tmp_path / "grid.yaml").write_text(GRID + "cluster: {time: 3, partition: some, sbatch: {account: me}}\n")
     done = run(tmp_path, "--schemes", "w4a4", "--executor", "local", "--jobs", "3", "--time", "2")
     assert done.exit_code == 0, done.output
@@ -55,7 +56,24 @@ def test_runs_may_be_jobs_and_what_they_ask_for_is_in_the_file_or_in_flags(place
     assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 3
 
 
-def test_seeds_are_cells_and_add_to_what_is_there(place, tmp_path):
+def test_a_checkpoint_quantized_by_others_is_one_row_beside_all_schemes(place, tmp_path):
+    folder, _ = compressed(tmp_path / "theirs-w4a16", [])
+    rows = GRID.replace("[rtn, awq]", "[rtn, theirs]") + f"options: {{theirs: {{pretrained: {folder}}}}}\n"
+    (tmp_path / "grid.yaml").write_text(rows)
+    shown = run(tmp_path, "--dry-run").stdout
+    assert f"--model_args pretrained={folder} " in shown.replace("\n", " ") and "4 runs, 0 of them" in shown
+    done = run(tmp_path)
+    assert done.exit_code == 0, done.output
+    assert calls(place).count(f"pretrained={folder} 1") == 1 and len(calls(place)) == 4
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [(row["method"], row["scheme"], row.get("difference")) for row in report["rows"]] == [
+        ("none", "w16a16", None), ("rtn", "w4a4", -0.5), ("rtn", "w6a6", -0.5), ("theirs", "w4a16", -0.25),
+    ]  # fmt: skip
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "theirs w4a16 is 25.0 points below" in text and "their checkpoints' schemes: theirs." in text
+
+
+def test_seeds_are_cells_and_extend_a_finished_grid(place, tmp_path):
     assert run(tmp_path, "--schemes", "w4a4").exit_code == 0 and len(calls(place)) == 3
     done = run(tmp_path, "--schemes", "w4a4", "--seeds", "0,7", "--baseline", "rtn")
     assert done.exit_code == 0, done.output
@@ -68,7 +86,7 @@ def test_seeds_are_cells_and_add_to_what_is_there(place, tmp_path):
     assert len(shown) == 1 + 2 * 2 * 2 and sum("finished: " in line for line in shown) == 5
 
 
-def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
+def test_a_missing_cell_stops_the_grid_unless_keep_going_is_set(place, tmp_path):
     (tmp_path / "grid.yaml").write_text(GRID.replace("[rtn, awq]", "[qvlm]") + "options: {qvlm: {max_depth: 4}}\n")
     log = tmp_path / "out" / "tiny" / "qvlm-w4a4" / "pope" / "log.txt"
     done = run(tmp_path)
@@ -78,7 +96,7 @@ def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
         "(1 runs were not started; --keep-going starts them)"
     )
     done = run(tmp_path, "--keep-going")
-    assert done.exit_code == 2 and "2 runs are missing there; the same command tries them again" in done.stderr
+    assert done.exit_code == 2 and "2 runs are missing; the same command runs them again" in done.stderr
     assert "Missing: tiny/qvlm-w4a4/pope ended without" in (tmp_path / "out" / "comparison.md").read_text()
 
 
@@ -87,7 +105,7 @@ def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
     [
         (("--methods", "rtm"), "rtm"),
         (("--schemes", "w9a9"), "9 bits; allowed are"),
-        (("--data", "missing"), "there is no such folder"),
+        (("--data", "missing"), "no such folder"),
         (("--tasks", "a,a"), "error: --tasks: each must be there once"),
         (("--tasks", "scienceqa,sciencqa_img"), "lmms-eval has no task 'sciencqa_img'; did you mean scienceqa_img"),
         (("--seeds", "0,x"), "error: --seeds: input should be a valid integer"),
@@ -97,8 +115,8 @@ def test_a_missing_cell_ends_it_unless_it_is_to_keep_going(place, tmp_path):
             "error: --baseline: qlora is not among the methods; allowed are none, previous, rtn",
         ),
         (("--executor", "pbs"), "--executor pbs is not known; allowed are local, slurm"),
-        (("--gpus", "2", "--time", "9"), "--gpus is of jobs; name their --executor, local or slurm"),
-        (("--executor", "local", "--devices", "0,1"), "--devices is of processes here; a job gets --gpus"),
+        (("--gpus", "2", "--time", "9"), "--gpus applies to jobs only; add --executor local or --executor slurm"),
+        (("--executor", "local", "--devices", "0,1"), "--devices does not apply to jobs; use --gpus"),
         (("--executor", "local", "--memory", "0"), "error: --memory: input should be greater than 0"),
     ],
 )
@@ -111,7 +129,7 @@ def test_mistakes_are_one_line_before_anything_runs(place, tmp_path, arguments, 
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_dry_run_tells_time_and_memory_and_what_they_rest_on(place, tmp_path, tiny_llava):
+def test_a_dry_run_estimates_time_and_memory_and_names_the_basis(place, tmp_path, tiny_llava):
     """The stub's runs take the time that they say: 10 s for 40 documents, searches of 64 s aside."""
     stub, timed = place / "lmms_eval.py", '"total_evaluation_time_seconds": "74.0", "config": {'
     stub.write_text(stub.read_text().replace('"config": {', timed))
@@ -119,7 +137,7 @@ def test_a_dry_run_tells_time_and_memory_and_what_they_rest_on(place, tmp_path, 
     unknown = run(tmp_path, *grid, "--dry-run").stdout
     assert "time: unknown\n- evaluation of 5 runs: unknown, no run of the same model" in unknown
     found = [float(text) for text in re.findall(r"([\d.]+) GB to (?:search|evaluate)", unknown)]
-    assert len(found) == 1 + 2 * 4 and "- a search: by the formula" in unknown
+    assert len(found) == 1 + 2 * 4 and "- search: by the formula" in unknown
     assert run(tmp_path, *grid, "--methods", "rtn", "--schemes", "w4a4").exit_code == 0
     more = ("--methods", "rtn,smoothquant", "--schemes", "w4a4", "--seeds", "0,7")
     runs, summary = run(tmp_path, *grid, *more, "--dry-run").stdout.split("\n\n")
@@ -131,6 +149,6 @@ def test_a_dry_run_tells_time_and_memory_and_what_they_rest_on(place, tmp_path, 
         "smoothquant-w4a4": "about 10 s and a search",
         "smoothquant-w4a4-seed7": "about 10 s and a search",
     }
-    assert "5 runs, 2 of them finished\ntime: about 1 min 34 s, and what is unknown\n" in summary
-    assert "- evaluation of 1 runs: by finished runs of the same method and scheme" in summary
-    assert "- 2 searches: unknown" in summary and "- 1 searches: by finished runs of the same method" in summary
+    assert "5 runs, 2 of them finished\ntime: about 1 min 34 s plus unknown parts\n" in summary
+    assert "- evaluation of 1 runs: from finished runs of the same method and scheme" in summary
+    assert "- 2 searches: unknown" in summary and "- 1 searches: from finished runs of the same method" in summary

@@ -18,15 +18,15 @@ def invoke(monkeypatch, found, *arguments):
 
 
 @pytest.mark.parametrize(("found", "code"), [([GOOD], 0), ([GOOD, POOR], 0), ([GOOD, BAD, POOR], 1)])
-def test_the_exit_status_says_whether_something_fails(monkeypatch, found, code):
+def test_the_exit_status_is_1_if_a_check_fails(monkeypatch, found, code):
     done = invoke(monkeypatch, found)
     assert done.exit_code == code and len(done.stdout.splitlines()) == len(found)
     assert done.stdout.startswith("ok    ok: so it is -> do that")
 
 
-def test_what_is_being_done_is_said_before_and_what_was_found_right_after(monkeypatch):
+def test_activities_are_printed_before_and_findings_right_after(monkeypatch):
     first, found, second, *_, last = invoke(monkeypatch, [GOOD]).output.splitlines()
-    assert first == "looking at packages …" and found == str(GOOD) and second.endswith(" …")
+    assert first == "checking packages …" and found == str(GOOD) and second.endswith(" …")
     assert last == "evaluating two documents with a tiny model, about half a minute …"
 
 

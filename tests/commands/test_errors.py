@@ -29,7 +29,7 @@ def odd_results(tmp_path):
     return file
 
 
-def test_an_exception_that_nobody_expected_names_the_file_and_how_to_see_more(odd_results, monkeypatch):
+def test_an_unexpected_exception_names_the_file_and_the_traceback_switch(odd_results, monkeypatch):
     monkeypatch.setattr("qvlm_plugin.report.results._bits", lambda run: run["scheme"])
     line = one_line(run("results", odd_results.parents[2], COLUMNS="80"))
     assert line.startswith("error: KeyError: ") and str(odd_results) in line

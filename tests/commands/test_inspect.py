@@ -13,16 +13,16 @@ def shown(plan, folder):
     return done.stdout
 
 
-def test_it_says_that_codes_are_in_the_plan(loaded, tmp_path):
+def test_it_shows_that_the_plan_has_codes(loaded, tmp_path):
     nearest = planning.obtain_plan(loaded, check_request("rtn", "w4a16", {}), None, cache=None)
     plan, values = with_codes(nearest, loaded)
-    said = shown(plan, tmp_path / "codes")
-    assert f"of {len(values)} Linears are in the plan" in said and "int4 asymmetric g128 stored" in said
-    assert "in the plan" not in shown(nearest, tmp_path / "nearest")
+    text = shown(plan, tmp_path / "codes")
+    assert f"for {len(values)} Linears" in text and "int4 asymmetric g128 stored" in text
+    assert "codes" not in shown(nearest, tmp_path / "nearest")
 
 
-def test_it_says_that_inputs_are_rotated(loaded, tmp_path):
+def test_it_shows_rotated_inputs(loaded, tmp_path):
     plan = planning.obtain_plan(loaded, check_request("rtn", "w4a16", {}), None, cache=None)
-    said = shown(rotated(plan), tmp_path / "rotated")
-    assert "of the inputs of 18 sites" in said and "rotated 12x2, activation unquantized" in said
-    assert "of the inputs of" not in shown(plan, tmp_path / "plain")
+    text = shown(rotated(plan), tmp_path / "rotated")
+    assert "inputs of 18 sites" in text and "rotated 12x2, activation unquantized" in text
+    assert "rotations" not in shown(plan, tmp_path / "plain")

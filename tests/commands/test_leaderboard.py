@@ -30,7 +30,7 @@ def test_the_plain_form_writes_all_four_files(tmp_path):
     assert (tmp_path / "out" / "leaderboard.html").stat().st_size > 10_000
 
 
-def test_the_papers_tables_stand_beside_its_benchmarks(tmp_path):
+def test_the_papers_tables_are_shown_with_its_benchmarks(tmp_path):
     write_run(tmp_path / "in", [1, 0, 1], provenance(), task="vizwiz_vqa_val")
     run("leaderboard", tmp_path / "in", "--out", tmp_path / "out")
     content = json.loads((tmp_path / "out" / "leaderboard.json").read_text())
@@ -56,7 +56,7 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):
 def test_nothing_usable_is_an_error(tmp_path):
     write_run(tmp_path / "bad", [1]).write_text("{")
     done = run("leaderboard", tmp_path / "bad", "--out", tmp_path / "out")
-    assert done.exit_code == 2 and "none of 1 results files holds a score" in done.stderr
+    assert done.exit_code == 2 and "none of 1 results files contains a score" in done.stderr
 
 
 def test_the_ci_job_validates_and_renders_what_was_added(tmp_path):

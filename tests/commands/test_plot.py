@@ -56,4 +56,4 @@ def test_a_plan_is_drawn_from_its_record_and_against_the_layer_wise_search(tiny_
 def test_a_plan_without_a_record(tmp_path):
     RoundingPlan("rtn", "w4a4", {}, "model", ()).save(tmp_path / "plan")
     drawn = run("plot", tmp_path / "plan")
-    assert drawn.exit_code == 2 and "method, rtn, keeps no record of its search; qvlm and" in drawn.stderr
+    assert drawn.exit_code == 2 and "method, rtn, records no search; qvlm and" in drawn.stderr

@@ -85,7 +85,7 @@ def test_splits_share_no_picture_and_no_prompt():
     assert {picture.source for picture in pictures["train"] | pictures["validation"]} == {"train", "empty"}
 
 
-def test_every_folder_says_that_it_is_a_stand_in(demo_data):
+def test_every_folder_is_marked_as_stand_in_data(demo_data):
     folders = [demo_data / hub_id for hub_id, _ in SETS] + [demo_data / "calibration"]
     for folder in folders:
         marker = json.loads((folder / MARKER).read_text())
@@ -100,7 +100,7 @@ def written(folder):
     return sorted(path for path in folder.rglob("[!.]*") if path.is_file())
 
 
-def test_writing_again_changes_nothing_and_mends_what_is_missing(demo_data):
+def test_writing_again_is_idempotent_and_restores_missing_files(demo_data):
     files = written(demo_data)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
     folder = demo_data / "lmms-lab-encoder" / "VQAv2"
@@ -121,7 +121,7 @@ def test_refuses_to_replace_real_data(tmp_path):
     assert [path.name for path in real.iterdir()] == ["README.md"]
 
 
-def test_calibration_is_in_llava_s_format_and_apart_from_what_is_evaluated(demo_data, loaded):
+def test_calibration_is_in_llavas_format_and_disjoint_from_evaluated_data(demo_data, loaded):
     rows = json.loads((demo_data / "calibration" / "train.json").read_text())
     assert len(rows) == len({row["id"] for row in rows}) == 480
     digests = set()

@@ -194,7 +194,7 @@ def test_a_finished_build_is_reused_and_a_stale_one_replaced(demo_model, model, 
 
 def test_refuses_a_folder_of_something_else_and_a_missing_bridge(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(QVLMError, match="holds no demo model"):
+    with pytest.raises(QVLMError, match="not a demo model"):
         build(tmp_path)
     with pytest.raises(QVLMError, match="there is no bridge"):
         build(tmp_path / "new", bridge=tmp_path / "none.safetensors")

@@ -79,7 +79,7 @@ def test_prompts_and_answers_are_the_harness_s_own(questions):
         assert scienceqa_task.sqa_process_results(doc, [doc["choices"][doc["answer"]]])["exact_match"] == 0
 
 
-def test_choices_hold_the_answer_once_at_every_place(questions):
+def test_choices_contain_the_answer_once_at_every_position(questions):
     rng = random.Random(1)
     places = []
     for question in (q for q in questions if q.answer in COLORS):
@@ -90,7 +90,7 @@ def test_choices_hold_the_answer_once_at_every_place(questions):
     assert set(places) == {0, 1, 2, 3}
 
 
-def test_text_only_documents_tell_the_fact_and_keep_their_split(questions):
+def test_text_only_documents_state_the_fact_and_keep_their_split(questions):
     pool, rng = Pool.of(q for q in questions if q.fact), random.Random(2)
     prompts = {split: set() for split in ("train", "validation", "test")}
     for split, seen in prompts.items():

@@ -91,7 +91,7 @@ def test_low_rank_equals_the_merged_linear():
     torch.testing.assert_close(module(x), x @ merged.T)
 
 
-def test_an_interrupted_training_goes_on_where_it_was(tmp_path):
+def test_an_interrupted_training_resumes(tmp_path):
     recipe = Recipe()
     inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 

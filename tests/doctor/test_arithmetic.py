@@ -20,7 +20,7 @@ def test_only_a_cpu_without_bfloat16_and_no_gpu_are_warned_about(monkeypatch, ca
     assert not check_arithmetic()
 
 
-def test_nothing_is_said_where_torch_does_not_tell(monkeypatch):
+def test_unknown_capabilities_give_no_finding(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "other"}, raising=False)
     assert not check_arithmetic()

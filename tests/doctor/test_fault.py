@@ -68,7 +68,7 @@ def test_errors_of_this_package_blame_no_other():
         ("Traceback (most recent call last):\n", "Traceback"),
     ],
 )
-def test_logs_without_a_whole_traceback(log, error):
+def test_logs_without_a_complete_traceback(log, error):
     assert read_fault(log).error.startswith(error) and read_fault(log).remedy == LOCK
 
 

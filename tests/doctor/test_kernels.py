@@ -24,7 +24,7 @@ def test_every_packed_kernel_is_tested_on_the_cpu(findings):
     assert findings["kernel int4 on cpu"].status == "ok"
 
 
-def test_a_wrong_kernel_and_one_that_cannot_run_are_told(findings):
+def test_a_wrong_kernel_and_one_that_cannot_run_are_reported(findings):
     wrong, absent = findings["kernel wrong on cpu"], findings["kernel absent on cpu"]
     assert wrong.status == "warn" and "self-test failed" in wrong.message and "backend=auto" in wrong.remedy
     assert absent.status == "warn" and absent.message == "cannot run: it is not installed"

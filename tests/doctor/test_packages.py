@@ -23,7 +23,7 @@ def test_unmet_requirements_fail_and_unmet_extras_warn(required):
     assert found["extra 'report'"].status == "ok" and "pytest" in found["extra 'report'"].message
 
 
-def test_a_package_that_is_not_installed_is_told(monkeypatch):
+def test_a_missing_package_is_reported(monkeypatch):
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 

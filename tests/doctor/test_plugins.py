@@ -9,7 +9,7 @@ class Faulty:
         raise LookupError("nothing")
 
 
-def test_what_plugins_provide_and_which_raise(monkeypatch):
+def test_plugins_are_listed_and_failing_ones_reported(monkeypatch):
     manager = plugins.create_manager(builtin)
     manager.register(Faulty(), "faulty of package some")
     monkeypatch.setattr(plugins, "plugin_manager", lambda: manager)

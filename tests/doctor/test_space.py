@@ -4,28 +4,13 @@ from collections import namedtuple
 import psutil
 import pytest
 import torch
-from original_llava import write_original_llava
 
-from qvlm_plugin.doctor.space import HEADROOM, Needs, check_disk, check_memory, check_space, needs_of
-from qvlm_plugin.models.loading import load
+from qvlm_plugin.doctor.needs import Needs
+from qvlm_plugin.doctor.space import HEADROOM, check_disk, check_memory, check_space
 from qvlm_plugin.scheme import Scheme
 
 NEEDS = Needs(full=10e9, packed=3e9)
 Memory, Usage = namedtuple("Memory", "available"), namedtuple("Usage", "free")
-
-
-def test_a_model_takes_the_bytes_of_its_weights(tiny_llava):
-    full = 2 * sum(parameter.numel() for parameter in load(str(tiny_llava)).model.parameters())
-    assert needs_of(str(tiny_llava), None, Scheme.parse("w16a16")) == Needs(full, full)
-    four, six, eight = (needs_of(str(tiny_llava), None, Scheme.parse(f"w{bits}a16")) for bits in (4, 6, 8))
-    assert four.full == full and four.packed < eight.packed < full
-    assert six == eight  # six bits are stored as eight
-
-
-def test_weights_in_the_original_layout_are_not_read(tmp_path):
-    folder = write_original_llava(tmp_path / "m")
-    (folder / "pytorch_model.bin").unlink()
-    assert needs_of(str(folder), None, Scheme.parse("w4a4")).packed > 0
 
 
 @pytest.mark.parametrize(("free", "status"), [(11e9, "warn"), (13e9, "ok"), (3e9, "fail"), (4e9, "warn")])
@@ -37,7 +22,7 @@ def test_free_memory_decides(monkeypatch, free, status):
     assert bool(finding.remedy) == (status != "ok")
 
 
-def test_a_gpu_that_only_holds_packed_weights_has_another_remedy(monkeypatch):
+def test_a_gpu_with_space_for_packed_weights_only_gets_its_own_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (5e9, 6e9))
     gpu = check_memory(NEEDS)[1]
@@ -54,5 +39,5 @@ def test_free_disk_decides(monkeypatch, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_used_is_a_finding():
-    first, *rest = check_space("/absent", None, Scheme.parse("w4a4"))
+    first, *rest = check_space({"pretrained": "/absent"}, Scheme.parse("w4a4"))
     assert first.status == "fail" and "no such folder" in first.message and len(rest) >= 2

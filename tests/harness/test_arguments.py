@@ -46,11 +46,11 @@ def test_defaults_and_none():
         ),
         ("pretrained=x,colour=red", "unknown model argument 'colour'; allowed are pretrained, revision"),
         ("pretrained=x,method=rtn,grupsize=4", "unknown model argument 'grupsize'.*for method=rtn: .*group_size"),
-        ("pretrained=007", "pretrained=7: lmms-eval reads this value as a number.*a folder is written as ./NAME"),
+        ("pretrained=007", "pretrained=7: lmms-eval reads this value as a number.*write a folder as ./NAME"),
         ("pretrained=x,revision=1.10", "revision=1.1: .*full commit hash"),
         ("pretrained=x,seed=-1", "seed=-1"),
         ("pretrained=x,allow_overlap=maybe", "allow_overlap='maybe': .*boolean"),
-        ("pretrained=x,device_map=offload", "is for searching.*evaluate it with plan=DIR"),
+        ("pretrained=x,device_map=offload", "works only for searches.*evaluate it with plan=DIR"),
         ("pretrained=x,plan=d,method=rtn,seed=1", "plan=DIR is a finished plan.*method, seed"),
     ],
 )
@@ -100,13 +100,13 @@ def test_a_system_instruction_is_refused_for_a_model_that_is_made_already(tiny_l
 
 
 @pytest.mark.parametrize("wrapper, refused", [(QVLMChat, True), (QVLMSimple, False)])
-def test_examples_that_the_chat_format_does_not_show_are_refused(tiny_llava, wrapper, refused):
+def test_fewshot_examples_are_refused_in_the_chat_format(tiny_llava, wrapper, refused):
     model = wrapper(pretrained=str(tiny_llava), dtype="float32", device="cpu")
     config = {"num_fewshot": 2}
     task = SimpleNamespace(get_config=config.get, dump_config=lambda: config, VERSION=1)
     evaluate = _refusing(lambda **_: "evaluated")
     if refused:
-        with pytest.raises(QVLMError, match=r"task quiz asks for 2 examples.*--force_simple"):
+        with pytest.raises(QVLMError, match=r"task quiz has 2 examples.*--force_simple"):
             evaluate(lm=model, task_dict={"group": {"quiz": task}})
         config |= {"num_fewshot": 0, "output_type": "multiple_choice"}
         with pytest.raises(QVLMError, match=r"task quiz scores by likelihood.*--force_simple"):

@@ -35,7 +35,7 @@ def test_a_broken_plugin_of_another_package_is_named(monkeypatch, visible, statu
     assert finding.remedy == "pip uninstall other-package"
 
 
-def test_an_installation_without_entry_point_is_told(monkeypatch):
+def test_a_missing_entry_point_is_reported(monkeypatch):
     monkeypatch.setattr(metadata, "entry_points", lambda group: [])
     monkeypatch.setattr(checks, "list_available_models", lambda: [])
     (finding,) = checks.check_registration()

@@ -5,10 +5,13 @@ import subprocess
 
 import pytest
 import yaml
-from family_list import DESCRIBED, FAMILIES
+from family_list import FAMILIES
 from harness.mirrors import environment_in, write_mirrors
+from tiny_families import write_tiny_aya_vision, write_tiny_seer, write_tiny_vip_llava
 
-ALL = FAMILIES | DESCRIBED
+TRACED = {"aya-vision": write_tiny_aya_vision, "seer": write_tiny_seer, "vip-llava": write_tiny_vip_llava}
+"""Families without a description."""
+ALL = FAMILIES | TRACED
 CONV = {"llava-v1.3": "llava_v1", "llava-v1.5": "vicuna_v1", "moe-llava": "stablelm"}
 
 
@@ -21,7 +24,9 @@ def results(tmp_path_factory, programs):
         write(place / name)
         options = "method=rtn,scheme=w4a4,calibration=vqav2_val:train:2,calibration_batch_size=2,cache=none"
         arguments = f"pretrained=./{name},dtype=float32,{options}"
-        model = "qvlm_llava" if name in FAMILIES else "qvlm"
+        if name in TRACED:
+            arguments += ",topology=traced" + ",trust_remote_code=true" * (name == "seer")
+        model = "qvlm_llava" if "llava" in name else "qvlm"
         runs.append({"model": model, "model_args": arguments, "output_path": f"out/{name}"})
     chosen = "pretrained=./llava-v1.3,dtype=float32,conv=llava_v0"
     runs.append({"model": "qvlm_llava", "model_args": chosen, "output_path": "out/chosen"})

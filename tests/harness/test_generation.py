@@ -24,12 +24,12 @@ def read(**given):
         ({"max_gen_toks": 0}, "max_new_tokens=0 is not allowed: .*greater"),
         ({"temperature": "hot"}, "temperature='hot' is not allowed"),
         ({"seed": "a"}, "seed='a' is not allowed"),
-        ({"max_length": 4}, "max_length counts the prompt and its padding too.*; use max_new_tokens"),
-        ({"min_length": "4"}, "min_length counts the prompt.*; use min_new_tokens"),
+        ({"max_length": 4}, "max_length includes the prompt and its padding.*; use max_new_tokens"),
+        ({"min_length": "4"}, "min_length includes the prompt.*; use min_new_tokens"),
         ({"suppress_tokens": 3}, "suppress_tokens=3 is not allowed: .*list"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(given, message):
+def test_impossible_requests_give_one_line(given, message):
     with pytest.raises(QVLMError, match=f"task toy: .*{message}") as caught:
         read(**given)
     assert "\n" not in str(caught.value)
@@ -40,7 +40,7 @@ def test_stop_strings_have_three_names():
         assert read(**{name: "END"}).stops == read(**{name: ["END", ""]}).stops == ("###", "END")
 
 
-def test_defaults_aliases_and_what_is_not_for_us():
+def test_defaults_aliases_and_ignored_arguments():
     plain = {"max_new_tokens": 32, "do_sample": False}
     assert read().arguments == plain
     assert read(top_p=None, temperature=0, image_aspect_ratio="pad", num_beams="None").arguments == plain

@@ -6,7 +6,7 @@ import torch
 from qvlm_plugin.harness.latency import FirstToken, Latency, summary
 
 
-def test_the_first_call_is_noted_and_nothing_is_ended():
+def test_the_first_call_is_recorded_and_generation_continues():
     first = FirstToken()
     before = time.perf_counter()
     assert not first(torch.zeros(3, 5), None).any()
@@ -14,7 +14,7 @@ def test_the_first_call_is_noted_and_nothing_is_ended():
     assert before <= noted <= time.perf_counter() and len(first(torch.zeros(3, 6), None)) == 3 and first.time == noted
 
 
-def test_tokens_after_the_first_share_what_is_left():
+def test_tokens_after_the_first_share_the_remaining_time():
     assert Latency.of(2, (1.0, 1.5, 3.5), 5) == Latency(2, 0.5, 0.5)
     assert Latency.of(1, (1.0, 1.5, 1.5), 1).per_token is None
 

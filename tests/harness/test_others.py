@@ -9,7 +9,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness.wrapper import QVLMChat
 
 
-def test_they_run_as_they_are_with_what_is_known_of_them(tmp_path):
+def test_other_programs_checkpoints_run_with_their_known_facts(tmp_path):
     names = ignored_names(write_tiny_llava(tmp_path / "source", hidden=64), "model.")
     folder, rounded = compressed(tmp_path / "x", names)
     model = QVLMChat(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)

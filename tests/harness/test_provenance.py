@@ -46,7 +46,7 @@ def test_free_answers_are_unreadable_when_empty():
     assert not provenance.is_readable("vqav2_val", " \n")
 
 
-def test_packed_bytes_are_those_of_the_formats_whatever_a_run_keeps():
+def test_packed_bytes_depend_on_formats_only():
     linear = nn.Linear(64, 8)
     formats = WeightFormat(kind="int", bits=4, group_size=32, symmetric=False), ActivationFormat()
     quantized = QuantLinear.from_linear(linear, *formats, {}, REFERENCE)

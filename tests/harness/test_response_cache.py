@@ -48,7 +48,7 @@ def unreadable(docs, index, image="missing.png"):
     return [doc | {"images": [image]} if number == index else doc for number, doc in enumerate(docs)]
 
 
-def test_installing_again_changes_nothing():
+def test_installing_is_idempotent():
     response_cache.install()
     wrapped = ResponseCache.execute, ResponseCache.create
     response_cache.install()
@@ -111,7 +111,7 @@ def test_a_shard_that_cannot_be_read_is_left_alone(open_cache, make, tmp_path):
     run(open_cache(), make(), documents(1))
 
 
-def test_a_resumed_run_knows_what_a_whole_one_does(make, open_cache, monkeypatch):
+def test_a_resumed_run_records_the_same_as_an_uninterrupted_one(make, open_cache, monkeypatch):
     docs, whole, resumed = documents(8), make(batch_size=4), make(batch_size=4)
     docs[3]["images"] = docs[1]["images"]  # two questions about one picture
     digest = Conversation.from_prompt(docs[6]["text"], docs[6]["images"]).digest()

@@ -192,7 +192,7 @@ def test_several_runs_in_one_process(place, full_precision, printed):
     assert [(found.benchmark, count) for found, count in checked] == [("VizWiz-VQA", 3), ("VQA-v2", 4)]
 
     assert results_of(place, "refused") is None
-    assert "2 of the documents to evaluate were calibrated on, for example document 0 of task vqav2_val" in printed
+    assert "2 of the documents to evaluate are in the calibration set, for example document 0 of" in printed
     assert results_of(place, "allowed")["qvlm"]["calibration"]["documents_also_evaluated"] == 2
     choices = results_of(place, "choices")  # the likeliest choice, given the image, is the answer
     assert choices["n-samples"]["sqa_choices"]["effective"] == 9 and choices["qvlm"]["answers"] == {}

@@ -19,5 +19,5 @@ def test_the_index_decides_on_others(monkeypatch, tmp_path):
     check_task_names([*hidden[:3], "scienceqa_*"], tmp_path)
     with pytest.raises(QVLMError, match="has no task 'sciencqa'; did you mean scienceqa or"):
         check_task_names(["scienceqa", "sciencqa"], tmp_path)
-    with pytest.raises(QVLMError, match="has no task 'zzzzzz'; lmms-eval tasks list names all"):
+    with pytest.raises(QVLMError, match="has no task 'zzzzzz'; see: lmms-eval tasks list"):
         check_task_names(["zzzzzz"], tmp_path)

@@ -73,12 +73,12 @@ def test_the_commonest_answer_is_the_target():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("scienceqa:test:4", "scienceqa:test: the split is what the task evaluates; allowed are train"),
+        ("scienceqa:test:4", "scienceqa:test: the split is the one that the task evaluates; allowed are train"),
         ("scienceqa:holdout:4", "scienceqa:holdout: the split does not exist; allowed are train"),
-        ("vizwiz_vqa_val:val:1", "the split is what the task evaluates; allowed are test"),
+        ("vizwiz_vqa_val:val:1", "the split is the one that the task evaluates; allowed are test"),
         ("scienceqa:train:99", f"scienceqa:train:99: only {len(ROWS)} documents have an image"),
         ("sciencqa:train:9", r"calibration=sciencqa is neither a task of lmms-eval \(similar: .*scienceqa"),
-        ("gqa:train:4", "calibration=gqa: its data does not load"),
+        ("gqa:train:4", "calibration=gqa: cannot load its data"),
         ("missing.json:4", "there is no such file"),
     ],
 )

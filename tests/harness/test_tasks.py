@@ -25,7 +25,8 @@ from harness.task_mirrors import (
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.leaderboard.write import write_leaderboard
-from qvlm_plugin.report.paired import compare, paired_notes
+from qvlm_plugin.report.paired import compare
+from qvlm_plugin.report.paired_table import paired_notes
 from qvlm_plugin.report.pooled import pool, verdict
 from qvlm_plugin.report.samples import read_samples
 
@@ -174,7 +175,7 @@ def test_likelihood(place, scores, answers):
     assert scores["seedbench_ppl"]["acc"] == pytest.approx(mean(right))
     assert not (place / "refused").exists()
     assert (
-        "task seedbench_ppl scores by likelihood, which lmms-eval does in its simple format only; add --force_simple"
+        "task seedbench_ppl scores by likelihood, which lmms-eval supports in its simple format only"
         in (place / "log.txt").read_text()
     )
 
@@ -208,7 +209,7 @@ def test_a_score_of_all_documents_at_once_pairs_by_the_documents_own(place, scor
     assert {*own} == {0, 1, None} and row.documents == 8 and row.clusters == 4  # two questions about each image
     assert math.isnan(row.difference.error) and 0 < row.p <= 1
     notes = paired_notes(baseline, [row], "mme_perception_score")
-    assert any(note.startswith("mme: mme_perception_score is made of all documents at once") for note in notes)
+    assert any(note.startswith("mme: mme_perception_score is computed from all documents at once") for note in notes)
     (pooled,) = pool([(baseline, other), (baseline, other)], "mme_perception_score")
     assert pooled.score.value == row.score.value and pooled.t_p == pooled.sign_flip_p == row.p
     assert "[" not in verdict(pooled, "rtn", "none")

@@ -149,7 +149,7 @@ ODD_TEXTS = [
 ]
 
 
-def test_special_tokens_in_questions_are_text_and_images_stand_where_the_task_puts_them(chat, simple):
+def test_special_tokens_in_questions_are_text_and_images_keep_their_positions(chat, simple):
     docs = [{"text": text, "images": [random_image(i) for i in range(count)]} for text, count in ODD_TEXTS]
     answers = texts(chat.generate_until(ask(chat, docs, max_new_tokens=4)))
     assert answers == texts(simple.generate_until(ask(simple, docs, max_new_tokens=4)))
@@ -161,7 +161,7 @@ def test_special_tokens_in_questions_are_text_and_images_stand_where_the_task_pu
         assert (ids == 3).sum() == 4 * len(doc["images"]) and not torch.isin(ids, torch.tensor([0, 1, 2])).any()
 
 
-def test_messages_that_place_their_images_are_left_as_they_are():
+def test_messages_with_positioned_images_are_unchanged():
     image = {"type": "image", "url": random_image(0)}
     parts = [{"type": "text", "text": "Is <image> this"}, image, {"type": "text", "text": "?"}]
     content = from_messages([{"role": "user", "content": parts}]).messages[0]["content"]
@@ -187,7 +187,7 @@ def test_prompts_longer_than_the_context_are_counted(make, tmp_path):
     sink = logger.add(messages.append, level="WARNING", format="{message}")
     model.record.finish(model._model)
     logger.remove(sink)
-    assert any("task toy: prompts with more tokens than the model's context of 512: 2;" in text for text in messages)
+    assert any("task toy: 2 prompts exceed the model's context of 512 tokens;" in text for text in messages)
     assert model.record.report({})["prompts_over_context"] == {"toy": 2}
 
 
@@ -250,7 +250,7 @@ STEERED = {"repetition_penalty": 1.9, "no_repeat_ngram_size": 2, "num_beams": 3,
 @pytest.mark.parametrize(
     "steered", [STEERED, {"do_sample": True, "temperature": 5.0}, {"bad_words_ids": [[40], [41]], "max_length": 3}]
 )
-def test_a_checkpoints_generation_config_steers_nothing_and_is_told(make, tiny_llava, tmp_path, steered):
+def test_a_checkpoints_generation_config_is_ignored_with_a_warning(make, tiny_llava, tmp_path, steered):
     folder = shutil.copytree(tiny_llava, tmp_path / "model")
     config = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps(config | steered))
@@ -266,7 +266,7 @@ def test_a_checkpoints_generation_config_steers_nothing_and_is_told(make, tiny_l
     assert model.response_identity() != plain.response_identity()
 
 
-def test_what_a_task_asks_for_is_done_and_recorded(make):
+def test_generation_arguments_of_a_task_are_applied_and_recorded(make):
     model, docs = make(), documents(3)
     plain = texts(model.generate_until(ask(model, docs)))
     penalized = texts(model.generate_until(ask(model, docs, repetition_penalty=1.9, until="x")))
@@ -400,7 +400,7 @@ def test_unreadable_document_is_named(chat):
         chat.generate_until(ask(chat, docs))
     assert "\n" not in str(caught.value)
     docs[1]["images"] = [{"type": "video", "url": "a.mp4"}]
-    with pytest.raises(QVLMError, match=r"document 1 of task toy.*shows video"):
+    with pytest.raises(QVLMError, match=r"document 1 of task toy.*contains video"):
         chat.generate_until(ask(chat, [docs[0], docs[1] | {"text": "x"}]))
 
 

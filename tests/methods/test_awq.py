@@ -75,28 +75,43 @@ def test_scales_alone_leave_full_precision_outputs_as_they_are(loaded, calibrati
     assert torch.allclose(logits_of(loaded.model, inputs), before, rtol=1e-3, atol=1e-4)
 
 
-def test_the_scale_of_every_site_errs_least_of_all_alphas(loaded, calibration):
-    plan = plan_of(loaded, calibration, "w3a16", group_size=16, search_tokens=10**6)
+def paper_scales(magnitude, shares):
+    return [magnitude.clamp_min(1e-4 * magnitude.max()) ** (step / 20) for step in range(20)]
+
+
+def duo_scales(magnitude, shares):
+    return [torch.ones_like(magnitude)] + [magnitude ** (k / 18) / shares ** (1 - k / 18) for k in range(19)]
+
+
+def over_shared_heads(values):
+    """4 heads of 8 read 2 heads."""
+    return torch.cat([values[:16].view(2, 8).mean(0), values[16:].view(2, 8).mean(0)])
+
+
+@pytest.mark.parametrize("duo_scaling, scales", [(False, paper_scales), (True, duo_scales)])
+def test_the_scale_of_every_site_errs_least_of_all_alphas(duo_scaling, scales, loaded, calibration):
+    plan = plan_of(loaded, calibration, "w3a16", group_size=16, search_tokens=10**6, duo_scaling=duo_scaling)
     model, inputs = loaded.model, inputs_of(loaded, calibration)
     gains = []
     for site in (site for site in sites_of(loaded) if site.producer):
-        x = inputs[site.name]
-        magnitude = x.abs().mean(dim=0)
-        if "o_proj" in site.name:  # 4 heads of 8 read 2 heads
-            magnitude = torch.cat([magnitude[:16].view(2, 8).mean(0), magnitude[16:].view(2, 8).mean(0)])
+        x, weights = inputs[site.name], [model.get_submodule(name).weight.detach() for name in site.linears]
+        groups = torch.cat(weights).abs().split(16, dim=1)
+        both = x.abs().mean(dim=0), torch.cat([g / g.amax(dim=1, keepdim=True) for g in groups], dim=1).mean(dim=0)
+        if "o_proj" in site.name:
+            both = map(over_shared_heads, both)
 
-        def error(scale, x=x, site=site):
+        def error(scale, x=x, site=site, weights=weights):
             if "o_proj" in site.name:
                 scale = torch.cat([scale[:8], scale[:8], scale[8:], scale[8:]])
             total = 0.0
-            for weight in (model.get_submodule(name).weight.detach() for name in site.linears):
+            for weight in weights:
                 rounded = quantize_int(weight * scale, WeightFormat(kind="int", bits=3, group_size=16)).dequantize()
                 total += float(((x / scale) @ rounded.T - x @ weight.T).square().sum())
             return total
 
-        powers = [magnitude.clamp_min(1e-4 * magnitude.max()) ** (step / 20) for step in range(20)]
-        grid = [error(power / (power.max() * power.min()).sqrt()) for power in powers]
-        found, without = error(plan.tensors[f"{site.name}/scale"]), error(torch.ones_like(powers[0]))
+        grid = [error(power / (power.max() * power.min()).sqrt()) for power in scales(*both)]
+        scale = plan.tensors[f"{site.name}/scale"]
+        found, without = error(scale), error(torch.ones_like(scale))
         assert grid[0] == pytest.approx(without)
         assert found == pytest.approx(min(grid), rel=1e-3) and found <= without, site.name
         gains.append(found / without)

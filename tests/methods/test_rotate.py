@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from family_list import FAMILIES
+from family_list import FAMILIES, ORIGINAL
 from tiny_llava import logits_of
 
 from qvlm_plugin import planning
@@ -25,7 +25,7 @@ def plan_of(loaded, calibration, scheme="w4a4", **options):
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*ORIGINAL, "llava", "llava-next", "llava-onevision"])
 def test_a_rotated_model_that_rounds_nothing_is_the_model(family, tmp_path, calibration):
     """Every site of CLIP, SigLIP and DINOv2 towers, of projectors, and of Llama, Qwen2 and StableLM."""
     loaded = load(str(FAMILIES[family](tmp_path / "model")), dtype="float32")

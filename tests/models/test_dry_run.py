@@ -85,7 +85,7 @@ def test_parts_that_do_not_fit_are_found_by_the_small_files(folder, wrong):
     with pytest.raises(QVLMError, match=rf"pretrained='{folder}'.*{message}") as caught:
         open_checkpoint(str(folder))
     assert "\n" not in str(caught.value)
-    (finding, *_) = check_space(str(folder), None, Scheme.parse("w4a4"))  # of qvlm doctor
+    (finding, *_) = check_space({"pretrained": str(folder)}, Scheme.parse("w4a4"))  # of qvlm doctor
     assert finding.status == "fail" and str(caught.value) == finding.message
 
 

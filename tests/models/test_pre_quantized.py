@@ -85,7 +85,13 @@ def test_compressed_tensors_with_either_kind_of_ignored_names(source, tmp_path, 
 
 
 def test_bitsandbytes(source, tmp_path, calibration):
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        # Its kernel for CPUs with bfloat16 instructions takes multiples of 32 outputs and 64 inputs.
+        llm_int8_skip_modules=["lm_head", "model.vision_tower", "model.multi_modal_projector"],
+    )
     model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=how, dtype=torch.float32)
     model.save_pretrained(tmp_path / "x")
     AutoProcessor.from_pretrained(source).save_pretrained(tmp_path / "x")
@@ -107,7 +113,9 @@ def test_a_missing_package_is_named_before_weights_are_read(tmp_path, monkeypatc
     monkeypatch.setattr(pre_quantized, "version", nothing)
     folder = configured(write_tiny_llava(tmp_path / "x", hidden=64), {"quant_method": method, "bits": 4})
     (folder / "model.safetensors").unlink()
-    with pytest.raises(QVLMError, match=rf"quantized by {method}, which takes {missing} .* is not installed: pip inst"):
+    with pytest.raises(
+        QVLMError, match=rf"quantized by {method}, which takes {missing} .* is not installed: pip inst.*qvlm_plugin\["
+    ):
         open_checkpoint(str(folder))
 
 
@@ -123,3 +131,19 @@ def test_transforms_that_transformers_leaves_out_are_refused(tmp_path):
     configured(folder, stored | {"transform_config": {"config_groups": {"R": {"type": "hadamard", "apply": []}}}})
     with pytest.raises(QVLMError, match=r"transforms inputs \(transform_config\), which transformers leaves out"):
         open_checkpoint(str(folder))
+
+
+def test_blocks_that_autoround_quantized_are_not_left_out(tmp_path, capsys, monkeypatch):
+    """As AutoRound 0.15 writes AWQ's format: it left out `model.language_model.layers`, which it quantized."""
+    monkeypatch.setattr("qvlm_plugin.models.loading.check_quantizer", lambda config, source: None)
+    left = ["model.vision_tower.encoder.layer", "model.language_model.layers", "lm_head"]
+    stored = {"quant_method": "awq", "bits": 4, "modules_to_not_convert": left}
+    folder = configured(
+        write_tiny_llava(tmp_path / "x", hidden=64), stored | {"to_quant_block_names": "language_model.layers"}
+    )
+    config = open_checkpoint(str(folder)).config
+    assert config.quantization_config["modules_to_not_convert"] == [left[0], left[2]]
+    assert "model.language_model.layers is quantized by its to_quant_block_names" in capsys.readouterr().err
+    configured(folder, stored)
+    assert open_checkpoint(str(folder)).config.quantization_config["modules_to_not_convert"] == left
+    assert capsys.readouterr().err == ""

@@ -34,7 +34,9 @@ if os.environ.get("RANK", "0") == "0":
         },
         "qvlm": {
             "method": arguments.get("method", "none"),
-            "scheme": arguments.get("scheme", "w4a4"),
+            "scheme": arguments.get("scheme", "w4a16"),
+            "bits": {"decoder": {"weight": 4.5, "activation": 16}},
+            "kernels": {"stub": 1},
             "search_seconds": 4.0**depth,
             "calibration": calibration,
             "stand_in": True,

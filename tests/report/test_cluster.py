@@ -44,7 +44,7 @@ def test_each_cell_is_a_job_and_is_known_again_by_whoever_runs_it(setting, place
     assert all(one.reused for one in run(CELLS, setting, jobs)[0]) and len(calls(place)) == 2
 
 
-def test_what_is_pickled_is_a_command_line_and_no_code_of_this_package(setting, place, jobs):
+def test_only_a_command_line_is_pickled(setting, place, jobs):
     run(CELLS[:1], setting, jobs)
     (pickled,) = (setting.output / CELLS[0].name / "jobs").glob("*_submitted.pkl")
     named = []
@@ -61,7 +61,7 @@ def test_what_is_pickled_is_a_command_line_and_no_code_of_this_package(setting, 
     assert all(isinstance(part, str) for part in submission.function.command) and submission.args == ()
 
 
-def test_a_cell_without_results_says_why(setting, jobs):
+def test_a_failed_cell_gives_the_reason(setting, jobs):
     with pytest.raises(QVLMError) as caught:
         run([DEEP], setting, jobs)
     log = setting.output / DEEP.name / "log.txt"
@@ -84,10 +84,15 @@ def test_a_job_that_outlives_who_submitted_it_is_waited_for(setting, place, jobs
     assert len(calls(place)) == 1
 
 
-def test_what_is_missing_is_told_before_anything_runs(setting, monkeypatch):
+def test_missing_programs_are_reported_before_anything_runs(setting, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(QVLMError, match="--executor slurm: there is no sbatch here"):
+    with pytest.raises(QVLMError, match="--executor slurm: sbatch not found"):
         Jobs("slurm", JobRequest(), setting)
+    for program, missing in (("sbatch", "squeue"), ("squeue", "scancel"), ("scancel", "srun")):
+        (tmp_path / program).touch(mode=0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(QVLMError, match=f"{missing} not found"):
+            Jobs("slurm", JobRequest(), setting)
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(QVLMError, match=r"--executor needs: pip install 'qvlm_plugin\[cluster\]'"):
         Jobs("local", JobRequest(), setting)

@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.report.paired import AVERAGE, clustered_mean, compare
+from qvlm_plugin.report.estimates import clustered_mean
+from qvlm_plugin.report.paired import AVERAGE, compare
 from qvlm_plugin.report.pooled import pool, two_way_mean, verdict
 from qvlm_plugin.report.samples import Document, RunSamples
 
@@ -85,7 +86,7 @@ def test_tiny_example_by_hand():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_order_of_seeds_and_of_documents_is_nothing(seed):
+def test_the_order_of_seeds_and_documents_does_not_matter(seed):
     pairs = drawn_pairs(seed)
     expected = [figures(row) for row in pool(pairs, "exact_match")]
     generator = np.random.default_rng(seed)
@@ -155,7 +156,7 @@ def documents_only(values, clusters):
 
 @pytest.mark.parametrize("seeds", [2, 3, 10])
 @pytest.mark.parametrize("scales", [(1, 0, 0), (1, 0.13, 0), (0.1, 1, 0)], ids=["documents", "both", "seeds"])
-def test_the_interval_covers_the_mean_as_often_as_it_says(scales, seeds):
+def test_the_interval_has_its_nominal_coverage(scales, seeds):
     assert 0.93 <= coverage(both_ways, scales, seeds) <= 0.995
 
 
@@ -178,7 +179,7 @@ def pooled(*differences, count=1000, calibration="drawn", name="quiz"):
     return row
 
 
-def test_what_holds_is_said_to_be_so():
+def test_a_verdict_that_holds_is_stated():
     row = pooled(0.06, 0.064, 0.056)
     low, high = (f"{100 * value:+.1f}" for value in (row.difference.low, row.difference.high))
     assert row.holds
@@ -188,19 +189,19 @@ def test_what_holds_is_said_to_be_so():
     assert verdict(pooled(-0.06, -0.064, -0.056), "a", "b").startswith("a is 3.0 points below b [-")
 
 
-def test_what_a_seed_decides_does_not_hold():
+def test_differences_that_depend_on_the_seed_do_not_hold():
     row = pooled(0.2, 0.02, -0.08)
     assert not row.holds and row.agreeing == 2 and row.sign_flip_p < 0.01 < 0.05 < row.t_p
     told = verdict(row, "a", "b")
     assert told.startswith("a cannot be told apart from b: +2.3 points [-") and "only 2 of 3 seeds agree" in told
 
 
-def test_seeds_that_disagree_do_not_hold_whatever_the_interval():
+def test_disagreeing_seeds_never_hold():
     row = pooled(*[0.06] * 30, -0.002)
     assert row.difference.low > 0 and row.agreeing == 30 and not row.holds
 
 
-def test_one_draw_says_that_it_is_one():
+def test_a_single_draw_is_mentioned():
     told = verdict(pooled(0.06), "a", "b")
     assert told.endswith("over 1,000 documents (one draw of calibration samples; another can change it).")
     assert verdict(pooled(0.06, calibration=None), "a", "b").endswith("over 1,000 documents.")

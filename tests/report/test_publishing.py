@@ -24,7 +24,7 @@ def checkpoint(tmp_path):
     return folder
 
 
-def test_the_card_tells_the_score_and_keeps_what_it_said(results, checkpoint):
+def test_the_card_gets_the_score_and_keeps_its_content(results, checkpoint):
     publish_results(publishable([results]), checkpoint, "https://example.org/runs")
     card = ModelCard.load(checkpoint / "README.md")
     assert card.data.license == "mit" and card.data.tags == ["quantized"] and "# Mine\n\nText." in card.content
@@ -37,7 +37,7 @@ def test_the_card_tells_the_score_and_keeps_what_it_said(results, checkpoint):
     assert index["results"][0]["source"]["url"] == "https://example.org/runs"
 
 
-def test_eval_results_are_what_the_hubs_own_reader_reads(results, checkpoint):
+def test_eval_results_are_read_by_the_hubs_reader(results, checkpoint):
     files = publish_results(publishable([results]), checkpoint, "https://example.org/runs")
     assert [file.relative_to(checkpoint).as_posix() for file in files] == [
         "README.md",
@@ -74,7 +74,7 @@ def test_only_shares_are_published_in_percent(tmp_path, checkpoint, metric, valu
     assert "exact_match in percent" in files[1].read_text()
 
 
-def test_a_score_of_its_own_unit_is_told_as_it_is(tmp_path, checkpoint):
+def test_a_score_in_another_unit_is_shown_unscaled(tmp_path, checkpoint):
     run = write_run(tmp_path / "run", [1, 0], provenance())
     whole = json.loads(run.read_text())
     text = (
@@ -98,7 +98,7 @@ def test_a_score_of_its_own_unit_is_told_as_it_is(tmp_path, checkpoint):
         (None, {}, "another package's model"),
     ],
 )
-def test_what_must_not_be_published(tmp_path, facts, changes, message):
+def test_runs_that_must_not_be_published(tmp_path, facts, changes, message):
     write_run(tmp_path / "run", [1, 0], facts, **changes)
     with pytest.raises(QVLMError, match=message):
         publishable([tmp_path / "run"])
@@ -112,5 +112,5 @@ def test_a_checkpoint_has_one_plan(results, tmp_path):
 
 def test_a_card_that_cannot_be_read(results, checkpoint):
     (checkpoint / "README.md").write_text("---\na: [\n---\n")
-    with pytest.raises(QVLMError, match="its head cannot be read"):
+    with pytest.raises(QVLMError, match="invalid front matter"):
         publish_results(publishable([results]), checkpoint)

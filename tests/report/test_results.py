@@ -8,7 +8,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.naming import labels
-from qvlm_plugin.report.results import read_results, results_grid, results_notes
+from qvlm_plugin.report.results import Grid, read_results, results_grid, results_notes
 from qvlm_plugin.report.shares import SHARES
 
 
@@ -75,7 +75,7 @@ def test_the_table_marks_stand_in_data_limits_and_foreign_runs(tmp_path):
         ("parse_failure", 1, "100.0 [96.3, 100.0]"),
     ],
 )
-def test_only_what_is_known_to_be_a_share_is_in_percent(tmp_path, metric, score, shown):
+def test_only_known_shares_are_in_percent(tmp_path, metric, score, shown):
     grid = results_grid(read_results([write(tmp_path, "a", score, metric=metric)]))
     assert grid.rows[0][-1] == shown
     assert grid.header[-1].split(",")[0] == f"quiz {metric}" + " (%)" * (not shown.endswith("0.012"))
@@ -130,7 +130,7 @@ def test_a_share_of_few_documents_has_wilsons_interval(tmp_path):
     assert text(19, 20, **soft) == ("95.0 ± 3.0", "100.0")
 
 
-def test_runs_are_told_apart_by_what_they_differ_in_and_else_by_their_folders(tmp_path):
+def test_runs_are_named_by_their_differences_or_else_by_their_folders(tmp_path):
     facts = {"method": "rtn", "scheme": "w4a4", "pretrained": "hub/llava"}
     files = []
     for name, more in (("a", {"backend": "packed"}), ("b", {"backend": "reference"}), ("c", {"backend": "packed"})):
@@ -182,10 +182,21 @@ def test_markdown_has_the_same_cells(tmp_path):
     assert "50.0 ± 1.2" in lines[2]
 
 
-def test_what_is_not_a_results_file_is_named(tmp_path):
-    with pytest.raises(QVLMError, match=r"has no \*_results\.json"):
+def test_invalid_results_files_are_named(tmp_path):
+    with pytest.raises(QVLMError, match=r"contains no \*_results\.json"):
         read_results([tmp_path])
     file = write(tmp_path, "a", 0.5)
     file.write_text(file.read_text()[:30])
     with pytest.raises(QVLMError, match=r"a_results\.json is not a results file"):
         read_results([tmp_path])
+
+
+@pytest.mark.parametrize("width", [36, 50, 64, 80, 120])
+def test_a_narrow_terminal_breaks_names_at_words_and_cuts_no_figure(width):
+    figures = ("71.7 ± 5.9", "-10.00 [-20.31, +0.31]", "0.109", "19 / 8 / 64")
+    grid = Grid(("run", "task", *"abcd"), (("qlora w4a4", "vizwiz_vqa_val", *figures),), lead=2)
+    console = Console(width=width, record=True)
+    console.print(grid.rich(width))
+    text = console.export_text()
+    assert all(figure.partition(" [")[0] in text for figure in figures) and "[-20.31, +0.31]" in text
+    assert "vizwiz_vqa_val" in text and max(map(len, text.splitlines())) <= width

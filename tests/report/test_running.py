@@ -68,7 +68,7 @@ def test_cells_that_run_already_are_let_finish(setting, place):
     assert [one.reused for one in outcomes] == [True]
 
 
-def test_a_failing_cell_is_told_and_the_rest_goes_on_where_that_is_asked_for(setting):
+def test_a_failed_cell_is_reported_and_keep_going_runs_the_others(setting):
     outcomes, shown = run(dataclasses.replace(setting, keep_going=True), options={"qvlm": {"max_depth": "4"}})
     assert [one.results is None for one in outcomes] == [False] * 4 + [True] * 2
     assert "QVLMError: too deep" in shown and "failed" in shown
@@ -91,7 +91,7 @@ for step in range(600):
 """
 
 
-def test_lines_tell_how_it_goes_where_there_is_no_terminal(setting, place, monkeypatch):
+def test_progress_is_printed_in_lines_without_a_terminal(setting, place, monkeypatch):
     monkeypatch.setattr(running, "LINE_EVERY", 0.3)
     (place / "lmms_eval.py").write_text(SLEEPING.replace("600", "6"))
     _, shown = run(dataclasses.replace(setting, keep_going=True), methods=("none",), tasks=("quiz",))
@@ -99,7 +99,7 @@ def test_lines_tell_how_it_goes_where_there_is_no_terminal(setting, place, monke
     assert lines[0] == "tiny/none-w16a16/quiz: started" and "\r" not in shown and "\x1b" not in shown
     assert re.fullmatch(r"tiny/none-w16a16/quiz: running, \d s: \d/6", lines[2]), shown
     assert lines[-2:] == [
-        f"tiny/none-w16a16/quiz failed; the end of {setting.output}/tiny/none-w16a16/quiz/log.txt:",
+        f"tiny/none-w16a16/quiz failed; last lines of {setting.output}/tiny/none-w16a16/quiz/log.txt:",
         " 5/6",
     ]
     assert any(re.fullmatch(r"tiny/none-w16a16/quiz: failed in \d s \(1 of 1\)", line) for line in lines)

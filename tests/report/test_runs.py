@@ -22,7 +22,7 @@ def test_a_cell_runs_once(setting, place):
     assert again.reused and again.results == first.results and len(calls(place)) == 1
 
 
-def test_what_a_result_says_decides_not_its_name(setting, place):
+def test_recorded_arguments_identify_a_result_not_its_name(setting, place):
     run_cell(CELL, setting)
     shutil.move(setting.output / "one", setting.output / "moved")
     reordered = {"method": "qvlm", "pretrained": "tiny"}
@@ -63,7 +63,7 @@ def test_a_relative_output_folder_is_not_looked_for_in_the_working_directory(pla
     assert outcome.results.resolve().is_relative_to(tmp_path / "here")
 
 
-def test_a_cell_without_results_says_why(setting, place):
+def test_a_failed_cell_gives_the_reason(setting, place):
     failing = run_cell(Cell("deep", {**CELL.model_args, "max_depth": "4"}, CELL.tasks), setting)
     assert failing.results is None and failing.status == 0 and log_end(failing.log) == ["QVLMError: too deep"]
     assert failing.failure == f"deep ended without results: QVLMError: too deep; log: {failing.log}"

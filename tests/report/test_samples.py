@@ -30,7 +30,7 @@ def test_documents_are_read_as_logged(tmp_path):
     assert first.metrics == {"exact_match": 1.0} and second.metrics == {"exact_match": 0.3, "acc_NAT": 1.0}
 
 
-def test_a_record_counts_by_its_score_and_a_total_is_told_from_a_mean(tmp_path):
+def test_a_record_counts_by_its_score_and_totals_are_detected(tmp_path):
     """The results say 0.5 of exact_match: the mean of the one task's records, and not of the other's."""
     scores = {"mean": [1, 0, 0, 1], "total": [1, 1, 0, 1]}
     tasks = {
@@ -45,7 +45,7 @@ def test_a_record_counts_by_its_score_and_a_total_is_told_from_a_mean(tmp_path):
     assert not run.tasks["plain"][0].records
 
 
-def test_images_are_told_apart_where_the_harness_names_them(tmp_path):
+def test_images_recorded_by_the_harness_are_distinguished(tmp_path):
     media = [["a.png"], ["b.png"], ["a.png"], ["a.png", "b.png"]]
     write_run(tmp_path, {"quiz": [sample(index, 1, input_media=one) for index, one in enumerate(media)]})
     images = [document.image for document in read(tmp_path).tasks["quiz"]]
@@ -73,9 +73,9 @@ def test_a_run_of_another_package_is_named_after_its_model(tmp_path):
     assert read(tmp_path).name == "model"
 
 
-def test_a_run_without_samples_says_how_to_get_them(tmp_path):
+def test_a_run_without_samples_explains_how_to_log_them(tmp_path):
     write_run(tmp_path, {"quiz": scored([1])}, log_samples=False)
-    with pytest.raises(QVLMError, match=r"_results\.json has no 20261121_120000_samples_\*.*--log_samples"):
+    with pytest.raises(QVLMError, match=r"_results\.json: no 20261121_120000_samples_\*.*--log_samples"):
         read_samples(tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_the_order_of_the_lines_does_not_matter(tmp_path):
     assert one.tasks == other.tasks
 
 
-def test_what_is_not_told_of_images_is_unknown_unless_all_were_seen(tmp_path):
+def test_unrecorded_images_are_unknown_unless_all_were_seen(tmp_path):
     rows = [sample(0, 1, input_media=["a.png"]), {k: v for k, v in sample(1, 1).items() if k != "input_media"}]
     answers = [{}, {"generated": 1}, {"generated": 2}, {"generated": 1, "found_in_cache": 1}]
     told = []
@@ -120,13 +120,13 @@ def test_what_is_not_told_of_images_is_unknown_unless_all_were_seen(tmp_path):
     "tasks, message",
     [
         ({"quiz": scored([1, 0]), "more": scored([1])}, "only one of them has samples of more"),
-        ({"quiz": scored([1, 0, 1])}, "documents of task quiz: 1 are in one of them only, for example document 2"),
+        ({"quiz": scored([1, 0, 1])}, "documents of task quiz: 1 are in only one of them, for example document 2"),
         (
             {"quiz": [sample(0, 1, input_media=["a.png"]), sample(1, 1, target="blue")]},
-            "document 1 of task quiz has another target",
+            "the target of document 1 of task quiz differs",
         ),
-        ({"quiz": [sample(0, 1, question="why?"), sample(1, 1)]}, "document 0 of task quiz has another input"),
-        ({"quiz": [sample(0, 1, input_media=["b.png"]), sample(1, 1)]}, "document 0 of task quiz has another image"),
+        ({"quiz": [sample(0, 1, question="why?"), sample(1, 1)]}, "the input of document 0 of task quiz differs"),
+        ({"quiz": [sample(0, 1, input_media=["b.png"]), sample(1, 1)]}, "the image of document 0 of task quiz differs"),
     ],
 )
 def test_runs_over_other_documents_are_refused(tmp_path, tasks, message):

@@ -52,7 +52,7 @@ def test_sources_are_weighed_errors_and_add_up_over_kinds_and_batches(loaded, ca
     assert all(float(sum(sources.values())[TOKENS.index(kind)]) > 0 for kind in TOKENS)
 
 
-def test_the_report_shows_every_plan_and_is_measured_apart(loaded, calibration, tmp_path):
+def test_the_report_shows_every_plan_on_held_out_samples(loaded, calibration, tmp_path):
     fitted, _ = halves(calibration)
     calibration = dataclasses.replace(calibration, source="task:train:5")
     plans = {"site": plan_of(loaded, fitted), "channel": plan_of(loaded, fitted, ranges="channel")}
@@ -60,5 +60,5 @@ def test_the_report_shows_every_plan_and_is_measured_apart(loaded, calibration, 
     text = file.read_text()
     assert "mean over 2 samples" in text and "| channel | down_proj |" in text and "| site | all |" in text
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".json", ".png", ".svg"}
-    with pytest.raises(QVLMError, match="no sample apart"):
+    with pytest.raises(QVLMError, match="calibrated on all samples"):
         sources_report(loaded, plans, dataclasses.replace(fitted, source="task:train:3"), 2, "")

@@ -26,16 +26,16 @@ def test_both_formats(tmp_path):
     "content, message",
     [
         ("[", "is not a JSON file"),
-        ([], "is no list of answers"),
-        ({"question_id": 1}, "is no list of answers"),
-        ([{"id": 1, "answer": "x"}], "has neither image or question_id"),
-        ([*VIZWIZ, VIZWIZ[0]], "entry 3 answers 'VizWiz_test_00000000.jpg' again"),
+        ([], "is not a list of answers"),
+        ({"question_id": 1}, "is not a list of answers"),
+        ([{"id": 1, "answer": "x"}], "its first entry has no image or question_id"),
+        ([*VIZWIZ, VIZWIZ[0]], "entry 3 answers 'VizWiz_test_00000000.jpg' a second time"),
         ([{"image": "VizWiz_val_00000000.jpg", "answer": "x"}], "it must be VizWiz_test_"),
         ([*VQA, {"question_id": "9", "answer": "x"}], "entry 4: question_id is '9'; it must be a whole number"),
         ([*VQA, {"question_id": 9, "answer": None}], "entry 4: answer is None; it must be text"),
         ([*VQA, {"question_id": 9, "answer": "x", "score": 1}], "entry 4 must have question_id and answer"),
     ],
 )
-def test_what_a_server_would_not_accept(tmp_path, content, message):
+def test_invalid_submissions_are_refused(tmp_path, content, message):
     with pytest.raises(QVLMError, match=message):
         check(tmp_path, content)

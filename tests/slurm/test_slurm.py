@@ -140,7 +140,7 @@ def test_who_starts_a_grid_anew_finds_its_jobs(setting, place):
     until(lambda: "started" in interrupted.stderr.readline())
     interrupted.send_signal(signal.SIGINT)
     _, shown = interrupted.communicate(timeout=60)
-    assert interrupted.returncode == 130 and "tiny/none-w16a16/quiz: its job goes on\n" in shown, shown
+    assert interrupted.returncode == 130 and "tiny/none-w16a16/quiz: its job continues\n" in shown, shown
     assert len(queue("--format=%i")) == 1
     (place / "go").touch()
     done = subprocess.run(command, capture_output=True, text=True)

@@ -3,9 +3,9 @@ import resource
 import pytest
 import torch
 from tiny_llava import write_tiny_llava
-from transformers import AutoConfig
+from transformers import AutoConfig, LlavaForConditionalGeneration
 
-from qvlm_plugin.tracing.skeleton import MadeUpProducts, skeleton
+from qvlm_plugin.tracing.skeleton import RandomProducts, skeleton
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +22,12 @@ def inputs():
 
 @torch.no_grad()
 def logits(model, given):
-    with MadeUpProducts():
+    with RandomProducts():
         return model(**given).logits
 
 
 def test_runs_are_alike_finite_and_depend_on_images_and_text(config):
-    model, given = skeleton(config), inputs()
+    model, given = skeleton(config, LlavaForConditionalGeneration), inputs()
     usual = logits(model, given)
     assert usual.isfinite().all() and torch.equal(usual, logits(model, given))
     assert not torch.equal(usual[:, -1], logits(model, given | {"pixel_values": given["pixel_values"].flip(-1)})[:, -1])
@@ -39,13 +39,13 @@ def test_products_are_linear_and_of_full_width():
     linear = torch.nn.Linear(16, 24)
 
     def product(value):
-        with MadeUpProducts():
+        with RandomProducts():
             return linear(value)
 
     assert product(x).shape == (3, 24)
     assert torch.allclose(product(2 * x - y), 2 * product(x) - product(y), atol=1e-5)
     assert (product(torch.eye(16)).abs().sum(dim=1) > 0).all()  # every channel is read
-    with MadeUpProducts():
+    with RandomProducts():
         assert not torch.equal(linear(x), linear(x))  # the second Linear that runs has another matrix
 
 
@@ -53,7 +53,7 @@ def test_a_wide_model_takes_little_memory(config):
     config.text_config.hidden_size, config.text_config.intermediate_size = 8192, 28672
     config.text_config.num_attention_heads = config.text_config.num_key_value_heads = 64
     config.text_config.head_dim = 128
-    model = skeleton(config)
+    model = skeleton(config, LlavaForConditionalGeneration)
     elements = sum(parameter.numel() for parameter in model.parameters())
     held = sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
     assert elements > 1.5e9 and held < 2e6
@@ -64,5 +64,5 @@ def test_a_wide_model_takes_little_memory(config):
 
 def test_the_configuration_stays_as_it_is(config):
     before = config.to_dict()
-    skeleton(config, tokens=1000)
+    skeleton(config, LlavaForConditionalGeneration, tokens=1000)
     assert config.to_dict() == before

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from family_list import DESCRIBED, FAMILIES
+from family_list import FAMILIES
 from tiny_families import (
     write_tiny_aya_vision,
     write_tiny_idefics3,
     write_tiny_internvl,
     write_tiny_qwen3_vl_moe,
+    write_tiny_seer,
 )
 from tiny_llava import write_tiny_llava
 from torch import nn
@@ -20,7 +21,7 @@ from qvlm_plugin.models.loading import open_checkpoint
 from qvlm_plugin.models.placement import empty_model
 from qvlm_plugin.topology import Group, Stack, resolve
 from qvlm_plugin.tracing import trace as tracing
-from qvlm_plugin.tracing.source import written
+from qvlm_plugin.tracing.source import python_source
 from qvlm_plugin.tracing.trace import trace
 
 LEGITIMATE = {
@@ -30,12 +31,12 @@ LEGITIMATE = {
 """Where a traced topology may differ from the described one."""
 
 
-@pytest.mark.parametrize("name", FAMILIES | DESCRIBED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_traced_equals_declared_and_is_written_as_python(name, tmp_path):
-    checkpoint = open_checkpoint(str((FAMILIES | DESCRIBED)[name](tmp_path / "model")))
+    checkpoint = open_checkpoint(str(FAMILIES[name](tmp_path / "model")))
     found = trace(checkpoint)
     assert found == replace(plugins.topology(checkpoint.config), **LEGITIMATE.get(name, {}))
-    source = written(found, empty_model(checkpoint.config))
+    source = python_source(found, empty_model(checkpoint.config))
     module = {}
     exec(source, module)
     assert module["qvlm_topology"](checkpoint.config) == found
@@ -51,10 +52,22 @@ def test_what_reads_one_norm_together_is_one_group(tmp_path):
         "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj",
     }  # fmt: skip
     assert down == Group(("mlp.down_proj",), producer="mlp.up_proj")
-    source, module = written(found, empty_model(checkpoint.config)), {}
+    source, module = python_source(found, empty_model(checkpoint.config)), {}
     assert max(map(len, source.splitlines())) <= 120
     exec(source, module)
     assert module["TOPOLOGY"] == found
+
+
+def test_a_model_that_transformers_does_not_know_with_fused_linears(tmp_path):
+    found = trace(open_checkpoint(str(write_tiny_seer(tmp_path / "model")), trust_remote_code=True))
+    assert (found.vision_path, found.projector_path, found.decoder_path) == ("eye", "bridge", "voice")
+    assert found.projector.groups == (Group(("widen",), producer="calm"),)
+    assert found.decoder.groups == (
+        Group(("self_attn.qkv_proj",), producer="input_layernorm"),
+        Group(("self_attn.o_proj",)),  # scales of values alone cannot be folded into the fused Linear
+        Group(("mlp.gate_up_proj",), producer="post_attention_layernorm"),
+        Group(("mlp.down_proj",)),
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Discretization error difference: what searching two layers jointly gains over searching them one after the other."""
+"""Discretization error difference: the gain of searching two layers jointly instead of one after the other."""
 
 from dataclasses import dataclass, replace
 
@@ -56,32 +56,32 @@ def sample_points(
     sequentially and jointly" for a layer and the following one, and plots it against the activation entropy of one
     layer, a point for each multimodal input. Our reading, for layers k = ``layer`` and k + 1 and each sample alone:
 
-    - sequential: layer k takes the percentile of least squared error of its own output, then layer k + 1 takes, on
-      that, the one of least error of *its* output (Eq. 2 twice);
-    - joint: of all pairs, the one of least squared error of layer k + 1's output (Eq. 3 on a block of two);
-    - DED is the former's error of layer k + 1's output minus the latter's. Both divided by the squared norm of the
-      full-precision output, so that samples compare; never negative, because the joint search tries all pairs (with
-      ``beam`` it may miss the best).
+    - sequential: layer k takes the percentile with the least squared error of its own output; then layer k + 1, fed
+      with that output, takes the one with the least error of *its* output (Eq. 2 twice);
+    - joint: of all pairs, the one with the least squared error of layer k + 1's output (Eq. 3 on a block of two);
+    - DED is the sequential search's error of layer k + 1's output minus the joint search's. Errors are divided by the
+      squared norm of the full-precision output, to make samples comparable. DED is never negative, because the joint
+      search tries all pairs (with ``beam`` it may miss the best).
 
-    The layers below run in full precision: nothing but this pair's rounding is in the difference. The percentiles
+    The layers below run in full precision, so the difference is due to this pair's rounding alone. The percentiles
     start from the layer-wise ranges of the whole calibration set, and weights are quantized, as in ``method=qvlm``.
-    Entropies are of the soft assignment (Eq. 5) of full-precision outputs, with each channel's extremes over the whole
-    calibration set as bounds.
+    Entropies are those of the soft assignment (Eq. 5) of full-precision outputs, bounded by each channel's extremes
+    over the whole calibration set.
 
     Args:
         loaded: the model in full precision.
-        scheme: its decoder's widths are used.
+        scheme: the decoder's widths are used.
         calibration: the samples.
         options: of the search: grid, reading, tokens, …
         layer: k, from 0.
 
     Raises:
-        QVLMError: there is no layer after it, or the scheme does not round the decoder's activations.
+        QVLMError: no layer follows it, or the scheme does not round the decoder's activations.
     """
     bits = scheme.decoder.activation
-    context = SearchContext(loaded, plugins.topology(loaded.model.config), scheme, options, calibration, "qvlm")
+    context = SearchContext(loaded, plugins.topology_of(loaded), scheme, options, calibration, "qvlm")
     if not 0 <= layer < len(context.layers) - 1:
-        raise QVLMError(f"layer={layer}: the decoder's layers with a following one are 0 to {len(context.layers) - 2}")
+        raise QVLMError(f"layer={layer} is not allowed; allowed are 0 to {len(context.layers) - 2}")
     if bits == UNQUANTIZED:
         raise QVLMError(f"scheme={scheme}: it must round the decoder's activations, for example w4a4")
     formats = {
@@ -117,7 +117,7 @@ def sample_points(
 def _search_pair(
     members: list[CandidateLayer], start: HiddenCache, here: HiddenCache, above: HiddenCache, options: MethodOptions
 ) -> tuple[float, float]:
-    """Relative errors of the second layer's output on one sample: searched layer by layer, and jointly."""
+    """Relative errors of the second layer's output on one sample, after the layer-wise and the joint search."""
     first, second = members
     (choices,) = search_block([first], start, [here], options).choices
     sequential = search_block([second], first.run(choices, start), [above], options).error
@@ -128,7 +128,7 @@ def _search_pair(
 
 
 def _joint_counts(here: HiddenCache, above: HiddenCache, bits: int) -> list[Tensor]:
-    """The joint histogram of two layers' codes for every sample; a channel's bounds are common to all samples."""
+    """The joint histogram of two layers' codes for every sample, with the same channel bounds for all samples."""
     samples = range(len(here.states))
     outputs = [[hidden.batch(index).tokens() for index in samples] for hidden in (here, above)]
     bounds = []

@@ -16,7 +16,7 @@ from qvlm_plugin.report.writing import Report, stand_in_note
 
 @dataclass(frozen=True)
 class Correlation:
-    """Pearson's r with its 95 % interval and p-value; None where a variable is constant or points are too few."""
+    """Pearson's r with its 95 % interval and p-value; None if a variable is constant or there are too few points."""
 
     r: float | None = None
     low: float | None = None
@@ -40,10 +40,10 @@ def figure2(
 
     Args:
         loaded: the model in full precision.
-        request: of ``method=qvlm``, whose options are those of the search.
+        request: a request of ``method=qvlm``; its options are used for the search.
         calibration: the samples.
         layer: from 0; None takes the one below the middle (the paper: the 15th).
-        command: for the report.
+        command: the command line, for the report.
     """
     layer = loaded.model.config.text_config.num_hidden_layers // 2 - 1 if layer is None else layer
     points = sample_points(loaded, request.scheme, calibration, request.options, layer)
@@ -72,8 +72,8 @@ def figure2(
             *stand_in_note(calibration),
             f"`scheme={request.scheme}`, {len(points)} samples of `{calibration.source}`, seed {calibration.seed}.",
             f"DED is the relative squared error of layer {layer + 1}'s output after the layer-wise search of layers "
-            f"{layer} and {layer + 1} minus that after their joint search, for each sample alone. The searches agree, "
-            f"and DED is 0, on {len(points) - differing} of {len(points)} samples.",
+            f"{layer} and {layer + 1} minus that after their joint search, separately for each sample. The searches "
+            f"agree, and DED is 0, on {len(points) - differing} of {len(points)} samples.",
         ],
         figure=panels_figure([_scatters(points, found, layer)], height=3.2),
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.report.ablations.layer_errors import held_apart, layer_errors
+from qvlm_plugin.report.ablations.layer_errors import layer_errors, unseen_samples
 from qvlm_plugin.report.figures import Panel, Series, panels_figure
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.writing import Report, stand_in_note
@@ -21,12 +21,12 @@ def figure3c(
     Args:
         loaded: the model in full precision.
         plans: by ``max_depth``; 1 is the layer-wise search.
-        samples: those that plans were fitted on are left out.
+        samples: samples that plans were calibrated on are left out.
         batch_size: samples per forward pass.
-        command: for the report.
+        command: the command line, for the report.
     """
     for plan in plans.values():
-        samples = held_apart(samples, plan)
+        samples = unseen_samples(samples, plan)
     errors = {depth: layer_errors(loaded, plan, samples, batch_size) for depth, plan in plans.items()}
     whole = {depth: one.whole for depth, one in errors.items()}
     token = {depth: one.token for depth, one in errors.items()}
@@ -56,10 +56,10 @@ def figure3c(
         notes=[
             *stand_in_note(samples),
             f"`method=qvlm`, `scheme={scheme}`. Squared error of a decoder layer's output relative to full precision, "
-            f"in the model quantized throughout; mean ± standard error over {len(samples.samples)} samples of "
-            f"`{samples.source}`, seed {samples.seed}, apart from those that the plans were fitted on.",
-            "Over a whole sample (left) a few tokens with massive activations decide; the mean over tokens (right) "
-            f"takes each token's error relative to itself. Below: mean of the samples' ratios to max_depth {first}.",
+            f"in the fully quantized model; mean ± standard error over {len(samples.samples)} samples of "
+            f"`{samples.source}`, seed {samples.seed}, without those that the plans were calibrated on.",
+            "Left: over a whole sample, where a few tokens with massive activations dominate. Right: mean over tokens "
+            f"of each token's relative error. Below: mean of the samples' ratios to max_depth {first}.",
             f"Wall time of each plan's search, by max_depth: {costs}.",
         ],
         figure=panels_figure(
@@ -80,13 +80,13 @@ def figure3c(
 
 
 def _ratios(values: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    # Sample by sample: what differs between samples is common to all depths, and much larger.
+    # Sample by sample, because samples differ much more than depths do.
     first = next(iter(values.values()))
     return {depth: one / first for depth, one in values.items()}
 
 
 def _summary(values: Tensor) -> list[tuple[float, float | None]]:
-    """Mean over samples and its standard error for each layer, of [samples, layers]."""
+    """Mean and standard error over samples for each layer of [samples, layers]."""
     count, means = len(values), values.mean(dim=0).tolist()
     errors = (values.std(dim=0) / count**0.5).tolist() if count > 1 else [None] * len(means)
     return [*zip(means, errors, strict=True)]

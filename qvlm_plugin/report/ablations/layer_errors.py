@@ -1,4 +1,4 @@
-"""What reaches each decoder layer: errors of the layers' outputs in a quantized model."""
+"""Errors of the decoder layers' outputs in a quantized model."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,16 +20,16 @@ from qvlm_plugin.progress import track
 from qvlm_plugin.topology import blocks_of
 
 
-def held_apart(samples: CalibrationSet, plan: RoundingPlan) -> CalibrationSet:
-    """The samples whose documents the plan was not fitted on.
+def unseen_samples(samples: CalibrationSet, plan: RoundingPlan) -> CalibrationSet:
+    """The samples that the plan was not calibrated on.
 
     Raises:
         QVLMError: none is left.
     """
-    apart = samples.without(set(plan.calibration.digests if plan.calibration else ()))
-    if not apart:
-        raise QVLMError(f"{samples.source!r} has no sample apart from those calibrated on; name others with --held-out")
-    return replace(samples, samples=apart)
+    kept = samples.without(set(plan.calibration.digests if plan.calibration else ()))
+    if not kept:
+        raise QVLMError(f"the plan was calibrated on all samples of {samples.source!r}; name others with --held-out")
+    return replace(samples, samples=kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +37,8 @@ class LayerErrors:
     """Relative squared errors of decoder layers' outputs, for each sample; float64 [samples, layers].
 
     Attributes:
-        whole: ‖x_q - x_r‖² / ‖x_r‖² over all tokens of a sample, where a few tokens with massive activations decide.
-        token: the same of each token, averaged over the tokens.
+        whole: ‖x_q - x_r‖² / ‖x_r‖² over all tokens of a sample; a few tokens with massive activations dominate it.
+        token: the same for each token, averaged over tokens.
     """
 
     whole: Tensor
@@ -47,19 +47,19 @@ class LayerErrors:
 
 @torch.no_grad()
 def layer_errors(loaded: LoadedModel, plan: RoundingPlan, samples: CalibrationSet, batch_size: int) -> LayerErrors:
-    """How far every decoder layer's output is from full precision under a plan (Figure 3c).
+    """Error of every decoder layer's output under a plan (Figure 3c).
 
-    x_q is the output in the model that is quantized throughout, tower and projector included, so that errors of the
-    layers below are in it. Padding does not count.
+    x_q is the output in the fully quantized model, tower and projector included, so it contains the errors of earlier
+    layers. Padding is left out.
 
     Args:
-        loaded: the model in full precision; it is left as it was.
-        plan: made for it.
-        samples: apart from those that the plan was fitted on, see `held_apart`.
+        loaded: the model in full precision; it is not changed.
+        plan: a plan for this model.
+        samples: samples that the plan was not calibrated on, see `unseen_samples`.
         batch_size: samples per forward pass.
     """
     model = loaded.model
-    layers = [layer for _, layer in blocks_of(plugins.topology(model.config), model, "decoder")]
+    layers = [layer for _, layer in blocks_of(plugins.topology_of(loaded), model, "decoder")]
     quantized = stand_ins(plan, model, REFERENCE)
     rows = []
     batches = samples.batches(loaded.processor, batch_size)
@@ -83,7 +83,7 @@ def relative_errors(output: Tensor, target: Tensor, attended: Tensor) -> Tensor:
         attended: bool [B, T].
 
     Returns:
-        float64 [2, B] on the CPU: of each sample as a whole, and the mean over its tokens.
+        float64 [2, B] on the CPU: over each sample as a whole, and the mean over its tokens.
     """
     distance, norm = (x.float().square().sum(dim=-1).double().cpu() for x in (output.float() - target.float(), target))
     attended = attended.cpu()
@@ -100,7 +100,7 @@ def _layer_outputs(model: nn.Module, layers: list[nn.Module], inputs: Mapping[st
 
 @contextmanager
 def _recording(layers: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """While active, forward passes add the layers' outputs to the list, bottom to top."""
+    """A context in which forward passes append the layers' outputs to the list, in order."""
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:

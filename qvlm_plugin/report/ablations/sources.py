@@ -1,8 +1,8 @@
-"""Where the quantization error enters: which layers, which Linears, which tokens.
+"""Sources of the quantization error: layers, Linears and tokens.
 
-Every static site of the decoder is rounded by itself, and each element's squared error is weighed by how much the
-answer depends on it, (∂m/∂x)² for the log-odds m of the answer's tokens (`qvlm_plugin.methods.importance`). The
-sum is, to second order and with independent errors, the mean squared change of m that the site's rounding causes.
+Each static site of the decoder is rounded separately, and each element's squared error is weighted by (∂m/∂x)² for
+the log-odds m of the answer's tokens (`qvlm_plugin.methods.importance`). To second order and for independent errors,
+the sum is the mean squared change of m that the site's rounding causes.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from qvlm_plugin.methods.importance import visit_jacobians
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.report.ablations.layer_errors import held_apart
+from qvlm_plugin.report.ablations.layer_errors import unseen_samples
 from qvlm_plugin.report.figures import Panel, Series, panels_figure
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.report.writing import Report, stand_in_note
@@ -29,7 +29,7 @@ from qvlm_plugin.scheme import Scheme
 from qvlm_plugin.topology import Site
 
 TOKENS = ("first", "image", "text", "answer")
-"""Kinds of tokens: the first of a prompt, image tokens, other text, and those from which an answer's tokens follow."""
+"""Kinds of tokens: the first of a prompt, image tokens, other text, and those that predict an answer's tokens."""
 
 
 def token_kinds(ids: Tensor, attended: Tensor, answer: Tensor, image_token: int) -> Tensor:
@@ -38,8 +38,8 @@ def token_kinds(ids: Tensor, attended: Tensor, answer: Tensor, image_token: int)
     Args:
         ids: int64 [B, T], padded on the left.
         attended: bool [B, T].
-        answer: bool [B, T], the answers' tokens.
-        image_token: its id.
+        answer: bool [B, T], True for the answers' tokens.
+        image_token: id of the image token.
     """
     kinds = torch.full_like(ids, TOKENS.index("text"))
     kinds[ids == image_token] = TOKENS.index("image")
@@ -51,20 +51,20 @@ def token_kinds(ids: Tensor, attended: Tensor, answer: Tensor, image_token: int)
 def error_sources(
     loaded: LoadedModel, plan: RoundingPlan, samples: CalibrationSet, batch_size: int
 ) -> dict[Site, Tensor]:
-    """Weighed squared error of each static decoder site, by kind of token.
+    """Weighted squared error of each static decoder site, by kind of token.
 
     Args:
         loaded: the model in full precision.
-        plan: made for it, without folds.
-        samples: apart from those that the plan was fitted on, with answers.
+        plan: a plan for it, without folds.
+        samples: samples with answers that the plan was not calibrated on.
         batch_size: samples per pass.
 
     Returns:
-        For each site float64 [4], in the order of `TOKENS`: means over samples.
+        Means over samples for each site, float64 [4], in the order of `TOKENS`.
     """
     formats = {module.site: module.activation for module in plan.modules if module.activation.kind == "static_channel"}
     options = MethodOptions(calibration_batch_size=batch_size)
-    topology = plugins.topology(loaded.model.config)
+    topology = plugins.topology_of(loaded)
     context = SearchContext(loaded, topology, Scheme.parse(plan.scheme), options, samples)
     image_token = loaded.model.config.image_token_id
     kinds = [
@@ -85,7 +85,7 @@ def error_sources(
 
 @dataclass(frozen=True)
 class _Kind:
-    """Sites of one kind in all layers: those with the same Linears."""
+    """The sites of all layers that feed the same Linears."""
 
     name: str
     sites: tuple[Site, ...]
@@ -98,13 +98,13 @@ def sources_report(
 
     Args:
         loaded: the model in full precision.
-        plans: by the name to show.
-        samples: those that plans were fitted on are left out.
+        plans: plans by their displayed names.
+        samples: samples that plans were calibrated on are left out.
         batch_size: samples per pass.
-        command: for the report.
+        command: the command line, for the report.
     """
     for plan in plans.values():
-        samples = held_apart(samples, plan)
+        samples = unseen_samples(samples, plan)
     found = {name: error_sources(loaded, plan, samples, batch_size) for name, plan in plans.items()}
     kinds = _kinds(next(iter(found.values())))
     panels = [
@@ -125,12 +125,11 @@ def sources_report(
         ],
         notes=[
             *stand_in_note(samples),
-            "Estimated mean squared change of the answers' log-odds (nats²) by rounding the inputs of these Linears in "
-            f"all layers, each site by itself: squared errors weighed by squared Jacobians, mean over "
-            f"{len(samples.samples)} samples of `{samples.source}`, seed {samples.seed}, apart from those that the "
-            "plans were fitted on. Weights, vision tower and projector are in full precision.",
-            "`first`: the first token, on which attention rests; `answer`: the tokens from which an answer's tokens "
-            "follow.",
+            "Estimated mean squared change of the answers' log-odds (nats²) from rounding the inputs of these Linears "
+            f"in all layers, each site separately: squared errors weighted by squared Jacobians, mean over "
+            f"{len(samples.samples)} samples of `{samples.source}`, seed {samples.seed}, without those that the plans "
+            "were calibrated on. Weights, vision tower and projector are in full precision.",
+            "`first`: the first token, the attention sink; `answer`: the tokens that predict an answer's tokens.",
         ],
         figure=panels_figure([panels]),
     )  # fmt: skip

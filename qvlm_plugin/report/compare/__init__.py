@@ -1,1 +1,1 @@
-"""A grid of methods on the same tasks: run, compared document by document, reported."""
+"""Grids of methods on the same tasks: run, compare document by document, report."""

@@ -1,4 +1,4 @@
-"""Every cell of a grid against the baseline on the same documents: scores, differences, tests, flips, costs."""
+"""Compare every cell of a grid with the baseline on the same documents: scores, differences, tests, flips, costs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +9,14 @@ from scipy import stats
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import read_json
-from qvlm_plugin.report.compare.grid import CompareGrid, GridCell, cells
+from qvlm_plugin.report.compare.grid import STORED, CompareGrid, GridCell, cells
+from qvlm_plugin.report.estimates import Estimate, estimate_data
 from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
-from qvlm_plugin.report.paired import AVERAGE, Comparison, Estimate, compare, estimate_data, holm
+from qvlm_plugin.report.paired import AVERAGE, Comparison, compare
 from qvlm_plugin.report.pooled import Pooled, pool
 from qvlm_plugin.report.runs import Outcome
 from qvlm_plugin.report.samples import RunSamples, read_samples
+from qvlm_plugin.report.significance import holm
 
 MCNEMAR = "McNemar"
 SIGN_FLIP = "sign flip"
@@ -23,17 +25,17 @@ T = "paired t"
 
 @dataclass(frozen=True)
 class Compared:
-    """One cell.
+    """One cell with its comparison.
 
     Attributes:
-        of: what was run.
-        file: its results.
-        parsed, samples: what is in them.
+        of: the cell.
+        file: its results file.
+        parsed, samples: content of the results and samples files.
         score: the metric's mean.
-        scale: by which tables show it: `shares.scale`.
+        scale: factor by which tables multiply it: `shares.scale`.
         comparison: with the baseline of the same seed; None for full precision and for the baseline itself.
-        test: name of the test that ``p`` is from.
-        p, adjusted: of no difference, and with Holm's adjustment over the grid; None where there is no comparison.
+        test: name of the test that gives ``p``.
+        p, adjusted: p for no difference, and p with Holm's adjustment over the grid; None without a comparison.
     """
 
     of: GridCell
@@ -47,13 +49,19 @@ class Compared:
     p: float | None = None
     adjusted: float | None = None
 
+    @property
+    def scheme(self) -> str:
+        """That the run had: of a checkpoint that is quantized already, the one that its results tell."""
+        facts = self.parsed.qvlm
+        return facts.scheme if self.of.scheme == STORED and facts else self.of.scheme
+
     def row(self) -> dict[str, Any]:
         """As JSON data."""
         compared, facts = self.comparison, self.parsed.qvlm
         return {
             "model": self.of.model,
             "method": self.of.method,
-            "scheme": self.of.scheme,
+            "scheme": self.scheme,
             "seed": self.of.seed,
             "task": self.of.task,
             **estimate_data("score", self.score),
@@ -82,10 +90,10 @@ class OverSeeds:
     """One method over its seeds, on one task or on the average of all tasks.
 
     Attributes:
-        model, method, scheme, task: which; the task may be `AVERAGE`.
+        model, method, scheme, task: identify the row; the task may be `AVERAGE`.
         baseline: name of the method that it is compared with; None for full precision and for the baseline itself.
-        pooled: the figures; those of a difference mean nothing where there is no baseline.
-        adjusted: ``pooled.t_p`` with Holm's adjustment over all that have a baseline.
+        pooled: the figures; without a baseline, its differences are meaningless.
+        adjusted: ``pooled.t_p`` with Holm's adjustment over all rows that have a baseline.
     """
 
     model: str
@@ -128,8 +136,8 @@ def compare_outcomes(grid: CompareGrid, outcomes: Sequence[Outcome]) -> tuple[li
     """Compare finished cells with the baseline, each on its task and with its seed.
 
     Args:
-        grid: what was compared.
-        outcomes: of all its cells, in their order.
+        grid: the grid.
+        outcomes: outcomes of all its cells, in their order.
 
     Returns:
         The cells that could be compared, and a line for each that could not.
@@ -173,9 +181,10 @@ def _with_baseline(grid: CompareGrid, one: Compared, read: Mapping[Key, Compared
     draws = grid.draws(*named)
     baseline = read.get((of.model, *named, of.seed if of.seed in draws else draws[0], of.task))
     if baseline is None:
-        raise QVLMError(f"left out, because there is no run of {' '.join(named)} to compare with")
-    if _fingerprint(one.parsed) != _fingerprint(baseline.parsed):
-        raise QVLMError(f"{one.file} is of another checkpoint than {baseline.file}")
+        raise QVLMError(f"left out: its baseline {' '.join(named)} has no run")
+    stored = STORED in (of.scheme, named[1])  # of another checkpoint than the model's
+    if not stored and _fingerprint(one.parsed) != _fingerprint(baseline.parsed):
+        raise QVLMError(f"{one.file} and {baseline.file} are of different checkpoints")
     *_, row = compare(baseline.samples, one.samples, grid.metric)
     test, p = choose_test(row, baseline.samples, one.samples, grid.metric)
     return replace(one, comparison=row, test=test, p=p)
@@ -184,12 +193,13 @@ def _with_baseline(grid: CompareGrid, one: Compared, read: Mapping[Key, Compared
 def pool_seeds(grid: CompareGrid, compared: Sequence[Compared]) -> list[OverSeeds]:
     """Each method over its seeds: a row for each task and, if the grid has several, one for their average.
 
-    A task is pooled over the seeds with which both the method and its baseline could be compared, the average over
-    those with which they could on all tasks.
+    A task is pooled over the seeds for which both the method and its baseline have runs on it; the average over the
+    seeds for which they have runs on all tasks.
     """
     samples = {_key(one.of): one.samples for one in compared}
+    schemes = {(one.of.model, one.of.method, one.of.scheme): one.scheme for one in compared}
     found: list[OverSeeds] = []
-    for model, method, scheme in dict.fromkeys((one.of.model, one.of.method, one.of.scheme) for one in compared):
+    for (model, method, scheme), shown in schemes.items():
         own, baseline = (method, scheme), grid.baseline_of(method, scheme)
         for tasks in [(task,) for task in grid.tasks] + ([grid.tasks] if len(grid.tasks) > 1 else []):
             pairs = [
@@ -199,7 +209,7 @@ def pool_seeds(grid: CompareGrid, compared: Sequence[Compared]) -> list[OverSeed
             if whole := [pair for pair in pairs if None not in pair]:
                 task = tasks[0] if len(tasks) == 1 else AVERAGE
                 *_, row = pool(whole, grid.metric)
-                found.append(OverSeeds(model, method, scheme, task, baseline and baseline[0], row))
+                found.append(OverSeeds(model, method, shown, task, baseline and baseline[0], row))
     tested = [one.pooled.t_p for one in found if one.baseline is not None]
     adjusted = iter(holm(tested) if tested else ())
     return [one if one.baseline is None else replace(one, adjusted=next(adjusted)) for one in found]
@@ -210,14 +220,14 @@ Run = tuple[tuple[str, str], int | None]
 
 
 def _seed_pairs(grid: CompareGrid, baseline: tuple[str, str], own: tuple[str, str]) -> Iterator[tuple[Run, Run]]:
-    """The runs that belong together: of the same seed, where both have seeds."""
+    """The runs to compare: of the same seed, if both have seeds."""
     ones, others = grid.draws(*baseline), grid.draws(*own)
     for seed in max(ones, others, key=lambda draws: draws != (None,)):
         yield (baseline, seed if seed in ones else None), (own, seed if seed in others else None)
 
 
 def _joined(runs: Sequence[RunSamples | None]) -> RunSamples | None:
-    """Runs of one method on different tasks as one; None where one is missing."""
+    """Merge runs of one method on different tasks; None if one is missing."""
     if None in runs:
         return None
     tasks = {task: documents for run in runs for task, documents in run.tasks.items()}
@@ -227,8 +237,8 @@ def _joined(runs: Sequence[RunSamples | None]) -> RunSamples | None:
 def choose_test(row: Comparison, baseline: RunSamples, other: RunSamples, metric: str) -> tuple[str, float]:
     """The test that fits the scores, and its two-sided p.
 
-    Of scores 0 and 1 McNemar's exact test, or where documents share images its extension to clusters, the sign-flip
-    test; of soft scores Student's paired t with the clustered standard error.
+    For scores of 0 and 1 it is McNemar's exact test or, if documents share images, its extension to clusters, the
+    sign-flip test. For soft scores it is Student's paired t with the clustered standard error.
     """
     documents = (document for run in (baseline, other) for found in run.tasks.values() for document in found)
     if all(document.metrics.get(metric) in (0, 1, None) for document in documents):

@@ -1,4 +1,4 @@
-"""How long the runs of a grid will take, by those that are finished."""
+"""Estimate how long the runs of a grid will take, from finished runs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,19 @@ from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
 from qvlm_plugin.report.runs import Cell
 
 EXACT, ALIKE, ANY = "runs of the same method and scheme", "runs of other methods", "runs in another precision"
-"""What the time of a run can rest on, the best first; each on the same model and task."""
+"""What a run's time can be estimated from, best first; always with the same model and task."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that is finished.
+    """A finished run.
 
     Attributes:
-        arguments: of the model, by name.
-        tasks: what was evaluated.
-        documents, total: how many were evaluated, and how many the tasks have.
-        evaluation: seconds, the search left out.
-        search: seconds that finding the plan took, in this run or before; None where nothing was searched.
+        arguments: the model's arguments by name.
+        tasks: names of its tasks.
+        documents, total: numbers of documents evaluated, and of documents in the tasks.
+        evaluation: seconds without the search.
+        search: seconds that the search of its plan took, in this run or earlier; None without a search.
     """
 
     arguments: Mapping[str, str]
@@ -36,12 +36,12 @@ class Finished:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run takes.
+    """The estimated time of a run.
 
     Attributes:
-        evaluation: seconds; None where no run on the same model and task is finished.
-        basis: what that rests on; empty where it is None.
-        search: seconds that finding its plan takes; None where no finished run tells, 0 where there is nothing to find.
+        evaluation: seconds; None if no run with the same model and task is finished.
+        basis: what the estimate is based on; empty if it is None.
+        search: seconds to search its plan; None if unknown, 0 without a search.
     """
 
     evaluation: float | None
@@ -50,22 +50,22 @@ class Estimate:
 
 
 def finished_runs(output: Path) -> list[Finished]:
-    """The runs below a folder that tell how long they took."""
+    """The runs below a folder that record how long they took."""
     found = []
     for file in sorted(output.rglob("*_results.json")):
         try:
             content = read_json(file)
             found.append(_finished(parse_results(content, file), content.get("total_evaluation_time_seconds")))
         except (OSError, ValueError, KeyError, TypeError, QVLMError):
-            continue  # what is wrong with it is said where it is compared
+            continue  # its faults are reported when it is compared
     return found
 
 
 def _finished(parsed: ResultsFile, took: str) -> Finished:
-    """Raises ValueError, KeyError or TypeError where something is not told."""
+    """Raises ValueError, KeyError or TypeError if something is not recorded."""
     seconds, provenance = float(took), parsed.qvlm
     if provenance is None or not isinstance(parsed.config.model_args, str) or not 0 < seconds < math.inf:
-        raise ValueError("it does not tell how long it took")
+        raise ValueError("it does not record how long it took")
     search = provenance.search_seconds if provenance.calibration else None
     return Finished(
         arguments=dict(pair.partition("=")[::2] for pair in parsed.config.model_args.split(",")),
@@ -78,11 +78,11 @@ def _finished(parsed: ResultsFile, took: str) -> Finished:
 
 
 def estimate(cell: Cell, searched: bool, finished: Sequence[Finished]) -> Estimate:
-    """What a run takes, by the finished ones that are most like it.
+    """Estimate a run's time from the finished runs most similar to it.
 
     Args:
         cell: the run.
-        searched: whether it searches a plan, that is, is the first of its plan.
+        searched: whether it searches its plan, which the first run of a plan does.
         finished: see `finished_runs`.
     """
     same_model = [one for one in finished if one.arguments.get("pretrained") == cell.model_args["pretrained"]]

@@ -18,6 +18,9 @@ from qvlm_plugin.report.runs import Cell
 FULL_PRECISION = ("none", "w16a16")
 """Method and scheme of the runs that are not quantized."""
 
+STORED = "stored"
+"""In place of a scheme: of a row whose checkpoint is quantized already, whose results tell the scheme."""
+
 PREVIOUS = "previous"
 """The baseline of a ladder: each method is compared with the one before it, the first with full precision."""
 
@@ -36,7 +39,7 @@ class CompareGrid(BaseModel):
         tasks: lmms-eval's names.
         calibration: ``task:split:n`` or ``file.json:n``, joined by +.
         options: of methods, by method or name of a row; ``pretrained`` names a checkpoint that is quantized already,
-            which is compared with the model.
+            which is run once, in the scheme that it has, and compared with the model.
         model_args: further model arguments of every run.
         seeds: of the calibration draw; methods that need no samples are run once.
         baseline: method that the others are compared with, at the same scheme, task and seed; ``none`` is full
@@ -82,17 +85,51 @@ class CompareGrid(BaseModel):
             raise ValueError(f"options: {min(unknown)} is not among the methods; allowed are {allowed}")
         if "seed" in self.model_args:
             raise ValueError(f"model_args: name seed={self.model_args['seed']} as one of the seeds")
+        for name in filter(self.is_stored, self.methods):
+            if self.options[name].get("method", "none") != "none":
+                raise ValueError(f"options: {name} is quantized already (pretrained), so it takes no method")
+            if len(self.models) > 1:
+                raise ValueError(f"models: {name} is a checkpoint of one model (pretrained), so one can be compared")
+            against = self._baseline_name(name)
+            if against not in ("none", name) and not self.is_stored(against) and len(self.schemes) > 1:
+                raise ValueError(
+                    f"baseline: {name} has its own scheme (pretrained), and {against} is run at {len(self.schemes)}; "
+                    "allowed are baseline none, or one scheme"
+                )
         return self
+
+    def is_stored(self, method: str) -> bool:
+        """Whether a row is a checkpoint that is quantized already."""
+        return "pretrained" in self.options.get(method, {})
+
+    def runs(self) -> list[tuple[str, str, int | None]]:
+        """Method, scheme and seed of all runs of a model on a task, full precision first.
+
+        Raises:
+            QVLMError: see `check_request`.
+        """
+        found: list[tuple[str, str, int | None]] = [(*FULL_PRECISION, None)]
+        for method in self.methods:
+            schemes = (STORED,) if self.is_stored(method) else () if method == "none" else self.schemes
+            found += [(method, scheme, seed) for scheme in schemes for seed in self.draws(method, scheme)]
+        return found
+
+    def _baseline_name(self, method: str) -> str:
+        if self.baseline != PREVIOUS:
+            return self.baseline
+        methods = ["none", *(name for name in self.methods if name != "none")]
+        return methods[methods.index(method) - 1]
 
     def baseline_of(self, method: str, scheme: str) -> tuple[str, str] | None:
         """Method and scheme that a method at this scheme is compared with; None for a baseline itself."""
         if method in ("none", self.baseline):
             return None
-        named = self.baseline
-        if named == PREVIOUS:
-            methods = ["none", *(name for name in self.methods if name != "none")]
-            named = methods[methods.index(method) - 1]
-        return FULL_PRECISION if named == "none" else (named, scheme)
+        named = self._baseline_name(method)
+        if named == "none":
+            return FULL_PRECISION
+        if self.is_stored(named):
+            return named, STORED
+        return named, self.schemes[0] if scheme == STORED else scheme
 
     def draws(self, method: str, scheme: str) -> tuple[int | None, ...]:
         """The seeds that a method is run with; (None,) where it needs no samples and there is nothing to draw.
@@ -100,21 +137,24 @@ class CompareGrid(BaseModel):
         Raises:
             QVLMError: see `check_request`.
         """
+        if self.is_stored(method):
+            return (None,)
         return self.seeds if self.request(method, scheme).needs_calibration else (None,)
 
     def row(self, name: str) -> tuple[str, dict[str, str | int | float | bool]]:
-        """The quantization method of a row and its options; none where it has a checkpoint of its own."""
+        """The quantization method of a row that is searched, and its options."""
         options = dict(self.options.get(name, {}))
-        return str(options.pop("method", "none" if "pretrained" in options else name)), options
+        return str(options.pop("method", name)), options
 
     def request(self, name: str, scheme: str) -> PlanRequest:
-        """What a row searches at a scheme.
+        """What a row searches at a scheme; nothing where its checkpoint is quantized already.
 
         Raises:
             QVLMError: see `check_request`.
         """
+        if self.is_stored(name):
+            return check_request(*FULL_PRECISION, {})
         method, options = self.row(name)
-        options.pop("pretrained", None)
         known = check_request(method, scheme, {}).method.options.model_fields
         shared = {option: value for option, value in self.model_args.items() if option in known}
         return check_request(method, scheme, {**options, **shared})
@@ -191,27 +231,21 @@ class GridCell:
 
 
 def cells(grid: CompareGrid) -> list[GridCell]:
-    """One for each model, method, scheme, seed and task; of full precision one for each model and task.
+    """One for each model, method, scheme, seed and task.
+
+    Of full precision, and of a checkpoint that is quantized already, there is one for each model and task.
 
     Cells of one plan follow each other, so that one searches it and the others find it.
 
     Raises:
         QVLMError: a method, a scheme or an option is unknown or not allowed.
     """
-    combinations = [(*FULL_PRECISION, None)]
-    combinations += [
-        (method, scheme, seed)
-        for method in grid.methods
-        if method != "none"
-        for scheme in grid.schemes
-        for seed in grid.draws(method, scheme)
-    ]
     found = []
     for number, model in enumerate(grid.models):
-        for method, scheme, seed in combinations:
-            named, options = grid.row(method)
-            arguments: dict[str, Any] = {"pretrained": model, "method": named, "scheme": scheme}
-            if "pretrained" in options:  # quantized by another program, or exported: nothing more is asked of it
+        for method, scheme, seed in grid.runs():
+            searched, options = grid.row(method)
+            arguments: dict[str, Any] = {"pretrained": model, "method": searched, "scheme": scheme}
+            if scheme == STORED:  # quantized by another program, or exported: nothing more is asked of it
                 arguments = options
             elif method != "none":
                 arguments |= {"calibration": grid.calibration, **options}
@@ -222,7 +256,8 @@ def cells(grid: CompareGrid) -> list[GridCell]:
                 name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in arguments.items()
             }
             folder = "-".join((Path(model).name or "model", *((str(number),) if number else ())))
-            run = re.sub(r"[^\w.+:-]+", "_", f"{method}-{scheme}") + (f"-seed{seed}" if seed else "")
+            named = method if scheme == STORED else f"{method}-{scheme}"
+            run = re.sub(r"[^\w.+:-]+", "_", named) + (f"-seed{seed}" if seed else "")
             for task in grid.tasks:
                 cell = Cell(f"{folder}/{run}/{task}".replace(":", "."), texts, (task,), grid.limit)
                 found.append(GridCell(model, method, scheme, seed, task, cell))

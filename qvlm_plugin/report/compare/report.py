@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seeds
 from qvlm_plugin.report.compare.grid import FULL_PRECISION, PREVIOUS, CompareGrid
+from qvlm_plugin.report.estimates import difference_text, estimate_text
 from qvlm_plugin.report.figures import Bars, bars_figure
-from qvlm_plugin.report.paired import difference_text, estimate_text, flips_text, p_text, total_note, unknown_note
+from qvlm_plugin.report.paired_table import flips_text, total_note, unknown_note
 from qvlm_plugin.report.pooled import Pooled, spread_text, verdict
 from qvlm_plugin.report.results import Grid, size
 from qvlm_plugin.report.shares import FEWEST, PERCENT, unit_text
+from qvlm_plugin.report.significance import p_text
 from qvlm_plugin.report.writing import STAND_IN, Report
 
 HEADER = (
@@ -21,17 +23,17 @@ SEEDS_HEADER = (
 )  # fmt: skip
 
 BASELINES = {"none": "full precision", PREVIOUS: "the row above"}
-"""What baselines are called that are no method's name."""
+"""Names of baselines that are not methods."""
 
 
 def compare_report(grid: CompareGrid, compared: Sequence[Compared], trouble: Sequence[str], command: str) -> Report:
     """Tables, rows, figure and verdicts of a comparison.
 
     Args:
-        grid: what was compared.
-        compared: the cells, at least one.
-        trouble: lines on cells that are missing.
-        command: that makes it again.
+        grid: the grid.
+        compared: one or more cells.
+        trouble: lines about missing cells.
+        command: the command line that reproduces it.
     """
     pooled = pool_seeds(grid, compared)
     baseline = BASELINES.get(grid.baseline, grid.baseline)
@@ -56,19 +58,21 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
     backends = sorted({one.parsed.qvlm.backend or "?" for one in compared if one.parsed.qvlm})
     unit = unit_text(min((one.scale for one in compared), default=PERCENT))
     same = "" if grid.baseline == "none" else " with the same scheme and seed"
+    stored = [name for name in grid.methods if grid.is_stored(name)]
     notes = [
         *([STAND_IN] if stand_in else []),
-        f"{grid.metric} {unit} ± standard error, or with Wilson's 95 % interval where fewer than {FEWEST} documents "
-        f"are right, or wrong, on {limit} of each task. Difference: from {baseline}{same} on the "
-        "same documents, with its 95 % interval. Standard errors and intervals are clustered by image where "
-        "several questions are about one.",
-        "Tests: McNemar's exact test for scores of 0 and 1 (where documents share images, its extension to clusters by "
-        f"sign flips), Student's paired t for soft scores. Holm's adjustment is over all {tested} rows with a test.",
+        f"{grid.metric} {unit} ± standard error, or with Wilson's 95 % interval if fewer than {FEWEST} documents "
+        f"are right or wrong, on {limit} of each task. Difference: from {baseline}{same} on the "
+        "same documents, with its 95 % interval. Standard errors and intervals are clustered by image if documents "
+        "share images.",
+        "Tests: McNemar's exact test for scores of 0 and 1 (if documents share images, its extension to clusters by "
+        f"sign flips), Student's paired t for soft scores. Holm's adjustment covers all {tested} rows with a test.",
         "Flips: documents right→wrong / wrong→right (for soft scores lower / higher) / answered differently.",
-        "Bits: effective ones of a decoder weight, scales included / of a decoder activation. Arithmetic: "
+        "Bits: effective bits of decoder weights, scales included / bits of decoder activations. Arithmetic: "
         f"{', '.join(backends)}"
         + (" (simulated: memory and speed of quantized runs are left out)." if "reference" in backends else "."),
-        "Packed size: quantized weights as their formats say, scales included, and all else in 16 bits.",
+        *([f"Already quantized, compared in their checkpoints' schemes: {', '.join(stored)}."] if stored else []),
+        "Packed size: quantized weights in their formats, scales included, and everything else in 16 bits.",
     ]
     unknown = {one.of.task: one.comparison for one in compared if one.comparison and one.comparison.unknown}
     notes += [f"{task}: {unknown_note(row.unknown, row.documents)}." for task, row in unknown.items()]
@@ -76,11 +80,11 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
     notes += [f"{total_note(task, grid.metric)}." for task in totals]
     if len(grid.seeds) > 1:
         notes += [
-            "The second table is over the seeds of the calibration draw. Spread: standard deviation of the seeds' "
-            "scores, and the lowest and highest of them. Standard errors, intervals and p (t) take documents and seeds "
-            "for chance; p (sign flip) takes documents only, for these very draws. Holm's adjustment is over all rows "
-            "of that table with a test. Same sign: seeds whose difference has the sign of the mean. Flips are summed "
-            "over the seeds.",
+            "The second table pools the seeds of the calibration draw. Spread: standard deviation of the scores over "
+            "seeds (lowest to highest). Standard errors, intervals and p (t) treat documents and seeds as random; "
+            "p (sign flip) treats documents as random and these draws as fixed. Holm's adjustment covers all rows of "
+            "this table with a test. Same sign: seeds whose difference has the sign of the mean. Flips are summed over "
+            "the seeds.",
         ]
     return notes
 
@@ -91,7 +95,7 @@ def _cells(one: Compared) -> tuple[str, ...]:
     return (
         one.of.model,
         one.of.method,
-        one.of.scheme,
+        one.scheme,
         "" if one.of.seed is None else str(one.of.seed),
         one.of.task,
         estimate_text(one.score, one.scale),
@@ -127,7 +131,7 @@ def _seeds_cells(one: OverSeeds) -> tuple[str, ...]:
 
 
 def _verdicts(grid: CompareGrid, pooled: Sequence[OverSeeds]) -> list[str]:
-    """One sentence for each method, on the average of tasks where there are several."""
+    """One sentence for each method, on the tasks' average if there are several."""
     last = {(one.model, one.method, one.scheme): one for one in pooled if one.baseline is not None}
     found = []
     for one in last.values():
@@ -138,7 +142,7 @@ def _verdicts(grid: CompareGrid, pooled: Sequence[OverSeeds]) -> list[str]:
 
 
 def _bars(grid: CompareGrid, compared: Sequence[Compared], pooled: Sequence[OverSeeds]) -> list[Bars]:
-    """Of each model its methods, averaged over seeds; full precision as a line across."""
+    """The methods of each model, averaged over seeds; full precision as a vertical line."""
     groups = []
     for model in dict.fromkeys(one.model for one in pooled):
         own = {(one.method, one.scheme, one.task): one.pooled for one in pooled if one.model == model}
@@ -166,7 +170,7 @@ def _point(row: Pooled | None) -> tuple[float, float | None] | None:
 
 
 def _cost(compared: Sequence[Compared], run: tuple[str, str, str]) -> float | None:
-    """Seconds that the search took, as the first of the method's runs that searched says."""
-    own = [one.parsed.qvlm for one in compared if (one.of.model, one.of.method, one.of.scheme) == run]
+    """Seconds of the search, from the method's first run that records them."""
+    own = [one.parsed.qvlm for one in compared if (one.of.model, one.of.method, one.scheme) == run]
     seconds = [facts.search_seconds for facts in own if facts and facts.calibration]
     return next((one for one in seconds if one is not None), None)

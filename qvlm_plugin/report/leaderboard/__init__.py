@@ -1,1 +1,1 @@
-"""Results of many runs as one table: read, told apart by what was evaluated, ranked, written."""
+"""The leaderboard: read results, group them by evaluation, rank and write them."""

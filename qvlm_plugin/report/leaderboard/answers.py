@@ -1,4 +1,4 @@
-"""The answers of an evaluation's runs, for the page: the documents on which runs differ, and who said what."""
+"""The answers of an evaluation's runs, for the page: documents on which runs differ, with each run's answer."""
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from qvlm_plugin.report.leaderboard.view import Group
 from qvlm_plugin.report.samples import document
 
 DOCUMENTS, ANSWERS, PICTURES = 1000, 200_000, 300
-"""How many documents, answers and pictures of an evaluation the page holds at most."""
+"""Maximum numbers of an evaluation's documents, answers and pictures on the page."""
 
 QUESTION, ANSWER = 2000, 500
-"""Characters after which texts are cut."""
+"""Maximum lengths of texts in characters."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Question:
     """A document on which runs differ.
 
     Attributes:
-        id: in the task's split.
+        id: index in the task's split.
         text, target: prompt and reference answer.
-        image: number of its image among those of the evaluation; equal numbers are the same image.
-        outcomes: the different answers, each with its score.
+        image: number of its image; equal numbers are the same image.
+        outcomes: the distinct answers, each with its score.
     """
 
     id: int
@@ -41,13 +41,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the runs of one evaluation answered.
+    """The answers of one evaluation's runs.
 
     Attributes:
-        differing: documents that any two runs answer differently, or score differently.
-        questions: those that the page holds, evenly drawn from them.
-        pictures: data URIs by number of the image, where samples have some.
-        picks: by run, which outcome of each question is its own.
+        differing: number of documents on which any two runs differ in answer or score.
+        questions: those shown on the page, evenly spaced over all of them.
+        pictures: data URIs by number of the image, if available.
+        picks: each run's index into the outcomes of every question.
     """
 
     differing: int
@@ -57,20 +57,20 @@ class Answers:
 
 
 def answers_of(group: Group, marks: Mapping[tuple[str, str], Marks], base: Path) -> Answers | None:
-    """The answers of a group's runs; None where fewer than two have samples of the same documents.
+    """The answers of a group's runs; None if fewer than two have samples of the same documents.
 
     Args:
         group: an evaluation.
         marks: documents by run and task.
-        base: folder that file names in rows start from.
+        base: folder to which file names in rows are relative.
     """
     found = [(entry.main, marks.get((entry.main.run, entry.main.task))) for entry in group.entries]
     found = [(row, own) for row, own in found if own is not None and own.metric == group.metrics[0]]
     found = [(row, own) for row, own in found if np.array_equal(own.ids, found[0][1].ids)]
     if len(found) < 2:
         return None
-    outcomes = np.stack([own.outcomes for _, own in found])
-    differing = np.flatnonzero((outcomes != outcomes[0]).any(axis=0))
+    hashes = np.stack([own.outcomes for _, own in found])
+    differing = np.flatnonzero((hashes != hashes[0]).any(axis=0))
     count = min(len(differing), DOCUMENTS, max(1, ANSWERS // len(found)))
     kept = differing[np.linspace(0, len(differing) - 1, count).round().astype(int)] if count else differing
     ids = found[0][1].ids[kept].tolist()
@@ -80,12 +80,12 @@ def answers_of(group: Group, marks: Mapping[tuple[str, str], Marks], base: Path)
         return None
     _, images = np.unique(found[0][1].images[kept], return_inverse=True)
     questions, picks = [], {run: [] for run in columns}
-    for place, index in enumerate(ids):
-        asked = [column[index] for column in columns.values()]
-        seen: dict[tuple[str, float], int] = {}
-        for run, one in zip(columns, asked, strict=True):
-            picks[run].append(seen.setdefault((one.answer, one.score), len(seen)))
-        questions.append(Question(index, asked[0].text, asked[0].target, int(images[place]), tuple(seen)))
+    for index, image in zip(ids, images.tolist(), strict=True):
+        answered = [column[index] for column in columns.values()]
+        outcomes: dict[tuple[str, float], int] = {}
+        for run, one in zip(columns, answered, strict=True):
+            picks[run].append(outcomes.setdefault((one.answer, one.score), len(outcomes)))
+        questions.append(Question(index, answered[0].text, answered[0].target, image, tuple(outcomes)))
     first = next(row for row, _ in found if row.run in columns)
     pictures = _pictures(base / first.samples, {one.id: one.image for one in questions})
     return Answers(len(differing), tuple(questions), pictures, {run: tuple(own) for run, own in picks.items()})
@@ -102,7 +102,7 @@ class _Answered:
 
 
 def _read(file: Path, ids: Sequence[int], metric: str) -> dict[int, _Answered] | None:
-    """A run's answers to the documents; None where the file is not as it was."""
+    """A run's answers to the documents; None if the file has changed since it was read."""
     try:
         found = {
             one.id: _Answered(one.input[:QUESTION], one.target[:ANSWER], one.answer[:ANSWER], one.metrics[metric])
@@ -119,7 +119,7 @@ def _samples(file: Path, ids: Container[int]) -> Iterator[dict[str, Any]]:
 
 
 def _pictures(file: Path, images: Mapping[int, int]) -> dict[int, str]:
-    """Data URIs by number of the image, for as many images as the page may hold.
+    """Data URIs by number of the image, for at most `PICTURES` images.
 
     Args:
         file: a samples file.

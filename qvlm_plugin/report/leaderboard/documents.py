@@ -1,4 +1,4 @@
-"""What a samples file covers: which documents, and the scores it gives them."""
+"""The documents of a samples file, and their scores."""
 
 import hashlib
 import json
@@ -21,11 +21,11 @@ class Marks:
     """The documents of one run that have its main metric, by ascending id.
 
     Attributes:
-        metric: its name.
+        metric: name of the main metric.
         ids: int64[n].
         scores: by the main metric, float32[n].
         images: hash of each document's images, int64[n]; equal hashes are the same images. A document without images,
-            or whose images nobody tells, has a hash of its own.
+            or with unknown ones, has a hash of its own.
         outcomes: hash of each document's answer and score, int64[n].
     """
 
@@ -38,35 +38,35 @@ class Marks:
 
 @dataclass(frozen=True)
 class Coverage:
-    """A samples file in short.
+    """Summary of a samples file.
 
     Attributes:
-        count: how many documents it has.
-        digest: SHA-256 over their ids, targets and prompts, whatever their order.
-        means: of each numeric metric, over the documents that have it.
-        untold: of how many documents it does not tell the images, nor that there are none.
-        marks: its documents by the main metric; None where none has it.
+        count: number of documents.
+        digest: SHA-256 over their ids, targets and prompts, independent of their order.
+        means: mean of each numeric metric over the documents that have it.
+        unknown_images: number of documents for which images are not recorded.
+        marks: its documents with the main metric; None if none has it.
     """
 
     count: int
     digest: str
     means: dict[str, float]
-    untold: int = 0
+    unknown_images: int = 0
     marks: Marks | None = field(default=None, compare=False)
 
 
 def read_coverage(file: Path, metric: str | None = None) -> Coverage:
-    """Read a samples file row by row.
+    """Read a samples file line by line.
 
     Args:
         file: the samples file.
-        metric: the main metric, whose scores are kept document by document; None keeps none.
+        metric: the main metric, whose scores are kept for each document; None keeps none.
 
     Raises:
-        QVLMError: it is not a whole samples file, or has a document twice, or a score that is no number.
+        QVLMError: it is not a complete samples file, or has a document twice, or a score that is not finite.
     """
     seen: set[int] = set()
-    total, number, untold = 0, 0, 0
+    total, number, unknown_images = 0, 0, 0
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     marks: list[tuple[int, float, int, int]] = []
@@ -79,9 +79,9 @@ def read_coverage(file: Path, metric: str | None = None) -> Coverage:
                     raise QVLMError(f"{file} has document {index} twice")
                 seen.add(index)
                 text = f"{index}\0{sample['target']}\0{sample['input']}"
-                # A sum does not depend on the order, in which several processes may write.
+                # A sum is independent of the order, which differs if several processes write.
                 total += int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=32).digest())
-                untold += "input_media" not in sample
+                unknown_images += "input_media" not in sample
                 for name, value in sample.items():
                     if (score := score_of(value)) is not None and name != "doc_id":
                         sums[name] += score
@@ -92,10 +92,11 @@ def read_coverage(file: Path, metric: str | None = None) -> Coverage:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise QVLMError(f"{file} is not a samples file of lmms-eval: line {number}: {error!r}") from error
     if wrong := [name for name, value in sums.items() if not math.isfinite(value)]:
-        raise QVLMError(f"{file} has a score that is no number: {wrong[0]}")
+        raise QVLMError(f"{file} has a score that is not finite: {wrong[0]}")
     content = f"{len(seen)} {total % 2**256:064x}"
     means = {name: value / counts[name] for name, value in sums.items()}
-    return Coverage(len(seen), hashlib.sha256(content.encode()).hexdigest(), means, untold, _marks(metric, marks))
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return Coverage(len(seen), digest, means, unknown_images, _marks(metric, marks))
 
 
 def _marks(metric: str | None, rows: Sequence[tuple[int, float, int, int]]) -> Marks | None:

@@ -1,4 +1,4 @@
-"""Rank intervals: which places a run may have, given that documents were drawn by chance."""
+"""Rank intervals: the ranks that a run may have, given that documents are a random sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 LEVEL = 0.05
 
 _BLOCK = 256
-"""Runs that are compared with all others at a time."""
+"""Number of runs that are compared with all others at a time."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class TaskScores:
 
     Attributes:
         scores: float[runs, n].
-        clusters: which documents share an image, int64[n]; the same number is the same image in any task.
+        clusters: each document's image, int64[n]; equal numbers are the same image in any task.
     """
 
     scores: np.ndarray
@@ -26,17 +26,17 @@ class TaskScores:
 
 
 def rank_intervals(tasks: Sequence[TaskScores], *, higher_is_better: bool) -> list[tuple[int, int]]:
-    """Of each run the best and the worst rank that the data do not exclude, by the mean of the tasks' means.
+    """The best and the worst rank of each run that the data do not exclude, by the mean of the tasks' means.
 
-    A run is below another one where the difference of the two is significant: the sign-flip test of `report.paired`,
-    by its normal approximation with a correction for continuity (for 0/1 scores of independent documents, McNemar's
+    A run ranks below another if their difference is significant by the sign-flip test (`report.significance`), in
+    its normal approximation with a correction for continuity (for 0/1 scores of independent documents, McNemar's
     corrected test), because all pairs of runs are tested. Each run's tests are adjusted by Bonferroni for the number of
-    other runs, so that a run's interval holds its true rank with a probability of at least 1 - `LEVEL` (Mogstad,
+    other runs, so that a run's interval contains its true rank with a probability of at least 1 - `LEVEL` (Mogstad,
     Romano, Shaikh and Wilhelm 2024, marginal confidence sets).
 
     Args:
-        tasks: at least one, with the same runs.
-        higher_is_better: which means rank first.
+        tasks: one or more tasks with the same runs.
+        higher_is_better: whether the highest mean ranks first.
     """
     runs = len(tasks[0].scores)
     if runs == 1:
@@ -50,7 +50,7 @@ def rank_intervals(tasks: Sequence[TaskScores], *, higher_is_better: bool) -> li
     intervals = []
     for start in range(0, runs, _BLOCK):
         own = slice(start, start + _BLOCK)
-        # Of a pair, the variance of the difference if all signs of clusters are equally likely.
+        # The variance of each pair's difference if the signs of all clusters are equally likely.
         variances = squares[own, None] + squares - 2 * sums[own] @ sums.T
         margin = quantile * np.sqrt(np.maximum(variances, 0)) + step
         gains = means[own, None] - means
@@ -60,7 +60,7 @@ def rank_intervals(tasks: Sequence[TaskScores], *, higher_is_better: bool) -> li
 
 
 def _cluster_sums(tasks: Sequence[TaskScores]) -> np.ndarray:
-    """What each cluster contributes to each run's mean, float64[runs, clusters]."""
+    """Each cluster's contribution to each run's mean, float64[runs, clusters]."""
     _, labels = np.unique(np.concatenate([task.clusters for task in tasks]), return_inverse=True)
     sums = np.zeros((len(tasks[0].scores), labels.max() + 1))
     for task, own in zip(tasks, np.split(labels, np.cumsum([len(task.clusters) for task in tasks])[:-1]), strict=True):
@@ -70,6 +70,6 @@ def _cluster_sums(tasks: Sequence[TaskScores]) -> np.ndarray:
 
 
 def _step(scores: np.ndarray) -> float:
-    """The smallest difference between two scores that a document can have; 0 where all have the same."""
+    """The smallest difference between two scores of documents; 0 if all are equal."""
     values = np.unique(scores.round(6))
     return float(np.diff(values).min()) if len(values) > 1 else 0.0

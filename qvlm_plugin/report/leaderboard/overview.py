@@ -18,10 +18,10 @@ SAME = (
     "model", "model_fingerprint", "method", "scheme", "options", "arguments", "backend", "dtype", "device",
     "calibration",
 )  # fmt: skip
-"""What the runs of one configuration have in common; they may differ in the seed of the calibration draw."""
+"""Fields that the runs of one configuration share; they may differ in the seed of the calibration draw."""
 
-TOLD = ("options", "arguments", "backend", "dtype", "device", "calibration", "model_fingerprint")
-"""What tells configurations of the same model, method and scheme apart."""
+DISTINGUISHING = ("options", "arguments", "backend", "dtype", "device", "calibration", "model_fingerprint")
+"""Fields that distinguish configurations of the same model, method and scheme."""
 
 Place = tuple[int, int]
 """The best and the worst rank by the mean over benchmarks that the documents do not exclude."""
@@ -32,9 +32,9 @@ class Configuration:
     """One row of the overview.
 
     Attributes:
-        name: a short hash of what its runs have in common.
-        variant: what sets it apart from configurations of the same model, method and scheme; empty where nothing does.
-        entries: its runs by evaluation (a place in the groups); several where seeds differ.
+        name: a short hash of the fields that its runs share.
+        variant: how it differs from configurations of the same model, method and scheme; empty if it does not.
+        entries: its runs by evaluation (an index of the groups); several if seeds differ.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Configuration:
 
     @property
     def main(self) -> Row:
-        """A row that stands for all."""
+        """A row that represents all."""
         return next(iter(self.entries.values()))[0].main
 
 
@@ -53,10 +53,10 @@ class Overview:
 
     Attributes:
         apart: whether the groups are on stand-in data or on a part of the documents.
-        benchmarks: places in the groups of one evaluation for each task: that of most configurations.
-        others: places of all other evaluations.
-        configurations: rows.
-        places: by a configuration's name, for those that have a rank in all benchmarks.
+        benchmarks: indices of the groups that are shown first: for each task the evaluation with most configurations.
+        others: indices of all other groups.
+        configurations: the rows.
+        places: rank intervals by configuration, for those ranked in all benchmarks.
     """
 
     apart: bool
@@ -67,30 +67,30 @@ class Overview:
 
 
 def overviews(found: Sequence[Group], marks: Mapping[tuple[str, str], Marks]) -> list[Overview]:
-    """An overview of whole benchmarks and one of those apart, where there are any."""
+    """An overview of complete benchmarks, and one of stand-in data and parts of benchmarks, if there are any."""
     return [
-        _overview(apart, {place: group for place, group in enumerate(found) if group.apart == apart}, marks)
+        _overview(apart, {index: group for index, group in enumerate(found) if group.apart == apart}, marks)
         for apart in dict.fromkeys(group.apart for group in found)
     ]
 
 
 def _overview(apart: bool, own: Mapping[int, Group], marks: Mapping[tuple[str, str], Marks]) -> Overview:
     entries: dict[tuple, dict[int, list[Entry]]] = defaultdict(lambda: defaultdict(list))
-    for place, group in own.items():
+    for index, group in own.items():
         for entry in group.entries:
-            entries[tuple(getattr(entry.main, name) for name in SAME)][place].append(entry)
+            entries[tuple(getattr(entry.main, name) for name in SAME)][index].append(entry)
     keys = {key: _name(key) for key in entries}
     variants = _variants([*entries])
     configurations = tuple(
         Configuration(
             keys[key],
             variants[key],
-            {place: tuple(sorted(runs, key=lambda entry: entry.main.seed or 0)) for place, runs in cells.items()},
+            {index: tuple(sorted(runs, key=lambda entry: entry.main.seed or 0)) for index, runs in cells.items()},
         )
         for key, cells in entries.items()
     )
     popular = _popular(own)
-    others = tuple(place for place in own if place not in popular)
+    others = tuple(index for index in own if index not in popular)
     return Overview(apart, popular, others, configurations, _places(configurations, popular, own, marks))
 
 
@@ -99,7 +99,7 @@ def _name(key: tuple) -> str:
 
 
 def _variants(keys: Sequence[tuple]) -> dict[tuple, str]:
-    """Of each configuration what differs within its model, method and scheme."""
+    """How each configuration differs from others of its model, method and scheme."""
     families: dict[tuple, list[tuple]] = defaultdict(list)
     for key in keys:
         families[key[SAME.index("model")], key[SAME.index("method")], key[SAME.index("scheme")]].append(key)
@@ -108,12 +108,12 @@ def _variants(keys: Sequence[tuple]) -> dict[tuple, str]:
 
 def _variant(key: tuple, family: Sequence[tuple]) -> str:
     parts = []
-    for name in TOLD:
+    for name in DISTINGUISHING:
         values = [other[SAME.index(name)] for other in family]
         if len(set(values)) == 1:
             continue
         value = key[SAME.index(name)] or f"no {name}"
-        if name == "options":  # all of them are there: those that all share say nothing
+        if name == "options":  # leave out those that all share
             shared = reduce(set.__and__, (set((other or "").split(", ")) for other in values))
             value = ", ".join(part for part in value.split(", ") if part not in shared)
         parts.append(value[:8] if name == "model_fingerprint" else value)
@@ -121,12 +121,12 @@ def _variant(key: tuple, family: Sequence[tuple]) -> str:
 
 
 def _popular(own: Mapping[int, Group]) -> tuple[int, ...]:
-    """Of each task the evaluation that most runs, and then most documents, are in."""
+    """The evaluation of each task with the most runs and, if equal, the most documents."""
     best: dict[str, int] = {}
-    for place, group in own.items():
+    for index, group in own.items():
         task = group.entries[0].main.task
         if task not in best or _size(group) > _size(own[best[task]]):
-            best[task] = place
+            best[task] = index
     return tuple(best.values())
 
 
@@ -140,14 +140,14 @@ def _places(
     own: Mapping[int, Group],
     marks: Mapping[tuple[str, str], Marks],
 ) -> dict[str, Place]:
-    """Rank intervals by the mean over the benchmarks that are shares.
+    """Rank intervals by the mean over the benchmarks whose scores are shares.
 
-    Nothing is known where a configuration lacks a benchmark, a rank, or the samples by which it is tested.
+    Configurations that lack a benchmark, a rank, or samples have none.
     """
     shares = [
-        place
-        for place in benchmarks
-        if all(entry.main.percent and entry.main.higher_is_better for entry in own[place].entries)
+        index
+        for index in benchmarks
+        if all(entry.main.percent and entry.main.higher_is_better for entry in own[index].entries)
     ]
     scores = {one.name: _scores(one, shares, marks) for one in configurations}
     known = {name: tasks for name, tasks in scores.items() if tasks}
@@ -167,10 +167,10 @@ def _places(
 
 
 def _scores(one: Configuration, shares: Sequence[int], marks: Mapping[tuple[str, str], Marks]) -> list[Marks]:
-    """Its documents in each benchmark, with scores averaged over its runs; empty where something is missing."""
+    """Its documents in each benchmark, with scores averaged over its runs; empty if anything is missing."""
     tasks = []
-    for place in shares:
-        runs = one.entries.get(place, ())
+    for index in shares:
+        runs = one.entries.get(index, ())
         own = [marks.get((entry.main.run, entry.main.task)) for entry in runs]
         if not own or any(entry.main.rank is None or not entry.main.main for entry in runs):
             return []

@@ -1,7 +1,7 @@
-"""The leaderboard as one HTML file that needs nothing else: no network, no other file.
+"""The leaderboard as one HTML file that needs no network and no other file.
 
-Names come from whoever made the results. They reach the page as JSON that cannot end its element, its script writes
-them as text only, and the page's policy lets no other script run.
+Names in results are untrusted. They enter the page as JSON that cannot close its element, the script inserts them as
+text only, and the page's policy allows no other script.
 """
 
 import base64
@@ -41,7 +41,7 @@ SCRIPTS = (
     "download",
     "main",
 )
-"""The page's script, in parts that use what stands in earlier ones."""
+"""Parts of the page's script; each may use earlier ones."""
 
 FACTS = (
     "run", "model", "method", "scheme", "weight_bits", "activation_bits", "vision_weight_bits",
@@ -49,10 +49,10 @@ FACTS = (
     "search_seconds", "backend", "dtype", "device", "calibration", "seed", "options", "arguments", "plan_hash",
     "model_fingerprint", "versions", "date",
 )  # fmt: skip
-"""Fields of a row that the page tells of a run."""
+"""Fields of a row that the page shows of a run."""
 
 SCORES = ("value", "stderr", "difference", "rank", "rank_low", "rank_high", "wilson_low", "wilson_high")
-"""Fields of a row that the page tells of a score; the script knows them by their places."""
+"""Fields of a row that the page shows of a score; the script indexes them in this order."""
 
 
 def html_text(board: Board, reported: Sequence[ReportedTable], base: Path) -> str:
@@ -60,8 +60,8 @@ def html_text(board: Board, reported: Sequence[ReportedTable], base: Path) -> st
 
     Args:
         board: ranked rows.
-        reported: tables of the paper that are shown beside.
-        base: folder that file names in rows start from, and that the page will be in.
+        reported: tables of the paper to show as well.
+        base: the page's folder, to which file names in rows are relative.
     """
     found = groups(board.rows)
     numbers = {run: number for number, run in enumerate(dict.fromkeys(row.run for row in board.rows))}
@@ -88,7 +88,7 @@ def html_text(board: Board, reported: Sequence[ReportedTable], base: Path) -> st
 
 
 def script_text() -> str:
-    """The page's script: its parts in a scope of their own."""
+    """The page's script: its parts in one function scope."""
     parts = "\n".join(_resource(f"{name}.js") for name in SCRIPTS)
     return f'"use strict";\n(() => {{\n{parts}}})();\n'
 
@@ -136,9 +136,7 @@ def _entry(entry: Entry, numbers: dict[str, int]) -> dict[str, Any]:
 
 
 def _overview(one: Overview, found: Sequence[Group]) -> dict[str, Any]:
-    places = {
-        place: {id(entry): number for number, entry in enumerate(found[place].entries)} for place in range(len(found))
-    }
+    numbers = [{id(entry): number for number, entry in enumerate(group.entries)} for group in found]
     return {
         "apart": one.apart,
         "benchmarks": one.benchmarks,
@@ -147,7 +145,7 @@ def _overview(one: Overview, found: Sequence[Group]) -> dict[str, Any]:
             {
                 "id": row.name,
                 "variant": row.variant,
-                "cells": {place: [places[place][id(entry)] for entry in own] for place, own in row.entries.items()},
+                "cells": {index: [numbers[index][id(entry)] for entry in own] for index, own in row.entries.items()},
                 "place": one.places.get(row.name),
             }
             for row in one.configurations
@@ -165,7 +163,7 @@ def _answers(one: Answers, numbers: dict[str, int]) -> dict[str, Any]:
 
 
 def _embedded(data: Any) -> str:
-    """JSON that holds no character with a meaning in HTML."""
+    """JSON without characters that are special in HTML."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

@@ -1,4 +1,4 @@
-"""The tables of the Q-VLM paper as data. They are shown beside measured rows as "reported", never among them."""
+"""The tables of the Q-VLM paper as data. They are shown as "reported", separate from measured rows."""
 
 import json
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ class ReportedTable:
     """A table of the paper.
 
     Attributes:
-        number: the paper's.
+        number: its number in the paper.
         title: in our words.
-        note: units, and what to bear in mind.
-        benchmarks: parts of lmms-eval's task names that it is about.
+        note: units and caveats.
+        benchmarks: substrings of the names of lmms-eval's tasks that it covers.
         columns, rows: its cells, numbers as numbers.
     """
 
@@ -42,12 +42,12 @@ class ReportedTable:
 
 
 def paper_source() -> str:
-    """Title, authors and place of the paper."""
+    """Title, authors and venue of the paper."""
     return _content()["source"]
 
 
 def paper_tables(tasks: Sequence[str]) -> list[ReportedTable]:
-    """The tables that are about at least one of the tasks."""
+    """The tables that cover at least one of the tasks."""
     tables = [
         ReportedTable(
             number=table["table"],

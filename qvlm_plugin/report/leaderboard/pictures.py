@@ -1,12 +1,13 @@
-"""Small pictures of what samples name as their images, to be embedded into the page.
+"""Thumbnails of the images that samples name, for the page.
 
-Samples may come from others. So only pictures in them, or in files beside or below them, are read, and all are drawn
-anew.
+Samples are untrusted: only embedded pictures and files in or below the samples' folder are read, and all are encoded
+again.
 """
 
 import base64
 import binascii
 import io
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,38 @@ SIDE = 224
 """Pixels of the longer side."""
 
 LIMIT = 20_000_000
-"""Bytes and pixels up to which a picture is read."""
+"""Maximum bytes, and maximum pixels, of a picture that is read."""
+
+
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+
+
+def recorded_digest(media: Any) -> str | None:
+    """The digest of a document's images in a sample's ``input_media``; None if it has none."""
+    found = _DIGEST.fullmatch(media[0]) if isinstance(media, list) and media and isinstance(media[0], str) else None
+    return found and found[1]
+
+
+def thumbnail_file(folder: Path, digest: str) -> Path:
+    """The path of a thumbnail that `qvlm leaderboard thumbnails` writes.
+
+    Args:
+        folder: the samples file's folder.
+        digest: of the document's images.
+    """
+    return folder / "thumbnails" / f"{digest}.webp"
 
 
 def picture(media: Any, folder: Path) -> str | None:
-    """A data URI of the first picture that can be shown; None where there is none.
+    """A data URI of the first picture that can be read; None without one.
 
     Args:
-        media: a sample's ``input_media``: names of files, data URIs, addresses, or digests.
-        folder: of the samples file.
+        media: a sample's ``input_media``: file names, data URIs, URLs, or a digest, whose `thumbnail_file` is read.
+        folder: the samples file's folder.
     """
-    for source in media if isinstance(media, list) else ():
+    digest = recorded_digest(media)
+    sources = [f"thumbnails/{digest}.webp"] if digest else media if isinstance(media, list) else ()
+    for source in sources:
         blob = _blob(source, folder)
         if blob and (small := _small(blob)):
             return f"data:image/webp;base64,{base64.b64encode(small).decode()}"
@@ -61,10 +83,15 @@ def _small(blob: bytes) -> bytes | None:
             if image.width * image.height > LIMIT:
                 return None
             image.draft("RGB", (2 * SIDE, 2 * SIDE))
-            small = image.convert("RGB")
-            small.thumbnail((SIDE, SIDE))
-            stream = io.BytesIO()
-            small.save(stream, "WEBP", quality=70)
-            return stream.getvalue()
-    except Exception:  # pictures that are damaged fail in whatever way
+            return thumbnail(image)
+    except Exception:  # damaged pictures raise all kinds of exceptions
         return None
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """A small copy of an image as a WebP file."""
+    small = image.convert("RGB")
+    small.thumbnail((SIDE, SIDE))
+    stream = io.BytesIO()
+    small.save(stream, "WEBP", quality=70)
+    return stream.getvalue()

@@ -14,16 +14,16 @@ from qvlm_plugin.report.leaderboard.intervals import TaskScores, rank_intervals
 from qvlm_plugin.report.leaderboard.reading import STAND_IN, UNRANKED, Board, Problem
 from qvlm_plugin.report.leaderboard.row import Row
 
-UNKNOWN = "its documents are not known"
+UNKNOWN = "unknown documents"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a score was measured on.
+    """The documents and protocol of a score.
 
     Attributes:
-        protocol: task, data set, configuration, split, how it is asked, and numbers of documents.
-        data: identity of the data set; None where the run does not tell it.
+        protocol: task, data set, configuration, split, hash of prompt and generation, and numbers of documents.
+        data: identity of the data set; None if not recorded.
         samples: digest of the evaluated documents; None without samples.
     """
 
@@ -33,13 +33,13 @@ class Evaluation:
 
     @classmethod
     def of(cls, row: Row) -> "Evaluation":
-        """A row's."""
+        """The evaluation of a row."""
         named = (row.task, row.dataset, row.dataset_config, row.split, row.protocol)
         return cls((*named, row.documents, row.documents_total), row.data, row.samples_digest)
 
     @property
     def is_known(self) -> bool:
-        """Whether it tells the documents in one way at least."""
+        """Whether the documents are identified by the data set or by samples."""
         return self.data is not None or self.samples is not None
 
     @property
@@ -49,16 +49,16 @@ class Evaluation:
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
     def agrees(self, other: "Evaluation") -> bool:
-        """Whether nothing that both tell differs, and both tell the data or both the samples."""
+        """Whether protocols are equal, as are data and samples as far as both know them, and both know one of them."""
         pairs = ((self.data, other.data), (self.samples, other.samples))
-        told = [pair for pair in pairs if None not in pair]
-        return self.protocol == other.protocol and bool(told) and all(one == two for one, two in told)
+        known = [pair for pair in pairs if None not in pair]
+        return self.protocol == other.protocol and bool(known) and all(one == two for one, two in known)
 
 
 def rank(board: Board) -> Board:
     """The rows with their evaluations, differences from full precision and ranks, best first within each evaluation.
 
-    Of runs that repeat another one with the same result or not, the newest stays.
+    Of runs with the same configuration and evaluation, only the newest is kept.
     """
     rows = _mark_stand_ins(with_evaluations(board.rows))
     problems = [*board.problems]
@@ -74,7 +74,7 @@ def rank(board: Board) -> Board:
 
 
 def with_evaluations(rows: Sequence[Row]) -> list[Row]:
-    """Rows that name their evaluation; one that tells less of it joins the only one that agrees with it."""
+    """Rows with their evaluations; a partly unknown evaluation joins the one that agrees with it, if there is one."""
     own = [Evaluation.of(row) for row in rows]
     whole: dict[tuple, set[Evaluation]] = defaultdict(set)
     for evaluation in own:
@@ -90,7 +90,7 @@ def with_evaluations(rows: Sequence[Row]) -> list[Row]:
 
 
 def _mark_stand_ins(rows: Sequence[Row]) -> list[Row]:
-    """Models of other packages do not say that their data stood in; the documents they share with ours do."""
+    """Models of other packages do not record stand-in data; rows of the same documents do."""
     known = {row.evaluation for row in rows if STAND_IN in row.notes and row.evaluation}
     return [
         row.model_copy(update={"notes": (STAND_IN, *row.notes), "apart": True})
@@ -139,7 +139,7 @@ def _version_notes(rows: Sequence[Row]) -> list[Problem]:
 
 
 def _ranked(group: Sequence[Row], marks: Mapping[tuple[str, str], Marks]) -> list[Row]:
-    """Rows of one evaluation and metric, best first, those without a rank last."""
+    """Rows of one evaluation and metric, best first; unranked rows last."""
     sign = -1 if group[0].higher_is_better else 1
     rankable = [row for row in group if row.evaluation and not UNRANKED & set(row.notes)]
     baselines: dict[str, set[float]] = defaultdict(set)
@@ -165,9 +165,9 @@ def _ranked(group: Sequence[Row], marks: Mapping[tuple[str, str], Marks]) -> lis
 
 
 def _intervals(rankable: Sequence[Row], marks: Mapping[tuple[str, str], Marks]) -> dict[str, tuple[int, int]]:
-    """Rank intervals by run, of the rows whose documents are known.
+    """Rank intervals by run, for the rows whose documents are known.
 
-    The others are never significantly better nor worse: they widen the intervals at their upper end.
+    The others cannot be tested, so each extends the intervals by one rank at their upper end.
     """
     found = {row.run: marks[row.run, row.task] for row in rankable if row.main and (row.run, row.task) in marks}
     found = {run: own for run, own in found.items() if own.metric == rankable[0].metric}

@@ -1,4 +1,4 @@
-"""From results files to rows. What cannot be used is reported file by file; nothing else suffers from it."""
+"""Read results files into rows. A file that cannot be used is reported and does not affect the others."""
 
 import hashlib
 import json
@@ -25,16 +25,16 @@ SUFFIX = "_results.json"
 STAND_IN = "stand-in data"
 LIMITED = "a part of the documents"
 CALIBRATED = "calibrated on evaluated documents"
-UNCOMPARED = "not all documents compared with those calibrated on"
-INCOMPLETE = "samples do not fit"
+UNCOMPARED = "not all documents compared with the calibration's"
+INCOMPLETE = "samples do not match"
 EDITED = "edited after the run"
 UNRANKED = {CALIBRATED, UNCOMPARED, INCOMPLETE, EDITED}
-"""Notes that cost a row its rank."""
+"""Notes of rows that get no rank."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a file; told in one line."""
+    """A fault of a file, described in one line."""
 
     file: str
     message: str
@@ -42,12 +42,12 @@ class Problem:
 
 @dataclass
 class Board:
-    """Rows, and what was found wrong while they were read.
+    """Rows, and the problems found while reading them.
 
     Attributes:
-        rows: of all runs.
+        rows: rows of all runs.
         problems: file by file.
-        marks: documents by a row's ``run`` and ``task``, where usable samples lie beside the results.
+        marks: documents by a row's ``run`` and ``task``, if the results have usable samples.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -57,15 +57,15 @@ class Board:
 
 @dataclass(frozen=True)
 class Run:
-    """One results file as read.
+    """A parsed results file.
 
     Attributes:
-        file: where it is.
+        file: its path.
         hash: SHA-256 of its content.
-        parsed: what is in it.
-        is_intact: whether its seal, if it has one, fits its content.
-        coverage: of each task's samples file; tasks without one are missing.
-        problems: what is wrong with single tasks.
+        parsed: its content.
+        is_intact: whether its seal, if it has one, matches its content.
+        coverage: summary of each task's samples file; tasks without one are missing.
+        problems: faults of single tasks.
     """
 
     file: Path
@@ -77,29 +77,31 @@ class Run:
 
 
 def find_results(paths: Sequence[Path]) -> list[Path]:
-    """Results files: those named, and all below the folders named.
+    """The results files given, and all those below the folders given.
 
     Raises:
-        QVLMError: a path does not exist, or none holds a results file.
+        QVLMError: a path does not exist, or there is no results file.
     """
     if missing := [path for path in paths if not path.exists()]:
-        raise QVLMError(f"{missing[0]} does not exist; name results files of lmms-eval, or folders that hold some")
+        raise QVLMError(f"{missing[0]} does not exist; name results files of lmms-eval, or folders that contain some")
     files = [file for path in paths for file in (sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path])]
     if not files:
-        raise QVLMError(f"{', '.join(map(str, paths))}: no *{SUFFIX} there: evaluations failed, or wrote elsewhere")
+        raise QVLMError(
+            f"{', '.join(map(str, paths))}: no *{SUFFIX} found: evaluations failed, or wrote to another folder"
+        )
     return list({file.resolve(): file for file in files}.values())
 
 
 def samples_file(results: Path, task: str) -> Path:
-    """Where lmms-eval writes the samples that belong to a results file."""
+    """The path of the samples file that belongs to a results file."""
     return results.with_name(f"{results.name.removesuffix(SUFFIX)}_samples_{task}.jsonl")
 
 
 def read_run(file: Path) -> Run:
-    """Read a results file and the samples beside it.
+    """Read a results file and its samples.
 
     Raises:
-        QVLMError: the results file cannot be used; trouble with samples is only noted.
+        QVLMError: the results file cannot be used; faults of samples are listed in ``problems``.
     """
     try:
         blob = file.read_bytes()
@@ -123,7 +125,7 @@ def read_run(file: Path) -> Run:
 
 
 def _without_parts(coverage: Coverage, parsed: ResultsFile, task: str) -> Coverage:
-    """Without documents' scores where the task makes another one than their mean: they do not tell who is better."""
+    """Drops the documents' scores if the task's score is not their mean: paired tests would not apply to it."""
     if coverage.marks is None or metric_list(parsed, task).get(coverage.marks.metric, {}).get("aggregation") == "mean":
         return coverage
     values = [value for name, _, value in numbers(parsed.results[task]) if name == coverage.marks.metric]
@@ -136,7 +138,7 @@ def read_board(files: Sequence[Path], base: Path) -> Board:
 
     Args:
         files: see `find_results`.
-        base: folder that file names in rows start from.
+        base: folder to which file names in rows are relative.
     """
     board = Board()
     seen: dict[str, str] = {}
@@ -152,7 +154,7 @@ def read_board(files: Sequence[Path], base: Path) -> Board:
             with concerning(name):
                 rows = [*_rows(run, base, board.problems)]
             if not rows:
-                board.problems.append(Problem(name, "holds no score"))
+                board.problems.append(Problem(name, "contains no score"))
             board.rows += rows
             usable = {row.task for row in rows if row.samples_digest}
             kept = {task: one.marks for task, one in run.coverage.items() if task in usable}
@@ -166,10 +168,10 @@ def _rows(run: Run, base: Path, problems: list[Problem]) -> Iterator[Row]:
     parsed, name = run.parsed, os.path.relpath(run.file, base)
     problems += [Problem(name, message) for message in run.problems]
     if not run.is_intact:
-        problems.append(Problem(name, f"was {EDITED}: its seal does not fit"))
+        problems.append(Problem(name, f"was {EDITED}: its seal does not match"))
     common = _run_facts(run) | {"run": run.hash[:16], "file": name}
     for task, metrics in parsed.results.items():
-        if task not in parsed.counts:  # a group: its members have rows of their own
+        if task not in parsed.counts:  # a group of tasks, which have rows of their own
             continue
         main = main_metric(parsed, task)
         order = [main, *metric_list(parsed, task)]
@@ -178,7 +180,7 @@ def _rows(run: Run, base: Path, problems: list[Problem]) -> Iterator[Row]:
         facts = _task_facts(run, task, base, name, problems)
         directions = parsed.higher_is_better.get(task) or {}
         for metric, value, stderr in scores:
-            documents = facts["documents"] if metric == main else None  # others may be of some documents only
+            documents = facts["documents"] if metric == main else None  # others may cover only some documents
             low, high = share_interval(metric, value, stderr, documents) or (None, None)
             yield Row(
                 **common,
@@ -279,9 +281,9 @@ def _task_facts(run: Run, task: str, base: Path, name: str, problems: list[Probl
 
 
 def _left_out_of_comparison(parsed: ResultsFile) -> bool:
-    """Whether fewer documents were compared with those calibrated on than were evaluated.
+    """Whether fewer documents were compared with the calibration's than were evaluated.
 
-    So it was where an early version resumed a run: it looked only at documents that it answered itself.
+    Early versions that resumed a run compared only the documents that they answered themselves.
     """
     calibration = parsed.qvlm and parsed.qvlm.calibration
     if not calibration or parsed.qvlm.method == "none" or calibration.documents_compared is None:
@@ -290,11 +292,11 @@ def _left_out_of_comparison(parsed: ResultsFile) -> bool:
 
 
 def misfit(task: str, evaluated: int, parsed: ResultsFile, coverage: Coverage) -> str | None:
-    """What is wrong between a task's results and its samples; None when they fit."""
+    """How a task's samples contradict its results; None if they match."""
     if coverage.count < 0:
         return f"{task}: its samples cannot be read"
     if coverage.count != evaluated:
-        return f"{task}: {evaluated} documents were evaluated, but there are samples of {coverage.count}"
+        return f"{task}: {evaluated} documents were evaluated, but the samples file has {coverage.count}"
     for metric, entry in metric_list(parsed, task).items():
         if entry.get("aggregation") != "mean":
             continue
@@ -307,13 +309,10 @@ def misfit(task: str, evaluated: int, parsed: ResultsFile, coverage: Coverage) -
 
 
 def protocol_hash(task: str, parsed: ResultsFile) -> str:
-    """What decides how a document is asked, and where an answer ends: a short hash.
-
-    The task's version and where its documents begin are in it, too.
-    """
+    """A short hash of a task's prompt, generation arguments, version and offset."""
     config = parsed.configs.get(task, {})
     choices = config.get("lmms_eval_specific_kwargs") or {}
-    # Beside the choices for each model, which are objects, lmms-eval writes those that it took.
+    # lmms-eval writes the choices for all models, which are objects, and those that it used.
     taken = {key: value for key, value in choices.items() if not isinstance(value, dict)}
     names = ("doc_to_text", "doc_to_messages", "doc_to_choice", "description", "num_fewshot", "output_type")
     content = {name: _without_addresses(config.get(name)) for name in (*names, "generation_kwargs", "repeats")}

@@ -1,4 +1,4 @@
-"""The parts of a results file that a leaderboard reads. Whatever else is there is left alone."""
+"""The parts of a results file that the leaderboard reads; other parts are ignored."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ class _Part(BaseModel):
 
 
 class DocumentCounts(_Part):
-    """How many documents a task has, and how many of them were evaluated."""
+    """Number of documents of a task, and of those evaluated."""
 
     original: int
     effective: int
@@ -35,12 +35,12 @@ class DataOrigin(_Part):
 
     @property
     def identity(self) -> str | None:
-        """A commit or a content hash; None where neither is known."""
+        """A commit or a content hash; None if neither is known."""
         return self.revision or self.content_hash
 
 
 class CalibrationFacts(_Part):
-    """What was calibrated on, and how many of these documents were evaluated."""
+    """The source of the calibration samples, and how many of them were also evaluated."""
 
     source: str | None = None
     seed: int | None = None
@@ -49,7 +49,7 @@ class CalibrationFacts(_Part):
 
 
 class Provenance(_Part):
-    """What a run of this package tells about itself."""
+    """What a run of this package records about itself."""
 
     method: str
     scheme: str
@@ -79,12 +79,12 @@ class Provenance(_Part):
 
     @property
     def simulated(self) -> bool:
-        """Whether weights were rounded and not packed: the run's memory and speed are then not those of its bits."""
-        return self.method != "none" and self.backend == "reference"
+        """Whether low bits are simulated: the run's memory and speed are then not those of its bits."""
+        return is_simulated(self.method, self.backend)
 
     @property
     def measured_bytes(self) -> dict[str, int | None]:
-        """``weight_bytes`` and ``peak_memory_bytes``; null where they are not those of the run's bits."""
+        """``weight_bytes`` and ``peak_memory_bytes``; None if low bits are simulated."""
         names = ("weight_bytes", "peak_memory_bytes")
         return {name: None if self.simulated else getattr(self, name) for name in names}
 
@@ -121,17 +121,26 @@ class ResultsFile(_Part):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Generated tokens by the time that generating them took; None where low bits are simulated."""
-        speed = (self.throughput or {}).get("avg_speed")
-        known = isinstance(speed, int | float) and 0 < speed < math.inf
-        return speed if known and not (self.qvlm and self.qvlm.simulated) else None
+        """Generated tokens per second of generation; None if unknown, or if low bits are simulated."""
+        return None if self.qvlm and self.qvlm.simulated else generation_speed(self.throughput)
+
+
+def is_simulated(method: str | None, backend: str | None) -> bool:
+    """Whether weights were rounded but not packed."""
+    return method != "none" and backend == "reference"
+
+
+def generation_speed(throughput: Mapping[str, Any] | None) -> float | None:
+    """Generated tokens per second in a results file's ``throughput``; None if it has none."""
+    speed = (throughput or {}).get("avg_speed")
+    return speed if isinstance(speed, int | float) and 0 < speed < math.inf else None
 
 
 def parse_results(content: Any, file: Path) -> ResultsFile:
     """Validate a results file's JSON.
 
     Raises:
-        QVLMError: it does not have the shape of one, or its evaluation failed.
+        QVLMError: the content is not that of a results file, or the evaluation failed.
     """
     try:
         parsed = ResultsFile.model_validate(content)
@@ -140,12 +149,12 @@ def parse_results(content: Any, file: Path) -> ResultsFile:
         where = ".".join(map(str, first["loc"])) or "the file"
         raise QVLMError(f"{file} is not a results file of lmms-eval: {where}: {first['msg'].lower()}") from error
     if not parsed.results:
-        raise QVLMError(f"{file} holds no results: the evaluation failed")
+        raise QVLMError(f"{file} contains no results: the evaluation failed")
     return parsed
 
 
 def numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """A task's scores with the names of their metrics and filters."""
+    """A task's scores as (metric, filter, value)."""
     for key, value in metrics.items():
         metric, _, kind = key.partition(",")
         if kind and "_stderr" not in metric and isinstance(value, int | float) and not isinstance(value, bool):
@@ -153,13 +162,13 @@ def numbers(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
 
 
 def main_metric(parsed: ResultsFile, task: str) -> str | None:
-    """The first of a task's metrics, in its own order, that has a score."""
+    """The first metric of a task, in the task's order, that has a score."""
     scored = [metric for metric, _, value in numbers(parsed.results.get(task, {})) if math.isfinite(value)]
     return next((metric for metric in metric_list(parsed, task) if metric in scored), next(iter(scored), None))
 
 
 def metric_list(parsed: ResultsFile, task: str) -> dict[str, dict[str, Any]]:
-    """A task's metrics by name, in its own order."""
+    """A task's metrics by name, in the task's order."""
     listed = parsed.configs.get(task, {}).get("metric_list")
     entries = listed if isinstance(listed, list) else []
     return {str(entry.get("metric")): entry for entry in entries if isinstance(entry, dict)}

@@ -14,21 +14,21 @@ from qvlm_plugin.report.results import Grid, size
 from qvlm_plugin.report.shares import FEWEST, PERCENT, number_text, score_text
 
 READING = (
-    "Ranks hold within a table: its rows share data, split, prompt and documents. A rank such as 2–7 names the places "
-    "that the documents do not exclude, by paired tests of all runs. Shares are in percent, other scores as lmms-eval "
-    "gives them. ±: lmms-eval's standard error, which takes documents as independent; […]: Wilson's 95 % interval, "
-    f"where fewer than {FEWEST} documents are right, or wrong. `qvlm compare` and `qvlm paired` test differences. "
-    "Difference: below (−) or above the same model in full precision. Size: quantized weights as their formats say, "
-    "scales included, and all else in 16 bits. Memory and speed are measured, memory as weights / peak of the run, and "
-    "left out where low bits are simulated (backend reference)."
+    "Ranks apply within a table, whose rows share data, split, prompt and documents. A rank such as 2–7 gives the "
+    "ranks that the documents do not exclude, by paired tests of all runs. Shares are in percent, other scores as "
+    "lmms-eval gives them. ±: lmms-eval's standard error, for independent documents; […]: Wilson's 95 % interval, "
+    f"if fewer than {FEWEST} documents are right or wrong. `qvlm compare` and `qvlm paired` test differences. "
+    "Difference: from the same model in full precision. Size: quantized weights in their formats, scales included, "
+    "and everything else in 16 bits. Memory (weights / peak of the run) and speed are measured, and left out if low "
+    "bits are simulated (backend reference)."
 )
 APART = "Stand-in data, or a part of the documents"
 APART_NOTE = "These rows say nothing about the real benchmarks and cannot be compared with the ones above."
-REPORTED_NOTE = "Reported by the paper, not measured here; other checkpoints, code and data than in the rows above."
+REPORTED_NOTE = "Reported by the paper, not measured here; checkpoints, code and data differ from the rows above."
 
 
 def json_text(board: Board, reported: Sequence[ReportedTable]) -> str:
-    """All rows with the meaning of their fields, the paper's tables, and what was wrong with files."""
+    """All rows with descriptions of their fields, the paper's tables, and problems of files."""
     content = {
         "fields": {name: field.description for name, field in Row.model_fields.items()},
         "rows": [row.model_dump(mode="json") for row in board.rows],
@@ -105,7 +105,7 @@ def _cells(entry: Entry, main: str, others: Sequence[str]) -> tuple[str, ...]:
 
 
 def cell(row: Row | None) -> str:
-    """A score with its standard error, or its interval where it has one, shares in percent."""
+    """A score with its interval or its standard error, shares in percent."""
     if row is None:
         return ""
     interval = None if row.wilson_low is None else (row.wilson_low, row.wilson_high)
@@ -126,5 +126,5 @@ def bits(row: Row) -> str:
 
 
 def plain(text: str) -> str:
-    """Text of others, such as a model's name, as one line without markup."""
+    """Untrusted text, such as a model's name, as one line without markup."""
     return html.escape(" ".join(text.split()), quote=False).replace("`", "'").replace("[", "\\[").replace("*", "\\*")

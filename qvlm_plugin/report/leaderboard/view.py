@@ -1,4 +1,4 @@
-"""The ranked rows as evaluations with their runs: what the Markdown and the page show."""
+"""The ranked rows grouped by evaluation and run, as the Markdown and the page show them."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ class Entry:
     """One run in one evaluation.
 
     Attributes:
-        main: its row of the main metric.
+        main: its row for the main metric.
         scores: its rows by metric.
     """
 
@@ -25,12 +25,12 @@ class Group:
     """One evaluation.
 
     Attributes:
-        name: the evaluation's; empty where it is not known.
-        title: task, data and documents, and what else differs from evaluations that would have the same title.
-        label: the task, and the same; short enough for a column.
+        name: the evaluation's hash; empty if unknown.
+        title: task, data and documents, and how it differs from evaluations that would have the same title.
+        label: the task and its difference, short enough for a column.
         apart: whether it is on stand-in data or on a part of the documents.
-        metrics: names, the main one first.
-        entries: best first.
+        metrics: names of the metrics, the main one first.
+        entries: its runs, best first.
     """
 
     name: str
@@ -46,7 +46,7 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     found: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         found[row.apart, row.task, row.evaluation or ""].append(row)
-    return _told_apart([_group(key[2], own) for key, own in found.items()])
+    return _distinguished([_group(key[2], own) for key, own in found.items()])
 
 
 def _group(name: str, rows: Sequence[Row]) -> Group:
@@ -70,15 +70,15 @@ def _documents(row: Row) -> str:
     return f"{row.documents:,}" + (f" of {row.documents_total:,}" if row.documents != row.documents_total else "")
 
 
-def _told_apart(found: Sequence[Group]) -> list[Group]:
-    """The groups with titles and labels of their own."""
+def _distinguished(found: Sequence[Group]) -> list[Group]:
+    """The groups with unique titles and labels."""
     for part, traits in (("title", _traits), ("label", lambda row: (_documents(row), *_traits(row)))):
-        twins: dict[str, list[Group]] = defaultdict(list)
+        alike: dict[str, list[Group]] = defaultdict(list)
         for group in found:
-            twins[getattr(group, part)].append(group)
+            alike[getattr(group, part)].append(group)
         suffixes = {
             id(group): suffix
-            for own in twins.values()
+            for own in alike.values()
             for group, suffix in zip(own, _suffixes([traits(group.entries[0].main) for group in own]), strict=True)
         }
         texts = [": ".join(filter(None, (getattr(group, part), suffixes[id(group)]))) for group in found]
@@ -87,17 +87,17 @@ def _told_apart(found: Sequence[Group]) -> list[Group]:
 
 
 def _suffixes(traits: Sequence[tuple[str, ...]]) -> list[str]:
-    """Of the traits, in their order, as many of those that differ as tell all apart."""
+    """The traits that differ, in their order, as many as are needed to make all suffixes unique."""
     chosen: list[int] = []
-    for place, values in enumerate(zip(*traits, strict=True)):
-        told = {tuple(own[at] for at in chosen) for own in traits}
-        if len(told) < len(traits) and len(set(values)) > 1:
-            chosen.append(place)
-    return [", ".join(own[place] for place in chosen if own[place]) for own in traits]
+    for index, values in enumerate(zip(*traits, strict=True)):
+        suffixes = {tuple(own[at] for at in chosen) for own in traits}
+        if len(suffixes) < len(traits) and len(set(values)) > 1:
+            chosen.append(index)
+    return [", ".join(own[index] for index in chosen if own[index]) for own in traits]
 
 
 def _traits(row: Row) -> tuple[str, ...]:
-    """What evaluations of the same task and data can differ in; hashes are shortened."""
+    """Properties in which evaluations of the same task and data can differ; hashes are shortened."""
     if row.evaluation is None:
         return "documents unknown", "", "", ""
     return (

@@ -1,4 +1,4 @@
-"""The leaderboard's files."""
+"""Write the leaderboard's files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,21 +16,21 @@ def write_leaderboard(paths: Sequence[Path], output: Path, *, with_reported: boo
     """Read results, rank them, and write ``leaderboard.md``, ``.csv``, ``.json`` and ``.html``.
 
     Args:
-        paths: results files, or folders that hold some.
+        paths: results files, or folders that contain some.
         output: folder to write to.
-        with_reported: whether to show the paper's tables that are about the same benchmarks.
+        with_reported: whether to show the paper's tables on the same benchmarks.
 
     Returns:
-        The rows, and what was wrong with files.
+        The rows, and problems of files.
 
     Raises:
-        QVLMError: no results file was found, or none holds a score.
+        QVLMError: no results file was found, or none contains a score.
     """
     files = find_results(paths)
     board = rank(read_board(files, output))
     if not board.rows:
         first = board.problems[0]
-        raise QVLMError(f"none of {len(files)} results files holds a score; {first.file} {first.message}")
+        raise QVLMError(f"none of {len(files)} results files contains a score; {first.file} {first.message}")
     reported = paper_tables([row.task for row in board.rows]) if with_reported else []
     texts = {
         "json": json_text(board, reported),

@@ -11,10 +11,11 @@ from statsmodels.stats.contingency_tables import mcnemar
 from qvlm_plugin.report.compare.comparison import choose_test, compare_outcomes, pool_seeds
 from qvlm_plugin.report.compare.grid import cells, read_grid
 from qvlm_plugin.report.compare.report import compare_report
-from qvlm_plugin.report.paired import AVERAGE, compare, holm
+from qvlm_plugin.report.paired import AVERAGE, compare
 from qvlm_plugin.report.pooled import pool
 from qvlm_plugin.report.runs import Outcome
 from qvlm_plugin.report.samples import Document, RunSamples
+from qvlm_plugin.report.significance import holm
 
 
 def run(scores, images=None):
@@ -111,8 +112,8 @@ def test_without_its_baseline_a_run_is_left_out(tmp_path):
     outcomes = outcomes_of(tmp_path, grid)
     compared, trouble = compare_outcomes(grid, without(outcomes, "none-w16a16/quiz"))
     assert {one.of.task for one in compared} == {"exam"} and len(compared) == 4
-    assert sum("there is no run of none w16a16 to compare with" in line for line in trouble) == 3
-    assert trouble[0].startswith("m/none-w16a16/quiz ended without results: nothing was printed; log: ")
+    assert sum("its baseline none w16a16 has no run" in line for line in trouble) == 3
+    assert trouble[0].startswith("m/none-w16a16/quiz ended without results: its log is empty; log: ")
     grid = grid_of(baseline="qlora")
     compared, trouble = compare_outcomes(grid, without(outcomes, "none"))
     assert len(compared) == 6 and len(trouble) == 2
@@ -125,7 +126,7 @@ def test_runs_of_another_checkpoint_are_left_out(tmp_path):
     content["qvlm"]["model_fingerprint"] = "g"
     outcomes[1].results.write_text(json.dumps(content))
     compared, (line,) = compare_outcomes(grid, outcomes)
-    assert len(compared) == 3 and line.startswith("m/qlora-w4a4/quiz: ") and "another checkpoint" in line
+    assert len(compared) == 3 and line.startswith("m/qlora-w4a4/quiz: ") and "are of different checkpoints" in line
 
 
 def test_a_method_as_baseline_is_that_of_the_same_scheme_and_seed(tmp_path):
@@ -168,7 +169,7 @@ def test_a_run_without_draws_is_compared_with_each_seed_of_the_other(tmp_path):
         assert pooled["rtn"].drawn == (baseline == "awq")
 
 
-def test_a_seed_that_failed_is_left_out_of_what_needs_it(tmp_path):
+def test_a_failed_seed_is_left_out_of_the_pooled_rows(tmp_path):
     grid = grid_of(seeds=(0, 1, 2))
     compared, trouble = compare_outcomes(grid, without(outcomes_of(tmp_path, grid), "awq-w4a4-seed1/exam"))
     seeds = {(one.method, one.task): one.pooled.seeds for one in pool_seeds(grid, compared)}
@@ -199,7 +200,7 @@ def test_the_report_over_seeds(tmp_path):
     assert row["p_t"] <= row["p_t_holm"] and row["spread"] == pytest.approx(0.025) and len(data["verdicts"]) == 2
 
 
-def test_the_report_of_one_seed_says_that_it_is_one(tmp_path):
+def test_the_report_of_one_seed_mentions_it(tmp_path):
     grid = grid_of(methods=("qlora",))
     report = compare_report(grid, *compare_outcomes(grid, outcomes_of(tmp_path, grid)), "qvlm compare")
     assert len(report.tables) == 1 and report.title == "Comparison with full precision"
@@ -208,7 +209,7 @@ def test_the_report_of_one_seed_says_that_it_is_one(tmp_path):
     assert sentence.endswith("over 80 documents (one draw of calibration samples; another can change it).")
 
 
-def test_schemes_and_models_are_named_where_there_are_several(tmp_path):
+def test_schemes_and_models_are_named_if_there_are_several(tmp_path):
     grid = grid_of(models=("m", "n"), methods=("qlora",), schemes=("w4a4", "w6a6"), tasks=("quiz",))
     report = compare_report(grid, *compare_outcomes(grid, outcomes_of(tmp_path, grid)), "qvlm compare")
     starts = [f"{model}: qlora {scheme} is " for model in "mn" for scheme in ("w4a4", "w6a6")]
@@ -235,5 +236,5 @@ def test_a_score_of_all_documents_at_once_has_no_interval(tmp_path):
     assert row["p"] == pytest.approx(2 * 0.5**18) and row["right_to_wrong"] == 18  # of the documents' own scores
     assert report.verdicts == ["qlora is 150 below full precision over 40 documents (one draw of calibration samples; "
                                "another can change it)."]  # fmt: skip
-    assert any(note.startswith("quiz: exact_match is made of all documents at once") for note in report.notes)
+    assert any(note.startswith("quiz: exact_match is computed from all documents at once") for note in report.notes)
     assert any("as lmms-eval gives it" in note for note in report.notes)

@@ -29,7 +29,7 @@ def of(arguments, tmp_path, limit=None, searched=True, task="quiz"):
     return estimate(Cell("cell", arguments, (task,), limit), searched, finished_runs(tmp_path))
 
 
-def test_the_most_alike_runs_tell_and_documents_count(tmp_path):
+def test_the_most_similar_runs_are_used_and_scaled_by_documents(tmp_path):
     assert of(RTN, tmp_path).evaluation is None and of(RTN, tmp_path).search is None
     write(tmp_path / "a", NONE, 8)
     found = of(RTN, tmp_path, limit=10)
@@ -53,7 +53,7 @@ def test_a_plan_from_the_cache_is_no_part_of_a_runs_time(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"results": 3}'])
-def test_files_that_tell_nothing_are_left_out(tmp_path, content):
+def test_files_without_times_are_left_out(tmp_path, content):
     (tmp_path / "1_results.json").write_text(content)
     write(tmp_path / "a", RTN, 20, search=10)
     file = tmp_path / "a" / "1_results.json"

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from qvlm_plugin.errors import QVLMError
@@ -11,7 +13,7 @@ def run_of(flags):
     return [one.cell for one in cells(read_grid(None, flags))]
 
 
-def test_every_combination_once_and_full_precision_beside():
+def test_every_combination_appears_once_and_full_precision_is_added():
     found = run_of(FLAGS | {"limit": 7, "calibration": "x.json:4"})
     assert len(found) == 2 * 2 * (1 + 2 * 2) == len({cell.name for cell in found})
     plain = [cell for cell in found if cell.model_args["method"] == "none"]
@@ -37,7 +39,7 @@ def test_a_file_and_flags_over_it(tmp_path):
     }  # fmt: skip
 
 
-def test_what_a_job_asks_for_is_taken_one_by_one(tmp_path):
+def test_resources_of_jobs_override_the_file_one_by_one(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text(GRID + "cluster: {gpus: 2, time: 90, sbatch: {account: me, exclusive: true}}\n")
     asked = read_grid(file, {"cluster": {"time": 30, "partition": "short"}}).cluster
@@ -46,7 +48,7 @@ def test_what_a_job_asks_for_is_taken_one_by_one(tmp_path):
     assert read_grid(None, FLAGS | {"cluster": {"gpus": 1}}).cluster.time == 1440
 
 
-def test_each_seed_is_a_cell_where_samples_are_drawn():
+def test_each_seed_is_a_cell_if_samples_are_drawn():
     flags = {"models": ("m",), "methods": ("rtn", "awq"), "schemes": ("w4a4", "w4a16"), "tasks": ("quiz", "exam")}
     plain, seeded = run_of(flags), cells(read_grid(None, flags | {"seeds": (0, 1, 2)}))
     runs = dict.fromkeys((one.method, one.scheme, one.seed) for one in seeded)
@@ -72,7 +74,7 @@ def test_options_decide_whether_samples_are_drawn():
         assert [one.seed for one in cells(read_grid(None, flags | changes))] == [None, 1, 2]
 
 
-def test_a_row_of_its_own_name_says_which_method_it_is():
+def test_a_named_row_gives_its_method():
     flags = {"models": ("m",), "methods": ("rtn", "+ all: two"), "schemes": ("w4a4",), "tasks": ("quiz",)}
     flags |= {"options": {"+ all: two": {"method": "qlora", "bias_correction": True}}}
     *_, plain, named = cells(read_grid(None, flags | {"baseline": "previous"}))
@@ -88,7 +90,7 @@ def test_each_row_may_be_compared_with_the_one_before():
     assert [grid.baseline_of(name, "w4a4") for name in grid.methods] == [None, ("none", "w16a16"), ("rtn", "w4a4")]
 
 
-def test_unknown_names_are_told_before_anything_runs():
+def test_unknown_names_are_reported_before_anything_runs():
     with pytest.raises(QVLMError, match="rtm"):
         run_of(FLAGS | {"methods": ("rtm",)})
     with pytest.raises(QVLMError, match="colour"):
@@ -131,9 +133,38 @@ def test_mistakes(tmp_path, text, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_quantized_checkpoint_is_a_row_of_its_own():
-    flags = {"models": ("demo",), "methods": ("rtn", "theirs"), "schemes": ("w4a16",), "tasks": ("quiz",)}
-    flags |= {"options": {"theirs": {"pretrained": "a/folder"}}, "model_args": {"dtype": "float16"}}
-    found = {one.method: one for one in cells(read_grid(None, flags))}
-    assert found["theirs"].cell.model_args == {"pretrained": "a/folder", "dtype": "float16"}
-    assert found["theirs"].seed is None and found["rtn"].cell.model_args["pretrained"] == "demo"
+STORED = "models: [demo]\nmethods: [rtn, theirs, ours]\nschemes: [w4a16, w8a8]\ntasks: [quiz]\nseeds: [0, 1]\n"
+STORED += "options: {theirs: {pretrained: a/folder}, ours: {pretrained: b}}\nmodel_args: {dtype: float16}\n"
+
+
+def test_a_quantized_checkpoint_is_one_row_whatever_the_schemes_and_seeds(tmp_path):
+    (tmp_path / "grid.yaml").write_text(STORED)
+    grid = read_grid(tmp_path / "grid.yaml", {})
+    found = [(one.method, one.scheme, one.seed) for one in cells(grid)]
+    assert [one for one in found if one[0] == "rtn"] == [
+        ("rtn", "w4a16", None), ("rtn", "w8a8", 0), ("rtn", "w8a8", 1),
+    ]  # fmt: skip
+    assert found[0] == ("none", "w16a16", None) and found[4:] == [("theirs", "stored", None), ("ours", "stored", None)]
+    theirs = cells(grid)[4].cell
+    assert theirs.model_args == {"pretrained": "a/folder", "dtype": "float16"} and theirs.name == "demo/theirs/quiz"
+    assert grid.baseline_of("theirs", "stored") == ("none", "w16a16")
+
+
+def test_what_a_quantized_checkpoint_is_compared_with(tmp_path):
+    (tmp_path / "grid.yaml").write_text(STORED)
+
+    def baseline_of(method, scheme, **changes):
+        return read_grid(tmp_path / "grid.yaml", changes).baseline_of(method, scheme)
+
+    assert baseline_of("theirs", "stored", baseline="rtn", schemes=["w8a8"]) == ("rtn", "w8a8")
+    assert baseline_of("rtn", "w8a8", baseline="theirs") == ("theirs", "stored")
+    assert baseline_of("ours", "stored", baseline="theirs") == ("theirs", "stored")
+    assert baseline_of("ours", "stored", baseline="previous", schemes=["w8a8"]) == ("theirs", "stored")
+    for changes, message in (
+        ({"baseline": "rtn"}, "--baseline: theirs has its own scheme (pretrained), and rtn is run at 2"),
+        ({"baseline": "previous"}, "theirs has its own scheme (pretrained), and rtn is run at 2; allowed are"),
+        ({"models": ["demo", "other"]}, "--models: theirs is a checkpoint of one model (pretrained)"),
+        ({"options": {"theirs": {"pretrained": "x", "method": "rtn"}}}, "theirs is quantized already (pretrained), so"),
+    ):
+        with pytest.raises(QVLMError, match=re.escape(message)):
+            baseline_of("theirs", "stored", **changes)

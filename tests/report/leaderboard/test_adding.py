@@ -39,7 +39,7 @@ def test_another_plan_is_another_run(tmp_path):
 def test_a_contradiction_is_refused(tmp_path):
     add_run(write_run(tmp_path / "a", [1, 1, 0], facts()), tmp_path / "shared")
     other = write_run(tmp_path / "b", [1, 0, 0], facts(), date="20261122_120000")
-    with pytest.raises(QVLMError, match=r"is 0.333333, but .* there has 0.666667 for the same model, plan"):
+    with pytest.raises(QVLMError, match=r"is 0.333333, but .* in .* has 0.666667 for the same model, plan"):
         add_run(other, tmp_path / "shared")
     assert len([*(tmp_path / "shared").rglob("*_results.json")]) == 1
 
@@ -56,13 +56,13 @@ def resumed(generated, found):
     return facts(answers={"quiz": {"generated": generated, "found_in_cache": found, "parse_failures": 0}})
 
 
-def write_untold(folder, qvlm):
+def write_without_images(folder, qvlm):
     rows = [{name: value for name, value in row.items() if name != "input_media"} for row in samples([1, 0])]
     return write(folder, content([1, 0], qvlm), rows)
 
 
 def test_a_run_that_saw_all_images_or_answers_is_added(tmp_path):
-    add_run(write_untold(tmp_path / "whole", resumed(2, 0)), tmp_path / "shared")
+    add_run(write_without_images(tmp_path / "whole", resumed(2, 0)), tmp_path / "shared")
     later = write_run(tmp_path / "cached", [1, 0], resumed(0, 2) | {"plan_hash": "7" * 64})
     add_run(later, tmp_path / "shared")
 
@@ -71,20 +71,20 @@ def test_a_run_that_saw_all_images_or_answers_is_added(tmp_path):
     "make, message",
     [
         (lambda folder: write_run(folder, [1, 0]), "has no provenance"),
-        (lambda folder: write_run(folder, [1, 0], facts(plan_hash="12")), "qvlm.plan_hash is no SHA-256"),
+        (lambda folder: write_run(folder, [1, 0], facts(plan_hash="12")), "qvlm.plan_hash is not a SHA-256"),
         (lambda folder: write_run(folder, [1, 0], facts(), total=4), "2 of 4 documents were evaluated"),
         (lambda folder: write_run(folder, [1, 0], facts(calibration=overlap())), "calibrated on evaluated documents"),
-        (lambda folder: write(folder, content([1, 0], facts())), "has no samples beside it"),
+        (lambda folder: write(folder, content([1, 0], facts())), "no samples of"),
         (lambda folder: write(folder, content([1, 0], facts()), samples([1])), "2 documents were evaluated, but"),
         (lambda folder: write(folder, content([1, 0], facts()), samples([1, 1])), "the samples' mean is 1"),
         (lambda folder: write_run(folder, [1, 0], facts(calibration=compared(1))), "not all documents compared"),
-        (lambda folder: write_untold(folder, facts()), "of 2 documents the samples do not tell the images"),
-        (lambda folder: write_untold(folder, resumed(0, 1)), "of 2 documents the samples do not tell the images"),
-        (lambda folder: write_run(folder, [1, 0], facts(data={})), "does not tell where its documents came from"),
-        (lambda folder: write_run(folder, [1, 0], facts(calibration={"source": "x"})), "does not tell whether"),
+        (lambda folder: write_without_images(folder, facts()), "do not record the images of 2 documents"),
+        (lambda folder: write_without_images(folder, resumed(0, 1)), "do not record the images of 2 documents"),
+        (lambda folder: write_run(folder, [1, 0], facts(data={})), "does not record the source of its documents"),
+        (lambda folder: write_run(folder, [1, 0], facts(calibration={"source": "x"})), "does not record whether"),
     ],
 )
-def test_what_may_not_be_added(tmp_path, make, message):
+def test_runs_that_may_not_be_added(tmp_path, make, message):
     file = make(tmp_path / "run")
     with pytest.raises(QVLMError) as caught:
         add_run(file, tmp_path / "shared")

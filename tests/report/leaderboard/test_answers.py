@@ -63,7 +63,7 @@ def test_documents_of_one_picture_have_its_number(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["one run", "no samples", "changed since"])
-def test_nothing_is_told_of_what_is_not_known(tmp_path, harm):
+def test_unknown_facts_are_left_out(tmp_path, harm):
     write_run(tmp_path / "a", [1, 0], provenance("a"))
     if harm == "no samples":
         write(tmp_path / "b", content([0, 1], provenance("b")))

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from qvlm_plugin.report.estimates import cluster_sums
 from qvlm_plugin.report.leaderboard.intervals import LEVEL, TaskScores, rank_intervals
-from qvlm_plugin.report.paired import cluster_sums, sign_flip_p
+from qvlm_plugin.report.significance import sign_flip_p
 
 
 def task(scores, clusters=None):
@@ -34,7 +35,7 @@ def test_intervals_hold_the_ranks_and_agree_with_the_exact_test(seed):
         assert 12 - (maybe & (means < means[run])).sum() <= high <= 12 - (sure & (means < means[run])).sum()
 
 
-def test_equal_runs_share_all_places_and_clear_ones_have_their_own():
+def test_equal_runs_share_all_ranks_and_clear_ones_have_one():
     same = drawn(0, 1, 50, 0)
     assert rank_intervals([task(np.repeat(same, 4, axis=0))], higher_is_better=True) == [(1, 4)] * 4
     clear = np.stack([np.ones(300), np.r_[np.ones(150), np.zeros(150)], np.zeros(300)])
@@ -43,7 +44,7 @@ def test_equal_runs_share_all_places_and_clear_ones_have_their_own():
     assert rank_intervals([task(clear[:1])], higher_is_better=True) == [(1, 1)]
 
 
-def test_copies_of_documents_in_their_cluster_change_nothing_and_alone_narrow():
+def test_copies_within_clusters_keep_the_interval_and_independent_copies_narrow_it():
     scores = drawn(3, 8, 200, 0.06)
     once = rank_intervals([task(scores)], higher_is_better=True)
     thrice = np.tile(scores, 3)

@@ -49,7 +49,7 @@ def test_seeds_are_averaged(tmp_path):
     assert found.places == {row.name: (1, 2) for row in rows.values()}  # the mean of both is that of the other
 
 
-def test_what_differs_is_told(tmp_path):
+def test_differences_are_named(tmp_path):
     options = {"group_size": 64, "norm": 2.0}
     write_run(tmp_path / "a", scores(40), provenance("rtn", options=options, backend="packed"))
     write_run(tmp_path / "b", scores(50), provenance("rtn", options=options | {"norm": 1.0}, backend="packed"))
@@ -72,7 +72,7 @@ def test_of_each_task_the_evaluation_of_most_runs_is_shown(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["no samples", "another metric", "calibrated"])
-def test_without_paired_documents_there_is_no_place(tmp_path, harm):
+def test_without_paired_documents_there_are_no_places(tmp_path, harm):
     write_run(tmp_path / "good", scores(50), provenance("good"))
     if harm == "no samples":
         write(tmp_path / "bad", content(scores(60), provenance("bad")))
@@ -88,7 +88,7 @@ def test_without_paired_documents_there_is_no_place(tmp_path, harm):
     assert "bad" not in {named[name] for name in found.places}
 
 
-def test_places_agree_with_ranks_where_there_is_one_benchmark(tmp_path):
+def test_places_agree_with_ranks_on_one_benchmark(tmp_path):
     generator = np.random.default_rng(0)
     for number in range(9):
         right = (generator.random(100) < 0.3 + 0.05 * number).astype(int).tolist()

@@ -167,18 +167,18 @@ def test_filters(science):
     assert set(column(science, "scheme")) == {"w4a4", "w6a6"}
 
 
-def test_an_empty_result_says_why(science):
+def test_an_empty_result_gives_the_reason(science):
     assert not science.is_shown("#empty")
     science.choose("bits", "3")
     tick(science, "method", "qvlm")
     assert science.table() == [] and science.is_shown("#empty")
     reasons = science.run("[...document.querySelectorAll('#empty li')].map((one) => one.textContent)")
-    assert reasons == ["Drop: method qvlm leaves 0 rows", "Drop: at most 3 bits leaves 2 rows"]
+    assert reasons == ["Remove: method qvlm leaves 0 rows", "Remove: at most 3 bits leaves 2 rows"]
     science.click("#empty li:last-child button")
     assert len(science.table()) == 2 and science.run("document.activeElement.id") == "table"
 
 
-def test_the_address_holds_the_state(science, board, tmp_path):
+def test_the_address_contains_the_state(science, board, tmp_path):
     tick(science, "method", "qvlm")
     science.choose("search", "w")
     science.choose("metric", "NAT")
@@ -228,7 +228,7 @@ def test_marks_do_not_change_with_filters(science):
     assert marks() == {name: before[name] for name in ("none", "rtn")}
 
 
-def test_the_line_joins_what_nothing_beats(science):
+def test_the_line_joins_the_pareto_front(science):
     label = science.run("document.querySelector('#plot-size svg').getAttribute('aria-label')")
     best = label.partition("Pareto line: ")[2].split("; ")
     runs = science.run("JSON.parse(document.getElementById('data').textContent).runs")
@@ -304,7 +304,7 @@ def test_downloads_have_the_rows_shown(science):
 
 def test_stand_ins_are_another_table_and_say_so(desk):
     labels = desk.run("[...document.querySelectorAll('optgroup')].map((one) => [one.label, one.children.length])")
-    assert labels == [["Whole benchmarks", 3], ["Stand-in data or a part", 2]]
+    assert labels == [["Complete benchmarks", 3], ["Stand-in data or a part", 2]]
     assert not desk.is_shown("#apart")
     choose_view(desk, "quiz")
     assert len(desk.table()) == 2 and desk.is_shown("#apart")
@@ -320,7 +320,7 @@ def test_scores_that_are_no_shares_are_shown_as_they_are(desk, board):
     assert "| 1480.5 ± 0.02 |" in markdown and "| 66.7 ± 2.0 |" in markdown
 
 
-def test_the_papers_tables_are_apart_from_measured_rows(desk):
+def test_the_papers_tables_are_separate_from_measured_rows(desk):
     assert desk.run("document.querySelectorAll('#reported details').length") == 4
     assert desk.run("document.querySelectorAll('#reported tbody tr').length") == 4 + 21 + 6 + 7
     assert not any("Q-VLM" in cell for row in desk.table() for cell in row.values())

@@ -70,7 +70,7 @@ def test_contrast(name):
 
 @pytest.mark.parametrize("vision", VISIONS)
 @pytest.mark.parametrize("name", ["light", "dark"])
-def test_colours_can_be_told_apart(name, vision):
+def test_colours_are_distinguishable(name, vision):
     # Of Okabe and Ito's palette, made for this, the closest pair is 0.076 apart by the same measure.
     assert min(distances([*methods(name), theme(name)["text"]], vision)) > 0.07
 

@@ -24,7 +24,7 @@ def shown(found):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_pictures_beside_the_samples_and_in_them_are_small(tmp_path, kind):
+def test_pictures_in_files_and_in_samples_become_thumbnails(tmp_path, kind):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.png").write_bytes(blob(kind))
     for source in ("images/1.png", uri(blob(kind))):
@@ -50,6 +50,6 @@ def test_nothing_outside_the_folder_is_read(tmp_path):
     [None, [], "images/1.png", [7], ["data:image/png;base64,%%"], [uri(b"not a picture")], [uri(blob()[:60])],
      ["data:image/svg+xml;base64,PHN2Zy8+"], [uri(blob(size=(6000, 6000)))], ["."], ["\0"], ["x" * 9999]],
 )  # fmt: skip
-def test_what_is_no_picture_is_none(tmp_path, media, monkeypatch):
+def test_invalid_pictures_are_none(tmp_path, media, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # lmms-eval sets it for the whole process
     assert picture(media, tmp_path) is None

@@ -57,7 +57,7 @@ def test_a_metric_that_should_be_low_ranks_the_lowest_first(tmp_path):
         lambda whole: whole["versions"].update(quiz=2.0),
     ],
 )
-def test_what_differs_is_not_ranked_together(tmp_path, change):
+def test_different_evaluations_are_not_ranked_together(tmp_path, change):
     write_run(tmp_path / "a", [1, 1, 0, 0], provenance("a"))
     whole = content([1, 1, 1, 0], provenance("b"))
     change(whole)
@@ -87,7 +87,7 @@ def test_the_address_of_a_prompt_function_does_not_matter(tmp_path):
     assert by_run(board(tmp_path))["a"].rank == 2
 
 
-def test_another_packages_model_is_ranked_where_it_answered_the_same_documents(tmp_path):
+def test_another_packages_model_is_ranked_on_the_same_documents(tmp_path):
     write_run(tmp_path / "ours", [1, 0, 0], provenance())
     write_run(tmp_path / "same", [1, 1, 0])
     write_run(tmp_path / "fewer", [1, 1], total=3)
@@ -98,7 +98,7 @@ def test_another_packages_model_is_ranked_where_it_answered_the_same_documents(t
     assert rows["silent"].rank is None and rows["silent"].evaluation is None
 
 
-def test_stand_ins_stand_apart_and_so_do_others_on_the_same_documents(tmp_path):
+def test_stand_in_runs_and_others_on_the_same_documents_are_listed_apart(tmp_path):
     origin = DATA | {"origin": "local", "revision": None, "content_hash": "c" * 64, "stand_in": True}
     write_run(tmp_path / "ours", [1, 0, 0], provenance(data={"quiz": origin}, stand_in=True))
     write_run(tmp_path / "other", [1, 1, 0])
@@ -241,12 +241,12 @@ def versions(folder):
     "harm, message",
     [
         (truncated, "is not a results file of lmms-eval"),
-        (failed, "holds no results: the evaluation failed"),
+        (failed, "contains no results: the evaluation failed"),
         (not_a_number, "quiz exact_match is nan; left out"),
-        (missing_samples, "4 documents were evaluated, but there are samples of 3"),
+        (missing_samples, "4 documents were evaluated, but the samples file has 3"),
         (cut_samples, "is not a samples file of lmms-eval: line 4"),
         (twice, "has document 0 twice"),
-        (nan_sample, "has a score that is no number: exact_match"),
+        (nan_sample, "has a score that is not finite: exact_match"),
         (disagreeing, "exact_match is 1, but the samples' mean is 0.5"),
         (edited, "was edited after the run"),
         (malformed, "is not a results file of lmms-eval: n-samples.quiz"),
@@ -262,7 +262,7 @@ def versions(folder):
         (versions, "quiz: other versions than in other runs: torch 2.1"),
     ],
 )
-def test_bad_files_are_told_and_never_ranked_above(healthy, harm, message):
+def test_bad_files_are_reported_and_never_ranked(healthy, harm, message):
     harm(healthy)
     found = board(healthy)
     assert any(message in problem.message for problem in found.problems)
@@ -274,7 +274,7 @@ def test_bad_files_are_told_and_never_ranked_above(healthy, harm, message):
 def test_paths(tmp_path):
     with pytest.raises(QVLMError, match="missing does not exist"):
         find_results([tmp_path / "missing"])
-    with pytest.raises(QVLMError, match=r"no \*_results.json there"):
+    with pytest.raises(QVLMError, match=r"no \*_results.json found"):
         find_results([tmp_path])
     file = write_run(tmp_path / "a", [1])
     assert find_results([tmp_path, file, tmp_path / "a"]) == [file]

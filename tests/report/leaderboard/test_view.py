@@ -47,7 +47,7 @@ def test_evaluations_that_differ_have_titles_that_differ(tmp_path, change, expec
     assert any(expected in one.title and expected in one.label for one in found)
 
 
-def test_other_questions_are_told_by_their_hash(tmp_path):
+def test_different_questions_are_distinguished_by_hash(tmp_path):
     for name in "abc":
         rows = [row | {"input": f"{name}?"} for row in samples([1, 0])]
         write(tmp_path / name, content([1, 0], provenance(name)), rows)

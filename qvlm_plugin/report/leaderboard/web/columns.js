@@ -1,17 +1,17 @@
-// Columns of a view. value: what is sorted by, null goes last; high: whether much is good; rare: hidden at first.
+// Columns of a view. value: sort key, null goes last; high: whether higher is better; rare: hidden by default.
 
 const cost = (key, name, value, show, title, more) => ({key, name, value, show, title, ...more});
 const fact = (key, name, field, title, show = String) =>
   cost(key, name, (row) => row.run[field], show, title, {text: true, rare: true});
 
-const SIMULATED = "left out where low bits are simulated";
+const SIMULATED = "left out if low bits are simulated";
 const bitsText = (bits, row) => `${fixed(bits, 2)} / ${fixed(row.run.activation_bits ?? 16, 0)}`;
 const searched = (row) => (row.run.calibration ? row.run.search_seconds : null);
 const noted = (row) => (row.notes.length ? row.notes.join("; ") : null);
 
 const COSTS = [
   cost("bits", "bits w / a", (row) => row.run.weight_bits, bitsText, "Effective, scales included, of the decoder"),
-  cost("packed", "packed size", (row) => row.run.packed_bytes, bytes, "Quantized weights, and all else in 16 bits"),
+  cost("packed", "packed size", (row) => row.run.packed_bytes, bytes, "Quantized weights, everything else in 16 bits"),
   cost(
     "speed",
     "tokens/s",
@@ -22,12 +22,12 @@ const COSTS = [
   ),
   cost("weights", "weights in memory", (row) => row.run.weight_bytes, bytes, `Measured; ${SIMULATED}`, {rare: true}),
   cost("peak", "peak memory", (row) => row.run.peak_memory_bytes, bytes, `Measured; ${SIMULATED}`, {rare: true}),
-  cost("search", "search", searched, duration, "Time that finding the quantization took", {rare: true}),
+  cost("search", "search", searched, duration, "Time of the search", {rare: true}),
   fact("backend", "backend", "backend", "Arithmetic; reference simulates low bits"),
-  fact("device", "device", "device", "What it ran on"),
+  fact("device", "device", "device", "Device of the run"),
   fact("date", "date", "date", "When the evaluation began", day),
-  fact("version", "version", "package", "Of qvlm_plugin, with its commit where it is known"),
-  cost("notes", "notes", noted, String, "What sets a row apart, and why it has no rank", {text: true, wide: true}),
+  fact("version", "version", "package", "Version of qvlm_plugin, with its commit if known"),
+  cost("notes", "notes", noted, String, "Why a row is listed apart or has no rank", {text: true, wide: true}),
 ];
 
 function day(date) {
@@ -39,7 +39,7 @@ function rankText(rank, low, high) {
   return known(low) && low !== high ? `${low}–${high}` : String(rank);
 }
 
-// state.columns: those that are not as usual
+// state.columns: columns whose visibility differs from the default
 const isShown = (column) => !column.rare !== state.columns.includes(column.key);
 
 function scoreColumn(index, metric, more) {
@@ -67,10 +67,10 @@ function differenceColumn(of, percent, title) {
   };
 }
 
-const DIFFERENCE = "To the same model in full precision, with its sign";
-const PLACES = "An interval holds the places that the documents do not exclude";
+const DIFFERENCE = "From the same model in full precision";
+const PLACES = "A range gives the ranks that the documents do not exclude";
 
-// Means that were computed, by the benchmarks that they are over; drawing again takes them from here.
+// Cache of computed means, by their benchmarks.
 const meansKept = new Map();
 function meansOver(indices) {
   const key = indices.join(" ");
@@ -113,7 +113,7 @@ function overviewColumns(overview) {
     show: (_, row) => shownMean(row),
     high: true,
     unit: "%",
-    title: "Over the benchmarks shown that are shares; empty where one is missing",
+    title: "Over the benchmarks shown whose scores are shares; empty if one is missing",
   };
   const difference = {
     ...differenceColumn(mean, true, `${DIFFERENCE}, over the same benchmarks`),

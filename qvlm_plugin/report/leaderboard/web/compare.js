@@ -1,4 +1,4 @@
-// Two rows side by side, and the documents that they answer differently.
+// Two rows side by side, and the documents with different answers.
 
 const PAGE = 20;
 const browser = {key: "", count: PAGE};
@@ -58,7 +58,7 @@ function drawSideBySide([one, other], view) {
   );
 }
 
-// Of scores the difference, of costs the factor.
+// The difference of scores, or the ratio of costs.
 function changeText(column, [before, after]) {
   if (!known(before) || !known(after) || typeof before !== "number") return undefined;
   if (column.unit !== undefined) return signed(after - before, column.unit === "%");
@@ -89,7 +89,7 @@ function drawBrowser([one, other], view) {
   drawDocuments(index, flips[state.flips] ?? flips.broke, [one, other]);
 }
 
-// A row of several seeds is shown by the first of its runs that has samples.
+// For a row with several seeds, the first of its runs that has samples.
 function picksOf(index, row) {
   const found = row.entries[index].map((entry) => answersOf(index).picks[entry.run]).find(Boolean);
   return found ?? null;
@@ -118,7 +118,7 @@ function flipsText(index, one, other, flips) {
   const {name, percent} = mainOf(index);
   const [before, after] = [one, other].map((row) => scoreOf(row, index, name));
   const [held, all] = [questions.length, differing].map((count) => count.toLocaleString("en"));
-  const part = held === all ? "" : `Shown are ${held} of the ${all} documents on which any runs differ. `;
+  const part = held === all ? "" : `Shows ${held} of the ${all} documents on which runs differ. `;
   const reach = (1.96 * Math.sqrt(flips.square * (questions.length ? differing / questions.length : 1))) / documents;
   const difference = after.value - before.value;
   const interval = [difference - reach, difference + reach].map((end) => signed(end, percent)).join(" to ");

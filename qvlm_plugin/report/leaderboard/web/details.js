@@ -1,4 +1,4 @@
-// All that is known of a row, in a dialog; closing it brings the focus back to where it was opened.
+// All facts of a row in a dialog; closing it returns the focus.
 
 const FACTS = [
   "method",

@@ -1,4 +1,4 @@
-// The rows shown as a file: made here, so that it works wherever this page is.
+// Downloads the rows shown; the file is created in the browser, so no server is needed.
 
 function save(name, type, text) {
   const url = URL.createObjectURL(new Blob([text], {type}));
@@ -23,7 +23,7 @@ function records() {
   }));
 }
 
-// Text that a spreadsheet would compute is marked as text.
+// Escapes text that a spreadsheet would evaluate.
 function csvCell(value) {
   const text = typeof value === "string" ? value.replace(/^[=+\-@\t\r]/, "'$&") : String(value ?? "");
   return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;

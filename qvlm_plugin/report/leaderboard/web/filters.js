@@ -1,4 +1,4 @@
-// Which rows are shown. Each filter has a test, or null where it lets all pass, and a way to clear it.
+// Filters of rows. Each has a test, or null if inactive, and a function that clears it.
 
 const amount = (text) => (text.trim() === "" || !Number.isFinite(Number(text)) ? null : Number(text));
 
@@ -31,7 +31,7 @@ function filters() {
 
 const passing = (rows, chosen) => rows.filter((row) => chosen.every((filter) => filter.test(row)));
 
-// Says how many rows there are; where none is left, which filter takes them.
+// Shows the number of rows; if there are none, names the filter that removes them.
 function drawCount(rows, shown) {
   const chosen = filters();
   const told = at("count");
@@ -48,14 +48,14 @@ function drawReasons(rows, chosen) {
   const reasons = chosen.map((filter) => {
     const others = chosen.filter((other) => other !== filter);
     const left = passing(rows, others).length;
-    const button = element("button", `Drop: ${filter.name}`, {type: "button"});
+    const button = element("button", `Remove: ${filter.name}`, {type: "button"});
     on(button, "click", () => {
       update(filter.clear);
       at("table").focus();
     });
     return element("li", [button, ` leaves ${counted(left, "row")}`]);
   });
-  at("empty-why").textContent = chosen.length ? "No row passes the filters." : "There is no row here.";
+  at("empty-why").textContent = chosen.length ? "No row passes the filters." : "There are no rows.";
   at("empty-list").replaceChildren(...reasons);
 }
 

@@ -1,4 +1,4 @@
-// Everything together: a change of state is written to the address and drawn.
+// Starts the page: each change of state is written to the address and drawn.
 
 const plotted = {key: "", rows: []};
 
@@ -36,7 +36,7 @@ function update(change) {
 
 function start() {
   for (const [apart, label] of [
-    [false, "Whole benchmarks"],
+    [false, "Complete benchmarks"],
     [true, "Stand-in data or a part"],
   ]) {
     const own = VIEWS.filter((view) => view.apart === apart).map((view) =>

@@ -1,7 +1,7 @@
-// How runs look: the colour says the method, the shape the model. Both go by all runs of the page, whatever is shown.
+// Marks of runs: the colour is the method, the shape the model. Both depend on all runs, not only those shown.
 
 const COLOURS = 7; // --c0 … in page.css
-// A start, and a path relative to it, around 0 0.
+// A starting point and a path relative to it, centered on 0 0.
 const SHAPES = [
   [-4.5, 0, "a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0z"],
   [-4, -4, "h8v8h-8z"],
@@ -17,7 +17,7 @@ const METHODS = unique(data.runs.map((run) => run.method ?? "–"))
   .filter((method) => method !== "none");
 const MODELS = unique(data.runs.map((run) => run.model)).sort();
 
-// Full precision has the colour of text; where colours are used up, they come again with hollow shapes.
+// Full precision has the colour of text; after the last colour, they repeat with hollow shapes.
 function colourOf(method) {
   const place = METHODS.indexOf(method);
   return place < 0

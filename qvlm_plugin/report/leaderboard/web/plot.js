@@ -20,7 +20,7 @@ function span(values) {
   return [low - margin, high + margin];
 }
 
-// The points that no other one beats in both: cost and score.
+// The points that no other point beats in both cost and score.
 function front(points, lessCost, higher) {
   const ordered = [...points].sort(
     (a, b) => (lessCost ? a.cost - b.cost : b.cost - a.cost) || (higher ? b.score - a.score : a.score - b.score),
@@ -117,7 +117,7 @@ function axes({x, y, x0, x1, y0, y1, width, height}, label) {
   ];
 }
 
-// From each point of the front level to the cost of the next one: what one gets for that cost.
+// From each point of the front, level to the cost of the next one: the best score for that cost.
 function steps(points, x, y) {
   return points
     .map((point, place) => (place ? `H${x(point.cost)}V${y(point.score)}` : `M${x(point.cost)} ${y(point.score)}`))
@@ -130,7 +130,7 @@ function summary(points, beaten) {
   return `${counted(points.length, "point")}; on the Pareto line: ${beaten.slice(0, 10).map(pointText).join("; ")}`;
 }
 
-// The point near the mouse or finger is named; a click shows its details.
+// Names the point near the pointer; a click shows its details.
 function watchPlot(id) {
   const figure = at(id);
   const tip = figure.querySelector(".tip");

@@ -18,7 +18,7 @@ const VIEWS = [
   })),
 ];
 
-// entries: by evaluation, the runs that the row is about; several where they differ in the seed only
+// entries: the row's runs by evaluation; several if they differ only in the seed
 function rowOf(id, variant, entries, place) {
   const all = Object.values(entries).flat();
   const runs = unique(all.map((entry) => data.runs[entry.run]));
@@ -92,7 +92,7 @@ function scoreOf(row, index, metric) {
 const metricOf = (index, name) => evaluations[index].metrics.find((metric) => metric.name === name);
 const mainOf = (index) => evaluations[index].metrics[0];
 
-// The mean over benchmarks that are shares; null where the row lacks one.
+// The mean over benchmarks whose scores are shares; null if the row lacks one.
 function meanOf(row, indices) {
   const scores = indices.map((index) => scoreOf(row, index, mainOf(index).name));
   if (!scores.length || scores.some((score) => score === null)) return null;

@@ -1,4 +1,4 @@
-// What is shown. The address holds all that differs from the defaults, so that a link shows the same.
+// State of the view. The address has all that differs from the defaults, so a link shows the same view.
 
 const LISTS = ["model", "method", "scheme", "columns", "compare"];
 const TEXTS = ["view", "metric", "bits", "size", "search", "sort", "benchmark", "flips"];
@@ -26,7 +26,7 @@ function writeAddress() {
 
 const viewOf = () => VIEWS.find((view) => view.id === state.view) ?? VIEWS[0];
 
-// Of one evaluation the metric chosen, of an overview none.
+// The metric of an evaluation; an overview has none.
 function metricNow() {
   const {index} = viewOf();
   return known(index) ? (metricOf(index, state.metric) ?? mainOf(index)) : null;

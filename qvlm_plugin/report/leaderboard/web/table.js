@@ -1,4 +1,4 @@
-// The table. Of many rows only those near the ones in sight are in the document; all have the same height.
+// The table. Of many rows, only visible ones and their neighbours are in the document; all have equal height.
 
 const WHOLE = 200; // so many rows are all in the document
 const MARGIN = 30; // of more, so many above and below those in sight

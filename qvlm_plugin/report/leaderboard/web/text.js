@@ -1,4 +1,4 @@
-// Elements, and numbers as people read them. Every text goes in as text: names in the data are not ours.
+// Elements, and formatted numbers. All texts are inserted as text, because names in the data are untrusted.
 
 // content: a text, an element, or a list of them
 function element(name, content = null, attributes = {}) {
@@ -32,12 +32,12 @@ const duration = (seconds) =>
       ? `${fixed(seconds / 60, 0)} min`
       : `${fixed(seconds / 3600, 1)} h`;
 
-// A score: shares in percent, all else with five digits.
+// A score: shares in percent, others with five digits.
 const scaled = (value, percent) => (percent ? 100 * value : value);
 const number = (value, percent) =>
   percent ? fixed(100 * value, 1) : String(Number(value.toPrecision(5))).replace("-", "−");
 
-// interval: both ends; null where the error describes the score. An error of 0 tells nothing.
+// interval: both ends; null if the standard error is shown. An error of 0 is not shown.
 function withError(value, error, percent, interval = null) {
   const text = number(value, percent);
   if (interval) return `${text} [${interval.map((end) => number(end, percent)).join(", ")}]`;

@@ -1,11 +1,14 @@
-"""``--model qvlm`` on the families beside LLaVA's: the same answers as transformers alone, whatever the batch."""
+"""``--model qvlm`` at full precision: the answers of transformers alone, whatever the batch and the request format."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from family_list import DESCRIBED
-from harness.test_wrapper import ask, instance, score, texts, unprintable
+from family_list import HUGGING_FACE
+from harness.test_wrapper import ask, instance, score, texts, to_messages, unprintable
 from lmms_eval.models import get_model
+from lmms_eval.models.chat.huggingface import Huggingface
 from tiny_llava import random_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -24,10 +27,14 @@ DOCUMENTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=DESCRIBED)
-def model(request, tmp_path_factory):
-    folder = DESCRIBED[request.param](tmp_path_factory.mktemp("family") / "model")
-    return QVLMChat(pretrained=str(folder), dtype="float32", device="cpu", batch_size=8)
+@pytest.fixture(scope="module", params=HUGGING_FACE)
+def folder(request, tmp_path_factory):
+    return str(HUGGING_FACE[request.param](tmp_path_factory.mktemp("family") / "model"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return QVLMChat(pretrained=folder, dtype="float32", device="cpu", batch_size=8)
 
 
 def plainly(model, doc):
@@ -54,7 +61,9 @@ def test_the_harness_knows_it_in_both_formats():
         assert get_model(name, force_simple=True) is QVLMSimple
 
 
-def test_prompts_and_answers_equal_those_of_plain_transformers(model, monkeypatch):
+@pytest.fixture
+def prompts(model, monkeypatch):
+    """The ids of each prompt that the model is given, one document at a time."""
     seen, generate = [], model._model.generate
 
     def spy(**arguments):
@@ -63,13 +72,66 @@ def test_prompts_and_answers_equal_those_of_plain_transformers(model, monkeypatc
 
     monkeypatch.setattr(model._model, "generate", spy)
     monkeypatch.setattr(model, "_batch_size", 1)
+    return seen
+
+
+def test_prompts_and_answers_equal_those_of_plain_transformers(model, prompts):
     for index in (0, 1, 2):
         if not DOCUMENTS[index]["images"] and model._model.config.model_type == "paligemma":
             continue  # its own processor takes no prompt without an image
         found = texts(model.generate_until(ask(model, DOCUMENTS, [index], max_new_tokens=6)))
         ids, expected = plainly(model, DOCUMENTS[index])
-        assert torch.equal(seen[-1], ids)
+        assert torch.equal(prompts[-1], ids)
         assert found == [expected]
+
+
+class HarnessWrapper(Huggingface):
+    """The harness's own wrapper, without a model: it notes the ids of its prompts.
+
+    transformers refuses ``videos`` and ``audios`` today, which the wrapper names even where there are none.
+    """
+
+    def __init__(self, folder):
+        super(Huggingface, self).__init__()
+        processor = AutoProcessor.from_pretrained(folder)
+        self.task_dict, self.seen, self.use_cache, self.system_prompt = {}, [], True, None
+        self.batch_size_per_gpu, self._rank, self.device_map, self._device = 1, 0, "cpu", "cpu"
+        self._tokenizer = processor.tokenizer
+        self.processor = _WithoutEmptyArguments(processor)
+        self._model = SimpleNamespace(generate=self.note)
+
+    def note(self, input_ids, **_):
+        self.seen.append(input_ids[0])
+        return input_ids
+
+
+class _WithoutEmptyArguments:
+    def __init__(self, processor):
+        self.processor = processor
+        self.apply_chat_template, self.batch_decode = processor.apply_chat_template, processor.batch_decode
+
+    def __call__(self, **given):
+        return self.processor(**{name: value for name, value in given.items() if value != []})
+
+
+def test_prompts_equal_those_of_the_harness_own_wrapper(model, folder, prompts):
+    if model._model.config.model_type == "paligemma":
+        pytest.skip("the harness's wrapper needs a chat template, which PaliGemma's checkpoints lack")
+    theirs = HarnessWrapper(folder)
+    theirs.task_dict["toy"] = {"test": DOCUMENTS}
+    for index, document in enumerate(DOCUMENTS[:3]):
+        if model._model.config.model_type == "llava_onevision" and len(document["images"]) > 1:
+            continue  # the harness's wrapper hands them over as images of several prompts, which are cropped
+        model.generate_until(ask(model, DOCUMENTS, [index], max_new_tokens=1))
+        arguments = (document["text"], to_messages, {"max_new_tokens": 1}, index, "toy", "test")
+        theirs.generate_until([instance("generate_until", arguments, index)])
+        assert torch.equal(prompts[-1], theirs.seen[-1])
+
+
+def test_simple_requests_are_answered_as_chat_requests(model, folder):
+    simple = QVLMSimple(pretrained=folder, dtype="float32", device="cpu", batch_size=8)
+    expected = texts(model.generate_until(ask(model, DOCUMENTS, max_new_tokens=6)))
+    assert texts(simple.generate_until(ask(simple, DOCUMENTS, max_new_tokens=6))) == expected
 
 
 def test_batches_of_any_size_answer_alike(model, monkeypatch):
@@ -93,5 +155,5 @@ def test_videos_are_refused(model):
     model.task_dict["toy"] = {"test": [{}]}
     messages = [{"role": "user", "content": [{"type": "video", "url": "clip.mp4"}]}]
     request = instance("generate_until", ("what?", lambda doc: messages, {}, 0, "toy", "test"), 0)
-    with pytest.raises(QVLMError, match=r"document 0 of task toy .* shows video; this model reads text and images"):
+    with pytest.raises(QVLMError, match=r"document 0 of task toy .* contains video; this model reads only"):
         model.generate_until([request])

@@ -26,19 +26,19 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("kernel", "weight", "activation", "turned", "dtype"),
+    ("kernel", "weight", "activation", "with_rotation", "dtype"),
     [
         *((*case, False, torch.bfloat16) for case in CASES),
         *((*case, True, torch.float32) for case in CASES if case[2].kind == "dynamic_token"),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_the_whole_forward_pass_is_one_graph(kernel, weight, activation, turned, dtype):
+def test_the_whole_forward_pass_is_one_graph(kernel, weight, activation, with_rotation, dtype):
     if kernel is NF4:
         pytest.importorskip("bitsandbytes")
     problem = Problem.draw(dtype=dtype)
     layer = problem.quantized(kernel, weight, activation)
-    if turned:
+    if with_rotation:
         layer.rotate_inputs(factors(rotation_of("site", 256)))
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -55,14 +55,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "backend", "turned"),
+    ("scheme", "backend", "with_rotation"),
     [("w4a4", "packed", False), ("w8a8", "packed", False), ("w4a8", "packed", True), ("w4a4", "reference", True)],
 )
-def test_a_decode_step_with_a_static_cache_is_one_graph(folder, calibration, scheme, backend, turned):
+def test_a_decode_step_with_a_static_cache_is_one_graph(folder, calibration, scheme, backend, with_rotation):
     loaded = load(str(folder), dtype="bfloat16")
     request = check_request("rtn", scheme, {"group_size": 32, "calibration_batch_size": 5})
     plan = planning.obtain_plan(loaded, request, calibration, cache=None)
-    planning.apply(rotated(by_token(plan)) if turned else plan, loaded, backend)
+    planning.apply(rotated(by_token(plan)) if with_rotation else plan, loaded, backend)
     decoder = loaded.model.model.language_model
 
     def step(token, position, cache):

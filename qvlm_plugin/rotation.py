@@ -1,13 +1,13 @@
 """Multiply channels by an orthogonal matrix: a `Rotation` spreads a few massive channels over all.
 
 R = S (M ⊗ H) with a diagonal S of random signs, an orthogonal M of a small order, and a Hadamard matrix H of a power of
-two, divided by √order (QuaRot, Ashkboos et al., 2024). M is a Hadamard matrix, too, wherever one is
-known: then all entries of R have the same magnitude, and a single massive channel becomes two values, which any code of
-two bits or more represents. Without the signs, the first column of H would turn the mean over channels, which is large
-after a GELU, into a massive channel.
+two, divided by √order (QuaRot, Ashkboos et al., 2024). M is a Hadamard matrix, too, wherever one is known: then all
+entries of R have the same magnitude, and a single massive channel becomes two values, which any code of two bits or
+more represents. Without the signs, the first column of H would turn the mean over channels, which is large after a
+GELU, into a massive channel.
 
-H is itself a Kronecker product, so R is a Kronecker product of small matrices, its factors. Multiplying by each along
-its axis takes K (outer + 64 + …) multiplications per token instead of K².
+H is a Kronecker product itself, so M ⊗ H is one of small matrices, the factors. Multiplying by each along its axis
+takes K (outer + 16 + …) multiplications for each token instead of K².
 """
 
 from collections.abc import Sequence
@@ -84,12 +84,12 @@ def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """
     signs, *matrices = factors
 
-    def turned(rows: Tensor, signs: Tensor) -> Tensor:
+    def rotated(rows: Tensor, signs: Tensor) -> Tensor:
         return _multiplied(rows * signs, matrices)
 
     if torch.is_grad_enabled() and x.requires_grad:
-        return turned(x, signs).to(x.dtype)
-    return by_rows(turned, x, (signs,), x.dtype)
+        return rotated(x, signs).to(x.dtype)
+    return by_rows(rotated, x, (signs,), x.dtype)
 
 
 def rotate_back(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -100,13 +100,13 @@ def rotate_back(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 def _multiplied(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """``x`` times the Kronecker product of matrices."""
-    turned, after = x, x.shape[-1]
+    product, after = x, x.shape[-1]
     for matrix in matrices:
-        matrix, size, after = matrix.to(turned.dtype), len(matrix), after // len(matrix)
-        # One product where the axis is the last; otherwise one for each token and index of the axes before it. Where
-        # there is only one of these, a product without that dimension takes a third of the operators.
+        matrix, size, after = matrix.to(product.dtype), len(matrix), after // len(matrix)
+        # One product where the axis is the last; otherwise one for each token and index of the axes before it. If there
+        # is only one of these, a product of two matrices starts faster than a batch of one.
         if after == 1:
-            turned = turned.reshape(-1, size) @ matrix
+            product = product.reshape(-1, size) @ matrix
         else:
-            turned = matrix.t() @ turned.reshape(-1, size, after).squeeze(0)
-    return turned.reshape(x.shape)
+            product = matrix.t() @ product.reshape(-1, size, after).squeeze(0)
+    return product.reshape(x.shape)

@@ -6,7 +6,10 @@ from qvlm_plugin.hadamard import hadamard, has_hadamard, sylvester
 
 @pytest.mark.parametrize("order", [4, 8, 12, 20, 24, 28, 36, 44, 52, 76, 100, 108, 140, 148, 172, 344])
 def test_rows_are_orthogonal_and_entries_of_one_magnitude(order):
-    """Both of Paley's kinds, of prime fields and others (28 = 27 + 1, 52 = 2 (25 + 1), 100 = 2 (49 + 1)); Williamson's."""
+    """Of both of Paley's kinds, of prime fields and others (28 = 27 + 1, 52 = 2 (25 + 1), 100 = 2 (49 + 1), 344).
+
+    172 is Williamson's.
+    """
     matrix = hadamard(order).double()
     assert matrix.abs().eq(1).all() and torch.equal(matrix @ matrix.T, order * torch.eye(order, dtype=torch.float64))
 

@@ -1,4 +1,4 @@
-"""What an arithmetic is: which problems it takes, the tensors it keeps, and the product it computes."""
+"""A kernel: which Linears it can run, which tensors it keeps, and how it multiplies."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from qvlm_plugin.formats import ActivationFormat, WeightFormat
 
 @dataclass(frozen=True)
 class Kernel:
-    """One arithmetic of a quantized Linear.
+    """The arithmetic of a quantized Linear.
 
-    Its tensors have two forms. Neutral ones are the same on every device and are what a file holds; run-time ones are
-    laid out for the operator of one device. Everything static that a forward pass needs (group sizes, segments) follows
-    from the tensors' shapes, so that a compiler sees constants.
+    Its tensors have two forms. Neutral tensors are the same on every device and are what files hold; run-time tensors
+    are laid out for the operator of one device. Everything static that a forward pass needs (group sizes, segments)
+    follows from the tensors' shapes, so that a compiler sees constants.
 
     Attributes:
         name: as ``backend=`` and results state it.
@@ -25,10 +25,10 @@ class Kernel:
             them ``bias`` if the product adds one; where there is a ``mean``, it is the `corrected_bias`.
         pack: (neutral tensors, activation format, device) → run-time tensors by name, for `QuantLinear` to hold.
         forward: (x [..., I], run-time tensors, activation format) → [..., O] in the dtype of x.
-        restore: (neutral tensors, activation format) → neutral tensors of the reference arithmetic that compute the
-            same up to rounding; for a stored model where this kernel cannot run.
-        cast: names of run-time tensors in the compute type, which follow ``model.to(dtype)``; all others keep theirs.
-        tolerance: relative output error that a self-test accepts where this arithmetic should equal the reference's.
+        restore: (neutral tensors, activation format) → neutral tensors of the reference kernel that compute the same
+            up to rounding; for a stored model on a device where this kernel cannot run.
+        cast: names of the run-time tensors that ``model.to(dtype)`` casts; all others keep their dtype.
+        tolerance: relative output error up to which the self-test passes.
     """
 
     name: str

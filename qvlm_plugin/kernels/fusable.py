@@ -1,7 +1,7 @@
 """When the functions of `fused` are used: on CUDA with Triton, without gradients or a compiler, where they pass a test.
 
-Each is compared once with what torch's operators compute, for every device, type and size that it is asked for: whether
-a kernel fits a device depends on these. Where one fails, torch's operators stay, and one warning says so.
+Each function is compared with torch's operators the first time that a device, dtype and size is asked for: whether a
+kernel fits a device depends on these. Where it fails, torch's operators are used, and one warning says so.
 """
 
 import logging
@@ -18,12 +18,12 @@ from qvlm_plugin.rotation import rotate
 logger = logging.getLogger(__name__)
 
 _TOLERANCE = 0.01
-"""Of relative errors: a code may fall to the other side of a tie."""
+"""Largest relative error: at a tie a code may be rounded to the other side."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Results = Iterator[tuple[Tensor, Tensor]]
-"""What a function computes, and what it should."""
+"""Pairs of what a function computes and what it should compute."""
 
 
 def tokens(x: Tensor) -> bool:

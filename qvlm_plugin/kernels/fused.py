@@ -1,8 +1,8 @@
-"""What takes torch's operators five to twenty launches on CUDA, in one each.
+"""Functions of one launch on CUDA, where torch's operators take five to twenty.
 
-A decoding step reads its weights in less time than it takes to start so many kernels. These are written in Triton
-(`triton_kernels`), which comes with torch for CUDA; they compute in float32 what the functions do that they stand for.
-`fusable` tells when they are used. What is compiled as a whole does without them: a compiler fuses operators itself.
+At small batches launching so many kernels takes longer than reading the weights. These kernels are written in Triton
+(`triton_kernels`), which comes with torch for CUDA, and compute in float32 the same as the functions that they replace.
+`fusable` tells when they are used; not when torch compiles, since its compiler fuses operators itself.
 """
 
 import math

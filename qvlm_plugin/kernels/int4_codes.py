@@ -4,9 +4,9 @@ A weight is ``unit · multiple · (code - zero_point)``, where each output chann
 multiple. A multiple times a code is an integer of 8 bits, so one integer product serves all groups. It is exact; units
 and the tokens' steps scale its result in float32.
 
-In 16 bits a weight stays packed at 4 bits. In float32 torch has no fast operator for packed weights, and unpacking one
-for every token takes several times as long as a product in full precision: CPUs hold it as integers of 8 bits there, a
-quarter of float32's bytes.
+Models in 16 bits keep the weight packed at 4 bits. In float32 torch has no fast operator for packed weights on CPUs,
+and unpacking the weight for every token takes several times as long as a product in full precision; there it is kept as
+8-bit integers, a quarter of float32's bytes.
 """
 
 from collections.abc import Mapping

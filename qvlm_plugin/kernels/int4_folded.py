@@ -1,10 +1,10 @@
 """Integer codes in both operands: packed 4-bit weights times static per-channel activations.
 
 The activations' steps are folded into the weight, which is then quantized group by group from its original values
-(`folding`). What is multiplied are codes; whole numbers up to 256 are exact in every compute type, so the products are
-those of an integer unit. It computes what hardware with 4-bit products would, but rounds differently from the plan:
-sharing a scale between channels of different steps costs accuracy, and neither clipping nor codes that were found for
-the unfolded weight apply. `int4` is as fast and as small without that loss, and comes first.
+(`folding`). The operands are codes; whole numbers up to 256 are exact in every compute type, so products equal those of
+an integer unit. This is what hardware with 4-bit products would compute, but it rounds differently from the plan:
+sharing a scale between channels of different steps costs accuracy, and clipping and codes found for the unfolded weight
+do not apply. `int4` is as fast and as small without that loss, and is preferred.
 """
 
 from collections.abc import Mapping

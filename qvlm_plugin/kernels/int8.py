@@ -1,10 +1,10 @@
 """Weights of 5 to 8 bits in 8-bit containers, and integer products with activation codes.
 
-What is stored is the plan's rounded weight, uniform or normal-float, rounded once more to 8 bits with one scale for
-each output channel, since torch's integer product sums over all input channels: narrower weights take 8 bits here.
-Codes of tokens have one scale each, which comes out of the product; steps of channels are folded into the weight, which
-is then split into a few segments of channels with similar steps (`folding`, `segments`). Unquantized activations are
-multiplied in the compute type.
+The plan's rounded weight, uniform or normal-float, is rounded once more to 8 bits with one scale for each output
+channel, since torch's integer product sums over all input channels; narrower weights take 8 bits here too. A token's
+codes have one scale, which multiplies the product; steps of channels are folded into the weight, which is then split
+into segments of channels with similar steps (`folding`, `segments`). Unquantized activations are multiplied in the
+compute type.
 """
 
 from collections.abc import Mapping

@@ -16,10 +16,9 @@ FEW_TOKENS = 16
 """Up to so many tokens torch's operator for 8-bit weights is used (measured on a CPU at 2048 x 2048, bfloat16, AVX-512,
 one thread: 0.11 ms per token; dequantizing 0.9 ms and then 0.05 ms per token). CUDA's reads the weight for every 16.
 
-Up to so many tokens a CPU's integer product takes the weight as its left operand, which it reads in place;
-it copies a right operand into blocks first (measured with AVX-512, two threads, at 3072 x 576 and 4096 x 4096: one token
-0.06 against 0.17 ms and 0.58 against 0.87 ms, 16 tokens the same, 64 tokens 0.31 against 0.14 ms and 1.2 against 1.05
-ms)."""
+Up to so many tokens the weight is the left operand of a CPU's integer product, beyond the right one (measured with
+AVX-512, two threads, at 3072 x 576 and 4096 x 4096: one token 0.06 against 0.17 ms and 0.58 against 0.87 ms, 16 tokens
+the same, 64 tokens 0.31 against 0.14 ms and 1.2 against 1.05 ms)."""
 
 _TOKENS, _OUTPUTS = 640, 2**20
 """Tokens and outputs that are multiplied at a time on a CPU: 4 MB of float32. Larger temporaries are new memory at each

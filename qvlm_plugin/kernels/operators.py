@@ -1,4 +1,4 @@
-"""Products as operators that a compiler does not look into: it cannot trace private operators and other packages."""
+"""Products as operators that torch.compile does not trace into: it cannot trace private operators or other packages."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,13 +10,13 @@ Product = Callable[..., Tensor]
 
 
 def operator(name: str, like: Product, schema: str | None = None) -> Callable[[Product], Product]:
-    """Register a function of tensors as ``qvlm_plugin::name``; it is called as such where torch compiles.
+    """Register a function of tensors as the operator ``qvlm_plugin::name``, which is used when torch compiles.
 
-    Elsewhere it is called directly, which takes less time.
+    Otherwise the function is called directly, which takes less time.
 
     Args:
         name: of the operator.
-        like: with the function's arguments, an empty tensor like its result; what a compiler needs to know of it.
+        like: the function's arguments → an empty tensor of the result's shape and dtype, for the compiler.
         schema: of the function, where older versions of torch cannot read it from the annotations (``list[Tensor]``).
     """
 

@@ -1,4 +1,4 @@
-"""How packed kernels round their input: to the reference's values, with less to compute at every call."""
+"""Rounding of inputs for packed kernels: the reference's values, with steps computed when weights are packed."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Which kernel serves which module, and why not the one before it."""
+"""Which kernel runs which module, and why other kernels cannot."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ class Choice:
     """The kernel of one module.
 
     Attributes:
-        kernel: the first candidate that can serve it.
+        kernel: the first candidate that can run it.
         refused: names of the candidates before it, with the reason of each.
-        fell_back: a quantized weight got the last resort of several candidates.
+        fell_back: whether a quantized weight got the last of several candidates.
     """
 
     kernel: Kernel
@@ -27,7 +27,7 @@ class Choice:
 
     @property
     def reasons(self) -> str:
-        """Why not the others, on one line."""
+        """Why the others cannot run it, on one line."""
         return "; ".join(f"{name}: {reason}" for name, reason in self.refused)
 
 
@@ -38,7 +38,7 @@ def choose(
     shape: tuple[int, int],
     device: torch.device,
 ) -> Choice | None:
-    """The first of ``kernels`` that can serve a module; None if none can."""
+    """The first of ``kernels`` that can run a module; None if none can."""
     refused: list[tuple[str, str]] = []
     for index, kernel in enumerate(kernels):
         reason = kernel.obstacle(weight_format, activation_format, shape, device)
@@ -51,13 +51,13 @@ def choose(
 
 @dataclass(frozen=True)
 class Execution:
-    """What computes a quantized model: the choice for each of its quantized modules, by name."""
+    """The kernels of a quantized model: the choice for each of its quantized modules, by name."""
 
     choices: Mapping[str, Choice]
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many modules each kernel serves."""
+        """How many modules each kernel runs."""
         return dict(Counter(choice.kernel.name for choice in self.choices.values()).most_common())
 
     @property

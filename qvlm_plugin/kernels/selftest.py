@@ -1,8 +1,8 @@
-"""Does a kernel compute here what it should? Private operators change between versions of torch, and between devices.
+"""Self-tests of kernels on the device at hand: private operators differ between versions of torch and between devices.
 
-The problem is one on which every kernel should equal the reference arithmetic: static steps are the same for all
-channels, so that folding them loses nothing; or, for weights that 8-bit containers hold, for the channels of each half,
-which are then multiplied as two segments.
+Each test is a small problem on which every kernel should equal the reference: static steps are the same for all
+channels, so that folding them loses nothing. For weights of more than 4 bits they differ between the two halves of the
+channels, so that these are multiplied as two segments.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from qvlm_plugin.quantizers import nearest_codes, stored_parameters
 SHAPE = (64, 256)
 """Of the weight."""
 _TOKENS = (1, 3, 70)
-"""One, few and many, since kernels tell these apart."""
+"""One, few and many, for which kernels use different operators."""
 
 _STEP = 0.25
 
@@ -33,7 +33,7 @@ def self_test(
     """Compare a kernel with the reference on a small problem, in every compute type.
 
     Returns:
-        What went wrong, in a few words; None if the outputs agree. It is computed once in a process.
+        What went wrong, in a few words; None if the outputs agree. Results are cached for the process.
     """
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(SHAPE, generator=generator) / 16, torch.randn(SHAPE[0], generator=generator)

@@ -1,12 +1,12 @@
-"""What all Linears of a site make of the tensor that they read is computed by the first of them.
+"""Linears that read the same tensor rotate and round it once.
 
-Queries, keys and values round the same input, gate and up projections another. What the first of them computed is kept
-for the others as long as the input lives, and no longer: it is an attribute of the input.
+Query, key and value projections read one input, gate and up projections another. The first of them stores what it
+computed in an attribute of the input, where the others find it; it is freed with the input.
 
-It is used again only where it cannot differ: for the very tensors that it was computed from, as they were then, and
-once for each Linear. One that comes again begins another forward pass; this is for inputs made in inference mode, which
-do not know when they were written to. Where gradients are taken each Linear computes for itself, so that they are
-summed in the same order as without sharing. What is compiled computes nothing twice by itself.
+A stored result is used only if it cannot differ: its operands must be the same tensors in the same version, and each
+Linear uses it once. A Linear that asks again starts another forward pass: tensors of inference mode have no version
+that would tell whether they were written to. With gradients each Linear computes for itself, so that gradients are
+summed in the same order as without sharing. When torch compiles, its compiler removes common subexpressions itself.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -19,20 +19,20 @@ from torch import Tensor
 Result = TypeVar("Result")
 
 ROUNDING = ("lower", "upper", "step", "inverse", "low", "index", "clip_ratio", "center")
-"""Names that run-time tensors have which inputs are rounded by."""
+"""Names of the run-time tensors that inputs are rounded with."""
 
 _ATTRIBUTE = "_qvlm_computed"
 
 
 @dataclass(frozen=True, eq=False)
 class _Computed:
-    """A result.
+    """A stored result.
 
     Attributes:
-        key: what was computed of which versions of which tensors.
-        operands: these; held, for no other tensor to take their place in memory.
-        result: not, and without reference to, the input.
-        users: the Linears that have it.
+        key: what was computed, from which versions of which tensors.
+        operands: these tensors without the input; kept alive, so that no other tensor gets their ``id``.
+        result: must not refer to the input.
+        users: the ``id`` of the tensors of each Linear that used it.
     """
 
     key: Hashable
@@ -44,14 +44,14 @@ class _Computed:
 def once(
     x: Tensor, tensors: Mapping[str, Tensor], names: Sequence[str], what: Hashable, compute: Callable[[], Result]
 ) -> Result:
-    """``compute()``, or what it gave another Linear.
+    """``compute()``, or its result for another Linear.
 
     Args:
         x: the input.
         tensors: run-time tensors of the Linear that asks.
-        names: of those that the result follows from, besides the input; where there are none, nothing is shared.
-        what: is computed.
-        compute: a function of these, not differentiable here; its result does not refer to the input.
+        names: of those that the result depends on, besides the input; if there are none, nothing is shared.
+        what: identifies the computation.
+        compute: a function of the input and these tensors; its result must not refer to the input.
     """
     operands = tuple(tensors[name] for name in names)
     if torch.compiler.is_compiling() or not operands:

@@ -1,4 +1,4 @@
-"""Integer codes of inputs whose range is each token's own: what an integer product multiplies."""
+"""Integer codes of inputs with a range for each token, for integer products."""
 
 from collections.abc import Mapping
 

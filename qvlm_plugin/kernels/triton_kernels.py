@@ -134,7 +134,7 @@ def rotate_tokens(
     rest: tl.constexpr = MIDDLE * LAST
     row = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, PADDED), tl.arange(0, rest)
-    turned = tl.zeros([PADDED, rest], dtype=tl.float32)
+    rotated = tl.zeros([PADDED, rest], dtype=tl.float32)
     for begin in range(0, order, CHUNK):
         k = begin + tl.arange(0, CHUNK)
         inside = k < order
@@ -144,15 +144,15 @@ def rotate_tokens(
         matrix = tl.load(
             first + k[None, :] * order + i[:, None], mask=inside[None, :] & (i < order)[:, None], other=0.0
         )
-        turned += tl.dot(matrix, values, input_precision="tf32x3")
-    turned = _multiplied(tl.reshape(turned, [PADDED * MIDDLE, LAST]), third, PADDED * MIDDLE, LAST, CHUNK)
+        rotated += tl.dot(matrix, values, input_precision="tf32x3")
+    rotated = _multiplied(tl.reshape(rotated, [PADDED * MIDDLE, LAST]), third, PADDED * MIDDLE, LAST, CHUNK)
     if MIDDLE > 1:
-        turned = tl.permute(tl.reshape(turned, [PADDED, MIDDLE, LAST]), [0, 2, 1])
-        turned = _multiplied(tl.reshape(turned, [PADDED * LAST, MIDDLE]), second, PADDED * LAST, MIDDLE, CHUNK)
-        turned = tl.permute(tl.reshape(turned, [PADDED, LAST, MIDDLE]), [0, 2, 1])
-    turned = tl.reshape(turned, [PADDED, rest])
+        rotated = tl.permute(tl.reshape(rotated, [PADDED, MIDDLE, LAST]), [0, 2, 1])
+        rotated = _multiplied(tl.reshape(rotated, [PADDED * LAST, MIDDLE]), second, PADDED * LAST, MIDDLE, CHUNK)
+        rotated = tl.permute(tl.reshape(rotated, [PADDED, LAST, MIDDLE]), [0, 2, 1])
+    rotated = tl.reshape(rotated, [PADDED, rest])
     places = i[:, None] * rest + j[None, :]
-    tl.store(out + row * order * rest + places, turned.to(out.dtype.element_ty), mask=(i < order)[:, None])
+    tl.store(out + row * order * rest + places, rotated.to(out.dtype.element_ty), mask=(i < order)[:, None])
 
 
 @triton.jit

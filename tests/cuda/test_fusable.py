@@ -11,9 +11,9 @@ from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.kernels.int4_codes import INT4_CODES
 from qvlm_plugin.kernels.int8 import INT8
 
-TURNED = 576
+ROTATED = 576
 """Channels that are rotated."""
-FACTORS = rotation.factors(rotation.rotation_of("site", TURNED))
+FACTORS = rotation.factors(rotation.rotation_of("site", ROTATED))
 CASES = [
     ("points_of_tokens", "round_tokens", INT4, int_format(4), CENTERED, 256),
     ("codes_of_tokens", "round_tokens", INT8, int_format(8), TOKEN8, 256),
@@ -21,7 +21,7 @@ CASES = [
     ("codes_of_channels", "round_channels", INT8, int_format(8), STATIC8, 256),
     ("multiply_codes", "multiply_codes", INT8, int_format(8), TOKEN8, 256),
     ("scale_product", "scale_product", INT4_CODES, int_format(4, 64, progressive=True), TOKEN, 256),
-    ("rotate", "rotate_tokens", INT4, int_format(4), TOKEN, TURNED),
+    ("rotate", "rotate_tokens", INT4, int_format(4), TOKEN, ROTATED),
 ]
 
 
@@ -31,7 +31,7 @@ def test_what_fails_is_replaced(
 ):
     problem = Problem.draw((64, channels), tokens=3, dtype=torch.bfloat16).to("cuda:0")
     layer = problem.quantized(kernel, weight, activation)
-    if channels == TURNED:
+    if channels == ROTATED:
         layer.rotate_inputs([factor.to("cuda:0") for factor in FACTORS])
 
     def output():
@@ -67,7 +67,7 @@ def test_what_fails_is_replaced(
 def test_they_are_for_cuda_without_gradients_and_compilers(triton_cuda, monkeypatch):
     x = torch.ones(3, 64, device="cuda:0")
     assert fusable.tokens(x) and fusable.channels(x)
-    assert fusable.rotations(torch.ones(2, TURNED, device="cuda:0"), FACTORS)
+    assert fusable.rotations(torch.ones(2, ROTATED, device="cuda:0"), FACTORS)
     assert not fusable.tokens(x.cpu()) and not fusable.tokens(x.double()) and not fusable.rotations(x, FACTORS[:2])
     assert not fusable.tokens(x.clone().requires_grad_())
     codes = torch.ones(17, 64, dtype=torch.int8, device="cuda:0")

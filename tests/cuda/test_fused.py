@@ -65,8 +65,7 @@ def test_codes_of_tokens(triton_cuda, bits, centered):
     close(codes, round_to_codes(distance, lower, inverse, bits) - 2 ** (bits - 1), 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [200, 1024, 1100])
+@pytest.mark.parametrize(("dtype", "columns"), zip(DTYPES, [200, 1024, 1100], strict=True))
 def test_channels_to_the_bit(triton_cuda, dtype, columns):
     x, _, _ = inputs(dtype, 2, columns)
     lower = -torch.rand(columns)
@@ -92,9 +91,8 @@ def test_constant_tokens_and_what_is_not_a_number(triton_cuda):
     assert points[1, 1].isnan() and points[1, [0, 2]].tolist() == [1, 3] and points[3, 0] == 15
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", [(40,), (300,), (264, 8)], ids=str)
-@pytest.mark.parametrize("tokens", [1, 5, 16])
+@pytest.mark.parametrize(("tokens", "dtype"), zip([1, 5, 16], DTYPES, strict=True))
 def test_products_of_codes(triton_cuda, tokens, widths, dtype):
     torch.manual_seed(tokens)
     codes = torch.randint(-128, 128, (tokens, sum(widths)), dtype=torch.int8)
@@ -111,8 +109,9 @@ def test_products_of_codes(triton_cuda, tokens, widths, dtype):
         assert product.dtype == dtype and relative(product.cpu(), expected) < CLOSE[dtype]
 
 
-@pytest.mark.parametrize("of_product", [torch.int32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("of_product", "dtype"), [(torch.int32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.int32, torch.half)]
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_scaled_products(triton_cuda, bias, dtype, of_product):
     torch.manual_seed(0)

@@ -21,15 +21,15 @@ def folder(tmp_path_factory):
     return write_tiny_llava(tmp_path_factory.mktemp("launches") / "tiny", hidden=256, layers=1, vision_layers=2)
 
 
-def quantized(loaded, calibration, scheme, options, turned):
+def quantized(loaded, calibration, scheme, options, with_rotation):
     request = check_request("rtn", scheme, {"group_size": 32, "calibration_batch_size": 1, **options})
     plan = planning.obtain_plan(loaded, request, CalibrationSet(calibration.samples[1:2]), cache=None)
     loaded.model.to("cuda:0")
-    return planning.apply(rotated(by_token(plan)) if turned else plan, loaded, "packed")
+    return planning.apply(rotated(by_token(plan)) if with_rotation else plan, loaded, "packed")
 
 
 @pytest.mark.parametrize(
-    ("scheme", "options", "turned", "kernel"),
+    ("scheme", "options", "with_rotation", "kernel"),
     [
         ("w4a16", {}, False, "int4"),
         ("w4a4", {}, False, "int4"),
@@ -40,13 +40,13 @@ def quantized(loaded, calibration, scheme, options, turned):
         ("w8a8", {}, True, "int8"),
     ],
 )
-def test_launches_of_a_layer(triton_cuda, monkeypatch, folder, calibration, scheme, options, turned, kernel):
+def test_launches_of_a_layer(triton_cuda, monkeypatch, folder, calibration, scheme, options, with_rotation, kernel):
     if kernel == "nf4":
         pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(selftest, "_TOKENS", (1,))
     monkeypatch.setattr(fused, "_FEATURES", 256)  # of fewer, for each of which the interpreter takes its time
     loaded = load(str(folder), dtype="bfloat16")
-    assert kernel in quantized(loaded, calibration, scheme, options, turned).counts
+    assert kernel in quantized(loaded, calibration, scheme, options, with_rotation).counts
     decoder, cache = loaded.model.model.language_model, DynamicCache(config=loaded.model.config.text_config)
     layer = decoder.layers[0].forward
 

@@ -9,18 +9,22 @@ from tiny_llava import logits_of, write_tiny_llava
 
 import qvlm_plugin
 from qvlm_plugin import planning
-from qvlm_plugin.builtin import METHODS
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.export import export
+from qvlm_plugin.methods.steps import STEPS
 from qvlm_plugin.models.finite import finite
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
 
 OURS = str(Path(qvlm_plugin.__file__).parent)
-SMALL = {
-    "calibration_batch_size": 2, "cdm": True, "min_percentile": 0.9, "percentile_step": 0.1, "max_depth": 2, "beam": 2,
-}  # fmt: skip
+SMALL = {"calibration_batch_size": 2, "min_percentile": 0.9, "percentile_step": 0.1, "max_depth": 2, "beam": 2}
+SEARCHES = {
+    "mbq": {"alpha_steps": 3},
+    "qvlm_jacobian": {"cdm": True, "veo_epochs": 1, "zero_on_grid": True},
+    "qvlm_rotated": {},
+}
+"""Methods that together run every step, and options that keep them short."""
 SPLIT = {
     "model.vision_tower": 0, "model.multi_modal_projector": 0, "model.language_model.embed_tokens": 0,
     "model.language_model.layers.0": 0, "model.language_model.layers.1": 1, "model.language_model.norm": 1,
@@ -50,13 +54,17 @@ def search(loaded, calibration, method="rtn", scheme="w4a4", **options):
     return planning.obtain_plan(loaded, request, calibration, cache=None)
 
 
-@pytest.mark.parametrize("method", [method.name for method in METHODS if method.steps])
+def test_the_searches_run_every_step():
+    requests = [check_request(method, "w4a4", {**SMALL, **more}) for method, more in SEARCHES.items()]
+    steps = {step.name for asked in requests for step in asked.method.chosen(asked.scheme, asked.options)}
+    assert steps == {step.name for step in STEPS}
+
+
+@pytest.mark.parametrize("method", SEARCHES)
 def test_a_search_finds_what_it_finds_on_a_cpu(cuda, small, calibration, method):
     calibration = CalibrationSet(calibration.samples[1:3])
-    more = {"alpha_steps": 3} if method in ("awq", "mbq") else {}
-    more |= {"veo": True, "veo_epochs": 1} if method.startswith("qvlm") else {}
     on_cpu, on_gpu = (
-        search(load(str(small), dtype="float32", device=device), calibration, method, **SMALL, **more)
+        search(load(str(small), dtype="float32", device=device), calibration, method, **SMALL, **SEARCHES[method])
         for device in ("cpu", "cuda:0")
     )
     assert on_cpu.modules == on_gpu.modules and on_cpu.tensors.keys() == on_gpu.tensors.keys()
@@ -72,10 +80,11 @@ def test_a_search_finds_what_it_finds_on_a_cpu(cuda, small, calibration, method)
 @pytest.mark.parametrize(
     ("scheme", "options", "dtype"),
     [
-        ("w4a4+vision:w8a8", {"group_size": 32}, "bfloat16"), ("w4a4+vision:w8a8", {"group_size": 32}, "float16"),
-        ("w4a8", {"weights": "nf"}, "float16"), ("w8a16", {}, "bfloat16"),
+        ("w4a4+vision:w8a8", {"group_size": 32}, "bfloat16"),
+        ("w4a8", {"weights": "nf"}, "float16"),
+        ("w8a16", {}, "bfloat16"),
     ],
-)  # fmt: skip
+)
 def test_plans_are_applied_and_written(cuda, folder, calibration, tmp_path, scheme, options, dtype):
     if options.get("weights") == "nf":
         pytest.importorskip("bitsandbytes")
@@ -96,9 +105,14 @@ def test_plans_are_applied_and_written(cuda, folder, calibration, tmp_path, sche
     assert relative(logits["packed"], logits["reference"]) < (0.2 if scheme == "w8a16" else 0.45)
 
 
-@pytest.mark.parametrize(("batch", "dtype"), [(1, "float16"), (5, "bfloat16")])
 @pytest.mark.parametrize(
-    ("scheme", "options"), [("w4a4", {"group_size": 32}), ("w8a8", {}), ("w4a8", {"weights": "nf"})]
+    ("scheme", "options", "batch", "dtype"),
+    [
+        ("w4a4", {"group_size": 32}, 5, "float16"),
+        ("w8a8", {}, 1, "float16"),
+        ("w8a8", {}, 5, "bfloat16"),
+        ("w4a8", {"weights": "nf"}, 1, "bfloat16"),
+    ],
 )
 def test_answers_wait_for_nothing_of_ours(cuda, folder, calibration, scheme, options, batch, dtype):
     if options.get("weights") == "nf":

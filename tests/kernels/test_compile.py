@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_problems import A16, CENTERED, CENTERED8, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
 from rotations import by_token, rotated
+from tiny_llava import write_tiny_llava
 from transformers import StaticCache
 
 from qvlm_plugin import planning
@@ -25,17 +26,19 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("kernel", "weight", "activation", "turned"),
-    [*((*case, False) for case in CASES), *((*case, True) for case in CASES if case[2].kind != "static_channel")],
+    ("kernel", "weight", "activation", "with_rotation", "dtype"),
+    [
+        *((*case, False, torch.bfloat16) for case in CASES),
+        *((*case, True, torch.float32) for case in CASES if case[2].kind == "dynamic_token"),
+    ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_whole_forward_pass_is_one_graph(kernel, weight, activation, turned, dtype):
+def test_the_whole_forward_pass_is_one_graph(kernel, weight, activation, with_rotation, dtype):
     if kernel is NF4:
         pytest.importorskip("bitsandbytes")
     problem = Problem.draw(dtype=dtype)
     layer = problem.quantized(kernel, weight, activation)
-    if turned:
+    if with_rotation:
         layer.rotate_inputs(factors(rotation_of("site", 256)))
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -45,24 +48,21 @@ def test_the_whole_forward_pass_is_one_graph(kernel, weight, activation, turned,
             assert torch.allclose(compiled(x), layer(x), rtol=1e-2, atol=1e-2)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with widths that packed kernels take, of one layer."""
+    return write_tiny_llava(tmp_path_factory.mktemp("compiled") / "tiny", hidden=64, layers=1, vision_layers=2)
+
+
 @pytest.mark.parametrize(
-    ("scheme", "weights", "backend", "turned"),
-    [
-        ("w4a4", "int", "packed", False),
-        ("w4a4", "int", "int4_folded", False),
-        ("w8a8", "int", "packed", False),
-        ("w4a16", "nf", "packed", False),
-        ("w4a8", "int", "packed", True),
-        ("w4a4", "int", "reference", True),
-    ],
+    ("scheme", "backend", "with_rotation"),
+    [("w4a4", "packed", False), ("w8a8", "packed", False), ("w4a8", "packed", True), ("w4a4", "reference", True)],
 )
-def test_a_decode_step_with_a_static_cache_is_one_graph(tiny_llava, calibration, scheme, weights, backend, turned):
-    if weights == "nf":
-        pytest.importorskip("bitsandbytes")
-    loaded = load(str(tiny_llava), dtype="bfloat16")
-    options = {"group_size": 32, "calibration_batch_size": 5, "weights": weights}
-    plan = planning.obtain_plan(loaded, check_request("rtn", scheme, options), calibration, cache=None)
-    planning.apply(rotated(by_token(plan)) if turned else plan, loaded, backend)
+def test_a_decode_step_with_a_static_cache_is_one_graph(folder, calibration, scheme, backend, with_rotation):
+    loaded = load(str(folder), dtype="bfloat16")
+    request = check_request("rtn", scheme, {"group_size": 32, "calibration_batch_size": 5})
+    plan = planning.obtain_plan(loaded, request, calibration, cache=None)
+    planning.apply(rotated(by_token(plan)) if with_rotation else plan, loaded, backend)
     decoder = loaded.model.model.language_model
 
     def step(token, position, cache):

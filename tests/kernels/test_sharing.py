@@ -33,7 +33,7 @@ CASES = [
 ]  # fmt: skip
 
 
-def site(kernel, weight, activation, count=3, turned=False):
+def site(kernel, weight, activation, count=3, with_rotation=False):
     """Linears of one site, with parameters in common."""
     torch.manual_seed(0)
     x, layers = torch.randn(2, 5, 256), []
@@ -42,7 +42,7 @@ def site(kernel, weight, activation, count=3, turned=False):
         values["center"] = x.mean((0, 1))
         parameters = {name: values[name].clone() for name in activation.parameters}
         layer = QuantLinear.from_linear(nn.Linear(256, 64), weight, activation, parameters, kernel)
-        if turned:
+        if with_rotation:
             layer.rotate_inputs(factors(rotation_of("site", 256)))
         layers.append(layer)
     share_parameters(layers)
@@ -57,7 +57,7 @@ def alone(monkeypatch):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """A list that gets an item whenever an input is rounded or turned."""
+    """A list that gets an item whenever an input is rounded or rotated."""
     seen, original = [], sharing._Computed
 
     def make(*arguments):
@@ -69,26 +69,26 @@ def computed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "weight", "activation", "turned"),
+    ("kernel", "weight", "activation", "with_rotation"),
     [*((*case, False) for case in CASES), *((*case, True) for case in CASES if case[2].kind == "dynamic_token")],
     ids=lambda value: getattr(value, "name", None) or str(value),
 )
 @torch.no_grad()
-def test_it_is_computed_once_and_the_same_to_the_bit(kernel, weight, activation, turned, computed, alone):
+def test_it_is_computed_once_and_the_same_to_the_bit(kernel, weight, activation, with_rotation, computed, alone):
     if kernel is NF4:
         pytest.importorskip("bitsandbytes")
-    x, layers = site(kernel, weight, activation, turned=turned)
+    x, layers = site(kernel, weight, activation, with_rotation=with_rotation)
     outputs = [layer(x) for layer in layers]
-    assert len(computed) == 1 + turned
+    assert len(computed) == 1 + with_rotation
     alone()
     assert all(torch.equal(layer(x), output) for layer, output in zip(layers, outputs, strict=True))
-    assert len(computed) == 4 * (1 + turned)
+    assert len(computed) == 4 * (1 + with_rotation)
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("with_rotation", [False, True])
 @torch.no_grad()
-def test_nothing_outlives_the_input(turned):
-    x, layers = site(REFERENCE, WEIGHT, TOKEN, turned=turned)
+def test_nothing_outlives_the_input(with_rotation):
+    x, layers = site(REFERENCE, WEIGHT, TOKEN, with_rotation=with_rotation)
     hidden = x * 1
     layers[0](hidden)
     result = weakref.ref(getattr(hidden, sharing._ATTRIBUTE).result)
@@ -198,16 +198,16 @@ def test_threads_do_not_disturb_each_other(alone):
         assert all(torch.equal(layer(x), output) for layer, output in zip(layers, outputs, strict=True))
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("with_rotation", [False, True])
 @pytest.mark.parametrize("how", ["applied", "loaded"])
 @pytest.mark.parametrize("backend", ["reference", "packed"])
-def test_a_model_rounds_once_for_each_site(tmp_path, calibration, computed, alone, backend, how, turned):
+def test_a_model_rounds_once_for_each_site(tmp_path, calibration, computed, alone, backend, how, with_rotation):
     folder = write_tiny_llava(tmp_path / "model", hidden=64)
     loaded = load(str(folder), dtype="float32")
     options = {"group_size": 32, "calibration_batch_size": 5}
     request = check_request("rtn", "w4a4+vision:w8a8", options)
     plan = planning.obtain_plan(loaded, request, calibration, cache=None)
-    plan = rotated(by_token(plan)) if turned else plan
+    plan = rotated(by_token(plan)) if with_rotation else plan
     inputs, _ = next(calibration.batches(loaded.processor, 5))
     if how == "applied":
         planning.apply(plan, loaded, backend)
@@ -216,7 +216,7 @@ def test_a_model_rounds_once_for_each_site(tmp_path, calibration, computed, alon
     computed.clear()
     logits = logits_of(loaded.model, inputs)
     sites = {module.site for module in plan.quantized}
-    assert len(computed) == len(sites) * (1 + turned) < len(plan.quantized) * (1 + turned)
+    assert len(computed) == len(sites) * (1 + with_rotation) < len(plan.quantized) * (1 + with_rotation)
     alone()
     assert torch.equal(logits_of(loaded.model, inputs), logits)
-    assert len(computed) == (len(sites) + len(plan.quantized)) * (1 + turned)
+    assert len(computed) == (len(sites) + len(plan.quantized)) * (1 + with_rotation)

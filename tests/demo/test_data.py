@@ -116,7 +116,7 @@ def test_refuses_to_replace_real_data(tmp_path):
     real = tmp_path / "lmms-lab-encoder" / "ScienceQA"
     real.mkdir(parents=True)
     (real / "README.md").write_text("the real thing")
-    with pytest.raises(QVLMError, match="not a stand-in"):
+    with pytest.raises(QVLMError, match="contains other data than the demo"):
         write_mirrors(tmp_path)
     assert [path.name for path in real.iterdir()] == ["README.md"]
 

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 from collections import Counter, defaultdict
+from dataclasses import replace
 from statistics import mean
 
 import pytest
@@ -183,7 +184,7 @@ def test_likelihood(place, scores, answers):
 def pair(place, model, task):
     """A task of the full-precision run and of that at 2 bits."""
     ((one,), (other,)) = (read_samples(place / folder) for folder in (model, f"{model}-rtn"))
-    return [type(run)(run.file, run.run, {task: run.tasks[task]}, run.totals) for run in (one, other)]
+    return [replace(run, tasks={task: run.tasks[task]}) for run in (one, other)]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_a_score_of_all_documents_at_once_pairs_by_the_documents_own(place, scor
 
 
 def test_records_without_a_score_are_refused_in_one_line(place):
-    with pytest.raises(QVLMError, match="logs submission of documents as records without a score: nothing to pair"):
+    with pytest.raises(QVLMError, match="logs submission as records without a score: they cannot be paired"):
         compare(*pair(place, "words", "textvqa_val"), "submission")
 
 

@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -315,10 +315,9 @@ def reference_of(model: nn.Module, inputs: Inputs) -> Reference:
     decoder = model.model.language_model
     hook = decoder.register_forward_pre_hook(lambda _, __, named: given.append(dict(named)), with_kwargs=True)
     with _recorded(model) as calls:
-        for sample, _ in inputs.samples:
-            model.model(**sample, use_cache=False)
+        hidden = [model.model(**sample, use_cache=False).last_hidden_state for sample, _ in inputs.samples]
     hook.remove()
-    answers = _answers(model, inputs, given)
+    answers = _answers(model, inputs, hidden)
     return Reference(inputs, given, calls, answers, model(input_ids=inputs.texts).logits)
 
 
@@ -330,7 +329,8 @@ def measured(model: nn.Module, reference: Reference) -> dict[str, Any]:
     from qvlm_plugin.demo import TASKS
 
     inputs = reference.inputs
-    answers = _answers(model, inputs, reference.given)
+    hidden = (model.model.language_model(**one).last_hidden_state for one in reference.given)
+    answers = _answers(model, inputs, hidden)
     exact = exact_matches(model, inputs.questions)
     by_task = {task: [exact[one.task, one.id] for one in inputs.questions if one.task == task] for task in TASKS}
     divergences = [_divergence(*pair) for pair in zip(reference.answers, answers, strict=True)]
@@ -342,9 +342,8 @@ def measured(model: nn.Module, reference: Reference) -> dict[str, Any]:
     }
 
 
-def _answers(model: nn.Module, inputs: Inputs, given: Sequence[dict[str, Any]]) -> list[Tensor]:
-    """Logits at the tokens of each sample's answer, [N, V]."""
-    hidden = (model.model.language_model(**one).last_hidden_state for one in given)
+def _answers(model: nn.Module, inputs: Inputs, hidden: Iterable[Tensor]) -> list[Tensor]:
+    """Logits at the tokens of each sample's answer, [N, V], from the decoder's outputs."""
     return [model.lm_head(states[answer]) for states, (_, answer) in zip(hidden, inputs.samples, strict=True)]
 
 

@@ -71,7 +71,6 @@ LADDER = (
 
 METRIC = "exact_match"
 FULL_PRECISION = "full-precision"
-LADDER_BASELINES = dict(zip((FULL_PRECISION, *LADDER), (FULL_PRECISION, FULL_PRECISION, *LADDER), strict=False))
 
 
 @dataclass(frozen=True)
@@ -178,10 +177,10 @@ def show_table(todo: Sequence[Draw], output: Path, baseline: str, tasks: Sequenc
         tasks: none is all.
     """
     found = {draw: read_run(output, draw.name) for draw in todo if (output / f"{draw.name}.json").exists()}
-    rows, sentences = [], []
+    rows, sentences, before = [], [], dict(zip(LADDER[1:], LADDER, strict=False))
     for scheme, count, method in dict.fromkeys((draw.scheme, draw.samples, draw.method) for draw in found):
         own = [draw for draw in found if (draw.scheme, draw.samples, draw.method) == (scheme, count, method)]
-        other = LADDER_BASELINES[method] if baseline == PREVIOUS else baseline
+        other = before.get(method, FULL_PRECISION) if baseline == PREVIOUS else baseline
         pairs = [(_compared_with(draw, other), draw) for draw in own]
         runs = [(found[one], found[draw]) for one, draw in pairs if one in found]
         if len(runs) < len(pairs):

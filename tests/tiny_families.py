@@ -6,12 +6,11 @@ import shutil
 import seer
 import torch
 from seer import Seer, SeerConfig
-from tiny_llava import CHAT_TEMPLATE, byte_tokenizer, randomized
+from tiny_llava import CHAT_TEMPLATE, byte_tokenizer, llava_processor, randomized
 from transformers import (
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
     AyaVisionProcessor,
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -38,7 +37,6 @@ from transformers import (
     LlavaOnevisionImageProcessorPil,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
-    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PaliGemmaConfig,
@@ -139,15 +137,7 @@ def write_tiny_vip_llava(directory, seed=0):
         vision_feature_layer=[-1, -2],
         image_seq_length=4,
     )
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=1,
-    )
-    return _save(directory, VipLlavaForConditionalGeneration(config), processor)
+    return _save(directory, VipLlavaForConditionalGeneration(config), llava_processor(tokenizer))
 
 
 def write_tiny_seer(directory, seed=0):
@@ -156,15 +146,7 @@ def write_tiny_seer(directory, seed=0):
     tokenizer = byte_tokenizer()
     vision = {**VISION, "num_hidden_layers": 2, "is_native": True}
     config = SeerConfig(vision, {**TEXT, "vocab_size": len(tokenizer), "tie_word_embeddings": False}, image_token_id=3)
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="full",
-        chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=0,
-    )
-    _save(directory, Seer(config), processor)
+    _save(directory, Seer(config), llava_processor(tokenizer, class_token=False))
     shutil.copy(seer.__file__, directory / "seer.py")
     config = json.loads((directory / "config.json").read_text())
     code = {"AutoConfig": "seer.SeerConfig", "AutoModelForImageTextToText": "seer.Seer"}

@@ -2,9 +2,18 @@
 
 import torch
 
-from qvlm_plugin.doctor.tiny_llava import CHAT_TEMPLATE, byte_tokenizer, random_image, randomized, write_tiny_llava
+from qvlm_plugin.doctor.tiny_llava import (
+    CHAT_TEMPLATE,
+    byte_tokenizer,
+    llava_processor,
+    random_image,
+    randomized,
+    write_tiny_llava,
+)
 
-__all__ = ["CHAT_TEMPLATE", "byte_tokenizer", "logits_of", "random_image", "randomized", "write_tiny_llava"]
+__all__ = [
+    "CHAT_TEMPLATE", "byte_tokenizer", "llava_processor", "logits_of", "random_image", "randomized", "write_tiny_llava",
+]  # fmt: skip
 
 
 def logits_of(model, inputs):

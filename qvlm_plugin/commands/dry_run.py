@@ -2,9 +2,11 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 
 from qvlm_plugin.commands.shared import working_in
-from qvlm_plugin.doctor.run_memory import TOKENS, Memory, run_memory
+from qvlm_plugin.doctor.needs import open_skeleton
+from qvlm_plugin.doctor.run_memory import TOKENS, Memory, opening_of, run_memory
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.progress import duration
 from qvlm_plugin.report.compare.estimate import Estimate, estimate, finished_runs
@@ -64,11 +66,14 @@ def _time_lines(times: Sequence[Estimate], jobs: int) -> list[str]:
 def _memory(grid: CompareGrid, setting: Setting, runs: Sequence[GridCell]) -> dict[tuple, Memory | str]:
     """The runs' memory by model, method and scheme; an error's text if it cannot be computed."""
     found: dict[tuple, Memory | str] = {}
+    skeleton = cache(lambda **opening: open_skeleton(opening))
     for one in runs:
         if _kind(one) not in found:
+            arguments = one.cell.model_args
             try:
                 with working_in(setting.directory):
-                    found[_kind(one)] = run_memory(one.cell.model_args, grid.request(one.method, one.scheme))
+                    model = skeleton(**opening_of(arguments))
+                    found[_kind(one)] = run_memory(model, arguments, grid.request(one.method, one.scheme))
             except QVLMError as error:
                 found[_kind(one)] = str(error)
     return found

@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from qvlm_plugin.calibration import parse_sources
-from qvlm_plugin.doctor.needs import open_skeleton, search_peaks, weight_needs
+from qvlm_plugin.doctor.needs import Skeleton, search_peaks, weight_needs
 from qvlm_plugin.doctor.space import HEADROOM
 from qvlm_plugin.methods.peak import Setting
 from qvlm_plugin.models.placement import default_device
@@ -30,18 +30,19 @@ class Memory:
     search: float
 
 
-def run_memory(arguments: Mapping[str, str], request: PlanRequest) -> Memory:
+def opening_of(arguments: Mapping[str, str]) -> dict[str, str]:
+    """Those of a model's arguments that `open_skeleton` takes."""
+    return {name: arguments[name] for name in ("pretrained", "revision", "topology") if name in arguments}
+
+
+def run_memory(skeleton: Skeleton, arguments: Mapping[str, str], request: PlanRequest) -> Memory:
     """The memory of a run on the model's device.
 
     Args:
+        skeleton: the model, opened by `opening_of` its arguments.
         arguments: the model's arguments by name.
         request: the plan to search for it.
-
-    Raises:
-        QVLMError: see `open_skeleton`.
     """
-    named = {name: arguments[name] for name in ("pretrained", "revision", "topology") if name in arguments}
-    skeleton = open_skeleton(named)
     element = _element(skeleton.config, arguments.get("dtype", "auto"))
     needs = weight_needs(skeleton, request.scheme)
     packed = arguments.get("backend", "reference") != "reference" and request.method.name != "none"

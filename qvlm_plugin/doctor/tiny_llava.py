@@ -80,17 +80,26 @@ def write_tiny_llava(
         image_token_index=3, vision_feature_layer=-2, vision_feature_select_strategy="default", image_seq_length=4,
     )  # fmt: skip
     model = randomized(LlavaForConditionalGeneration(config))
-    processor = LlavaProcessor(
+    model.save_pretrained(directory)
+    llava_processor(tokenizer).save_pretrained(directory)
+    return directory
+
+
+def llava_processor(tokenizer: PreTrainedTokenizerFast, class_token: bool = True) -> LlavaProcessor:
+    """A processor of images of 28 px in patches of 14.
+
+    Args:
+        tokenizer: with the image token.
+        class_token: the tower has a class token, whose feature is left out.
+    """
+    return LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
         tokenizer,
         patch_size=14,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy="default" if class_token else "full",
         chat_template=CHAT_TEMPLATE,
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=int(class_token),
     )
-    model.save_pretrained(directory)
-    processor.save_pretrained(directory)
-    return directory
 
 
 @torch.no_grad()

@@ -12,10 +12,9 @@ from qvlm_plugin.atomic import write_file
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness.requests import with_shallow_images
 from qvlm_plugin.harness.task_source import load_task, render
-from qvlm_plugin.reading import parse_json, parsed_elsewhere, read_json
+from qvlm_plugin.reading import parse_json, parsed_elsewhere
 from qvlm_plugin.report.leaderboard.pictures import recorded_digest, thumbnail, thumbnail_file
-from qvlm_plugin.report.leaderboard.reading import samples_file
-from qvlm_plugin.report.leaderboard.schema import parse_results
+from qvlm_plugin.report.leaderboard.reading import read_results_file, samples_file
 
 
 def write_thumbnails(results: Path) -> int:
@@ -31,10 +30,7 @@ def write_thumbnails(results: Path) -> int:
     Raises:
         QVLMError: the run records no images, or the task's data are not those that were evaluated.
     """
-    try:
-        parsed = parse_results(read_json(results), results)
-    except (OSError, ValueError) as error:
-        raise QVLMError(f"{results} is not a results file of lmms-eval: {error}") from error
+    *_, parsed = read_results_file(results)
     if parsed.qvlm is None:
         raise QVLMError(f"{results} has no provenance: only runs of --model qvlm record digests of images")
     files = {task: samples_file(results, task) for task in parsed.counts}

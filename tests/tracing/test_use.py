@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import qvlm_plugin as qvlm
 from qvlm_plugin.cli import app
 from qvlm_plugin.conversation import Conversation, encode
+from qvlm_plugin.doctor.needs import open_skeleton
 from qvlm_plugin.doctor.run_memory import run_memory
 from qvlm_plugin.doctor.search_memory import check_search_memory
 from qvlm_plugin.doctor.space import check_space
@@ -122,6 +123,6 @@ def test_memory_and_disk_are_told(place):
     request = check_request("qvlm", "w4a4", {})
     assert all(finding.subject != "checkpoint" for finding in check_space(opening, Scheme.parse("w4a4")))
     assert "lp " in check_search_memory(opening, request, 8, 100)[0].message
-    assert run_memory({**opening, "calibration": "file.json:8"}, request).evaluation > 0
+    assert run_memory(open_skeleton(opening), {**opening, "calibration": "file.json:8"}, request).evaluation > 0
     (described, *_) = check_space({"pretrained": opening["pretrained"]}, Scheme.parse("w4a4"))
     assert described.status == "fail" and "topology=traced" in described.message

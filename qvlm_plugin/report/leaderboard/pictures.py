@@ -51,7 +51,7 @@ def picture(media: Any, folder: Path) -> str | None:
         folder: the samples file's folder.
     """
     digest = recorded_digest(media)
-    sources = [f"thumbnails/{digest}.webp"] if digest else media if isinstance(media, list) else ()
+    sources = [str(thumbnail_file(Path(), digest))] if digest else media if isinstance(media, list) else ()
     for source in sources:
         blob = _blob(source, folder)
         if blob and (small := _small(blob)):

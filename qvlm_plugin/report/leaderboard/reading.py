@@ -97,18 +97,27 @@ def samples_file(results: Path, task: str) -> Path:
     return results.with_name(f"{results.name.removesuffix(SUFFIX)}_samples_{task}.jsonl")
 
 
-def read_run(file: Path) -> Run:
-    """Read a results file and its samples.
+def read_results_file(file: Path) -> tuple[bytes, Any, ResultsFile]:
+    """The bytes of a results file, their JSON content, and the results.
 
     Raises:
-        QVLMError: the results file cannot be used; faults of samples are listed in ``problems``.
+        QVLMError: the file cannot be read, see also `parse_results`.
     """
     try:
         blob = file.read_bytes()
         content = parse_json(blob)
     except (OSError, ValueError) as error:
         raise QVLMError(f"{file} is not a results file of lmms-eval: {error}") from error
-    parsed = parse_results(content, file)
+    return blob, content, parse_results(content, file)
+
+
+def read_run(file: Path) -> Run:
+    """Read a results file and its samples.
+
+    Raises:
+        QVLMError: the results file cannot be used; faults of samples are listed in ``problems``.
+    """
+    blob, content, parsed = read_results_file(file)
     problems, coverage = [], {}
     for task in parsed.counts:
         samples = samples_file(file, task)

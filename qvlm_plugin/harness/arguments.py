@@ -61,6 +61,10 @@ class ModelArguments(BaseModel):
     backend: str = Field(
         "reference", description="arithmetic of the plan: auto, packed, reference or one kernel's name"
     )
+    compile: bool = Field(
+        False,
+        description="compile decoding with torch.compile: minutes at the start, then faster tokens",
+    )
     strict: bool = Field(False, description="fail if a Linear would fall back to the reference arithmetic")
     allow_overlap: bool = Field(False, description="allow evaluating documents that were calibrated on")
     batch_size: int = Field(1, ge=1, exclude=True, description="documents per forward pass")

@@ -31,24 +31,28 @@ from qvlm_plugin.commands.shared import (
     working_in,
 )
 
-app = typer.Typer(help="The paper's ablations: for each a table, its rows and a figure.", no_args_is_help=True)
+app = typer.Typer(
+    help="The paper's ablations, each with a table, its rows as JSON, and a figure.", no_args_is_help=True
+)
 
 Output = Annotated[Path, typer.Argument(help="Folder of the report.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples per forward pass.")]
 Data = Annotated[
     Path | None,
-    typer.Option(help="Working directory, from which local mirrors of data sets and relative names are resolved."),
+    typer.Option(help="Working directory: local copies of data sets and relative paths are looked up in it."),
 ]
 HeldOut = Annotated[
     str | None,
-    typer.Option(help="Samples to measure on, as for --calibration; default: its sources with another seed."),
+    typer.Option(
+        help="Samples to measure errors on, written as for --calibration; default: the same sources with another seed."
+    ),
 ]
-Depths = Annotated[str, typer.Option(help="Values of max_depth, separated by commas.")]
+Depths = Annotated[str, typer.Option(help="Values of max_depth to compare, separated by commas.")]
 
 _GRIDS = {
-    "table1": "Gain from the joint search (CDM) and from training the encoder (VEO), alone and together: Table 1.",
-    "fig3a": "Accuracy and search cost against the maximum depth of a block: Figure 3a.",
-    "fig3b": "Accuracy and search cost against the end of the percentile grid, and against η: Figure 3b.",
+    "table1": "Table 1: gains from the joint search (CDM) and from training the encoder (VEO), alone and together.",
+    "fig3a": "Figure 3a: accuracy and search cost for each maximum depth of a block.",
+    "fig3b": "Figure 3b: accuracy and search cost for each smallest percentile of the search, and for each η.",
     "ladder": "From qlora to qvlm_rotated, changing one choice at a time, each compared with the previous one.",
 }
 
@@ -64,7 +68,8 @@ def _compare_on(grid: str) -> Callable[..., None]:
     command.__signature__ = signature(compare).replace(parameters=parameters)
     command.__doc__ = f"""{_GRIDS[grid]}
 
-    The same as qvlm compare OUTPUT {grid}, a grid file of this package; options override its values.
+    Does the same as qvlm compare OUTPUT {grid}: the runs are listed in the grid file {grid}.yaml, which comes with this
+    package. Options that you give replace the file's values.
 
     Example: qvlm ablate {grid} ablations --data demo-data --calibration calibration/train.json:64 --limit 200
     """
@@ -82,7 +87,8 @@ def fig2(
     calibration: Source = "scienceqa:train:64",
     scheme: OneScheme = "w4a4",
     layer: Annotated[
-        int | None, typer.Option(help="First of the two decoder layers, from 0; default: the one below the middle.")
+        int | None,
+        typer.Option(help="Index of the first of the two decoder layers, from 0; default: the one below the middle."),
     ] = None,
     option: MethodOptions = None,
     seed: Seed = 0,
@@ -95,7 +101,7 @@ def fig2(
     device: Device = None,
     data: Data = None,
 ) -> None:
-    """Plot the discretization error difference of two layers against activation entropy, by calibration sample.
+    """Figure 2: for two decoder layers, plot the gain of a joint search against activation entropy, by sample.
 
     Example: qvlm ablate fig2 ablations --data demo-data --calibration calibration/train.json:64
     """
@@ -139,7 +145,7 @@ def fig3c(
     device: Device = None,
     data: Data = None,
 ) -> None:
-    """Plot the quantization error of each decoder layer for plans of different maximum depth; runs no evaluation.
+    """Figure 3c: plot each decoder layer's quantization error, for several maximum depths of a block; no evaluation.
 
     Uses cached plans if there are any, and leaves out samples that the plans were calibrated on.
 
@@ -173,7 +179,10 @@ def sources(
     calibration: Source = "scienceqa:train:64",
     held_out: HeldOut = None,
     methods: Annotated[
-        str, typer.Option(help="Methods to compare, separated by commas; not awq, which moves scales.")
+        str,
+        typer.Option(
+            help="Methods to compare, separated by commas; awq is not supported, because it rescales channels."
+        ),
     ] = "qlora,qvlm_jacobian",
     scheme: OneScheme = "w4a4",
     batch_size: BatchSize = 8,
@@ -187,7 +196,7 @@ def sources(
     device: Device = None,
     data: Data = None,
 ) -> None:
-    """Plot the sources of activation rounding error, by layer, Linear and kind of token; runs no evaluation.
+    """Plot where the error of rounded activations arises: layer, Linear and kind of token; no evaluation.
 
     Not a figure of the paper. Uses cached plans if there are any.
 

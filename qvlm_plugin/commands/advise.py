@@ -15,20 +15,22 @@ UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30}
 
 def advise(
     paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that contain them.")],
-    memory: Annotated[str | None, typer.Option(help="Limit of the weights' size, as 4GB; default: none.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Largest size of the weights, such as 4GB; default: no limit.")
+    ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Accepted drop from full precision: points for metrics in percent.")
+        float, typer.Option(min=0, help="Largest accepted drop from full precision, in points for metrics in percent.")
     ] = 1.0,
-    metric: Annotated[str, typer.Option(help="Metric of the tasks to compare.")] = "exact_match",
+    metric: Annotated[str, typer.Option(help="Metric to compare.")] = "exact_match",
     markdown: Markdown = False,
     as_json: AsJSON = False,
 ) -> None:
     """Recommend a method and scheme for a memory budget, as far as the results decide it.
 
-    Each method and scheme is compared with full precision of the same checkpoint over the same documents. It is
-    recommended if the 95 % interval of the difference excludes a drop above the tolerance, and "loses more" if the
-    whole interval lies beyond the tolerance; otherwise it is undecided. Needs runs with lmms-eval's --log_samples, one
-    of them with method=none. Speed is shown for packed runs only.
+    Compares each method and scheme with full precision of the same checkpoint over the same documents. A choice is
+    recommended if the 95 % interval of its difference excludes drops above the tolerance, "loses more" if the whole
+    interval is beyond the tolerance, and else undecided. Needs runs with lmms-eval's --log_samples, one of them with
+    method=none. Speed is shown for packed runs only.
 
     Example: qvlm advise results/ --memory 4GB
     """

@@ -11,45 +11,59 @@ from qvlm_plugin.errors import QVLMError
 
 def compare(
     output: Annotated[Path, typer.Argument(help="Folder of the runs and of the comparison.")],
-    grid: Annotated[Path | None, typer.Argument(help="YAML file with the grid; options override its values.")] = None,
+    grid: Annotated[
+        Path | None, typer.Argument(help="YAML file that lists the runs; options replace its values.")
+    ] = None,
     models: Annotated[str | None, typer.Option(help="Checkpoint folders or hub ids, separated by commas.")] = None,
     methods: Annotated[str | None, typer.Option(help="Quantization methods, separated by commas.")] = None,
-    schemes: Annotated[str | None, typer.Option(help="Bits, separated by commas.")] = None,
+    schemes: Annotated[str | None, typer.Option(help="Bits, such as w4a4, separated by commas.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lmms-eval, separated by commas.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="task:split:n or file.json:n; join several by +.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Calibration samples: task:split:n or file.json:n; join several by +.")
+    ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Seeds of the calibration draw, separated by commas; default: 0.")
+        str | None, typer.Option(help="Seeds of the choice of calibration samples, separated by commas; default: 0.")
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Method to compare the others with; default: none, full precision.")
+        str | None, typer.Option(help="Method that the others are compared with; default: none (full precision).")
     ] = None,
     model_args: Annotated[
-        str | None, typer.Option(help="Additional model arguments of every run, as dtype=float16.")
+        str | None, typer.Option(help="More model arguments for every run, such as dtype=float16, separated by commas.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; default: all.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate only this many documents of each task; default: all.")
+    ] = None,
     metric: Annotated[str | None, typer.Option(help="Metric to compare; default: exact_match.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Documents per forward pass.")] = 8,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the documents of each run.")] = 1,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at a time; default: one for each device; on Slurm all.")
+        int | None, typer.Option(min=1, help="Number of runs at a time; default: one for each device, on Slurm all.")
     ] = None,
     devices: Annotated[
-        str | None, typer.Option(help="CUDA devices, separated by commas; assigned to runs in turn.")
+        str | None, typer.Option(help="CUDA devices, such as 0,1; each run gets one of them in turn.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Working directory of the runs, with local mirrors of data.")
+        Path | None, typer.Option(help="Working directory of the runs: local copies of data sets are looked up in it.")
     ] = None,
     executor: Annotated[
         str | None,
-        typer.Option(help="Submit each run as a job: slurm, or local (this machine); default: child processes."),
+        typer.Option(
+            help="Submit each run as a job, on slurm or local (this machine); default: run it as a child process."
+        ),
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="Slurm partition; default: the cluster's.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition; default: the cluster's default.")] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="GPUs of each job; default: none.")] = None,
     time: Annotated[int | None, typer.Option(min=1, help="Time limit of each job in minutes; default: 1440.")] = None,
-    memory: Annotated[float | None, typer.Option(help="Memory of each job in GB; default: the cluster's.")] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="Memory of each job in GB; default: the cluster's default.")
+    ] = None,
     keep_going: KeepGoing = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs, which are finished, and time and memory of the others.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Run nothing: print which runs are finished, and the estimated time and memory of the others.",
+        ),
     ] = False,
 ) -> None:
     """Run models × methods × schemes × seeds × tasks, each in its own process, and compare them with a baseline.

@@ -16,10 +16,10 @@ def convert(
     image_aspect_ratio: ImageAspectRatio = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Write a checkpoint in the Hugging Face layout, with its processor and prompt format; prints the folder.
+    """Convert LLaVA's own layout to that of Hugging Face, with processor and prompt format; prints the folder.
 
-    Needed for other programs only: this package reads LLaVA's own layout directly. A plan fits only the folder that it
-    was searched on.
+    Only other programs need this: this package reads LLaVA's own layout directly. A plan fits only the folder that it
+    was searched for.
 
     Example: qvlm convert liuhaotian/llava-v1.5-7b llava-v1.5-7b-hf
     """

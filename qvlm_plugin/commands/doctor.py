@@ -17,29 +17,32 @@ from qvlm_plugin.errors import QVLMError
 def doctor(
     pretrained: Annotated[
         str | None,
-        typer.Option(help="Checkpoint folder or hub id, for its memory and disk space; reads only small files."),
+        typer.Option(
+            help="Checkpoint folder or hub id whose memory and disk space to compute; reads only small files."
+        ),
     ] = None,
     scheme: OneScheme = "w4a4",
     method: Annotated[
-        str | None, typer.Option(help="Also compute the peak memory of this method's search; needs --pretrained.")
+        str | None, typer.Option(help="Also compute the peak memory of a search with this method; needs --pretrained.")
     ] = None,
     option: MethodOptions = None,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration samples of that search.")] = 64,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of its longest sample, including the image.")] = 600,
+    samples: Annotated[int, typer.Option(min=1, help="Number of calibration samples of that search.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of its longest sample in tokens, image included.")] = 600,
     revision: Revision = None,
     topology: Topology = "described",
     tasks: Annotated[
         str, typer.Option(help="Tasks whose data to check, separated by commas.")
     ] = "scienceqa,vizwiz_vqa_val,vqav2_val",
     data: Annotated[
-        Path | None, typer.Option(help="Working directory of the evaluation, from which local mirrors are resolved.")
+        Path | None,
+        typer.Option(help="Working directory of the evaluation: local copies of data sets are looked up in it."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Check what an evaluation needs, then run a small one; prints a line for each check, with a remedy.
+    """Check all that an evaluation needs, then run a small one; prints a line for each check, with a remedy.
 
     The trial is a real run of lmms-eval on two documents with a tiny quantized model of random weights, offline and in
-    a temporary folder. Exits with 1 if a check fails; warnings concern only some runs.
+    a temporary folder. Exits with 1 if a check fails; a warning concerns only some runs.
 
     Example: qvlm doctor --pretrained llava-hf/llava-1.5-7b-hf --method qvlm --scheme w4a4
     """

@@ -41,25 +41,39 @@ class Format(StrEnum):
 def export(
     output: Annotated[Path, typer.Argument(help="New folder to write.")],
     pretrained: Pretrained,
-    plan: Annotated[Path | None, typer.Option(help="Folder of a saved plan, instead of a method and scheme.")] = None,
-    method: Annotated[str | None, typer.Option(help="Quantization method; see `qvlm methods`.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Folder of a saved plan to export, instead of --method and --scheme.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Quantization method to search a plan with; see `qvlm methods`.")
+    ] = None,
     scheme: OneScheme = "w4a4",
     calibration: Source = "scienceqa:train:64",
     images: Images = None,
     option: MethodOptions = None,
     seed: Seed = 0,
     format_: Annotated[
-        Format, typer.Option("--format", help="qvlm, for this package; or compressed-tensors, for vLLM.")
+        Format, typer.Option("--format", help="qvlm: for this package and transformers; compressed-tensors: for vLLM.")
     ] = Format.QVLM,
-    backend: Annotated[str, typer.Option(help="auto, packed, reference or the name of one kernel.")] = "auto",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="Kernels of the exported model: packed, auto (without kernels that fail their self-test), reference "
+            "(simulated), or one kernel's name."
+        ),
+    ] = "auto",
     strict: Annotated[
-        bool, typer.Option("--strict", help="Fail if a Linear would need the reference arithmetic.")
+        bool,
+        typer.Option("--strict", help="Stop with an error if a Linear has no packed kernel, instead of simulating it."),
     ] = False,
     results: Annotated[
-        list[Path] | None, typer.Option(help="Results of this plan, files or folders, for the model card.")
+        list[Path] | None,
+        typer.Option(help="Results files of this plan, or their folders; the model card shows their scores."),
     ] = None,
-    push_to_hub: Annotated[str | None, typer.Option(help="Repository to upload the folder to, as NAME/MODEL.")] = None,
-    shard_size: Annotated[str, typer.Option(help="Largest weight file, as 5GB.")] = "5GB",
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Hub repository to upload the folder to, as NAME/MODEL.")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Maximum size of a weight file, such as 5GB.")] = "5GB",
     revision: Revision = None,
     conv: Conv = None,
     router_noise_seed: RouterNoiseSeed = None,
@@ -68,13 +82,12 @@ def export(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Write a quantized model as a Hugging Face folder; prints the folder last.
+    """Write a quantized model as a folder in the Hugging Face layout; prints the folder last.
 
-    After import qvlm_plugin, from_pretrained loads it with packed weights; lmms-eval runs it as pretrained=DIR. Without
-    this package, loading it is an error. Its model card, README.md, describes it and how to load it, with the scores
-    in --results.
-    --format compressed-tensors is for vLLM: schemes w4a16, w8a16, w4a8 and w8a8, the latter two with activations
-    rounded per token.
+    After import qvlm_plugin, from_pretrained loads the folder with packed weights; lmms-eval runs it as pretrained=DIR.
+    Without this package, loading it is an error. README.md in the folder is its model card.
+    --format compressed-tensors allows the schemes w4a16, w8a16, w4a8 and w8a8, and rounds the activations of the last
+    two per token.
 
     Example: qvlm export llava-w4a16 --pretrained llava-hf/llava-1.5-7b-hf --method rtn --scheme w4a16
     """

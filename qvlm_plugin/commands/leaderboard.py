@@ -22,7 +22,7 @@ class _WriteByDefault(TyperGroup):
 
 app = typer.Typer(
     cls=_WriteByDefault,
-    help="Results of many runs as one table: qvlm leaderboard DIR… --out OUT.",
+    help="Rank the results of many runs in one table: qvlm leaderboard DIR… --out OUT.",
     no_args_is_help=True,
 )
 
@@ -31,12 +31,12 @@ app = typer.Typer(
 def write(
     paths: Annotated[list[Path], typer.Argument(help="Results files of lmms-eval, or folders that contain them.")],
     out: Annotated[Path, typer.Option(help="Folder for leaderboard.md, .csv, .json and .html.")],
-    reported: Annotated[bool, typer.Option(help="Also show the paper's tables, as reported.")] = True,
+    reported: Annotated[bool, typer.Option(help="Also show the scores that the paper reports.")] = True,
 ) -> None:
     """Write leaderboard.md, .csv, .json and .html; the word "write" may be omitted.
 
-    Rows are ranked together only if data, split, prompt and documents are the same. Files with problems are reported,
-    and their rows left out or left unranked.
+    Ranks rows together only if data, split, prompt and documents are the same. Reports files with problems, and leaves
+    their rows out or unranked.
 
     Example: qvlm leaderboard results/ --out leaderboard
     """
@@ -56,8 +56,8 @@ def add(
 ) -> None:
     """Check a run and copy it, with its samples, into a shared folder.
 
-    Refuses runs without provenance, with a seal that does not match, on a part of the documents, calibrated on
-    evaluated documents, or that contradict a run in the folder with the same model, plan and documents.
+    Refuses a run without provenance, with a seal that does not match its files, on only a part of the documents,
+    calibrated on evaluated documents, or with other scores than a run of the same model, plan and documents.
 
     Example: qvlm leaderboard add results/model/20261121_120000_results.json --to shared-results
     """
@@ -70,12 +70,12 @@ def add(
 def thumbnails(
     paths: Annotated[list[Path], typer.Argument(help="Results files of runs with --log_samples, or folders of them.")],
     data: Annotated[
-        Path | None, typer.Option(help="Working directory of the runs, from which local mirrors are resolved.")
+        Path | None, typer.Option(help="Working directory of the runs: local copies of data sets are looked up in it.")
     ] = None,
 ) -> None:
     """Write thumbnails of the evaluated images next to the samples, so that the leaderboard's page can show them.
 
-    Reads the images again from the tasks' data, and checks that they are the evaluated ones. Mind the data's license
+    Reads the images again from the tasks' data, and checks that they are the evaluated ones. Check the data's license
     before you share the files.
 
     Example: qvlm leaderboard thumbnails results/ --data demo-data

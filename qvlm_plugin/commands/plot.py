@@ -27,12 +27,18 @@ if TYPE_CHECKING:
 
 def plot(
     plan: Annotated[Path, typer.Argument(help="A plan's folder.")],
-    output: Annotated[Path | None, typer.Option(help="Folder of the figures; default: the plan's.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the figures; default: the plan's folder.")] = None,
     pretrained: Annotated[
-        str | None, typer.Option(help="The plan's checkpoint; also measures errors, and searches a layer-wise plan.")
+        str | None,
+        typer.Option(
+            help="The plan's checkpoint. If given, errors are measured, for which a layer-wise plan is searched."
+        ),
     ] = None,
     held_out: Annotated[
-        str | None, typer.Option(help="Samples to measure errors on; default: the plan's sources with another seed.")
+        str | None,
+        typer.Option(
+            help="Samples to measure errors on, task:split:n or file.json:n; default: the plan's, with another seed."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per forward pass.")] = 8,
     revision: Revision = None,
@@ -43,13 +49,14 @@ def plot(
     dtype: Dtype = "auto",
     device: Device = None,
     data: Annotated[
-        Path | None, typer.Option(help="Working directory, from which local mirrors and relative names are resolved.")
+        Path | None,
+        typer.Option(help="Working directory: local copies of data sets and relative paths are looked up in it."),
     ] = None,
 ) -> None:
-    """Draw a plan's record: dependency of layers with block borders, chosen percentiles and VEO losses.
+    """Draw how a plan was searched: dependency of layers with block borders, chosen percentiles and VEO losses.
 
-    With --pretrained, also the error of each layer, compared with a layer-wise search with the same options
-    (max_depth=1).
+    With --pretrained, also draws the error of each layer, next to that of a layer-wise search (max_depth=1) with
+    otherwise the same options.
 
     Example: qvlm plot plans/qvlm-w4a4 --pretrained demo --data demo-data
     """

@@ -10,8 +10,10 @@ from qvlm_plugin.commands.shared import needs_report_packages
 
 def publish(
     results: Annotated[list[Path], typer.Argument(help="Results files of one quantized checkpoint, or their folders.")],
-    to: Annotated[Path, typer.Option(help="The checkpoint's folder.")],
-    source_url: Annotated[str | None, typer.Option(help="Page that shows the runs.")] = None,
+    to: Annotated[Path, typer.Option(help="Folder of the quantized checkpoint.")],
+    source_url: Annotated[
+        str | None, typer.Option(help="Web page that shows the runs, to link to as the source.")
+    ] = None,
 ) -> None:
     """Write scores into a checkpoint's model card (model-index) and its .eval_results folder.
 

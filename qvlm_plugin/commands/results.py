@@ -34,13 +34,13 @@ def paired(
     others: Annotated[
         list[Path], typer.Argument(help="Results files to compare with it, or folders that contain them.")
     ],
-    metric: Annotated[str, typer.Option(help="Metric of the tasks to compare.")] = "exact_match",
+    metric: Annotated[str, typer.Option(help="Metric to compare.")] = "exact_match",
     markdown: Markdown = False,
     as_json: AsJSON = False,
 ) -> None:
     """Compare runs with a baseline over the same documents: paired differences, intervals and tests.
 
-    Needs runs with lmms-eval's --log_samples. Prints one row for each run and task, and one for the tasks' average;
+    Needs runs with lmms-eval's --log_samples. Prints one row for each run and task, and one for the average over tasks.
     Holm's adjustment covers all rows.
 
     Example: qvlm paired results/none-w16a16 results/rtn-w4a4 results/qlora-w4a4

@@ -46,17 +46,18 @@ def search(
     device_map: Annotated[
         str | None,
         typer.Option(
-            help="offload keeps weights on the CPU, with one block at a time on the device; or accelerate's, as auto."
+            help="offload: keep weights on the CPU and bring one block at a time to the device, for models that do not "
+            "fit. Or a value of accelerate, such as auto; default: one device."
         ),
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Processes that search together, each with its own copy of the model and GPU.")
+        int, typer.Option(min=1, help="Processes that share the search; each needs a GPU that holds the model.")
     ] = 1,
 ) -> None:
     """Search a rounding plan and write it, without running an evaluation.
 
-    An interrupted search resumes; a plan that was searched before comes from the cache. Several processes share the
-    samples and find the same plan as one process; use torchrun to start them on several machines.
+    The same command resumes an interrupted search, and takes a plan from the cache if it was searched before. Several
+    processes share the samples and find the same plan as one process; to use several machines, start them by torchrun.
 
     Example: qvlm search plans/qlora-w4a4 --pretrained llava-hf/llava-1.5-7b-hf --method qlora --scheme w4a4
     --calibration llava_mix.json:64 --images images/ --device cuda

@@ -33,32 +33,55 @@ def _device(named: str | None) -> str:
 
 
 Pretrained = Annotated[str, typer.Option(help="Checkpoint folder or hub id; 'demo' is the embedded small LLaVA.")]
-OneScheme = Annotated[str, typer.Option(help="Bits, for example w4a4 or w4a4+vision:w8a8.")]
-Source = Annotated[str, typer.Option(help="task:split:n (needs lmms-eval) or file.json:n; join several by +.")]
-Images = Annotated[Path | None, typer.Option(help="Folder of the images that a conversation file names.")]
-MethodOptions = Annotated[
-    list[str] | None, typer.Option("--option", help="Option of the method as name=value; may be repeated.")
+OneScheme = Annotated[str, typer.Option(help="Bits of weights and activations, such as w4a4 or w4a4+vision:w8a8.")]
+Source = Annotated[
+    str,
+    typer.Option(
+        help="Calibration samples: n of a task's split, task:split:n (needs lmms-eval), or of a file, file.json:n. "
+        "Join several sources by +."
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the calibration draw.")]
+Images = Annotated[Path | None, typer.Option(help="Folder of the images that a calibration file names.")]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="Option of the method, as name=value; may be repeated. See `qvlm arguments`."),
+]
+Seed = Annotated[
+    int, typer.Option(help="Seed of the choice of calibration samples, and of random choices in the search.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Conv = Annotated[str | None, typer.Option(help="Prompt format, as vicuna_v1; default: the checkpoint's.")]
+Conv = Annotated[str | None, typer.Option(help="Prompt format, such as vicuna_v1; default: the checkpoint's.")]
 RouterNoiseSeed = Annotated[
     int | None,
-    typer.Option(min=0, help="Seed of noise in the choice of experts (MoE-LLaVA); default: no noise."),
+    typer.Option(min=0, help="For MoE-LLaVA: add noise with this seed when experts are chosen; default: no noise."),
 ]
 ImageAspectRatio = Annotated[
-    str | None, typer.Option(help="square or pad; default: as a checkpoint in LLaVA's own layout says.")
+    str | None,
+    typer.Option(
+        help="For checkpoints in LLaVA's own layout: how images are made square, square or pad; "
+        "default: the checkpoint's."
+    ),
 ]
 Topology = Annotated[
-    str, typer.Option(help="described; or traced: find the parts by running the model, for families not described.")
+    str,
+    typer.Option(
+        help="Where the model's parts are listed: described, by a description of its family; traced, found by running "
+        "it, for other families."
+    ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+Dtype = Annotated[str, typer.Option(help="Floating-point type: float32, float16, bfloat16, or auto: the checkpoint's.")]
 Device = Annotated[
-    str | None, typer.Option(callback=_device, help="Torch device; default: the accelerator if there is one, else cpu.")
+    str | None,
+    typer.Option(
+        callback=_device,
+        help="Torch device, such as cpu or cuda:1; default: the accelerator if there is one, else cpu.",
+    ),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")]
-KeepGoing = Annotated[bool, typer.Option("--keep-going", help="If a run fails, run the others and report them.")]
+KeepGoing = Annotated[
+    bool, typer.Option("--keep-going", help="If a run fails, continue with the others and compare the finished ones.")
+]
 
 
 @contextmanager

@@ -15,8 +15,8 @@ def trace(
 ) -> None:
     """Find the parts of a model and print them as a plugin that describes its family.
 
-    Runs prompts with and without images through a model of the same configuration, without its weights. Prints a Python
-    module: see docs/add-a-family.md. With topology=traced, an evaluation does the same by itself.
+    Use it for a family that this package does not know. Runs prompts with and without images through a model without
+    weights, and prints a Python module (docs/add-a-family.md). With topology=traced, an evaluation does this by itself.
 
     Example: qvlm trace path/to/model > my_family.py
     """

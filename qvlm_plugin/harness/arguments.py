@@ -29,47 +29,69 @@ class ModelArguments(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    pretrained: str = Field(description="checkpoint folder, hub id, or 'demo' for the embedded small model")
+    pretrained: str = Field(description="checkpoint folder or hub id; 'demo' is the embedded small LLaVA")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
-    dtype: str = Field("auto", description=f"compute type: {', '.join(DTYPES)}")
-    device: str | None = Field(None, description="cpu, cuda, cuda:1; default: the accelerator if there is one")
-    device_map: str | None = Field(None, description="auto spreads the model over all devices")
-    attn_implementation: str | None = Field(None, description="eager, sdpa, flash_attention_2")
-    trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
-    conv: str | None = Field(
-        None, description=f"prompt format, by default the checkpoint's: {', '.join(PROMPT_FORMATS)}"
+    dtype: str = Field(
+        "auto", description=f"floating-point type of the computation: {', '.join(DTYPES)}; auto: the checkpoint's"
     )
-    router_noise_seed: int | None = Field(None, ge=0, description="seed of noise in the choice of experts (MoE-LLaVA)")
+    device: str | None = Field(
+        None, description="torch device, such as cpu or cuda:1; default: the accelerator if there is one, else cpu"
+    )
+    device_map: str | None = Field(None, description="auto spreads the model over all devices; default: one device")
+    attn_implementation: str | None = Field(
+        None, description="attention kernel: eager, sdpa or flash_attention_2; default: transformers chooses"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
+    conv: str | None = Field(None, description=f"prompt format: {', '.join(PROMPT_FORMATS)}; default: the checkpoint's")
+    router_noise_seed: int | None = Field(
+        None, ge=0, description="for MoE-LLaVA: add noise with this seed when experts are chosen; default: no noise"
+    )
     image_aspect_ratio: str | None = Field(
-        None, description="square or pad, by default the checkpoint's (LLaVA's own layout)"
+        None,
+        description="for checkpoints in LLaVA's own layout: how images are made square, square or pad; "
+        "default: the checkpoint's",
     )
     topology: Literal["described", "traced"] = Field(
-        "described", description="traced finds the parts by running the model, for families that are not described"
+        "described",
+        description="where the model's parts are listed: described, by a description of its family; "
+        "traced, found by running it, for other families",
     )
-    method: str = Field("none", description="quantization method")
-    scheme: str = Field("w4a4", description="bit widths, for example w4a4+vision:w8a8")
-    plan: Path | None = Field(None, description="folder of a saved rounding plan, instead of method and scheme")
+    method: str = Field("none", description="quantization method, see Methods; none: full precision")
+    scheme: str = Field("w4a4", description="bits of weights and activations, such as w4a4 or w4a4+vision:w8a8")
+    plan: Path | None = Field(None, description="folder of a saved plan to apply, instead of method and scheme")
     calibration: str | None = Field(
-        "scienceqa:train:64", description="task:split:n or file.json:n; several are joined by +"
+        "scienceqa:train:64",
+        description="calibration samples: n of a task's split, task:split:n, or of a file, file.json:n; "
+        "join several sources by +",
     )
-    images: Path | None = Field(None, description="folder of the images that calibration files name")
-    seed: int = Field(0, ge=0, description="seed of the calibration draw and the search")
+    images: Path | None = Field(None, description="folder of the images that a calibration file names")
+    seed: int = Field(
+        0,
+        ge=0,
+        description="seed of the choice of calibration samples, and of random choices in the search",
+    )
     cache: Path | None = Field(
         default_factory=lambda: cache_root() / "plans",
-        description="folder of searched plans, by default in $QVLM_CACHE or ~/.cache/qvlm_plugin; none: search again",
+        description="folder that keeps searched plans, so that the same search need not run twice; "
+        "default: plans/ in $QVLM_CACHE or ~/.cache/qvlm_plugin; none: keep no plans and always search",
     )
     backend: str = Field(
-        "reference", description="arithmetic of the plan: auto, packed, reference or one kernel's name"
+        "reference",
+        description="how quantized layers are computed: reference (simulated in floating point), packed (kernels with "
+        "packed weights), auto (as packed, without kernels that fail their self-test), or one kernel's name",
     )
     compile: bool = Field(
-        False,
-        description="compile decoding with torch.compile: minutes at the start, then faster tokens",
+        False, description="compile the decoding of tokens: some minutes at the start, then faster; for long runs"
     )
-    strict: bool = Field(False, description="fail if a Linear would fall back to the reference arithmetic")
-    allow_overlap: bool = Field(False, description="allow evaluating documents that were calibrated on")
+    strict: bool = Field(
+        False, description="stop with an error if a Linear has no packed kernel, instead of simulating it"
+    )
+    allow_overlap: bool = Field(False, description="allow calibration samples that are among the evaluated documents")
     batch_size: int = Field(1, ge=1, exclude=True, description="documents per forward pass")
-    max_new_tokens: int = Field(32, ge=1, description="maximum answer length for tasks that set none")
-    system_prompt: str | None = Field(None, description="a system message, as text or as a file with the text")
+    max_new_tokens: int = Field(32, ge=1, description="maximum length of an answer in tokens, for tasks that set none")
+    system_prompt: str | None = Field(
+        None, description="system message to add to every prompt: text, or a file that contains it"
+    )
 
     @field_validator(
         "revision", "device", "device_map", "attn_implementation", "plan", "calibration", "images", "cache",

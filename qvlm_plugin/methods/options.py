@@ -42,14 +42,16 @@ class FormatOptions(_Options):
 
     Attributes:
         weights: number format of the weights: uniform integers (``int``), or a normal-float codebook (``nf``).
-        group_size: for ``int`` weights: input channels that share a scale; -1: one scale per output channel.
-        symmetric: for ``int`` weights: the zero point is the middle code, not fitted.
-        group_scales: for ``int`` weights of up to 4 bits: scales of groups are ``free``, or ``progressive``: whole
-            multiples of their output channel's unit, so that one integer product serves all groups.
-        double_quantization: for ``nf`` weights: quantize the block scales, too.
-        activations: how the language model's activations are rounded: per ``channel`` within bounds fixed in
-            calibration (paper, section 4.3), or per ``token`` within its own extremes, as in the visual part.
-        center: subtract the calibration mean of each channel before a token is rounded. Not in the paper.
+        group_size: for ``int`` weights: number of input channels that share one scale. -1: one scale for each output
+            channel.
+        symmetric: for ``int`` weights: use the middle code as the zero point, instead of fitting one to each group.
+        group_scales: for ``int`` weights of up to 4 bits: ``free`` gives each group any scale; ``progressive`` rounds
+            it to a whole multiple of a unit of its output channel, so that one integer product serves all groups.
+        double_quantization: for ``nf`` weights: quantize the scales of the blocks too, which saves memory.
+        activations: how the decoder's activations are rounded: per ``channel``, within bounds that calibration fixes
+            (paper, section 4.3), or per ``token``, within the token's own extremes. The visual part is always rounded
+            per token.
+        center: subtract each channel's calibration mean before a token is rounded. Not in the paper.
     """
 
     weights: Literal["int", "nf"] = "int"
@@ -88,23 +90,25 @@ class TransformOptions(_Options):
     """Transformations of the inputs of Linears that leave the full-precision model unchanged.
 
     Attributes:
-        transform: ``awq`` scales channels to reduce weight errors, and clips the weights (Lin et al., 2023); ``smooth``
-            moves the magnitude of channels into the weights (Xiao et al., 2023, "SmoothQuant"); ``rotate`` multiplies
-            inputs by an orthogonal matrix, which spreads massive channels over all (Ashkboos et al., 2024, "QuaRot");
-            ``smooth+rotate`` does both in this order.
-        alpha_steps: for ``awq``: number of exponents tried for a site's scale, evenly spaced from 0 to below 1; 1
+        transform: ``awq`` scales channels to reduce weight errors, and clips the weights (Lin et al., 2023). ``smooth``
+            moves magnitude from activation channels into the weights ("SmoothQuant", Xiao et al., 2023). ``rotate``
+            multiplies inputs by an orthogonal matrix, which spreads massive channels over all channels ("QuaRot",
+            Ashkboos et al., 2024). ``smooth+rotate`` smooths, then rotates.
+        alpha_steps: for ``awq``: number of exponents α to try for a site's scale, evenly spaced from 0 to below 1. 1
             switches scaling off.
-        min_clip: for ``awq`` and ``weight_clip``: the narrowest weight range tried, as a share of the whole range; 1
+        min_clip: for ``awq`` and ``weight_clip``: the narrowest weight range to try, as a share of the whole range. 1
             switches clipping off.
-        duo_scaling: for ``awq``: a site's scale depends on the magnitudes of its weights too: mean|x|^α / mean|w|^(1-α)
-            (AutoAWQ). False: mean|x|^α, as in the paper.
-        search_tokens: for ``awq``: calibration tokens of each site on which errors are measured.
-        smooth_alpha: for ``smooth``: exponent α, the share of a channel's magnitude that moves (SmoothQuant, Eq. 4).
-        smooth_by: for ``smooth``: the magnitude of a channel is its maximum (``max``, SmoothQuant), or the root mean
-            square of its tokens, without massive ones, and of its weights (``rms``). With ``rms`` and α = 0.5 the
-            errors of rotated inputs and of weights are least, as they depend on a channel's share in the token's norm
-            instead of its range.
-        rotation_seed: for ``rotate``: seed of the signs, and of the matrices of widths without a Hadamard matrix.
+        duo_scaling: for ``awq``: compute a site's scale from inputs and weights, mean|x|^α / mean|w|^(1-α), as AutoAWQ
+            does. False: from inputs only, mean|x|^α, as in the paper.
+        search_tokens: for ``awq``: number of calibration tokens of each site on which errors are measured. More tokens
+            are slower.
+        smooth_alpha: for ``smooth``: exponent α, the share of a channel's magnitude that moves into the weights
+            (SmoothQuant, Eq. 4).
+        smooth_by: for ``smooth``: how a channel's magnitude is measured: by its maximum (``max``, as SmoothQuant does)
+            or by its root mean square without massive tokens (``rms``). Use ``rms`` with rotation: with α = 0.5 it
+            minimizes the errors of rotated inputs and weights.
+        rotation_seed: for ``rotate``: seed of the random signs, and of the random matrix if no Hadamard matrix has the
+            width.
     """
 
     transform: Literal["none", "awq", "smooth", "rotate", "smooth+rotate"] = "none"
@@ -131,18 +135,19 @@ class GPTQOptions(_Options):
     """How weights are rounded.
 
     Attributes:
-        rounding: to the ``nearest`` value, or column by column, where later columns compensate the errors of earlier
-            ones (``gptq``; Frantar et al., 2023).
-        damping: for ``gptq``: share of the mean diagonal of the inputs' second moments that is added to the diagonal.
-            More damping stays closer to the nearest values, and fits the calibration data less.
-        act_order: for ``gptq``: round columns of large inputs first; groups are those of the original order.
-        token_errors: for ``gptq``: the error summed over tokens: ``squared``, or ``relative``: divided by the squared
-            norm of the token's input. The first token's squared norm can be a thousand times that of others, whose
-            squared errors then have no influence.
-        correction: for ``gptq``: the share of the error of the layers below that a weight compensates (after GPTAQ, Li
-            et al., 2025). 0: the target is the full-precision weight's output on the quantized model's inputs.
-        weight_clip: ``mse`` narrows the range of each group of weights to the least squared error of the weights; with
-            ``transform=awq`` instead of AWQ's own clipping, which has the least error of outputs.
+        rounding: how weights are rounded: each to the ``nearest`` value, or by ``gptq``, column by column, where later
+            columns compensate the errors of earlier ones (Frantar et al., 2023).
+        damping: for ``gptq``: value to add to the diagonal of the inputs' second moments, as a share of the diagonal's
+            mean. A larger value keeps weights closer to their nearest values and fits the calibration data less.
+        act_order: for ``gptq``: round the columns with the largest inputs first. Groups stay those of the original
+            order.
+        token_errors: for ``gptq``: sum ``squared`` errors over tokens, or ``relative`` ones, divided by the squared
+            norm of the token's input. With ``squared`` the first token can outweigh all others, since its squared norm
+            can be a thousand times theirs.
+        correction: for ``gptq``: share of the lower layers' error that the weights compensate (after GPTAQ, Li et al.,
+            2025). 0: none; the weights then approximate the full-precision weights on the quantized model's inputs.
+        weight_clip: ``mse`` narrows each group's weight range to minimize the squared error of the weights. With
+            ``transform=awq`` it replaces AWQ's own clipping, which minimizes the error of the outputs.
     """
 
     rounding: Literal["nearest", "gptq"] = "nearest"
@@ -157,20 +162,20 @@ class RangeOptions(_Options):
     """How activation ranges are found, and how errors are weighted.
 
     Attributes:
-        observer: ``minmax`` takes the extremes observed in calibration; ``lp`` multiplies them by the ratio with the
-            least l_p distance (paper, Eq. 2 and section 4.1).
-        ranges: for ``lp``: one ratio for each ``site``, or for each ``channel`` of a static site. Where a few massive
-            channels dominate a site, a single ratio fits only these.
-        norm: for ``lp``: exponent p of the l_p distance.
-        min_ratio: for ``lp``: the narrowest candidate range, as a share of the observed one.
-        ratio_step: for ``lp``: distance between candidates, from 1 downwards.
-        importance: ``jacobian`` weights the errors of ranges, blocks and weights by how much the answers depend on the
-            element or token, and gives each static channel its own ratio (`qvlm_plugin.methods.importance`);
-            ``modality`` weights errors at image tokens by one factor for each layer, at text tokens by 1 (Li et al.,
-            2025, "MBQ"); ``uniform`` is the paper's choice.
-        zero_on_grid: shift static ranges of channels, by half a step at most, so that 0 is one of the rounding points.
-            Not in the paper.
-        bias_correction: correct biases by the mean output error of the rounded weights. Not in the paper.
+        observer: how activation ranges are found: ``minmax`` takes the extremes observed in calibration; ``lp``
+            multiplies them by the ratio with the least l_p error (paper, Eq. 2 and section 4.1).
+        ranges: for ``lp``: search one ratio for each ``site``, or one for each ``channel`` of a site with static
+            ranges. Use ``channel`` where a few massive channels dominate a site.
+        norm: for ``lp``: exponent p of the l_p error.
+        min_ratio: for ``lp``: the narrowest range to try, as a share of the observed range.
+        ratio_step: for ``lp``: distance between the ratios to try, which start at 1 and decrease.
+        importance: how errors are weighted: ``uniform`` weights all alike, as in the paper. ``jacobian`` weights them
+            by their effect on the answers, and gives each static channel its own ratio; ``modality`` gives image tokens
+            one weight in each layer and text tokens 1 ("MBQ", Li et al., 2025).
+        zero_on_grid: for activations rounded per ``channel``: shift each range, by at most half a step, so that 0 is
+            represented exactly. Not in the paper.
+        bias_correction: adjust biases so that rounding the weights does not shift a Linear's mean output. Not in the
+            paper.
     """
 
     observer: Literal["minmax", "lp"] = "minmax"
@@ -192,23 +197,34 @@ class MiningOptions(_Options):
     """Cross-layer dependency mining (CDM): the joint search of blocks.
 
     Attributes:
-        cdm: mine cross-layer dependency and search blocks jointly.
-        cdm_parts: search the blocks of the ``decoder``, as in the paper, or first those of the vision tower, too.
-        dependency: compute dependency from the codes of each layer's first ``site``, within its own bounds, or from
-            codes of each layer's ``output`` within its channels' extremes, although the model does not round it.
-        min_percentile: lower end of the grid (paper, section 4.1: 0.98).
-        max_percentile: upper end of the grid; above 1 it widens ranges (per-token ranges at most to the extremes).
-        percentile_step: distance between candidates (paper: 0.005).
-        reading: the meaning of a percentile p: ``fraction`` scales a channel's range by p, ``quantile`` takes the
-            channel's quantiles 1 - p and p over the calibration tokens. Per-token ranges are scaled by p in both.
-        unit: one percentile for each decoder ``layer``, or for each ``site`` of it (needs ``beam``).
-        max_depth: maximum number of layers in a block (paper, section 4.1: 3).
-        h0: dependency threshold of the partition; None: the mean dependency before ``veo``.
-        beam: prefixes kept after each step of a block's search; 0 tries all combinations.
-        prune: with ``beam=0``: the share of the batches on which all combinations are evaluated; the best of them, as
-            many as there are percentiles, are then evaluated on all batches. 1: all combinations on all batches.
-        tokens: tokens over which the error is summed: ``all`` (as printed), ``text`` or ``answer``.
-        relative_error: divide each token's error by its squared norm.
+        cdm: cross-layer dependency mining: group dependent layers into blocks and search the activation ranges of each
+            block's layers jointly.
+        cdm_parts: for ``cdm``: search the blocks of the ``decoder`` only, as in the paper, or those of the vision tower
+            first and then the decoder's (``vision+decoder``).
+        dependency: for ``cdm``: compute the dependency of two layers from the codes of their inputs (``site``: the
+            input of a layer's first site, within its bounds), or of their outputs (``output``: within each channel's
+            extremes; the model does not round these).
+        min_percentile: for ``cdm``: the smallest percentile to try, as a share (paper, section 4.1: 0.98).
+        max_percentile: for ``cdm``: the largest percentile to try, as a share. Values above 1 widen ranges (per-token
+            ranges at most to the token's extremes).
+        percentile_step: for ``cdm``: distance between the percentiles to try (paper: 0.005).
+        reading: for ``cdm``: what a percentile p means: ``fraction`` multiplies a channel's range by p; ``quantile``
+            takes the channel's quantiles 1 - p and p over the calibration tokens. Per-token ranges are always
+            multiplied by p.
+        unit: for ``cdm``: choose one percentile for each ``layer``, or one for each ``site`` of a layer (needs
+            ``beam``).
+        max_depth: for ``cdm``: maximum number of layers in a block (paper, section 4.1: 3). 1 searches each layer by
+            itself.
+        h0: for ``cdm``: threshold h0 on the mean dependency within a block; a higher one makes smaller blocks (Eq. 7).
+            Default: the mean dependency of all neighboring layers, measured before ``veo``.
+        beam: for ``cdm``: number of partial combinations kept after each step of a block's search, which makes it
+            faster. 0 tries all combinations.
+        prune: for ``cdm`` with ``beam=0``: share of the calibration batches on which all combinations are tried. The
+            best of them, as many as there are percentiles, are then tried on all batches; 1 tries all combinations on
+            all batches.
+        tokens: for ``cdm``: tokens whose errors are summed: ``all`` (as printed in the paper), ``text`` or ``answer``.
+        relative_error: for ``cdm``: divide each token's error by the token's squared norm, so that massive tokens do
+            not dominate.
     """
 
     cdm: bool = False
@@ -242,17 +258,22 @@ class VisionOptions(_Options):
     """Visual encoder optimization (VEO): the training of the tower's quantization parameters.
 
     Attributes:
-        veo: optimize the visual encoder.
-        eta: η, weight of the final hidden state's error relative to that of the vision features (Eq. 9).
-        lambda1, lambda2: weights of the entropy and of the errors (Eq. 10).
-        veo_epochs: passes over the calibration set (paper, section 4.1: 10).
-        veo_train: ``clip`` trains clip ratios; ``clip+norm`` also the affine terms of the tower's layer norms.
-        veo_clip_rate: initial learning rate of the clip ratios (Adam's first step has about this size), with cosine
-            decay to 0.
-        veo_norm_rate: initial learning rate of the norms, with cosine decay to 0.
-        veo_decoder: the language model in training: ``quantized`` (as the paper's errors are those of the quantized
-            model), or in ``full`` precision.
-        veo_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        veo: visual encoder optimization: train the vision tower's quantization parameters before the decoder is
+            searched.
+        eta: for ``veo``: η, weight of the error of the final hidden state, relative to that of the vision features (Eq.
+            9).
+        lambda1: for ``veo``: λ1, weight of the entropy term in the loss (Eq. 10). 0 leaves the term out.
+        lambda2: for ``veo``: λ2, weight of the error term in the loss (Eq. 10). 0 leaves the term out.
+        veo_epochs: for ``veo``: number of passes over the calibration set (paper, section 4.1: 10).
+        veo_train: for ``veo``: train the ``clip`` ratios of activation ranges, or also the weights and biases of the
+            tower's layer norms (``clip+norm``).
+        veo_clip_rate: for ``veo``: initial learning rate of the clip ratios, which decays to 0 along a cosine. Adam's
+            first step is about this large.
+        veo_norm_rate: for ``veo``: initial learning rate of the layer norms, which decays to 0 along a cosine.
+        veo_decoder: for ``veo``: train with the ``quantized`` decoder, whose errors the paper uses, or with the decoder
+            in ``full`` precision.
+        veo_checkpointing: for ``veo``: save memory by computing each block again in the backward pass. False is faster
+            and needs more memory.
     """
 
     veo: bool = False
@@ -283,7 +304,8 @@ class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, Tra
     """All options; the defaults round to nearest within observed extremes.
 
     Attributes:
-        calibration_batch_size: samples per forward pass (paper, section 4.1: 8).
+        calibration_batch_size: calibration samples per forward pass (paper, section 4.1: 8). Lower it if a search runs
+            out of memory.
     """
 
     calibration_batch_size: int = Field(8, ge=1)

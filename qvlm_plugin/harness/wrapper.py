@@ -16,15 +16,12 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.utils import simple_parse_args_string
-from loguru import logger
-from transformers import BatchFeature, PretrainedConfig, StoppingCriteriaList
+from transformers import BatchFeature, StoppingCriteriaList
 
-from qvlm_plugin import backends, planning, plugins
+from qvlm_plugin import backends
 from qvlm_plugin.cache import sources_digest
-from qvlm_plugin.calibration import CalibrationSet, check_sources, read_calibration
-from qvlm_plugin.checkpoint import CheckpointRecord
+from qvlm_plugin.calibration import CalibrationSet, read_calibration
 from qvlm_plugin.conversation import Conversation, as_text, encode, to_device
-from qvlm_plugin.demo import resolve_demo
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import (
     document_scores,
@@ -34,11 +31,12 @@ from qvlm_plugin.harness import (
     refused_options,
     response_cache,
 )
-from qvlm_plugin.harness.arguments import ModelArguments, check_stored, merge_arguments, parse_arguments
+from qvlm_plugin.harness.arguments import ModelArguments, merge_arguments, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, read_generation
 from qvlm_plugin.harness.host import require_whole_images
 from qvlm_plugin.harness.latency import FirstToken, Latency
 from qvlm_plugin.harness.likelihood import Likelihood
+from qvlm_plugin.harness.preparation import prepare_model
 from qvlm_plugin.harness.requests import (
     Documents,
     Request,
@@ -48,21 +46,11 @@ from qvlm_plugin.harness.requests import (
     with_system_prompt,
 )
 from qvlm_plugin.harness.task_source import draw_samples
-from qvlm_plugin.hf_quantizer import QUANT_METHOD, quantizer_of
-from qvlm_plugin.kernels.selection import Execution
-from qvlm_plugin.memory import peak_memory, restart_peak
-from qvlm_plugin.models.decoding import check_compilation, compile_decoding, plain_config, positions, steering
+from qvlm_plugin.memory import restart_peak
+from qvlm_plugin.models.decoding import positions
 from qvlm_plugin.models.finite import finite
-from qvlm_plugin.models.loading import Checkpoint, LoadedModel, load_weights, open_checkpoint
-from qvlm_plugin.models.placement import check_placement, default_device, device_name, execution_device
-from qvlm_plugin.models.pre_quantized import foreign_method
-from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.plan_request import check_calibration, check_request
+from qvlm_plugin.models.placement import check_placement, default_device
 from qvlm_plugin.progress import Progress
-from qvlm_plugin.quantized_loading import QuantizeOnLoad
-from qvlm_plugin.source import source_commit
-from qvlm_plugin.stored_bits import stored_facts, stored_kernels
-from qvlm_plugin.tracing.trace import traced
 
 T = TypeVar("T")
 
@@ -91,85 +79,21 @@ class _QVLM(lmms):
         system_prompt = arguments.system_prompt and self._resolve_system_prompt(arguments.system_prompt)
         self._system_prompt = system_prompt
 
-        if arguments.plan is not None:
-            request, plan = None, RoundingPlan.load(arguments.plan)
-        else:
-            request = check_request(arguments.method, arguments.scheme, arguments.options)
-            draws = request.needs_calibration and arguments.calibration
-            if draws:
-                check_sources(arguments.calibration)
-        checkpoint = self._open(arguments)
-        if request is not None:
-            calibration = None
-            if draws:
-                with processes.first_process_first():
-                    calibration = self._read_calibration(arguments)
-            check_calibration(request, calibration)
-        quantize = None
-        if request is None and arguments.backend != "reference" and arguments.device_map is None:
-            quantize = QuantizeOnLoad(plan, backends.kernels(arguments.backend), arguments.strict)
-        loaded = load_weights(
-            checkpoint,
-            dtype=arguments.dtype,
-            device=self._device,
-            device_map=arguments.device_map,
-            attn_implementation=arguments.attn_implementation,
-            quantize=quantize,
-        )
-        stored, foreign = quantizer_of(loaded.model), foreign_method(loaded.model.config)
-        if foreign is not None:
-            execution, digests, kernels = Execution({}), (), stored_kernels(loaded.model)
-            facts = {
-                **stored_facts(loaded.model, plugins.topology_of(loaded), foreign),
-                "plan_hash": loaded.fingerprint,
-                "backend": foreign,
-                "quantized_from": None,
-            }
-            if self._rank == 0:
-                logger.warning(
-                    f"pretrained={arguments.pretrained!r}: quantized by {foreign} with unknown calibration samples; "
-                    "they may include evaluated documents"
-                )
-        elif stored is None:
-            if request is not None:
-                plan = planning.obtain_plan(loaded, request, calibration, arguments.cache)
-            if quantize is None:
-                execution = planning.apply(plan, loaded, arguments.backend, arguments.strict)
-            else:
-                execution = quantize.execution
-                plugins.notify_quantized(loaded, plan)
-            digests = plan.calibration.digests if plan.calibration else ()
-            facts = {**plan.facts, "backend": arguments.backend, "quantized_from": None}
-        else:
-            record, execution = stored.record, stored.execution
-            if arguments.strict:
-                execution.require_no_fallback()
-            digests = record.calibration_digests
-            facts = {**record.plan, "backend": record.backend, "quantized_from": record.model}
-        if foreign is None:
-            kernels = execution.counts
-        if self._rank == 0 and execution.choices:
-            logger.info(f"backend={facts['backend']}: {execution}")
-        searched = (facts["calibration"] or {}).get("conv")
-        if self._rank == 0 and (warning := planning.prompt_warning(searched, loaded)):
-            logger.warning(warning)
-
+        prepared = prepare_model(arguments, self._device, partial(self._read_calibration, arguments))
+        loaded = prepared.loaded
         self._model, self._processor, self._stops = loaded.model, loaded.processor, loaded.stops
-        ignored = steering(self._model.generation_config)
-        if self._rank == 0 and ignored:
-            settings = ", ".join(f"{name}={value}" for name, value in ignored.items())
-            logger.warning(f"ignoring {settings} of generation_config.json; set them with --gen_kwargs if needed")
-        self._model.generation_config = plain_config(self._model.generation_config)
-        if arguments.compile:
-            compile_decoding(self._model)
         if arguments.device_map is not None:
             self._device = self._model.device
         self._batch_size = arguments.batch_size
         self._max_new_tokens = arguments.max_new_tokens
         self._allow_overlap = arguments.allow_overlap
         self.record = provenance.RunRecord(
-            facts={**facts, **self._facts(arguments, loaded, kernels, execution), "generation_config_ignored": ignored},
-            calibration_digests=frozenset(digests),
+            facts={
+                **prepared.facts,
+                "prompt_format": "simple" if self.is_simple else "chat",
+                "system_prompt": self._system_prompt,
+            },
+            calibration_digests=prepared.calibration_digests,
             documents=self.task_dict,
         )
         restart_peak()
@@ -415,48 +339,6 @@ class _QVLM(lmms):
         ]
         return replace(calibration, samples=tuple(samples))
 
-    def _open(self, arguments: ModelArguments) -> Checkpoint:
-        with processes.first_process_first():  # which may have to build the embedded model
-            pretrained = resolve_demo(arguments.pretrained)
-        checkpoint = open_checkpoint(
-            pretrained,
-            revision=arguments.revision,
-            trust_remote_code=arguments.trust_remote_code,
-            conv=arguments.conv,
-            router_noise_seed=arguments.router_noise_seed,
-            image_aspect_ratio=arguments.image_aspect_ratio,
-            check_config=partial(_check_config, arguments, self._device),
-        )
-        needed = arguments.topology == "traced" and _needs_topology(arguments, checkpoint.config)
-        return traced(checkpoint) if needed else checkpoint
-
-    def _facts(
-        self, arguments: ModelArguments, loaded: LoadedModel, kernels: Mapping[str, int], execution: Execution
-    ) -> dict[str, Any]:
-        return {
-            "kernels": kernels,
-            "fallbacks": len(execution.fallbacks),
-            "pretrained": arguments.pretrained,
-            "revision": arguments.revision,
-            "model_fingerprint": loaded.fingerprint,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "compile": arguments.compile,
-            "device": device_name(execution_device(loaded.model)),
-            "attn_implementation": loaded.model.config._attn_implementation,
-            "image_processor": type(loaded.processor.image_processor).__name__,
-            "prompt_format": "simple" if self.is_simple else "chat",
-            "conv": loaded.conv,
-            "context_length": loaded.context,
-            "router_noise_seed": arguments.router_noise_seed,
-            "image_aspect_ratio": arguments.image_aspect_ratio,
-            "system_prompt": self._system_prompt,
-            "eos_token_id": loaded.model.generation_config.eos_token_id,
-            "versions": provenance.versions(),
-            "commit": source_commit(),
-            # Recorded separately, because the next run finds the plan in the cache and needs less.
-            "preparation_peak_bytes": peak_memory(provenance.on_gpu(loaded.model)),
-        }
-
 
 class QVLMSimple(_QVLM):
     """Reads "simple" requests (``--force_simple``)."""
@@ -470,28 +352,6 @@ class QVLMChat(_QVLM):
 
     is_simple = False
     read_request = staticmethod(chat_generation)
-
-
-def _check_config(arguments: ModelArguments, device: torch.device, config: PretrainedConfig) -> None:
-    """Check the arguments against the model's configuration, before weights are loaded."""
-    if arguments.compile:
-        check_compilation(config, device, arguments.trust_remote_code)
-    if arguments.topology == "described" and _needs_topology(arguments, config):
-        plugins.topology(config)
-    if _is_exported(config):
-        check_stored(arguments, CheckpointRecord.read(config.quantization_config).backend)
-    elif (foreign := foreign_method(config)) is not None:
-        check_stored(arguments, foreign)
-
-
-def _needs_topology(arguments: ModelArguments, config: PretrainedConfig) -> bool:
-    """Whether the model's parts must be known: a saved plan and an exported checkpoint say them."""
-    return arguments.plan is None and not _is_exported(config)
-
-
-def _is_exported(config: PretrainedConfig) -> bool:
-    stored = getattr(config, "quantization_config", None)
-    return stored is not None and stored.get("quant_method") == QUANT_METHOD
 
 
 def _device(arguments: ModelArguments, accelerator: Accelerator) -> torch.device:

@@ -131,7 +131,7 @@ def test_fewshot_examples_are_refused_in_the_chat_format(tiny_llava, wrapper, re
 )
 def test_bad_requests_fail_before_weights_are_loaded(monkeypatch, arguments, message):
     monkeypatch.setattr(
-        "qvlm_plugin.harness.wrapper.open_checkpoint", lambda *_, **__: pytest.fail("read before checking")
+        "qvlm_plugin.harness.preparation.open_checkpoint", lambda *_, **__: pytest.fail("read before checking")
     )
     with pytest.raises(QVLMError, match=message) as caught:
         QVLMChat(pretrained="x", **arguments)

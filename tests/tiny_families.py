@@ -134,7 +134,7 @@ def write_tiny_vip_llava(directory, seed=0):
         vision_config=CLIPVisionConfig(**VISION | {"num_hidden_layers": 2}, projection_dim=16),
         text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT),
         image_token_index=3,
-        vision_feature_layer=[-1, -2],
+        vision_feature_layers=[-1, -2],  # transformers 5.18 knows no other name; newer versions take both
         image_seq_length=4,
     )
     return _save(directory, VipLlavaForConditionalGeneration(config), llava_processor(tokenizer))

@@ -80,6 +80,9 @@ class ModelArguments(BaseModel):
         description="how quantized layers are computed: reference (simulated in floating point), packed (kernels with "
         "packed weights), auto (as packed, without kernels that fail their self-test), or one kernel's name",
     )
+    compile: bool = Field(
+        False, description="compile the decoding of tokens: some minutes at the start, then faster; for long runs"
+    )
     strict: bool = Field(
         False, description="stop with an error if a Linear has no packed kernel, instead of simulating it"
     )

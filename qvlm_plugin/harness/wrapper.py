@@ -51,7 +51,7 @@ from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.hf_quantizer import QUANT_METHOD, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.memory import peak_memory, restart_peak
-from qvlm_plugin.models.decoding import plain_config, positions, steering
+from qvlm_plugin.models.decoding import check_compilation, compile_decoding, plain_config, positions, steering
 from qvlm_plugin.models.finite import finite
 from qvlm_plugin.models.loading import Checkpoint, LoadedModel, load_weights, open_checkpoint
 from qvlm_plugin.models.placement import check_placement, default_device, device_name, execution_device
@@ -160,6 +160,8 @@ class _QVLM(lmms):
             settings = ", ".join(f"{name}={value}" for name, value in ignored.items())
             logger.warning(f"ignoring {settings} of generation_config.json; set them with --gen_kwargs if needed")
         self._model.generation_config = plain_config(self._model.generation_config)
+        if arguments.compile:
+            compile_decoding(self._model)
         if arguments.device_map is not None:
             self._device = self._model.device
         self._batch_size = arguments.batch_size
@@ -423,7 +425,7 @@ class _QVLM(lmms):
             conv=arguments.conv,
             router_noise_seed=arguments.router_noise_seed,
             image_aspect_ratio=arguments.image_aspect_ratio,
-            check_config=partial(_check_config, arguments),
+            check_config=partial(_check_config, arguments, self._device),
         )
         needed = arguments.topology == "traced" and _needs_topology(arguments, checkpoint.config)
         return traced(checkpoint) if needed else checkpoint
@@ -438,6 +440,7 @@ class _QVLM(lmms):
             "revision": arguments.revision,
             "model_fingerprint": loaded.fingerprint,
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "compile": arguments.compile,
             "device": device_name(execution_device(loaded.model)),
             "attn_implementation": loaded.model.config._attn_implementation,
             "image_processor": type(loaded.processor.image_processor).__name__,
@@ -469,8 +472,10 @@ class QVLMChat(_QVLM):
     read_request = staticmethod(chat_generation)
 
 
-def _check_config(arguments: ModelArguments, config: PretrainedConfig) -> None:
+def _check_config(arguments: ModelArguments, device: torch.device, config: PretrainedConfig) -> None:
     """Check the arguments against the model's configuration, before weights are loaded."""
+    if arguments.compile:
+        check_compilation(config, device, arguments.trust_remote_code)
     if arguments.topology == "described" and _needs_topology(arguments, config):
         plugins.topology(config)
     if _is_exported(config):

@@ -37,6 +37,10 @@ def whole_numbers(packed: Mapping[str, Tensor]) -> Iterator[Tensor]:
         yield unpacked[span].mul_(multiple[span].unsqueeze(2))
 
 
+def _few_on_cpu(codes: Tensor, *others: object) -> bool:
+    return codes.device.type == "cpu" and len(codes) <= FEW_TOKENS and others[-1] == torch.bfloat16
+
+
 @operator(
     "int4_codes_linear",
     like=lambda codes, step, offset, packed, pairs, unit, row_sum, bias, dtype: unit.new_empty(
@@ -44,6 +48,7 @@ def whole_numbers(packed: Mapping[str, Tensor]) -> Iterator[Tensor]:
     ),
     schema="(Tensor codes, Tensor step, Tensor offset, Tensor packed, Tensor scales_and_zeros, Tensor unit, "
     "Tensor row_sum, Tensor? bias, ScalarType dtype) -> Tensor",
+    traceable=_few_on_cpu,
 )
 def int4_codes_linear(
     codes: Tensor,

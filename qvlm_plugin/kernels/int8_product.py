@@ -36,11 +36,16 @@ def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return by_rows(lambda rows, scale: (rows / scale).round_(), weight, (scale.unsqueeze(1),), torch.int8), scale
 
 
+def _few_on_cpu(codes: Tensor, *_: object) -> bool:
+    return codes.device.type == "cpu" and len(codes) <= FEW_TOKENS
+
+
 @operator(
     "int8_linear",
     like=lambda codes, weights, scale, bias, dtype, *_: scale.new_empty(codes.shape[0], scale.shape[1], dtype=dtype),
     schema="(Tensor codes, Tensor[] weights, Tensor scale, Tensor? bias, ScalarType dtype, Tensor? step=None, "
     "Tensor? offset=None, Tensor? row_sum=None) -> Tensor",
+    traceable=_few_on_cpu,
 )
 def int8_linear(
     codes: Tensor,
@@ -101,7 +106,7 @@ def product_of_codes(codes: Tensor, weight: Tensor) -> Tensor:
     """Exact product of int8 [N, I] and the transpose of int8 [O, I]: int32 [N, O]."""
     if codes.device.type == "cuda" and len(codes) < _CUDA_ROWS:
         return torch._int_mm(F.pad(codes, (0, 0, 0, _CUDA_ROWS - len(codes))), weight.t())[: len(codes)]
-    if codes.device.type == "cpu" and len(codes) <= FEW_TOKENS:
+    if _few_on_cpu(codes):
         return torch._int_mm(weight, codes.t()).t().contiguous()
     return torch._int_mm(codes, weight.t())
 

@@ -114,6 +114,19 @@ def test_equals_plain_transformers_token_for_token(make, monkeypatch, format, ba
         assert result.token_counts.output_tokens == len(answer)
 
 
+def test_compiled_decoding_gives_the_same_answers(chat, make):
+    """With the compiler that runs by default; batches of four and one, prompts of many lengths."""
+    docs = documents(5)
+    expected = texts(chat.generate_until(ask(chat, docs)))
+    torch.compiler.reset()
+    compiled = make(batch_size=4, compile=True)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    assert texts(compiled.generate_until(ask(compiled, docs))) == expected
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert compiled.record.facts["compile"] and not chat.record.facts["compile"]
+
+
 def test_answers_keep_the_order_of_requests(chat):
     docs = documents(9)
     alone = [texts(chat.generate_until(ask(chat, docs, [i])))[0] for i in range(9)]

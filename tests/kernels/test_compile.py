@@ -10,6 +10,7 @@ from transformers import StaticCache
 from qvlm_plugin import planning
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels.int4 import INT4
+from qvlm_plugin.kernels.int4_codes import INT4_CODES
 from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.int8 import INT8
 from qvlm_plugin.kernels.nf4 import NF4
@@ -20,6 +21,7 @@ from qvlm_plugin.rotation import factors, rotation_of
 CASES = [
     *[(INT4, int_format(4), activation) for activation in (A16, STATIC, TOKEN, CENTERED)],
     (INT4_FOLDED, int_format(4), STATIC),
+    (INT4_CODES, int_format(4, 64, progressive=True), TOKEN),
     *[(INT8, int_format(8), activation) for activation in (A16, STATIC8, TOKEN8, CENTERED8)],
     (NF4, WeightFormat(kind="nf", bits=4, double_quantization=True), STATIC),
 ]

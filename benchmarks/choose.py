@@ -68,12 +68,16 @@ def main() -> None:
     """Parse the command line and run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("picture").add_argument("file", type=Path)
+    commands.add_parser("picture").add_argument("file", type=Path, help="SVG file to write")
     commands.add_parser("advise")
     for name in ("advise", "picture"):
-        commands.choices[name].add_argument("folders", type=Path, nargs="+")
-    commands.choices["advise"].add_argument("--memory", type=parse_memory)
-    commands.choices["advise"].add_argument("--tolerance", type=float, default=1.0)
+        commands.choices[name].add_argument("folders", type=Path, nargs="+", help="output folders of seeds.py")
+    commands.choices["advise"].add_argument(
+        "--memory", type=parse_memory, help="largest size of the weights, such as 200MB"
+    )
+    commands.choices["advise"].add_argument(
+        "--tolerance", type=float, default=1.0, help="largest accepted drop, in points; default: 1"
+    )
     arguments = parser.parse_args()
     choices = read_choices(arguments.folders)
     if arguments.command == "picture":

@@ -227,17 +227,26 @@ def _row(
 def main() -> None:
     """Write a random checkpoint, measure, print and write the rows, delete the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layout", choices=LAYOUTS, default="llava-1.5-7b")
-    parser.add_argument("--layers", type=int, help="of the decoder; default: all, which takes the layout's full memory")
-    parser.add_argument("--variants", help=f"of {', '.join(VARIANTS)}; default: {', '.join(DEFAULT)}, on a GPU fp16 "
-                        "before them; the first must be in full precision and is the baseline")  # fmt: skip
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="with a static cache; needs a C++ compiler on a CPU")
-    parser.add_argument("--prompt-tokens", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--answers", default="16,128", help="lengths of answers, in tokens")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="for the checkpoint; default: the folder for temporary files")
+    parser.add_argument("--layout", choices=LAYOUTS, default="llava-1.5-7b", help="sizes of the model")
+    parser.add_argument(
+        "--layers", type=int, help="number of decoder layers; default: all, which needs the full model's memory"
+    )
+    parser.add_argument(
+        "--variants",
+        help=f"separated by commas: {', '.join(VARIANTS)}; the first one is the baseline, in full precision; "
+        f"default: {', '.join(DEFAULT)}, with fp16 before them on a GPU",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the model, with a static cache; a CPU needs a C++ compiler"
+    )
+    parser.add_argument("--prompt-tokens", type=int, default=600, help="tokens of a prompt, image included")
+    parser.add_argument("--batch-size", type=int, default=1, help="prompts per request")
+    parser.add_argument("--answers", default="16,128", help="lengths of answers in tokens, separated by commas")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each variant")
+    parser.add_argument(
+        "--folder", type=Path, help="folder for the random checkpoint; default: the folder for temporary files"
+    )
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     asked = parser.parse_args()
     device = torch.device(asked.device)

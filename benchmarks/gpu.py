@@ -74,11 +74,11 @@ def run(name: str, asked: argparse.Namespace) -> str:
 def main() -> int:
     """Run the steps; returns 1 if any has failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--layout", default="llava-1.5-13b", help="of generate.py")
-    parser.add_argument("--steps", default=",".join(STEPS), help="which to run")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the command")
+    parser.add_argument("--layout", default="llava-1.5-13b", help="layout for generate.py, such as llava-1.5-7b")
+    parser.add_argument("--steps", default=",".join(STEPS), help="steps to run, separated by commas")
     parser.add_argument(
-        "--output", type=Path, default=FOLDER.parent / "docs" / "performance", help="folder of the rows"
+        "--output", type=Path, default=FOLDER.parent / "docs" / "performance", help="folder to write the rows to"
     )
     asked = parser.parse_args()
     if unknown := set(asked.steps.split(",")) - set(STEPS):

@@ -213,12 +213,28 @@ def _error(layer: nn.Module, reference: nn.Module, x: Tensor) -> float:
 def main() -> None:
     """Measure, print a table for each layout, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layouts", default="7b,13b,tower", help=f"of {', '.join(LAYOUTS)}")
-    parser.add_argument("--tokens", default=(1, 8, 600), type=lambda text: tuple(map(int, text.split(","))))
-    parser.add_argument("--variants", default=[*VARIANTS], type=lambda text: text.split(","), help="beside bf16")
-    parser.add_argument("--rounds", type=int, default=5, help="at least; a sample of each variant is taken in each")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of rounds for each shape and number of tokens")
-    parser.add_argument("--device", default=torch.device("cpu"), type=torch.device)
+    parser.add_argument(
+        "--layouts", default="7b,13b,tower", help=f"sizes of Linears, separated by commas: {', '.join(LAYOUTS)}"
+    )
+    parser.add_argument(
+        "--tokens",
+        default=(1, 8, 600),
+        type=lambda text: tuple(map(int, text.split(","))),
+        help="numbers of tokens, separated by commas",
+    )
+    parser.add_argument(
+        "--variants",
+        default=[*VARIANTS],
+        type=lambda text: text.split(","),
+        help="variants to compare with bf16, separated by commas",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="least number of rounds, each of which measures every variant once"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="least time of the rounds, for each Linear and number of tokens"
+    )
+    parser.add_argument("--device", default=torch.device("cpu"), type=torch.device, help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     asked = parser.parse_args()
     name, rows = machine(asked.device), []

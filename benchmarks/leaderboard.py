@@ -53,8 +53,8 @@ def write_runs(folder: Path, files: int, samples: int) -> None:
 def main() -> None:
     """Write the runs, make the leaderboard, and print time and memory."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--files", type=int, default=500)
-    parser.add_argument("--samples", type=int, default=2000, help="of each file")
+    parser.add_argument("--files", type=int, default=500, help="number of results files")
+    parser.add_argument("--samples", type=int, default=2000, help="number of samples of each file")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         write_runs(Path(name), asked.files, asked.samples)

@@ -60,7 +60,7 @@ def _answer(length: str) -> Callable[[Row], str]:
 def main() -> None:
     """Print a table for each file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("files", nargs="+", type=Path, help="JSON files of benchmarks")
     for file in parser.parse_args().files:
         print(f"{table(json.loads(file.read_text()))}\n")
 

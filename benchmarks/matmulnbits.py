@@ -92,7 +92,7 @@ onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
 def main() -> None:
     """Print what sessions of 4096 x 4096 take beside the operator's 8.9 MB, and what a call takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--linears", type=int, default=16)
+    parser.add_argument("--linears", type=int, default=16, help="number of Linears of 4096 × 4096")
     count, weight_format = parser.parse_args().linears, WeightFormat(kind="int", bits=4, group_size=128)
     neutral = MATMULNBITS.prepare(torch.randn(4096, 4096) / 64, None, weight_format, ActivationFormat(), {})
     process, start = psutil.Process(), time.perf_counter()

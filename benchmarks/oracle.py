@@ -123,11 +123,18 @@ def measured(loaded: LoadedModel, samples: CalibrationSet, questions: Sequence[Q
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", type=Path, help="from which the oracle starts")
+    parser.add_argument("plan", type=Path, help="plan from which the oracle starts")
     parser.add_argument("others", type=Path, nargs="*", help="plans to compare with")
-    parser.add_argument("--samples", type=int, default=64, help="of the oracle")
+    parser.add_argument(
+        "--samples", type=int, default=64, help="number of train samples on which the oracle computes the loss"
+    )
     parser.add_argument("--limit", type=int, default=600, help="documents of each task")
-    parser.add_argument("--percentiles", type=lambda text: [*map(float, text.split(","))], default=[1.0, 0.95, 0.9])
+    parser.add_argument(
+        "--percentiles",
+        type=lambda text: [*map(float, text.split(","))],
+        default=[1.0, 0.95, 0.9],
+        help="percentiles to choose from, separated by commas",
+    )
     asked = parser.parse_args()
     plans = {path: RoundingPlan.load(path) for path in (asked.plan, *asked.others)}
     fitted = {digest for plan in plans.values() for digest in plan.calibration.digests}

@@ -168,10 +168,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("write", "table"):
-        commands.add_parser(name).add_argument("folder", type=Path)
+        commands.add_parser(name).add_argument("folder", type=Path, help="folder of all quantized models")
     commands.choices["write"].add_argument("checkpoint", help="folder of the demo model")
     for one in commands.choices.values():
-        one.add_argument("--names", nargs="+", choices=list(WRITERS), default=list(WRITERS), help="folders; all")
+        one.add_argument(
+            "--names",
+            nargs="+",
+            choices=list(WRITERS),
+            default=list(WRITERS),
+            help="which models to write or evaluate; default: all",
+        )
     commands.choices["table"].add_argument("--limit", type=int, default=50, help="documents of each task")
     asked = parser.parse_args()
     if asked.command == "write":

@@ -236,10 +236,12 @@ def _described(violation: dict[str, Any]) -> str:
 def main() -> None:
     """Run the command that the first argument names; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pictures", "times", "rules"))
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--rows", type=int, default=5000)
-    parser.add_argument("--axe", type=Path)
+    parser.add_argument(
+        "what", choices=("pictures", "times", "rules"), help="screenshots, response times or accessibility rules"
+    )
+    parser.add_argument("output", type=Path, help="folder to write to")
+    parser.add_argument("--rows", type=int, default=5000, help="rows of the page whose times are measured")
+    parser.add_argument("--axe", type=Path, help="axe-core's file axe.min.js, which rules needs")
     asked = parser.parse_args()
     asked.output.mkdir(parents=True, exist_ok=True)
     if asked.what == "pictures":

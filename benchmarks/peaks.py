@@ -24,11 +24,17 @@ SETTINGS = {
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layouts", default="llava-1.5-7b,llava-1.5-13b", help=f"of {', '.join(LAYOUTS)}")
-    parser.add_argument("--methods", default="rtn,qlora,awq,qvlm,qvlm_jacobian,qvlm_rotated")
-    parser.add_argument("--scheme", default="w4a4")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=600)
+    parser.add_argument(
+        "--layouts",
+        default="llava-1.5-7b,llava-1.5-13b",
+        help=f"sizes of models, separated by commas: {', '.join(LAYOUTS)}",
+    )
+    parser.add_argument(
+        "--methods", default="rtn,qlora,awq,qvlm,qvlm_jacobian,qvlm_rotated", help="separated by commas"
+    )
+    parser.add_argument("--scheme", default="w4a4", help="bits of weights and activations")
+    parser.add_argument("--samples", type=int, default=64, help="number of calibration samples")
+    parser.add_argument("--tokens", type=int, default=600, help="tokens of the longest sample")
     asked = parser.parse_args()
     rows = []
     for layout in asked.layouts.split(","):

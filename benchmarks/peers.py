@@ -391,13 +391,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("samples", "peer", "table"):
-        commands.add_parser(name).add_argument("folder", type=Path)
+        commands.add_parser(name).add_argument("folder", type=Path, help="folder of samples, models and rows")
     commands.choices["peer"].add_argument("checkpoint", help="folder of the demo model")
     shown = commands.choices["table"]
     shown.add_argument("--limit", type=int, default=200, help="documents of each task")
-    shown.add_argument("--schemes", type=lambda text: text.split(","), default=[*OURS])
-    shown.add_argument("--draws", type=lambda text: [*map(int, text.split(","))], default=[0], help="of our rows")
-    shown.add_argument("--only", default="", help="rows whose name has this in it")
+    shown.add_argument("--schemes", type=lambda text: text.split(","), default=[*OURS], help="separated by commas")
+    shown.add_argument(
+        "--draws",
+        type=lambda text: [*map(int, text.split(","))],
+        default=[0],
+        help="seeds of calibration samples for this package's rows, separated by commas",
+    )
+    shown.add_argument("--only", default="", help="show only rows whose name contains this text")
     asked = parser.parse_args()
     if asked.command == "samples":
         write_samples(asked.folder)

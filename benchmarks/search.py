@@ -125,13 +125,15 @@ def _peak_bytes(run: Callable[[], None], device: torch.device) -> int | None:
 def main() -> None:
     """Measure, print and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layout", choices=LAYOUTS, default="llava-1.5-7b")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=1, help="of --tokens tokens; the paper calibrates on 64")
-    parser.add_argument("--tokens", type=int, default=600)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--methods", default=",".join(METHODS), help="methods to time as a whole, too")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layout", choices=LAYOUTS, default="llava-1.5-7b", help="sizes of the model")
+    parser.add_argument("--layers", type=int, default=2, help="number of decoder layers")
+    parser.add_argument("--samples", type=int, default=1, help="number of calibration samples; the paper uses 64")
+    parser.add_argument("--tokens", type=int, default=600, help="tokens of a sample")
+    parser.add_argument("--rounds", type=int, default=1, help="measurements of each search")
+    parser.add_argument(
+        "--methods", default=",".join(METHODS), help="methods whose whole search is timed, separated by commas"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     asked = parser.parse_args()
     device = torch.device(asked.device)

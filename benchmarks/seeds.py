@@ -247,19 +247,37 @@ def main() -> None:
     numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     for name in ("run", "table"):
         command = commands.add_parser(name)
-        command.add_argument("output", type=Path)
-        command.add_argument("--schemes", type=names, default=["w4a4"])
-        command.add_argument("--methods", type=methods, default=list(METHODS), help="ladder: those of the ladder")
-        command.add_argument("--samples", type=numbers, default=[32, 64])
-        command.add_argument("--seeds", type=numbers, default=[0, 1, 2])
-    commands.choices["run"].add_argument("--dtype", default="float32")
-    commands.choices["table"].add_argument("--baseline", choices=[FULL_PRECISION, PREVIOUS, *METHODS], default="qlora")
-    commands.choices["table"].add_argument("--tasks", type=names, default=[], help="such as average; default: all")
+        command.add_argument("output", type=Path, help="folder of the runs")
+        command.add_argument("--schemes", type=names, default=["w4a4"], help="such as w4a4,w8a8")
+        command.add_argument(
+            "--methods",
+            type=methods,
+            default=list(METHODS),
+            help="separated by commas; ladder: the steps from qlora to qvlm_rotated",
+        )
+        command.add_argument(
+            "--samples", type=numbers, default=[32, 64], help="numbers of calibration samples, separated by commas"
+        )
+        command.add_argument(
+            "--seeds", type=numbers, default=[0, 1, 2], help="seeds of calibration samples, separated by commas"
+        )
+    commands.choices["run"].add_argument("--dtype", default="float32", help="float32, float16 or bfloat16")
+    commands.choices["table"].add_argument(
+        "--baseline",
+        choices=[FULL_PRECISION, PREVIOUS, *METHODS],
+        default="qlora",
+        help="method that the others are compared with",
+    )
+    commands.choices["table"].add_argument(
+        "--tasks", type=names, default=[], help="rows to show, such as average; default: all tasks and average"
+    )
     command = commands.add_parser("agreement")
-    command.add_argument("output", type=Path)
+    command.add_argument("output", type=Path, help="folder of the runs")
     command.add_argument("cell", help="a finished cell, such as qlora-w4a4-32-0")
     for name, limit in (("run", 600), ("agreement", 60)):
-        commands.choices[name].add_argument("--data", type=Path, default=Path("demo-data"), help="the stand-in data")
+        commands.choices[name].add_argument(
+            "--data", type=Path, default=Path("demo-data"), help="folder of the stand-in data"
+        )
         commands.choices[name].add_argument("--limit", type=int, default=limit, help="documents of each task")
     asked = parser.parse_args()
     output = asked.output.resolve()

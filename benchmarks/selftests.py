@@ -31,7 +31,7 @@ ACTIVATIONS = (
 def main() -> int:
     """Test, print and write the rows; returns 1 if a test failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     asked = parser.parse_args()
     device, rows = torch.device(asked.device), []

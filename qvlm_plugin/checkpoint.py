@@ -130,7 +130,7 @@ def verify_files(record: CheckpointRecord, folder: Path) -> None:
     for name, expected in record.files.items():
         file = inside(folder, name, "config.json: quantization_config")
         if not file.is_file():
-            raise QVLMError(f"{str(file)!r} is missing; the quantized checkpoint has it")
+            raise QVLMError(f"{str(file)!r} is missing from the quantized checkpoint")
         if file_hash(file) != expected:
             raise QVLMError(f"{str(file)!r} is truncated or altered (its hash differs from that in config.json)")
 
@@ -255,5 +255,5 @@ def _empty(text: str) -> Tensor:
     dtype = getattr(torch, match[1], None) if match else None
     sizes = [int(size) for size in match[2].split(",") if size] if match else []
     if not isinstance(dtype, torch.dtype) or prod(sizes) >= _MOST_ELEMENTS:
-        raise QVLMError(f"config.json: {text!r} is not a tensor's type and shape, as uint8[64,128]")
+        raise QVLMError(f"config.json: {text!r} is not a tensor's type and shape, such as uint8[64,128]")
     return torch.empty(sizes, dtype=dtype, device="meta")

@@ -111,14 +111,14 @@ def export_compressed_tensors(
         raise QVLMError(f"the plan (scheme={plan.scheme}) quantizes nothing, so there is nothing to compress")
     if len(groups) > 1 and (odd := [members[0] for group, members in groups.items() if not group.symmetric]):
         raise QVLMError(
-            f"--format compressed-tensors cannot express {odd[0].name}: its weights are asymmetric and other modules "
-            "in another format; search the plan with --option symmetric=true"
+            f"--format compressed-tensors cannot express {odd[0].name}: its weights are asymmetric, and other modules "
+            "have another format; search the plan with --option symmetric=true"
         )
     for module in plan.quantized:
         if module.weight.corrected and model.get_submodule(module.name).bias is None:
             raise QVLMError(
-                f"--format compressed-tensors cannot express {module.name}: its bias is corrected, but the model has "
-                "none there"
+                f"--format compressed-tensors cannot express {module.name}: its bias is corrected, but the model "
+                "has no bias there"
             )
     rotations = Rotations.of(plan, model)
     begin_applying(plan, model, loaded.fingerprint, (REFERENCE,))

@@ -85,7 +85,7 @@ def must_run() -> Iterator[None]:
     try:
         yield
     except QVLMError as error:
-        raise QVLMError(f"the quantized model is not written, for it does not run: {error}") from error
+        raise QVLMError(f"the quantized model is not written, because it does not run: {error}") from error
 
 
 def write_folder(

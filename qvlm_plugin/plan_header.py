@@ -291,7 +291,7 @@ def read_header(directory: Path | str) -> PlanHeader:
     header_file, tensor_file = directory / HEADER, directory / TENSORS
     for file in (header_file, tensor_file):
         if not file.is_file():
-            raise QVLMError(f"plan={str(directory)!r}: {file.name} is missing; a plan folder has it")
+            raise QVLMError(f"plan={str(directory)!r}: {file.name} is missing; every plan folder contains it")
     try:
         raw = read_json(header_file)
         version = raw.get("format_version") if isinstance(raw, dict) else None

@@ -97,7 +97,7 @@ def topology(config: "PretrainedConfig") -> "Topology":
             return found
     raise QVLMError(
         f"model type {config.model_type!r} is not supported; supported are {', '.join(MODEL_TYPES)}, and what "
-        "plugins describe (docs/add-a-family.md); topology=traced finds the parts of others by a run"
+        "plugins describe (docs/add-a-family.md); topology=traced finds the parts of other models by running them"
     )
 
 

@@ -93,7 +93,7 @@ def test_what_is_asked_for_in_place_of_the_files_is_heard_by_every_command(comma
     out = tmp_path / "out"
     source = [tiny_llava, out] if command == ("convert",) else [out, "--pretrained", tiny_llava]
     result = run(*command, *source, "--image-aspect-ratio", "pad")
-    assert result.exit_code == 2 and "image_aspect_ratio is for checkpoints in LLaVA's own layout" in result.stderr
+    assert result.exit_code == 2 and "image_aspect_ratio is only for checkpoints in LLaVA's own layout" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["search", "export", "plot", "ablate fig2", "ablate fig3c", "ablate sources"])

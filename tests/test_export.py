@@ -378,7 +378,7 @@ def test_the_harness_runs_a_folder_with_identical_answers(source, tmp_path, cali
         QVLMChat(pretrained=str(tmp_path / "x"), strict=True, **common)
     with pytest.raises(QVLMError, match="quantized already; search on"):
         plan_of(load(str(tmp_path / "x")), calibration)
-    with pytest.raises(QVLMError, match="device_map='offload' is for searching"):
+    with pytest.raises(QVLMError, match="device_map='offload' is for searches"):
         load(str(tmp_path / "x"), device_map="offload")
 
 
@@ -443,5 +443,5 @@ def test_the_command_uploads_the_folder_and_states_scores(source, tmp_path, monk
     _, evaluation = (tmp_path / "y" / "README.md").read_text().split("## Evaluation")
     assert "| rtn | w4a16 |" in evaluation and evaluation.count("\n| ") == 3 and "backend packed" in evaluation
     wrong = run(tmp_path / "z", "--results", tmp_path / "runs" / "other")
-    assert wrong.exit_code == 2 and "none of the runs is of the exported plan" in wrong.stderr
+    assert wrong.exit_code == 2 and "none of the runs used the exported plan" in wrong.stderr
     assert not (tmp_path / "z").exists()

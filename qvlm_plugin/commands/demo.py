@@ -144,7 +144,7 @@ class _Run:
         parts = name.split("-")
         if len(parts) not in (2, 3):
             raise QVLMError(
-                f"--runs {name!r}: write METHOD-SCHEME as qlora-w4a4, or METHOD-SCHEME-WEIGHTS as awq-w4a4-nf"
+                f"--runs {name!r}: write METHOD-SCHEME such as qlora-w4a4, or METHOD-SCHEME-WEIGHTS such as awq-w4a4-nf"
             )
         options = {"weights": parts[2]} if len(parts) == 3 else {}
         request = check_request(parts[0], parts[1], options)

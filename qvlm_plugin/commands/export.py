@@ -102,7 +102,7 @@ def export(
     from qvlm_plugin.report.stating import add_evaluation
 
     if (plan is None) == (method is None):
-        raise QVLMError("name one of --plan DIR (a saved plan) and --method NAME (searched now)")
+        raise QVLMError("give either --plan DIR (a saved plan) or --method NAME (to search one now)")
     require_vacant(output)
     scores = read_results(results) if results else []
     backends.kernels(backend)
@@ -150,5 +150,5 @@ def _of_plan(scores: "list[Score]", plan: "RoundingPlan") -> "list[Score]":
     """The scores of the plan's runs."""
     found = [score for score in scores if (score.run or {}).get("plan_hash") == plan.hash]
     if scores and not found:
-        raise QVLMError(f"--results: none of the runs is of the exported plan ({plan.hash[:16]}…)")
+        raise QVLMError(f"--results: none of the runs used the exported plan ({plan.hash[:16]}…)")
     return found

@@ -37,6 +37,6 @@ def _described(config: PretrainedConfig, kind: str, part: str, known: Mapping[st
     if kind not in known:
         raise QVLMError(
             f"{config.model_type} model with {part} {kind!r}: known {part}s are {', '.join(known)}; topology=traced "
-            "finds the parts of others by a run (docs/add-a-family.md)"
+            "finds the parts of other models by running them (docs/add-a-family.md)"
         )
     return known[kind]

@@ -119,7 +119,9 @@ def merge_arguments(text: Mapping[str, Any], options: Mapping[str, Any]) -> dict
     """
     given = {name: value for name, value in options.items() if value is not None}
     if "max_batch_size" in given:
-        raise QVLMError("--max_batch_size is not supported: no batch size is searched; write --batch_size 8")
+        raise QVLMError(
+            "--max_batch_size is not supported, as the batch size is not searched; write, for example, --batch_size 8"
+        )
     if "batch_size" in text:
         raise QVLMError(f"batch_size is an option of lmms-eval: write --batch_size {text['batch_size']}")
     if "device" in text and "device" in given:

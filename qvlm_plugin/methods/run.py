@@ -58,8 +58,8 @@ def _run(step: Step, context: SearchContext, draft: Draft) -> Draft:
         if smaller is None:
             raise QVLMError(
                 f"method={context.method} ran out of memory in step {step.name} with {context.footprint}; search on a "
-                "larger device, in dtype=float16, by qvlm search with --device_map offload, or for another plan with a "
-                f"smaller calibration_batch_size: {reason}"
+                "larger device, with dtype=float16, with qvlm search --device_map offload, or with a smaller "
+                f"calibration_batch_size, which finds another plan: {reason}"
             )
         Console(stderr=True).print(
             f"out of memory in step {step.name}: trying again with {smaller}", markup=False, soft_wrap=True

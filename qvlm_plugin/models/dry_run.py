@@ -41,13 +41,13 @@ def check_prompts(
     if not count:
         raise QVLMError(
             f"{source}: a prompt with an image has no image token: the chat template writes none, or config.json's "
-            f"image_token_index={token} is not the tokenizer's"
+            f"image_token_index={token} is not that of the tokenizer"
         )
     features = _count_features(inputs, config, source, trust_remote_code)
     if features not in (None, count):
         raise QVLMError(
-            f"{source}: the processor writes {count} image tokens where the vision tower gives {features} features; "
-            "its patch_size, image size or vision_feature_select_strategy is of another model"
+            f"{source}: the processor writes {count} image tokens, but the vision tower gives {features} features; "
+            "its patch_size, image size or vision_feature_select_strategy belongs to another model"
         )
 
 
@@ -74,7 +74,7 @@ def _check_files(processor: ProcessorMixin, config: PretrainedConfig, source: st
     if processor.tokenizer.pad_token is None:
         raise QVLMError(f"{source}: tokenizer_config.json names neither pad_token nor eos_token; batches need one")
     if getattr(processor, "patch_size", 0) is None:
-        raise QVLMError(f"{source}: processor_config.json has no patch_size, which is the vision tower's")
+        raise QVLMError(f"{source}: processor_config.json has no patch_size; set it to that of the vision tower")
     layers = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
     chosen = getattr(config, "vision_feature_layer", None)
     for index in [] if layers is None or chosen is None else [chosen] if isinstance(chosen, int) else chosen:

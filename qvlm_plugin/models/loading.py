@@ -221,7 +221,7 @@ def load_weights(
     source, trust_remote_code = checkpoint.source, checkpoint.trust_remote_code
     if getattr(config, "quantization_config", None) is not None:
         if device_map == OFFLOAD:
-            raise QVLMError(f"device_map='offload' is for searching, and {source} is quantized already")
+            raise QVLMError(f"device_map='offload' is for searches, but {source} is quantized already")
         # Packed weights are laid out for the device that they are loaded to.
         device_map = {"": device} if device_map is None else device_map
     formats = SAFETENSORS_OR_BIN if original else SAFETENSORS
@@ -280,7 +280,7 @@ def _read_layout(
     with parsed_elsewhere(f"{source}: config.json does not load"):
         if image_aspect_ratio is not None:
             if not is_original(values):
-                raise QVLMError(f"{source}: image_aspect_ratio is for checkpoints in LLaVA's own layout")
+                raise QVLMError(f"{source}: image_aspect_ratio is only for checkpoints in LLaVA's own layout")
             values["image_aspect_ratio"] = image_aspect_ratio
         if is_original(values):
             original = read_original(folder, values, source)
@@ -292,7 +292,7 @@ def _read_config_file(folder: Path, source: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise QVLMError(
-            f"{source}: config.json is missing; a folder in the Hugging Face layout or in LLaVA's own has one"
+            f"{source}: config.json is missing; both the Hugging Face layout and LLaVA's own layout have one"
         )
     try:
         values = read_json(file)
@@ -300,7 +300,7 @@ def _read_config_file(folder: Path, source: str) -> dict[str, Any]:
         raise QVLMError(f"{source}: config.json does not load: {one_line(error)}") from error
     if not isinstance(values, dict) or "model_type" not in values:
         raise QVLMError(
-            f"{source}: config.json is of neither layout; in the Hugging Face layout it has a model_type and a "
+            f"{source}: config.json has neither layout; in the Hugging Face layout it has a model_type and a "
             f"vision_config, in that of LLaVA's own code {' or '.join(TOWER_KEYS)}"
         )
     return values
@@ -311,9 +311,7 @@ def _set_router_noise(config: PretrainedConfig, seed: int | None, source: str) -
         return
     text = getattr(config, "text_config", None)
     if not hasattr(text, "router_noise_seed"):
-        raise QVLMError(
-            f"{source}: router_noise_seed is for models with experts that are chosen with noise (MoE-LLaVA)"
-        )
+        raise QVLMError(f"{source}: router_noise_seed is only for models that choose experts with noise (MoE-LLaVA)")
     text.router_noise_seed = seed
 
 

@@ -133,12 +133,14 @@ class OriginalCheckpoint:
             if not _BUFFERS.fullmatch(name) and (renamed := _rename(name)) is not None:
                 weights[renamed] = tensor
         if EMBEDDINGS not in weights:
-            raise QVLMError(f"{self.source}: the weights have no model.embed_tokens.weight, so no language model")
+            raise QVLMError(
+                f"{self.source}: the weights have no model.embed_tokens.weight, so they contain no language model"
+            )
         if self.config.projector_hidden_act == "linear":
             if "model.multi_modal_projector.linear_2.weight" in weights:
                 raise QVLMError(
-                    f"{self.source}: the weights have a projector of two Linears, where config.json has a linear one; "
-                    "mm_projector_type names it: linear or mlp2x_gelu"
+                    f"{self.source}: the weights have a projector of two Linears, but config.json has a linear one; "
+                    "set mm_projector_type in config.json to mlp2x_gelu"
                 )
             width, dtype = self.config.text_config.hidden_size, weights[EMBEDDINGS].dtype
             weights["model.multi_modal_projector.linear_2.weight"] = torch.eye(width, dtype=dtype)
@@ -146,7 +148,7 @@ class OriginalCheckpoint:
         vocab = self.values["vocab_size"]
         for name in {EMBEDDINGS, "lm_head.weight"} & weights.keys():
             if (rows := len(weights[name])) != vocab:
-                raise QVLMError(f"{self.source}: {name} has {rows} rows where config.json has vocab_size={vocab}")
+                raise QVLMError(f"{self.source}: {name} has {rows} rows, but config.json has vocab_size={vocab}")
             if (lacking := image_token + 1 - vocab) > 0:
                 weights[name] = torch.cat([weights[name], weights[name][:1].expand(lacking, -1)])
         return weights

@@ -69,14 +69,14 @@ def check_quantizer(config: PretrainedConfig, source: str) -> None:
     names = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZER_MAPPING}
     if method not in names:
         raise QVLMError(
-            f"{source}: quant_method={method!r} of its quantization_config is not one that transformers runs; it runs "
+            f"{source}: its quantization_config has quant_method={method!r}, which transformers cannot run; it can run "
             f"{', '.join(sorted(names - {OWN, 'qvlm-plan'}))}"
         )
     stored = config.quantization_config
     if isinstance(stored, Mapping) and (stored.get("transform_config") or {}).get("config_groups"):
         raise QVLMError(
-            f"{source}: its quantization_config transforms inputs (transform_config), which transformers leaves out: "
-            "answers would be wrong; vLLM runs it"
+            f"{source}: its quantization_config has a transform_config, which transformers ignores, so answers would "
+            "be wrong; run it with vLLM"
         )
     for wanted in PACKAGES.get(method, ()):
         _require_package(wanted, method, source)
@@ -98,8 +98,8 @@ def _require_package(wanted: str, method: str, source: str) -> None:
     except PackageNotFoundError:
         found = None
     if found is None or Version(found) < Version(least):
-        there = "is not installed" if found is None else f"is {found} here"
-        raise QVLMError(f"{source}: quantized by {method}, which takes {name} {least} or newer, and that {there}: "
+        there = "is not installed" if found is None else f"here is {found}"
+        raise QVLMError(f"{source}: quantized by {method}, which needs {name} {least} or newer, but {name} {there}: "
                         f"pip install '{wanted}', or the extra qvlm_plugin[{EXTRAS[method]}]")  # fmt: skip
 
 

@@ -129,7 +129,7 @@ def paired_tasks(pairs: Sequence[tuple[RunSamples, RunSamples]], metric: str) ->
     found = {task: rows for task, rows in found.items() if rows}
     if not found:
         if any(metric in each.records for documents in runs[0].tasks.values() for each in documents):
-            raise QVLMError(f"{runs[0].file} logs {metric} as records without a score: they cannot be paired")
+            raise QVLMError(f"{runs[0].file} logs {metric} without a score for each document, so it cannot be paired")
         known = sorted({name for documents in runs[0].tasks.values() for each in documents for name in each.metrics})
         raise QVLMError(f"{runs[0].file} has no samples with metric {metric!r}; allowed are {', '.join(known) or '-'}")
     keys = [_image(row) or f"{task} {row[0].id}" for task, rows in found.items() for row in rows]

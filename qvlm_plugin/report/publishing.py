@@ -32,12 +32,12 @@ def publishable(paths: Sequence[Path]) -> list[Row]:
         raise QVLMError(f"{first.file}: {first.message}")
     for row in board.rows:
         if row.method is None:
-            raise QVLMError(f"{row.file} is of another package's model; publish results of --model qvlm")
+            raise QVLMError(f"{row.file} was not written by --model qvlm; publish results of --model qvlm")
         if row.notes:
             raise QVLMError(f"{row.file}: {row.task} must not be published: {'; '.join(row.notes)}")
     if len({row.plan_hash for row in board.rows}) != 1:
         files = ", ".join(sorted({row.file for row in board.rows}))
-        raise QVLMError(f"the results are of several plans, but a checkpoint has one: {files}")
+        raise QVLMError(f"the results are those of several plans, but a checkpoint has one: {files}")
     return board.rows
 
 

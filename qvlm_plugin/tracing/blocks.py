@@ -75,8 +75,8 @@ def inspect_block(recorded: RecordedModel, name: str) -> Block:
     for one in linears.keys() - set(kept):
         if _of_any_expert(one, experts) not in reached:
             raise QVLMError(
-                f"{recorded.source}: {name}.{one} is never reached, by prompts with images or without, so what it "
-                f"reads is not known; {BY_HAND}, with it among the Linears that are kept"
+                f"{recorded.source}: {name}.{one} is reached by no prompt, with or without images, so its input "
+                f"is not known; {BY_HAND}, and list it among the kept Linears"
             )
     _require_consistent(recorded, name, reads)
     return Block(tuple(experts), sites, tuple(kept))
@@ -97,5 +97,5 @@ def _require_consistent(recorded: RecordedModel, name: str, reads: dict[str, Seq
         if len(equal) > 1:
             raise QVLMError(
                 f"{recorded.source}: {one} and {other} of {name} read the same tensor for some prompts and different "
-                f"ones for others; {BY_HAND}, each in a group of its own"
+                f"ones for others; {BY_HAND}, and give each its own group"
             )

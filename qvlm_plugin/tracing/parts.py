@@ -71,7 +71,7 @@ def find_parts(model: nn.Module, image_run: Run, text_run: Run, inputs: Mapping[
     if decoder is None or tower is None:
         missing, way = ("decoder layers", "text") if decoder is None else ("vision blocks", "an image")
         raise QVLMError(
-            f"{source}: a prompt with {way} runs through no list of {missing} with Linear layers; models of this kind "
+            f"{source}: found no list of {missing} with Linear layers that processes {way}; models of this kind "
             "cannot be quantized (docs/add-a-family.md)"
         )
     matters = affects(model, inputs)
@@ -80,7 +80,7 @@ def find_parts(model: nn.Module, image_run: Run, text_run: Run, inputs: Mapping[
     while depth and not matters([model.get_submodule(blocks[depth - 1])]):
         depth -= 1
     if not depth:
-        raise QVLMError(f"{source}: the output does not depend on what {tower} writes; {BY_HAND}")
+        raise QVLMError(f"{source}: the model's output does not depend on the output of {tower}; {BY_HAND}")
     begin = _begin(tower, image_run)
     between = dict.fromkeys(
         _owner(name, (tower, decoder))

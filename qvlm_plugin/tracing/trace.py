@@ -166,8 +166,8 @@ def _stack(recorded: RecordedModel, blocks: dict[str, Producers]) -> Stack:
     for group, other in combinations(groups, 2):
         if shared := set(group) & set(other):
             raise QVLMError(
-                f"{recorded.source}: {min(shared)} shares its input with other Linears in some blocks than in "
-                f"others ({', '.join(group)}; {', '.join(other)}); such a model is not supported"
+                f"{recorded.source}: {min(shared)} shares its input with different Linears in different "
+                f"blocks ({', '.join(group)}; {', '.join(other)}); such a model is not supported"
             )
     # A scale is folded only where it can be in every block. Experts come last.
     described = [Group(group, one.pop() if len(one) == 1 else None) for group, one in groups.items()]

@@ -39,7 +39,7 @@ def test_a_plan_is_drawn_from_its_record_and_against_the_layer_wise_search(tiny_
     )  # fmt: skip
     assert searched.exit_code == 0, searched.output
     wrong = run("plot", tmp_path / "plan", "--pretrained", tiny_llava, "--router-noise-seed", "1")
-    assert wrong.exit_code == 2 and "router_noise_seed is for models with experts" in wrong.stderr
+    assert wrong.exit_code == 2 and "router_noise_seed is only for models" in wrong.stderr
     drawn = run(
         "plot", tmp_path / "plan", "--output", tmp_path / "figures", "--pretrained", tiny_llava,
         "--held-out", rows(tmp_path, "b.json", range(10, 13)),

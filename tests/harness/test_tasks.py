@@ -219,7 +219,7 @@ def test_a_score_of_all_documents_at_once_pairs_by_the_documents_own(place, scor
 
 
 def test_records_without_a_score_are_refused_in_one_line(place):
-    with pytest.raises(QVLMError, match="logs submission as records without a score: they cannot be paired"):
+    with pytest.raises(QVLMError, match="logs submission without a score for each document, so it cannot be paired"):
         compare(*pair(place, "words", "textvqa_val"), "submission")
 
 

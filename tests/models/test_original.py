@@ -228,7 +228,7 @@ def test_padding_can_be_chosen_and_makes_another_model(tmp_path, loaded):
     assert kinds["square"].fingerprint != kinds[None].fingerprint
     with pytest.raises(QVLMError, match=r"image_aspect_ratio='wide' is not supported .* pad and square"):
         load(str(folder), image_aspect_ratio="wide")
-    with pytest.raises(QVLMError, match="image_aspect_ratio is for checkpoints in LLaVA's own layout"):
+    with pytest.raises(QVLMError, match="image_aspect_ratio is only for checkpoints in LLaVA's own layout"):
         load(loaded.source, image_aspect_ratio="pad")
 
 
@@ -378,7 +378,7 @@ def spoil(folder, change):
     "change, message",
     [
         ("neither", "model type 'llama' is not supported; supported are .*llava"),
-        ("no type", "of neither layout; .* a model_type and a vision_config, .* mm_vision_tower or mm_image_tower"),
+        ("no type", "has neither layout; .* a model_type and a vision_config, .* mm_vision_tower or mm_image_tower"),
         ("no tower", "vision tower 'tower' is neither a hub id nor in the checkpoint's folder"),
         ("no tower weights", "vision tower 'tower': missing model.safetensors; .* found no weight file"),
         ("siglip", "is a 'siglip_vision_model'; supported .* CLIP"),
@@ -391,7 +391,7 @@ def spoil(folder, change):
         ({"mm_use_im_start_end": True}, "tokens, more than config.json's vocab_size"),
         ({"mm_vision_select_feature": "all"}, "mm_vision_select_feature='all' is not known"),
         ({"model_type": "llava_mpt"}, "'llava_mpt' is not supported in the original layout; supported are llava, "),
-        ({"vocab_size": 9999}, "rows where config.json has vocab_size=9999"),
+        ({"vocab_size": 9999}, "rows, but config.json has vocab_size=9999"),
         ({"vocab_size": 100}, "tokens, more than config.json's vocab_size=100"),
         ({"mm_vision_tower": 3}, "vision tower 3 is neither a hub id nor in the checkpoint's folder"),
         ({"mm_vision_select_layer": -9}, "mm_vision_select_layer=-9, but vision tower 'tower' has 3 layers"),
@@ -400,7 +400,7 @@ def spoil(folder, change):
         ({"num_attention_heads": 5}, "config.json does not load: .*not a multiple"),
         ({"intermediate_size": 48}, "6 weights are of another shape, for example .*down_proj"),
         ({"num_hidden_layers": 1}, "9 weights are unknown to the model"),
-        ("two Linears", "projector of two Linears, where config.json has a linear one"),
+        ("two Linears", "projector of two Linears, but config.json has a linear one"),
         ("empty", r"pytorch_model\.bin: the weights do not load: \w+"),
         ("projector only", "missing model.safetensors; .* whole or in shards; found mm_projector.bin"),
         ("code", "pytorch_model.bin: holds pickled code or is damaged; supported are files of tensors only"),
@@ -409,7 +409,7 @@ def spoil(folder, change):
         ("truncated", "pytorch_model.bin: (the weights do not load|holds pickled code or is damaged)"),
         ("missing key", "1 weights are missing in the checkpoint, for example .*up_proj"),
         ("unknown key", "1 weights are unknown to the model, for example .*resampler"),
-        ("no language model", "no model.embed_tokens.weight, so no language model"),
+        ("no language model", "no model.embed_tokens.weight, so they contain no language model"),
         ("no tokenizer", "tokenizer.model is missing"),
         ("bad tokenizer", "not a sentencepiece model"),
         ("odd added tokens", "do not continue the vocabulary"),
@@ -435,7 +435,7 @@ def test_unknown_formats_and_formats_that_the_tokenizer_cannot_end_are_refused(f
         load(str(folder), conv="chatty")
     with pytest.raises(QVLMError, match=r"conv=stablelm ends answers with <\|endoftext\|>, the tokenizer with </s>"):
         load(str(folder), conv="stablelm")
-    with pytest.raises(QVLMError, match="router_noise_seed is for models with experts"):
+    with pytest.raises(QVLMError, match="router_noise_seed is only for models"):
         load(str(folder), router_noise_seed=1)
 
 

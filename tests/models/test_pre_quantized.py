@@ -114,14 +114,14 @@ def test_a_missing_package_is_named_before_weights_are_read(tmp_path, monkeypatc
     folder = configured(write_tiny_llava(tmp_path / "x", hidden=64), {"quant_method": method, "bits": 4})
     (folder / "model.safetensors").unlink()
     with pytest.raises(
-        QVLMError, match=rf"quantized by {method}, which takes {missing} .* is not installed: pip inst.*qvlm_plugin\["
+        QVLMError, match=rf"quantized by {method}, which needs {missing} .* is not installed: pip inst.*qvlm_plugin\["
     ):
         open_checkpoint(str(folder))
 
 
 def test_an_unknown_method_is_refused(tmp_path):
     folder = configured(write_tiny_llava(tmp_path / "x", hidden=64), {"quant_method": "theirs"})
-    with pytest.raises(QVLMError, match=r"quant_method='theirs' .* not one that transformers runs; it runs .*awq"):
+    with pytest.raises(QVLMError, match=r"quant_method='theirs', which transformers cannot run; it can run .*awq"):
         open_checkpoint(str(folder))
 
 
@@ -129,7 +129,7 @@ def test_transforms_that_transformers_leaves_out_are_refused(tmp_path):
     folder, _ = compressed(tmp_path / "x", [])
     stored = json.loads((folder / "config.json").read_text())["quantization_config"]
     configured(folder, stored | {"transform_config": {"config_groups": {"R": {"type": "hadamard", "apply": []}}}})
-    with pytest.raises(QVLMError, match=r"transforms inputs \(transform_config\), which transformers leaves out"):
+    with pytest.raises(QVLMError, match=r"transform_config, which transformers ignores"):
         open_checkpoint(str(folder))
 
 

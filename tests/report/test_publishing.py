@@ -95,7 +95,7 @@ def test_a_score_in_another_unit_is_shown_unscaled(tmp_path, checkpoint):
     [
         (provenance(stand_in=True, data={"quiz": DATA | {"stand_in": True}}), {}, "stand-in data"),
         (provenance(), {"total": 9}, "a part of the documents"),
-        (None, {}, "another package's model"),
+        (None, {}, "not written by --model qvlm"),
     ],
 )
 def test_runs_that_must_not_be_published(tmp_path, facts, changes, message):

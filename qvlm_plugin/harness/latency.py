@@ -1,5 +1,6 @@
 """Latency of answers: time to the first token, and time per further token."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +57,12 @@ class Latency:
         """
         start, first, end = times
         return cls(requests, first - start, (end - first) / (tokens - 1) if tokens > 1 else None)
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has compiled in this process, to leave out requests that waited for it."""
+    compiler = sys.modules.get("torch._dynamo.utils")  # importing it takes seconds
+    return compiler.counters["stats"]["unique_graphs"] if compiler else 0
 
 
 def summary(batches: Sequence[Latency]) -> dict[str, Any] | None:

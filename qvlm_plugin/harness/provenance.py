@@ -73,8 +73,9 @@ class Counts:
         over_context: encoded prompts longer than the model's context, by task.
         compared: documents compared with the calibration's: task, document id and context.
         overlapping: names of documents that are also in the calibration.
-        tokens, seconds: generated tokens, and the time to generate them.
-        latencies: of each batch.
+        tokens, seconds: generated tokens, and the time to generate them, without batches that waited for a compiler.
+        latencies: of each of these batches.
+        compile_seconds: the time of the other batches.
         images: digest of each document's images, by task and document id; None if it has no image.
         generation: distinct `Generation.settings` by task.
     """
@@ -88,6 +89,7 @@ class Counts:
     tokens: int = 0
     seconds: float = 0.0
     latencies: list[Latency] = field(default_factory=list)
+    compile_seconds: float = 0.0
     images: dict[tuple[str, int], str | None] = field(default_factory=dict)
     generation: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -108,6 +110,7 @@ class Counts:
             tokens=sum(count.tokens for count in counts),
             seconds=max(count.seconds for count in counts),
             latencies=[latency for count in counts for latency in count.latencies],
+            compile_seconds=max(count.compile_seconds for count in counts),
             images={document: digest for count in counts for document, digest in count.images.items()},
             generation=generation,
         )
@@ -186,9 +189,8 @@ class RunRecord:
         if context is not None and length > context and not request.is_padding:
             self.counts.over_context[request.task] += 1
 
-    def count(self, request: Request, answer: str, tokens: int) -> None:
+    def count(self, request: Request, answer: str) -> None:
         """Count one generated answer."""
-        self.counts.tokens += tokens
         self._count(self.counts.generated, request, answer)
 
     def note_found(self, answered: Sequence[tuple[Request, Sequence[str]]], show_progress: bool) -> None:
@@ -273,6 +275,7 @@ class RunRecord:
                 for task in counts.generated | counts.found
             },
             "latency": summary(counts.latencies),
+            "compile_seconds": counts.compile_seconds,
             "generation": counts.generation,
             "prompts_over_context": {
                 task: None if counts.found[task] else counts.over_context[task]

@@ -34,7 +34,7 @@ from qvlm_plugin.harness import (
 from qvlm_plugin.harness.arguments import ModelArguments, merge_arguments, parse_arguments
 from qvlm_plugin.harness.generation import Generation, StopAtText, read_generation
 from qvlm_plugin.harness.host import require_whole_images
-from qvlm_plugin.harness.latency import FirstToken, Latency
+from qvlm_plugin.harness.latency import FirstToken, Latency, compiled_graphs
 from qvlm_plugin.harness.likelihood import Likelihood
 from qvlm_plugin.harness.preparation import prepare_model
 from qvlm_plugin.harness.requests import (
@@ -272,7 +272,7 @@ class _QVLM(lmms):
         tokenizer = self._processor.tokenizer
         if generation.seed is not None:
             torch.manual_seed(generation.seed)
-        start = time.perf_counter()
+        graphs, start = compiled_graphs(), time.perf_counter()
         try:
             inputs, _ = encode(self._processor, conversations)
             prompt_lengths, width = self._measured(batch, inputs), inputs["input_ids"].shape[1]
@@ -290,16 +290,20 @@ class _QVLM(lmms):
         except Exception as error:
             raise _failure("generation", batch, error) from error
         end = time.perf_counter()
-        self.record.counts.seconds += end - start
-        self.record.counts.latencies.append(Latency.of(len(batch), (start, first.time, end), tokens.shape[1]))
+        lengths = (tokens != tokenizer.pad_token_id).sum(dim=1).tolist()
+        if compiled_graphs() > graphs:
+            self.record.counts.compile_seconds += end - start
+        else:
+            self.record.counts.tokens += sum(lengths)
+            self.record.counts.seconds += end - start
+            self.record.counts.latencies.append(Latency.of(len(batch), (start, first.time, end), tokens.shape[1]))
         texts = tokenizer.batch_decode(
             tokens, skip_special_tokens=generation.skip_special_tokens, clean_up_tokenization_spaces=False
         )
         results = []
-        for item, text, row, prompt_length in zip(batch, texts, tokens, prompt_lengths, strict=True):
-            count = int((row != tokenizer.pad_token_id).sum())
+        for item, text, count, prompt_length in zip(batch, texts, lengths, prompt_lengths, strict=True):
             answer = generation.cut(text)
-            self.record.count(item, answer, count)
+            self.record.count(item, answer)
             results.append(GenerationResult(answer, TokenCounts(input_tokens=prompt_length, output_tokens=count)))
         return results
 

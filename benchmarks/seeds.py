@@ -28,7 +28,7 @@ from qvlm_plugin.atomic import make_folder, write_file
 from qvlm_plugin.calibration import read_calibration
 from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.harness.provenance import packed_bytes
+from qvlm_plugin.harness.model_size import packed_bytes
 from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan

@@ -64,7 +64,7 @@ def test_errors_come_before_the_weights(source, calibration):
 MEASURE = """
 import json, sys
 from qvlm_plugin import backends
-from qvlm_plugin.harness.provenance import memory
+from qvlm_plugin.harness.model_size import memory
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.quantized_loading import QuantizeOnLoad

@@ -13,8 +13,10 @@ from qvlm_plugin import backends, planning, plugins
 from qvlm_plugin.calibration import CalibrationSet, check_sources
 from qvlm_plugin.checkpoint import CheckpointRecord
 from qvlm_plugin.demo import resolve_demo
-from qvlm_plugin.harness import processes, provenance
+from qvlm_plugin.harness import processes
 from qvlm_plugin.harness.arguments import ModelArguments, check_stored
+from qvlm_plugin.harness.model_size import on_gpu
+from qvlm_plugin.harness.provenance import versions
 from qvlm_plugin.hf_quantizer import QUANT_METHOD, QVLMHfQuantizer, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.memory import peak_memory
@@ -206,10 +208,10 @@ def _facts(arguments: ModelArguments, loaded: LoadedModel) -> dict[str, Any]:
         "router_noise_seed": arguments.router_noise_seed,
         "image_aspect_ratio": arguments.image_aspect_ratio,
         "eos_token_id": loaded.model.generation_config.eos_token_id,
-        "versions": provenance.versions(),
+        "versions": versions(),
         "commit": source_commit(),
         # Recorded separately, because the next run finds the plan in the cache and needs less.
-        "preparation_peak_bytes": peak_memory(provenance.on_gpu(loaded.model)),
+        "preparation_peak_bytes": peak_memory(on_gpu(loaded.model)),
     }
 
 

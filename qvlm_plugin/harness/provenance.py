@@ -5,9 +5,7 @@ have no state: the run's record is passed in the harness's list of logged metric
 evaluation, so a record cannot end up in another run's results.
 """
 
-import hashlib
 import json
-import math
 import platform
 import re
 from collections import Counter
@@ -15,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, TypeVar
 
 from lmms_eval.loggers.evaluation_tracker import EvaluationTracker
@@ -27,17 +24,17 @@ from torch import nn
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness import processes
+from qvlm_plugin.harness.data_origin import data_origin
 from qvlm_plugin.harness.generation import Generation
 from qvlm_plugin.harness.host import wrap_once
 from qvlm_plugin.harness.latency import Latency, summary
+from qvlm_plugin.harness.model_size import memory
 from qvlm_plugin.harness.requests import Documents, Request
-from qvlm_plugin.linear import QuantLinear
-from qvlm_plugin.memory import peak_memory
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.report.seal import PARTS as SEALED
 from qvlm_plugin.report.seal import SEAL, seal
-from qvlm_plugin.scheme import PARTS, UNQUANTIZED
-from qvlm_plugin.stored_bits import UNKNOWN, stored_linears
+from qvlm_plugin.scheme import PARTS
+from qvlm_plugin.stored_bits import UNKNOWN
 
 T = TypeVar("T")
 
@@ -295,93 +292,10 @@ def _read_all(requests: Sequence[Request], read: Callable[[Request], T], label: 
     return results
 
 
-def memory(model: nn.Module) -> dict[str, Any]:
-    """Bytes of the model's parameters and buffers (shared storage once), and the process's peak memory.
-
-    With the reference arithmetic weights are rounded but not packed; ``packed_bytes`` is their packed size.
-    """
-    storages = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta:
-            storage = tensor.untyped_storage()
-            storages[tensor.device, storage.data_ptr()] = storage.nbytes()
-    sizes = {"weight_bytes": sum(storages.values()), "packed_bytes": packed_bytes(model)}
-    gpu = on_gpu(model)
-    return sizes | {"peak_memory_bytes": peak_memory(gpu), "peak_memory_of": "cuda" if gpu else "process"}
-
-
-def on_gpu(model: nn.Module) -> bool:
-    """Whether any part of the model is on a GPU; peak memory is then that of the GPUs."""
-    return any(tensor.is_cuda for tensor in (*model.parameters(), *model.buffers()))
-
-
-def packed_bytes(model: nn.Module) -> int:
-    """Size of the model: quantized weights in their formats, scales included, and everything else in 16 bits.
-
-    It depends on the scheme only, not on a run's compute type or kernels. Shared parameters count once.
-    """
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    bits = sum(one.weight_format.effective_bits(one.shape) * math.prod(one.shape) for one in layers)
-    counted = {id(getattr(one, name)) for one in layers for name in one.tensor_names if name != "bias"}
-    for name, stored in stored_linears(model).items():
-        if stored.bits < UNQUANTIZED:  # by another program
-            bits += stored.weight * stored.elements
-            module = model.get_submodule(name)
-            counted |= {id(tensor) for own, tensor in module.named_parameters(recurse=False) if own != "bias"}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in counted]
-    return round((bits + sum(min(8 * one.element_size(), 16) * one.numel() for one in rest)) / 8)
-
-
 def versions() -> dict[str, str]:
     """Versions of the packages that affect results."""
     packages = ("torch", "transformers", "lmms_eval", "datasets", "accelerate", "qvlm_plugin")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def data_origin(config: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, Any]:
-    """The source of a task's documents.
-
-    Args:
-        config: the task's configuration, as in the results' ``configs``.
-        splits: the task's data set as loaded, by split.
-
-    Returns:
-        ``dataset``, ``config``, ``split``; ``origin``: ``hub`` with a ``revision``, or ``local`` with a
-        ``content_hash``; ``stand_in``: whether the local folder has a file stand_in.json, which marks data other than
-        its name says.
-    """
-    dataset, split = str(config.get("dataset_path")), config.get("test_split") or config.get("validation_split")
-    origin = {"dataset": dataset, "config": config.get("dataset_name"), "split": split}
-    if files := _local_files(dataset, config.get("dataset_kwargs") or {}):
-        stand_in = (Path(dataset) / "stand_in.json").is_file()
-        return origin | {"origin": "local", "content_hash": content_hash(files), "stand_in": stand_in}
-    return origin | {"origin": "hub", "revision": hub_revision(splits.get(split)), "stand_in": False}
-
-
-def _local_files(dataset: str, options: Mapping[str, Any]) -> list[Path]:
-    """The files of a local data set, in its folder or listed in its options; none for a hub data set."""
-    if Path(dataset).is_dir():
-        return sorted(path for path in Path(dataset).rglob("*") if path.is_file())
-    listed = options.get("data_files") or ()
-    groups = listed.values() if isinstance(listed, Mapping) else [listed]
-    names = [name for group in groups for name in ([group] if isinstance(group, str) else group)]
-    return sorted(path for name in names if (path := Path(name)).is_file())
-
-
-def content_hash(files: Iterable[Path]) -> str:
-    """SHA-256 over the files' names and contents, in the order given."""
-    sha = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            sha.update(f"{file.name}\0".encode())
-            sha.update(hashlib.file_digest(stream, "sha256").digest())
-    return sha.hexdigest()
-
-
-def hub_revision(split: Any) -> str | None:
-    """The commit of a hub data set, after which ``datasets`` names its cache folder; None if unknown."""
-    folders = (Path(file["filename"]).parent.name for file in getattr(split, "cache_files", ()))
-    return next((name for name in folders if re.fullmatch(r"[0-9a-f]{40}", name)), None)
 
 
 def install() -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 
 from qvlm_plugin import plugins
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.harness.provenance import packed_bytes
+from qvlm_plugin.harness.model_size import packed_bytes
 from qvlm_plugin.models import pre_quantized
 from qvlm_plugin.models.loading import load, open_checkpoint
 from qvlm_plugin.stored_bits import stored_facts, stored_kernels

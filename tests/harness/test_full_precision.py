@@ -1,5 +1,6 @@
 """``--model qvlm`` at full precision: the answers of transformers alone, whatever the batch and the request format."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ from harness.test_wrapper import ask, instance, score, texts, to_messages, unpri
 from lmms_eval.models import get_model
 from lmms_eval.models.chat.huggingface import Huggingface
 from tiny_llava import random_image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from torch._dynamo.utils import counters
+from transformers import AutoModelForImageTextToText, AutoProcessor, CompileConfig
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness.wrapper import QVLMChat, QVLMSimple
@@ -53,6 +55,23 @@ def plainly(model, doc):
     output = bare.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=unprintable(model))
     ids, answer = inputs["input_ids"][0], output[0, inputs["input_ids"].shape[1] :]
     return ids, processor.tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_compiled_decoding_gives_the_same_answers(model, folder, monkeypatch):
+    how = partial(CompileConfig, backend="aot_eager")  # test_wrapper.py has the default compiler, which takes longer
+    monkeypatch.setattr("qvlm_plugin.models.decoding.CompileConfig", how)
+    given = {"pretrained": folder, "dtype": "float32", "device": "cpu", "batch_size": 4, "compile": True}
+    if model._model.config.model_type in ("idefics3", "smolvlm", "paligemma"):
+        with pytest.raises(QVLMError, match="transformers does not compile"):
+            QVLMChat(**given)
+        return
+    torch.compiler.reset()
+    counters.clear()
+    compiled = QVLMChat(**given)
+    docs = [DOCUMENTS[index] for index in (0, 3, 4)]  # of one image each
+    expected, found = (texts(one.generate_until(ask(one, docs, max_new_tokens=4))) for one in (model, compiled))
+    assert found == expected
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
 
 
 def test_the_harness_knows_it_in_both_formats():

@@ -1,7 +1,6 @@
 """Products with 8-bit weights: of integer codes, and of inputs in the compute type."""
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +152,7 @@ def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     Returns:
         [N, O] in the dtype of ``x``.
     """
-    if 0 < len(x) <= FEW_TOKENS and _has_operator(x.device.type):
+    if 0 < len(x) <= FEW_TOKENS and x.device.type in ("cpu", "cuda"):
         operand_scale = scale.to(x.dtype) if x.device.type == "cpu" else scale
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, operand_scale)
     if x.device.type != "cpu":
@@ -165,9 +164,3 @@ def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         return part[: span.stop - span.start].copy_(weight[span]).mul_(scale[span])
 
     return product_by_rows(x, len(weight), some, dequantize, None)
-
-
-@cache
-def _has_operator(device_type: str) -> bool:
-    """Whether this version of torch multiplies with 8-bit weights there: on CUDA since 2.9."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", device_type.upper())

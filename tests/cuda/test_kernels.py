@@ -19,7 +19,7 @@ from kernel_problems import (
 )  # fmt: skip
 
 from qvlm_plugin.formats import WeightFormat
-from qvlm_plugin.kernels import int4_product, int8_product, selftest
+from qvlm_plugin.kernels import int4_product, selftest
 from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.kernels.int4_codes import INT4_CODES
 from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
@@ -148,8 +148,6 @@ def test_progressive_codes_are_multiplied_as_integers(cuda):
 
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_few_tokens_take_operators_that_read_packed_weights(cuda, tokens):
-    if not int8_product._has_operator("cuda"):
-        pytest.skip("an older torch")
     cases = [
         (INT4, int_format(4), "aten._weight_int4pack_mm.default", 2),
         (INT8, int_format(8), "aten._weight_int8pack_mm.default", 4),

@@ -127,7 +127,7 @@ def test_paired(place, programs, compared, page):
     text = script(DOCS / page)
     for named in set(re.findall(r"[\w-]*results/[\w.-]+", text)):
         method = Path(named).name.partition("-")[0]
-        method = {"qvlm": "qvlm_jacobian", "rtn": "qlora"}.get(method, method)
+        method = {"qvlm": "qvlm_rotated", "qvlm_jacobian": "qvlm_rotated", "rtn": "qlora"}.get(method, method)
         cell = cells[f"{method}-w16a16" if method == "none" else f"{method}-w4a4"]
         shutil.copytree(cell, place / named, dirs_exist_ok=True)
     assert run(place, programs, text).count("- baseline: ") == text.count("qvlm paired") > 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -87,7 +88,7 @@ class Bars:
     Attributes:
         title: title of both panels.
         rows: names of the rows, top to bottom.
-        accuracies: (value, standard error) of each row by task, shares in percent; None if missing.
+        accuracies: value and its 95 % interval of each row by task, shares in percent; None if missing.
         lines: reference value by task, drawn as a vertical line.
         line: name of the reference.
         costs: seconds of each row.
@@ -95,7 +96,7 @@ class Bars:
 
     title: str
     rows: tuple[str, ...]
-    accuracies: Mapping[str, Sequence[tuple[float, float | None] | None]]
+    accuracies: Mapping[str, Sequence[tuple[float, float, float] | None]]
     lines: Mapping[str, float]
     line: str
     costs: Sequence[float | None]
@@ -129,7 +130,7 @@ def bars_figure(groups: Sequence[Bars]) -> dict[str, bytes]:
         for (accuracy, cost), group in zip(grid, groups, strict=True):
             _draw_accuracies(accuracy, group)
             _draw_costs(cost, group)
-        grid[-1][0].set_xlabel("score (shares in %), ± standard error")
+        grid[-1][0].set_xlabel("score (shares in %), 95 % interval")
         grid[-1][1].set_xlabel("search cost (s)")
         grid[-1][1].set_xlim(left=0)  # the axis is shared
         _add_legend(figure, [axes for axes, _ in grid], fewest=1)
@@ -169,10 +170,10 @@ def _draw_accuracies(axes: Axes, group: Bars) -> None:
         offset = (index - (count - 1) / 2) * 0.22  # tasks of a row are drawn below each other
         known = [(row + offset, *cell) for row, cell in enumerate(cells) if cell is not None]
         if known:
-            y, x, errors = zip(*known, strict=True)
-            axes.errorbar(
-                x, y, xerr=_bars(errors), linestyle="", color=colour, marker=marker, label=task, capsize=2, markersize=4
-            )
+            y, x, low, high = (np.array(values) for values in zip(*known, strict=True))
+            style = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2, "label": task}
+            reach = np.maximum((x - low, high - x), 0)  # rounding may put the end of an interval beyond the value
+            axes.errorbar(x, y, xerr=reach, linestyle="", **style)
         if task in group.lines:
             line = f"{group.line}, {task}" if count > 1 else group.line
             axes.axvline(group.lines[task], color=colour, linestyle=(0, (4, 2 + index)), linewidth=1, label=line)

@@ -1,6 +1,7 @@
 """The comparison as a report."""
 
 from collections.abc import Sequence
+from math import isfinite
 
 from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seeds
 from qvlm_plugin.report.compare.grid import FULL_PRECISION, PREVIOUS, CompareGrid
@@ -154,7 +155,7 @@ def _bars(grid: CompareGrid, compared: Sequence[Compared], pooled: Sequence[Over
                 title=model,
                 rows=tuple(" ".join(run) for run in runs),
                 accuracies={task: [_point(own.get((*run, task))) for run in runs] for task in grid.tasks},
-                lines={task: value for task, (value, _) in plain.items()},
+                lines={task: value for task, (value, *_) in plain.items()},
                 line=BASELINES["none"],
                 costs=[_cost(compared, (model, *run)) for run in runs],
             )
@@ -162,11 +163,11 @@ def _bars(grid: CompareGrid, compared: Sequence[Compared], pooled: Sequence[Over
     return groups
 
 
-def _point(row: Pooled | None) -> tuple[float, float | None] | None:
+def _point(row: Pooled | None) -> tuple[float, float, float] | None:
     if row is None:
         return None
-    score = row.score
-    return row.scale * score.value, row.scale * score.error if score.error >= 0 else None
+    low, high = (row.score.low, row.score.high) if isfinite(row.score.low) else (row.score.value, row.score.value)
+    return row.scale * row.score.value, row.scale * low, row.scale * high
 
 
 def _cost(compared: Sequence[Compared], run: tuple[str, str, str]) -> float | None:

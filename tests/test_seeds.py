@@ -110,3 +110,7 @@ def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, caps
     seeds.show_table(draws, docs / "seeds" / "thousand", "full-precision", [])
     table, _ = capsys.readouterr().out.split("\n\n")
     assert table.count("| 3 |") == 4 and table in page
+    ladder = [*seeds.draws(["w4a3"], seeds.LADDER, [64], [0, 1, 2])]
+    seeds.show_table(ladder, docs / "seeds" / "ladder", "previous", ["average"])
+    table, _ = capsys.readouterr().out.split("\n\n")
+    assert table.count("| w4a3 |") == 6 and table[table.index("| method") :] in page  # after notes on missing cells

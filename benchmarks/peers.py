@@ -250,11 +250,15 @@ def table(folder: Path, limit: int, schemes: Sequence[str], draws: Sequence[int]
         write_file(kept, json.dumps(found, indent=1).encode())
     header = ("scheme", "method", "layer error", "KL", "KL off-domain", "correct", "CPU s")
     rows = [
-        (*name.split(" ", 1), *(f"{found[name][key]:.4f}" for key in ("layer_error", "kl", "kl_off_domain")),
+        (*name.split(" ", 1), *(_digits(found[name][key]) for key in ("layer_error", "kl", "kl_off_domain")),
          " / ".join(f"{100 * share:.1f}" for share in found[name]["correct"]), f"{found[name]['seconds']:.0f}")
         for name in todo
     ]  # fmt: skip
     print(Grid(header, tuple(rows)).markdown())
+
+
+def _digits(error: float) -> str:
+    return f"{error:.4f}" if error >= 1e-3 else f"{error:.1e}"
 
 
 def _ours(method: str, scheme: str, options: Mapping[str, Any], draw: int, reference: Reference) -> dict[str, Any]:

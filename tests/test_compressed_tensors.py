@@ -125,7 +125,7 @@ def test_the_plans_codes_are_written(source, tmp_path, calibration, scheme, opti
         ("w4a16", {"group_size": 20}, r"groups of 20 do not divide its 24 input features"),
         ("w16a16", {}, r"quantizes nothing"),
         ("w4a8", {"group_size": 8}, r"asymmetric and its inputs rounded; .* --option symmetric=true"),
-        ("w4a16+vision:w8a8", {}, r"asymmetric .* --option symmetric=true"),
+        ("w4a16+vision:w8a8", {}, r"asymmetric, and .* --option symmetric=true"),
     ],
 )
 def test_what_the_format_cannot_express_is_refused(source, tmp_path, calibration, scheme, options, reason):

@@ -60,20 +60,20 @@ def prepare_model(arguments: ModelArguments, device: torch.device, read: ReadCal
     Raises:
         QVLMError: an argument is not allowed, or names something unusable.
     """
-    request, plan, calibration = None, None, None
+    request, plan, calibration, quantize = None, None, None, None
     if arguments.plan is not None:
         plan = RoundingPlan.load(arguments.plan)
     else:
         request = check_request(arguments.method, arguments.scheme, arguments.options)
-        if request.needs_calibration and arguments.calibration:
-            check_sources(arguments.calibration)
+    draws = request is not None and request.needs_calibration and arguments.calibration
+    if draws:
+        check_sources(arguments.calibration)
     checkpoint = _open(arguments, device)
+    if draws:
+        with processes.first_process_first():
+            calibration = read()
     if request is not None:
-        if request.needs_calibration and arguments.calibration:
-            with processes.first_process_first():
-                calibration = read()
         check_calibration(request, calibration)
-    quantize = None
     if plan is not None and arguments.backend != "reference" and arguments.device_map is None:
         quantize = QuantizeOnLoad(plan, backends.kernels(arguments.backend), arguments.strict)
     loaded = load_weights(

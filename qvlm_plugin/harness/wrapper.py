@@ -76,9 +76,7 @@ class _QVLM(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = processes.rank(), processes.count()
         self._device = _device(arguments, self.accelerator)
-        system_prompt = arguments.system_prompt and self._resolve_system_prompt(arguments.system_prompt)
-        self._system_prompt = system_prompt
-
+        self._system_prompt = arguments.system_prompt and self._resolve_system_prompt(arguments.system_prompt)
         prepared = prepare_model(arguments, self._device, partial(self._read_calibration, arguments))
         loaded = prepared.loaded
         self._model, self._processor, self._stops = loaded.model, loaded.processor, loaded.stops

@@ -37,8 +37,10 @@ def whole_numbers(packed: Mapping[str, Tensor]) -> Iterator[Tensor]:
         yield unpacked[span].mul_(multiple[span].unsqueeze(2))
 
 
-def _few_on_cpu(codes: Tensor, *others: object) -> bool:
-    return codes.device.type == "cpu" and len(codes) <= FEW_TOKENS and others[-1] == torch.bfloat16
+def _reads_packed(codes: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch's operator for packed weights multiplies the codes."""
+    on_cuda = codes.device.type == "cuda"
+    return len(codes) <= FEW_TOKENS and (dtype == torch.bfloat16 or (on_cuda and dtype == torch.float16))
 
 
 @operator(
@@ -48,7 +50,7 @@ def _few_on_cpu(codes: Tensor, *others: object) -> bool:
     ),
     schema="(Tensor codes, Tensor step, Tensor offset, Tensor packed, Tensor scales_and_zeros, Tensor unit, "
     "Tensor row_sum, Tensor? bias, ScalarType dtype) -> Tensor",
-    traceable=_few_on_cpu,
+    traceable=lambda codes, *others: codes.device.type == "cpu" and _reads_packed(codes, others[-1]),
 )
 def int4_codes_linear(
     codes: Tensor,
@@ -75,7 +77,7 @@ def int4_codes_linear(
         [N, O].
     """
     on_cuda = codes.device.type == "cuda"
-    if len(codes) <= FEW_TOKENS and (dtype == torch.bfloat16 or (on_cuda and dtype == torch.float16)):
+    if _reads_packed(codes, dtype):
         group, operators = codes.shape[1] // scales_and_zeros.shape[0], torch.ops.aten
         multiply = operators._weight_int4pack_mm if on_cuda else operators._weight_int4pack_mm_for_cpu
         product = multiply(codes.bfloat16(), packed, group, scales_and_zeros)

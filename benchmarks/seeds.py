@@ -44,11 +44,19 @@ from qvlm_plugin.report.samples import Document, RunSamples, read_samples
 from qvlm_plugin.report.significance import p_text
 
 _FASTER = {"veo_checkpointing": False}  # the same plans; training the tower is a quarter faster and takes more memory
+_SHORT = _FASTER | {"beam": 2, "veo_epochs": 3}  # other plans than the paper's settings, in a third of the time
 _LADDER = read_grid(Path("ladder"), {})  # `qvlm ablate ladder`, here without a process for each evaluation
+_TABLE1 = read_grid(Path("table1"), {})
 METHODS = {
     "qlora": {},
+    "qlora-zero": {"zero_on_grid": True},
     "awq": {"weights": "nf"},
     "qvlm": _FASTER,
+    "qvlm-short_cdm": _TABLE1.row("+CDM")[1] | _SHORT,
+    "qvlm-short_veo": _TABLE1.row("+VEO")[1] | _SHORT,
+    "qvlm-short": _SHORT,
+    "qvlm-short_cdm_relative": _TABLE1.row("+CDM, relative")[1] | _SHORT,
+    "qvlm-short_relative": _TABLE1.row("Q-VLM, relative")[1] | _SHORT,
     "qvlm_jacobian": _FASTER,
     "quarot": {},
     "qvlm_rotated": {},

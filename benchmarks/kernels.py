@@ -79,8 +79,9 @@ SEGMENTS = "segments w4a4 token"
 
 BASELINE = "bf16"
 
-CACHE_BYTES = 4 * max(2**25, os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 0)
-"""Minimum total size of the copies of a weight in bfloat16: those of four bits do not fit into the last cache either."""
+_L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # such as 32768K; Linux only
+CACHE_BYTES = 4 * max(2**25, 1024 * int(_L3.read_text().rstrip("K\n")) if _L3.exists() else 0)
+"""Minimum total size of the copies of a weight in bfloat16, so that copies of four bits exceed the last cache, too."""
 
 FEW = 64
 """Products of more tokens are limited by arithmetic, so that two copies are enough."""

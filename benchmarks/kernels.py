@@ -10,7 +10,6 @@ python benchmarks/kernels.py --device cuda --json kernels-cuda.json
 """
 
 import argparse
-import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path

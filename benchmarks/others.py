@@ -15,13 +15,14 @@ python benchmarks/others.py table others                     # resumes
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 GROUP = 64
 LEFT = ("lm_head", "vision_tower", "multi_modal_projector")
@@ -119,6 +120,41 @@ def _bitsandbytes(checkpoint: str, folder: Path, samples: Path) -> None:
     _model(checkpoint, quantization_config=how).save_pretrained(folder)
 
 
+def _gptqmodel(method: str, checkpoint: str, folder: Path, samples: Path) -> None:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its loader wants two, and has one on two cores
+    import torch
+    from gptqmodel import QuantizeConfig
+    from gptqmodel.models.base import BaseQModel
+    from transformers import AutoModelForImageTextToText
+
+    class Llava(BaseQModel):
+        """GPTQModel has no class for LLaVA, and does not find the decoder's layers by itself."""
+
+        loader = AutoModelForImageTextToText
+        pre_lm_head_norm_module = "model.language_model.norm"
+        rotary_embedding = "model.language_model.rotary_emb"
+        module_tree: ClassVar[list[Any]] = [
+            "model",
+            "language_model",
+            "layers",
+            "#",
+            {
+                "input_layernorm": ("input_layernorm:!",),
+                "self_attn": ("q_proj:0", "k_proj:0", "v_proj:0", "o_proj:1"),
+                "post_attention_layernorm": ("post_attention_layernorm:!",),
+                "mlp": ("gate_proj:0", "up_proj:0", "down_proj:1"),
+            },
+        ]
+
+        def prepare_dataset(self, calibration_dataset: list[dict[str, Any]], **_: Any) -> list[dict[str, Any]]:
+            return calibration_dataset  # with pictures; the base class takes tokens only
+
+    how = QuantizeConfig(bits=4, group_size=GROUP, method=method, device="cpu", offload_to_disk=False)
+    model = Llava.from_pretrained(checkpoint, quantize_config=how, dtype=torch.float32)
+    model.quantize(_samples(samples))
+    model.save(str(folder))
+
+
 WRITERS: Mapping[str, Callable[[str, Path, Path], None]] = {
     "llm-compressor-w8a8": partial(_llm_compressor, "w8a8"),
     "llm-compressor-w4a16": partial(_llm_compressor, "w4a16"),
@@ -126,6 +162,8 @@ WRITERS: Mapping[str, Callable[[str, Path, Path], None]] = {
     "auto-round": partial(_auto_round, "auto_round"),
     "auto-round-gptq": partial(_auto_round, "auto_gptq"),
     "auto-round-awq": partial(_auto_round, "auto_awq"),
+    "gptqmodel": partial(_gptqmodel, "gptq"),
+    "gptqmodel-awq": partial(_gptqmodel, "awq"),
     "bitsandbytes-nf4": _bitsandbytes,
 }
 """By the names of folders."""

@@ -1,12 +1,13 @@
 """The demo model as others' libraries quantize it: folders that they write, evaluated through the harness.
 
 All round the decoder's weights in groups of 64, except W8A8, which has a scale for each output channel and each token.
-llm-compressor calibrates on the samples of `peers.py`; auto-round and bitsandbytes round to nearest. The libraries
-write in an environment of their own. The harness reads in this package's, with what the formats take; gptqmodel asks
-for a protobuf that lmms-eval's wandb does not allow, so it has to be overridden:
+llm-compressor and GPTQModel calibrate on the samples of `peers.py`, pictures included; auto-round and bitsandbytes
+round to nearest. The libraries write in an environment of their own. The harness reads in this package's, with what
+the formats take; gptqmodel asks for a protobuf that lmms-eval's wandb does not allow, so it has to be overridden:
 
 python benchmarks/peers.py samples others                    # in a folder with the stand-in data (`qvlm demo data .`)
-uv venv others-env && uv pip install --python others-env/bin/python llmcompressor==0.14.0.1 auto-round bitsandbytes
+uv venv others-env
+uv pip install --python others-env/bin/python llmcompressor==0.14.0.1 auto-round bitsandbytes gptqmodel
 others-env/bin/python benchmarks/others.py write others "$(qvlm demo build | tail -1)"      # skips what is there
 echo 'protobuf>=7.36' > override.txt
 uv pip install --override override.txt --editable 'CHECKOUT[test,gptq,auto-round]'        # this repository's folder

@@ -129,7 +129,7 @@ def _gptqmodel(checkpoint: str, folder: Path, samples: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
     class Llava(BaseQModel):
-        """GPTQModel has no class for LLaVA, and does not find the decoder's layers by itself."""
+        """GPTQModel has no class for LLaVA."""
 
         loader = AutoModelForImageTextToText
         pre_lm_head_norm_module = "model.language_model.norm"

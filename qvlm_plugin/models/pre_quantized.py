@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from packaging.version import Version
 from rich.console import Console
 from torch import nn
@@ -15,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.placement import empty_model
@@ -167,17 +169,30 @@ def put_unconverted_right(config: PretrainedConfig, source: str) -> None:
 
 
 def dequantize_asymmetric(config: PretrainedConfig) -> None:
-    """Have packed weights with zero points dequantized as they are read.
+    """Have transformers read packed weights with zero points; like those without, they are dequantized when they run.
 
-    transformers lays out packed zero points in another shape than compressed-tensors packs them in, and cannot read
-    them. Either way the weights are in floating point when the model runs.
+    transformers expects zero points of shape [rows, groups], which compressed-tensors packs into fewer rows of int32.
+    So its quantizer is replaced, in this process, by one that expects packed zero points.
     """
     stored = getattr(config, "quantization_config", None)
     if foreign_method(config) == "compressed-tensors" and isinstance(stored, dict):
         groups = [group for group in stored.get("config_groups", {}).values() if isinstance(group, dict)]
-        weights_alone = not any(group.get("input_activations") for group in groups)
-        if weights_alone and any((group.get("weights") or {}).get("symmetric") is False for group in groups):
-            stored["dequantize"] = True
+        if any((group.get("weights") or {}).get("symmetric") is False for group in groups):
+            AUTO_QUANTIZER_MAPPING["compressed-tensors"] = _PackedZeroPoints
+
+
+class _PackedZeroPoints(CompressedTensorsHfQuantizer):
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, **kwargs)
+        from compressed_tensors.compressors.pack_quantized import pack_to_int32
+
+        for module in model.modules():
+            zero_points = getattr(module, "weight_zero_point", None)
+            if zero_points is None or zero_points.dtype == torch.int32 or not hasattr(module, "weight_packed"):
+                continue
+            bits = module.quantization_scheme.weights.num_bits
+            packed = pack_to_int32(torch.zeros(zero_points.shape, dtype=torch.int8), bits, packed_dim=0)
+            module.weight_zero_point = nn.Parameter(packed.to(zero_points.device), requires_grad=False)
 
 
 def note_schemes(model: PreTrainedModel, config: PretrainedConfig) -> None:
@@ -201,9 +216,6 @@ def note_schemes(model: PreTrainedModel, config: PretrainedConfig) -> None:
 
 def loading_hint(config: PretrainedConfig) -> str:
     """What to say of the likely cause where loading fails; empty where none is known."""
-    stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and stored.get("dequantize"):
-        return " (packed weights with zero points; transformers cannot read them beside others that it converts)"
     if not (unknown := _unknown_ignored(config)):
         return ""
     return f" (its quantization_config ignores {len(unknown)} names that no module has, for example {unknown[0]})"

@@ -1,13 +1,21 @@
 """Checkpoints that other programs quantized: written here in each format by its own specification."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from safetensors.torch import load_file, save_file
-from tiny_llava import logits_of, write_tiny_llava
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from tiny_llava import logits_of, randomized, write_tiny_llava
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    Dinov2Config,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from qvlm_plugin import plugins
 from qvlm_plugin.errors import QVLMError
@@ -29,21 +37,35 @@ def configured(folder, quantization):
     return folder
 
 
+def write_tiny_dinov2(folder):
+    """The tiny model with the demo's kind of tower, some of whose weights transformers splits when it reads them."""
+    config = LlavaConfig.from_pretrained(write_tiny_llava(folder, hidden=64))
+    config.vision_config = Dinov2Config(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, use_swiglu_ffn=True
+    )
+    randomized(LlavaForConditionalGeneration(config)).save_pretrained(folder)
+    return folder
+
+
 def compressed(folder, ignored, symmetric=True, group_size=16):
-    """The tiny model's decoder in 4 bits, packed as compressed-tensors does; and the weights that it stands for."""
-    write_tiny_llava(folder, hidden=64)
+    """The folder with the decoder in 4 bits, packed as compressed-tensors does; and the weights that it stands for."""
     file, tensors, rounded = folder / "model.safetensors", load_file(folder / "model.safetensors"), {}
     for key in [key for key in tensors if "layers" in key and "language_model" in key and key.endswith("proj.weight")]:
         weight, name = tensors.pop(key).float(), key.removesuffix(".weight")
         groups = weight.unflatten(1, (-1, group_size))
-        scale = groups.abs().amax(dim=-1) / 7
-        codes = (groups / scale[..., None]).round().clamp(-8, 7)
-        rounded[name] = (codes * scale[..., None]).flatten(1)
+        if symmetric:
+            scale, zeros = groups.abs().amax(dim=-1) / 7, torch.zeros(groups.shape[:2])
+        else:
+            least, most = groups.amin(dim=-1), groups.amax(dim=-1)
+            scale = (most - least) / 15
+            zeros = (-8 - least / scale).round().clamp(-8, 7)
+        codes = (groups / scale[..., None] + zeros[..., None]).round().clamp(-8, 7)
+        rounded[name] = ((codes - zeros[..., None]) * scale[..., None]).flatten(1)
         tensors[f"{name}.weight_packed"] = pack_to_int32(codes.flatten(1).to(torch.int8), 4)
         tensors[f"{name}.weight_scale"], tensors[f"{name}.weight_shape"] = scale, torch.tensor(weight.shape)
         if not symmetric:
-            zeros = torch.zeros(scale.shape, dtype=torch.int8)
-            tensors[f"{name}.weight_zero_point"] = pack_to_int32(zeros, 4, packed_dim=0).contiguous()
+            assert zeros.any()
+            tensors[f"{name}.weight_zero_point"] = pack_to_int32(zeros.to(torch.int8), 4, packed_dim=0).contiguous()
     save_file(tensors, file, {"format": "pt"})
     weights = {"num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group_size}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}}
@@ -61,10 +83,12 @@ def facts_of(loaded, method):
     return stored_facts(loaded.model, plugins.topology(loaded.model.config), method)
 
 
+@pytest.mark.parametrize("write", [partial(write_tiny_llava, hidden=64), write_tiny_dinov2])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("prefix", ["", "model."])
-def test_compressed_tensors_with_either_kind_of_ignored_names(source, tmp_path, capsys, prefix, symmetric, calibration):
-    folder, rounded = compressed(tmp_path / "x", ignored_names(source, prefix), symmetric)
+def test_compressed_tensors_with_either_kind_of_ignored_names(tmp_path, capsys, prefix, symmetric, write, calibration):
+    source = write(tmp_path / "source")
+    folder, rounded = compressed(write(tmp_path / "x"), ignored_names(source, prefix), symmetric)
     loaded = load(str(folder), dtype="float32")
     said = "names that its quantization_config ignores are those of weight files" in capsys.readouterr().err
     assert said == bool(prefix)
@@ -126,7 +150,7 @@ def test_an_unknown_method_is_refused(tmp_path):
 
 
 def test_transforms_that_transformers_leaves_out_are_refused(tmp_path):
-    folder, _ = compressed(tmp_path / "x", [])
+    folder, _ = compressed(write_tiny_llava(tmp_path / "x", hidden=64), [])
     stored = json.loads((folder / "config.json").read_text())["quantization_config"]
     configured(folder, stored | {"transform_config": {"config_groups": {"R": {"type": "hadamard", "apply": []}}}})
     with pytest.raises(QVLMError, match=r"transform_config, which transformers ignores"):

@@ -35,7 +35,7 @@ from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoi
 from qvlm_plugin.models.placement import check_placement, empty_model
 from qvlm_plugin.models.pre_quantized import (
     check_quantizer,
-    dequantize_asymmetric,
+    read_packed_zero_points,
     loading_hint,
     note_schemes,
     put_blocks_right,
@@ -159,7 +159,7 @@ def open_checkpoint(
     put_ignored_right(config, source)
     put_blocks_right(config)
     put_unconverted_right(config, source)
-    dequantize_asymmetric(config)
+    read_packed_zero_points(config)
     if check_config is not None:
         check_config(config)
     with parsed_elsewhere(f"{source}: the processor does not load"):

@@ -168,7 +168,7 @@ def put_unconverted_right(config: PretrainedConfig, source: str) -> None:
              "modules_to_not_convert")  # fmt: skip
 
 
-def dequantize_asymmetric(config: PretrainedConfig) -> None:
+def read_packed_zero_points(config: PretrainedConfig) -> None:
     """Have transformers read packed weights with zero points; like those without, they are dequantized when they run.
 
     transformers expects zero points of shape [rows, groups], which compressed-tensors packs into fewer rows of int32.
@@ -184,15 +184,14 @@ def dequantize_asymmetric(config: PretrainedConfig) -> None:
 class _PackedZeroPoints(CompressedTensorsHfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         super()._process_model_before_weight_loading(model, **kwargs)
-        from compressed_tensors.compressors.pack_quantized import pack_to_int32
-
         for module in model.modules():
             zero_points = getattr(module, "weight_zero_point", None)
             if zero_points is None or zero_points.dtype == torch.int32 or not hasattr(module, "weight_packed"):
                 continue
-            bits = module.quantization_scheme.weights.num_bits
-            packed = pack_to_int32(torch.zeros(zero_points.shape, dtype=torch.int8), bits, packed_dim=0)
-            module.weight_zero_point = nn.Parameter(packed.to(zero_points.device), requires_grad=False)
+            rows, groups = zero_points.shape
+            in_a_word = 32 // module.quantization_scheme.weights.num_bits
+            packed = zero_points.new_empty(-(-rows // in_a_word), groups, dtype=torch.int32)
+            module.weight_zero_point = nn.Parameter(packed, requires_grad=False)
 
 
 def note_schemes(model: PreTrainedModel, config: PretrainedConfig) -> None:

@@ -41,7 +41,7 @@ def write_tiny_dinov2(folder):
     """The tiny model with the demo's kind of tower, some of whose weights transformers splits when it reads them."""
     config = LlavaConfig.from_pretrained(write_tiny_llava(folder, hidden=64))
     config.vision_config = Dinov2Config(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14, use_swiglu_ffn=True
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
     randomized(LlavaForConditionalGeneration(config)).save_pretrained(folder)
     return folder

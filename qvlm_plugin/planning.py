@@ -41,10 +41,10 @@ def obtain_plan(
         shard: the share of this process, where several search together; None: this process searches alone.
 
     Raises:
-        QVLMError: the model is quantized already, or its family is not supported; see `check_calibration` and `fit`.
+        QVLMError: the model is already quantized, or its family is not supported; see `check_calibration` and `fit`.
     """
     if getattr(loaded.model.config, "quantization_config", None) is not None:
-        raise QVLMError(f"pretrained={loaded.source!r} is quantized already; search on the model in full precision")
+        raise QVLMError(f"pretrained={loaded.source!r} is already quantized; search on the model in full precision")
     topology = plugins.topology_of(loaded)
     check_calibration(request, calibration)
     if not request.needs_calibration:

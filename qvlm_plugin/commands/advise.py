@@ -41,8 +41,8 @@ def advise(
 
     runs = [run for path in paths for run in read_samples(path)]
     runs = [*{run.file.resolve(): run for run in runs}.values()]
-    choices, trouble = find_choices(runs, metric)
-    for line in trouble:
+    choices, problems = find_choices(runs, metric)
+    for line in problems:
         typer.echo(line, err=True)
     if not choices:
         raise QVLMError("no quantized run can be compared with full precision (method=none) of the same checkpoint")

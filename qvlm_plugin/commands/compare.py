@@ -107,15 +107,15 @@ def compare(
     submitted = executor and Jobs(executor, compared_grid.cluster, setting)
     make_folder(output)
     outcomes = run_cells(runs, setting, compared_grid.metric, jobs=submitted)
-    compared, trouble = compare_outcomes(compared_grid, outcomes)
+    compared, problems = compare_outcomes(compared_grid, outcomes)
     if not compared:
-        raise QVLMError(f"no run can be compared: {trouble[0]}")
-    report = compare_report(compared_grid, compared, trouble, command_line())
+        raise QVLMError(f"no run can be compared: {problems[0]}")
+    report = compare_report(compared_grid, compared, problems, command_line())
     typer.echo(report.write(output))
     for sentence in report.verdicts:
         typer.echo(sentence)
-    if trouble:
-        raise QVLMError(f"{len(trouble)} runs are missing; the same command runs them again: {trouble[0]}")
+    if problems:
+        raise QVLMError(f"{len(problems)} runs are missing; the same command runs them again: {problems[0]}")
 
 
 def _request(executor: str | None, devices: str | None, flags: dict[str, Any]) -> dict[str, Any]:

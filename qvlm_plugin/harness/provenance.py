@@ -71,8 +71,8 @@ class Counts:
         compared: documents compared with the calibration's: task, document id and context.
         overlapping: names of documents that are also in the calibration.
         tokens, seconds: generated tokens, and the time to generate them, without batches that waited for a compiler.
-        latencies: of each of these batches.
-        compile_seconds: the time of the other batches.
+        latencies: latency of each of these batches.
+        compile_seconds: time of the batches that waited.
         images: digest of each document's images, by task and document id; None if it has no image.
         generation: distinct `Generation.settings` by task.
     """
@@ -283,7 +283,7 @@ class RunRecord:
 
 
 def _read_all(requests: Sequence[Request], read: Callable[[Request], T], label: str, show_progress: bool) -> list[T]:
-    """``read`` of each request, in threads: decoding and hashing images release the interpreter's lock."""
+    """Call ``read`` on each request, in threads: decoding and hashing images release the interpreter's lock."""
     with ThreadPoolExecutor() as pool, Progress(label, len(requests), show_progress and bool(requests)) as progress:
         results = []
         for result in pool.map(read, requests):

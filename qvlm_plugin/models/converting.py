@@ -26,7 +26,7 @@ def convert(source: str, output: Path, dtype: str = AUTO, **opening: Any) -> Pat
     check_placement(dtype, "cpu")
     checkpoint = open_checkpoint(source, **opening)
     if getattr(checkpoint.config, "quantization_config", None) is not None:
-        raise QVLMError(f"{checkpoint.source} is quantized already; convert takes a checkpoint in full precision")
+        raise QVLMError(f"{checkpoint.source} is already quantized; convert takes a checkpoint in full precision")
     loaded = load_weights(checkpoint, dtype=dtype)
     with staged(output) as folder:
         loaded.model.save_pretrained(folder)

@@ -221,7 +221,7 @@ def load_weights(
     source, trust_remote_code = checkpoint.source, checkpoint.trust_remote_code
     if getattr(config, "quantization_config", None) is not None:
         if device_map == OFFLOAD:
-            raise QVLMError(f"device_map='offload' is for searches, but {source} is quantized already")
+            raise QVLMError(f"device_map='offload' is for searches, but {source} is already quantized")
         # Packed weights are laid out for the device that they are loaded to.
         device_map = {"": device} if device_map is None else device_map
     formats = SAFETENSORS_OR_BIN if original else SAFETENSORS

@@ -21,7 +21,7 @@ TASK_TYPE = "visual-question-answering"
 
 
 def publishable(paths: Sequence[Path]) -> list[Row]:
-    """The rows of results, checked: all of one plan, on all documents of the real data.
+    """Read results and check that they may be published: all rows of one plan, on all documents of the real data.
 
     Raises:
         QVLMError: a file has a problem, or a row must not be published.
@@ -46,7 +46,7 @@ def publish_results(rows: Sequence[Row], checkpoint: Path, source_url: str | Non
 
     Args:
         rows: see `publishable`.
-        checkpoint: its folder; README.md is created if missing.
+        checkpoint: the checkpoint's folder; README.md is created if missing.
         source_url: page that shows the runs.
 
     Returns:
@@ -125,6 +125,6 @@ def _revision(row: Row) -> str | None:
 
 
 def _iso(date: str | None) -> str | None:
-    """The day of lmms-eval's ``20261121_120000``, whose time has no zone."""
+    """The day of a date in lmms-eval's format, such as ``20261121_120000``, as YYYY-MM-DD."""
     found = re.match(r"(\d{4})(\d\d)(\d\d)_", date or "")
     return f"{found[1]}-{found[2]}-{found[3]}" if found else None

@@ -111,7 +111,7 @@ class Score:
         return "" if self.value is None else score_text(self.value, self.stderr, self.scale, self.interval)
 
     def row(self) -> dict[str, Any]:
-        """As JSON data, with those of the run's facts that tables show."""
+        """The score as JSON data, with the facts of its run that tables show."""
         run = self.run or {}
         facts = {name: run.get(name) for name in ("method", "scheme", "backend", "bits", "packed_bytes", "plan_hash")}
         own = {name: getattr(self, name) for name in ("task", "metric", "value", "stderr", "documents", "limited")}
@@ -184,7 +184,7 @@ class Grid:
     lead: int = 1
 
     def rich(self, width: int) -> Group:
-        """For a terminal: split into tables no wider than ``width``, each with the columns that name the rows."""
+        """The grid for a terminal: tables no wider than ``width``, each with the columns that name the rows."""
         columns = list(zip(self.header, *self.rows, strict=True))
         lead, rest = columns[: self.lead], [_wrapped(*column) for column in columns[self.lead :]]
         words = [max(cell_len(word) for cell in column for word in (*cell.split(), "")) for column in lead]
@@ -201,7 +201,7 @@ class Grid:
         return Group(*(_table(lead, own, width) for own in tables))
 
     def markdown(self) -> str:
-        """As a Markdown table."""
+        """The grid as a Markdown table."""
         lines = [self.header, tuple("---" for _ in self.header), *self.rows]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 

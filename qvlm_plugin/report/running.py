@@ -133,8 +133,8 @@ def run_cells(
     says to keep going. An interrupt stops the cells that run as processes; jobs continue.
 
     Args:
-        cells: cells of one plan next to each other.
-        setting: where and how.
+        cells: the cells, those of one plan next to each other.
+        setting: where and how to run them.
         metric: the metric shown for finished cells.
         console: where to show progress; None for standard error.
         jobs: runs each cell as a job of a cluster; None runs cells as child processes.

@@ -60,7 +60,7 @@ def read_coverage(file: Path, metric: str | None = None) -> Coverage:
 
     Args:
         file: the samples file.
-        metric: the main metric, whose scores are kept for each document; None keeps none.
+        metric: the main metric, of which each document's score is kept; None keeps no scores.
 
     Raises:
         QVLMError: it is not a complete samples file, or has a document twice, or a score that is not finite.

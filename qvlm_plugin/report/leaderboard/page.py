@@ -146,7 +146,7 @@ def _overview(one: Overview, found: Sequence[Group]) -> dict[str, Any]:
                 "id": row.name,
                 "variant": row.variant,
                 "cells": {index: [numbers[index][id(entry)] for entry in own] for index, own in row.entries.items()},
-                "place": one.places.get(row.name),
+                "place": one.rank_intervals.get(row.name),
             }
             for row in one.configurations
         ],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Union, get_args, get_origin
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from qvlm_plugin.methods.base import shown
+from qvlm_plugin.methods.base import option_text
 from qvlm_plugin.methods.options import MethodOptions
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _of_method(method: "Method") -> str:
         return f"{text} No options."
     preset, own = method.preset()
     if preset:
-        text += f" Its defaults: {', '.join(f'`{name}={shown(value)}`' for name, value in preset.items())}."
+        text += f" Its defaults: {', '.join(f'`{name}={option_text(value)}`' for name, value in preset.items())}."
     return f"{text}\n\n{_options_table(method.options, own)}" if own else text
 
 
@@ -131,7 +131,7 @@ def _default(field: "FieldInfo") -> str:
         return ""
     if field.default is None:
         return "–"
-    return f"`{shown(field.default)}`"
+    return f"`{option_text(field.default)}`"
 
 
 def _of_commands(command: TyperCommand | TyperGroup, path: str) -> Iterator[str]:

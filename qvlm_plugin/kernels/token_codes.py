@@ -11,11 +11,11 @@ from qvlm_plugin.quantizers import by_rows, quantization_step, round_to_codes, t
 
 
 def token_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Round an input to the codes of the reference arithmetic; `once` for a site's Linears.
+    """Round an input to the codes of the reference arithmetic, `once` for a site's Linears.
 
     Args:
         x: [..., I]; N tokens.
-        tensors: run-time tensors, among them ``clip_ratio`` and, where inputs are centered, ``center``.
+        tensors: run-time tensors, with ``clip_ratio`` and, if inputs are centered, ``center``.
         bits: 2 to 8.
 
     Returns:

@@ -75,7 +75,7 @@ def _inside(name: str, paths: Sequence[str]) -> bool:
 
 
 def quantized_module(plan: RoundingPlan, module: ModulePlan, model: nn.Module, kernel: Kernel) -> QuantLinear:
-    """The quantized replacement of a Linear by its entry in the plan; on the same device, or offloaded as the Linear."""
+    """The quantized replacement of a Linear by its entry in the plan; on the Linear's device, or offloaded like it."""
     linear = model.get_submodule(module.name)
     with materialized(linear):
         own = updated_module(plan, model, module.name)

@@ -74,8 +74,8 @@ def test_a_rotation_is_offloaded_with_the_layer(folder, calibration):
     plan = rotated(plan_of(whole, calibration, "rtn", "w4a16"))
     module = next(module for module in plan.quantized if module.part == "decoder")
     layers = [
-        quantized_modules(plan, each.model, REFERENCE, (module.name,)).linears[module.name]
-        for each in (whole, offloaded)
+        quantized_modules(plan, loaded.model, REFERENCE, (module.name,)).linears[module.name]
+        for loaded in (whole, offloaded)
     ]
     x = torch.randn(3, module.shape[1])
     assert layers[1].rotation_names and all(parameter.is_meta for parameter in layers[1].parameters())

@@ -425,7 +425,7 @@ def test_the_command_uploads_the_folder_and_states_scores(source, tmp_path, monk
     refused = run(tmp_path / "x", "--push-to-hub", "others/x")
     assert refused.exit_code == 2 and not (tmp_path / "x").exists()  # before anything is loaded
     assert refused.stderr.strip().endswith(
-        "--push-to-hub others/x: the hub does not take it (log in with hf auth login): 403 Forbidden: you may not"
+        "--push-to-hub others/x: the hub refuses it (log in with hf auth login): 403 Forbidden: you may not"
     )
     done = run(tmp_path / "x", "--push-to-hub", "me/x")
     assert done.exit_code == 0, done.output

@@ -20,7 +20,7 @@ from qvlm_plugin.harness.provenance import versions
 from qvlm_plugin.hf_quantizer import QUANT_METHOD, QVLMHfQuantizer, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.memory import peak_memory
-from qvlm_plugin.models.decoding import check_compilation, compile_decoding, plain_config, steering
+from qvlm_plugin.models.decoding import check_compilation, compile_decoding, ignored_settings, plain_config
 from qvlm_plugin.models.loading import Checkpoint, LoadedModel, load_weights, open_checkpoint
 from qvlm_plugin.models.placement import device_name, execution_device
 from qvlm_plugin.models.pre_quantized import foreign_method
@@ -185,7 +185,7 @@ def _kernels(execution: Execution, backend: str) -> dict[str, Any]:
 def _decoding(arguments: ModelArguments, loaded: LoadedModel) -> dict[str, Any]:
     """Drop the checkpoint's decoding settings, and compile decoding if requested; returns facts about both."""
     model = loaded.model
-    if ignored := steering(model.generation_config):
+    if ignored := ignored_settings(model.generation_config):
         settings = ", ".join(f"{name}={value}" for name, value in ignored.items())
         _warn(f"ignoring {settings} of generation_config.json; set them with --gen_kwargs if needed")
     model.generation_config = plain_config(model.generation_config)

@@ -14,13 +14,13 @@ def convert(source: str, output: Path, dtype: str = AUTO, **opening: Any) -> Pat
     """Write a checkpoint of either layout as safetensors with a processor, and return the folder.
 
     Args:
-        source: its folder or hub id.
+        source: the checkpoint's folder or hub id.
         output: a new or empty folder; it is written completely or not at all.
-        dtype: to store weights in, one of `DTYPES`.
-        opening: see `open_checkpoint`.
+        dtype: type in which weights are stored, one of `DTYPES`.
+        opening: arguments of `open_checkpoint`.
 
     Raises:
-        QVLMError: ``output`` holds something, the checkpoint is quantized, or it does not load.
+        QVLMError: ``output`` is not empty, or the checkpoint is quantized or does not load.
     """
     require_vacant(output)
     check_placement(dtype, "cpu")

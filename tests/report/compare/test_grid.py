@@ -161,8 +161,8 @@ def test_what_a_quantized_checkpoint_is_compared_with(tmp_path):
     assert baseline_of("ours", "stored", baseline="theirs") == ("theirs", "stored")
     assert baseline_of("ours", "stored", baseline="previous", schemes=["w8a8"]) == ("theirs", "stored")
     for changes, message in (
-        ({"baseline": "rtn"}, "--baseline: theirs has its own scheme (pretrained), and rtn is run at 2"),
-        ({"baseline": "previous"}, "theirs has its own scheme (pretrained), and rtn is run at 2; allowed are"),
+        ({"baseline": "rtn"}, "--baseline: theirs has its own scheme (pretrained), but rtn has 2"),
+        ({"baseline": "previous"}, "theirs has its own scheme (pretrained), but rtn has 2; allowed are"),
         ({"models": ["demo", "other"]}, "--models: theirs is a checkpoint of one model (pretrained)"),
         ({"options": {"theirs": {"pretrained": "x", "method": "rtn"}}}, "theirs is already quantized (pretrained), so"),
     ):

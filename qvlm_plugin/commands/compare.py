@@ -90,7 +90,7 @@ def compare(
     request = {"partition": partition, "gpus": gpus, "time": time, "memory": memory}
     given |= {"cluster": _request(executor, devices, request)}
     compared_grid = read_grid(grid, given | {"model_args": pairs(model_args.split(",")) if model_args else None})
-    runs, cuda_devices = [one.cell for one in cells(compared_grid)], _names(devices) or ()
+    runs, cuda_devices = [grid_cell.cell for grid_cell in cells(compared_grid)], _names(devices) or ()
     jobs = jobs or (len(runs) if executor == "slurm" else max(1, len(cuda_devices)))
     setting = Setting(output, data, batch_size, processes, jobs=jobs, devices=cuda_devices, keep_going=keep_going)
     if data is not None and not data.is_dir():

@@ -56,7 +56,7 @@ class Variant:
 
 NF = {"weights": "nf"}
 ROTATED = {"activations": "token", "transform": "rotate", "group_size": 64, "group_scales": "progressive"}
-"""As ``qvlm_rotated``, except for its searches, which do not change the cost."""
+"""The options of ``qvlm_rotated``, except for its searches, which do not change the cost."""
 
 
 VARIANTS = {

@@ -333,10 +333,10 @@ def measured(model: nn.Module, reference: Reference) -> dict[str, Any]:
     from qvlm_plugin.demo import TASKS
 
     inputs = reference.inputs
-    hidden = (model.model.language_model(**one).last_hidden_state for one in reference.given)
+    hidden = (model.model.language_model(**item).last_hidden_state for item in reference.given)
     answers = _answers(model, inputs, hidden)
     exact = exact_matches(model, inputs.questions)
-    by_task = {task: [exact[one.task, one.id] for one in inputs.questions if one.task == task] for task in TASKS}
+    by_task = {task: [exact[item.task, item.id] for item in inputs.questions if item.task == task] for task in TASKS}
     divergences = [_divergence(*pair) for pair in zip(reference.answers, answers, strict=True)]
     return {
         "layer_error": _layer_error(model, reference.calls),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 3
 """The newest format that this version reads. 2 had stored integer codes; 3 has stored codes of both kinds, rotations,
 centered activations, progressive scales and weights clipped by magnitude. Plans without any of these are written as 1,
-which older versions read and apply alike."""
+which older versions read and apply in the same way."""
 
 HEADER, TENSORS = "plan.json", "plan.safetensors"
 """The files of a plan's folder."""

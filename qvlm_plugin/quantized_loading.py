@@ -53,7 +53,7 @@ class QuantizeOnLoad(QuantizationConfigMixin):
         return self  # transformers copies the configuration that carries it
 
     def to_dict(self) -> dict[str, Any]:
-        """For transformers' messages; it is never saved."""
+        """The configuration for transformers' messages; it is never saved."""
         return {"quant_method": self.quant_method}
 
 

@@ -72,7 +72,7 @@ def _outer(order: int, generator: torch.Generator) -> Tensor:
 
 
 def scaled(factors: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
-    """The `factors` of ``diag(scale) R``, for a scale [K]; the scale costs nothing, as it is merged into the signs."""
+    """The `factors` of ``diag(scale) R``, for a scale [K]; it costs nothing, because it is merged into the signs."""
     signs, *matrices = factors
     return [signs * scale.to(signs), *matrices]
 

@@ -132,7 +132,7 @@ class _Run:
         """Parse a run's name.
 
         Args:
-            name: as typed by the user.
+            name: the name as typed by the user.
             calibration: arguments of runs that need calibration.
             shared: arguments of all runs.
 

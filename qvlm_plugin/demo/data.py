@@ -117,7 +117,7 @@ def mirrors() -> list[Mirror]:
 
 
 def _scienceqa(**pools: Sequence[Question]) -> Mirror:
-    """As in ScienceQA, the -IMG configuration is the part of -FULL that has images."""
+    """ScienceQA's mirror; as in ScienceQA, the -IMG configuration is the part of -FULL that has images."""
     counts = {"train": (600, 400), "validation": (300, 200), "test": (1500, 1000)}  # with image, text-only
     splits: dict[tuple[str, str], Sequence[Document]] = {}
     for split, pool in pools.items():

@@ -115,7 +115,7 @@ def merge_arguments(text: Mapping[str, Any], options: Mapping[str, Any]) -> dict
         options: ``batch_size``, ``max_batch_size`` and ``device``; None if the option was not given.
 
     Raises:
-        QVLMError: an argument is given twice, or is not allowed in the place where it is given.
+        QVLMError: an argument is given twice, or is given as the wrong one of the two.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if "max_batch_size" in given:

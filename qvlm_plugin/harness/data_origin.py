@@ -1,4 +1,4 @@
-"""Where a task's documents came from: a commit of a hub data set, or a hash of local files."""
+"""The origin of a task's documents: a commit of a hub data set, or a hash of local files."""
 
 import hashlib
 import re

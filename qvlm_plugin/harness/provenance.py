@@ -198,7 +198,7 @@ class RunRecord:
         """
         documents = {(request.task, request.doc_id): request for request, _ in answered}
         unseen = [request for key, request in documents.items() if key not in self.counts.images]
-        _read_all(unseen, lambda one: self.note_images(one, one.conversation()), "hashing images", show_progress)
+        _read_all(unseen, lambda item: self.note_images(item, item.conversation()), "hashing images", show_progress)
         for request, answers in answered:
             for answer in answers:
                 self._count(self.counts.found, request, answer)

@@ -32,8 +32,8 @@ class Request:
         generation: the task's generation arguments; None if a continuation is scored.
         continuation: the text whose likelihood is scored.
         is_padding: whether the request only gives all processes equally many requests; its answer is dropped.
-        next_round: of multi-round tasks: takes the round's index, the answers so far and the task's state; returns the
-            next round's conversation (None at the end), the answers to keep, and the new state.
+        next_round: function of a multi-round task, which takes the round's index, the answers so far and the task's
+            state, and returns the next round's conversation (None at the end), the answers to keep and the new state.
     """
 
     task: str

@@ -123,7 +123,7 @@ def _products(device: torch.device, dtype: torch.dtype, segments: int) -> Result
 
 def _scaling(device: torch.device, dtype: torch.dtype, of_product: torch.dtype) -> Results:
     product = (100 * _normal(3, 300)).to(device, of_product)
-    scale, row_sum, bias = (_normal(300).roll(place).to(device) for place in range(3))
+    scale, row_sum, bias = (_normal(300).roll(shift).to(device) for shift in range(3))
     step, offset = _normal(3, 1).to(device), _normal(3, 1).to(device) + 1
     expected = product * scale.double() * step + offset * row_sum
     yield fused.scale_product(product, scale, None, dtype, (step, offset, row_sum)), expected

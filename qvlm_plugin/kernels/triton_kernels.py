@@ -18,11 +18,11 @@ def round_tokens(
 ):  # fmt: skip
     """Round one token to ``levels + 1`` points of its own range, or to their codes, see `fused`."""
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, WIDTH)
-    inside = place < columns
-    values = tl.load(x + row * columns + place, mask=inside, other=0.0).to(tl.float32)
+    column = tl.arange(0, WIDTH)
+    inside = column < columns
+    values = tl.load(x + row * columns + column, mask=inside, other=0.0).to(tl.float32)
     if CENTERED:
-        middle = tl.load(center + place, mask=inside, other=0.0).to(tl.float32)
+        middle = tl.load(center + column, mask=inside, other=0.0).to(tl.float32)
         values = values - middle
     mean = tl.sum(values, axis=0) / columns  # values outside are 0
     clip = tl.load(clip_ratio).to(tl.float32)
@@ -34,14 +34,14 @@ def round_tokens(
     code = (code + _LARGE) - _LARGE
     if CODES:
         half = (levels + 1) // 2
-        tl.store(out + row * columns + place, (code - half).to(tl.int8), mask=inside)
+        tl.store(out + row * columns + column, (code - half).to(tl.int8), mask=inside)
         tl.store(steps + row, step)
         tl.store(offsets + row, lower + half * step)
     else:
         point = code * step + lower
         if CENTERED:
             point = point + middle
-        tl.store(out + row * columns + place, point.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + row * columns + column, point.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -51,11 +51,11 @@ def round_channels(
     """Round channels of one token within fixed bounds: to points, with ``factor`` as their steps; or to codes of the
     channels at ``index``, with ``factor`` added to the codes."""
     row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < width
-    channel = place
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    channel = column
     if CODES:
-        channel = tl.load(index + place, mask=inside, other=0)
+        channel = tl.load(index + column, mask=inside, other=0)
     value = tl.load(x + row * columns + channel, mask=inside, other=0.0).to(tl.float32)
     low = tl.load(lower + channel, mask=inside, other=0.0)
     code = (value - low) * tl.load(inverse + channel, mask=inside, other=0.0)
@@ -64,7 +64,7 @@ def round_channels(
     by = tl.load(factor + channel, mask=inside, other=0.0)
     result = code + by if CODES else code * by + low
     result = tl.where(value == value, result, value)  # NaN stays NaN
-    tl.store(out + row * width + place, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * width + column, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

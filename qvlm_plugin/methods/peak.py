@@ -181,7 +181,7 @@ class Peak:
     Attributes:
         step: name of the step.
         phases: the terms that are held at the same time, for each phase.
-        accelerator: as in `Setting`.
+        accelerator: see `Setting`.
     """
 
     step: str

@@ -58,7 +58,7 @@ def smooth(context: SearchContext, draft: Draft) -> Draft:
 
 
 def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """s = inputs^α / weights^(1-α) of magnitudes [C]; 1 where the channel or its weights are close to 0."""
+    """s = inputs^α / weights^(1-α) of magnitudes [C]; 1 for channels whose inputs or weights are close to 0."""
     dead = (inputs <= SMALLEST_MAGNITUDE * inputs.max()) | (weights <= SMALLEST_MAGNITUDE * weights.max())
     scale = inputs.clamp_min(1e-30).pow(alpha) / weights.clamp_min(1e-30).pow(1 - alpha)
     return torch.where(dead, 1.0, scale)
@@ -71,7 +71,7 @@ def _with_squares(tokens: Tensor) -> Tensor:
 
 
 def _spread(context: SearchContext, site: Site, seen: ChannelStatistics) -> Tensor:
-    """The mean square of each channel; its variance where tokens are centered before they are rounded."""
+    """The mean square of each channel; its variance if tokens are centered before they are rounded."""
     mean, square = seen.mean.chunk(2)
     centered = context.options.center and context.activation_sites[site].kind == "dynamic_token"
     return (square - mean.square()).clamp_min(0) if centered else square

@@ -67,7 +67,7 @@ def _round_chain(context: SearchContext, draft: Draft, part: str, blocks: Blocks
 def _token_weights(
     context: SearchContext, draft: Draft, part: str, index: int, hidden: HiddenCache
 ) -> list[Tensor] | None:
-    """The token weights of a decoder layer, [N] for each batch of this process; None where the draft has none."""
+    """The token weights of a decoder layer, [N] for each batch of this process; None if the draft has none."""
     if part != "decoder" or draft.token_weights is None:
         return None
     own = context.shard.own(draft.token_weights[index])

@@ -34,7 +34,7 @@ class JobRequest(BaseModel):
         partition: Slurm's partition. For all attributes, None is Slurm's default.
         gpus: number of GPUs, all on one node.
         time: time limit in minutes.
-        memory: in GB.
+        memory: memory in GB.
         sbatch: further options of ``sbatch`` by name; True is an option without a value, False leaves it out.
     """
 
@@ -60,7 +60,7 @@ class Jobs:
         Args:
             executor: ``slurm``, or ``local`` for submitit's processes on this machine.
             request: resources of each job; ``local`` uses only ``gpus`` and ``time``.
-            setting: where and how cells run.
+            setting: where and how to run cells.
 
         Raises:
             QVLMError: submitit is not installed, or this machine cannot submit to Slurm.

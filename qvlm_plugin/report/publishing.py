@@ -65,8 +65,10 @@ def publish_results(rows: Sequence[Row], checkpoint: Path, source_url: str | Non
     others, name = card.data.eval_results or [], card.data.get("model_name") or checkpoint.resolve().name
     data = {key: value for key, value in card.data.to_dict().items() if key not in ("model-index", "model_name")}
     added = [_eval_result(row, source_url) for row in rows]
-    keys = {(one.unique_identifier, one.metric_type, one.metric_name) for one in added}
-    kept = [one for one in others if (one.unique_identifier, one.metric_type, one.metric_name) not in keys]
+    keys = {(result.unique_identifier, result.metric_type, result.metric_name) for result in added}
+    kept = [
+        result for result in others if (result.unique_identifier, result.metric_type, result.metric_name) not in keys
+    ]
     card.data = ModelCardData(**data, model_name=name, eval_results=[*kept, *added])
     files = {readme: str(card)}
     for row in rows:

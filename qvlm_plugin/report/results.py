@@ -279,17 +279,17 @@ def results_grid(scores: Sequence[Score]) -> Grid:
 
 
 def _heading(task: str, metric: str, column: Sequence[Score]) -> str:
-    documents = {one.documents for one in column if one.main}
+    documents = {score.documents for score in column if score.main}
     count = f", {next(iter(documents))} documents" if len(documents) == 1 and None not in documents else ""
     return f"{task} {metric}{' (%)' * (_scale(column) == PERCENT)}{count}"
 
 
 def _scale(column: Sequence[Score]) -> int:
-    return scale(column[0].metric, *(one.value for one in column))
+    return scale(column[0].metric, *(score.value for score in column))
 
 
 def _cell(score: Score, column: Sequence[Score]) -> str:
-    counts = {one.documents for one in column}
+    counts = {other.documents for other in column}
     count = f" (n={score.documents})" if score.main and len(counts) > 1 and score.documents is not None else ""
     return score_text(score.value, score.stderr, _scale(column), score.interval) + count
 
@@ -322,8 +322,8 @@ def _marks(run: Sequence[Score]) -> str:
 def results_notes(scores: Sequence[Score]) -> list[str]:
     """Lines that explain the table's figures."""
     texts = [score.text for score in scores]
-    lines = ["±: standard error, if documents are independent"] if any("±" in one for one in texts) else []
-    if any("[" in one for one in texts):
+    lines = ["±: standard error, if documents are independent"] if any("±" in text for text in texts) else []
+    if any("[" in text for text in texts):
         lines.append(f"[…]: Wilson's 95 % interval, if fewer than {FEWEST} documents are right or wrong")
     marks = {_marks([score for score in scores if score.file == file]) for file in {score.file for score in scores}}
     return lines + [f"all runs: {mark}" for mark in marks if mark and len(marks) == 1]

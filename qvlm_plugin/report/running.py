@@ -106,8 +106,8 @@ class _Display:
 
     def _score(self, results: Path) -> str:
         """The score of each task, with the task's name if there are several."""
-        found = [one for one in read_results([results]) if one.metric == self.metric]
-        texts = [f"{one.task} " * (len(found) > 1) + one.text for one in found]
+        found = [score for score in read_results([results]) if score.metric == self.metric]
+        texts = [f"{score.task} " * (len(found) > 1) + score.text for score in found]
         return ", ".join(texts) or "–"
 
     def __rich__(self) -> Table:

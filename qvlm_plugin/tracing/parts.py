@@ -1,4 +1,4 @@
-"""Where the parts of a model are: the tower, the decoder, and the projectors between them."""
+"""Find the parts of a model: the tower, the decoder, and the projectors between them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,5 +121,5 @@ def _owner(name: str, lists: tuple[str, str]) -> str:
 def _vision_path(tower: str, decoder: str) -> str:
     """The outermost module around the tower's list that does not contain the decoder's list."""
     steps, others = tower.split("."), decoder.split(".")
-    shared = next(place for place, pair in enumerate(zip(steps, others, strict=False)) if pair[0] != pair[1])
+    shared = next(index for index, pair in enumerate(zip(steps, others, strict=False)) if pair[0] != pair[1])
     return ".".join(steps[: min(shared + 1, len(steps) - 1)])

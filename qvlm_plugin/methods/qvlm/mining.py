@@ -158,7 +158,7 @@ def mine(
             quantized = best.output or quantized
             percentiles = [{site: options.percentiles[c] for site, c in chosen.items()} for chosen in best.choices]
             rows.append({"layers": list(block), "percentiles": percentiles, "error": best.error})
-            del best  # frees the output where it is not the next block's input
+            del best  # frees the output unless it is the next block's input
             del member  # frees its rounded weights before those of the next block are made
             progress.advance()
     return Mined(found, {"dependencies": mutual, "h0": h0, "blocks": rows})

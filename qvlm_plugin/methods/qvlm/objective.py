@@ -76,7 +76,7 @@ def relative_error(quantized: Tensor, reference: Tensor) -> Tensor:
 
 
 def jacobian_weights(error: Tensor, layers: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-    """w_k = ‖∂E/∂x^(k)‖ of each layer but the last, normalised to sum to 1 (Eq. 8); equal where all are 0.
+    """w_k = ‖∂E/∂x^(k)‖ of each layer but the last, normalised to sum to 1 (Eq. 8); equal if all are 0.
 
     Args:
         error: E, a scalar computed from the layers' outputs.

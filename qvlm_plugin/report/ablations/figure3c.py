@@ -82,7 +82,7 @@ def figure3c(
 def _ratios(values: Mapping[int, Tensor]) -> dict[int, Tensor]:
     # Sample by sample, because samples differ much more than depths do.
     first = next(iter(values.values()))
-    return {depth: one / first for depth, one in values.items()}
+    return {depth: errors / first for depth, errors in values.items()}
 
 
 def _summary(values: Tensor) -> list[tuple[float, float | None]]:
@@ -102,7 +102,7 @@ def _series(values: Mapping[int, Tensor]) -> tuple[Series, ...]:
 
 
 def _grid(name: str, values: Mapping[int, Tensor]) -> Grid:
-    columns = [[_text(*cell) for cell in _summary(one)] for one in values.values()]
+    columns = [[_text(*cell) for cell in _summary(errors)] for errors in values.values()]
     header = (f"layer ({name})", *(f"max_depth={depth}" for depth in values))
     return Grid(header, tuple((str(layer), *cells) for layer, cells in enumerate(zip(*columns, strict=True))))
 

@@ -33,7 +33,7 @@ class Compared:
         parsed, samples: content of the results and samples files.
         score: the metric's mean.
         scale: factor by which tables multiply it: `shares.scale`.
-        comparison: with the baseline of the same seed; None for full precision and for the baseline itself.
+        comparison: comparison with the baseline of the same seed; None for full precision and for the baseline itself.
         test: name of the test that gives ``p``.
         p, adjusted: two-sided p, and p with Holm's adjustment over the grid; None without a comparison.
     """

@@ -44,20 +44,20 @@ def compare_report(grid: CompareGrid, compared: Sequence[Compared], problems: Se
         title=grid.title or f"Comparison with {baseline}",
         command=command,
         tables=[Grid(HEADER, tuple(map(_cells, compared))), *over_seeds],
-        rows=[one.row() for one in compared],
+        rows=[cell.row() for cell in compared],
         notes=[*_notes(grid, compared, baseline), *(f"Missing: {line}" for line in problems)],
         figure=bars_figure(_bars(grid, compared, pooled)),
         verdicts=_verdicts(grid, pooled),
-        data={"over_seeds": [one.row() for one in pooled]},
+        data={"over_seeds": [row.row() for row in pooled]},
     )
 
 
 def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> list[str]:
-    tested = sum(one.p is not None for one in compared)
-    stand_in = any(one.parsed.qvlm and one.parsed.qvlm.stand_in for one in compared)
+    tested = sum(cell.p is not None for cell in compared)
+    stand_in = any(cell.parsed.qvlm and cell.parsed.qvlm.stand_in for cell in compared)
     limit = "all documents" if grid.limit is None else f"the first {grid.limit} documents"
-    backends = sorted({one.parsed.qvlm.backend or "?" for one in compared if one.parsed.qvlm})
-    unit = unit_text(min((one.scale for one in compared), default=PERCENT))
+    backends = sorted({cell.parsed.qvlm.backend or "?" for cell in compared if cell.parsed.qvlm})
+    unit = unit_text(min((cell.scale for cell in compared), default=PERCENT))
     same = "" if grid.baseline == "none" else " with the same scheme and seed"
     stored = [name for name in grid.methods if grid.is_stored(name)]
     notes = [
@@ -75,9 +75,9 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
         *([f"Already quantized, compared in their checkpoints' schemes: {', '.join(stored)}."] if stored else []),
         "Packed size: quantized weights in their formats, scales included, and everything else in 16 bits.",
     ]
-    unknown = {one.grid_cell.task: one.comparison for one in compared if one.comparison and one.comparison.unknown}
+    unknown = {cell.grid_cell.task: cell.comparison for cell in compared if cell.comparison and cell.comparison.unknown}
     notes += [f"{task}: {unknown_note(row.unknown, row.documents)}." for task, row in unknown.items()]
-    totals = dict.fromkeys(one.grid_cell.task for one in compared if one.comparison and one.comparison.total)
+    totals = dict.fromkeys(cell.grid_cell.task for cell in compared if cell.comparison and cell.comparison.total)
     notes += [f"{total_note(task, grid.metric)}." for task in totals]
     if len(grid.seeds) > 1:
         notes += [
@@ -133,12 +133,12 @@ def _seeds_cells(one: OverSeeds) -> tuple[str, ...]:
 
 def _verdicts(grid: CompareGrid, pooled: Sequence[OverSeeds]) -> list[str]:
     """One sentence for each method, on the tasks' average if there are several."""
-    last = {(one.model, one.method, one.scheme): one for one in pooled if one.baseline is not None}
+    last = {(row.model, row.method, row.scheme): row for row in pooled if row.baseline is not None}
     found = []
-    for one in last.values():
-        name = one.method if len(grid.schemes) == 1 else f"{one.method} {one.scheme}"
-        where = f"{one.model}: " if len(grid.models) > 1 else ""
-        found.append(where + verdict(one.pooled, name, BASELINES.get(one.baseline, one.baseline)))
+    for row in last.values():
+        name = row.method if len(grid.schemes) == 1 else f"{row.method} {row.scheme}"
+        where = f"{row.model}: " if len(grid.models) > 1 else ""
+        found.append(where + verdict(row.pooled, name, BASELINES.get(row.baseline, row.baseline)))
     return found
 
 
@@ -172,6 +172,6 @@ def _point(row: Pooled | None) -> tuple[float, float, float] | None:
 
 def _cost(compared: Sequence[Compared], run: tuple[str, str, str]) -> float | None:
     """Seconds of the search, from the method's first run that records them."""
-    own = [one.parsed.qvlm for one in compared if (one.grid_cell.model, one.grid_cell.method, one.scheme) == run]
+    own = [cell.parsed.qvlm for cell in compared if (cell.grid_cell.model, cell.grid_cell.method, cell.scheme) == run]
     seconds = [facts.search_seconds for facts in own if facts and facts.calibration]
     return next((value for value in seconds if value is not None), None)

@@ -23,7 +23,7 @@ class Marks:
     Attributes:
         metric: name of the main metric.
         ids: int64[n].
-        scores: by the main metric, float32[n].
+        scores: scores by the main metric, float32[n].
         images: hash of each document's images, int64[n]; equal hashes are the same images. A document without images,
             or with unknown ones, has a hash of its own.
         outcomes: hash of each document's answer and score, int64[n].

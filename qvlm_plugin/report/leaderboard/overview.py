@@ -149,7 +149,7 @@ def _rank_intervals(
         for index in benchmarks
         if all(entry.main.percent and entry.main.higher_is_better for entry in own[index].entries)
     ]
-    scores = {one.name: _scores(one, shares, marks) for one in configurations}
+    scores = {configuration.name: _scores(configuration, shares, marks) for configuration in configurations}
     known = {name: tasks for name, tasks in scores.items() if tasks}
     first = next(iter(known.values()), ())
     known = {
@@ -166,11 +166,11 @@ def _rank_intervals(
     return dict(zip(known, rank_intervals(stacked, higher_is_better=True), strict=True))
 
 
-def _scores(one: Configuration, shares: Sequence[int], marks: Mapping[tuple[str, str], Marks]) -> list[Marks]:
+def _scores(configuration: Configuration, shares: Sequence[int], marks: Mapping[tuple[str, str], Marks]) -> list[Marks]:
     """Its documents in each benchmark, with scores averaged over its runs; empty if anything is missing."""
     tasks = []
     for index in shares:
-        runs = one.entries.get(index, ())
+        runs = configuration.entries.get(index, ())
         own = [marks.get((entry.main.run, entry.main.task)) for entry in runs]
         if not own or any(entry.main.rank is None or not entry.main.main for entry in runs):
             return []

@@ -77,7 +77,7 @@ def markdown_text(board: Board, reported: Sequence[ReportedTable]) -> str:
     for table in reported:
         parts += [f"### Table {table.number}: {table.title}", table.grid.markdown(), table.note]
     if board.problems:
-        problems = [f"- {plain(one.file)}: {plain(one.message)}" for one in board.problems]
+        problems = [f"- {plain(problem.file)}: {plain(problem.message)}" for problem in board.problems]
         parts += ["## Files with problems", "\n".join(problems)]
     return "\n\n".join(parts) + "\n"
 

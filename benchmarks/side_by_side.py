@@ -93,8 +93,9 @@ def machine(device: torch.device) -> str:
         where = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-        capability = torch.backends.cpu.get_cpu_capability()
-        where = f"{_processor()}, {torch.get_num_threads()} threads, {capability}, {memory:.0f} GB"
+        found = torch.cpu.get_capabilities()
+        bf16 = next((name for name in ("amx_bf16", "avx512_bf16") if found.get(name)), "no bfloat16 instructions")
+        where = f"{_processor()}, {torch.get_num_threads()} threads, {bf16}, {memory:.0f} GB"
     return f"{where}; torch {torch.__version__}"
 
 

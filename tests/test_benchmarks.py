@@ -44,7 +44,7 @@ def test_search(rows_of):
     assert all(row["seconds_per_layer"] > 0 and row["layers"] == 2 for row in rows.values())
 
 
-def test_generate(tmp_path):
+def test_generate(tmp_path, warm_python):
     file = tmp_path / "rows.json"
     asked = ["--layout", "tiny", "--variants", "bf16,packed-w4a4", "--answers", "2,4", "--rounds", "1"]
     done = subprocess.run(
@@ -60,7 +60,7 @@ def test_generate(tmp_path):
         assert row["peak_memory_bytes"] >= row["load_peak_bytes"] > row["weight_bytes"]
 
 
-def test_peaks():
+def test_peaks(warm_python):
     done = subprocess.run(
         [sys.executable, FOLDER / "peaks.py", "--layouts", "tiny"], capture_output=True, text=True, timeout=300
     )

@@ -2,14 +2,13 @@
 
 Not here: `make` and `pip install .`, which make the environment that this runs in; the example package
 (`test_example_plugin`); benchmarks (`test_benchmarks`) and ablations (`report/test_ablation`); released checkpoints
-(`reproduce.md`). The README's commands run as they are installed, the others in programs that start at once (`warm`).
+(`reproduce.md`). They run in programs that start at once (`warm`).
 """
 
 import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,8 +65,8 @@ def run(place, programs, text):
     return done.stdout
 
 
-def test_readme(place):
-    printed = run(place, Path(sys.executable).parent, script(ROOT / "README.md"))
+def test_readme(place, programs):
+    printed = run(place, programs, script(ROOT / "README.md"))
     assert "w4a4" in printed and "for backend=packed" in printed  # what the model needs was found
 
 

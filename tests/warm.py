@@ -1,9 +1,10 @@
 """Commands in processes of their own that start at once: forked from one process that has imported the packages.
 
 A process of lmms-eval imports for ten seconds and more before it does anything. Here the programs `lmms-eval`, `qvlm`
-and `python -m …` are short scripts that ask a server for a fork of itself, which gets the caller's arguments, folder,
-environment and streams, runs the command as `__main__`, and hands its exit status back. Everything but the imports is
-what a process of its own would do. Killing the script does not kill the fork: tests of kills need real processes.
+and `python` (with `-m`, `-c` or a script) are short scripts that ask a server for a fork of itself. The fork gets the
+caller's arguments, folder, environment and streams, runs the command as `__main__`, and hands its exit status back.
+Everything but the imports is what a process of its own would do. Killing the script does not kill the fork: tests of
+kills need real processes.
 """
 
 import atexit
@@ -124,6 +125,12 @@ def _run(program: str, arguments: Sequence[str]) -> int:
                 _run_module("lmms_eval", rest)
             case ("python", "-m", module, *rest) | ("python", "-u", "-m", module, *rest):
                 _run_module(module, rest)
+            case "python", "-c", code, *rest:
+                sys.argv = ["-c", *rest]
+                exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+            case "python", script, *rest if script.endswith(".py"):
+                sys.argv, sys.path[0] = [script, *rest], str(Path(script).parent)
+                runpy.run_path(script, run_name="__main__")
             case _:
                 raise ValueError(f"{program} {' '.join(arguments)} is not known here")
     except SystemExit as exit:

@@ -1,4 +1,4 @@
-"""Several processes find the plan that one does, and fail together."""
+"""Several processes find the plan that one does, and fail together. They start at once (`warm`)."""
 
 import json
 import os
@@ -6,11 +6,14 @@ import socket
 import subprocess
 import sys
 
+import pytest
 from commands.test_plot import rows
 
 from qvlm_plugin.commands.processes import run_together
 from qvlm_plugin.methods.shard import OrderedSum, Shard, join_processes
 from qvlm_plugin.plan import RoundingPlan
+
+pytestmark = pytest.mark.usefixtures("warm_python")
 
 EXAMPLES = {
     "qvlm": {"beam": 2, "unit": "site"},

@@ -140,9 +140,9 @@ def through_zero(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tenso
     """
     lower, upper = lower.float(), upper.float()
     step, inverse = quantization_step(lower, upper, bits)
-    below = (-lower * inverse).round()
+    zero_code = (-lower * inverse).round()
     inside = (lower < 0) & (upper > 0)
-    return torch.where(inside, -below * step, lower), torch.where(inside, (2**bits - 1 - below) * step, upper)
+    return torch.where(inside, -zero_code * step, lower), torch.where(inside, (2**bits - 1 - zero_code) * step, upper)
 
 
 def token_range(x: Tensor, clip_ratio: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ def merge_arguments(text: Mapping[str, Any], options: Mapping[str, Any]) -> dict
         options: ``batch_size``, ``max_batch_size`` and ``device``; None if the option was not given.
 
     Raises:
-        QVLMError: an argument is given twice, or is given as the wrong one of the two.
+        QVLMError: an argument is given twice or must be given as an option, or an option is not supported.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if "max_batch_size" in given:

@@ -21,7 +21,7 @@ _CHANGES_NO_ANSWER = (*_TOKENS, "use_cache", "transformers_version")
 
 
 def plain_config(config: GenerationConfig) -> GenerationConfig:
-    """A configuration with only the token ids of a checkpoint's."""
+    """A configuration that has only the token ids of a checkpoint's configuration."""
     return GenerationConfig(**{name: getattr(config, name, None) for name in _TOKENS})
 
 

@@ -25,7 +25,7 @@ from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.kernels.int4_codes import INT4_CODES
 from qvlm_plugin.kernels.int4_folded import INT4_FOLDED
 from qvlm_plugin.kernels.int8 import INT8
-from qvlm_plugin.kernels.int8_product import int8_linear
+from qvlm_plugin.kernels.int8_product import finished, int8_linear, round_to_int8
 from qvlm_plugin.kernels.nf4 import NF4
 from qvlm_plugin.kernels.reference import REFERENCE, quantized_values
 from qvlm_plugin.kernels.selftest import self_test
@@ -76,6 +76,10 @@ ROTATION = "rotation alone"
 SEGMENTS = "segments w4a4 token"
 """A separate product for each group of weights, which free scales would need in integers. No kernel computes this."""
 
+PREPACKED = "prepacked w8a8 token"
+"""oneDNN's product with a weight in the layout that it chooses. No kernel computes this: such a tensor cannot be moved,
+offloaded or compiled."""
+
 BASELINE = "bf16"
 
 _L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # such as 32768K; Linux only
@@ -124,6 +128,11 @@ def measure(layout: str, shape: tuple[int, int], arguments: argparse.Namespace) 
     exact = nn.Linear(columns, rows, bias=False, device=device)
     exact.weight.copy_(quantized_values(linear.weight, FREE_WEIGHT, {}))
     references[SEGMENTS] = QuantLinear.from_linear(exact, WeightFormat(), TOKEN4, parameters_of(TOKEN4, x), REFERENCE)
+    if device.type == "cpu":
+        modules[PREPACKED] = _copies(lambda: _Prepacked(linear.weight, parameters_of(TOKEN8, x)), copies)
+        references[PREPACKED] = QuantLinear.from_linear(
+            full, WeightFormat(), TOKEN8, parameters_of(TOKEN8, x), REFERENCE
+        )
     turns = factors(rotation_of("", columns), device)
     modules[ROTATION] = [_Rotating(turns)] * copies
     references[ROTATION] = _Rotating(turns)
@@ -144,7 +153,7 @@ def measure(layout: str, shape: tuple[int, int], arguments: argparse.Namespace) 
                     "out_features": rows,
                     "in_features": columns,
                     "tokens": count,
-                    "weight_bytes": sum(tensor.nbytes for tensor in layers[0].parameters()),
+                    "weight_bytes": _bytes(layers[0]),
                     "ms": 1e3 * times[name].median / used,
                     "spread": times[name].spread,
                     "times_as_fast_as_bf16": times[name].faster_than(times[BASELINE]),
@@ -187,6 +196,25 @@ class _Segments(nn.Module):
         return int8_linear(codes, groups, scale, None, x.dtype, step, offset, row_sum)
 
 
+class _Prepacked(nn.Module):
+    """Multiplies codes of tokens by the 8-bit codes of a weight [O, I] that oneDNN has packed."""
+
+    def __init__(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        codes, self.scale = round_to_int8(weight)
+        self.row_sum = codes.sum(1) * self.scale
+        self.packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        self.zero_point = torch.zeros(len(codes), dtype=torch.int64)
+        self.range = parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, step, offset = token_codes(x, self.range, TOKEN8.bits)
+        product = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 0, self.packed, self.scale, self.zero_point, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return finished(product, None, step, offset, self.row_sum).to(x.dtype)
+
+
 def _copies(make: Callable[[], nn.Module], count: int) -> list[nn.Module]:
     return [make() for _ in range(count)]
 
@@ -207,6 +235,11 @@ def _run(layers: list[nn.Module], x: Tensor) -> Callable[[], None]:
             layer(x)
 
     return run
+
+
+def _bytes(layer: nn.Module) -> int:
+    packed = (layer.packed, layer.scale, layer.row_sum) if isinstance(layer, _Prepacked) else layer.parameters()
+    return sum(tensor.nbytes for tensor in packed)
 
 
 def _error(layer: nn.Module, reference: nn.Module, x: Tensor) -> float:

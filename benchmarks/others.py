@@ -1,12 +1,13 @@
 """The demo model as others' libraries quantize it: folders that they write, evaluated through the harness.
 
 All round the decoder's weights in groups of 64, except W8A8, which has a scale for each output channel and each token.
-llm-compressor calibrates on the samples of `peers.py`; auto-round and bitsandbytes round to nearest. The libraries
-write in an environment of their own. The harness reads in this package's, with what the formats take; gptqmodel asks
-for a protobuf that lmms-eval's wandb does not allow, so it has to be overridden:
+llm-compressor and GPTQModel calibrate on the samples of `peers.py`, pictures included; auto-round and bitsandbytes
+round to nearest. The libraries write in an environment of their own. The harness reads in this package's, with what
+the formats take; gptqmodel asks for a protobuf that lmms-eval's wandb does not allow, so it has to be overridden:
 
 python benchmarks/peers.py samples others                    # in a folder with the stand-in data (`qvlm demo data .`)
-uv venv others-env && uv pip install --python others-env/bin/python llmcompressor==0.14.0.1 auto-round bitsandbytes
+uv venv others-env
+uv pip install --python others-env/bin/python llmcompressor==0.14.0.1 auto-round bitsandbytes gptqmodel
 others-env/bin/python benchmarks/others.py write others "$(qvlm demo build | tail -1)"      # skips what is there
 echo 'protobuf>=7.36' > override.txt
 uv pip install --override override.txt --editable 'CHECKOUT[test,gptq,auto-round]'        # this repository's folder
@@ -15,13 +16,14 @@ python benchmarks/others.py table others                     # resumes
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 GROUP = 64
 LEFT = ("lm_head", "vision_tower", "multi_modal_projector")
@@ -119,6 +121,41 @@ def _bitsandbytes(checkpoint: str, folder: Path, samples: Path) -> None:
     _model(checkpoint, quantization_config=how).save_pretrained(folder)
 
 
+def _gptqmodel(checkpoint: str, folder: Path, samples: Path) -> None:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its loader wants two, and has one on two cores
+    import torch
+    from gptqmodel import QuantizeConfig
+    from gptqmodel.models.base import BaseQModel
+    from transformers import AutoModelForImageTextToText
+
+    class Llava(BaseQModel):
+        """GPTQModel has no class for LLaVA."""
+
+        loader = AutoModelForImageTextToText
+        pre_lm_head_norm_module = "model.language_model.norm"
+        rotary_embedding = "model.language_model.rotary_emb"
+        module_tree: ClassVar[list[Any]] = [
+            "model",
+            "language_model",
+            "layers",
+            "#",
+            {
+                "input_layernorm": ("input_layernorm:!",),
+                "self_attn": ("q_proj:0", "k_proj:0", "v_proj:0", "o_proj:1"),
+                "post_attention_layernorm": ("post_attention_layernorm:!",),
+                "mlp": ("gate_proj:0", "up_proj:0", "down_proj:1"),
+            },
+        ]
+
+        def prepare_dataset(self, calibration_dataset: list[dict[str, Any]], **_: Any) -> list[dict[str, Any]]:
+            return calibration_dataset  # with pictures; the base class takes tokens only
+
+    how = QuantizeConfig(bits=4, group_size=GROUP, device="cpu", offload_to_disk=False)
+    model = Llava.from_pretrained(checkpoint, quantize_config=how, dtype=torch.float32)
+    model.quantize(_samples(samples))
+    model.save(str(folder))
+
+
 WRITERS: Mapping[str, Callable[[str, Path, Path], None]] = {
     "llm-compressor-w8a8": partial(_llm_compressor, "w8a8"),
     "llm-compressor-w4a16": partial(_llm_compressor, "w4a16"),
@@ -126,6 +163,7 @@ WRITERS: Mapping[str, Callable[[str, Path, Path], None]] = {
     "auto-round": partial(_auto_round, "auto_round"),
     "auto-round-gptq": partial(_auto_round, "auto_gptq"),
     "auto-round-awq": partial(_auto_round, "auto_awq"),
+    "gptqmodel": _gptqmodel,
     "bitsandbytes-nf4": _bitsandbytes,
 }
 """By the names of folders."""

@@ -10,7 +10,7 @@ from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.quantizers import quantization_step, round_to_codes, token_range
 
 _ELEMENTS = 2**18
-"""Number of elements that are rounded at a time on a CPU: 1 MB of float32, which stays in a core's cache between operators."""
+"""Elements rounded at a time on a CPU: 1 MB of float32, which stays in a core's cache between operators."""
 
 
 def token_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:

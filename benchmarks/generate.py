@@ -43,9 +43,9 @@ class Variant:
 
     Attributes:
         dtype: the compute type.
-        scheme: None for full precision.
-        backend: of a quantized model.
-        options: of the method, which decide formats and rotations.
+        scheme: scheme; None for full precision.
+        backend: backend of a quantized model.
+        options: options of the method, which decide formats and rotations.
     """
 
     dtype: str = "bfloat16"
@@ -56,7 +56,7 @@ class Variant:
 
 NF = {"weights": "nf"}
 ROTATED = {"activations": "token", "transform": "rotate", "group_size": 64, "group_scales": "progressive"}
-"""As ``qvlm_rotated``, except for its searches, which do not change the cost."""
+"""The options of ``qvlm_rotated``, except for its searches, which do not change the cost."""
 
 
 VARIANTS = {
@@ -248,31 +248,32 @@ def main() -> None:
         "--folder", type=Path, help="folder for the random checkpoint; default: the folder for temporary files"
     )
     parser.add_argument("--json", type=Path, help="file to write the rows to")
-    asked = parser.parse_args()
-    device = torch.device(asked.device)
-    names = asked.variants.split(",") if asked.variants else ["fp16"] * (device.type == "cuda") + [*DEFAULT]
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    names = arguments.variants.split(",") if arguments.variants else ["fp16"] * (device.type == "cuda") + [*DEFAULT]
     if unknown := set(names) - set(VARIANTS):
         parser.error(f"--variants: {', '.join(sorted(unknown))} is unknown; allowed are {', '.join(VARIANTS)}")
     if VARIANTS[names[0]].scheme:
         parser.error(f"--variants: {names[0]} is quantized; the first must be in full precision")
-    answers = (1, *map(int, asked.answers.split(",")))
-    config = config_of(asked.layout, asked.layers)
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+    answers = (1, *map(int, arguments.answers.split(",")))
+    config = config_of(arguments.layout, arguments.layers)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         write_checkpoint(config, Path(folder))
-        depth = config_of(asked.layout).text_config.num_hidden_layers
-        setting = Setting(folder, asked.device, asked.prompt_tokens, asked.batch_size, asked.compile, depth)
-        found = measure(setting, names, answers, asked.rounds)
+        depth = config_of(arguments.layout).text_config.num_hidden_layers
+        setting = Setting(
+            folder, arguments.device, arguments.prompt_tokens, arguments.batch_size, arguments.compile, depth
+        )
+        found = measure(setting, names, answers, arguments.rounds)
     given = {
-        "layout": asked.layout,
+        "layout": arguments.layout,
         "layers": config.text_config.num_hidden_layers,
-        "prompt_tokens": asked.prompt_tokens,
-        "batch_size": asked.batch_size,
-        "compiled": asked.compile,
+        "prompt_tokens": arguments.prompt_tokens,
+        "batch_size": arguments.batch_size,
+        "compiled": arguments.compile,
         "machine": machine(device),
     }
-    title = (
-        f"{asked.layout}, {given['layers']} decoder layers{', compiled' if asked.compile else ''}; {given['machine']}"
-    )
+    title = f"{arguments.layout}, {given['layers']} decoder layers"
+    title += f"{', compiled' if arguments.compile else ''}; {given['machine']}"
     lengths = answers[1:]
     columns = [
         "variant",
@@ -287,7 +288,7 @@ def main() -> None:
     ]
     columns += [text for count in lengths for text in (f"{count} out s", "x as fast")]
     show(title, columns, [_cells(row, lengths) for row in found])
-    write_rows(asked.json, [{**given, **row} for row in found])
+    write_rows(arguments.json, [{**given, **row} for row in found])
 
 
 def _cells(row: Mapping[str, Any], lengths: tuple[int, ...]) -> list[str]:

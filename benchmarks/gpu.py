@@ -23,8 +23,8 @@ class Step:
     """A benchmark.
 
     Attributes:
-        script: in this folder.
-        arguments: in addition to ``--device`` and ``--json``.
+        script: file in this folder.
+        arguments: arguments in addition to ``--device`` and ``--json``.
         seconds: time limit.
         has_layout: whether it takes ``--layout``, of the whole model.
     """
@@ -47,20 +47,20 @@ STEPS = {
 }
 
 
-def run(name: str, asked: argparse.Namespace) -> str:
-    """Run a step, and return a line on its end."""
-    step, file = STEPS[name], asked.output / f"{name}-{asked.device}.json"
+def run(name: str, arguments: argparse.Namespace) -> str:
+    """Run a step, and return a line that says how it ended."""
+    step, file = STEPS[name], arguments.output / f"{name}-{arguments.device}.json"
     command = [
         sys.executable,
         str(FOLDER / step.script),
         *step.arguments,
         "--device",
-        asked.device,
+        arguments.device,
         "--json",
         str(file),
     ]
     if step.has_layout:
-        command += ["--layout", asked.layout]
+        command += ["--layout", arguments.layout]
     print(f"\n{name}: {' '.join(command[1:])}", flush=True)
     start = time.perf_counter()
     try:
@@ -80,11 +80,11 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, default=FOLDER.parent / "docs" / "performance", help="folder to write the rows to"
     )
-    asked = parser.parse_args()
-    if unknown := set(asked.steps.split(",")) - set(STEPS):
+    arguments = parser.parse_args()
+    if unknown := set(arguments.steps.split(",")) - set(STEPS):
         parser.error(f"--steps: {', '.join(sorted(unknown))} is unknown; allowed are {', '.join(STEPS)}")
-    asked.output.mkdir(parents=True, exist_ok=True)
-    ends = [run(name, asked) for name in asked.steps.split(",")]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    ends = [run(name, arguments) for name in arguments.steps.split(",")]
     print("", *ends, sep="\n")
     return 0 if all(": done" in end for end in ends) else 1
 

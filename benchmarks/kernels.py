@@ -71,7 +71,7 @@ if find_spec("onnxruntime") and find_spec("onnx"):
     VARIANTS["onnxruntime w4a8 block"] = (MATMULNBITS, INT4_WEIGHT, A16)
 
 ROTATION = "rotation alone"
-"""What multiplying the input by its rotation takes, which ``transform=rotate`` adds once for each site."""
+"""The product of an input with its rotation, which ``transform=rotate`` adds once for each site."""
 
 SEGMENTS = "segments w4a4 token"
 """A separate product for each group of weights, which free scales would need in integers. No kernel computes this."""
@@ -91,15 +91,15 @@ FEW = 64
 
 
 def parameters_of(activation: ActivationFormat, x: Tensor) -> dict[str, Tensor]:
-    """What the format names, observed on ``x`` [T, I]."""
+    """The parameters that the format names, observed on ``x`` [T, I]."""
     values = {"lower": x.amin(0), "upper": x.amax(0), "clip_ratio": torch.ones(1, device=x.device)}
     return {name: values[name] for name in activation.parameters}
 
 
 @torch.no_grad()
-def measure(layout: str, shape: tuple[int, int], asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one Linear, of the variants, numbers of tokens and rounds that the command line asks for."""
-    (rows, columns), tokens, device = shape, asked.tokens, asked.device
+def measure(layout: str, shape: tuple[int, int], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one Linear, for the variants, numbers of tokens and rounds on the command line."""
+    (rows, columns), tokens, device = shape, arguments.tokens, arguments.device
     torch.manual_seed(0)
     x = torch.randn(max(tokens), columns) * (0.5 * torch.randn(columns)).exp() + 0.2 * torch.randn(columns)
     x = x.to(device)
@@ -110,7 +110,7 @@ def measure(layout: str, shape: tuple[int, int], asked: argparse.Namespace) -> l
     copies = max(1, CACHE_BYTES // linear.weight.nbytes)
     modules: dict[str, list[nn.Module]] = {BASELINE: _copies(lambda: _copy(linear), copies)}
     references = {BASELINE: full}
-    for name in asked.variants:
+    for name in arguments.variants:
         kernel, weight, activation = VARIANTS[name]
         if layout == "tower" and activation.kind == "static_channel":
             continue  # plans round per token there
@@ -145,7 +145,7 @@ def measure(layout: str, shape: tuple[int, int], asked: argparse.Namespace) -> l
         inputs = x[:count].bfloat16()
         used = copies if count < FEW else min(2, copies)
         runs = {name: _run(layers[:used], inputs) for name, layers in modules.items()}
-        times = time_in_turns(runs, asked.rounds, device, asked.seconds)
+        times = time_in_turns(runs, arguments.rounds, device, arguments.seconds)
         for name, layers in modules.items():
             results.append(
                 {
@@ -274,16 +274,16 @@ def main() -> None:
     )
     parser.add_argument("--device", default=torch.device("cpu"), type=torch.device, help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
-    asked = parser.parse_args()
-    name, rows = machine(asked.device), []
-    for layout in asked.layouts.split(","):
+    arguments = parser.parse_args()
+    name, rows = machine(arguments.device), []
+    for layout in arguments.layouts.split(","):
         found = []
         for role, shape in LAYOUTS[layout].items():
-            for row in measure(layout, shape, asked):
+            for row in measure(layout, shape, arguments):
                 found.append({"layout": layout, "layers": role, **row, "machine": name})
         show(f"{layout} on {name}", ["layers", "tokens", "variant", *COLUMNS], [_cells(row) for row in found])
         rows += found
-    write_rows(asked.json, rows)
+    write_rows(arguments.json, rows)
 
 
 COLUMNS = ("MB", "ms", "x bf16", "error")

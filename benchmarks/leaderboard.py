@@ -55,14 +55,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=500, help="number of results files")
     parser.add_argument("--samples", type=int, default=2000, help="number of samples of each file")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        write_runs(Path(name), asked.files, asked.samples)
+        write_runs(Path(name), arguments.files, arguments.samples)
         wall, cpu = time.perf_counter(), time.process_time()
         board = write_leaderboard([Path(name)], Path(name) / "out", with_reported=True)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     peak = peak_memory(on_gpu=False) / 1e6
-    print(f"{asked.files} files, {asked.files * asked.samples:,} samples, {len(board.rows)} rows:")
+    print(f"{arguments.files} files, {arguments.files * arguments.samples:,} samples, {len(board.rows)} rows:")
     print(f"{wall:.1f} s wall, {cpu:.1f} s CPU, {peak:.0f} MB peak")
     assert not board.problems, board.problems[0]
 

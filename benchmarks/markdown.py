@@ -39,7 +39,7 @@ SEARCH: dict[str, Callable[[Row], str]] = {
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown of a file's rows, below a line with the machine."""
+    """A file's rows as a Markdown table, below a line with the machine."""
     columns = SEARCH if "search" in rows[0] else KERNELS
     if "prefill_ms" in rows[0]:
         columns = GENERATE | {f"{length} out, s": _answer(length) for length in _lengths(rows[0])}
@@ -49,7 +49,7 @@ def table(rows: list[Row]) -> str:
 
 
 def _lengths(row: Row) -> list[str]:
-    """Of the answers, in tokens."""
+    """The lengths of the answers in tokens."""
     return [key.split("_")[1] for key in row if key.startswith("seconds_") and key.endswith("_out")]
 
 

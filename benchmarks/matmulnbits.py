@@ -1,7 +1,7 @@
-"""onnxruntime's product with 4-bit weights as a kernel, to be measured by kernels.py where onnxruntime is installed.
+"""onnxruntime's product with 4-bit weights as a kernel, which kernels.py measures if onnxruntime is installed.
 
-MatMulNBits with ``accuracy_level=4`` rounds inputs to 8 bits by itself, in blocks as long as the weight's groups: it
-stands for W4A8, and not for W4A16, whose results it changes. A session computes one Linear; all share their threads.
+MatMulNBits with ``accuracy_level=4`` itself rounds inputs to 8 bits, in blocks as long as the weight's groups: it
+represents W4A8, not W4A16, whose results it changes. A session computes one Linear; all sessions share their threads.
 
 python benchmarks/matmulnbits.py                   # memory, time to load, and time of a call
 python benchmarks/matmulnbits.py --linears 32
@@ -26,7 +26,7 @@ from qvlm_plugin.kernels.int4 import INT4
 from qvlm_plugin.packing import unpack_codes
 
 BLOCKS = (16, 32, 64, 128, 256)
-"""Input channels to a scale that the operator knows."""
+"""Numbers of input channels per scale that the operator supports."""
 
 _sessions = WeakTensorKeyDictionary()
 
@@ -52,7 +52,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
 
 
 def _session(tensors: Mapping[str, Tensor]) -> onnxruntime.InferenceSession:
-    """One that multiplies with the weight of neutral ``int4`` tensors, on memory of its own."""
+    """A session that multiplies by the weight of neutral ``int4`` tensors, of which it has its own copy."""
     codes = unpack_codes(tensors["codes"], 4)
     (rows, columns), groups = codes.shape, tensors["scale"].shape[1]
     constants = {
@@ -78,7 +78,7 @@ def _session(tensors: Mapping[str, Tensor]) -> onnxruntime.InferenceSession:
 
 
 def _nibbles(codes: Tensor) -> np.ndarray:
-    """Two codes to a byte, the first in the lower half."""
+    """Codes packed two to a byte, the first in the lower half."""
     padded = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
     return (padded[:, ::2] | padded[:, 1::2] << 4).contiguous().numpy()
 
@@ -90,13 +90,13 @@ onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
 
 
 def main() -> None:
-    """Print what sessions of 4096 x 4096 take beside the operator's 8.9 MB, and what a call takes."""
+    """Print memory and loading time of sessions of 4096 x 4096 (the operator's weight: 8.9 MB), and time of a call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--linears", type=int, default=16, help="number of Linears of 4096 × 4096")
     count, weight_format = parser.parse_args().linears, WeightFormat(kind="int", bits=4, group_size=128)
     neutral = MATMULNBITS.prepare(torch.randn(4096, 4096) / 64, None, weight_format, ActivationFormat(), {})
     process, start = psutil.Process(), time.perf_counter()
-    _session(neutral)  # what the library takes once
+    _session(neutral)  # what the library allocates only once
     before, start, sessions = process.memory_info().rss, time.perf_counter(), []
     for _ in range(count):
         sessions.append(_session(neutral))

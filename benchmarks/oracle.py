@@ -80,9 +80,9 @@ def choose(loaded: LoadedModel, samples: CalibrationSet, percentiles: Sequence[f
     """Set each decoder layer of a quantized model to the percentile with the least loss of the answers.
 
     Args:
-        loaded: quantized by the reference arithmetic with per-token ranges; its clip ratios are changed.
-        samples: with answers.
-        percentiles: factors of its ranges, widest first; of equal ones the widest is kept.
+        loaded: a model quantized by the reference arithmetic with per-token ranges; its clip ratios are changed.
+        samples: samples with answers.
+        percentiles: factors of the ranges, widest first; of equally good ones the widest is kept.
 
     Returns:
         The percentile of each layer.
@@ -90,7 +90,9 @@ def choose(loaded: LoadedModel, samples: CalibrationSet, percentiles: Sequence[f
     context, answers, chosen = context_of(loaded, samples), answers_of(loaded, samples), []
     hidden = block_inputs(context)
     for index, (name, layer) in enumerate(tqdm(context.layers, "oracle")):
-        ratios = {id(one.clip_ratio): one.clip_ratio for one in layer.modules() if isinstance(one, QuantLinear)}
+        ratios = {
+            id(module.clip_ratio): module.clip_ratio for module in layer.modules() if isinstance(module, QuantLinear)
+        }
         whole = {key: ratio.clone() for key, ratio in ratios.items()}
         losses = []
         for percentile in percentiles:
@@ -135,22 +137,22 @@ def main() -> None:
         default=[1.0, 0.95, 0.9],
         help="percentiles to choose from, separated by commas",
     )
-    asked = parser.parse_args()
-    plans = {path: RoundingPlan.load(path) for path in (asked.plan, *asked.others)}
+    arguments = parser.parse_args()
+    plans = {path: RoundingPlan.load(path) for path in (arguments.plan, *arguments.others)}
     fitted = {digest for plan in plans.values() for digest in plan.calibration.digests}
-    drawn = read_calibration(f"{CALIBRATION}:{2 * asked.samples}", None, SEED, draw_samples)
+    drawn = read_calibration(f"{CALIBRATION}:{2 * arguments.samples}", None, SEED, draw_samples)
     loaded = load(resolve_demo("demo"), dtype="float32")
-    samples = CalibrationSet(drawn.without(fitted)[: asked.samples]).encoded(loaded.processor, BATCH)
-    questions = read_questions(loaded, TASKS, asked.limit)
+    samples = CalibrationSet(drawn.without(fitted)[: arguments.samples]).encoded(loaded.processor, BATCH)
+    questions = read_questions(loaded, TASKS, arguments.limit)
     rows = [("full precision", *measured(loaded, samples, questions))]
     for path, plan in plans.items():
         loaded = load(resolve_demo("demo"), dtype="float32")
         planning.apply(plan, loaded)
         rows.append((path.name, *measured(loaded, samples, questions)))
     loaded = load(resolve_demo("demo"), dtype="float32")
-    planning.apply(plans[asked.plan], loaded)
-    chosen = choose(loaded, samples, asked.percentiles)
-    rows.append((f"{asked.plan.name}, oracle", *measured(loaded, samples, questions)))
+    planning.apply(plans[arguments.plan], loaded)
+    chosen = choose(loaded, samples, arguments.percentiles)
+    rows.append((f"{arguments.plan.name}, oracle", *measured(loaded, samples, questions)))
     print(
         Grid(
             ("plan", f"loss of the oracle's {len(samples.samples)} answers", "exact match (%)"), tuple(rows)

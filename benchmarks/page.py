@@ -86,11 +86,11 @@ def _write_run(
     for task, level in TASKS.items():
         lines = []
         for index, question in enumerate(questions[task]):
-            asked = {key: value for key, value in question.items() if key != "hardness"}
+            fields = {key: value for key, value in question.items() if key != "hardness"}
             right = question["hardness"] + generator.gauss(0, 0.08) < (level + gain + loss) / 100
-            answer = asked["target"] if right else generator.choice(COLOURS)
-            score = float(answer == asked["target"])
-            lines.append({"doc_id": index, "filtered_resps": answer, "exact_match": score, **asked})
+            answer = fields["target"] if right else generator.choice(COLOURS)
+            score = float(answer == fields["target"])
+            lines.append({"doc_id": index, "filtered_resps": answer, "exact_match": score, **fields})
         (folder / f"r_samples_{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         value = sum(line["exact_match"] for line in lines) / len(lines)
         error = (value * (1 - value) / len(lines)) ** 0.5
@@ -128,7 +128,7 @@ def _write_run(
 
 
 def page_of(output: Path, rows: int, documents: int) -> Path:
-    """The page with ``rows`` rows below ``output``; its runs are written where they do not exist yet."""
+    """The page with ``rows`` rows below ``output``; its runs are written if they do not exist yet."""
     folder = output / f"{rows}-rows"
     if not (folder / "runs").exists():
         write_runs(folder / "runs", rows, documents)
@@ -162,7 +162,7 @@ def scenes(output: Path) -> Iterator[tuple[str, Page, int]]:
 
 
 def pictures(output: Path) -> None:
-    """Write a screenshot of each scene; fails where one is too wide or has an error."""
+    """Write a screenshot of each scene; fails if a scene is too wide or has an error."""
     for name, page, width in scenes(output):
         overflow = page.run("document.documentElement.scrollWidth") - width
         page.screenshot(output / f"{name}.png")
@@ -223,7 +223,10 @@ def rules(output: Path, axe: Path) -> None:
     found = []
     for name, page, _ in scenes(output):
         page.run(axe.read_text())
-        found += [f"{name}: {_described(one)}" for one in page.run("axe.run().then((result) => result.violations)")]
+        found += [
+            f"{name}: {_described(violation)}"
+            for violation in page.run("axe.run().then((result) => result.violations)")
+        ]
     print("\n".join(found) or "no rule is broken")
     assert not found
 
@@ -237,19 +240,19 @@ def main() -> None:
     """Run the command that the first argument names; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices=("pictures", "times", "rules"), help="screenshots, response times or accessibility rules"
+        "command", choices=("pictures", "times", "rules"), help="screenshots, response times or accessibility rules"
     )
     parser.add_argument("output", type=Path, help="folder to write to")
     parser.add_argument("--rows", type=int, default=5000, help="rows of the page whose times are measured")
     parser.add_argument("--axe", type=Path, help="axe-core's file axe.min.js, which rules needs")
-    asked = parser.parse_args()
-    asked.output.mkdir(parents=True, exist_ok=True)
-    if asked.what == "pictures":
-        pictures(asked.output)
-    elif asked.what == "times":
-        times(asked.output, asked.rows)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.command == "pictures":
+        pictures(arguments.output)
+    elif arguments.command == "times":
+        times(arguments.output, arguments.rows)
     else:
-        rules(asked.output, asked.axe)
+        rules(arguments.output, arguments.axe)
 
 
 if __name__ == "__main__":

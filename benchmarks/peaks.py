@@ -35,16 +35,16 @@ def main() -> None:
     parser.add_argument("--scheme", default="w4a4", help="bits of weights and activations")
     parser.add_argument("--samples", type=int, default=64, help="number of calibration samples")
     parser.add_argument("--tokens", type=int, default=600, help="tokens of the longest sample")
-    asked = parser.parse_args()
+    arguments = parser.parse_args()
     rows = []
-    for layout in asked.layouts.split(","):
+    for layout in arguments.layouts.split(","):
         config = config_of(layout)
         shapes = Shapes.of(empty_model(config), plugins.topology(config))
-        for name in asked.methods.split(","):
-            request = check_request(name, asked.scheme, {})
+        for name in arguments.methods.split(","):
+            request = check_request(name, arguments.scheme, {})
             cells = []
             for more in SETTINGS.values():
-                setting = Setting(asked.samples, asked.tokens, **more)
+                setting = Setting(arguments.samples, arguments.tokens, **more)
                 found = peaks(shapes, request.method, request.scheme, request.options, setting)
                 worst = max(found, key=lambda peak: peak.bytes)
                 cells.append(f"{worst.bytes / 1e9:.1f} ({worst.step})")

@@ -1,7 +1,7 @@
-"""Our methods and llm-compressor's on the demo's decoder: errors on the domain of the calibration set and off it.
+"""Our methods and llm-compressor's on the demo's decoder: errors on the domain of the calibration set and outside it.
 
 The decoder's weights are rounded in groups of 64, at W8A8 per output channel with activations per token. All rows are
-measured alike, on samples to which none was fitted: the error of what decoder layers add to their full-precision
+measured on the same samples, to which none was fitted: the error of what decoder layers add to their full-precision
 inputs, the divergence at the answers' tokens, and the divergence at every token of English text that has nothing to do
 with pictures (Python's language reference, which comes with Python).
 
@@ -85,7 +85,7 @@ class Reference:
     """The outputs of the full-precision model.
 
     Attributes:
-        inputs: of all rows.
+        inputs: the inputs of all rows.
         given: the decoder's keyword arguments on each sample; no row changes what comes before the decoder.
         calls: every call of a decoder layer on the samples.
         answers: logits at the tokens of each sample's answer, [N, V].
@@ -109,7 +109,7 @@ def write_samples(folder: Path) -> None:
 
 
 def _drawn(count: int, seed: int) -> Any:
-    """Stand-in train samples; those of seed 0 are the calibration set of all methods, draws of ours aside."""
+    """Stand-in train samples; those of seed 0 are the calibration set of all methods, except for our other draws."""
     from qvlm_plugin.calibration import read_calibration
     from qvlm_plugin.demo import CALIBRATION
     from qvlm_plugin.harness.task_source import draw_samples
@@ -156,7 +156,7 @@ def run_peers(folder: Path, checkpoint: str) -> None:
     tensors = load_file(folder / "samples.safetensors")
     count = 1 + max(int(name.partition(".")[0]) for name in tensors)
     samples = [
-        {name.partition(".")[2]: one for name, one in tensors.items() if name.startswith(f"{index}.")}
+        {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{index}.")}
         for index in range(count)
     ]
     for method, scheme in PEERS:
@@ -204,10 +204,10 @@ def _rounded(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.model.language_model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
             value = parameter.detach()
-            asked = getattr(module, "quantization_scheme", None)
-            if own == "weight" and asked is not None and asked.weights is not None:
+            scheme = getattr(module, "quantization_scheme", None)
+            if own == "weight" and scheme is not None and scheme.weights is not None:
                 value = fake_quantize(
-                    value, module.weight_scale, getattr(module, "weight_zero_point", None), asked.weights
+                    value, module.weight_scale, getattr(module, "weight_zero_point", None), scheme.weights
                 )
             if not own.startswith(("weight_", "input_", "output_")):
                 found[f"{name}.{own}"] = value.float().contiguous().clone()
@@ -221,11 +221,11 @@ def table(folder: Path, limit: int, schemes: Sequence[str], draws: Sequence[int]
     """Measure all available rows and print them; rows that an earlier call measured are read from the folder.
 
     Args:
-        folder: of the samples, the peers' weights and the measured rows.
+        folder: folder of the samples, the peers' weights and the measured rows.
         limit: documents of each task.
-        schemes: of the rows.
-        draws: of calibration samples for our rows; the peers have draw 0.
-        only: rows whose name has this in it.
+        schemes: schemes of the rows.
+        draws: draws of calibration samples for our rows; the peers have draw 0.
+        only: shows only rows whose name contains this text.
     """
     from qvlm_plugin.atomic import write_file
     from qvlm_plugin.reading import read_json
@@ -308,7 +308,7 @@ def _subject(limit: int) -> tuple[nn.Module, Inputs]:
     prose = " ".join(topics.topics[name] for name in sorted(topics.topics))
     ids = loaded.processor.tokenizer(prose[:200_000], return_tensors="pt")["input_ids"][0]
     stride = len(ids) // TEXTS
-    texts = torch.stack([ids[one * stride : one * stride + TEXT_TOKENS] for one in range(TEXTS)])
+    texts = torch.stack([ids[index * stride : index * stride + TEXT_TOKENS] for index in range(TEXTS)])
     return loaded.model, Inputs(samples, texts, read_questions(loaded, TASKS, limit))
 
 
@@ -333,10 +333,10 @@ def measured(model: nn.Module, reference: Reference) -> dict[str, Any]:
     from qvlm_plugin.demo import TASKS
 
     inputs = reference.inputs
-    hidden = (model.model.language_model(**one).last_hidden_state for one in reference.given)
+    hidden = (model.model.language_model(**item).last_hidden_state for item in reference.given)
     answers = _answers(model, inputs, hidden)
     exact = exact_matches(model, inputs.questions)
-    by_task = {task: [exact[one.task, one.id] for one in inputs.questions if one.task == task] for task in TASKS}
+    by_task = {task: [exact[item.task, item.id] for item in inputs.questions if item.task == task] for task in TASKS}
     divergences = [_divergence(*pair) for pair in zip(reference.answers, answers, strict=True)]
     return {
         "layer_error": _layer_error(model, reference.calls),
@@ -380,7 +380,7 @@ def _layer_error(model: nn.Module, calls: Sequence[Call]) -> float:
     layers, errors = model.model.language_model.layers, []
     for index, given, named, output in calls:
         hidden = given[0] if given else named["hidden_states"]
-        found, expected = (_tensor(one) - hidden for one in (layers[index](*given, **named), output))
+        found, expected = (_tensor(written) - hidden for written in (layers[index](*given, **named), output))
         distance, norm = ((found - expected).square().sum(dim=-1), expected.square().sum(dim=-1))
         errors.append((distance / norm).mean())
     return float(torch.stack(errors).mean())
@@ -407,13 +407,13 @@ def main() -> None:
         help="seeds of calibration samples for this package's rows, separated by commas",
     )
     shown.add_argument("--only", default="", help="show only rows whose name contains this text")
-    asked = parser.parse_args()
-    if asked.command == "samples":
-        write_samples(asked.folder)
-    elif asked.command == "peer":
-        run_peers(asked.folder, asked.checkpoint)
+    arguments = parser.parse_args()
+    if arguments.command == "samples":
+        write_samples(arguments.folder)
+    elif arguments.command == "peer":
+        run_peers(arguments.folder, arguments.checkpoint)
     else:
-        table(asked.folder, asked.limit, asked.schemes, asked.draws, asked.only)
+        table(arguments.folder, arguments.limit, arguments.schemes, arguments.draws, arguments.only)
 
 
 if __name__ == "__main__":

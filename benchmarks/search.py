@@ -66,26 +66,26 @@ class RandomSamples:
     seed: int = 0
 
     def batches(self, processor: ProcessorMixin, batch_size: int) -> Iterator[tuple[BatchFeature, Tensor]]:
-        """As `CalibrationSet.batches`."""
+        """Batches as those of `CalibrationSet.batches`."""
         for sample in self.samples:
             answer = torch.zeros_like(sample.inputs["input_ids"], dtype=torch.bool)
             answer[:, -4:] = True
             yield sample.inputs, answer
 
     def digests(self) -> tuple[str, ...]:
-        """No digests: the samples are no documents."""
+        """No digests: the samples are not documents."""
         return ()
 
 
-def measure(asked: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def measure(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """A row for each search and method."""
-    layers = asked.layers
-    model = random_model(config_of(asked.layout, layers)).to(device)
+    layers = arguments.layers
+    model = random_model(config_of(arguments.layout, layers)).to(device)
     loaded = LoadedModel(model, None, "random weights", "")
     topology = plugins.topology(model.config)
     plan = make_plan(model, "", Variant(scheme="w4a4"))
     samples = RandomSamples(
-        tuple(RandomSample(request(model.config, asked.tokens, seed)) for seed in range(asked.samples))
+        tuple(RandomSample(request(model.config, arguments.tokens, seed)) for seed in range(arguments.samples))
     )
     context = SearchContext(loaded, topology, Scheme.parse("w4a4"), MethodOptions(calibration_batch_size=1), samples)
     hidden = block_inputs(context)
@@ -99,8 +99,8 @@ def measure(asked: argparse.Namespace, device: torch.device) -> list[dict[str, A
         fit(method, replace(context, options=method.options(calibration_batch_size=1, veo_epochs=1), method=name))
 
     runs = {name: partial(search, options) for name, options in SEARCHES.items()}
-    runs |= {name: partial(whole, name) for name in asked.methods.split(",") if name}
-    times = time_in_turns(runs, asked.rounds, device)
+    runs |= {name: partial(whole, name) for name in arguments.methods.split(",") if name}
+    times = time_in_turns(runs, arguments.rounds, device)
     return [
         {
             "search": name,
@@ -135,12 +135,20 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
-    asked = parser.parse_args()
-    device = torch.device(asked.device)
-    rows = measure(asked, device)
-    given = {"layout": asked.layout, "layers": asked.layers, "samples": asked.samples, "tokens": asked.tokens}
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    rows = measure(arguments, device)
+    given = {
+        "layout": arguments.layout,
+        "layers": arguments.layers,
+        "samples": arguments.samples,
+        "tokens": arguments.tokens,
+    }
     given["machine"] = machine(device)
-    title = f"{asked.layout}, {asked.samples} x {asked.tokens} tokens, {asked.layers} layers; {given['machine']}"
+    title = (
+        f"{arguments.layout}, {arguments.samples} x {arguments.tokens} tokens, {arguments.layers} layers; "
+        f"{given['machine']}"
+    )
     cells = [
         (
             row["search"],
@@ -151,7 +159,7 @@ def main() -> None:
         for row in rows
     ]
     show(title, ["search", "s per layer", "x layer-wise", "peak GB"], cells)
-    write_rows(asked.json, [{**given, **row} for row in rows])
+    write_rows(arguments.json, [{**given, **row} for row in rows])
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
-    asked = parser.parse_args()
-    device, rows = torch.device(asked.device), []
+    arguments = parser.parse_args()
+    device, rows = torch.device(arguments.device), []
     for kernel, weight, activation in product(all_kernels().values(), WEIGHTS, ACTIVATIONS):
         if kernel.obstacle(weight, activation, SHAPE, device) is None:
             failure = self_test(kernel, weight, activation, device)
@@ -44,7 +44,7 @@ def main() -> int:
     cells = [(row["kernel"], row["weight"], row["activation"], row["failure"]) for row in failed]
     title = f"{len(rows) - len(failed)} of {len(rows)} self-tests pass; {machine(device)}"
     show(title, ["kernel", "weight", "activation", "failure"], cells)
-    write_rows(asked.json, rows)
+    write_rows(arguments.json, rows)
     return 1 if failed else 0
 
 

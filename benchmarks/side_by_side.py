@@ -1,4 +1,4 @@
-"""Time alternatives in turns, so that other load on the machine affects all of them alike; describe the machine."""
+"""Time alternatives in turns, so that other load on the machine affects all of them equally; describe the machine."""
 
 import json
 import os
@@ -31,7 +31,7 @@ class Times:
 
     @property
     def median(self) -> float:
-        """The median."""
+        """The median of the samples."""
         return statistics.median(self.samples)
 
     @property
@@ -57,9 +57,9 @@ def time_in_turns(
     """Run every alternative once untimed, then each of them once in every round.
 
     Args:
-        runs: by name.
+        runs: runs by name.
         rounds: minimum number of rounds.
-        device: on which the runs compute.
+        device: device on which the runs compute.
         seconds: minimum time of all rounds.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}

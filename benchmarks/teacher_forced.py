@@ -1,7 +1,7 @@
 """Exact match with one forward pass per question: every token of the right answer and its end must be the most likely.
 
-This is equivalent to greedy decoding of exactly the right answer. The two scores can differ where a task's scorer
-accepts more than the reference answer, and where sums in another order change a close decision; `benchmarks/seeds.py
+This is equivalent to greedy decoding of exactly the right answer. The two scores can differ if a task's scorer accepts
+more than the reference answer, or if sums in another order change a close decision; `benchmarks/seeds.py
 agreement` counts these documents. Questions about the same image share the computation of their common prefix, which
 makes this two to three times as fast as generation.
 """
@@ -86,26 +86,26 @@ def exact_matches(model: PreTrainedModel, questions: Sequence[Question]) -> dict
     with tqdm(total=len(questions), desc="answering", mininterval=10) as progress:
         for batch in _by_images(questions):
             cache = _read_images(model, batch)
-            rows = {image: row for row, image in enumerate(dict.fromkeys(one.image for one in batch))}
-            batch = sorted(batch, key=lambda one: len(one.tail))
+            rows = {image: row for row, image in enumerate(dict.fromkeys(question.image for question in batch))}
+            batch = sorted(batch, key=lambda question: len(question.tail))
             for start in range(0, len(batch), QUESTIONS_AT_A_TIME):
-                asked = batch[start : start + QUESTIONS_AT_A_TIME]
+                chunk = batch[start : start + QUESTIONS_AT_A_TIME]
                 own = copy.deepcopy(cache)
-                own.batch_select_indices(torch.tensor([rows[one.image] for one in asked]))
-                for one, exact in zip(asked, _answered(model, asked, own), strict=True):
-                    found[one.task, one.id] = exact
-                progress.update(len(asked))
+                own.batch_select_indices(torch.tensor([rows[question.image] for question in chunk]))
+                for question, exact in zip(chunk, _answered(model, chunk, own), strict=True):
+                    found[question.task, question.id] = exact
+                progress.update(len(chunk))
     return found
 
 
 def _by_images(questions: Sequence[Question]) -> Iterator[list[Question]]:
     """Batches with all questions about a number of images; questions without an image are a batch of their own."""
-    if plain := [one for one in questions if one.image is None]:
+    if plain := [question for question in questions if question.image is None]:
         yield plain
-    shown = sorted((one for one in questions if one.image is not None), key=attrgetter("image"))
+    shown = sorted((question for question in questions if question.image is not None), key=attrgetter("image"))
     groups = [list(group) for _, group in groupby(shown, attrgetter("image"))]
     for start in range(0, len(groups), IMAGES_AT_A_TIME):
-        yield [one for group in groups[start : start + IMAGES_AT_A_TIME] for one in group]
+        yield [question for group in groups[start : start + IMAGES_AT_A_TIME] for question in group]
 
 
 def _read_images(model: PreTrainedModel, questions: Sequence[Question]) -> DynamicCache:
@@ -114,9 +114,9 @@ def _read_images(model: PreTrainedModel, questions: Sequence[Question]) -> Dynam
     first = questions[0]
     if first.image is None:
         return cache
-    if any(not torch.equal(one.prefix, first.prefix) for one in questions):
+    if any(not torch.equal(question.prefix, first.prefix) for question in questions):
         raise ValueError("prompts differ before or within the image, so that its computation cannot be shared")
-    pixels = torch.cat([*{one.image: one.pixels for one in questions}.values()]).to(model.dtype)
+    pixels = torch.cat([*{question.image: question.pixels for question in questions}.values()]).to(model.dtype)
     before = int((first.prefix == model.config.image_token_id).nonzero()[0])
     model.model(input_ids=first.prefix[None, :before], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(len(pixels))
@@ -127,8 +127,8 @@ def _read_images(model: PreTrainedModel, questions: Sequence[Question]) -> Dynam
 
 def _answered(model: PreTrainedModel, questions: Sequence[Question], cache: DynamicCache) -> list[bool]:
     """Whether each question is answered exactly; padding is on the right, where no token attends to it."""
-    tails = pad_sequence([one.tail for one in questions], batch_first=True)
-    lengths = torch.tensor([len(one.tail) for one in questions])
+    tails = pad_sequence([question.tail for question in questions], batch_first=True)
+    lengths = torch.tensor([len(question.tail) for question in questions])
     start, width = cache.get_seq_length(), tails.shape[1]
     hidden = model.model(
         input_ids=tails,
@@ -138,8 +138,8 @@ def _answered(model: PreTrainedModel, questions: Sequence[Question], cache: Dyna
         use_cache=True,
     ).last_hidden_state
     found = []
-    for row, one in enumerate(questions):
-        end, targets = len(one.tail), one.tail[-one.answered :]
-        predicted = model.lm_head(hidden[row, end - one.answered - 1 : end - 1]).argmax(dim=-1)
+    for row, question in enumerate(questions):
+        end, targets = len(question.tail), question.tail[-question.answered :]
+        predicted = model.lm_head(hidden[row, end - question.answered - 1 : end - 1]).argmax(dim=-1)
         found.append(torch.equal(predicted, targets))
     return found

@@ -58,7 +58,7 @@ def search(
             ``file.json:64`` or ``scienceqa:train:64``; None for methods that need none.
         topology: where the model's parts are: ``described`` by a plugin; ``traced``, by a run, for a family without a
             description; or a description of your own.
-        options: of the method.
+        options: options of the method.
 
     Raises:
         QVLMError: a name or a value is not allowed, the family is not supported, or samples are missing or too few.
@@ -77,9 +77,9 @@ def apply(plan: RoundingPlan, model: PreTrainedModel, backend: str = "auto") -> 
     """Quantize a model in place, and return it.
 
     Args:
-        plan: from `search`, for the same tensors.
-        model: in full precision.
-        backend: the arithmetic, as ``backend=`` of an evaluation.
+        plan: a plan from `search` for the same tensors.
+        model: the model in full precision.
+        backend: the kernels, as in ``backend=`` of an evaluation.
 
     Raises:
         QVLMError: the plan was made for another model, or the backend is unknown.

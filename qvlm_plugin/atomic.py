@@ -48,7 +48,7 @@ def follow_umask(target: Path) -> None:
 
 
 def make_folder(directory: Path) -> None:
-    """Create a folder and its parents where they are missing.
+    """Create a folder and its parents if they are missing.
 
     Raises:
         QVLMError: it cannot be created.
@@ -60,7 +60,7 @@ def make_folder(directory: Path) -> None:
 
 
 def require_writable(target: Path) -> None:
-    """Check that a file or folder can be written, before the work whose outcome it will hold.
+    """Check that a file or folder can be written, before the work whose result it will contain.
 
     Raises:
         QVLMError: it cannot be written; the message names the reason.
@@ -89,11 +89,11 @@ def staged(directory: Path, replaces: bool = False) -> Iterator[Path]:
     """A folder to write into, which is renamed to ``directory`` unless an error is raised.
 
     Args:
-        directory: the final name; new or an empty folder.
-        replaces: an existing folder of that name is replaced.
+        directory: the final folder, new or empty.
+        replaces: whether to replace an existing folder.
 
     Raises:
-        QVLMError: it cannot be written; nothing of it remains.
+        QVLMError: the folder cannot be written; nothing remains of it.
     """
     with _whole(directory, lambda prefix: tempfile.mkdtemp(_SUFFIX, prefix, directory.parent)) as staging:
         yield staging

@@ -121,7 +121,7 @@ ranges than its own lower the error of a block, but harm the answers. ``qvlm_rot
 
 @hookimpl
 def qvlm_methods() -> list[Method]:
-    """`METHODS`."""
+    """The methods in `METHODS`."""
     return list(METHODS)
 
 

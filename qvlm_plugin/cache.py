@@ -12,7 +12,7 @@ def cache_root() -> Path:
 
 
 def sources_digest(package: str) -> str:
-    """SHA-256 over the Python files of a top-level package or module; that of no data where it has no files."""
+    """SHA-256 over the Python files of a top-level package or module; that of no data if it has no files."""
     module = import_module(package)
     files = [Path(file)] if (file := getattr(module, "__file__", None)) else []
     for folder in getattr(module, "__path__", []):

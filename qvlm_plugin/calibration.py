@@ -23,10 +23,10 @@ from qvlm_plugin.images import open_image
 from qvlm_plugin.reading import concerning, inside, parse_json_lines, read_json
 
 IMAGE_KEY = "image"
-"""The key in a row of LLaVA's conversation format of its image's name, or of a list of names."""
+"""Key of a row in LLaVA's conversation format; its value is the name of the row's image, or a list of names."""
 
 DEFAULT_COUNT = 64
-"""Samples drawn where a source gives no number (paper, section 4.1)."""
+"""Number of samples to draw if a source gives none (paper, section 4.1)."""
 
 KEPT_BYTES = 2**28
 """Bytes of an encoded calibration set kept in memory: 198 samples of one image of 336 x 336 pixels (64: 87 MB)."""
@@ -48,9 +48,9 @@ class CalibrationSet:
     """Samples and their source.
 
     Attributes:
-        samples: in the order drawn.
-        source: as the user gave it.
-        seed: of the draw.
+        samples: the samples, in the order drawn.
+        source: the source, as the user gave it.
+        seed: seed of the draw.
 
     Raises:
         QVLMError: there are no samples, or none has an image.
@@ -87,7 +87,7 @@ class CalibrationSet:
         return self._encode(processor, batch_size, 0)
 
     def encoded(self, processor: ProcessorMixin, batch_size: int) -> "EncodedSet":
-        """The same samples, encoded once for a search, which reads the same batches several times."""
+        """The samples, encoded once for a search, which reads the same batches several times."""
         return EncodedSet(self.samples, self.source, self.seed, processor=processor, batch_size=batch_size)
 
     def _encode(self, processor: ProcessorMixin, batch_size: int, start: int) -> Iterator[Encoded]:
@@ -105,7 +105,7 @@ class EncodedSet(CalibrationSet):
     Callers must not change the tensors of a batch in place.
 
     Attributes:
-        processor, batch_size: of the encoding; with any others, `batches` encodes anew.
+        processor, batch_size: processor and batch size of the encoding; with any others, `batches` encodes again.
         kept: the first batches.
         lengths: number of tokens of each sample, including those of images and answer.
     """
@@ -159,7 +159,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
 
 
 def check_sources(text: str) -> None:
-    """Check sources as far as that is possible without reading tasks and rows.
+    """Check sources as far as possible without reading tasks and rows.
 
     Raises:
         QVLMError: a source does not parse, or its file does not exist.
@@ -199,7 +199,7 @@ def read_calibration(
     Args:
         text: sources, see `parse_sources`.
         image_folder: the folder of the images of conversation files; None means each file's own folder.
-        seed: of the draws.
+        seed: seed of the draws.
         draw_from_task: (task, split, count, seed) → samples; reads the task definitions of an evaluation harness.
 
     Raises:
@@ -219,26 +219,26 @@ def read_conversations(path: Path, image_folder: Path | None, count: int, seed: 
 
     The file is a JSON list, or JSON lines, of objects ``{"image": "file.png", "conversations": [{"from": "human",
     "value": "<image>\\nWhat is shown?"}, {"from": "gpt", "value": "A cat"}, …]}``. Only rows with an image are drawn.
-    Of each row, the sample is the first question with an ``<image>`` placeholder and the images of its placeholders;
-    where no question has one, the first question and all images.
+    A row's sample is its first question with an ``<image>`` placeholder and the images of its placeholders; if no
+    question has one, its first question and all images.
 
     Args:
         path: the file.
         image_folder: the folder of the images; None means the file's own folder.
-        count: samples to draw; fewer rows are an error.
-        seed: of the draw.
+        count: number of samples to draw; fewer rows are an error.
+        seed: seed of the draw.
 
     Raises:
         QVLMError: the file or an image is missing or unreadable, or the file has too few rows with images.
     """
     _require_file(path)
-    every = _read_rows(path)
-    rows = [row for row in every if row.get(IMAGE_KEY)]
+    all_rows = _read_rows(path)
+    rows = [row for row in all_rows if row.get(IMAGE_KEY)]
     if len(rows) < count:
-        keys = ", ".join(sorted({str(key) for row in every for key in row}))[:200] or "none"
+        keys = ", ".join(sorted({str(key) for row in all_rows for key in row}))[:200] or "none"
         raise QVLMError(
             f"calibration={str(path)!r} has {len(rows)} rows with an image under the key {IMAGE_KEY!r}, but needs "
-            f"{count}; the keys of its {len(every)} rows are {keys}"
+            f"{count}; the keys of its {len(all_rows)} rows are {keys}"
         )
     folder = image_folder or path.parent
     return [_sample(row, folder, path) for row in draw(rows, count, seed)]
@@ -264,10 +264,10 @@ def _sample(row: dict[str, Any], folder: Path, path: Path) -> Sample:
     with concerning(source):
         turns = row["conversations"] if isinstance(row.get("conversations"), list) else []
         placed = [_placeholders(turn) for turn in turns]
-        asked = next((index for index, count in enumerate(placed) if count), 0)
+        first = next((index for index, count in enumerate(placed) if count), 0)
         try:
-            question, answer = (turn["value"] for turn in turns[asked : asked + 2])
-            speakers = [turn["from"] for turn in turns[asked : asked + 2]]
+            question, answer = (turn["value"] for turn in turns[first : first + 2])
+            speakers = [turn["from"] for turn in turns[first : first + 2]]
         except (KeyError, TypeError, ValueError) as error:
             raise QVLMError(f"{source} has no question and answer") from error
         if speakers != ["human", "gpt"]:
@@ -275,14 +275,14 @@ def _sample(row: dict[str, Any], folder: Path, path: Path) -> Sample:
         if not isinstance(question, str) or not isinstance(answer, str):
             raise QVLMError(f"{source} has a question or an answer that is not text")
         names = row[IMAGE_KEY] if isinstance(row[IMAGE_KEY], list) else [row[IMAGE_KEY]]
-        if sum(placed) == len(names):  # the later ones belong to later questions
-            names = names[: placed[asked]]
+        if sum(placed) == len(names):  # the other images belong to later questions
+            names = names[: placed[first]]
         images = [open_image(inside(folder, name, source)) for name in names]
         return Sample(Conversation.from_prompt(_placed(question, len(images), source), images), answer)
 
 
 def _placed(question: str, count: int, source: str) -> str:
-    """The question of a row: a single image moves to the front, wherever the row has its placeholder.
+    """The question of a row, in which a single image is moved to the front.
 
     LLaVA does this when it trains (``preprocess_multimodal`` in llava/train/train.py) and evaluates ScienceQA
     (llava/eval/model_vqa_science.py), and so do Q-VLM's authors in calibration, as ScienceQA's rows end in the image.

@@ -1,13 +1,13 @@
 """Quantized checkpoints: a Hugging Face folder whose Linears are stored as kernels' neutral tensors.
 
-In addition to a usual config.json, the folder's has a ``quantization_config``: the plan's facts and table, the kernel
-and tensors of each module, and the hashes of the weight files.
+The folder's config.json also has a ``quantization_config``: the plan's facts and table, the kernel and tensors of each
+module, and the hashes of the weight files.
 
-A transformers that does not know the format takes the folder for one in full precision. Two things stop it. The
-configuration names as file of the weights (``transformers_weights``) a sentence that is no file's name, with which the
-error ends; where the package is there, `hf_quantizer` takes it out before transformers looks. And every quantized
-Linear has a flat tensor ``weight`` in the file, empty where its kernel has no tensor of that name: a loader expects a
-matrix there and stops, where it would otherwise find nothing and fill the layers with random numbers.
+Without this package, transformers would take the folder for a checkpoint in full precision. Two things prevent this.
+The configuration's entry for the weight file (``transformers_weights``) is a sentence, which ends the error message;
+with this package, `hf_quantizer` removes the entry before transformers looks for the file. And every quantized Linear
+has a flat tensor ``weight`` in the file, empty if its kernel has no tensor of this name: a loader expects a matrix
+there and stops. Without the tensor, it would fill the layer with random numbers.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ FORMAT_VERSION = 3
 """The newest format that this version reads. A folder has the format of its plan, the oldest that can represent it."""
 
 NOTICE_KEY, NOTICE = "transformers_weights", "this checkpoint is quantized; what loads it: pip install qvlm_plugin"
-"""An entry of config.json with which loading fails without this package."""
+"""An entry of config.json that makes loading fail without this package."""
 
 _GUARD = "weight"
 
@@ -56,9 +56,9 @@ class StoredModule(_Record):
     Attributes:
         plan: its entry in the plan.
         kernel: the kernel whose neutral tensors are stored; None for a Linear that is not quantized.
-        rotation: the rotation of its inputs; the stored weight is rotated already.
+        rotation: the rotation of its inputs; the stored weight is already rotated.
         tensors: dtype and shape of each stored tensor by name, as ``uint8[64,128]``.
-        refused: for a module that fell back, the kernels that could not serve it, with their reasons.
+        refused: for a module that fell back, the kernels that could not run it, with their reasons.
     """
 
     plan: ModulePlan
@@ -72,12 +72,12 @@ class CheckpointRecord(_Record):
     """The ``quantization_config`` of a quantized checkpoint.
 
     Attributes:
-        format_version: of this layout.
-        package_version: of the package that wrote it.
+        format_version: version of this layout.
+        package_version: version of the package that wrote it.
         backend: the backend from which kernels were chosen.
         model: fingerprint of the checkpoint that was quantized.
         plan: `RoundingPlan.facts`.
-        calibration_digests: of the documents that the plan was fitted on.
+        calibration_digests: digests of the documents to which the plan was fitted.
         modules: every Linear of the model.
         files: SHA-256 of the weight files and their index, by name.
     """
@@ -154,7 +154,7 @@ def specification(tensor: Tensor) -> str:
 
 
 def lay_out(record: CheckpointRecord, model: nn.Module) -> None:
-    """Replace Linears of ``model`` by modules with empty tensors on the meta device, which take the stored tensors.
+    """Replace Linears of ``model`` by modules with empty tensors on the meta device, for the stored tensors.
 
     Raises:
         QVLMError: a module is not a Linear of this shape in the model, its rotation is impossible, or its kernel is
@@ -201,7 +201,7 @@ def types_of_others(record: CheckpointRecord, model: nn.Module) -> dict[str, tor
 def pack(record: CheckpointRecord, model: nn.Module, compute_type: torch.dtype) -> Execution:
     """Repack the stored tensors of each module, one after another, into the run-time layout of its device.
 
-    Where a kernel cannot run, the reference arithmetic takes its place, with the same weight dequantized.
+    If a kernel cannot run, the reference kernel replaces it, with the same weight dequantized.
 
     Args:
         record, model: the checkpoint, and the model into which its tensors were loaded.

@@ -1,14 +1,14 @@
 """Rotations of inputs in the ``compressed-tensors`` format, as far as vLLM's transforms can express them.
 
 The package's transform configuration has no Kronecker products: a transform is one square matrix that inputs are
-multiplied by. A reader makes it (``hadamard``: Sylvester's, of a power of two, without signs) or reads it from the
-folder. A rotation R of K channels is stored as √K R, of kind ``random-hadamard``, which readers divide by √K: entries
-are 1 and -1 wherever R is made of Hadamard matrices, exact in every type. It is stored once for all Linears of one
+multiplied by. A reader constructs it (``hadamard``: Sylvester's, of a power of two, without signs) or reads it from the
+folder. A rotation R of K channels is stored as √K R, of kind ``random-hadamard``, which readers divide by √K: if R
+consists of Hadamard matrices, entries are 1 and -1, exact in every type. It is stored once for all Linears of one
 width, with the first of them, as the package does.
 
-vLLM computes K² multiplications for each token so, in place of K (outer + 64 + …). It refuses biases where it
-transforms inputs, and runs transforms on one GPU only. It matches them with modules by its own names, which have the
-decoder's layers below ``language_model``, too.
+With it, vLLM computes K² multiplications for each token instead of K (outer + 64 + …). vLLM refuses biases of Linears
+whose inputs it transforms, and runs transforms on one GPU only. It matches transforms with modules by its own names, in
+which the decoder's layers are below ``language_model``, too.
 """
 
 import re
@@ -33,17 +33,17 @@ class Rotations:
     """The transforms of a folder.
 
     Attributes:
-        readers: by a matrix's name, the rotation of one of its sites, and the Linears whose inputs it rotates.
+        readers: the rotation of one of its sites, and the Linears whose inputs it rotates, by the matrix's name.
     """
 
     readers: Mapping[str, tuple[Rotation, list[str]]]
 
     @classmethod
     def of(cls, plan: RoundingPlan, model: nn.Module) -> "Rotations":
-        """Those of a plan.
+        """The rotations of a plan.
 
         Raises:
-            QVLMError: one cannot be expressed; it names the Linear.
+            QVLMError: a rotation cannot be expressed; the message names the Linear.
         """
         matrices: dict[tuple[int, int, int], tuple[Rotation, list[str]]] = {}
         for module in plan.quantized:
@@ -55,7 +55,7 @@ class Rotations:
         return cls({f"rotation_{outer}x{block}_{seed}": found for (outer, block, seed), found in matrices.items()})
 
     def store(self, model: nn.Module) -> None:
-        """Put each matrix below its first reader, in the model's type."""
+        """Add each matrix to its first reader, in the model's type."""
         for name, (rotation, readers) in self.readers.items():
             matrix = rotate(torch.eye(rotation.channels), factors(rotation)) * rotation.channels**0.5
             signs = matrix.sign()
@@ -64,7 +64,7 @@ class Rotations:
             model.get_submodule(readers[0]).add_module(f"{name}_input", nn.ParameterDict({"weight": weight}))
 
     def configuration(self) -> dict[str, Any]:
-        """The ``transform_config`` of the quantization's configuration; nothing where there are no rotations."""
+        """The ``transform_config`` entry of the quantization's configuration; empty without rotations."""
         if not self.readers:
             return {}
         schemes = {
@@ -95,6 +95,6 @@ def _obstacle(module: ModulePlan, rotation: Rotation, model: nn.Module) -> str |
 
 
 def _pattern(name: str) -> str:
-    """What matches a decoder's Linear under transformers' and under vLLM's name."""
+    """A pattern that matches a decoder's Linear by its name in transformers and in vLLM."""
     within = name[name.index(f"{_DECODER}.") + len(_DECODER) + 1 :]
     return rf"re:.*{_DECODER}\.(.*\.)?{re.escape(within)}$"

@@ -2,18 +2,18 @@
 
 Three kinds of modules can be expressed:
 
-* W4A16 and W8A16 (``pack-quantized``): the plan's codes, scales and zero points as they are, by group or by channel.
-* W4A8 (``pack-quantized``): the same, of symmetric weights.
+* W4A16 and W8A16 (``pack-quantized``): the plan's codes, scales and zero points unchanged, by group or by channel.
+* W4A8 (``pack-quantized``): the same, for symmetric weights.
 * W8A8 (``int-quantized``): the plan's rounded weight, rounded once more to 8 bits with one symmetric scale for each
   output channel, as kernel ``int8`` does.
 
 Activations of 8 bits are rounded per token, symmetrically, by their largest magnitude; the plan's ranges (static bounds
-of channels, clipping ratios of tokens, centers) have no place in the format and are left out. Rotations can be
-expressed in part, see `compressed_rotations`.
+of channels, clipping ratios of tokens, centers) cannot be expressed and are left out. Rotations can be expressed in
+part, see `compressed_rotations`.
 
 transformers does not load packed zero points into packed modules (with compressed-tensors 0.20 these have unpacked
-ones), but does where it dequantizes every weight while it loads. Folders of asymmetric weights ask for that; plans in
-which these stand beside modules in another format are refused.
+ones), unless it dequantizes every weight while loading. Folders with asymmetric weights request this; plans that
+combine such weights with modules in another format are refused.
 """
 
 from collections.abc import Mapping
@@ -51,8 +51,8 @@ class Group:
     """A ``config_group``: what modules of one scheme have in common.
 
     Attributes:
-        format: in which the package stores them.
-        bits, group_size, symmetric: of the weights.
+        format: format in which the package stores them.
+        bits, group_size, symmetric: properties of the weights.
         rounds_tokens: whether inputs are rounded to 8 bits.
     """
 
@@ -63,7 +63,7 @@ class Group:
     rounds_tokens: bool
 
     def scheme(self, targets: list[str]) -> QuantizationScheme:
-        """As the package has it."""
+        """The group as a scheme of the package."""
         weights = QuantizationArgs(
             num_bits=self.bits,
             type="int",
@@ -87,13 +87,13 @@ class Group:
 def export_compressed_tensors(
     plan: RoundingPlan, loaded: LoadedModel, directory: Path, *, shard_size: str = "5GB"
 ) -> dict[Group, int]:
-    """Quantize ``loaded`` by ``plan`` and write it; the model in memory is used up.
+    """Quantize ``loaded`` by ``plan`` and write it; the model in memory cannot be used afterwards.
 
     Args:
-        plan: made for this model.
-        loaded: in full precision.
-        directory: to write; it must not exist, or be empty. It is there completely or not at all.
-        shard_size: of weight files at most, as transformers' ``max_shard_size``.
+        plan: a plan for this model.
+        loaded: the model in full precision.
+        directory: new or empty folder; it is written completely or not at all.
+        shard_size: maximum size of a weight file, as transformers' ``max_shard_size``.
 
     Returns:
         How many modules each group has.
@@ -159,15 +159,15 @@ def _group(module: ModulePlan) -> Group:
 
 
 def _compress(module: ModulePlan, group: Group, plan: RoundingPlan, model: nn.Module) -> dict[str, Tensor]:
-    """The stored tensors of one Linear, which gets the weight and bias that they stand for."""
+    """The stored tensors of one Linear, which gets the weight and bias that they represent."""
     linear = model.get_submodule(module.name)
     rotation, dtype, device = plan.rotation_of(module), linear.weight.dtype, linear.weight.device
-    turns = None if rotation is None else factors_of(rotation, plan.tensors, device)[1]
-    weight = (linear if turns is None else rotated_linear(linear, turns)).weight.detach()
+    factors = None if rotation is None else factors_of(rotation, plan.tensors, device)[1]
+    weight = (linear if factors is None else rotated_linear(linear, factors)).weight.detach()
     parameters = parameters_of(module, plan.tensors, device)
     state = _rounded(weight, module, group, parameters)
     bias = corrected_bias(weight, state["weight"], linear.bias, parameters.get("mean"))
-    values = state["weight"] if turns is None else rotate_back(state["weight"], turns)
+    values = state["weight"] if factors is None else rotate_back(state["weight"], factors)
     linear.weight = nn.Parameter(values.to(dtype), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -185,7 +185,7 @@ def _rounded(weight: Tensor, module: ModulePlan, group: Group, parameters: Mappi
         codes = (planned / scale.float()).round().clamp(-127, 127)
         return {"weight": codes * scale.float(), "weight_scale": scale}
     quantized = int_weight(weight, module.weight, parameters)
-    quantized = replace(quantized, scale=quantized.scale.to(weight.dtype))  # progressive ones are of 32 bits
+    quantized = replace(quantized, scale=quantized.scale.to(weight.dtype))  # progressive scales have 32 bits
     middle = 2 ** (group.bits - 1)  # the package's codes are signed
     zero_point = (quantized.zero_point.int() - middle).to(torch.int8)
     return {"weight": quantized.dequantize(), "weight_scale": quantized.scale, "weight_zero_point": zero_point}
@@ -202,7 +202,7 @@ def _configuration(plan: RoundingPlan, groups: Mapping[Group, list[ModulePlan]])
         "quant_method": "compressed-tensors",
         "format": next(iter(formats)) if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
-        # As short as can be: versions of the package refuse what they do not know.
+        # Only the keys that are set: versions of the package refuse keys that they do not know.
         "config_groups": {
             f"group_{index}": scheme.model_dump(mode="json", exclude_unset=True) for index, scheme in enumerate(schemes)
         },

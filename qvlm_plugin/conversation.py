@@ -69,7 +69,7 @@ class Conversation:
 def message_content(text: str, count: int) -> list[dict[str, Any]]:
     """The content of a message with ``count`` images.
 
-    Where the text contains ``<image>`` exactly ``count`` times, these placeholders give the positions of the images;
+    If the text contains ``<image>`` exactly ``count`` times, these placeholders give the positions of the images;
     any other number of them is ordinary text, and all images come first. Images at the front (also those that the text
     itself places there, each followed by a line break) are parts ``{"type": "image"}``, which every chat template
     renders in its own way; LLaVA's writes ``<image>`` and a line break. Images further on are parts ``{"type": "image",
@@ -121,7 +121,7 @@ def render(processor: ProcessorMixin, conversation: Conversation) -> str:
 def render_answer(processor: ProcessorMixin, conversation: Conversation, answer: str) -> str:
     """The text that follows `render` when the assistant gives ``answer``, end of turn included.
 
-    It ends with the end-of-sequence token where the template writes one: the template's text after that token separates
+    It ends with the end-of-sequence token if the template writes one: the template's text after that token separates
     turns, and a model never generates it.
     """
     turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
@@ -170,9 +170,9 @@ def encode(
     tokenizer = processor.tokenizer
     prompts = [render(processor, conversation) for conversation in conversations]
     texts = [prompt + tail for prompt, tail in zip(prompts, continuations or [""] * len(prompts), strict=True)]
-    # One list for each conversation: LLaVA-OneVision crops an image only where a conversation has no other, and
-    # Idefics3 counts the images of each conversation.
-    images = [list(each.images) for each in conversations] if any(each.images for each in conversations) else None
+    # One list for each conversation: LLaVA-OneVision crops an image only if its conversation has no other, and Idefics3
+    # counts the images of each conversation.
+    images = [list(one.images) for one in conversations] if any(one.images for one in conversations) else None
     # A template that writes the beginning-of-sequence token itself must not get a second one from the tokenizer.
     special = {"add_special_tokens": not (tokenizer.bos_token and prompts[0].startswith(tokenizer.bos_token))}
     with _marks_removed(processor.tokenizer, texts):
@@ -187,7 +187,7 @@ def encode(
         mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         if continuations is not None:
             for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-                # Image placeholders expand alike in both, so the difference is the number of continuation tokens.
+                # Image placeholders expand equally in both, so the difference is the number of continuation tokens.
                 added = len(tokenizer(text, **special).input_ids) - len(tokenizer(prompt, **special).input_ids)
                 if added < 1:
                     raise QVLMError(f"continuation {text[len(prompt) :]!r} adds no token to its prompt")
@@ -203,7 +203,7 @@ def _marks_removed(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
     """Within this context the tokenizer removes the marks of `as_text`.
 
     A fast tokenizer finds most special tokens in the raw text and then normalizes the text between them: the normalizer
-    removes ``_MARK``. Tokens with ``normalized=True`` it finds in the normalized text, which it then splits into words:
+    removes ``_MARK``. It finds tokens with ``normalized=True`` in the normalized text, which it then splits into words:
     the pre-tokenizer removes ``_LATE_MARK``, and splits the text there.
     """
     if not any(_MARK in text or _LATE_MARK in text for text in texts):

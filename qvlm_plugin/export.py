@@ -36,22 +36,22 @@ def export(
     strict: bool = False,
     shard_size: str = "5GB",
 ) -> Execution:
-    """Quantize ``loaded`` by ``plan`` and write it; the model in memory is used up.
+    """Quantize ``loaded`` by ``plan`` and write it; the model in memory cannot be used afterwards.
 
     Args:
-        plan: made for this model.
-        loaded: in full precision, on the device whose kernels are to be chosen from.
-        directory: to write; it must not exist, or be empty. It is there completely or not at all.
-        backend: as in `backends.kernels`; a folder keeps its kernels.
-        strict: falling back is an error.
-        shard_size: of weight files at most, as transformers' ``max_shard_size``.
+        plan: a plan for this model.
+        loaded: the model in full precision, on the device for which kernels are chosen.
+        directory: new or empty folder; it is written completely or not at all.
+        backend: name of a backend, see `backends.kernels`; a folder keeps its kernels.
+        strict: whether falling back is an error.
+        shard_size: maximum size of a weight file, as transformers' ``max_shard_size``.
 
     Returns:
-        Which kernel serves which module.
+        Which kernel runs which module.
 
     Raises:
-        QVLMError: the folder is not empty; see `check_plan`; or what was written does not load and answer a prompt with
-            finite numbers, which is tried before the folder takes its name.
+        QVLMError: the folder is not empty; see `check_plan`; or the written model does not load and answer a prompt
+            with finite numbers, which is tested before the folder gets its name.
     """
     require_vacant(directory)
     model, device = loaded.model, loaded.model.device
@@ -81,7 +81,7 @@ def export(
 
 @contextmanager
 def must_run() -> Iterator[None]:
-    """Around the trial of a quantized model, before its folder takes its name: a `QVLMError` says that it does not."""
+    """A context for the trial of a quantized model; its errors say that the model is not written."""
     try:
         yield
     except QVLMError as error:
@@ -95,14 +95,14 @@ def write_folder(
     card: str,
     check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write model, processor and card in one step; a ``quantization_config`` of ours gets the files' hashes.
+    """Write model, processor and card in one step; this package's ``quantization_config`` gets the files' hashes.
 
     Args:
-        loaded: what to write.
-        directory: to write.
+        loaded: the model and processor.
+        directory: folder to write.
         shard_size: see `export`.
         card: text of the model card.
-        check: of the folder while it has another name; where it raises, nothing stays.
+        check: called with the folder while it has a temporary name; if it raises, nothing is kept.
     """
     with staged(directory) as folder:
         loaded.model.save_pretrained(folder, max_shard_size=shard_size)
@@ -118,7 +118,7 @@ def write_folder(
 
 
 def _store(module: ModulePlan, plan: RoundingPlan, loaded: LoadedModel, choice: Choice | None) -> StoredModule:
-    """Put the stored tensors of one Linear in its place, and say what they are."""
+    """Replace one Linear by its stored tensors, and return their description."""
     if choice is None:
         return StoredModule(plan=module)
     linear, kernel, rotation = loaded.model.get_submodule(module.name), choice.kernel, plan.rotation_of(module)

@@ -122,7 +122,7 @@ class WeightFormat(_Format):
     def effective_bits(self, shape: tuple[int, int]) -> float:
         """Bits per weight when packed: the code and its share of 16-bit scales, zero points and block scales.
 
-        Kernels count alike. A plan's file is larger where codes have 3, 5, 6 or 7 bits: it gives each a byte.
+        Kernels count in the same way. A plan's file is larger if codes have 3, 5, 6 or 7 bits: each takes a byte.
         """
         if self.kind == "int":
             scale, unit = (8, 16 * shape[0]) if self.progressive else (16, 0)

@@ -38,24 +38,24 @@ def hadamard(order: int) -> Tensor:
 
 
 _WILLIAMSON = {172: ((43, 3), ("++++---", "-++--+-", "-+-+++-", "--++-++"))}
-"""Of an order 4n: the prime n with a primitive root, and for each circulant the signs of the classes, see
-`_williamson`. Found by trying all signs."""
+"""The prime n with a primitive root, and the signs of the classes for each circulant (see `_williamson`), by order 4n.
+Found by trying all signs."""
 
 
 def _williamson(order: int) -> Tensor:
     """Williamson's array of four symmetric circulant matrices, whose squares sum to ``order`` times the identity.
 
-    In the first row of a circulant the first entry is 1; the place ``root^k mod n`` has the sign of the class of k
-    modulo the number of classes.
+    In the first row of a circulant, entry 0 is 1; entry ``root^k mod n`` has the sign of the class of k modulo the
+    number of classes.
     """
     (n, root), of_circulants = _WILLIAMSON[order]
-    place = torch.arange(n)
+    index = torch.arange(n)
     circulants = []
     for signs in of_circulants:
         row = torch.ones(n)
         for power in range(n - 1):
             row[pow(root, power, n)] = 1.0 if signs[power % len(signs)] == "+" else -1.0
-        circulants.append(row[(place - place[:, None]) % n])
+        circulants.append(row[(index - index[:, None]) % n])
     a, b, c, d = circulants
     rows = ((a, b, c, d), (-b, a, -d, c), (-c, d, a, -b), (-d, -c, b, a))
     return torch.cat([torch.cat(row, dim=1) for row in rows])
@@ -82,7 +82,7 @@ def _second_kind(order: int) -> bool:
 def _bordered(q: int, first_column: float) -> Tensor:
     """The Jacobsthal matrix of a field of q elements, with a first row of ones and a constant first column.
 
-    Its entries say of the difference of two elements whether it is a square (1), none (-1), or 0.
+    An entry is 1 if the difference of two elements is a square other than 0, -1 if it is no square, and 0 if it is 0.
     """
     matrix = torch.zeros(q + 1, q + 1)
     matrix[0, 1:], matrix[1:, 0] = 1.0, first_column

@@ -40,7 +40,7 @@ class QVLMHfQuantizer(HfQuantizer):
     Attributes:
         record: the validated ``quantization_config``.
         wanted: dtypes of the parameters that are not packed, as requested by ``dtype=``.
-        execution: which kernel serves which module; set after the weights are loaded.
+        execution: which kernel runs which module; set after the weights are loaded.
     """
 
     record: "CheckpointRecord"
@@ -59,7 +59,7 @@ class QVLMHfQuantizer(HfQuantizer):
         self.record = CheckpointRecord.read(quantization_config.to_dict())
 
     def update_attn_implementation(self, config: "PretrainedConfig") -> "PretrainedConfig":
-        """Take out what stops those who lack this package, before transformers looks for the weights."""
+        """Remove the entry that makes loading fail without this package, before transformers looks for the weights."""
         from qvlm_plugin.checkpoint import NOTICE, NOTICE_KEY
 
         if getattr(config, NOTICE_KEY, None) == NOTICE:
@@ -108,10 +108,10 @@ def quantizer_of(model: "PreTrainedModel") -> QVLMHfQuantizer | None:
     return quantizer if isinstance(quantizer, QVLMHfQuantizer) else None
 
 
-def _enter() -> None:
+def _register() -> None:
     tables = import_module("transformers.quantizers.auto")
     tables.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, QVLMQuantizationConfig)
     tables.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, QVLMHfQuantizer)
 
 
-_enter()
+_register()

@@ -10,7 +10,7 @@ from qvlm_plugin.reading import parsed_elsewhere
 
 
 def open_image(source: Path | bytes) -> Image.Image:
-    """The image in a file, or in a file's content; of an animation the first frame.
+    """The image in a file, or in a file's content; the first frame of an animation.
 
     Raises:
         QVLMError: it is missing, damaged, truncated, of a kind that `as_rgb` refuses, or has more pixels than Pillow
@@ -25,11 +25,11 @@ def open_image(source: Path | bytes) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, turned upright by its EXIF orientation; the same object where nothing is to be done.
+    """The image in RGB, turned upright by its EXIF orientation; the same object if nothing changes.
 
     Pillow's own conversion clips images of more than 8 bits. Here 16-bit grey keeps its upper 8 bits, as 16-bit colour
-    does in Pillow; 32-bit integers count as 8-bit grey where none exceeds 255, else as 16-bit grey; floating-point
-    values are scaled from 0 to 1 where none exceeds 1, else taken as 0 to 255.
+    does in Pillow; 32-bit integers count as 8-bit grey if none exceeds 255, else as 16-bit grey; floating-point values
+    are read as 0 to 1 if none exceeds 1, else as 0 to 255.
 
     Raises:
         ValueError: pixel values are outside these ranges, or Pillow cannot convert the mode.
@@ -47,7 +47,7 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:
-    low, high = float(pixels.min()), float(pixels.max())  # NaN where any pixel is NaN
+    low, high = float(pixels.min()), float(pixels.max())  # NaN if any pixel is NaN
     if pixels.dtype.itemsize == 2:
         return (pixels >> 8).astype(np.uint8)
     limit = 255 if pixels.dtype.kind == "f" else 65_535

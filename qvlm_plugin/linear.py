@@ -15,8 +15,8 @@ from qvlm_plugin.rotation import rotate
 class QuantLinear(nn.Module):
     """A Linear whose weight and input are quantized.
 
-    Methods differ in the values of its tensors, arithmetics in the kernel that packs and reads them. The tensors are
-    parameters without gradient, so that accelerate moves and offloads them like any weight.
+    Methods determine the values of its tensors; kernels pack and read them. The tensors are parameters without
+    gradient, so that accelerate moves and offloads them like any weight.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class QuantLinear(nn.Module):
         return cls(tensors, weight_format, activation_format, kernel, (linear.out_features, linear.in_features))
 
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the tensors of the module by these."""
+        """Replace the module's tensors."""
         for name in self.tensor_names:
             delattr(self, name)
         self.tensor_names = tuple(tensors)
@@ -59,7 +59,7 @@ class QuantLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
 
     def rotate_inputs(self, factors: Sequence[Tensor]) -> None:
-        """Multiply inputs by a rotation's `factors` before they are rounded; the weight must be rotated already."""
+        """Multiply inputs by a rotation's `factors` before they are rounded; the weight must already be rotated."""
         self.rotation_names = tuple(f"rotation_{index}" for index in range(len(factors)))
         for name, factor in zip(self.rotation_names, factors, strict=True):
             self.register_parameter(name, nn.Parameter(factor.detach(), requires_grad=False))
@@ -108,7 +108,7 @@ class QuantLinear(nn.Module):
 def share_parameters(layers: Iterable[QuantLinear]) -> None:
     """Let Linears that read the same tensor share equal rounding parameters, so that its rounding is computed `once`.
 
-    All Linears of a site have the same bounds, but each made copies of them, or computed its own steps.
+    All Linears of a site have the same bounds, but each has its own copies, or computed its own steps.
     """
     first, *others = layers
     for layer in others:

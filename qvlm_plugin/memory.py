@@ -23,7 +23,7 @@ def peak_memory(on_gpu: bool) -> int:
 
 
 def restart_peak() -> None:
-    """Make `peak_memory` start again from now; for the process only on Linux."""
+    """Make `peak_memory` count from now on; for the process, this works only on Linux."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(index)

@@ -1,4 +1,4 @@
-"""The model card of a quantized checkpoint: README.md, which says what the folder holds and how to load it."""
+"""The model card of a quantized checkpoint: README.md, which says what the folder contains and how to load it."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ lmms-eval --model qvlm --model_args pretrained={name} --tasks scienceqa --batch_
 ```
 
 Without the package, loading it is an error."""
-"""How a folder of this package's own format is loaded."""
+"""How to load a folder in this package's own format."""
 
 COMPRESSED = """\
 The format is compressed-tensors:
@@ -39,16 +39,16 @@ from transformers import AutoModelForImageTextToText  # pip install compressed-t
 
 model = AutoModelForImageTextToText.from_pretrained("{name}", device_map="auto")
 ```"""
-"""How a folder in the ``compressed-tensors`` format is loaded."""
+"""How to load a folder in the ``compressed-tensors`` format."""
 
 
 def model_card(name: str, source: str, plan: PlanFacts, arithmetic: str, loading: str) -> str:
     """The text of the card.
 
     Args:
-        name: of the folder.
+        name: name of the folder.
         source: the checkpoint that was quantized: a folder or a hub id.
-        plan: that it was quantized by.
+        plan: the plan by which it was quantized.
         arithmetic: kernels or formats of its Linears, with their numbers.
         loading: `PACKED` or `COMPRESSED`.
     """

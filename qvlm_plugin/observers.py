@@ -41,7 +41,7 @@ class ChannelStatistics:
         )
 
     def to(self, device: torch.device | str, **options: Any) -> "ChannelStatistics":
-        """The same on a device; ``options`` are those of `Tensor.to`."""
+        """The statistics on a device; ``options`` are those of `Tensor.to`."""
         names = ("lower", "upper", "total")
         return replace(self, **{name: getattr(self, name).to(device, **options) for name in names})
 
@@ -86,11 +86,11 @@ def channel_lp_losses(
 ) -> Tensor:
     """Sum over tokens of |Q(x) - x|^p under static per-channel quantization, for each candidate ratio and channel.
 
-    By the l_p criterion the paper initialises the quantizers of its baselines and of Q-VLM (section 4.1).
+    The paper initialises the quantizers of its baselines and of Q-VLM by this criterion (section 4.1).
 
     Args:
         x: tokens [N, C].
-        statistics: of the whole calibration set.
+        statistics: statistics of the whole calibration set.
         grid: the candidates.
         weights: factors of the elements' losses [N, C]; None: all 1.
 

@@ -48,7 +48,7 @@ from qvlm_plugin.topology import linear_layers
 
 @dataclass(frozen=True, eq=False)
 class RoundingPlan(PlanFacts):
-    """The outcome of fitting a method to a model.
+    """The result of fitting a method to a model.
 
     Attributes:
         method, scheme, options: the request.
@@ -136,7 +136,7 @@ def require_plan_folder(directory: Path) -> None:
     """Check, before a search, that its plan can be saved in a folder.
 
     Raises:
-        QVLMError: the folder holds something other than a plan, or cannot be written.
+        QVLMError: the folder contains something other than a plan, or cannot be written.
     """
     names = {file.name for file in directory.iterdir()} if directory.is_dir() else set()
     if names - {HEADER, TENSORS} or directory.is_file():
@@ -155,16 +155,16 @@ def check_plan(
     """Check that a plan fits a model, and choose kernels.
 
     Args:
-        plan: made for this model.
-        model: in full precision, as loaded.
-        fingerprint: of the loaded checkpoint.
-        kernels: candidates in order of preference; the first that supports a module serves it, and the last is the
+        plan: a plan for this model.
+        model: the model in full precision, as loaded.
+        fingerprint: fingerprint of the loaded checkpoint.
+        kernels: candidates in order of preference; the first that supports a module runs it, and the last is the
             fallback.
-        strict: falling back is an error.
+        strict: whether falling back is an error.
         device: the device of weights that are not loaded yet; None for a model whose weights are loaded.
 
     Returns:
-        Which kernel serves which module.
+        Which kernel runs which module.
 
     Raises:
         QVLMError: the plan belongs to another model, lists a module that is missing or of another shape, leaves one
@@ -200,7 +200,7 @@ def replace_and_fold(plan: RoundingPlan, modules: Mapping[str, nn.Module]) -> No
 
     Args:
         plan: a checked plan.
-        modules: by full name.
+        modules: modules by full name.
     """
     for name in plan.replaced:
         owner, _, parameter = name.rpartition(".")
@@ -219,7 +219,7 @@ def replace_and_fold(plan: RoundingPlan, modules: Mapping[str, nn.Module]) -> No
 def begin_applying(
     plan: RoundingPlan, model: nn.Module, fingerprint: str, kernels: tuple[Kernel, ...], strict: bool = False
 ) -> Execution:
-    """`check_plan`, then `replace_and_fold`: the steps before Linears are rounded."""
+    """Run `check_plan`, then `replace_and_fold`: the steps before Linears are rounded."""
     execution = check_plan(plan, model, fingerprint, kernels, strict)
     replace_and_fold(plan, dict(model.named_modules()))
     return execution
@@ -249,7 +249,7 @@ def share_within_sites(modules: Sequence[ModulePlan], model: nn.Module) -> None:
 
 
 def put_layer(model: nn.Module, name: str, layer: QuantLinear) -> None:
-    """Replace the Linear of that name by ``layer``."""
+    """Replace the Linear named ``name`` by ``layer``."""
     linear = model.get_submodule(name)
     if hasattr(linear, "_hf_hook"):  # accelerate's hook moves inputs to the layer's device in a dispatched model
         add_hook_to_module(layer, linear._hf_hook)
@@ -419,7 +419,7 @@ def _require_codes(module: ModulePlan, tensors: Mapping[str, Tensor]) -> None:
         # A block of zeros has a scale of 0 in the normal-float type; the scale of integers is 1 there.
         if floating and not (tensor.isfinite() & ((tensor > 0) | (name == "absmax") & (tensor == 0))).all():
             raise QVLMError(f"plan has scales in {key} that are not positive and finite")
-        # Where several codes share a byte, every value of the byte is valid.
+        # If several codes share a byte, every value of the byte is valid.
         of_codes = name == "zero_points" or (name == "codes" and codes_per_byte(fmt.bits) == 1)
         if of_codes and int(tensor.max()) > largest:
             raise QVLMError(f"plan has a code in {key} that is larger than {largest}, the largest of {fmt.bits} bits")

@@ -1,7 +1,7 @@
 """The cache of plans on disk: each plan is searched once, by one of the processes that need it.
 
-Its key covers all that decides a plan: the model, its topology and prompts, scheme, method, options, calibration data,
-code, and the arithmetic in which the model ran (device, dtype, attention).
+A plan's key covers all that determines it: the model, its topology and prompts, scheme, method, options, calibration
+data, code, and the arithmetic in which the model ran (device, dtype, attention).
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from qvlm_plugin.workspace import Workspace
 
 
 def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: CalibrationSet | None) -> str:
-    """Name of the cached plan: SHA-256 over all that decides it, including the method's own code."""
+    """Name of the cached plan: SHA-256 over all that determines it, including the method's own code."""
     method = request.method
     modules = {"qvlm_plugin", method.options.__module__, *(step.run.__module__ for step in method.steps)}
     packages = sorted({module.partition(".")[0] for module in modules})
@@ -47,13 +47,13 @@ def cache_key(loaded: LoadedModel, request: PlanRequest, calibration: Calibratio
 
 
 def cached_plan(directory: Path, search: Callable[[Workspace], RoundingPlan]) -> RoundingPlan:
-    """The plan in ``directory``; where there is none, or a damaged one, it is searched and stored there.
+    """The plan in ``directory``; if it is missing or damaged, it is searched and stored there.
 
     Meanwhile, other processes that need the same plan wait. The finished steps of an interrupted search stay in
     ``<directory>.steps`` until a later search completes.
 
     Args:
-        directory: of the plan; its name should be a `cache_key`.
+        directory: the plan's folder; its name should be a `cache_key`.
         search: returns the plan, and resumes from the steps that the workspace has.
 
     Raises:

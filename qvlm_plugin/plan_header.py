@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 3
 """The newest format that this version reads. 2 had stored integer codes; 3 has stored codes of both kinds, rotations,
 centered activations, progressive scales and weights clipped by magnitude. Plans without any of these are written as 1,
-which older versions read and apply alike."""
+which older versions read and apply in the same way."""
 
 HEADER, TENSORS = "plan.json", "plan.safetensors"
 """The files of a plan's folder."""
@@ -45,7 +45,7 @@ class ModulePlan(_Record):
         name: full name in the model.
         part: ``vision``, ``projector`` or ``decoder``; ``unused`` for vision blocks that do not affect the output,
             ``other`` for Linears that are never quantized (the language model's head, routers).
-        site: name of the activation quantizer of its input; None where the topology has none.
+        site: name of the activation quantizer of its input; None if the topology has none.
         shape: [out_features, in_features].
         weight, activation: the formats of its weight and its input.
     """
@@ -78,7 +78,7 @@ class Fold(_Record):
         site: the site whose Linears read the producer.
         producer: full name of a norm or Linear.
         head_dim: for a producer with fewer heads than its readers (values under grouped-query attention, where
-            consecutive query heads share a head): the width of a head; None where channels correspond one to one.
+            consecutive query heads share a head): the width of a head; None if channels correspond one to one.
     """
 
     site: str
@@ -99,7 +99,7 @@ class Rotation(_Record):
     Applying the plan multiplies the weights of the site's Linears by it, after folds and before they are rounded:
     ``x Wᵀ = (x R) (W R)ᵀ``. Codes, means and clipping factors in the plan refer to the rotated tensors.
 
-    Where it is ``scaled``, inputs are first divided by the plan's tensor ``<site>/scale`` [channels], and weights
+    If it is ``scaled``, inputs are first divided by the plan's tensor ``<site>/scale`` [channels], and weights
     multiplied by it: ``x Wᵀ = (x S⁻¹ R) (W S R)ᵀ``. Unlike a `Fold`, this needs no module that produces the inputs.
 
     Attributes:
@@ -107,7 +107,7 @@ class Rotation(_Record):
         kind: ``signed`` - R = S (M ⊗ H), see `rotation`.
         outer: order of M.
         block: order of the Hadamard matrix H, a power of two.
-        seed: of the signs S, and of M where it is random.
+        seed: seed of the signs S, and of M if it is random.
         scaled: whether inputs are divided by a scale first.
     """
 
@@ -120,7 +120,7 @@ class Rotation(_Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out ``scaled`` where it is false, so that plans without scales keep their hashes."""
+        """Leave out ``scaled`` if it is false, so that plans without scales keep their hashes."""
         return {name: value for name, value in serialize(self).items() if name != "scaled" or value}
 
     @field_validator("block")
@@ -155,9 +155,9 @@ class CalibrationRecord(_Record):
 
     Attributes:
         source, seed: the source of the documents, and the seed of their draw.
-        digests: of the documents.
+        digests: digests of the documents.
         conv: the prompt format (`LoadedModel.conv`); None in plans that are older than this field.
-        over_context: number of samples with more tokens than `LoadedModel.context`; None where it was not counted.
+        over_context: number of samples with more tokens than `LoadedModel.context`; None if it was not counted.
     """
 
     source: str
@@ -172,7 +172,7 @@ class PlanFacts:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of all that decides the quantized model: model, modules, edits and tensors; not of search times."""
+        """SHA-256 of all that determines the quantized model: model, modules, edits and tensors; not search times."""
         edits: list[Any] = [[fold.model_dump() for fold in self.folds], self.replaced]
         if self.rotations:  # plans without any keep the hashes of older versions
             edits.append([rotation.model_dump() for rotation in self.rotations])
@@ -230,7 +230,7 @@ class PlanFacts:
         return tuple(module.name for module in self.modules if module.site == site)
 
     def rotation_of(self, module: ModulePlan) -> Rotation | None:
-        """The rotation of a Linear's inputs; None where there is none."""
+        """The rotation of a Linear's inputs; None if there is none."""
         return self._rotation_at.get(module.site)
 
     @cached_property
@@ -238,9 +238,9 @@ class PlanFacts:
         return {rotation.site: rotation for rotation in self.rotations}
 
     def effective_bits(self) -> dict[str, dict[str, float]]:
-        """Mean bits of each part's weights (scales and zero points included) and activations, weighted by elements.
+        """Mean bits of each part's weights (scales and zero points included) and activations.
 
-        Both means weigh each Linear by the number of its weights.
+        Both means weight each Linear by the number of its weights.
         """
         table = {}
         for part in (*PARTS, "unused", "other"):
@@ -276,7 +276,7 @@ class PlanHeader(PlanFacts, _Record):
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out ``rotations`` where there are none: older versions refuse that key."""
+        """Leave out ``rotations`` if there are none: older versions refuse that key."""
         content = serialize(self)
         return {name: value for name, value in content.items() if name != "rotations" or value}
 

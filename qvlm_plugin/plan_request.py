@@ -30,7 +30,7 @@ class PlanRequest:
 
     @property
     def batch_size(self) -> int:
-        """Calibration samples per forward pass: the option ``calibration_batch_size``; 1 where the method has none."""
+        """Calibration samples per forward pass: the option ``calibration_batch_size``; 1 if the method has none."""
         return getattr(self.options, "calibration_batch_size", 1)
 
 

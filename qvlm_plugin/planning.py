@@ -29,22 +29,22 @@ def obtain_plan(
     cache: Path | None,
     shard: Shard | None = None,
 ) -> RoundingPlan:
-    """The plan of a request: from the cache where it has one, else searched and stored.
+    """The plan of a request: from the cache if it has one, else searched and stored.
 
     With a cache, an interrupted search resumes.
 
     Args:
         loaded: the model in full precision.
         request: see `check_request`.
-        calibration: the samples; may be None where the request needs none.
+        calibration: the samples; may be None if the request needs none.
         cache: folder of cached plans; None: no cache. Of several processes, only the first reads and writes it.
-        shard: the share of this process, where several search together; None: this process searches alone.
+        shard: this process's share if several search together; None: this process searches alone.
 
     Raises:
-        QVLMError: the model is quantized already, or its family is not supported; see `check_calibration` and `fit`.
+        QVLMError: the model is already quantized, or its family is not supported; see `check_calibration` and `fit`.
     """
     if getattr(loaded.model.config, "quantization_config", None) is not None:
-        raise QVLMError(f"pretrained={loaded.source!r} is quantized already; search on the model in full precision")
+        raise QVLMError(f"pretrained={loaded.source!r} is already quantized; search on the model in full precision")
     topology = plugins.topology_of(loaded)
     check_calibration(request, calibration)
     if not request.needs_calibration:
@@ -86,7 +86,7 @@ def _search(request: PlanRequest, context: SearchContext) -> RoundingPlan:
 
 
 def _count_over_context(loaded: LoadedModel, calibration: EncodedSet) -> int:
-    """The number of samples longer than the model's context; prints a warning where there are any."""
+    """The number of samples longer than the model's context; prints a warning if there are any."""
     if loaded.context is None:
         return 0
     count = sum(length > loaded.context for length in calibration.lengths)
@@ -101,10 +101,10 @@ def _count_over_context(loaded: LoadedModel, calibration: EncodedSet) -> int:
 
 
 def prompt_warning(searched: str | None, loaded: LoadedModel) -> str | None:
-    """A warning where a plan was searched on prompts of another format than ``loaded`` uses; None where it was not.
+    """A warning if a plan was searched on prompts of another format than ``loaded`` uses; else None.
 
     Args:
-        searched: the plan's `CalibrationRecord.conv`; None where it is unknown.
+        searched: the plan's `CalibrationRecord.conv`; None if it is unknown.
         loaded: the model to run.
     """
     if searched in (None, loaded.conv):
@@ -119,13 +119,13 @@ def apply(plan: RoundingPlan, loaded: LoadedModel, backend: str = "reference", s
     """Quantize the loaded model in place by ``plan``, with the kernels of ``backend`` (`backends.kernels`).
 
     Args:
-        plan: made for this model.
+        plan: a plan for this model.
         loaded: the model in full precision.
         backend: the name of a backend.
-        strict: falling back to the reference is an error.
+        strict: whether falling back to the reference is an error.
 
     Returns:
-        Which kernel serves which module.
+        Which kernel runs which module.
 
     Raises:
         QVLMError: see `apply_plan`; or the backend is unknown.

@@ -48,24 +48,24 @@ def create_manager(*plugins: ModuleType | object, entry_points: bool = False) ->
 
 
 class _Broken:
-    """Takes the place of an installed plugin that cannot be imported: its hooks raise the import's error."""
+    """Replaces an installed plugin that cannot be imported: its hooks raise the import's error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
 
     @hooks.hookimpl
     def qvlm_methods(self) -> None:
-        """Raise what importing raised."""
+        """Raise the import's error."""
         raise self.error
 
     @hooks.hookimpl
     def qvlm_topology(self) -> None:
-        """Raise what importing raised."""
+        """Raise the import's error."""
         raise self.error
 
     @hooks.hookimpl
     def qvlm_kernels(self) -> None:
-        """Raise what importing raised."""
+        """Raise the import's error."""
         raise self.error
 
 
@@ -75,7 +75,7 @@ def methods() -> dict[str, Method]:
 
 
 def method(name: str) -> Method:
-    """The method of that name.
+    """The method named ``name``.
 
     Raises:
         QVLMError: there is none.

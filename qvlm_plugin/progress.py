@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line every half minute where the output is a file or a pipe."""
+"""Progress of long work: a bar on a terminal, a line every half minute if the output is a file or a pipe."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -12,20 +12,20 @@ from rich.progress import Progress as Bars
 Item = TypeVar("Item")
 
 LINE_EVERY = 30.0
-"""Seconds between lines where the output is not a terminal."""
+"""Seconds between lines if the output is not a terminal."""
 
 
 class Progress:
     """A progress display on stderr, as a context manager.
 
     Attributes:
-        description: of the work.
+        description: description of the work.
         total: number of steps; None while it is unknown.
-        done: steps done so far.
+        done: number of steps done so far.
     """
 
     def __init__(self, description: str, total: int | None = None, shown: bool = True) -> None:
-        """Nothing is displayed where ``shown`` is false, as in all processes but the first."""
+        """Create the display; nothing is displayed if ``shown`` is false, as in all processes but the first."""
         self.description, self.total, self.done = description, total, 0
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -55,7 +55,7 @@ class Progress:
             self._print_line()
 
     def describe(self, description: str, total: int | None = None) -> None:
-        """Change the description and, where it has become known, the total."""
+        """Change the description and, if it has become known, the total."""
         self.description, self.total = description, total or self.total
         self._bars.update(self._bar, description=description, total=self.total)
 
@@ -72,7 +72,7 @@ class Progress:
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """The items one by one, with a progress display; ``total`` is needed where ``items`` have no length."""
+    """The items one by one, with a progress display; ``total`` is needed if ``items`` have no length."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)
     with Progress(description, total) as progress:

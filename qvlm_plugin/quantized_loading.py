@@ -1,7 +1,7 @@
-"""Quantize a model while its weights are read: no more than one Linear is there in full precision at a time.
+"""Quantize a model while its weights are read: at most one Linear is in full precision at a time.
 
-transformers hands every weight that it reads to a quantizer, one after another; this one applies a rounding plan. The
-result is what `plan.apply_plan` makes of the loaded model.
+transformers passes every weight that it reads to a quantizer, one after another; this quantizer applies a rounding
+plan. The result equals that of `plan.apply_plan` on the loaded model.
 """
 
 from collections.abc import Iterator
@@ -33,18 +33,18 @@ _METHOD = "qvlm-plan"
 
 
 class QuantizeOnLoad(QuantizationConfigMixin):
-    """What `models.loading.load` is to do with the weights that it reads.
+    """How `models.loading.load` quantizes the weights that it reads.
 
     Attributes:
-        plan: made for the model.
+        plan: a plan for the model.
         kernels, strict: see `check_plan`.
-        execution: which kernel serves which module; known once the model is loaded.
+        execution: which kernel runs which module; known once the model is loaded.
     """
 
     execution: Execution
 
     def __init__(self, plan: RoundingPlan, kernels: tuple[Kernel, ...], strict: bool = False) -> None:
-        """Say how to quantize."""
+        """Store how to quantize."""
         self.plan, self.kernels, self.strict = plan, kernels, strict
         self.fingerprint, self.device = "", torch.device("cpu")
         self.quant_method = _METHOD
@@ -53,7 +53,7 @@ class QuantizeOnLoad(QuantizationConfigMixin):
         return self  # transformers copies the configuration that carries it
 
     def to_dict(self) -> dict[str, Any]:
-        """For transformers' messages; it is never saved."""
+        """The configuration for transformers' messages; it is never saved."""
         return {"quant_method": self.quant_method}
 
 
@@ -64,9 +64,11 @@ class _Quantizer(HfQuantizer):
         self.waiting = {module.name: module for module in quantization_config.plan.quantized}
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **more: Any) -> None:
-        how = self.quantization_config
+        config = self.quantization_config
         with _usual_defaults():
-            how.execution = check_plan(how.plan, model, how.fingerprint, how.kernels, how.strict, how.device)
+            config.execution = check_plan(
+                config.plan, model, config.fingerprint, config.kernels, config.strict, config.device
+            )
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **more: Any) -> bool:
         owner, _, parameter = param_name.rpartition(".")
@@ -76,13 +78,15 @@ class _Quantizer(HfQuantizer):
         return _Quantize(self)
 
     def quantize(self, model: PreTrainedModel, name: str, weight: Tensor) -> None:
-        """Make the module that will take the place of a Linear whose weight has come; its bias came before."""
-        how, linear = self.quantization_config, model.get_submodule(name)
+        """Create the replacement of a Linear whose weight has been read; its bias was read before."""
+        config, linear = self.quantization_config, model.get_submodule(name)
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        replace_and_fold(how.plan, {name: linear})
-        module, kernel = self.waiting[name], how.execution.choices[name].kernel
-        self.layers[name] = quantized_linear(module, linear, how.plan.tensors, kernel, how.plan.rotation_of(module))
-        # The Linear stays until loading is over, which looks at its weight once more.
+        replace_and_fold(config.plan, {name: linear})
+        module, kernel = self.waiting[name], config.execution.choices[name].kernel
+        self.layers[name] = quantized_linear(
+            module, linear, config.plan.tensors, kernel, config.plan.rotation_of(module)
+        )
+        # The Linear stays until loading is over, because transformers checks its weight once more.
         linear.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
         linear.weight._is_hf_initialized = True
         trim_heap()
@@ -107,7 +111,7 @@ class _Quantizer(HfQuantizer):
 
 @contextmanager
 def _usual_defaults() -> Iterator[None]:
-    """Tensors are made on the CPU in float32, as outside of transformers' construction of a model."""
+    """A context in which tensors are created on the CPU in float32, as outside of transformers' `from_pretrained`."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

@@ -60,18 +60,18 @@ def round_to_codes(x: Tensor, lower: Tensor, inverse: Tensor, bits: int) -> Tens
 
 
 _SLICE = 2**20
-"""Elements computed at a time on a CPU: 4 MB of float32. The C library allocates larger temporaries anew at every call,
-which costs more than the arithmetic."""
+"""Number of elements computed at a time on a CPU: 4 MB of float32. The C library allocates larger temporaries again at
+every call, which costs more than the arithmetic."""
 
 
 def by_rows(compute: Callable[..., Tensor], x: Tensor, bounds: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     """``compute(x, *bounds)`` in ``dtype``, for functions of single elements or rows; on CPUs some rows at a time.
 
     Args:
-        compute: result in the shape of ``x``.
+        compute: function whose result has the shape of ``x``.
         x: [..., C].
         bounds: [C] or [..., 1]; other shapes that broadcast against ``x`` are computed in one piece.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
     if x.device.type != "cpu" or x.numel() <= _SLICE or torch.compiler.is_compiling():
         return compute(x, *bounds).to(dtype)
@@ -140,9 +140,9 @@ def through_zero(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tenso
     """
     lower, upper = lower.float(), upper.float()
     step, inverse = quantization_step(lower, upper, bits)
-    below = (-lower * inverse).round()
+    zero_code = (-lower * inverse).round()
     inside = (lower < 0) & (upper > 0)
-    return torch.where(inside, -below * step, lower), torch.where(inside, (2**bits - 1 - below) * step, upper)
+    return torch.where(inside, -zero_code * step, lower), torch.where(inside, (2**bits - 1 - zero_code) * step, upper)
 
 
 def token_range(x: Tensor, clip_ratio: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -170,10 +170,10 @@ class IntWeight:
     Attributes:
         codes: uint8 [O, I], 0 to 2^bits - 1.
         scale: [O, G], positive, in the weight's dtype, as in files (`WeightFormat.effective_bits` counts 16 bits);
-            float32 where scales are progressive.
-        zero_point: uint8 [O, G], the code that stands for 0.
+            float32 if scales are progressive.
+        zero_point: uint8 [O, G], the code that represents 0.
         group_size: input channels per group.
-        unit: where scales are progressive: [O, 1], in the weight's dtype; scales are whole multiples of it.
+        unit: if scales are progressive: [O, 1], in the weight's dtype; scales are whole multiples of it.
     """
 
     codes: Tensor
@@ -206,9 +206,9 @@ def quantize_int(
 
     Args:
         weight: [O, I], any floating-point dtype.
-        weight_format: of kind ``int``.
+        weight_format: a format of kind ``int``.
         clip: [O, G] factors in (0, 1] that narrow the groups' ranges; values beyond saturate.
-        scale_dtype: of the scales, to which they are rounded before codes are computed; None: the weight's.
+        scale_dtype: dtype to which scales are rounded before codes are computed; None: the weight's.
     """
     scale_dtype = scale_dtype or weight.dtype
     rows, columns = weight.shape
@@ -252,11 +252,11 @@ def _progressive(scale: Tensor, zero_point: Tensor, levels: int, dtype: torch.dt
 
 
 def int_weight(weight: Tensor, weight_format: WeightFormat, parameters: Mapping[str, Tensor]) -> IntWeight:
-    """A weight as integers: from the plan's codes where the format is ``stored``, else rounded to nearest.
+    """A weight as integers: from the plan's codes if the format is ``stored``, else rounded to nearest.
 
     Args:
         weight: [O, I], after the plan's folds and rotations; its dtype is that of the scales.
-        weight_format: of kind ``int``.
+        weight_format: a format of kind ``int``.
         parameters: the tensors that the format names.
     """
     fmt = weight_format
@@ -300,7 +300,7 @@ def stored_parameters(quantized: "IntWeight | NormalFloatWeight", weight_format:
 
 
 def _pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """``x`` [..., C] padded to a multiple of columns with its last column, which leaves the last group's extremes."""
+    """``x`` [..., C] padded to a multiple of columns with its last column, which keeps the last group's extremes."""
     missing = -x.shape[-1] % multiple
     return torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], dim=-1) if missing else x
 
@@ -325,7 +325,7 @@ class NormalFloatWeight:
 
     Attributes:
         codes: uint8 [O, I], indices into `normal_float_codebook`.
-        absmax: float32 [ceil(O * I / NF_BLOCK)], the block scales; under double quantization as dequantized.
+        absmax: float32 [ceil(O * I / NF_BLOCK)], the block scales; dequantized ones under double quantization.
         bits: width of the codebook.
     """
 
@@ -398,13 +398,13 @@ def quantize_normal_float(
 def normal_float_weight(
     weight: Tensor, weight_format: WeightFormat, parameters: Mapping[str, Tensor], double_quantization: bool
 ) -> NormalFloatWeight:
-    """A weight in normal-float: from the plan's codes where the format is ``stored``, else rounded to nearest.
+    """A weight in normal-float: from the plan's codes if the format is ``stored``, else rounded to nearest.
 
     Args:
         weight: [O, I], after the plan's folds and rotations.
-        weight_format: of kind ``nf``.
+        weight_format: a format of kind ``nf``.
         parameters: the tensors that the format names.
-        double_quantization: whether to quantize the block scales here; a kernel that does it itself passes False.
+        double_quantization: whether to quantize the block scales here; a kernel that does so itself passes False.
     """
     fmt = weight_format
     if not fmt.stored:

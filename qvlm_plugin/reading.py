@@ -57,11 +57,11 @@ def read_json(file: Path) -> Any:
 
 
 @contextmanager
-def parsed_elsewhere(what: str) -> Iterator[None]:
+def parsed_elsewhere(message: str) -> Iterator[None]:
     """A context in which another library reads a file that may be damaged or hostile.
 
     Args:
-        what: the beginning of the message: what cannot be read.
+        message: the beginning of the error message: what cannot be read.
 
     Raises:
         QVLMError: the library raises any exception; it may fail anywhere on values that it does not check.
@@ -71,18 +71,18 @@ def parsed_elsewhere(what: str) -> Iterator[None]:
     except QVLMError:
         raise
     except Exception as error:
-        raise QVLMError(f"{what}: {one_line(error)}") from error
+        raise QVLMError(f"{message}: {one_line(error)}") from error
 
 
 @contextmanager
-def concerning(what: str) -> Iterator[None]:
-    """A context for work on one file or row: unexpected exceptions get the note ``what``."""
+def concerning(note: str) -> Iterator[None]:
+    """A context for work on one file or row, which adds ``note`` to unexpected exceptions."""
     try:
         yield
     except QVLMError:
         raise
     except Exception as error:
-        error.add_note(what)
+        error.add_note(note)
         raise
 
 
@@ -98,8 +98,8 @@ def inside(folder: Path, name: Any, source: str) -> Path:
 
     Args:
         folder: the folder that may be read.
-        name: of the file, from another file's content.
-        source: what names it, for the message.
+        name: name of the file, from another file's content.
+        source: where the name comes from, for the message.
 
     Raises:
         QVLMError: the name is not text, or leads out of the folder.

@@ -1,7 +1,7 @@
 """Register quantized checkpoints and MoE-LLaVA for ``from_pretrained``, without importing transformers.
 
-Each entry in transformers' tables needs one of its modules. If that is imported already, the entry is made at once;
-otherwise an import hook makes it when the module is imported.
+Each entry in transformers' tables needs one of its modules. If this module is already imported, the entry is made at
+once; otherwise an import hook makes it when the module is imported.
 """
 
 import sys

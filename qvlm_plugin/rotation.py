@@ -1,13 +1,13 @@
 """Multiply channels by an orthogonal matrix: a `Rotation` spreads a few massive channels over all.
 
 R = S (M ⊗ H) with a diagonal S of random signs, an orthogonal M of a small order, and a Hadamard matrix H of a power of
-two, divided by √order (QuaRot, Ashkboos et al., 2024). M is a Hadamard matrix, too, wherever one is known: then all
-entries of R have the same magnitude, and a single massive channel becomes two values, which any code of two bits or
+two, divided by √order (QuaRot, Ashkboos et al., 2024). M is a Hadamard matrix, too, if one of its order is known: then
+all entries of R have the same magnitude, and a single massive channel becomes two values, which any code of two bits or
 more represents. Without the signs, the first column of H would turn the mean over channels, which is large after a
 GELU, into a massive channel.
 
-H is a Kronecker product itself, so M ⊗ H is one of small matrices, the factors. Multiplying by each along its axis
-takes K (outer + 16 + …) multiplications for each token instead of K².
+H itself is a Kronecker product, so M ⊗ H is a Kronecker product of small matrices, the factors. Multiplying by each
+along its axis takes K (outer + 16 + …) multiplications for each token instead of K².
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ from qvlm_plugin.plan_header import Rotation
 from qvlm_plugin.quantizers import by_rows, widen
 
 _SINGLE, _FACTOR = 6, 4
-"""H is one matrix up to this power of two; a larger one is split into matrices of about this power. 600 tokens on two
-threads with AVX-512: of 4,096 channels 2.7 ms with factors of 64 x 64, 2.0 ms with 16 x 16 x 16; of 11,008 12.6 ms with
-172 x 64, 14.3 ms with 172 x 8 x 8."""
+"""Up to the first power of two, H is one matrix; a larger H is split into matrices of about the second power (measured
+with 600 tokens on two threads with AVX-512: 4,096 channels 2.7 ms with factors of 64 x 64, 2.0 ms with 16 x 16 x 16;
+11,008 channels 12.6 ms with 172 x 64, 14.3 ms with 172 x 8 x 8)."""
 
 _LARGEST_OUTER = 512
-"""Largest order of M as a Hadamard matrix; where only a larger one exists, M is a random matrix of the odd part."""
+"""Largest order of M as a Hadamard matrix; if only a larger one exists, M is a random matrix of the odd part."""
 
 
 def rotation_of(site: str, channels: int, seed: int = 0) -> Rotation:
     """The rotation of a site with ``channels`` input channels.
 
-    M is the smallest Hadamard matrix that fits (576 = 36 * 16, 11008 = 172 * 64); where there is none, a random
-    orthogonal matrix whose order is the odd part of ``channels`` (4304 = 269 * 16).
+    M is the smallest Hadamard matrix that fits (576 = 36 * 16, 11008 = 172 * 64); if there is none, a random orthogonal
+    matrix whose order is the odd part of ``channels`` (4304 = 269 * 16).
     """
     odd = channels // (channels & -channels)
     outer = odd
@@ -72,7 +72,7 @@ def _outer(order: int, generator: torch.Generator) -> Tensor:
 
 
 def scaled(factors: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
-    """The `factors` of ``diag(scale) R``, for a scale [K]; the scale costs nothing, as it is merged into the signs."""
+    """The `factors` of ``diag(scale) R``, for a scale [K]; it costs nothing, because it is merged into the signs."""
     signs, *matrices = factors
     return [signs * scale.to(signs), *matrices]
 
@@ -103,8 +103,8 @@ def _multiplied(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     product, after = x, x.shape[-1]
     for matrix in matrices:
         matrix, size, after = matrix.to(product.dtype), len(matrix), after // len(matrix)
-        # One product where the axis is the last; otherwise one for each token and index of the axes before it. If there
-        # is only one of these, a product of two matrices starts faster than a batch of one.
+        # One product if the axis is the last; otherwise one for each token and index of the axes before it. If there is
+        # only one of these, a product of two matrices starts faster than a batch of one.
         if after == 1:
             product = product.reshape(-1, size) @ matrix
         else:

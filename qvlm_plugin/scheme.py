@@ -50,7 +50,7 @@ class Scheme:
         """Read ``"w4a4"`` or ``"w4a4+vision:w8a8"``.
 
         Raises:
-            QVLMError: the text does not parse, names an unknown part, or asks for a width outside 2-8 and 16.
+            QVLMError: the text does not parse, names an unknown part, or has a width outside 2-8 and 16.
         """
         default, *overrides = re.split(r"[+,]", str(text).strip().lower())
         widths = dict.fromkeys(PARTS, _parse_widths(default, text))

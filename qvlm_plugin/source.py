@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def source_commit(root: Path = Path(__file__).parents[1], package: str = "qvlm_plugin") -> str | None:
-    """The commit of the running source, with the suffix ``-dirty`` where files differ from it; None where unknown.
+    """The commit of the running source, with the suffix ``-dirty`` if files differ from it; None if unknown.
 
     It is known for a git checkout, and for an installation by pip from a git address.
 

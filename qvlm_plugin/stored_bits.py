@@ -1,7 +1,7 @@
-"""How many bits a checkpoint that another program quantized has, read from the modules that its quantizer made.
+"""The bits of a checkpoint that another program quantized, read from the modules that its quantizer created.
 
-transformers' quantizers put modules of their own in the place of Linears, or leave Linears and note their scheme. What
-is counted is what is stored: codes, 16-bit scales and zero points, as `formats` counts for this package's own.
+transformers' quantizers replace Linears by their own modules, or keep Linears and note their scheme. Stored bits are
+counted: codes, 16-bit scales and zero points, as `formats` counts them for this package's own weights.
 """
 
 import hashlib
@@ -21,24 +21,24 @@ from qvlm_plugin.scheme import PARTS, UNQUANTIZED
 from qvlm_plugin.topology import ORDER, Topology, resolve
 
 UNKNOWN = "unknown"
-"""What is known of the samples that another program calibrated on."""
+"""The recorded source of the calibration samples of another program."""
 
 _SCALE_BITS = 16
 
 Shape = tuple[int, int]
-"""Of a weight: [out_features, in_features]."""
+"""Shape of a weight: [out_features, in_features]."""
 
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A Linear as a quantizer of transformers left it.
+    """A Linear as stored by a quantizer of transformers.
 
     Attributes:
-        weight: bits of a weight with its scales and zero points.
-        bits: of a code alone; 16 where it is not quantized.
-        activation: bits of an input's element as it is multiplied; 16 where it is not rounded.
-        shape: of the weight.
-        kernel: what multiplies by it.
+        weight: bits of a weight, including its share of scales and zero points.
+        bits: bits of a code alone; 16 if the weight is not quantized.
+        activation: bits of an input's element in the product; 16 if inputs are not rounded.
+        shape: shape of the weight.
+        kernel: name of the kernel that computes the product.
     """
 
     weight: float
@@ -49,12 +49,12 @@ class StoredLinear:
 
     @property
     def elements(self) -> int:
-        """Weights."""
+        """Number of weights."""
         return math.prod(self.shape)
 
 
 def stored_linear(module: nn.Module) -> StoredLinear | None:
-    """What a module stores; None for a module that is neither a Linear nor in the place of one."""
+    """What a module stores; None if it is neither a Linear nor the replacement of one."""
     for read in _READERS:
         if (found := read(module)) is not None:
             return found
@@ -62,16 +62,16 @@ def stored_linear(module: nn.Module) -> StoredLinear | None:
 
 
 def stored_linears(model: nn.Module) -> dict[str, StoredLinear]:
-    """All of a model's, by the names of their modules."""
-    return {name: found for name, one in model.named_modules() if (found := stored_linear(one)) is not None}
+    """The stored Linears of a model, by the names of their modules."""
+    return {name: found for name, module in model.named_modules() if (found := stored_linear(module)) is not None}
 
 
 def stored_facts(model: PreTrainedModel, topology: Topology, method: str) -> dict[str, Any]:
-    """Of a model that another program quantized, what a plan's facts tell of one that this package did.
+    """Facts about a model that another program quantized, with the keys of a plan's facts.
 
     Args:
-        model: with its weights.
-        topology: of the model.
+        model: the model with its weights.
+        topology: its topology.
         method: the ``quant_method`` of its configuration.
     """
     linears = stored_linears(model)
@@ -99,14 +99,16 @@ def stored_facts(model: PreTrainedModel, topology: Topology, method: str) -> dic
 
 
 def stored_kernels(model: nn.Module) -> dict[str, int]:
-    """How many quantized modules each kernel serves."""
-    quantized = [one for one in stored_linears(model).values() if one.bits < UNQUANTIZED]
-    return dict(Counter(one.kernel for one in quantized).most_common())
+    """How many quantized modules each kernel runs."""
+    quantized = [linear for linear in stored_linears(model).values() if linear.bits < UNQUANTIZED]
+    return dict(Counter(linear.kernel for linear in quantized).most_common())
 
 
-def _mean(linears: list[StoredLinear], what: str) -> float:
-    """Over all weights."""
-    return sum(getattr(one, what) * one.elements for one in linears) / sum(one.elements for one in linears)
+def _mean(linears: list[StoredLinear], attribute: str) -> float:
+    """The mean of an attribute over all weights."""
+    return sum(getattr(linear, attribute) * linear.elements for linear in linears) / sum(
+        linear.elements for linear in linears
+    )
 
 
 def _scheme(by_part: Mapping[str, list[StoredLinear]]) -> str:
@@ -114,21 +116,21 @@ def _scheme(by_part: Mapping[str, list[StoredLinear]]) -> str:
     widths = {}
     for part in (part for part in PARTS if part in by_part):
         counts: Counter[str] = Counter()
-        for one in by_part[part]:
-            counts[f"w{one.bits}a{one.activation}"] += one.elements
+        for linear in by_part[part]:
+            counts[f"w{linear.bits}a{linear.activation}"] += linear.elements
         widths[part] = counts.most_common(1)[0][0]
     decoder = widths.pop("decoder")
     return "+".join([decoder, *(f"{part}:{width}" for part, width in sorted(widths.items()) if width != decoder)])
 
 
 def _parts(model: PreTrainedModel, topology: Topology) -> Callable[[str], str]:
-    """The part of a Linear by its name, as plans tell it."""
+    """A function that gives the part of a Linear by its name, as in plans."""
     sites = {name: site.part for site in resolve(topology, empty_model(model.config)) for name in site.linears}
     paths = tuple(f"{path}." for part in ORDER for path in topology.paths(part))
     return lambda name: sites.get(name) or ("unused" if name.startswith(paths) else "other")
 
 
-# What quantizers leave behind.
+# Readers of the modules that quantizers create.
 
 
 def _compressed_tensors(module: nn.Module) -> StoredLinear | None:

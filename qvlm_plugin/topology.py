@@ -24,7 +24,7 @@ class Group:
     Attributes:
         linears: names relative to the block.
         producer: the norm or Linear whose output channels the group reads, into which per-channel scales can be folded;
-            None where an activation function or attention comes between them.
+            None if an activation function or attention comes between them.
     """
 
     linears: tuple[str, ...]
@@ -36,11 +36,11 @@ class Stack:
     """A list of blocks.
 
     Attributes:
-        blocks: path of the ModuleList, relative to the part; empty when the part is itself the one block.
-        groups: the Linears of the blocks, in the order of the computation. Blocks may differ: one has a group or not.
+        blocks: path of the ModuleList, relative to the part; empty if the part itself is the only block.
+        groups: the Linears of the blocks, in the order of the computation. A block may lack a group.
         kept: Linears that stay in the compute type whatever the scheme says (routers, a unit matrix).
-        depth: of the tower, how many blocks, from the bottom, the output depends on; None: as many as the
-            configuration's ``vision_feature_layer`` says, all where it says nothing.
+        depth: for the tower, the number of blocks, from the bottom, that the output depends on; None: as many as the
+            configuration's ``vision_feature_layer`` needs, or all if it has none.
     """
 
     blocks: str
@@ -57,7 +57,7 @@ class Topology:
         vision_path, projector_path, decoder_path: attribute paths of the parts, from the top of the model. A model with
             several projectors, each of which reads its own features, has a tuple of paths; the path of a ModuleList
             stands for all of its members.
-        vision, projector, decoder: the blocks of each part; several projectors are alike.
+        vision, projector, decoder: the blocks of each part; several projectors have the same structure.
     """
 
     vision_path: str
@@ -88,7 +88,7 @@ class Site:
         part: ``vision``, ``projector`` or ``decoder``.
         block: index of the block in its part.
         linears: full names of the Linears that read its input.
-        producer: full name of the module that writes its input; None where no scales can be folded into that.
+        producer: full name of the module that writes its input; None if no scales can be folded into it.
         expert: full name of the expert that it belongs to, which sees only some of the tokens; None outside experts.
     """
 
@@ -168,7 +168,7 @@ def require_only_linears(path: str, block: nn.Module) -> None:
     """Check that a block has no weights of other kinds that are multiplied: experts in one Parameter.
 
     Raises:
-        QVLMError: it has; ``path`` names the block.
+        QVLMError: the block, named by ``path``, has such weights.
     """
     for name, parameter in block.named_parameters():
         owner = block.get_submodule(name.rpartition(".")[0])
@@ -187,12 +187,12 @@ def _sites(topology: Topology, model: PreTrainedModel, part: str) -> Iterator[Si
         undescribed = linears.keys() - set(stack.kept)
         for group in stack.groups:
             for expert in _members(group, linears):
-                one = _of_expert(group, expert)
-                if absent := set(one.linears) - linears.keys():
+                own = _of_expert(group, expert)
+                if absent := set(own.linears) - linears.keys():
                     raise QVLMError(f"{path}: the topology and the model differ in their Linear layers: {min(absent)}")
-                undescribed -= set(one.linears)
-                names = tuple(f"{path}.{name}" for name in one.linears)
-                producer = f"{path}.{one.producer}" if one.producer else None
+                undescribed -= set(own.linears)
+                names = tuple(f"{path}.{name}" for name in own.linears)
+                producer = f"{path}.{own.producer}" if own.producer else None
                 owner = f"{path}.{group.linears[0].partition('*')[0]}{expert}" if expert else None
                 yield Site(names[0], part, index, names, producer, owner)
         if undescribed:
@@ -201,7 +201,7 @@ def _sites(topology: Topology, model: PreTrainedModel, part: str) -> Iterator[Si
 
 
 def _members(group: Group, linears: Mapping[str, nn.Linear]) -> list[str]:
-    """The indices of a block's experts that have the group's Linears; [""] for a group outside experts; empty where the
+    """The indices of a block's experts that have the group's Linears; [""] for a group outside experts; empty if the
     block has none of the group's Linears."""
     if "*" not in group.linears[0]:
         return [""] if linears.keys() & set(group.linears) else []

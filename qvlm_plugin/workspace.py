@@ -20,7 +20,7 @@ class Workspace:
     """A folder of finished steps, each an atomically written safetensors file.
 
     Attributes:
-        folder: of one search only, so its name should be a hash of all that decides the search. None: keep nothing.
+        folder: folder of one search only, named by a hash of all that determines the search. None: keep nothing.
     """
 
     folder: Path | None = None
@@ -35,7 +35,7 @@ class Workspace:
         write_file(self.folder / f"{step}.safetensors", blob)
 
     def recall(self, step: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """The outcome of a stored step; None where there is none, or it is damaged."""
+        """The outcome of a stored step; None if it is missing or damaged."""
         file = self.folder and self.folder / f"{step}.safetensors"
         if not file or not file.is_file():
             return None

@@ -376,7 +376,7 @@ def test_the_harness_runs_a_folder_with_identical_answers(source, tmp_path, cali
             QVLMChat(pretrained=str(tmp_path / "x"), **more, **common)
     with pytest.raises(QVLMError, match=r"strict=true: model\.multi_modal_projector"):
         QVLMChat(pretrained=str(tmp_path / "x"), strict=True, **common)
-    with pytest.raises(QVLMError, match="quantized already; search on"):
+    with pytest.raises(QVLMError, match="already quantized; search on"):
         plan_of(load(str(tmp_path / "x")), calibration)
     with pytest.raises(QVLMError, match="device_map='offload' is for searches"):
         load(str(tmp_path / "x"), device_map="offload")
@@ -393,7 +393,7 @@ def test_the_command_writes_a_folder(source, tmp_path):
     assert lines[-1] == str(tmp_path / "x") and "by kernel: int4" in lines[-2]
     assert load(str(tmp_path / "x")).prompt == "vicuna_v1"
     converted = CliRunner().invoke(app, ["convert", str(tmp_path / "x"), str(tmp_path / "y")])
-    assert converted.exit_code == 2 and "is quantized already; convert takes" in converted.output
+    assert converted.exit_code == 2 and "is already quantized; convert takes" in converted.output
     again = run(*common, "--method", "rtn", "--scheme", "w4a16")
     assert again.exit_code == 2 and "exists and is not an empty folder" in again.output
     neither = run(tmp_path / "y", "--pretrained", source)
@@ -425,7 +425,7 @@ def test_the_command_uploads_the_folder_and_states_scores(source, tmp_path, monk
     refused = run(tmp_path / "x", "--push-to-hub", "others/x")
     assert refused.exit_code == 2 and not (tmp_path / "x").exists()  # before anything is loaded
     assert refused.stderr.strip().endswith(
-        "--push-to-hub others/x: the hub does not take it (log in with hf auth login): 403 Forbidden: you may not"
+        "--push-to-hub others/x: the hub refuses it (log in with hf auth login): 403 Forbidden: you may not"
     )
     done = run(tmp_path / "x", "--push-to-hub", "me/x")
     assert done.exit_code == 0, done.output

@@ -64,7 +64,7 @@ def _compare_on(grid: str) -> Callable[..., None]:
     def command(**given: Any) -> None:
         compare(grid=Path(grid), **given)
 
-    parameters = [one for one in signature(compare).parameters.values() if one.name != "grid"]
+    parameters = [parameter for parameter in signature(compare).parameters.values() if parameter.name != "grid"]
     command.__signature__ = signature(compare).replace(parameters=parameters)
     command.__doc__ = f"""{_GRIDS[grid]}
 

@@ -41,19 +41,21 @@ def advise(
 
     runs = [run for path in paths for run in read_samples(path)]
     runs = [*{run.file.resolve(): run for run in runs}.values()]
-    choices, trouble = find_choices(runs, metric)
-    for line in trouble:
+    choices, problems = find_choices(runs, metric)
+    for line in problems:
         typer.echo(line, err=True)
     if not choices:
         raise QVLMError("no quantized run can be compared with full precision (method=none) of the same checkpoint")
     models = list(dict.fromkeys(choice.model for choice in choices))
-    sentences = {name: advice([one for one in choices if one.model == name], budget, tolerance) for name in models}
+    sentences = {
+        name: advice([choice for choice in choices if choice.model == name], budget, tolerance) for name in models
+    }
     if as_json:
         rows = [choice.row(tolerance) for choice in choices]
         typer.echo(json.dumps({"choices": rows, "advice": sentences}, indent=1, allow_nan=False))
         return
     for name in models:
-        own = [one for one in choices if one.model == name]
+        own = [choice for choice in choices if choice.model == name]
         if len(models) > 1:
             typer.echo(f"{name}:\n")
         print_grid(choices_grid(own, tolerance), markdown)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Union, get_args, get_origin
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from qvlm_plugin.methods.base import shown
+from qvlm_plugin.methods.base import option_text
 from qvlm_plugin.methods.options import MethodOptions
 
 if TYPE_CHECKING:
@@ -62,24 +62,24 @@ def reference(arguments: "type[BaseModel]", methods: "Mapping[str, Method]", com
 
     Args:
         arguments: the model's arguments.
-        methods: by name.
+        methods: methods by name.
         command: the command line with its sub-commands.
     """
     return _PAGE.format(
         arguments=_options_table(arguments),
         options=_options_table(MethodOptions),
-        methods="\n\n".join(_of_method(method) for _, method in sorted(methods.items())),
-        commands="\n".join(_of_commands(command, "qvlm")),
+        methods="\n\n".join(_method_section(method) for _, method in sorted(methods.items())),
+        commands="\n".join(_command_sections(command, "qvlm")),
     )
 
 
-def _of_method(method: "Method") -> str:
+def _method_section(method: "Method") -> str:
     text = f"### {method.name}\n\n{method.summary[0].upper()}{method.summary[1:]}."
     if not method.options.model_fields:
         return f"{text} No options."
     preset, own = method.preset()
     if preset:
-        text += f" Its defaults: {', '.join(f'`{name}={shown(value)}`' for name, value in preset.items())}."
+        text += f" Its defaults: {', '.join(f'`{name}={option_text(value)}`' for name, value in preset.items())}."
     return f"{text}\n\n{_options_table(method.options, own)}" if own else text
 
 
@@ -108,7 +108,7 @@ def _values(field: "FieldInfo") -> str:
     """Allowed values of a field: words, or a kind of number and its bounds."""
     kind = field.annotation
     if get_origin(kind) in (Union, types.UnionType):
-        kind = next(one for one in get_args(kind) if one is not type(None))
+        kind = next(member for member in get_args(kind) if member is not type(None))
     if get_origin(kind) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(kind))
     if kind is bool:
@@ -131,13 +131,13 @@ def _default(field: "FieldInfo") -> str:
         return ""
     if field.default is None:
         return "–"
-    return f"`{shown(field.default)}`"
+    return f"`{option_text(field.default)}`"
 
 
-def _of_commands(command: TyperCommand | TyperGroup, path: str) -> Iterator[str]:
+def _command_sections(command: TyperCommand | TyperGroup, path: str) -> Iterator[str]:
     if isinstance(command, TyperGroup):
         for name in sorted(command.commands):
-            yield from _of_commands(command.commands[name], f"{path} {name}")
+            yield from _command_sections(command.commands[name], f"{path} {name}")
         return
     positional = [parameter for parameter in command.params if isinstance(parameter, TyperArgument)]
     options = [parameter for parameter in command.params if isinstance(parameter, TyperOption)]
@@ -146,7 +146,7 @@ def _of_commands(command: TyperCommand | TyperGroup, path: str) -> Iterator[str]
     yield f"### {usage}\n\n{summary}\n"
     if example:
         yield f"```bash\n{example}\n```\n"
-    rows = [(f"`{max(option.opts, key=len)}`", _of_option(option), option.help or "") for option in options]
+    rows = [(f"`{max(option.opts, key=len)}`", _option_default(option), option.help or "") for option in options]
     if rows:
         yield _table(("option", "default", "meaning"), rows) + "\n"
 
@@ -156,7 +156,7 @@ def _usage_of(argument: TyperArgument) -> str:
     return name if argument.required else f"[{name}]"
 
 
-def _of_option(option: TyperOption) -> str:
+def _option_default(option: TyperOption) -> str:
     if option.required:
         return "required"
     unset = option.default is None or option.default is False or option.default in ("", [], ())

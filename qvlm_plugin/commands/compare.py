@@ -90,7 +90,7 @@ def compare(
     request = {"partition": partition, "gpus": gpus, "time": time, "memory": memory}
     given |= {"cluster": _request(executor, devices, request)}
     compared_grid = read_grid(grid, given | {"model_args": pairs(model_args.split(",")) if model_args else None})
-    runs, cuda_devices = [one.cell for one in cells(compared_grid)], _names(devices) or ()
+    runs, cuda_devices = [grid_cell.cell for grid_cell in cells(compared_grid)], _names(devices) or ()
     jobs = jobs or (len(runs) if executor == "slurm" else max(1, len(cuda_devices)))
     setting = Setting(output, data, batch_size, processes, jobs=jobs, devices=cuda_devices, keep_going=keep_going)
     if data is not None and not data.is_dir():
@@ -107,15 +107,15 @@ def compare(
     submitted = executor and Jobs(executor, compared_grid.cluster, setting)
     make_folder(output)
     outcomes = run_cells(runs, setting, compared_grid.metric, jobs=submitted)
-    compared, trouble = compare_outcomes(compared_grid, outcomes)
+    compared, problems = compare_outcomes(compared_grid, outcomes)
     if not compared:
-        raise QVLMError(f"no run can be compared: {trouble[0]}")
-    report = compare_report(compared_grid, compared, trouble, command_line())
+        raise QVLMError(f"no run can be compared: {problems[0]}")
+    report = compare_report(compared_grid, compared, problems, command_line())
     typer.echo(report.write(output))
     for sentence in report.verdicts:
         typer.echo(sentence)
-    if trouble:
-        raise QVLMError(f"{len(trouble)} runs are missing; the same command runs them again: {trouble[0]}")
+    if problems:
+        raise QVLMError(f"{len(problems)} runs are missing; the same command runs them again: {problems[0]}")
 
 
 def _request(executor: str | None, devices: str | None, flags: dict[str, Any]) -> dict[str, Any]:

@@ -77,8 +77,8 @@ def run(
 
     Example: qvlm demo run demo-results --limit 200
     """
-    # Read when the hub's client and torch are imported, here and by the harness. The demo needs nothing from the hub,
-    # and threads that wait actively are slow if the machine has other work.
+    # The hub's client and torch read these when they are imported, here and by the harness. The demo needs nothing from
+    # the hub, and threads that wait actively are slow if the machine has other work.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from qvlm_plugin.demo.data import write_mirrors
@@ -92,22 +92,22 @@ def run(
     calibration, device = f"{CALIBRATION}:{samples}", default_device()
     shared = {"dtype": dtype, "backend": backend}
     todo = [_Run.parse(name, {"calibration": calibration, "seed": str(seed)}, shared) for name in runs.split(",")]
-    steps = _Steps(2 + sum(1 + one.request.needs_calibration for one in todo))
+    steps = _Steps(2 + sum(1 + planned.request.needs_calibration for planned in todo))
     setting = Setting(output.resolve(), folder, BATCH_SIZE, processes)
     with steps.take("build the small LLaVA: SmolLM2-135M, a DINOv2-S tower and the trained bridge"):
         build_model(None)
     with steps.take(f"write stand-in data in the schemas of ScienceQA, VizWiz-VQA and VQAv2 to {folder}"):
         write_mirrors(folder)
     found = []
-    for one in todo:
-        if one.request.needs_calibration:
-            with steps.take(f"{one.name}: search a plan on {samples} calibration samples"), working_in(folder):
+    for planned in todo:
+        if planned.request.needs_calibration:
+            with steps.take(f"{planned.name}: search a plan on {samples} calibration samples"), working_in(folder):
                 checkpoint = opened("demo", dtype, device)
-                requests, placement = {one.name: one.request}, {"dtype": dtype, "device": device}
+                requests, placement = {planned.name: planned.request}, {"dtype": dtype, "device": device}
                 _, plans = obtain_plans(requests, calibration, None, seed, checkpoint, **placement)
-            plans[one.name].save(setting.output / one.name / "plan")
-        with steps.take(f"{one.name}: evaluate {limit} documents of each of {', '.join(TASKS)}"):
-            (outcome,) = run_cells([Cell(one.name, one.model_args, TASKS, limit)], setting, METRIC)
+            plans[planned.name].save(setting.output / planned.name / "plan")
+        with steps.take(f"{planned.name}: evaluate {limit} documents of each of {', '.join(TASKS)}"):
+            (outcome,) = run_cells([Cell(planned.name, planned.model_args, TASKS, limit)], setting, METRIC)
             found.append(outcome.results)
     print_grid(results_grid(read_results(found)))
     typer.echo("\n".join(_verdicts(found)))
@@ -132,7 +132,7 @@ class _Run:
         """Parse a run's name.
 
         Args:
-            name: as typed by the user.
+            name: the name as typed by the user.
             calibration: arguments of runs that need calibration.
             shared: arguments of all runs.
 

@@ -17,29 +17,29 @@ from qvlm_plugin.report.runs import Setting, command, finished_cells
 def dry_run_lines(grid: CompareGrid, setting: Setting) -> list[str]:
     """A line for each run with its results or its estimated costs, then the total and the basis of the estimates."""
     runs = cells(grid)
-    finished, past = finished_cells([one.cell for one in runs], setting.output), finished_runs(setting.output)
-    left = [one for one in runs if one.cell.name not in finished]
+    finished, past = finished_cells([run.cell for run in runs], setting.output), finished_runs(setting.output)
+    left = [run for run in runs if run.cell.name not in finished]
     memory = _memory(grid, setting, left)
     lines, times, plans = [], [], set()
-    for one in runs:
-        if one.cell.name in finished:
-            lines.append(f"{one.cell.name}: finished: {finished[one.cell.name]}")
+    for run in runs:
+        if run.cell.name in finished:
+            lines.append(f"{run.cell.name}: finished: {finished[run.cell.name]}")
         else:
-            time = estimate(one.cell, one.seed is not None and _plan(one) not in plans, past)
-            costs = f"{_time_text(time)}, {_memory_text(memory[_kind(one)])}"
-            lines.append(f"{one.cell.name}: {costs}: {' '.join(command(one.cell, setting))}")
+            time = estimate(run.cell, run.seed is not None and _plan(run) not in plans, past)
+            costs = f"{_time_text(time)}, {_memory_text(memory[_kind(run)])}"
+            lines.append(f"{run.cell.name}: {costs}: {' '.join(command(run.cell, setting))}")
             times.append(time)
-        plans.add(_plan(one))
+        plans.add(_plan(run))
     lines += ["", f"{len(runs)} runs, {len(finished)} of them finished"]
     return lines + (_time_lines(times, setting.jobs) + _memory_lines(list(memory.values())) if left else [])
 
 
-def _plan(one: GridCell) -> tuple:
-    return *_kind(one), one.seed
+def _plan(run: GridCell) -> tuple:
+    return *_kind(run), run.seed
 
 
-def _kind(one: GridCell) -> tuple[str, str, str]:
-    return one.model, one.method, one.scheme
+def _kind(run: GridCell) -> tuple[str, str, str]:
+    return run.model, run.method, run.scheme
 
 
 def _time_text(time: Estimate) -> str:
@@ -49,16 +49,16 @@ def _time_text(time: Estimate) -> str:
 
 
 def _time_lines(times: Sequence[Estimate], jobs: int) -> list[str]:
-    known = sum((one.evaluation or 0) + (one.search or 0) for one in times) / jobs
-    partly = any(None in (one.evaluation, one.search) for one in times)
+    known = sum((time.evaluation or 0) + (time.search or 0) for time in times) / jobs
+    partly = any(None in (time.evaluation, time.search) for time in times)
     text = f"about {duration(known)}" + " plus unknown parts" * partly if known else "unknown"
     lines = [f"time: {text}" + (f", {jobs} runs at a time" if known and jobs > 1 else "")]
-    for basis, count in Counter(one.basis for one in times).items():
+    for basis, count in Counter(time.basis for time in times).items():
         source = f"from finished {basis}" if basis else "unknown, no run of the same model on its task is finished"
         lines.append(f"- evaluation of {count} runs: {source}")
-    if unknown := sum(one.search is None for one in times):
+    if unknown := sum(time.search is None for time in times):
         lines.append(f"- {unknown} searches: unknown, no run of the same model, method and scheme is finished")
-    if found := sum(bool(one.search) for one in times):
+    if found := sum(bool(time.search) for time in times):
         lines.append(f"- {found} searches: from finished runs of the same method; cached plans take no time")
     return lines
 
@@ -67,15 +67,15 @@ def _memory(grid: CompareGrid, setting: Setting, runs: Sequence[GridCell]) -> di
     """The runs' memory by model, method and scheme; an error's text if it cannot be computed."""
     found: dict[tuple, Memory | str] = {}
     skeleton = cache(lambda **opening: open_skeleton(opening))
-    for one in runs:
-        if _kind(one) not in found:
-            arguments = one.cell.model_args
+    for run in runs:
+        if _kind(run) not in found:
+            arguments = run.cell.model_args
             try:
                 with working_in(setting.directory):
                     model = skeleton(**opening_of(arguments))
-                    found[_kind(one)] = run_memory(model, arguments, grid.request(one.method, one.scheme))
+                    found[_kind(run)] = run_memory(model, arguments, grid.request(run.method, run.scheme))
             except QVLMError as error:
-                found[_kind(one)] = str(error)
+                found[_kind(run)] = str(error)
     return found
 
 
@@ -87,10 +87,12 @@ def _memory_text(memory: Memory | str) -> str:
 
 
 def _memory_lines(found: Sequence[Memory | str]) -> list[str]:
-    known = [one for one in found if isinstance(one, Memory)]
-    lines = [f"memory: {error}" for error in dict.fromkeys(one for one in found if isinstance(one, str))]
+    known = [memory for memory in found if isinstance(memory, Memory)]
+    lines = [f"memory: {error}" for error in dict.fromkeys(memory for memory in found if isinstance(memory, str))]
     if known:
-        lines.append(f"memory: at most {max(max(one.search, one.evaluation) for one in known) / 1e9:.1f} GB a run")
+        lines.append(
+            f"memory: at most {max(max(memory.search, memory.evaluation) for memory in known) / 1e9:.1f} GB a run"
+        )
         lines.append(
             f"- search: by the formula of docs/performance.md, for {TOKENS} tokens in the longest sample; "
             "evaluation: 1.2 times the weights; packages and data need more"

@@ -98,8 +98,8 @@ def export(
     from qvlm_plugin.models.loading import load_weights
     from qvlm_plugin.plan import RoundingPlan
     from qvlm_plugin.plan_request import check_request
+    from qvlm_plugin.report.card_scores import add_evaluation
     from qvlm_plugin.report.results import read_results
-    from qvlm_plugin.report.stating import add_evaluation
 
     if (plan is None) == (method is None):
         raise QVLMError("give either --plan DIR (a saved plan) or --method NAME (to search one now)")

@@ -112,4 +112,6 @@ def _errors(
     layer_wise = obtain_plan(model, request, samples, cache_root() / "plans")
     unseen = unseen_samples(unseen_samples(others, plan), layer_wise)
     plans = {"layer-wise (max_depth 1)": layer_wise, f"joint (max_depth {depth})": plan}
-    return error_figure(plan, {name: layer_errors(model, one, unseen, batch_size) for name, one in plans.items()})
+    return error_figure(
+        plan, {name: layer_errors(model, searched, unseen, batch_size) for name, searched in plans.items()}
+    )

@@ -36,7 +36,7 @@ def run_together(processes: int, arguments: Sequence[str]) -> int:
             codes = [child.poll() for child in children]
             if failed := [code for code in codes if code]:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    children[0].wait(10)  # it gets the failure too, and prints it
+                    children[0].wait(10)  # the first process also gets the failure, and prints it
                 return failed[0]
             if all(code == 0 for code in codes):
                 return 0

@@ -141,7 +141,7 @@ def opened(
 
     Args:
         pretrained, opening: see `open_checkpoint`.
-        dtype, device: of the model that will be loaded.
+        dtype, device: compute type and device of the model that will be loaded.
         topology: ``described`` by a plugin, or ``traced``; None if it is not needed.
     """
     from qvlm_plugin.models.loading import open_checkpoint

@@ -117,7 +117,7 @@ def mirrors() -> list[Mirror]:
 
 
 def _scienceqa(**pools: Sequence[Question]) -> Mirror:
-    """As in ScienceQA, the -IMG configuration is the part of -FULL that has images."""
+    """ScienceQA's mirror; as in ScienceQA, the -IMG configuration is the part of -FULL that has images."""
     counts = {"train": (600, 400), "validation": (300, 200), "test": (1500, 1000)}  # with image, text-only
     splits: dict[tuple[str, str], Sequence[Document]] = {}
     for split, pool in pools.items():
@@ -133,9 +133,9 @@ def _scienceqa(**pools: Sequence[Question]) -> Mirror:
 
 def _vizwiz(pool: Sequence[Question]) -> Mirror:
     rng = random.Random("vizwiz")
-    asked = _sample(pool, 2500, rng)
+    drawn = _sample(pool, 2500, rng)
     splits = {}
-    for split, questions in {"val": asked[:2000], "test": asked[2000:]}.items():
+    for split, questions in {"val": drawn[:2000], "test": drawn[2000:]}.items():
         documents = []
         for index, question in enumerate(questions):
             number = index + FIRST_EMPTY[split]
@@ -147,12 +147,12 @@ def _vizwiz(pool: Sequence[Question]) -> Mirror:
 
 
 def _vqav2(pool: Sequence[Question]) -> Mirror:
-    asked = [vqav2(question, index) for index, question in enumerate(_sample(pool, 3000, random.Random("vqav2")))]
+    documents = [vqav2(question, index) for index, question in enumerate(_sample(pool, 3000, random.Random("vqav2")))]
     secret = dict.fromkeys(("question_type", "multiple_choice_answer", "answers", "answer_type"))
     splits = {
-        ("default", "validation"): asked[:2000],
-        ("default", "testdev"): [doc | secret for doc in asked[2000:2500]],
-        ("default", "test"): [doc | secret for doc in asked[2500:]],
+        ("default", "validation"): documents[:2000],
+        ("default", "testdev"): [doc | secret for doc in documents[2000:2500]],
+        ("default", "test"): [doc | secret for doc in documents[2500:]],
     }
     return Mirror("lmms-lab-encoder/VQAv2", VQAV2_FEATURES, splits)
 
@@ -194,7 +194,7 @@ def _text_only_documents(pool: Sequence[Question], count: int, rng: random.Rando
 
 
 def _put(target: Path, documents: Iterable[Document], write: Callable[[Path], None]) -> None:
-    """Write the documents' folder `target` with `write`, in one step, unless its marker shows that it has them."""
+    """Write the folder `target` with `write`, in one step, unless its marker shows that it has the documents."""
     sha = hashlib.sha256()
     for doc in documents:
         sha.update(json.dumps({**doc, "image": None}, sort_keys=True).encode())
@@ -249,15 +249,15 @@ def _write_calibration(samples: Sequence[tuple[Benchmark, Document]], folder: Pa
     images.mkdir()
     rows = []
     for index, (benchmark, doc) in enumerate(samples):
-        asked = example(benchmark, doc)
+        rendered = example(benchmark, doc)
         row: dict[str, Any] = {"id": f"stand-in-{index:04d}"}
-        if asked.picture:
-            name = f"{asked.picture.source}-{asked.picture.number}.png"
-            (images / name).write_bytes(png(asked.picture))
+        if rendered.picture:
+            name = f"{rendered.picture.source}-{rendered.picture.number}.png"
+            (images / name).write_bytes(png(rendered.picture))
             row["image"] = f"images/{name}"
         row["conversations"] = [
-            {"from": "human", "value": ("<image>\n" if asked.picture else "") + asked.prompt},
-            {"from": "gpt", "value": asked.answer},
+            {"from": "human", "value": ("<image>\n" if rendered.picture else "") + rendered.prompt},
+            {"from": "gpt", "value": rendered.answer},
         ]
         rows.append(row)
     (folder / "train.json").write_text(json.dumps(rows, indent=1) + "\n")

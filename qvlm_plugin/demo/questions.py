@@ -29,7 +29,7 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Picture:
-    """An image by name: easy-VQA's image `number` of `source` train or test, or our empty image of that number."""
+    """An image by name: easy-VQA's image `number` of `source` train or test, or this package's empty image `number`."""
 
     source: str
     number: int

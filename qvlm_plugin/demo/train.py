@@ -243,7 +243,7 @@ class Rows:
         by_picture: dict[Picture, list[Question]] = {}
         for question in questions:
             by_picture.setdefault(question.picture, []).append(question)
-        self.by_picture = {picture: Pool.of(asked) for picture, asked in by_picture.items()}
+        self.by_picture = {picture: Pool.of(own) for picture, own in by_picture.items()}
         self.seen = [p for p in self.by_picture if p.number not in held_out()]
         self.unseen = [p for p in self.by_picture if p.number in held_out()]
 
@@ -319,7 +319,7 @@ def _pack_row(tokenizer: PreTrainedTokenizerBase, row: Sequence[Example], image:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         ids = tokenizer(prompt + item.answer + tokenizer.eos_token, add_special_tokens=False).input_ids
-        asked = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+        prompt_length = len(tokenizer(prompt, add_special_tokens=False).input_ids)
         head = len(tokenizer(prompt[: prompt.index(content[-1]["text"])], add_special_tokens=False).input_ids)
         shared = ids[:head]
         if item.picture:
@@ -336,7 +336,7 @@ def _pack_row(tokenizer: PreTrainedTokenizerBase, row: Sequence[Example], image:
                 "targets": [-100] * len(shared),
                 "groups": [-1] * len(shared),
             }
-        own, answer = ids[head:], len(ids) - asked
+        own, answer = ids[head:], len(ids) - prompt_length
         packed["ids"] += own
         packed["positions"] += range(len(shared), len(shared) + len(own))
         packed["segments"] += [index + 2] * len(own)
@@ -371,14 +371,14 @@ def _examine(
     tokenizer: PreTrainedTokenizerBase,
     exam: Sequence[Sequence[tuple[str, Example]]],
 ) -> str:
-    """For each format, the share of questions of which every answer token is the most likely one."""
+    """For each format, the share of questions whose answer tokens are all the most likely ones."""
     right: dict[str, list[bool]] = {}
     for start in range(0, len(exam), 8):
         rows = exam[start : start + 8]
         batch = pack(tokenizer, [[e for _, e in row] for row in rows])
-        asked = batch.targets >= 0
-        hits = torch.zeros_like(asked)
-        hits[asked] = logits(model, features, batch).argmax(-1) == batch.targets[asked]
+        is_target = batch.targets >= 0
+        hits = torch.zeros_like(is_target)
+        hits[is_target] = logits(model, features, batch).argmax(-1) == batch.targets[is_target]
         for row, names in enumerate(rows):
             for index, (name, _) in enumerate(names):
                 right.setdefault(name, []).append(bool(hits[row][batch.groups[row] == index].all()))

@@ -17,8 +17,8 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        subject: of the check.
-        status: of the subject.
+        subject: what was checked.
+        status: its status.
         message: the result.
         remedy: what the user can do; empty if nothing is wrong.
     """

@@ -31,8 +31,8 @@ class Needs:
     """Bytes of a model's weights.
 
     Attributes:
-        full: in 16 bits, as for a search and ``backend=reference``.
-        packed: with ``backend=packed``.
+        full: bytes in 16 bits, as for a search and ``backend=reference``.
+        packed: bytes with ``backend=packed``.
     """
 
     full: float

@@ -31,7 +31,7 @@ class Memory:
 
 
 def opening_of(arguments: Mapping[str, str]) -> dict[str, str]:
-    """Those of a model's arguments that `open_skeleton` takes."""
+    """The model's arguments that `open_skeleton` takes."""
     return {name: arguments[name] for name in ("pretrained", "revision", "topology") if name in arguments}
 
 
@@ -49,7 +49,7 @@ def run_memory(skeleton: Skeleton, arguments: Mapping[str, str], request: PlanRe
     weights = needs.packed if packed else needs.full * element / 2
     search = 0.0
     if request.needs_calibration:
-        samples = sum(one.count for one in parse_sources(arguments["calibration"]))
+        samples = sum(source.count for source in parse_sources(arguments["calibration"]))
         setting = Setting(samples, TOKENS, element=element, accelerator=default_device().type != "cpu")
         search = float(max((peak.bytes for peak in search_peaks(skeleton, request, setting)), default=0))
     return Memory(weights * HEADROOM, search)

@@ -16,7 +16,7 @@ def check_search_memory(opening: Mapping[str, Any], request: PlanRequest, sample
     """The peak memory of a search in 16 bits, by step; also with caches on the CPU, and with offloaded weights.
 
     Args:
-        opening: of a checkpoint, see `open_skeleton`; only its small files are read.
+        opening: arguments that open a checkpoint, see `open_skeleton`; only its small files are read.
         request: the method, its options and the scheme.
         samples: number of calibration samples.
         tokens: tokens of the longest sample, including image and answer.

@@ -27,8 +27,8 @@ def check_space(opening: Mapping[str, Any] | None, scheme: Scheme) -> list[Findi
     """Findings on memory and disk space, compared with the needs of a checkpoint if one is given.
 
     Args:
-        opening: of the checkpoint, see `open_skeleton`.
-        scheme: for the size of packed weights.
+        opening: arguments that open the checkpoint, see `open_skeleton`.
+        scheme: scheme of the packed weights.
     """
     needs, findings = None, []
     if opening is not None:

@@ -60,8 +60,8 @@ def write_tiny_llava(
     """Write a random LLaVA (CLIP tower, two-layer projector, grouped-query Llama) with a byte-level tokenizer.
 
     Args:
-        directory: to write, in float32; it is also returned.
-        seed: of the weights.
+        directory: folder to write to, in float32; it is also returned.
+        seed: seed of the weights.
         hidden, vision_hidden: widths of decoder and tower.
         layers, vision_layers: depth of decoder and tower.
     """
@@ -89,8 +89,8 @@ def llava_processor(tokenizer: PreTrainedTokenizerFast, class_token: bool = True
     """A processor of images of 28 px in patches of 14.
 
     Args:
-        tokenizer: with the image token.
-        class_token: the tower has a class token, whose feature is left out.
+        tokenizer: a tokenizer with the image token.
+        class_token: whether the tower has a class token, whose feature is left out.
     """
     return LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),

@@ -4,4 +4,4 @@ MODEL_TYPES = (
     "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma", "qwen2_5_vl",
     "qwen2_vl", "qwen3_vl", "smolvlm",
 )  # fmt: skip
-"""How configurations of transformers name them; `qvlm_plugin.families.described` has their descriptions."""
+"""The families' names in transformers' configurations; `qvlm_plugin.families.described` has their descriptions."""

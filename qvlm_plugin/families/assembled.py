@@ -1,4 +1,4 @@
-"""What all families share: a vision tower and a language model, which the configuration names by their kinds."""
+"""Topologies from a vision tower and a language model, whose types the configuration names; all families use this."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ def assembled(
     """The topology of a model whose tower and language model are described.
 
     Raises:
-        QVLMError: one of them is not.
+        QVLMError: the tower or the language model is not described.
     """
     return Topology(
         vision_path=vision_path,

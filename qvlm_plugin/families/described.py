@@ -1,4 +1,4 @@
-"""Which description belongs to which ``config.model_type``."""
+"""The description of each ``config.model_type``."""
 
 from transformers import PretrainedConfig
 

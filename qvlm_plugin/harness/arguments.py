@@ -17,7 +17,7 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.dtypes import DTYPES
 from qvlm_plugin.models.prompts import PROMPT_FORMATS, prompt_format
 
-_OF_THE_SEARCH = ("method", "scheme", "calibration", "images", "seed", "cache")
+_SEARCH_ARGUMENTS = ("method", "scheme", "calibration", "images", "seed", "cache")
 """Arguments that cannot be combined with a saved plan."""
 
 
@@ -115,7 +115,7 @@ def merge_arguments(text: Mapping[str, Any], options: Mapping[str, Any]) -> dict
         options: ``batch_size``, ``max_batch_size`` and ``device``; None if the option was not given.
 
     Raises:
-        QVLMError: an argument is given twice, or as an option or argument that is not allowed.
+        QVLMError: an argument is given twice or must be given as an option, or an option is not supported.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if "max_batch_size" in given:
@@ -153,7 +153,7 @@ def parse_arguments(values: Mapping[str, Any]) -> ModelArguments:
             "evaluate it with plan=DIR"
         )
     if arguments.plan is not None:
-        named = [name for name in (*_OF_THE_SEARCH, *arguments.options) if name in values]
+        named = [name for name in (*_SEARCH_ARGUMENTS, *arguments.options) if name in values]
         if named:
             raise QVLMError(f"plan=DIR is a finished plan; it cannot be combined with {', '.join(named)}")
     return arguments
@@ -172,7 +172,7 @@ def check_stored(arguments: ModelArguments, backend: str) -> None:
         backend: the checkpoint's backend.
 
     Raises:
-        QVLMError: an argument concerns quantization, or names another arithmetic.
+        QVLMError: an argument concerns quantization, or names another backend.
     """
     fixed = {"scheme", "plan", "calibration", "images", *arguments.options}
     named = sorted(arguments.model_fields_set & fixed)

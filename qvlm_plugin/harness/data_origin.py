@@ -1,4 +1,4 @@
-"""Where a task's documents came from: a commit of a hub data set, or a hash of local files."""
+"""The origin of a task's documents: a commit of a hub data set, or a hash of local files."""
 
 import hashlib
 import re
@@ -16,8 +16,7 @@ def data_origin(config: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[st
 
     Returns:
         ``dataset``, ``config``, ``split``; ``origin``: ``hub`` with a ``revision``, or ``local`` with a
-        ``content_hash``; ``stand_in``: whether the local folder has a file stand_in.json, which marks data other than
-        its name says.
+        ``content_hash``; ``stand_in``: whether the local folder has a file stand_in.json, which marks stand-in data.
     """
     dataset, split = str(config.get("dataset_path")), config.get("test_split") or config.get("validation_split")
     origin = {"dataset": dataset, "config": config.get("dataset_name"), "split": split}

@@ -14,10 +14,10 @@ from lmms_eval.api.task import ConfigurableTask
 
 from qvlm_plugin.harness.host import wrap_once
 
-SINGLY = frozenset({"mmmu_acc", "seed_all", "seed_image", "seed_video"})
+SINGLE_RECORD_METRICS = frozenset({"mmmu_acc", "seed_all", "seed_image", "seed_video"})
 """Metrics whose aggregation of a single record is that document's score, with no side effect except printing."""
 
-_PRINTING = Lock()
+_STDOUT_LOCK = Lock()
 
 
 def install() -> None:
@@ -28,9 +28,9 @@ def install() -> None:
 def _scoring_records(process: Callable) -> Callable:
     def process_results(self: ConfigurableTask, doc: Mapping[str, Any], results: Sequence, **kwargs: Any) -> dict:
         found = process(self, doc, results, **kwargs)
-        for metric in SINGLY & self.aggregation().keys() & found.keys():
+        for metric in SINGLE_RECORD_METRICS & self.aggregation().keys() & found.keys():
             if isinstance(record := found[metric], dict) and "score" not in record:
-                with _PRINTING, contextlib.redirect_stdout(io.StringIO()):
+                with _STDOUT_LOCK, contextlib.redirect_stdout(io.StringIO()):
                     score = self.aggregation()[metric]([record])
                 found[metric] = {**record, "score": score}
         return found

@@ -16,7 +16,7 @@ class FirstToken(StoppingCriteria):
     """Records when a batch has its first tokens. Never stops generation.
 
     Attributes:
-        time: of `time.perf_counter`, in seconds; None before the first token.
+        time: `time.perf_counter` at the first tokens, in seconds; None before them.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Latency:
     """Latency of the requests of one batch.
 
     Attributes:
-        requests: their number.
+        requests: number of requests.
         first_token: seconds from texts and images to the first token.
         per_token: seconds per further token, the same for all requests; None without further tokens.
     """
@@ -51,7 +51,7 @@ class Latency:
         """The latency of a batch.
 
         Args:
-            requests: their number.
+            requests: number of requests.
             times: seconds at the start, at the first tokens and at the end.
             tokens: tokens of the longest answer.
         """
@@ -69,11 +69,11 @@ def summary(batches: Sequence[Latency]) -> dict[str, Any] | None:
     """Mean, median and 90th percentile over requests, in seconds; None if nothing was generated."""
     if not batches:
         return None
-    counts = [one.requests for one in batches]
-    further = [(one.per_token, one.requests) for one in batches if one.per_token is not None]
+    counts = [batch.requests for batch in batches]
+    further = [(batch.per_token, batch.requests) for batch in batches if batch.per_token is not None]
     return {
         "requests": sum(counts),
-        "time_to_first_token": _spread([one.first_token for one in batches], counts),
+        "time_to_first_token": _spread([batch.first_token for batch in batches], counts),
         "time_per_output_token": _spread(*zip(*further, strict=True)) if further else None,
     }
 

@@ -1,7 +1,7 @@
 """Scoring by likelihood: the model's result, and fixes of lmms-eval that it needs.
 
-In lmms-eval 0.7.3 no model can be scored by likelihood: the evaluator converts every answer to a text. And the
-multiple-choice scorer picks the choice with the lowest number, because lmms-eval's own models return losses where the
+In lmms-eval 0.7.3 no model can be scored by likelihood, because the evaluator converts every answer to a text. The
+multiple-choice scorer also picks the choice with the lowest number: lmms-eval's own models return losses, although the
 interface specifies log-probabilities. Both are fixed here for results of this package's models, recognized by type.
 """
 

@@ -1,4 +1,4 @@
-"""Bytes of a model: as its weights lie in memory, packed by its scheme, and at the peak of the process."""
+"""Sizes of a model in bytes: its weights in memory, its weights packed by the scheme, and peak memory."""
 
 import math
 from typing import Any
@@ -37,12 +37,12 @@ def packed_bytes(model: nn.Module) -> int:
     It depends on the scheme only, not on a run's compute type or kernels. Shared parameters count once.
     """
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    bits = sum(one.weight_format.effective_bits(one.shape) * math.prod(one.shape) for one in layers)
-    counted = {id(getattr(one, name)) for one in layers for name in one.tensor_names if name != "bias"}
+    bits = sum(layer.weight_format.effective_bits(layer.shape) * math.prod(layer.shape) for layer in layers)
+    counted = {id(getattr(layer, name)) for layer in layers for name in layer.tensor_names if name != "bias"}
     for name, stored in stored_linears(model).items():
-        if stored.bits < UNQUANTIZED:  # by another program
+        if stored.bits < UNQUANTIZED:  # another program quantized it
             bits += stored.weight * stored.elements
             module = model.get_submodule(name)
             counted |= {id(tensor) for own, tensor in module.named_parameters(recurse=False) if own != "bias"}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in counted]
-    return round((bits + sum(min(8 * one.element_size(), 16) * one.numel() for one in rest)) / 8)
+    return round((bits + sum(min(8 * tensor.element_size(), 16) * tensor.numel() for tensor in rest)) / 8)

@@ -1,4 +1,4 @@
-"""The model that an evaluation runs: checked, loaded, and quantized by a new plan, a saved plan, or its checkpoint."""
+"""Prepare the model of an evaluation: check and load it, and quantize it by a new or saved plan if it is not yet."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from qvlm_plugin.harness.provenance import versions
 from qvlm_plugin.hf_quantizer import QUANT_METHOD, QVLMHfQuantizer, quantizer_of
 from qvlm_plugin.kernels.selection import Execution
 from qvlm_plugin.memory import peak_memory
-from qvlm_plugin.models.decoding import check_compilation, compile_decoding, plain_config, steering
+from qvlm_plugin.models.decoding import check_compilation, compile_decoding, ignored_settings, plain_config
 from qvlm_plugin.models.loading import Checkpoint, LoadedModel, load_weights, open_checkpoint
 from qvlm_plugin.models.placement import device_name, execution_device
 from qvlm_plugin.models.pre_quantized import foreign_method
@@ -40,8 +40,8 @@ class Prepared:
 
     Attributes:
         loaded: the model and its processor.
-        facts: of the model, its quantization and this machine, for the results; JSON values.
-        calibration_digests: content digests of the calibration documents, where they are known.
+        facts: facts about the model, its quantization and this machine, for the results; JSON values.
+        calibration_digests: content digests of the calibration documents, if known.
     """
 
     loaded: LoadedModel
@@ -50,12 +50,12 @@ class Prepared:
 
 
 def prepare_model(arguments: ModelArguments, device: torch.device, read: ReadCalibration) -> Prepared:
-    """Load the model that the arguments name, quantized. Cheap checks come first.
+    """Load and quantize the model that the arguments name. Cheap checks come first.
 
     Args:
-        arguments: of the model.
-        device: of this process.
-        read: the calibration samples that the arguments name.
+        arguments: the model's arguments.
+        device: this process's device.
+        read: reads the calibration samples that the arguments name.
 
     Raises:
         QVLMError: an argument is not allowed, or names something unusable.
@@ -101,7 +101,7 @@ def prepare_model(arguments: ModelArguments, device: torch.device, read: ReadCal
 
 
 def _open(arguments: ModelArguments, device: torch.device) -> Checkpoint:
-    with processes.first_process_first():  # which may have to build the embedded model
+    with processes.first_process_first():  # the first process may have to build the demo model
         pretrained = resolve_demo(arguments.pretrained)
     checkpoint = open_checkpoint(
         pretrained,
@@ -129,7 +129,7 @@ def _check_config(arguments: ModelArguments, device: torch.device, config: Pretr
 
 
 def _needs_topology(arguments: ModelArguments, config: PretrainedConfig) -> bool:
-    """Whether the model's parts must be known: a saved plan and an exported checkpoint say them."""
+    """Whether the model's parts must be found: a saved plan or an exported checkpoint lists them."""
     return arguments.plan is None and not _is_exported(config)
 
 
@@ -139,7 +139,7 @@ def _is_exported(config: PretrainedConfig) -> bool:
 
 
 def _as_stored_by_others(arguments: ModelArguments, loaded: LoadedModel, method: str) -> dict[str, Any]:
-    """Facts of a checkpoint that another program quantized."""
+    """Facts about a checkpoint that another program quantized."""
     _warn(
         f"pretrained={arguments.pretrained!r}: quantized by {method} with unknown calibration samples; "
         "they may include evaluated documents"
@@ -155,7 +155,7 @@ def _as_stored_by_others(arguments: ModelArguments, loaded: LoadedModel, method:
 
 
 def _as_stored(arguments: ModelArguments, stored: QVLMHfQuantizer) -> dict[str, Any]:
-    """Facts of a checkpoint that this package exported."""
+    """Facts about a checkpoint that this package exported."""
     record = stored.record
     if arguments.strict:
         stored.execution.require_no_fallback()
@@ -167,7 +167,7 @@ def _as_stored(arguments: ModelArguments, stored: QVLMHfQuantizer) -> dict[str, 
 def _by_plan(
     arguments: ModelArguments, loaded: LoadedModel, plan: RoundingPlan, quantize: QuantizeOnLoad | None
 ) -> dict[str, Any]:
-    """Apply a plan, unless the model was quantized by it while it was loaded; returns its facts."""
+    """Apply a plan, unless the model was quantized while it was loaded; returns facts about the plan."""
     if quantize is None:
         execution = planning.apply(plan, loaded, arguments.backend, arguments.strict)
     else:
@@ -183,9 +183,9 @@ def _kernels(execution: Execution, backend: str) -> dict[str, Any]:
 
 
 def _decoding(arguments: ModelArguments, loaded: LoadedModel) -> dict[str, Any]:
-    """Make generation plain, and compiled where asked; returns what it ignores of the checkpoint's configuration."""
+    """Drop the checkpoint's decoding settings, and compile decoding if requested; returns facts about both."""
     model = loaded.model
-    if ignored := steering(model.generation_config):
+    if ignored := ignored_settings(model.generation_config):
         settings = ", ".join(f"{name}={value}" for name, value in ignored.items())
         _warn(f"ignoring {settings} of generation_config.json; set them with --gen_kwargs if needed")
     model.generation_config = plain_config(model.generation_config)

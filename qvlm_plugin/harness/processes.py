@@ -36,7 +36,7 @@ def gather(value: T) -> list[T]:
 def first_process_first() -> Iterator[None]:
     """Run the body in the first process before the others, so that they find what it cached.
 
-    If it fails, the others continue and meet the same error.
+    If it fails, the other processes continue and get the same error.
     """
     if rank() > 0:
         distributed.barrier()

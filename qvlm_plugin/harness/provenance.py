@@ -71,8 +71,8 @@ class Counts:
         compared: documents compared with the calibration's: task, document id and context.
         overlapping: names of documents that are also in the calibration.
         tokens, seconds: generated tokens, and the time to generate them, without batches that waited for a compiler.
-        latencies: of each of these batches.
-        compile_seconds: the time of the other batches.
+        latencies: latency of each of these batches.
+        compile_seconds: time of the batches that waited.
         images: digest of each document's images, by task and document id; None if it has no image.
         generation: distinct `Generation.settings` by task.
     """
@@ -198,7 +198,7 @@ class RunRecord:
         """
         documents = {(request.task, request.doc_id): request for request, _ in answered}
         unseen = [request for key, request in documents.items() if key not in self.counts.images]
-        _read_all(unseen, lambda one: self.note_images(one, one.conversation()), "hashing images", show_progress)
+        _read_all(unseen, lambda item: self.note_images(item, item.conversation()), "hashing images", show_progress)
         for request, answers in answered:
             for answer in answers:
                 self._count(self.counts.found, request, answer)
@@ -283,7 +283,7 @@ class RunRecord:
 
 
 def _read_all(requests: Sequence[Request], read: Callable[[Request], T], label: str, show_progress: bool) -> list[T]:
-    """``read`` of each request, in threads: decoding and hashing images release the interpreter's lock."""
+    """Call ``read`` on each request, in threads: decoding and hashing images release the interpreter's lock."""
     with ThreadPoolExecutor() as pool, Progress(label, len(requests), show_progress and bool(requests)) as progress:
         results = []
         for result in pool.map(read, requests):

@@ -31,9 +31,9 @@ class Request:
         build: builds the conversation; the document's images are decoded only then.
         generation: the task's generation arguments; None if a continuation is scored.
         continuation: the text whose likelihood is scored.
-        is_padding: whether the request only keeps processes in step, and its answer is dropped.
-        next_round: for multi-round tasks. Takes the round's index, the answers so far and the task's state; returns the
-            next round's conversation (None at the end), the answers to keep, and the new state.
+        is_padding: whether the request only gives all processes equally many requests; its answer is dropped.
+        next_round: function of a multi-round task, which takes the round's index, the answers so far and the task's
+            state, and returns the next round's conversation (None at the end), the answers to keep and the new state.
     """
 
     task: str
@@ -47,7 +47,7 @@ class Request:
 
     @property
     def name(self) -> str:
-        """Name in error messages."""
+        """The request's name in error messages."""
         return f"document {self.doc_id} of task {self.task}"
 
     def conversation(self) -> Conversation:
@@ -181,7 +181,7 @@ def from_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
 
 
 def with_system_prompt(conversation: Conversation, text: str | None) -> Conversation:
-    """The conversation, preceded by a system message if there is a text for one."""
+    """The conversation, preceded by a system message unless its text is empty or None."""
     if not text:
         return conversation
     message = {"role": "system", "content": [{"type": "text", "text": text}]}
@@ -195,9 +195,9 @@ def _document(documents: Documents, task: str, split: str, doc_id: int) -> Any:
 def with_shallow_images(value: Any) -> Any:
     """A document whose images can be converted to RGB without clipping, see `as_rgb`."""
     if isinstance(value, dict):
-        return {name: with_shallow_images(one) for name, one in value.items()}
+        return {name: with_shallow_images(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [with_shallow_images(one) for one in value]
+        return [with_shallow_images(part) for part in value]
     return as_rgb(value) if isinstance(value, Image.Image) and is_deep(value) else value
 
 

@@ -37,7 +37,7 @@ def check_task_names(names: Sequence[str], directory: Path) -> None:
 
 
 def _listed() -> Iterator[str]:
-    """The names at the top of task files, the harness's and ours."""
+    """The names at the top of task files, the harness's and this package's."""
     if (harness := find_spec("lmms_eval")) is None:
         raise QVLMError("lmms-eval is not installed: pip install lmms-eval")
     folders = [Path(folder) / "tasks" for folder in harness.submodule_search_locations or ()]

@@ -116,7 +116,7 @@ def answer_of(task: ConfigurableTask, document: Mapping[str, Any], source: str) 
     answer = task.doc_to_target(document)
     if isinstance(answer, int) and task.config.doc_to_choice is not None:
         answer = task.doc_to_choice(document)[answer]
-    return _most_common([str(one) for one in answer]) if isinstance(answer, list) else str(answer)
+    return _most_common([str(text) for text in answer]) if isinstance(answer, list) else str(answer)
 
 
 def _most_common(answers: list[str]) -> str:

@@ -18,7 +18,7 @@ def install() -> None:
 
 
 def _caching_own_tasks(index: Callable) -> Callable:
-    """Indexing the harness's two thousand tasks takes seconds, and a run does it for calibration and evaluation."""
+    """Cache the index of the harness's own tasks: it takes seconds, and calibration and evaluation both need it."""
     import lmms_eval.tasks
 
     own = Path(lmms_eval.tasks.__file__).parent

@@ -56,7 +56,7 @@ def _write_task(name: str, samples: Path, chat: bool) -> int:
 
 
 def _recorded(samples: Path) -> Iterator[tuple[int, str]]:
-    """Documents and digests of their images."""
+    """Each document's id and the digest of its images, if it has images."""
     with samples.open("rb") as lines:
         for line in lines:
             sample: dict[str, Any] = parse_json(line)

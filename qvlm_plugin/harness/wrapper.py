@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 
 class _QVLM(lmms):
-    """The model without a request format."""
+    """The model, except for the request format that its subclasses add."""
 
     read_request: ClassVar[Callable[[Instance, Documents], Request]]
 
@@ -257,8 +257,8 @@ class _QVLM(lmms):
             self.record.note_images(item, conversation)
         return conversations
 
-    def _measured(self, batch: Sequence[Request], inputs: BatchFeature) -> list[int]:
-        """Number of tokens of each prompt; also recorded."""
+    def _note_lengths(self, batch: Sequence[Request], inputs: BatchFeature) -> list[int]:
+        """Record and return the number of tokens of each prompt."""
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         for item, length in zip(batch, lengths, strict=True):
             self.record.note_length(item, length)
@@ -273,7 +273,7 @@ class _QVLM(lmms):
         graphs, start = compiled_graphs(), time.perf_counter()
         try:
             inputs, _ = encode(self._processor, conversations)
-            prompt_lengths, width = self._measured(batch, inputs), inputs["input_ids"].shape[1]
+            prompt_lengths, width = self._note_lengths(batch, inputs), inputs["input_ids"].shape[1]
             first = FirstToken()
             stops = [StopAtText(generation.stops, tokenizer, width)] if generation.stops else []
             generate = partial(
@@ -311,7 +311,7 @@ class _QVLM(lmms):
         try:
             continuations = [as_text(self._processor.tokenizer, item.continuation) for item in batch]
             inputs, mask = encode(self._processor, conversations, continuations)
-            self._measured(batch, inputs)
+            self._note_lengths(batch, inputs)
             kept = int(mask.sum(dim=1).max())  # padding is on the left, so every continuation ends the row
             placed = to_device(inputs, self._device, self._model.dtype)
             forward = partial(

@@ -2,9 +2,8 @@
 
 A channel's step lies along the axis that a product sums over, so it cannot be taken out of an integer product. With
 ``x̂ = offset + step · code`` for each channel it can be folded: ``W x̂ = (W · diag(step)) code + W offset``. The folded
-weight is quantized anew. Channels are sorted by their step, so that those which share a weight scale are alike, and
-``W offset`` goes into the bias as it is, without any rounding; a channel that was constant is all offset and therefore
-exact.
+weight is quantized again. Channels are sorted by their step, so that channels that share a weight scale have similar
+steps. ``W offset`` is added to the bias without rounding, so constant channels are exact.
 """
 
 from collections.abc import Mapping
@@ -27,10 +26,10 @@ class Folded:
     Attributes:
         weight: float32 [O, I], the folded weight divided by ``multiplier``.
         step: float32 [I].
-        multiplier: float32 [], a power of two; products with ``weight`` are to be multiplied by it.
-        codes: how an input becomes codes, see `with_encoding`; ``index`` int32 [I], ``lower``, ``inverse``, ``low``
-            float32 [I].
-        constant: float32 [O], what to add to the product: the bias and the offsets' share.
+        multiplier: float32 [], a power of two, by which products with ``weight`` must be multiplied.
+        codes: tensors that turn an input into codes, see `with_encoding`: ``index`` int32 [I], ``lower``, ``inverse``,
+            ``low`` float32 [I].
+        constant: float32 [O], added to the product: the bias and ``W offset``.
         remainder: float32 [I], the code of a channel's centre before it is rounded to the grid.
     """
 
@@ -42,10 +41,10 @@ class Folded:
     remainder: Tensor
 
     def bias(self, rounded: Tensor) -> Tensor:
-        """What to add to the product when ``weight`` was rounded to ``rounded`` [O, I]: float32 [O].
+        """The bias of a product with ``rounded`` [O, I], the rounded ``weight``: float32 [O].
 
-        The rounding then has no effect on the output for an input at the channels' centres: where those are the means,
-        no effect on the mean output.
+        With it, rounding does not change the output for an input at the channels' centres; if these are the means, it
+        does not change the mean output.
         """
         return self.constant + self.multiplier * ((self.weight - rounded) @ self.remainder)
 
@@ -61,8 +60,8 @@ def fold(
 ) -> Folded:
     """Fold the steps of a static per-channel quantizer into a weight.
 
-    Codes count from the point of a channel's grid that is nearest to its centre, which is its mean, or 0 where no mean
-    is known: the codes of typical inputs are then small, and their sums do not cancel against the constant.
+    Code 0 is the point of a channel's grid nearest to its centre: its mean, or 0 if the mean is unknown. Codes of
+    typical inputs are then small, and their sums do not cancel against the constant.
 
     Args:
         weight: [O, I].
@@ -70,7 +69,7 @@ def fold(
         lower, upper: bounds [I].
         bits: 2 to 8.
         largest_code: codes from ``-largest_code`` to ``largest_code - 1`` can be represented.
-        mean: [I], of each channel's inputs.
+        mean: mean of each channel's inputs, [I]; None if unknown.
     """
     weight, lower, upper = weight.float(), lower.float(), upper.float()
     levels = 2**bits - 1
@@ -91,12 +90,12 @@ def fold(
 
 
 def with_encoding(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors with what makes codes, if it is among them, laid out for `encode`: bounds in the input's order."""
+    """Tensors, with those of `Folded.codes`, if present, laid out for `encode`: bounds in the input's order."""
     if "index" not in tensors:
         return dict(tensors)
     index = tensors["index"].long()
-    place = index.argsort()
-    bounds = {name: tensors[name][place] for name in ("lower", "inverse", "low")}
+    order = index.argsort()
+    bounds = {name: tensors[name][order] for name in ("lower", "inverse", "low")}
     return {**tensors, **bounds, "index": index}
 
 
@@ -115,28 +114,28 @@ def encode(x: Tensor, tensors: Mapping[str, Tensor], bits: int, dtype: torch.dty
 
     tokens = x.reshape(-1, x.shape[-1])
     unordered = by_rows(codes, tokens, bounds, dtype)
-    # Codes are ordered rather than inputs, for they are smaller; gather is several times as fast as index_select.
+    # Codes are ordered instead of inputs, because they are smaller; gather is several times as fast as index_select.
     return unordered.gather(1, index.expand(len(tokens), -1))
 
 
 def unfold(weight: Tensor, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """What the reference arithmetic needs to compute the same as a folded weight.
+    """The reference kernel's tensors that compute the same as a folded weight.
 
     Args:
         weight: float32 [O, I], folded and rounded, times its multiplier.
         tensors: ``bias`` [O] and `Folded.codes`.
-        bits: of the codes.
+        bits: bits of the codes.
 
     Returns:
         ``weight`` [O, I] and ``bias`` [O], ``lower`` and ``upper`` [I]; channels in the input's order.
     """
     lower, inverse = tensors["lower"], tensors["inverse"]
     step = torch.where(inverse > 0, 1 / inverse, 0)
-    original = weight * inverse  # a constant channel's share is in the bias, and its column 0
+    original = weight * inverse  # constant channels are in the bias; their columns are 0
     bias = tensors["bias"] + weight @ tensors["low"] - original @ lower
-    place = tensors["index"].argsort()
+    order = tensors["index"].argsort()
     upper = lower + step * (2**bits - 1)
-    return {"weight": original[:, place], "bias": bias, "lower": lower[place], "upper": upper[place]}
+    return {"weight": original[:, order], "bias": bias, "lower": lower[order], "upper": upper[order]}
 
 
 def _normalizer(largest_sum: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""When the functions of `fused` are used: on CUDA with Triton, without gradients or a compiler, where they pass a test.
+"""When to use the functions of `fused`: on CUDA with Triton, without gradients or torch.compile, if they pass a test.
 
-Each function is compared with torch's operators the first time that a device, dtype and size is asked for: whether a
-kernel fits a device depends on these. Where it fails, torch's operators are used, and one warning says so.
+Each function is compared with torch's operators at its first use with a device, dtype and size, since a kernel may work
+for some of these only. If it fails, torch's operators are used instead, and one warning is logged.
 """
 
 import logging
@@ -23,40 +23,40 @@ _TOLERANCE = 0.01
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Results = Iterator[tuple[Tensor, Tensor]]
-"""Pairs of what a function computes and what it should compute."""
+"""Pairs of a function's result and the expected result."""
 
 
 def tokens(x: Tensor) -> bool:
-    """Whether `fused.points_of_tokens` and `fused.codes_of_tokens` are for inputs [..., I] like ``x``."""
-    return _could_be(x) and _passes(_tokens, x.device, x.dtype, x.shape[-1])
+    """Whether to use `fused.points_of_tokens` and `fused.codes_of_tokens` for inputs like ``x`` [..., I]."""
+    return _may_use(x) and _passes(_tokens, x.device, x.dtype, x.shape[-1])
 
 
 def channels(x: Tensor) -> bool:
-    """Whether `fused.points_of_channels` and `fused.codes_of_channels` are for inputs [..., I] like ``x``."""
-    return _could_be(x) and _passes(_channels, x.device, x.dtype, x.shape[-1])
+    """Whether to use `fused.points_of_channels` and `fused.codes_of_channels` for inputs like ``x`` [..., I]."""
+    return _may_use(x) and _passes(_channels, x.device, x.dtype, x.shape[-1])
 
 
 def products(codes: Tensor, dtype: torch.dtype, segments: int) -> bool:
-    """Whether `fused.multiply_codes` is for ``codes`` [N, I] and a weight of so many segments, with ``dtype``."""
-    if not _could_be(codes, dtype) or len(codes) > fused.FEW_TOKENS or segments > 2:
+    """Whether to use `fused.multiply_codes` for ``codes`` [N, I], this number of segments, and results in ``dtype``."""
+    if not _may_use(codes, dtype) or len(codes) > fused.FEW_TOKENS or segments > 2:
         return False
     return _passes(_products, codes.device, dtype, segments)
 
 
 def scaling(product: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `fused.scale_product` is for a ``product`` of codes [N, O], with ``dtype``."""
-    return _could_be(product, dtype) and _passes(_scaling, product.device, dtype, product.dtype)
+    """Whether to use `fused.scale_product` for a ``product`` of codes [N, O] and results in ``dtype``."""
+    return _may_use(product, dtype) and _passes(_scaling, product.device, dtype, product.dtype)
 
 
 def rotations(x: Tensor, factors: Sequence[Tensor]) -> bool:
-    """Whether `fused.rotate` is for inputs [..., I] like ``x`` and such `rotation.factors`."""
-    if not _could_be(x):
+    """Whether to use `fused.rotate` for inputs like ``x`` [..., I] and these `rotation.factors`."""
+    if not _may_use(x):
         return False
     orders = tuple(len(matrix) for matrix in factors[1:])
     return fused.can_rotate(orders) and _passes(_rotations, x.device, x.dtype, orders)
 
 
-def _could_be(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+def _may_use(x: Tensor, dtype: torch.dtype | None = None) -> bool:
     if x.device.type != "cuda" or torch.compiler.is_compiling() or (dtype or x.dtype) not in _DTYPES:
         return False
     return not (torch.is_grad_enabled() and x.requires_grad) and fused.has_kernels(x.device)
@@ -74,13 +74,13 @@ def _passes(test: Callable[..., Results], device: torch.device, dtype: torch.dty
 
 @torch.no_grad()
 def _failure(test: Callable[..., Results], device: torch.device, dtype: torch.dtype, *sizes: object) -> str | None:
-    """What goes wrong, in a few words."""
+    """Why a test fails, in a few words; None if it passes."""
     try:
         for result, expected in test(device, dtype, *sizes):
             result, expected = result.double(), expected.double()
             error = float((result - expected).norm() / expected.norm())
             if not error <= _TOLERANCE:
-                return f"it is off by {error:.2g}"
+                return f"its relative error is {error:.2g}"
     except Exception as error:  # a compiler may fail in any way
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return None
@@ -123,7 +123,7 @@ def _products(device: torch.device, dtype: torch.dtype, segments: int) -> Result
 
 def _scaling(device: torch.device, dtype: torch.dtype, of_product: torch.dtype) -> Results:
     product = (100 * _normal(3, 300)).to(device, of_product)
-    scale, row_sum, bias = (_normal(300).roll(place).to(device) for place in range(3))
+    scale, row_sum, bias = (_normal(300).roll(shift).to(device) for shift in range(3))
     step, offset = _normal(3, 1).to(device), _normal(3, 1).to(device) + 1
     expected = product * scale.double() * step + offset * row_sum
     yield fused.scale_product(product, scale, None, dtype, (step, offset, row_sum)), expected

@@ -1,8 +1,8 @@
-"""Functions of one launch on CUDA, where torch's operators take five to twenty.
+"""Functions that take one launch on CUDA, where torch's operators take five to twenty.
 
-At small batches launching so many kernels takes longer than reading the weights. These kernels are written in Triton
+For small batches, launching so many kernels takes longer than reading the weights. These kernels are written in Triton
 (`triton_kernels`), which comes with torch for CUDA, and compute in float32 the same as the functions that they replace.
-`fusable` tells when they are used; not when torch compiles, since its compiler fuses operators itself.
+`fusable` decides when they are used. They are not used under torch.compile, which fuses operators itself.
 """
 
 import math
@@ -23,8 +23,8 @@ def points_of_tokens(x: Tensor, clip_ratio: Tensor, center: Tensor | None, bits:
 
 
 def codes_of_tokens(x: Tensor, clip_ratio: Tensor, center: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Signed codes, int8 [N, I], of ``x`` [..., I] with each token's ``step`` and ``offset``, float32 [N, 1]: it is
-    rounded to ``offset + step * code``, from ``center`` where there is one."""
+    """Signed codes of ``x`` [..., I], int8 [N, I], and each token's ``step`` and ``offset``, float32 [N, 1]: the token,
+    minus ``center`` if there is one, is rounded to ``offset + step * code``."""
     columns = x.shape[-1]
     codes = x.new_empty(x.numel() // columns, columns, dtype=torch.int8)
     step, offset = (x.new_empty(len(codes), 1, dtype=torch.float32) for _ in range(2))
@@ -42,14 +42,14 @@ def points_of_channels(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor, 
 def codes_of_channels(
     x: Tensor, bounds: tuple[Tensor, Tensor, Tensor], index: Tensor, bits: int, dtype: torch.dtype
 ) -> Tensor:
-    """The codes of ``x`` [..., I] at ``index`` [C], in ``dtype`` [N, C]; what is not a number is none in floats.
+    """The codes of ``x`` [..., I] at ``index`` [C], in ``dtype`` [N, C]; in floating-point dtypes NaN stays NaN.
 
     Args:
         x: inputs.
-        bounds: ``lower``, ``inverse`` and what is added to codes, ``low``; float32 [I].
+        bounds: ``lower``, ``inverse``, and ``low``, which is added to the codes; float32 [I].
         index: int64 [C].
-        bits: of a code.
-        dtype: of the result.
+        bits: bits of a code.
+        dtype: dtype of the result.
     """
     lower, inverse, low = bounds
     codes = x.new_empty(x.numel() // x.shape[-1], len(index), dtype=dtype)
@@ -70,7 +70,7 @@ def _launch_tokens(
     if not x.numel():
         return
     width = _power(columns)
-    with torch.cuda.device(x.device):  # Triton starts kernels on the current one
+    with torch.cuda.device(x.device):  # Triton starts kernels on the current device
         _kernels().round_tokens[(x.numel() // columns,)](
             x, clip_ratio, x if center is None else center, out, out if step is None else step,
             out if offset is None else offset, columns, 2**bits - 1, center is not None, step is not None, width,
@@ -92,11 +92,11 @@ def _launch_channels(
 
 
 _BLOCK = 1024
-"""Channels of a token to a program."""
+"""Channels of a token that one program computes."""
 
 
 FEW_TOKENS = 16
-"""`multiply_codes` is for so many: the rows of a tensor core's tile."""
+"""Maximum number of tokens of `multiply_codes`: the rows of a tensor core's tile."""
 
 
 def multiply_codes(
@@ -111,11 +111,11 @@ def multiply_codes(
 
     Args:
         codes: int8 [N, I].
-        weights: of the segments, int8 [O, their channels].
+        weights: weights of the segments, int8 [O, channels of the segment].
         scale: float32 [segments, O].
         bias: [O] or None.
-        dtype: of the result.
-        steps: ``step``, ``offset`` and ``row_sum``; None for tokens that are their codes.
+        dtype: dtype of the result.
+        steps: ``step``, ``offset`` and ``row_sum``; None for tokens that equal their codes.
     """
     codes, out = codes.contiguous(), codes.new_empty(len(codes), scale.shape[1], dtype=dtype)
     first, *second = weights
@@ -131,7 +131,7 @@ def multiply_codes(
 
 
 _FEATURES, _CHANNELS = 16, 256
-"""Rows and columns of a weight that a program multiplies with at a time."""
+"""Rows and columns of a weight that a program multiplies at a time."""
 
 
 def scale_product(
@@ -147,7 +147,7 @@ def scale_product(
         product: [N, O].
         scale: float32 [O].
         bias: [O] or None.
-        dtype: of the result.
+        dtype: dtype of the result.
         steps: ``step`` and ``offset``, float32 [N, 1], and ``row_sum``, float32 [O].
     """
     product, out = product.contiguous(), torch.empty_like(product, dtype=dtype)
@@ -161,10 +161,10 @@ def scale_product(
 
 
 def can_rotate(orders: tuple[int, ...]) -> bool:
-    """Whether `rotate` is for matrices of these orders: two or three, of which all but the first are powers of two.
+    """Whether `rotate` supports matrices of these orders: two or three, of which all but the first are powers of two.
 
     A program keeps a whole token in registers, with the first order padded to a power of two: 16,384 channels at most.
-    18,944 channels are 148 × 128, hence padded 32,768: too many.
+    For example, 18,944 channels (148 × 128) are padded to 32,768, which is too many.
     """
     if len(orders) not in (2, 3):
         return False
@@ -182,7 +182,7 @@ _DOT = 16
 
 
 def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """`rotation.rotate` for matrices that it `can_rotate` by."""
+    """`rotation.rotate` for matrices of orders that `can_rotate` allows."""
     signs, first, *others = factors
     x, order, channels = x.contiguous(), len(first), len(signs)
     out = torch.empty_like(x)
@@ -196,19 +196,19 @@ def rotate(x: Tensor, factors: Sequence[Tensor]) -> Tensor:
 
 
 def _power(count: int) -> int:
-    """The smallest power of two that is not smaller."""
+    """The smallest power of two that is at least ``count``."""
     return 1 << (count - 1).bit_length()
 
 
 @cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether there is Triton, and a device that it compiles them for."""
+    """Whether Triton is installed and the device has compute capability 8.0 or more, as the kernels need."""
     return _kernels() is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
 def _kernels() -> ModuleType | None:
-    """The kernels; None where there is no Triton."""
+    """The module of the kernels; None without Triton."""
     try:
         return import_module("qvlm_plugin.kernels.triton_kernels")
     except ImportError:

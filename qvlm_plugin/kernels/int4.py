@@ -1,8 +1,8 @@
 """Integer weights of up to 4 bits, packed two to a byte; the input is rounded as in the reference arithmetic.
 
-The operators multiply in the compute type, so nothing is gained from handing them integers: rounded inputs go in as
-they are, and the outputs equal the reference's for every kind of activation: to the bit for many tokens on a CPU, else
-up to rounding to that type.
+The operators multiply in the compute type, so they get rounded inputs instead of integer codes. The outputs equal the
+reference's for every kind of activation: bitwise for many tokens on a CPU, otherwise up to rounding to the compute
+type.
 """
 
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
 
 
 def dequantize_packed(tensors: Mapping[str, Tensor]) -> Tensor:
-    """The weight that neutral ``codes``, ``scale`` and ``zero_point`` stand for: float32 [O, I]."""
+    """The weight that neutral ``codes``, ``scale`` and ``zero_point`` represent: float32 [O, I]."""
     codes, scale = unpack_codes(tensors["codes"], WIDTH), tensors["scale"]
     return IntWeight(codes, scale, tensors["zero_point"], codes.shape[1] // scale.shape[1]).dequantize()
 

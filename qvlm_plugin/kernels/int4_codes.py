@@ -62,7 +62,7 @@ def _pack(
     codes, multiple, zero_point = (kept.pop(name) for name in ("codes", "multiple", "zero_point"))
     in_bytes = device.type == "cpu" and kept["unit"].dtype == torch.float32
     unit = kept["unit"] = kept["unit"].float().squeeze(1)
-    # The operator gets whole numbers for scales, which bfloat16 holds exactly.
+    # The operator gets whole numbers as scales, which are exact in bfloat16.
     packed = pack_weight(codes, multiple.bfloat16(), zero_point, device)
     center = kept["center"].float() if activation_format.centered else None
     sums, products, integers = [], [], []
@@ -72,7 +72,7 @@ def _pack(
         products += [] if center is None else [rows.float() @ center]
         integers += [rows.clone()] if in_bytes else []
     kept["row_sum"] = torch.cat(sums) * unit
-    if center is not None:  # the product is with distances from the center
+    if center is not None:  # codes represent distances from the center
         bias = torch.cat(products) * unit
         kept["bias"] = bias + kept["bias"].float() if "bias" in kept else bias
     return {**({"integers": torch.cat(integers)} if in_bytes else packed), **kept}

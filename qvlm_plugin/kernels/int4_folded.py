@@ -2,9 +2,9 @@
 
 The activations' steps are folded into the weight, which is then quantized group by group from its original values
 (`folding`). The operands are codes; whole numbers up to 256 are exact in every compute type, so products equal those of
-an integer unit. This is what hardware with 4-bit products would compute, but it rounds differently from the plan:
-sharing a scale between channels of different steps costs accuracy, and clipping and codes found for the unfolded weight
-do not apply. `int4` is as fast and as small without that loss, and is preferred.
+an integer unit. Hardware with 4-bit products would compute the same, but this rounds differently from the plan: a scale
+shared by channels of different steps costs accuracy, and clipping and codes found for the unfolded weight do not apply.
+`int4` is as fast and as small without that loss, and is preferred.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from qvlm_plugin.packing import pack_codes
 from qvlm_plugin.quantizers import quantize_int
 
 LARGEST_CODE = 256
-"""Whole numbers up to here are exact in bfloat16."""
+"""Whole numbers up to this one are exact in bfloat16."""
 
 
 def _obstacle(

@@ -10,8 +10,8 @@ from qvlm_plugin.kernels.int8_product import finished, product_of_codes, scaled
 from qvlm_plugin.kernels.operators import operator
 
 FEW_TOKENS = 16
-"""Up to so many tokens of a bfloat16 model torch's operator for packed weights is used, which rounds sums to that type;
-on CUDA of a float16 model, too. In float32 it is many times slower on a CPU than unpacking the weight."""
+"""Up to this number of tokens, bfloat16 models (on CUDA float16 models, too) use torch's operator for packed weights,
+which rounds sums to bfloat16. In float32 it is many times slower on a CPU than unpacking the weight."""
 
 _TOKENS = 640
 """Tokens that are multiplied at a time: few enough for their sums to stay in the cache."""
@@ -21,10 +21,10 @@ def whole_numbers(packed: Mapping[str, Tensor]) -> Iterator[Tensor]:
     """A weight in its units, ``multiple * (code - zero_point)``, on a CPU some rows at a time: int8 [rows, G, I / G].
 
     Args:
-        packed: what `pack_weight` makes of codes, multiples (as scales) and zero points.
+        packed: the result of `pack_weight` for codes, multiples (as scales) and zero points.
 
     Yields:
-        The same memory for all parts.
+        Parts of the weight, all in the same memory.
     """
     if packed["packed"].device.type == "cuda":
         codes, multiple = unpacked_tiles(packed["packed"], packed["scales_and_zeros"])
@@ -63,15 +63,15 @@ def int4_codes_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Multiply tokens ``offset + step * code`` with the transpose of a weight, and add a bias.
+    """Multiply tokens ``offset + step * code`` by the transpose of a weight, and add a bias.
 
     Args:
         codes: int8 [N, I].
         step, offset: float32 [N, 1].
-        packed, scales_and_zeros: of the weight in its units, see `whole_numbers`.
+        packed, scales_and_zeros: the weight in its units, see `whole_numbers`.
         unit, row_sum: float32 [O], the weight's units and the sums of its rows.
         bias: [O] or None.
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Returns:
         [N, O].
@@ -88,10 +88,10 @@ def int4_codes_linear(
     out, row = unit.new_empty(len(codes), len(unit), dtype=dtype), 0
     for weight in whole_numbers({"packed": packed, "scales_and_zeros": scales_and_zeros}):
         rows = slice(row, row + len(weight))
-        some_bias = None if bias is None else bias[rows]
+        part_bias = None if bias is None else bias[rows]
         for token in range(0, len(codes), _TOKENS):
             tokens = slice(token, token + _TOKENS)
             product = product_of_codes(codes[tokens], weight.flatten(1)) * unit[rows]
-            out[tokens, rows] = finished(product, some_bias, step[tokens], offset[tokens], row_sum[rows])
+            out[tokens, rows] = finished(product, part_bias, step[tokens], offset[tokens], row_sum[rows])
         row = rows.stop
     return out

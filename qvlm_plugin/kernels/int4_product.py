@@ -1,10 +1,10 @@
 """Products with 4-bit weights in torch's own layouts.
 
-torch has operators for few tokens, which read the packed weight once for each or for a few of them: they are private,
-and every device lays codes out in its own way. For many tokens they are slower than a product in the compute type, so
-there the weight is dequantized, on CPUs rows at a time, and multiplied: outputs of a bfloat16 model are then to the bit
-those of the dequantized weight as a whole. A weight is ``scale * (code - zero_point)``; for the operators ``scale *
-(code - 8) + zero``, where the zero is a multiple of the scale that is rounded to the compute type.
+torch has private operators for few tokens, which read the packed weight once for each token or for a few of them; each
+device has its own layout of codes. For many tokens they are slower than a product in the compute type. The weight is
+then dequantized (on CPUs some rows at a time) and multiplied; outputs of a bfloat16 model are bitwise those of the
+whole dequantized weight. A weight is ``scale * (code - zero_point)``; the operators compute ``scale * (code - 8) +
+zero``, where the zero is a multiple of the scale, rounded to the compute type.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from qvlm_plugin.packing import unpack_codes
 from qvlm_plugin.quantizers import IntWeight
 
 WIDTH = 4
-"""Bits that the operators keep a code in, whatever its own."""
+"""Bits in which the operators store a code, also a narrower one."""
 
 GROUP_SIZES = (256, 128, 64, 32)
-"""Input channels to a scale that the operators know, largest first."""
+"""Numbers of input channels per scale that the operators support, largest first."""
 
 FEW_TOKENS = 64
-"""Up to so many tokens of 16 bits the packed operators are used (measured on a CPU at 4096 x 4096, bfloat16, AVX-512,
-two threads: operator 0.20 ms per token; dequantizing 6 ms and then 0.09 ms per token; in float32 it is not vectorized).
-CUDA's reads the weight once for 16 tokens."""
+"""Up to this number of 16-bit tokens the packed operators are used (measured on a CPU at 4096 x 4096, bfloat16,
+AVX-512, two threads: operator 0.20 ms per token; dequantizing 6 ms and then 0.09 ms per token; in float32 the operator
+is not vectorized). CUDA's operator reads the weight once for 16 tokens."""
 
 
 def operator_group(group_size: int | None, columns: int) -> int | None:
@@ -40,7 +40,7 @@ def operator_group(group_size: int | None, columns: int) -> int | None:
 
 
 def groups_of_operator(quantized: IntWeight) -> Tensor:
-    """Of each group of the operator, which lies within one of the weight, the weight's group: int64 [G]."""
+    """For each of the operator's groups, the index of the weight's group that contains it: int64 [G]."""
     columns = quantized.codes.shape[1]
     starts = torch.arange(0, columns, operator_group(quantized.group_size, columns), device=quantized.codes.device)
     return starts // quantized.group_size
@@ -69,13 +69,13 @@ def pack_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, device: torch.
 
     Returns:
         ``packed`` (uint8 [O, I / 2] on the CPU, int32 tiles on CUDA) and ``scales_and_zeros`` [G, O, 2], in the compute
-        type on the CPU and bfloat16 on CUDA, whose operator knows no other.
+        type on the CPU and in bfloat16 on CUDA, whose operator supports no other.
     """
     zero = (scale.float() * (8 - zero_point.float())).to(scale.dtype)
     pairs = torch.stack([scale, zero], dim=-1).transpose(0, 1).contiguous().to(device)
     codes = codes.to(device)
     if device.type == "cuda":
-        # Tiles of 8 rows and 16 columns; how many of these a thread reads at once has to divide the weight's columns.
+        # Columns must be divisible by 16 times the number of tiles (8 rows, 16 columns) that a thread reads at once.
         inner = next(tiles for tiles in (8, 4, 2) if (2 * codes.shape[1]) % (16 * tiles) == 0)
         packed = torch.ops.aten._convert_weight_to_int4pack(codes, inner)
         return {"packed": packed, "scales_and_zeros": pairs.bfloat16()}
@@ -85,7 +85,7 @@ def pack_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, device: torch.
 
 @operator("int4_linear", like=lambda x, packed, pairs, *_: x.new_empty(x.shape[0], pairs.shape[1]))
 def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply with the transpose of a packed weight, and add a bias.
+    """Multiply by the transpose of a packed weight, and add a bias.
 
     Args:
         x: [N, I].
@@ -108,13 +108,13 @@ def int4_linear(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tenso
 
 
 def _dequantized_tiles(packed: Tensor, scales_and_zeros: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight that CUDA's layout stands for: [O, I] in ``dtype``."""
+    """The weight in CUDA's layout, dequantized: [O, I] in ``dtype``."""
     grouped, scale = unpacked_tiles(packed, scales_and_zeros)
     return grouped.to(dtype).mul_(scale.to(dtype).unsqueeze(2)).flatten(1)
 
 
 def unpacked_tiles(packed: Tensor, scales_and_zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes in CUDA's layout less their zero points, int8 [O, G, I / G], and the scales [O, G]."""
+    """Codes in CUDA's layout minus their zero points, int8 [O, G, I / G], and the scales [O, G]."""
     codes = _codes_of_tiles(packed).view(torch.int8)
     scale, zero_point = _scale_and_zero_point(scales_and_zeros)
     return codes.view(len(codes), scale.shape[1], -1).sub_(zero_point.unsqueeze(2)), scale
@@ -123,9 +123,10 @@ def unpacked_tiles(packed: Tensor, scales_and_zeros: Tensor) -> tuple[Tensor, Te
 def _codes_of_tiles(packed: Tensor) -> Tensor:
     """The codes in CUDA's layout, int32 [O / 8, I / 16 tiles, 32, tiles / 2]: uint8 [O, I].
 
-    The layout is torch's (aten/src/ATen/native/cuda/int4mm.cu): of tiles of 8 rows and 16 columns, each of 32 threads
-    has a row and four columns, a quarter of them in each half of a row. A word has these of two neighbouring tiles: in
-    its first two bytes even columns, in the others odd ones; the lower halves of bytes are of the tile's first half.
+    The layout is torch's (aten/src/ATen/native/cuda/int4mm.cu). In a tile of 8 rows and 16 columns, each of 32 threads
+    has four columns of one row, two in each half of the row. A word has a thread's codes of two neighbouring tiles:
+    even columns in its first two bytes, odd columns in the others. The lower half of a byte is from the row's first
+    half.
     """
     blocks, columns, _, words = packed.shape
     by_thread = packed.view(torch.uint8).view(blocks, columns, 8, 4, words, 2, 2).permute(0, 2, 1, 4, 6, 3, 5)
@@ -137,16 +138,16 @@ def _codes_of_tiles(packed: Tensor) -> Tensor:
 
 
 def _scale_and_zero_point(scales_and_zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight's scales [O, G] in the dtype that they have, and its zero points, int8 [O, G]."""
+    """A weight's scales [O, G] in their own dtype, and its zero points, int8 [O, G]."""
     scale, zero = (pair.t().contiguous() for pair in scales_and_zeros.unbind(-1))
-    return scale, (8 - zero.float() / scale.float()).round().to(torch.int8)  # exact again
+    return scale, (8 - zero.float() / scale.float()).round().to(torch.int8)  # rounding makes it exact
 
 
 def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None) -> Tensor:
     """`int4_linear` for many tokens on a CPU; ``x`` is contiguous."""
     unpacked = UnpackedRows.of(packed, scales_and_zeros)
     scale = scales_and_zeros[..., 0].t().contiguous()
-    weight = x.new_empty(unpacked.at_once, x.shape[1])  # one for all parts, as new memory costs as much as arithmetic
+    weight = x.new_empty(unpacked.at_once, x.shape[1])  # reused: new memory costs as much as arithmetic
 
     def dequantize(span: slice) -> Tensor:
         grouped = unpacked[span]
@@ -158,13 +159,13 @@ def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias
 
 @dataclass(frozen=True, eq=False)
 class UnpackedRows:
-    """Codes of a weight in the CPU's layout, less their zero points, some rows at a time.
+    """Codes of a weight in the CPU's layout minus their zero points, unpacked some rows at a time.
 
     Attributes:
         packed: uint8 [O, I / 2].
         zero_point: int8 [O, G].
-        codes: uint8 [``at_once``, I], memory to use: that of the rows that were asked for last.
-        by_row: uint8 [``at_once``, I / 2], memory to use.
+        codes: uint8 [``at_once``, I], a buffer for the rows requested last.
+        by_row: uint8 [``at_once``, I / 2], a buffer.
     """
 
     packed: Tensor
@@ -174,20 +175,20 @@ class UnpackedRows:
 
     @classmethod
     def of(cls, packed: Tensor, scales_and_zeros: Tensor) -> "UnpackedRows":
-        """Those of a weight as `pack_weight` lays it out."""
+        """The rows of a weight from `pack_weight`."""
         _, zero_point = _scale_and_zero_point(scales_and_zeros)
         rows, half = packed.shape
-        some = rows_at_once(rows, 2 * half, _block_rows())
-        memory = (packed.new_empty(some, width) for width in (2 * half, half))
-        return cls(packed, zero_point, *memory)
+        count = rows_at_once(rows, 2 * half, _block_rows())
+        buffers = (packed.new_empty(count, width) for width in (2 * half, half))
+        return cls(packed, zero_point, *buffers)
 
     @property
     def at_once(self) -> int:
-        """The most rows to ask for, a multiple of a block or all."""
+        """Maximum number of rows to request at a time: a multiple of a block, or all."""
         return len(self.codes)
 
     def __getitem__(self, span: slice) -> Tensor:
-        """These rows: int8 [their number, G, I / G]."""
+        """The rows of ``span``: int8 [rows, G, I / G]."""
         count, block = span.stop - span.start, _block_rows()
         whole = count // block * block
         for part, width in ((slice(whole), block), (slice(whole, count), count - whole)):
@@ -198,26 +199,26 @@ class UnpackedRows:
 
 
 def _block_rows() -> int:
-    """Rows that the CPU's layout keeps together: the operator's register block."""
+    """Rows of a block in the CPU's layout: the operator's register block."""
     return 64 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 32
 
 
 def _unpack_blocks(packed: Tensor, width: int, by_row: Tensor, codes: Tensor) -> None:
     """Write the codes of blocks of ``width`` rows in the CPU's layout.
 
-    The layout is torch's (aten/src/ATen/native/cpu/int4mm_kernel.cpp): blocks of rows, in each of them bytes [I, width
-    / 2]. With vector instructions the lower halves of a full block's bytes are its first rows and the upper halves its
-    last; neighbouring rows share a byte otherwise.
+    The layout is torch's (aten/src/ATen/native/cpu/int4mm_kernel.cpp): blocks of rows, each with bytes [I, width / 2].
+    With vector instructions, the lower halves of a full block's bytes are its first rows and the upper halves its last
+    rows; otherwise neighbouring rows share a byte.
 
     Args:
         packed: uint8 [O, I / 2].
-        width: divides O.
-        by_row: uint8 [O, I / 2], memory to use.
-        codes: uint8 [O, I], to be written.
+        width: number of rows of a block; divides O.
+        by_row: uint8 [O, I / 2], a buffer.
+        codes: uint8 [O, I], the output.
     """
     columns, blocks = 2 * packed.shape[1], len(packed) // width
     by_row = by_row.view(blocks, width // 2, columns)
-    by_row.copy_(packed.view(blocks, columns, width // 2).transpose(1, 2))  # as bytes, the cheapest
+    by_row.copy_(packed.view(blocks, columns, width // 2).transpose(1, 2))  # cheapest as bytes
     codes = codes.view(blocks, width, columns)
     vectorized = torch.backends.cpu.get_cpu_capability() in ("AVX512", "AVX2") and width == _block_rows()
     low, high = codes.chunk(2, dim=1) if vectorized else (codes[:, ::2], codes[:, 1::2])

@@ -23,23 +23,24 @@ from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.kernels.token_codes import token_codes
 
 NARROWEST, WIDEST = 5, 8
-"""Bits of a weight's code: below, `int4` and `nf4` are smaller."""
+"""Bits of a weight's code; for fewer bits, `int4` and `nf4` take less memory."""
 
 LARGEST_CODE = 128
 """Signed 8-bit codes go from -128 to 127."""
 
 SEGMENTS = 2
-"""Scales along a folded row. On channels of which 8 in 2,048 are 20 times as large, at 8 bits, the relative output
-error is 5.5 %, 1.0 %, 0.9 %, 0.9 %, 0.8 % with 1, 2, 3, 4, 8; where steps vary log-normally 5.0 %, 1.3 %, 0.9 %, 0.8 %,
-0.8 % (the activations' own rounding: 0.6 %). Each costs about a twentieth of the product's time with one token."""
+"""Number of scales of a folded row. At 8 bits, with 8 of 2,048 channels 20 times as large as the others, the relative
+output error is 5.5 %, 1.0 %, 0.9 %, 0.9 %, 0.8 % for 1, 2, 3, 4, 8 scales; with steps that vary log-normally, it is
+5.0 %, 1.3 %, 0.9 %, 0.8 %, 0.8 % (rounding of activations alone: 0.6 %). Each scale costs about a twentieth of the
+product's time with one token."""
 
 _MULTIPLE = 8
-"""Sizes of integer products on CUDA are multiples of it; fine enough to keep a few massive channels to themselves."""
+"""Sizes of integer products on CUDA are multiples of this; it is small enough for a segment of few massive channels."""
 
 _WIDE, _ALIGNMENT, _ALIASING = 1024, 64, 2048
-"""Widths from here on at which the CPU's integer product is fast for 2 to 64 tokens: multiples of 64, but not of 2,048,
-where the weight's rows share sets of the cache (measured with 8 tokens and 4,096 rows: 3,888 channels 1.8 ms, 3,904 1.5
-ms, 4,096 3.4 ms, 4,160 1.3 ms)."""
+"""From 1,024 channels on, the CPU's integer product for 2 to 64 tokens is fast at multiples of 64, except multiples of
+2,048, where the weight's rows share sets of the cache (measured with 8 tokens and 4,096 rows: 3,888 channels 1.8 ms,
+3,904 1.5 ms, 4,096 3.4 ms, 4,160 1.3 ms)."""
 
 
 def _obstacle(
@@ -88,7 +89,7 @@ def _pack(
     packed = with_encoding({name: tensor.to(device) for name, tensor in tensors.items()})
     if "clip_ratio" in packed:
         packed["row_sum"] = packed["codes_0"].sum(dim=1) * packed["scale"][0]
-    if activation_format.centered:  # the product is with distances from the center
+    if activation_format.centered:  # codes represent distances from the center
         bias = (packed["codes_0"].float() @ packed["center"].float()) * packed["scale"][0]
         packed["bias"] = bias + packed["bias"].float() if "bias" in packed else bias
     return _aligned(packed) if device.type == "cpu" and activation_format.kind != "none" else packed
@@ -97,8 +98,8 @@ def _pack(
 def _aligned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Run-time tensors with channels of zeros appended to wide segments, up to widths that are fast."""
     segments = _segments(tensors)
-    padded = {f"codes_{place}": _pad(codes, _fast_width(codes.shape[1])) for place, codes in enumerate(segments)}
-    if "index" in tensors:  # any channel will do where the weight is zero
+    padded = {f"codes_{index}": _pad(codes, _fast_width(codes.shape[1])) for index, codes in enumerate(segments)}
+    if "index" in tensors:  # the weight is zero there, so any channel can be read
         parts = tensors["index"].split([codes.shape[1] for codes in segments])
         padded["index"] = torch.cat([_pad(part, _fast_width(len(part))) for part in parts])
     return {**tensors, **padded}
@@ -134,8 +135,8 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
 
 
 def _channel_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor]:
-    """Codes, see `encode`, and the tokens' sums [N, 1]: what is not a number has a code like every number, and an
-    overflow above would end in it unseen."""
+    """Codes, see `encode`, and the tokens' sums [N, 1], which keep NaN: codes cannot, so an overflow in an earlier
+    layer would go unnoticed."""
     sums = x.reshape(-1, x.shape[-1]).sum(dim=-1, keepdim=True, dtype=torch.float32)
     return encode(x, tensors, bits, torch.int8), sums
 
@@ -153,4 +154,4 @@ def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat)
 
 
 INT8 = Kernel("int8", _obstacle, _prepare, _pack, _forward, _restore, tolerance=0.03)
-"""8-bit weights, multiplied with integer codes where activations are quantized."""
+"""8-bit weights, multiplied by integer codes if activations are quantized."""

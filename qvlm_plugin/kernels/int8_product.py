@@ -12,19 +12,20 @@ from qvlm_plugin.kernels.operators import operator
 from qvlm_plugin.quantizers import by_rows, largest_magnitude
 
 FEW_TOKENS = 16
-"""Up to so many tokens torch's operator for 8-bit weights is used (measured on a CPU at 2048 x 2048, bfloat16, AVX-512,
-one thread: 0.11 ms per token; dequantizing 0.9 ms and then 0.05 ms per token). CUDA's reads the weight for every 16.
+"""Up to this number of tokens, torch's operator for 8-bit weights is used (measured on a CPU at 2048 x 2048, bfloat16,
+AVX-512, one thread: 0.11 ms per token; dequantizing 0.9 ms and then 0.05 ms per token). CUDA's operator reads the
+weight once for every 16 tokens.
 
-Up to so many tokens the weight is the left operand of a CPU's integer product, beyond the right one (measured with
-AVX-512, two threads, at 3072 x 576 and 4096 x 4096: one token 0.06 against 0.17 ms and 0.58 against 0.87 ms, 16 tokens
-the same, 64 tokens 0.31 against 0.14 ms and 1.2 against 1.05 ms)."""
+Up to this number of tokens, the weight is the left operand of a CPU's integer product, for more tokens the right one
+(measured with AVX-512, two threads, at 3072 x 576 and 4096 x 4096: one token 0.06 against 0.17 ms and 0.58 against 0.87
+ms, 16 tokens the same, 64 tokens 0.31 against 0.14 ms and 1.2 against 1.05 ms)."""
 
 _TOKENS, _OUTPUTS = 640, 2**20
-"""Tokens and outputs that are multiplied at a time on a CPU: 4 MB of float32. Larger temporaries are new memory at each
-call, which costs more than the arithmetic; with fewer tokens weights are read too often."""
+"""Maximum numbers of tokens and of outputs of one product on a CPU: 4 MB of float32. Larger temporaries get new memory
+at each call, which costs more than the arithmetic; with fewer tokens, weights are read too often."""
 
 _CUDA_ROWS = 17
-"""The fewest tokens that torch's integer product takes on CUDA."""
+"""Minimum number of tokens of torch's integer product on CUDA."""
 
 
 def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,13 +60,13 @@ def int8_linear(
     """Sum of integer products over segments of input channels, each with weight scales of its own.
 
     Args:
-        codes: of the inputs, int8 [N, I].
-        weights: for each segment int8 [O, its channels]; the channels sum to I.
+        codes: codes of the inputs, int8 [N, I].
+        weights: the segments' weights, int8 [O, channels of the segment]; the channels sum to I.
         scale: float32 [segments, O].
         bias: [O] or None.
-        dtype: of the result.
-        step, offset: float32 [N, 1] for tokens that are ``offset + step * code``; None if they are their codes.
-        row_sum: float32 [O], sums of the weight's rows; with ``offset``.
+        dtype: dtype of the result.
+        step, offset: float32 [N, 1] for tokens ``offset + step * code``; None if tokens equal their codes.
+        row_sum: float32 [O], sums of the weight's rows; needed with ``offset``.
 
     Returns:
         [N, O]; each segment's sums are exact, and scaled and added in float32.
@@ -80,16 +81,16 @@ def int8_linear(
     if codes.device.type != "cpu" or (count <= _TOKENS and count * rows <= _OUTPUTS):
         total = _scaled_sum(parts, weights, scale.unbind())
         return finished(total, bias, step, offset, row_sum).to(dtype)
-    out, some = scale.new_empty(count, rows, dtype=dtype), max(1, _OUTPUTS // min(count, _TOKENS))
-    for row in range(0, rows, some):
-        of_rows = slice(row, row + some)
-        some_weights, some_scales = [weight[of_rows] for weight in weights], scale[:, of_rows].unbind()
-        some_bias, some_sums = (None if tensor is None else tensor[of_rows] for tensor in (bias, row_sum))
+    out, row_step = scale.new_empty(count, rows, dtype=dtype), max(1, _OUTPUTS // min(count, _TOKENS))
+    for row in range(0, rows, row_step):
+        of_rows = slice(row, row + row_step)
+        part_weights, part_scales = [weight[of_rows] for weight in weights], scale[:, of_rows].unbind()
+        part_bias, part_sums = (None if tensor is None else tensor[of_rows] for tensor in (bias, row_sum))
         for token in range(0, count, _TOKENS):
             of_tokens = slice(token, token + _TOKENS)
-            total = _scaled_sum([part[of_tokens] for part in parts], some_weights, some_scales)
+            total = _scaled_sum([part[of_tokens] for part in parts], part_weights, part_scales)
             steps = (None if tensor is None else tensor[of_tokens] for tensor in (step, offset))
-            out[of_tokens, of_rows] = finished(total, some_bias, *steps, some_sums)
+            out[of_tokens, of_rows] = finished(total, part_bias, *steps, part_sums)
     return out
 
 
@@ -117,13 +118,13 @@ def scaled(
     dtype: torch.dtype,
     steps: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:
-    """The product of the values that codes stand for: [N, O] in ``dtype``, computed in float32.
+    """The product of the values that codes represent: [N, O] in ``dtype``, computed in float32.
 
     Args:
-        product: of codes, [N, O].
-        scale: of the weight's rows, float32 [O].
+        product: product of codes, [N, O].
+        scale: scales of the weight's rows, float32 [O].
         bias: [O] or None.
-        dtype: of the result.
+        dtype: dtype of the result.
         steps: ``step``, ``offset`` and ``row_sum``, see `int8_linear`.
     """
     if fusable.scaling(product, dtype):
@@ -142,7 +143,7 @@ def finished(
 
 @operator("int8_weight_linear", like=lambda x, weight, scale: x.new_empty(x.shape[0], weight.shape[0]))
 def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Multiply inputs in the compute type with the transpose of an 8-bit weight.
+    """Multiply inputs in the compute type by the transpose of an 8-bit weight.
 
     Args:
         x: [N, I].
@@ -157,10 +158,10 @@ def int8_weight_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, operand_scale)
     if x.device.type != "cpu":
         return F.linear(x, torch.mul(weight, scale.unsqueeze(1), out=x.new_empty(weight.shape)))
-    some, scale = rows_at_once(*weight.shape, 1), scale.to(x.dtype).unsqueeze(1)
-    part = x.new_empty(some, weight.shape[1])
+    step, scale = rows_at_once(*weight.shape, 1), scale.to(x.dtype).unsqueeze(1)
+    part = x.new_empty(step, weight.shape[1])
 
     def dequantize(span: slice) -> Tensor:
         return part[: span.stop - span.start].copy_(weight[span]).mul_(scale[span])
 
-    return product_by_rows(x, len(weight), some, dequantize, None)
+    return product_by_rows(x, len(weight), step, dequantize, None)

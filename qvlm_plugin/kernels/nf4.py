@@ -1,9 +1,9 @@
 """4-bit normal-float weights, packed and multiplied by bitsandbytes; the input is rounded as in the reference.
 
-Codes and block scales are this package's own (`quantizers`), and in bitsandbytes' layout: outputs equal the reference's
-up to rounding. For many tokens on a CPU the weight is dequantized, rows at a time: outputs of a bfloat16 model are then
-the reference's to the bit. On CUDA bitsandbytes' operator does that for many tokens itself, and dequantizes the scales
-of doubly quantized weights where it reads them. The package is imported when a weight is packed, not before.
+Codes and block scales are computed by this package (`quantizers`), in bitsandbytes' layout, so outputs equal the
+reference's up to rounding. For many tokens on a CPU the weight is dequantized some rows at a time; outputs of a
+bfloat16 model are then bitwise the reference's. On CUDA, bitsandbytes' operator itself dequantizes for many tokens, and
+also dequantizes the scales of doubly quantized weights. bitsandbytes is imported when a weight is packed, not before.
 """
 
 import logging
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 BITS = 4
 
 _OLDEST = "0.50"
-"""Of bitsandbytes, as in setup.cfg."""
+"""Oldest supported version of bitsandbytes, as in setup.cfg."""
 
 FEW_TOKENS = 64
-"""Up to so many tokens, those of a decoding step, bitsandbytes multiplies. Beyond, its product for CPUs with bfloat16
-instructions is the faster one for another 200 or so, but computes with scales and a codebook in bfloat16."""
+"""Maximum number of tokens, as in a decoding step, that bitsandbytes multiplies on a CPU. With bfloat16 instructions
+its product is faster for about 200 more, but computes with scales and a codebook in bfloat16."""
 
 _TILE_ROWS = 32
-"""Rows that bitsandbytes' layout for CPUs with bfloat16 instructions keeps together."""
+"""Rows of a tile in bitsandbytes' layout for CPUs with bfloat16 instructions."""
 
 
 def _obstacle(
@@ -66,7 +66,7 @@ def _obstacle(
 def _missing() -> str | None:
     """Why the installed bitsandbytes cannot be used.
 
-    Before 0.50 its CUDA kernel for one token reads the codebook as float32, whatever type it has; here it is in the
+    Before 0.50, its CUDA kernel for one token reads the codebook as float32 whatever its dtype; here it is in the
     compute type.
     """
     install = "pip install 'qvlm_plugin[nf]'"
@@ -136,7 +136,7 @@ def _restore(tensors: Mapping[str, Tensor], activation_format: ActivationFormat)
 
 
 def _stored_scales(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    """What the blocks' scales follow from: they themselves, or the arguments of `dequantize_scales`."""
+    """The blocks' scales as they are stored: one tensor, or the arguments of `dequantize_scales`."""
     doubly = ("scale_codebook", "scale_codes", "scale", "scale_offset")
     return [tensors[name] for name in (doubly if "scale_codes" in tensors else ("scale",))]
 
@@ -164,12 +164,12 @@ def nf4_linear(
     tile_scale: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Multiply with the transpose of a packed normal-float weight, and add a bias.
+    """Multiply by the transpose of a packed normal-float weight, and add a bias.
 
     Args:
         x: [N, I].
         codes: uint8 [O, I / 2], as `pack_codes` packs them; with ``tile_scale`` in bitsandbytes' layout for CPUs.
-        scales: of the blocks: float32 [O * I / 64] alone, or the arguments of `dequantize_scales`.
+        scales: the blocks' scales: one tensor, float32 [O * I / 64], or the arguments of `dequantize_scales`.
         codebook: [16], in the dtype of ``x``.
         tile_scale: the blocks' scales in bitsandbytes' layout for CPUs: bfloat16 [I / 64, O].
         bias: [O] or None.
@@ -182,7 +182,7 @@ def nf4_linear(
     if x.device.type == "cpu" and len(x) > FEW_TOKENS:
         return _times_dequantized(x, codes, _dequantized_scales(scales), codebook, tile_scale is not None, bias)
     shape, multiply = (len(codes), x.shape[1]), _bitsandbytes().matmul_4bit
-    if x.device.type == "cuda":  # whose operator chooses itself how many tokens are many
+    if x.device.type == "cuda":  # the operator itself decides from how many tokens on to dequantize
         return multiply(x, codes, quant_state=_nested_state(scales, codebook, shape), bias=bias)
     if tile_scale is None:
         state = _state(_dequantized_scales(scales), codebook, shape)
@@ -197,34 +197,34 @@ def nf4_linear(
 def _times_dequantized(
     x: Tensor, codes: Tensor, scale: Tensor, codebook: Tensor, tiled: bool, bias: Tensor | None
 ) -> Tensor:
-    """`nf4_linear` for many tokens: the reference's weight and its product.
+    """`nf4_linear` for many tokens: the product with the reference's weight.
 
     Args:
         x: [N, I].
         codes: uint8 [O, I / 2], in bitsandbytes' layout for CPUs if ``tiled``.
         scale: float32 [O * I / 64].
-        codebook: [16], in the dtype of ``x``; the values themselves are bitsandbytes' own.
-        tiled: which layout it is.
+        codebook: [16], in the dtype of ``x``; bitsandbytes uses values of its own.
+        tiled: whether codes are in bitsandbytes' layout for CPUs.
         bias: [O] or None.
     """
     functional = _bitsandbytes().functional
     rows, columns = len(codes), x.shape[1]
-    scale, some = scale.view(rows, -1), rows_at_once(rows, columns, _TILE_ROWS)
-    space = codes.new_empty(2, some * columns // 2)
+    scale, step = scale.view(rows, -1), rows_at_once(rows, columns, _TILE_ROWS)
+    buffers = codes.new_empty(2, step * columns // 2)
 
     def dequantize(span: slice) -> Tensor:
-        part = _untile(codes[span], *space) if tiled else codes[span]
+        part = _untile(codes[span], *buffers) if tiled else codes[span]
         return functional.dequantize_4bit(part, _state(scale[span].flatten(), codebook, (len(part), columns)))
 
-    return product_by_rows(x, rows, some, dequantize, bias)
+    return product_by_rows(x, rows, step, dequantize, bias)
 
 
 def _untile(codes: Tensor, by_column: Tensor, out: Tensor) -> Tensor:
     """Codes in bitsandbytes' layout for CPUs, uint8 [O, I / 2] → ``out``, as `pack_codes` packs them.
 
-    The layout: tiles of 32 rows; in each of them, for each two columns, bytes of which the lower halves are the first
-    16 rows' codes and the upper halves those of the last 16, two columns of a row side by side. ``by_column`` is memory
-    to use; both are uint8 [at least O * I / 2].
+    A tile has 32 rows. For every two columns it has bytes whose lower halves are codes of the first 16 rows and whose
+    upper halves are codes of the last 16, with the two columns of a row side by side. ``by_column`` is a buffer; it and
+    ``out`` are uint8 [at least O * I / 2].
     """
     rows, pairs = codes.shape
     half = _TILE_ROWS // 2
@@ -259,7 +259,7 @@ def _nested_state(scales: list[Tensor], codebook: Tensor, shape: tuple[int, int]
 
 @cache
 def _bitsandbytes() -> ModuleType:
-    """The package, without its warning that a kernel of the hub is missing, which it does without."""
+    """The package, without its warning about a kernel from the hub that it does not need."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
     )

@@ -20,11 +20,12 @@ def operator(
     Otherwise the function is called directly, which takes less time.
 
     Args:
-        name: of the operator.
+        name: name of the operator.
         like: the function's arguments → an empty tensor of the result's shape and dtype, for the compiler.
-        schema: of the function, where older versions of torch cannot read it from the annotations (``list[Tensor]``).
-        traceable: the function's arguments → whether torch.compile traces the function after all. It should where a
-            call is short: the operator takes 25 microseconds on a CPU, and what it does is not fused with what follows.
+        schema: the function's schema, if older versions of torch cannot read it from the annotations
+            (``list[Tensor]``).
+        traceable: the function's arguments → whether torch.compile traces the function after all. For short calls it
+            should: calling the operator takes 25 microseconds on a CPU, and it is not fused with what follows.
     """
 
     def register(function: Product) -> Product:

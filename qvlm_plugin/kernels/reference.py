@@ -1,6 +1,6 @@
 """The paper's arithmetic, quantize-dequantize: weights and inputs are rounded, the product runs in the compute type.
 
-Exact in what it simulates on every device and for every format; it saves neither memory nor time.
+It simulates every format exactly, on every device, but saves neither memory nor time.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,18 +26,18 @@ from qvlm_plugin.quantizers import (
 def round_weight(weight: Tensor, weight_format: WeightFormat, clip: Tensor | None = None) -> Tensor:
     """``weight`` [O, I] rounded to the nearest values of the format, in its own dtype; ``clip`` as in `quantizers`.
 
-    For searches; a plan's weights are its `quantized_values`.
+    Searches use it; a plan's weights are its `quantized_values`.
     """
     return quantized_values(weight, weight_format, {} if clip is None else {"clip": clip}).to(weight.dtype)
 
 
 def quantized_values(weight: Tensor, weight_format: WeightFormat, parameters: Mapping[str, Tensor]) -> Tensor:
-    """What the codes of ``weight`` [O, I] stand for, in float32; ``weight`` itself where it is not quantized.
+    """The values that the codes of ``weight`` [O, I] represent, in float32; ``weight`` itself if it is not quantized.
 
     Args:
-        weight: before it is rounded.
-        weight_format: of the result.
-        parameters: those that the format names.
+        weight: the weight before rounding.
+        weight_format: format of the result.
+        parameters: the parameters that the format names.
     """
     fmt = weight_format
     if fmt.kind == "int":
@@ -111,4 +111,4 @@ REFERENCE = Kernel("reference", _obstacle, _prepare, as_stored, _forward, _resto
 STRAIGHT_THROUGH = Kernel(
     "straight_through", _obstacle, _prepare, as_stored, _forward_straight_through, _restore, _CAST
 )
-"""The same values, but differentiable in the input and the activation parameters; for methods that train those."""
+"""The reference's values, differentiable in the input and the activation parameters; for methods that train these."""

@@ -22,7 +22,7 @@ def with_rounding(tensors: Mapping[str, Tensor], activation_format: ActivationFo
 
 
 def round_input(x: Tensor, activation_format: ActivationFormat, tensors: Mapping[str, Tensor]) -> Tensor:
-    """`round_activation` with tensors of `with_rounding`; `once` for a site's Linears."""
+    """`round_activation` with the tensors of `with_rounding`, computed `once` for a site's Linears."""
     static = activation_format.kind == "static_channel"
     names = ("lower", "step", "inverse") if static else activation_format.parameters
 

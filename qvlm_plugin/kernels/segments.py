@@ -5,25 +5,25 @@ from torch import Tensor
 
 
 def segment_widths(step: Tensor, count: int, multiple: int) -> tuple[int, ...]:
-    """Split channels sorted by step so that rounding a folded weight costs least.
+    """Split channels sorted by step so that rounding a folded weight causes the least error.
 
-    In a segment a weight's rounding error is in proportion to the largest step, whatever the channel's own, and the
-    squared error of an output to the sum of their squares: channels times largest step squared, summed over segments.
-    That is minimised exactly, by dynamic programming over the possible borders.
+    Within a segment, every weight's rounding error is proportional to the segment's largest step. So the squared error
+    of an output is proportional to the number of channels times the largest step squared, summed over segments. This is
+    minimised exactly, by dynamic programming over the possible borders.
 
     Args:
-        step: ascending [I].
-        count: segments at most.
-        multiple: borders are at multiples of it.
+        step: steps of the channels, ascending [I].
+        count: maximum number of segments.
+        multiple: borders are at multiples of this number.
 
     Returns:
-        Channels in each segment, none empty; they sum to I.
+        The number of channels in each segment, at least 1; the numbers sum to I.
     """
     columns = len(step)
     borders = [*range(0, columns, multiple), columns]
     ends = torch.tensor(borders)
     largest = step.detach().double().cpu()[ends[1:] - 1].square()
-    # cost[i, j]: of a segment from border i to border j + 1.
+    # cost[i, j] is the cost of a segment from border i to border j + 1.
     cost = ((ends[None, 1:] - ends[:-1, None]) * largest).masked_fill(ends[None, 1:] <= ends[:-1, None], torch.inf)
     best, previous = cost[0], []
     for _ in range(count - 1):

@@ -17,7 +17,7 @@ class Choice:
 
     Attributes:
         kernel: the first candidate that can run it.
-        refused: names of the candidates before it, with the reason of each.
+        refused: names of the previous candidates, each with the reason why it cannot run the module.
         fell_back: whether a quantized weight got the last of several candidates.
     """
 
@@ -27,7 +27,7 @@ class Choice:
 
     @property
     def reasons(self) -> str:
-        """Why the others cannot run it, on one line."""
+        """Why the other candidates cannot run the module, on one line."""
         return "; ".join(f"{name}: {reason}" for name, reason in self.refused)
 
 
@@ -66,10 +66,10 @@ class Execution:
         return tuple(name for name, choice in self.choices.items() if choice.fell_back)
 
     def require_no_fallback(self) -> None:
-        """What ``strict=true`` asks for.
+        """Check that no module fell back, for ``strict=true``.
 
         Raises:
-            QVLMError: a module fell back; it names the first.
+            QVLMError: a module fell back; the message names the first.
         """
         if self.fallbacks:
             name = self.fallbacks[0]

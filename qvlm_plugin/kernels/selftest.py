@@ -1,4 +1,4 @@
-"""Self-tests of kernels on the device at hand: private operators differ between versions of torch and between devices.
+"""Self-tests of kernels on a device: private operators differ between versions of torch and between devices.
 
 Each test is a small problem on which every kernel should equal the reference: static steps are the same for all
 channels, so that folding them loses nothing. For weights of more than 4 bits they differ between the two halves of the
@@ -19,9 +19,9 @@ from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.quantizers import nearest_codes, stored_parameters
 
 SHAPE = (64, 256)
-"""Of the weight."""
+"""Shape of the weight."""
 _TOKENS = (1, 3, 70)
-"""One, few and many, for which kernels use different operators."""
+"""Numbers of tokens: one, few and many, for which kernels use different operators."""
 
 _STEP = 0.25
 
@@ -44,13 +44,13 @@ def self_test(
         operands = [operand.to(device, dtype) for operand in (weight, bias)]
         try:
             outputs, expected = (
-                _outputs(each, *operands, inputs.to(device, dtype), weight_format, activation_format, parameters)
-                for each in (kernel, REFERENCE)
+                _outputs(tested, *operands, inputs.to(device, dtype), weight_format, activation_format, parameters)
+                for tested in (kernel, REFERENCE)
             )
         except Exception as error:  # a private operator may fail in any way
             return f"{type(error).__name__} in {dtype}: {' '.join(str(error).split())[:200]}"
-        for count, output, right in zip(_TOKENS, outputs.split(_TOKENS), expected.split(_TOKENS), strict=True):
-            distance = float((output - right).norm() / right.norm())
+        for count, output, target in zip(_TOKENS, outputs.split(_TOKENS), expected.split(_TOKENS), strict=True):
+            distance = float((output - target).norm() / target.norm())
             if not distance <= kernel.tolerance:
                 return f"outputs differ from the reference by {distance:.2g} in {dtype} for {count} tokens"
     return None
@@ -76,7 +76,7 @@ def required_to_pass(kernel: Kernel) -> Kernel:
 
 
 def _tested(kernel: Kernel, failed: Callable[[str, WeightFormat, ActivationFormat, torch.device], str]) -> Kernel:
-    """The kernel with the obstacle that ``failed`` makes of a self-test's failure on a problem."""
+    """The kernel with one more obstacle: if it fails a self-test, what ``failed`` returns for this failure."""
 
     def obstacle(
         weight_format: WeightFormat, activation_format: ActivationFormat, shape: tuple[int, int], device: torch.device
@@ -118,7 +118,7 @@ def _outputs(
     activation_format: ActivationFormat,
     parameters: dict[str, Tensor],
 ) -> Tensor:
-    """Of all counts of tokens, one after another: float32 on the CPU."""
+    """The outputs for all numbers of tokens, concatenated: float32 on the CPU."""
     neutral = kernel.prepare(weight, bias, weight_format, activation_format, parameters)
     tensors = kernel.pack(neutral, activation_format, weight.device)
     outputs = [kernel.forward(inputs[:tokens], tensors, activation_format) for tokens in _TOKENS]

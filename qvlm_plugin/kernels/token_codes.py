@@ -10,15 +10,15 @@ from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.quantizers import quantization_step, round_to_codes, token_range
 
 _ELEMENTS = 2**18
-"""Elements that are rounded at a time on a CPU: 1 MB of float32, which stays in a core's cache between operators."""
+"""Elements rounded at a time on a CPU: 1 MB of float32, which stays in a core's cache between operators."""
 
 
 def token_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Round an input to the codes of the reference arithmetic; `once` for a site's Linears.
+    """Round an input to the codes of the reference arithmetic, `once` for a site's Linears.
 
     Args:
         x: [..., I]; N tokens.
-        tensors: run-time tensors, among them ``clip_ratio`` and, where inputs are centered, ``center``.
+        tensors: run-time tensors, with ``clip_ratio`` and, if inputs are centered, ``center``.
         bits: 2 to 8.
 
     Returns:
@@ -30,10 +30,10 @@ def token_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Te
         if fusable.tokens(x):
             return fused.codes_of_tokens(x, ratio, center, bits)
         tokens = x.reshape(-1, x.shape[-1])
-        some = max(1, _ELEMENTS // tokens.shape[1]) if x.device.type == "cpu" else len(tokens)
-        if len(tokens) <= some:
+        count = max(1, _ELEMENTS // tokens.shape[1]) if x.device.type == "cpu" else len(tokens)
+        if len(tokens) <= count:
             return _codes(tokens, ratio, center, bits)
-        parts = [_codes(part, ratio, center, bits) for part in tokens.split(some)]
+        parts = [_codes(part, ratio, center, bits) for part in tokens.split(count)]
         codes, step, offset = map(torch.cat, zip(*parts, strict=True))
         return codes, step, offset
 

@@ -1,7 +1,7 @@
 """Kernels of `fused`; importing this needs Triton.
 
-Where a value is rounded to a whole number, a large number is added and taken away again, of which float32 has only
-whole neighbours: to the nearest, ties to even, like torch.
+To round a value to a whole number, a large number is added and subtracted again; at its size float32 has only whole
+numbers. This rounds to nearest, ties to even, as torch does.
 """
 
 import triton
@@ -18,13 +18,13 @@ def round_tokens(
 ):  # fmt: skip
     """Round one token to ``levels + 1`` points of its own range, or to their codes, see `fused`."""
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, WIDTH)
-    inside = place < columns
-    values = tl.load(x + row * columns + place, mask=inside, other=0.0).to(tl.float32)
+    column = tl.arange(0, WIDTH)
+    inside = column < columns
+    values = tl.load(x + row * columns + column, mask=inside, other=0.0).to(tl.float32)
     if CENTERED:
-        middle = tl.load(center + place, mask=inside, other=0.0).to(tl.float32)
+        middle = tl.load(center + column, mask=inside, other=0.0).to(tl.float32)
         values = values - middle
-    mean = tl.sum(values, axis=0) / columns  # what is outside is 0
+    mean = tl.sum(values, axis=0) / columns  # values outside are 0
     clip = tl.load(clip_ratio).to(tl.float32)
     lower = mean + (tl.min(tl.where(inside, values, float("inf")), axis=0) - mean) * clip
     upper = mean + (tl.max(tl.where(inside, values, float("-inf")), axis=0) - mean) * clip
@@ -34,28 +34,28 @@ def round_tokens(
     code = (code + _LARGE) - _LARGE
     if CODES:
         half = (levels + 1) // 2
-        tl.store(out + row * columns + place, (code - half).to(tl.int8), mask=inside)
+        tl.store(out + row * columns + column, (code - half).to(tl.int8), mask=inside)
         tl.store(steps + row, step)
         tl.store(offsets + row, lower + half * step)
     else:
         point = code * step + lower
         if CENTERED:
             point = point + middle
-        tl.store(out + row * columns + place, point.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + row * columns + column, point.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def round_channels(
     x, lower, factor, inverse, index, out, columns, width, levels, CODES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Round channels of one token within fixed bounds: to points, where ``factor`` is their steps, or to the codes of
-    the channels at ``index``, where it is what is added to them."""
+    """Round channels of one token within fixed bounds: to points, with ``factor`` as their steps; or to codes of the
+    channels at ``index``, with ``factor`` added to the codes."""
     row = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < width
-    channel = place
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    channel = column
     if CODES:
-        channel = tl.load(index + place, mask=inside, other=0)
+        channel = tl.load(index + column, mask=inside, other=0)
     value = tl.load(x + row * columns + channel, mask=inside, other=0.0).to(tl.float32)
     low = tl.load(lower + channel, mask=inside, other=0.0)
     code = (value - low) * tl.load(inverse + channel, mask=inside, other=0.0)
@@ -63,8 +63,8 @@ def round_channels(
     code = (code + _LARGE) - _LARGE
     by = tl.load(factor + channel, mask=inside, other=0.0)
     result = code + by if CODES else code * by + low
-    result = tl.where(value == value, result, value)  # what is not a number stays none
-    tl.store(out + row * width + place, result.to(out.dtype.element_ty), mask=inside)
+    result = tl.where(value == value, result, value)  # NaN stays NaN
+    tl.store(out + row * width + column, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def multiply_codes(
     SEGMENTS: tl.constexpr, STEPS: tl.constexpr, BIAS: tl.constexpr,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Multiply codes of up to ``TOKENS`` tokens with ``FEATURES`` rows of one or two segments of a weight, see
+    """Multiply codes of up to ``TOKENS`` tokens by ``FEATURES`` rows of one or two segments of a weight, see
     `int8_product.int8_linear`."""
     token = tl.arange(0, TOKENS)
     feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
@@ -112,7 +112,7 @@ def multiply_codes(
 
 @triton.jit
 def scale_product(product, scale, step, offset, row_sum, bias, out, features, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """Turn a part of a token's product of codes into one of the values that these stand for."""
+    """Turn a part of a token's product of codes into the product of the values that the codes represent."""
     row = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = feature < features
@@ -129,8 +129,8 @@ def rotate_tokens(
     x, signs, first, second, third, out, order,
     PADDED: tl.constexpr, MIDDLE: tl.constexpr, LAST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Multiply one token with the Kronecker product of three matrices, of ``order``, ``MIDDLE`` and ``LAST``, or of the
-    first and the last where ``MIDDLE`` is 1; see `rotation.rotate`."""
+    """Multiply one token by the Kronecker product of three matrices, of ``order``, ``MIDDLE`` and ``LAST``, or of the
+    first and the last if ``MIDDLE`` is 1; see `rotation.rotate`."""
     rest: tl.constexpr = MIDDLE * LAST
     row = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, PADDED), tl.arange(0, rest)
@@ -157,8 +157,8 @@ def rotate_tokens(
 
 @triton.jit
 def _multiplied(rows, matrix, COUNT: tl.constexpr, ORDER: tl.constexpr, SMALLEST: tl.constexpr):
-    """``rows`` [COUNT, ORDER] times a matrix. Products have a smallest size: several rows side by side are multiplied
-    by as many copies of a smaller matrix along the diagonal."""
+    """``rows`` [COUNT, ORDER] times a matrix. Products have a minimum size, so for a smaller matrix several rows are
+    put side by side and multiplied by a block-diagonal matrix of as many copies."""
     WIDTH: tl.constexpr = max(ORDER, SMALLEST)
     k, n = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
     values = tl.load(matrix + k % ORDER * ORDER + n % ORDER)

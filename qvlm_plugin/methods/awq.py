@@ -15,6 +15,7 @@ from qvlm_plugin.methods.clipping import search_clip
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.options import MethodOptions
+from qvlm_plugin.methods.replacements import copied
 from qvlm_plugin.methods.sampling import Sample, sample_tokens
 from qvlm_plugin.methods.scaling import (
     duo_scale_grid,
@@ -25,25 +26,25 @@ from qvlm_plugin.methods.scaling import (
     search_scale,
     weight_shares,
 )
-from qvlm_plugin.methods.stand_ins import copied
 from qvlm_plugin.plan import apply_fold
 from qvlm_plugin.plan_header import Fold
 from qvlm_plugin.progress import track
 from qvlm_plugin.topology import Site
 
 UNCLIPPED = ("q_proj", "k_proj")
-"""Not clipped: queries and keys are multiplied by each other, so clipping errs more than their own outputs show."""
+"""Linears that are not clipped: queries and keys are multiplied by each other, so clipping errs more than the error of
+their own outputs shows."""
 
 
 def scale_and_clip(context: SearchContext, draft: Draft) -> Draft:
-    """Scales and clipping factors of all parts whose weights are quantized: ``<site>/scale`` and ``<linear>/clip``.
+    """Add ``<site>/scale`` and ``<linear>/clip`` in all parts whose weights are quantized.
 
     Raises:
         QVLMError: an input is not finite.
     """
     sites, options = context.weight_sites, context.options
     tokens = sample_tokens(context, sites, options.search_tokens, draft.token_weights)
-    sites = [site for site in sites if site.name in tokens]  # an expert may have served no token
+    sites = [site for site in sites if site.name in tokens]  # some experts may process no token
     blocks = [list(block) for _, block in groupby(sites, key=lambda site: (site.part, site.block))]
     found = []
     for block in track(context.shard.own(blocks), "scales and clips"):

@@ -21,10 +21,10 @@ class Step:
     """One step of a method: it searches scales, ranges or codes and adds them to the draft of the plan.
 
     Attributes:
-        name: for messages.
+        name: name in messages.
         run: (context, draft) → draft. It must leave the model unchanged.
         wanted: whether the scheme and the options select it.
-        check: raises a `QVLMError` where the context lacks something (answers, for example), before any step runs.
+        check: raises a `QVLMError` if the context lacks something (answers, for example); called before any step runs.
         needs_calibration: whether it reads calibration data.
         splits: whether fewer samples at a time need less memory (`Footprint.rows`).
     """
@@ -71,7 +71,7 @@ class Method:
         return any(step.needs_calibration for step in self.chosen(scheme, options))
 
 
-def shown(value: Any) -> str:
+def option_text(value: Any) -> str:
     """The value of an option as written in ``--model_args``."""
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -22,7 +22,7 @@ def group_errors(error: Tensor, weight_format: WeightFormat, tokens: Tensor | No
     For a block of normal-float weights that spans several output channels, it is the sum over these.
 
     Args:
-        error: of the weights, [O, I] float32.
+        error: errors of the weights, [O, I] float32.
         weight_format: decides the groups.
         tokens: inputs [N, I] float32; None: the squared error of the weights themselves.
 
@@ -36,7 +36,7 @@ def group_errors(error: Tensor, weight_format: WeightFormat, tokens: Tensor | No
         )
         return caused.view(rows, -1) if weight_format.kind == "int" else caused
     period = _rows_per_period(columns, weight_format)
-    # Each token on one row of the period at a time: rows that share a block are different outputs and do not mix.
+    # Put each token on one row of the period at a time: rows that share a block are different outputs and do not mix.
     alone = torch.eye(period, device=tokens.device)[:, None, :, None] * tokens[None, :, None, :]
     inputs = split_groups(alone.view(-1, columns), weight_format)
     moments = torch.einsum("npi,npj->pij", inputs, inputs)

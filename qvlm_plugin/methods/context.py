@@ -29,10 +29,10 @@ class SearchContext:
 
     Attributes:
         loaded: the model in full precision; a search leaves it unchanged.
-        topology: of the model.
+        topology: the model's topology.
         scheme: bit widths.
-        options: of the method.
-        calibration: None where no step reads data.
+        options: the method's options.
+        calibration: calibration samples; None if no step reads them.
         method: name of the method, for the plan.
         workspace: storage of finished steps.
         footprint: limits of memory use.

@@ -26,8 +26,8 @@ class Draft:
     """The results of the steps so far.
 
     Attributes:
-        tensors, folds, replaced, rotations, record: of the future plan, see `RoundingPlan`.
-        token_weights: passed from one step to later ones; not part of the plan.
+        tensors, folds, replaced, rotations, record: content of the plan, see `RoundingPlan`.
+        token_weights: weights that one step passes to later ones; not part of the plan.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -38,17 +38,17 @@ class Draft:
     token_weights: TokenWeights | None = None
 
     def adding(self, tensors: Mapping[str, Tensor] | None = None, record: Mapping[str, Any] | None = None) -> "Draft":
-        """With more tensors and record entries, which replace those of the same names."""
+        """The draft with more tensors and record entries, which replace those of the same names."""
         return replace(self, tensors={**self.tensors, **(tensors or {})}, record={**self.record, **(record or {})})
 
     def with_codes(self, found: Mapping[str, Tensor]) -> "Draft":
-        """With the codes of Linears and their scales, which replace the Linears' ``clip``."""
+        """The draft with the codes of Linears and their scales, which replace the Linears' ``clip``."""
         clips = {f"{name.removesuffix('/codes')}/clip" for name in found if name.endswith("/codes")}
         kept = {name: tensor for name, tensor in self.tensors.items() if name not in clips}
         return replace(self, tensors={**kept, **found})
 
     def to(self, device: torch.device | str, **options: Any) -> "Draft":
-        """The same with its tensors on a device; ``options`` are those of `Tensor.to`."""
+        """The draft with its tensors on a device; ``options`` are those of `Tensor.to`."""
         weights = self.token_weights and [
             [tensor.to(device, **options) for tensor in layer] for layer in self.token_weights
         ]
@@ -56,7 +56,7 @@ class Draft:
         return replace(self, tensors=tensors, token_weights=weights)
 
     def stored(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """As JSON data and tensors, for `Workspace.keep`."""
+        """The draft as JSON data and tensors, for `Workspace.keep`."""
         weights = {
             f"{_TOKEN_WEIGHTS}/{layer}/{batch}": tensor
             for layer, batches in enumerate(self.token_weights or ())
@@ -189,6 +189,6 @@ def _calibration_record(context: SearchContext) -> CalibrationRecord | None:
 
 
 def _part_of(name: str, topology: Topology) -> str:
-    """Of a Linear without a site: ``unused`` within a part (blocks above the feature layer), else ``other``."""
+    """A siteless Linear's part: ``unused`` inside a part (blocks after the feature layer), else ``other``."""
     paths = [path for part in ORDER for path in topology.paths(part)]
     return "unused" if any(name.startswith(f"{path}.") for path in paths) else "other"

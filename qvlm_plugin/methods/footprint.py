@@ -8,9 +8,9 @@ class Footprint:
     """What a search keeps on the model's device.
 
     Attributes:
-        caches_on_cpu: cached hidden states, and tensors saved for a backward pass, wait on the CPU.
-        rows: samples of a batch that go through a decoder layer together, where no gradient is taken; None: all of
-            them. The method's batch size, which decides padding, sums and gradient steps, does not change.
+        caches_on_cpu: whether cached hidden states, and tensors saved for a backward pass, are kept on the CPU.
+        rows: samples of a batch that go through a decoder layer together if no gradient is taken; None: all of them.
+            The method's batch size, which decides padding, sums and gradient steps, does not change.
     """
 
     caches_on_cpu: bool = False

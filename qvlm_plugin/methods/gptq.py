@@ -55,7 +55,7 @@ class Moments:
         return Moments(self.hessian + other.hessian, shift)
 
     def to(self, device: torch.device | str, **options: object) -> "Moments":
-        """The same on a device; ``options`` are those of `Tensor.to`."""
+        """The moments on a device; ``options`` are those of `Tensor.to`."""
         shift = None if self.shift is None else self.shift.to(device, **options)
         return Moments(self.hessian.to(device, **options), shift)
 
@@ -66,9 +66,9 @@ class Factors:
 
     Attributes:
         hessian: H with ``damping`` times its mean diagonal added to the diagonal: float64 [K, K], positive definite.
-        order: of the columns, int64 [K].
+        order: order in which columns are rounded, int64 [K].
         factor: the upper Cholesky factor of H⁻¹ in that order: float32 [K, K].
-        shift: of the moments.
+        shift: `Moments.shift`.
     """
 
     hessian: Tensor
@@ -95,13 +95,13 @@ class Factors:
 def gptq(
     weight: Tensor, weight_format: WeightFormat, factors: Factors, correction: float = 0.0, clip: Tensor | None = None
 ) -> IntWeight | NormalFloatWeight:
-    """The codes of a weight; for each output channel the nearest codes where these have less error under the damped H.
+    """The codes of a weight; an output channel gets its nearest codes if these have less error under the damped H.
 
     Args:
         weight: [O, K], any floating-point dtype.
-        weight_format: of the codes; ``int`` or ``nf``.
-        factors: of the inputs, on the weight's device.
-        correction: the share of the layers-below error that the weight compensates; needs a ``shift``.
+        weight_format: format of the codes; ``int`` or ``nf``.
+        factors: factors of the inputs' moments, on the weight's device.
+        correction: share of the earlier layers' error that the weight compensates; needs a ``shift``.
         clip: factors that narrow the groups' ranges, as for `nearest_codes`.
 
     Returns:

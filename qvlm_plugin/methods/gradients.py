@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.methods.stand_ins import other_forward
+from qvlm_plugin.methods.replacements import other_forward
 
 LOSS_SCALE = 2.0**12
 """Factor of losses in the backward pass, so that small gradients do not underflow in float16; exact in other types."""

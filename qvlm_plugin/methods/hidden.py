@@ -1,11 +1,11 @@
 """Run a stack of blocks one by one on cached hidden states, so that a search needs one block at a time.
 
-The cached states are on the device of the decoder's input. Where weights are offloaded, or memory has run out
+The cached states are on the device of the decoder's input. If weights are offloaded, or memory has run out
 (`Footprint`), they are on the CPU instead (13B, 64 samples of 700 tokens: 0.5 GB for each copy, and a search keeps
 about ten), and move to the device a few rows at a time.
 
-`block_inputs` records what the model does between its blocks: the masks and positions that it passes to each, and what
-it adds to the hidden states before one (the visual features of DeepStack).
+`block_inputs` records what the model does between its blocks: the masks and positions that it passes to each block, and
+what it adds to a block's hidden states (the visual features of DeepStack).
 """
 
 import inspect
@@ -25,8 +25,8 @@ from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.options import MiningOptions
+from qvlm_plugin.methods.replacements import Replacements, other_forward, quantized_modules, replaced
 from qvlm_plugin.methods.shard import Shard
-from qvlm_plugin.methods.stand_ins import StandIns, other_forward, replaced, stand_ins
 from qvlm_plugin.models.placement import execution_device, is_offloaded, materialized
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.topology import ORDER, Blocks, Site
@@ -58,7 +58,7 @@ class Batch:
         )
 
     def read_by(self, name: str, states: Tensor, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-        """The arguments of the block of this name, on a device: the hidden states, and keyword arguments."""
+        """The arguments of the named block, on a device: the hidden states, and keyword arguments."""
         states = states.to(device)
         if name in self.added:
             states = states + self.added[name].to(device)
@@ -98,7 +98,7 @@ class HiddenCache:
         states: [B, T, C] for each batch.
         batches: the blocks' other inputs for each batch.
         rows: samples that go through a layer together, see `Footprint`.
-        shard: of this process; the batches are its own.
+        shard: this process's shard; the batches are those of this process.
         first: index of its first batch among those of all processes.
         part: the part that the layers belong to.
     """
@@ -111,11 +111,11 @@ class HiddenCache:
     part: str = "decoder"
 
     def batch(self, index: int) -> "HiddenCache":
-        """One batch alone."""
+        """A cache of one batch."""
         return self.subset([index])
 
     def subset(self, chosen: Sequence[int]) -> "HiddenCache":
-        """The chosen batches, by their indices here."""
+        """A cache of the chosen batches, given by their indices in this one."""
         return replace(self, states=[self.states[i] for i in chosen], batches=[self.batches[i] for i in chosen])
 
     def spread(self, share: float) -> list[int]:
@@ -167,12 +167,12 @@ class HiddenCache:
     def inputs(self, name: str, layer: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
         """The inputs of ``sites`` of a layer, batch by batch: tokens [N, C] without padding, on the layer's device.
 
-        The layer runs up to the last of the sites. Experts that serve no token of a batch are left out.
+        The layer runs up to the last of the sites. Experts that process no token of a batch are left out.
 
         Args:
-            name: of the layer.
-            layer: run in its current state.
-            sites: in the layer.
+            name: the layer's full name.
+            layer: the layer, which runs in its current state.
+            sites: sites in the layer.
         """
         device = execution_device(layer)
         for index in range(len(self.states)):
@@ -242,8 +242,8 @@ def block_inputs(context: SearchContext, part: str = "decoder", blocks: Blocks |
 
     Args:
         context: the search.
-        part: of the model.
-        blocks: one of the part's chains (`topology.chains_of`), where it has several; None for its only one.
+        part: the part.
+        blocks: one of the part's chains (`topology.chains_of`), if it has several; None for its only one.
 
     Raises:
         QVLMError: the input is not finite.
@@ -257,7 +257,7 @@ def block_inputs(context: SearchContext, part: str = "decoder", blocks: Blocks |
         text, predicts = attended & (inputs["input_ids"] != model.config.image_token_id), predicting(answer)
         if part != "decoder" and torch.equal(text, attended):
             continue
-        given = _given(model, to_device(inputs, context.device, model.dtype), blocks)
+        given = _block_arguments(model, to_device(inputs, context.device, model.dtype), blocks)
         states, _ = given[blocks[0][0]]
         masks = (attended, text, predicts)
         if part != "decoder":
@@ -270,17 +270,17 @@ def block_inputs(context: SearchContext, part: str = "decoder", blocks: Blocks |
     return HiddenCache(hidden, batches, context.footprint.rows, context.shard, context.share.start, part)
 
 
-_Given = dict[str, tuple[Tensor, dict[str, Any]]]
+_BlockArguments = dict[str, tuple[Tensor, dict[str, Any]]]
 """The hidden states and the other arguments of each block's call, by its full name."""
 
 
-def _given(model: nn.Module, inputs: Mapping[str, Tensor], blocks: Blocks) -> _Given:
+def _block_arguments(model: nn.Module, inputs: Mapping[str, Tensor], blocks: Blocks) -> _BlockArguments:
     """The arguments of each block of a chain; the hidden states of all but the first are what the model adds to them.
 
     Only the first block runs, to learn the structure of a block's output; every block then returns zeros of this
     structure, so that a later block's hidden states are just what the model added before it.
     """
-    given: _Given = {}
+    given: _BlockArguments = {}
     form: list[Any] = []
 
     def noting(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -317,7 +317,7 @@ def quantized_inputs(
 ) -> HiddenCache:
     """`block_inputs` with the parts below quantized by the plan."""
     lower_paths = [path for lower in ORDER[: ORDER.index(part)] for path in context.topology.paths(lower)]
-    others = stand_ins(plan, context.model, REFERENCE, lower_paths) if lower_paths else StandIns()
+    others = quantized_modules(plan, context.model, REFERENCE, lower_paths) if lower_paths else Replacements()
     with replaced(context.model, others):
         return block_inputs(context, part, blocks)
 

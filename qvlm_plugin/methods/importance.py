@@ -62,8 +62,8 @@ def visit_jacobians(
     """Run forward and backward passes over the calibration set, and sum the results of ``visit`` for each site.
 
     Args:
-        context: its model runs in full precision, on samples with answers.
-        sites: of the decoder.
+        context: the search; its model runs in full precision, on samples with answers.
+        sites: sites of the decoder.
         visit: called as ``visit(site, tokens, jacobian, batch)`` for every batch, from the last layer to the first,
             with the input [N, C] of the site without padding, the gradient [N, C] of the summed log-odds of all answer
             tokens with respect to it, and the batch's index; again for a batch whose gradients have overflowed.
@@ -86,9 +86,11 @@ def visit_jacobians(
             stack.enter_context(torch.autograd.graph.save_on_cpu())
         for index, (inputs, answer) in enumerate(context.batches("importance"), context.share.start):
 
-            def run(scale: float, index: int = index, inputs: BatchFeature = inputs, answer: Tensor = answer) -> _Seen:
-                seen = _Seen(lambda *shown: visit(*shown, index), scale, len(layers))
-                with _listening(context, sites, inputs["attention_mask"].bool(), seen):
+            def run(
+                scale: float, index: int = index, inputs: BatchFeature = inputs, answer: Tensor = answer
+            ) -> _Collector:
+                seen = _Collector(lambda *shown: visit(*shown, index), scale, len(layers))
+                with _collecting(context, sites, inputs["attention_mask"].bool(), seen):
                     (_answer_odds(context, inputs, answer) * scale).backward()
                 return seen
 
@@ -110,7 +112,7 @@ def _answer_odds(context: SearchContext, inputs: BatchFeature, answer: Tensor) -
     return log_odds(logits[is_answer], tokens[is_answer]).sum()
 
 
-class _Seen:
+class _Collector:
     """Collects inputs and gradients of one batch during the backward pass of a loss multiplied by ``scale``."""
 
     def __init__(self, visit: Callable[[Site, Tensor, Tensor], Tensor], scale: float, layers: int) -> None:
@@ -140,7 +142,7 @@ class _Seen:
 
 
 @contextmanager
-def _listening(context: SearchContext, sites: Sequence[Site], attended: Tensor, seen: _Seen) -> Iterator[None]:
+def _collecting(context: SearchContext, sites: Sequence[Site], attended: Tensor, seen: _Collector) -> Iterator[None]:
     """While active, forward passes register hooks that pass the gradients of the backward pass to ``seen``."""
     model = context.model
 
@@ -212,18 +214,18 @@ def by_modality(weights: TokenWeights, images: Sequence[Tensor], texts: Sequence
     ratios = [_mean_norm(layer, images) / _mean_norm(layer, texts) for layer in weights]
     least = median(ratios)
     return [
-        [torch.where(image.to(one.device), max(ratio, least), 1.0) for one, image in zip(layer, images, strict=True)]
+        [torch.where(image.to(old.device), max(ratio, least), 1.0) for old, image in zip(layer, images, strict=True)]
         for layer, ratio in zip(weights, ratios, strict=True)
     ]
 
 
 def _mean_norm(weights: Sequence[Tensor], chosen: Sequence[Tensor]) -> float:
     """The mean gradient norm of the chosen tokens; at least 1e-30, so that it can be a divisor."""
-    norms = [one[tokens.to(one.device)].sqrt() for one, tokens in zip(weights, chosen, strict=True)]
+    norms = [batch[tokens.to(batch.device)].sqrt() for batch, tokens in zip(weights, chosen, strict=True)]
     found = torch.cat(norms)
     return max(float(found.mean()) if len(found) else 0.0, 1e-30)
 
 
-def require_answers_to_look_at(context: SearchContext) -> None:
+def require_answers_for_importance(context: SearchContext) -> None:
     """Check that every sample has an answer; see `require_answers`."""
     require_answers(context.calibration, f"importance={context.options.importance}", "importance=uniform")

@@ -18,7 +18,7 @@ from qvlm_plugin.topology import Site
 
 
 def search_ranges(context: SearchContext, draft: Draft) -> Draft:
-    """Ranges of every site; with ``importance=jacobian``, of all but static sites."""
+    """Add the ranges of every site; with ``importance=jacobian``, those of all but static sites."""
     formats = context.activation_sites
     if context.options.importance == "jacobian":
         formats = {site: fmt for site, fmt in formats.items() if fmt.kind != "static_channel"}

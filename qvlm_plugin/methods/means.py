@@ -22,7 +22,7 @@ def ordinary(tokens: Tensor) -> Tensor:
 
 
 def observe_means(context: SearchContext, draft: Draft) -> Draft:
-    """Add ``<site>/mean`` where biases are corrected, and ``<site>/center`` where tokens are centered.
+    """Add ``<site>/mean`` for sites whose biases are corrected, ``<site>/center`` for sites whose tokens are centered.
 
     Both are the mean input [C] over the `ordinary` calibration tokens.
 

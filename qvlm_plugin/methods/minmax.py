@@ -13,7 +13,7 @@ from qvlm_plugin.topology import Site
 
 
 def observe_extremes(context: SearchContext, draft: Draft) -> Draft:
-    """Observed extremes as bounds of every static site, and a clip ratio of 1 for every dynamic site."""
+    """Add the observed extremes as bounds of every static site, and a clip ratio of 1 for every dynamic site."""
     formats = context.activation_sites
     statistics = observe(context, [site for site, fmt in formats.items() if fmt.kind == "static_channel"], draft)
     tensors = {}
@@ -32,7 +32,7 @@ def observe(
 
     Args:
         context, draft: see `visit_site_inputs`.
-        sites: the sites to observe; without any, nothing runs.
+        sites: the sites to observe; if there are none, nothing runs.
         select: returns a non-empty selection, or other features, of the tokens [N, C] of a batch; None: all tokens.
     """
 

@@ -29,12 +29,13 @@ def visit_site_inputs(
     """Call ``visit(site, tokens)`` for every batch, with the input of each site as tokens [N, C] without padding.
 
     Args:
-        context: its model runs in full precision, on prompts with answers, whose inputs are those of decoding, too.
+        context: the search; its model runs in full precision, on prompts with answers, so that inputs are also those
+            of decoding.
         sites: the sites to observe.
-        visit: called in the order of the computation; not for an expert that serves no token of the batch. Its results
-            are summed with ``+``.
-        description: for the progress display.
-        draft: its transforms are applied to the inputs; None: none.
+        visit: called in the order of the computation; not for an expert that processes no token of the batch. Its
+            results are summed with ``+``.
+        description: label of the progress display.
+        draft: the draft whose transforms are applied to the inputs; None applies none.
 
     Returns:
         The sum over the batches of what ``visit`` returns, by site.
@@ -70,7 +71,7 @@ def watching(
 
     Args:
         module: a model, or a part of it.
-        sites: in the module.
+        sites: sites in the module.
         attended: bool [B, T] of the batch, false at padding.
         look: called as ``look(site, x, mask)`` with the site's input, and a bool mask over all but its last dimension
             that is false at padding, also at padding routed to an expert; not called for an input of padding only.

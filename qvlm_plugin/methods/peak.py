@@ -42,10 +42,10 @@ class Part:
 
     Attributes:
         blocks: L, the number of blocks with sites.
-        hidden: C.
+        hidden: C, the width of hidden states.
         sites: input widths of a block's sites.
         linears: shapes [O, K] of a block's Linears that have sites.
-        elements: of a block's weights, norms included.
+        elements: number of elements of a block's weights, norms included.
     """
 
     blocks: int
@@ -56,7 +56,7 @@ class Part:
 
     @property
     def widest(self) -> int:
-        """I."""
+        """I, the widest input of a block's Linears."""
         return max(self.sites, default=0)
 
     @property
@@ -75,13 +75,13 @@ class Shapes:
     """The sizes of a model that decide memory.
 
     Attributes:
-        elements: of all weights.
-        vision, projector, decoder: its parts; a projector without Linears is empty.
+        elements: number of elements of all weights.
+        vision, projector, decoder: the model's parts; a projector without Linears is empty.
         tower: elements of the whole vision tower.
         head: elements of the token embeddings, equal to those of the language model's head.
         vocabulary: tokens in the vocabulary.
         head_width: channels of an attention head.
-        positions: of the tower for one image.
+        positions: number of the tower's positions for one image.
     """
 
     elements: int
@@ -118,9 +118,9 @@ def _elements(module: Any) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _side(config: Any, name: str, otherwise: int) -> int:
+def _side(config: Any, name: str, default: int) -> int:
     """A size in a configuration: one number, or one for each side; missing in towers that take images of any size."""
-    size = getattr(config, name, otherwise)
+    size = getattr(config, name, default)
     return size if isinstance(size, int) else size[0]
 
 
@@ -145,12 +145,13 @@ class Setting:
     """The data and the device of a search.
 
     Attributes:
-        samples, tokens: of the calibration set; tokens of the longest sample, including image and answer.
+        samples: number of calibration samples.
+        tokens: number of tokens of the longest sample, including image and answer.
         pictures: images that the tower encodes for a sample: 1, or the number of crops.
         element: e.
-        offloaded: whether the weights wait on the CPU (``device_map=offload``).
+        offloaded: whether the weights are kept on the CPU (``device_map=offload``).
         accelerator: whether the model runs on an accelerator instead of the CPU.
-        footprint: of the search.
+        footprint: the search's footprint.
     """
 
     samples: int = 64
@@ -163,7 +164,7 @@ class Setting:
 
 
 class Term(NamedTuple):
-    """Tensors that a phase holds: their name, bytes, and whether they wait on the CPU for the accelerator."""
+    """Tensors that a phase holds: their name, bytes, and whether they are on the CPU instead of the accelerator."""
 
     what: str
     bytes: float
@@ -178,9 +179,9 @@ class Peak:
     """The memory of a step.
 
     Attributes:
-        step: its name.
+        step: name of the step.
         phases: the terms that are held at the same time, for each phase.
-        accelerator: as in `Setting`.
+        accelerator: see `Setting`.
     """
 
     step: str
@@ -208,12 +209,12 @@ def _total(phase: Phase) -> float:
 def peaks(shapes: Shapes, method: Method, scheme: Scheme, options: MethodOptions, setting: Setting) -> list[Peak]:
     """The peak of each step that the scheme and the options select.
 
-    A step that is unknown here counts as a pass of the calibration set through the model.
+    Any other step, of a plugin's method, counts as a pass of the calibration set through the model.
     """
     search = _Search(shapes, scheme, options, setting)
     known: dict[str, Callable[[], Iterator[Phase]]] = {
-        "awq": search.awq, "smooth": search.observing, "rotate": search.at_rest, "clip": search.clip,
-        "minmax": search.minmax, "lp": search.lp, "jacobian": search.jacobian, "zero": search.at_rest,
+        "awq": search.awq, "smooth": search.observing, "rotate": search.without_data, "clip": search.clip,
+        "minmax": search.minmax, "lp": search.lp, "jacobian": search.jacobian, "zero": search.without_data,
         "means": search.observing, "gptq": search.gptq, "vision": search.vision, "blocks": search.blocks,
     }  # fmt: skip
     return [
@@ -237,7 +238,7 @@ class _Search:
 
     @property
     def wide(self) -> int:
-        """Bytes of an element's float32 copy; 0 where the compute type is float32."""
+        """Bytes of an element's float32 copy; 0 if the compute type is float32."""
         return 4 if self.e < 4 else 0
 
     @property
@@ -250,7 +251,7 @@ class _Search:
         return self.batch * self.setting.tokens
 
     @property
-    def seen(self) -> int:
+    def tower_positions(self) -> int:
         """Positions of a batch in the tower."""
         return self.batch * self.setting.pictures * self.shapes.positions
 
@@ -263,7 +264,7 @@ class _Search:
         return self.setting.footprint.caches_on_cpu or self.setting.offloaded
 
     def weights(self) -> Phase:
-        """The model's weights; of offloaded ones, those that are on the device at the same time."""
+        """The model's weights; if they are offloaded, those that are on the device at the same time."""
         if not self.setting.offloaded:
             return [Term("weights", self.e * self.shapes.elements)]
         once = max(self.shapes.decoder.elements, self.shapes.vision.elements, self.shapes.head)
@@ -292,15 +293,15 @@ class _Search:
         """A batch in the vision tower; transformers keeps all of its hidden states."""
         vision = self.shapes.vision
         return [
-            Term("hidden states of the tower", self.e * self.seen * vision.hidden * (vision.blocks + 2)),
-            Term("a block of the tower", self.layer(vision, self.seen)),
+            Term("hidden states of the tower", self.e * self.tower_positions * vision.hidden * (vision.blocks + 2)),
+            Term("a block of the tower", self.layer(vision, self.tower_positions)),
         ]
 
     def mask(self, each: float) -> Term:
         """The attention mask of a batch with padding: ``each`` bytes for a pair of tokens."""
         return Term("attention mask", each * self.n * self.setting.tokens)
 
-    def looking(self, part: Part, tokens: int, extra: float) -> Phase:
+    def site_inputs(self, part: Part, tokens: int, extra: float) -> Phase:
         """A site's input without padding and transformed, and ``extra`` bytes for each of its elements."""
         elements = tokens * part.widest
         between = self.e * tokens * (part.hidden + part.widest)
@@ -321,7 +322,7 @@ class _Search:
         """``rows`` float32 numbers for each input channel of the decoder's sites."""
         return [Term("statistics of channels", 4 * rows * self.shapes.decoder.blocks * sum(self.shapes.decoder.sites))]
 
-    def passing(self) -> Iterator[Phase]:
+    def forward_pass(self) -> Iterator[Phase]:
         """The forward pass of a batch between observed sites."""
         decoder = self.shapes.decoder
         states = Term("hidden states", self.e * self.n * decoder.hidden * 3)
@@ -333,13 +334,13 @@ class _Search:
         outer = max(rotation_of("", channels).outer for channels in part.sites)
         return Term("a rotation", 28 * outer**2 if "rotate" in self.options.transforms else 0)
 
-    def at_rest(self) -> Iterator[Phase]:
+    def without_data(self) -> Iterator[Phase]:
         """Computing with the plan's small tensors only."""
         yield self.weights()
 
     def minmax(self) -> Iterator[Phase]:
         """Extremes of static sites; per-token ranges need no observation."""
-        yield from self.observing() if self.options.activations == "channel" else self.at_rest()
+        yield from self.observing() if self.options.activations == "channel" else self.without_data()
 
     def clip(self) -> Iterator[Phase]:
         """A copy of the largest Linear, its float32 copy, and the rounding errors of a candidate."""
@@ -350,23 +351,23 @@ class _Search:
     def observing(self) -> Iterator[Phase]:
         """Extremes and means: in addition to a site's input its float32 copy, or its magnitudes and two boolean tensors
         of the check for finite values."""
-        yield from self.passing()
+        yield from self.forward_pass()
         extra = max(self.wide + (4 if self.options.bias_correction else 0), self.e + 2)
-        yield self.weights() + self.statistics(3) + self.looking(self.shapes.decoder, self.n, extra)
+        yield self.weights() + self.statistics(3) + self.site_inputs(self.shapes.decoder, self.n, extra)
 
     def lp(self) -> Iterator[Phase]:
         """l_p losses: a chunk of rounded elements at a time for static sites, a whole site's for dynamic ones, with
         float32 copies of both and their distance."""
-        yield from self.passing()
+        yield from self.forward_pass()
         decoder, per_token = self.shapes.decoder, self.e + 4 + 2 * self.wide
         losses = 2 * len(self.options.ratios) if self.options.ranges == "channel" else 0
         if self.options.activations == "token":
-            yield self.weights() + self.looking(decoder, self.n, per_token)
+            yield self.weights() + self.site_inputs(decoder, self.n, per_token)
         elif self.options.importance == "uniform":
             held = self.weights() + self.statistics(5 + losses)
-            yield held + self.looking(decoder, self.n, self.e + 2)
-            yield [*held, *self.looking(decoder, self.n, 0), Term("a chunk of candidates", self._chunk(decoder))]
-        yield self.weights() + self.looking(self.shapes.vision, self.seen, per_token)
+            yield held + self.site_inputs(decoder, self.n, self.e + 2)
+            yield [*held, *self.site_inputs(decoder, self.n, 0), Term("a chunk of candidates", self._chunk(decoder))]
+        yield self.weights() + self.site_inputs(self.shapes.vision, self.tower_positions, per_token)
 
     def _chunk(self, part: Part) -> float:
         elements, together = observers.chunk_for(torch.device("cuda" if self.setting.accelerator else "cpu"))
@@ -443,13 +444,13 @@ class _Search:
         ]
         if self.setting.offloaded:
             held.append(Term("the vision tower", self.e * shapes.tower))
-        states = self.e * self.seen * vision.hidden * (vision.blocks + 2)
+        states = self.e * self.tower_positions * vision.hidden * (vision.blocks + 2)
         layers = self.checkpoints()
         logits = self.batch * (ANSWER + 1) * shapes.vocabulary * (self.e + 12)
         inputs = sum(columns for _, columns in decoder.linears) if self.options.veo_decoder == "quantized" else 0
         kept = self.activations(decoder, self.n) + 4 * self.n * inputs
-        seen = self.activations(vision, self.seen)
-        seen += (12 + self.wide) * self.seen * sum(columns for _, columns in vision.linears)
+        seen = self.activations(vision, self.tower_positions)
+        seen += (12 + self.wide) * self.tower_positions * sum(columns for _, columns in vision.linears)
         if not self.options.veo_checkpointing:  # all blocks of both parts save theirs until the backward pass
             seen, kept = seen * vision.blocks, kept * decoder.blocks
         both = 0 if self.options.veo_checkpointing else seen
@@ -467,7 +468,7 @@ class _Search:
             Term("hidden states of the tower", states),
             Term("outputs of layers", layers),
             Term("a block of the tower backwards", seen),
-            Term("gradients of a site", 12 * self.seen * vision.widest),
+            Term("gradients of a site", 12 * self.tower_positions * vision.widest),
         ]
         yield [*held, Term("rounding a weight", self.rounding_a_weight(decoder))]
 
@@ -475,7 +476,7 @@ class _Search:
         """A part's cached hidden states, copies of a block's weights, the second moments of its widest site and their
         inverse in float64, and the rounding points of each element of a Linear. The correction needs full-precision
         states and inputs in addition."""
-        yield from self.passing()
+        yield from self.forward_pass()
         decoder, vision = self.shapes.decoder, self.shapes.vision
         positions = self.setting.pictures * self.shapes.positions
         models = 2 if self.options.correction else 1
@@ -526,7 +527,7 @@ class _Search:
         tokens, batches = self.setting.tokens, self.setting.samples / self.batch
         masks = self.N * tokens + batches * 2 * self.e * tokens * self.shapes.head_width
         held = [*self.weights(), Term("masks and rotations of both models", 2 * masks, wait)]
-        one = Term("a layer", self.layer(decoder, rows * tokens))
+        layer = Term("a layer", self.layer(decoder, rows * tokens))
         vision, projector = self.shapes.vision, self.shapes.projector
         rounded = vision.blocks * vision.rounded + projector.blocks * projector.rounded
         yield [
@@ -566,7 +567,7 @@ class _Search:
             *held,
             Term("cached hidden states", (depth + 1 + self._states(depth)) * state, wait),
             Term("rounded weights of a block", self.e * depth * decoder.rounded),
-            one,
+            layer,
             Term("rounding", self.rounding(decoder, rows * tokens)),
         ]
         yield [

@@ -1,7 +1,7 @@
 """``transform=rotate``: multiply the input of each site by an orthogonal matrix of its size (`Rotation`).
 
 QuaRot (Ashkboos et al., 2024) merges rotations into the weights where possible. Here every rotation is computed at run
-time, which leaves norms unchanged and works alike in a vision tower, a projector and any decoder.
+time, which leaves norms unchanged and works in the same way in a vision tower, a projector and any decoder.
 """
 
 from dataclasses import replace

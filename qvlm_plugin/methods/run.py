@@ -51,7 +51,7 @@ def _run(step: Step, context: SearchContext, draft: Draft) -> Draft:
                 return step.run(context, draft)
         except torch.OutOfMemoryError as error:
             reason = one_line(error)
-        # The exception refers to the step's tensors: their memory can be freed only outside the handler.
+        # The exception refers to the step's tensors, so their memory can be freed only outside the handler.
         gc.collect()
         torch.cuda.empty_cache()
         smaller = context.footprint.smaller(context.options.calibration_batch_size if step.splits else 1)

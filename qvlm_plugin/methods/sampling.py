@@ -41,8 +41,8 @@ def sample_tokens(
     Args:
         context: the search.
         sites: the sites to sample.
-        count: tokens to keep of each site; all of them where there are fewer.
-        token_weights: of the decoder's tokens; tokens of experts and of other parts have weight 1.
+        count: tokens to keep of each site; all of them if there are fewer.
+        token_weights: weights of the decoder's tokens; tokens of experts and of other parts have weight 1.
 
     Returns:
         min(count, N) tokens by site name.

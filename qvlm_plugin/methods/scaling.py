@@ -49,10 +49,10 @@ def produced_magnitude(tokens: Tensor, fold: Fold, channels: int) -> Tensor:
 
 
 def over_readers(values: Tensor, fold: Fold, channels: int, reduce: Callable[..., Tensor]) -> Tensor:
-    """``reduce`` (for example `torch.mean`) the values of all input channels that read the same producer's channel.
+    """Apply ``reduce`` (such as `torch.mean`) to the values of the input channels that read the same output channel.
 
     Args:
-        values: of a site's input channels, [C].
+        values: one value for each of a site's input channels, [C].
         fold: see `Fold.head_dim`.
         channels: output channels of the producer; fewer than C where heads are shared.
 
@@ -90,14 +90,14 @@ def duo_scale_grid(magnitude: Tensor, shares: Tensor, steps: int) -> list[Tensor
     """
     alphas = [step / max(steps - 2, 1) for step in range(steps - 1)]
     products = (channel_scale(magnitude, alpha) / channel_scale(shares, 1 - alpha) for alpha in alphas)
-    return [torch.ones_like(magnitude), *(one / (one.max() * one.min()).sqrt() for one in products)]
+    return [torch.ones_like(magnitude), *(scale / (scale.max() * scale.min()).sqrt() for scale in products)]
 
 
 def weight_shares(weights: Sequence[Tensor], weight_format: WeightFormat) -> Tensor:
     """Mean magnitude of each input channel's weights, as shares of the largest magnitude in their group.
 
     Args:
-        weights: of the Linears of a site, [O, I] each.
+        weights: weights of a site's Linears, [O, I] each.
         weight_format: decides the groups.
 
     Returns:
@@ -127,10 +127,10 @@ def search_scale(
     """The candidate with the least error over all Linears of a site; the first of equal ones.
 
     Args:
-        weights: of the site's Linears, [O, I] each.
+        weights: weights of the site's Linears, [O, I] each.
         weight_format: the format that they are rounded to.
-        tokens: their input, [N, I] float32.
-        fold: of the scale.
+        tokens: the Linears' input, [N, I] float32.
+        fold: the fold of the scale.
         candidates: scales, float32 [output channels of the producer].
     """
 

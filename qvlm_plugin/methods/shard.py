@@ -22,7 +22,7 @@ from qvlm_plugin.reading import one_line
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 
-_PATIENCE = timedelta(days=7)
+_TIMEOUT = timedelta(days=7)
 """Timeout of waiting for other processes, for example while one of them trains the vision tower."""
 
 
@@ -114,7 +114,7 @@ class OrderedSum(Generic[Key, Item]):
     added theirs, so that only the sums (a few matrices [K, K]) are passed from one to the next.
 
     Attributes:
-        shard: of this process.
+        shard: this process's shard.
     """
 
     def __init__(self, shard: Shard) -> None:
@@ -158,7 +158,7 @@ def join_processes() -> Shard:
         return Shard()
     if not dist.is_initialized():
         try:
-            dist.init_process_group("gloo", timeout=_PATIENCE)
+            dist.init_process_group("gloo", timeout=_TIMEOUT)
             atexit.register(dist.destroy_process_group)  # without it, processes that end after the first one abort
         except (RuntimeError, ValueError) as error:
             raise QVLMError(f"the {count} processes of the search cannot connect: {one_line(error)}") from error

@@ -8,8 +8,8 @@ in all directions, proportional to the token's norm. The squared output error is
 by the Cauchy-Schwarz inequality its minimum is (Σ |x_j| |w_j|)², at s_j = (rms x_j / rms w_j)^½. The same holds for
 errors of the weight.
 
-Where inputs are rotated (``transform=smooth+rotate``), the division is merged into the signs of the rotation instead of
-being folded. So sites after a GELU, through which no scale can be folded, are smoothed as well, and each reader of a
+If inputs are rotated (``transform=smooth+rotate``), the division is merged into the signs of the rotation instead of
+being folded. Sites after a GELU, through which no scale can be folded, are then smoothed as well, and each reader of a
 shared head has its own scale.
 """
 
@@ -50,14 +50,15 @@ def smooth(context: SearchContext, draft: Draft) -> Draft:
         if not rotates:
             folds.append(fold_of(site, context.model))
             channels = len(context.model.get_submodule(site.producer).weight)
-            both = (over_readers(one, folds[-1], channels, torch.mean if by_rms else torch.amax) for one in both)
-        inputs, weights = ((one.sqrt() if by_rms else one).to(seen.total.device) for one in both)
+            reduce = torch.mean if by_rms else torch.amax
+            both = (over_readers(values, folds[-1], channels, reduce) for values in both)
+        inputs, weights = ((values.sqrt() if by_rms else values).to(seen.total.device) for values in both)
         tensors[f"{site.name}/scale"] = smoothing_scale(inputs, weights, context.options.smooth_alpha).cpu()
     return replace(draft.adding(tensors), folds=(*draft.folds, *folds))
 
 
 def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """s = inputs^α / weights^(1-α) of magnitudes [C]; 1 where the channel or its weights are close to 0."""
+    """s = inputs^α / weights^(1-α) of magnitudes [C]; 1 for channels whose inputs or weights are close to 0."""
     dead = (inputs <= SMALLEST_MAGNITUDE * inputs.max()) | (weights <= SMALLEST_MAGNITUDE * weights.max())
     scale = inputs.clamp_min(1e-30).pow(alpha) / weights.clamp_min(1e-30).pow(1 - alpha)
     return torch.where(dead, 1.0, scale)
@@ -70,7 +71,7 @@ def _with_squares(tokens: Tensor) -> Tensor:
 
 
 def _spread(context: SearchContext, site: Site, seen: ChannelStatistics) -> Tensor:
-    """The mean square of each channel; its variance where tokens are centered before they are rounded."""
+    """The mean square of each channel; its variance if tokens are centered before they are rounded."""
     mean, square = seen.mean.chunk(2)
     centered = context.options.center and context.activation_sites[site].kind == "dynamic_token"
     return (square - mean.square()).clamp_min(0) if centered else square

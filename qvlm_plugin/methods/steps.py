@@ -11,7 +11,7 @@ TOKENS = Step(
     lambda scheme, options: (
         options.importance == "modality" or (options.importance == "jacobian" and options.activations == "token")
     ),
-    imported(f"{_PACKAGE}.importance:require_answers_to_look_at"),
+    imported(f"{_PACKAGE}.importance:require_answers_for_importance"),
 )
 """Token weights: factors of the tokens' errors in later steps."""
 
@@ -66,7 +66,7 @@ LP = Step(
     imported(f"{_PACKAGE}.lp:search_ranges"),
     lambda scheme, options: options.observer == "lp" and quantizes_activations(scheme),
 )
-"""Ranges with the least l_p distance, without those that `JACOBIAN` searches."""
+"""Ranges with the least l_p distance, except those that `JACOBIAN` searches."""
 
 JACOBIAN = Step(
     "jacobian",
@@ -76,7 +76,7 @@ JACOBIAN = Step(
         and options.activations == "channel"
         and scheme.decoder.activation != UNQUANTIZED
     ),
-    imported(f"{_PACKAGE}.importance:require_answers_to_look_at"),
+    imported(f"{_PACKAGE}.importance:require_answers_for_importance"),
 )
 """Ranges of static sites with the least error weighted by Jacobians."""
 

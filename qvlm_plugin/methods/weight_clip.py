@@ -7,7 +7,7 @@ from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.methods.clipping import search_clip
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, build_plan
-from qvlm_plugin.methods.stand_ins import stand_in
+from qvlm_plugin.methods.replacements import quantized_module
 from qvlm_plugin.models.placement import materialized
 from qvlm_plugin.progress import track
 
@@ -21,6 +21,6 @@ def clip_weights(context: SearchContext, draft: Draft) -> Draft:
     for module in track(plan.modules, "clipping weights"):
         if module.weight.kind != "none":
             with materialized(context.model.get_submodule(module.name)):
-                own = stand_in(plan, module.model_copy(update=_UNROUNDED), context.model, REFERENCE)
+                own = quantized_module(plan, module.model_copy(update=_UNROUNDED), context.model, REFERENCE)
                 tensors[f"{module.name}/clip"] = search_clip(own.weight, module.weight, None, factors).cpu()
     return draft.adding(tensors)

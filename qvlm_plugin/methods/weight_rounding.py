@@ -1,8 +1,8 @@
 """``rounding=gptq``: the codes of all weights, block by block in the order of the computation.
 
-Each block's input comes from the quantized blocks below it. Within a block, sites are rounded in the order of the
-computation: a Linear's input is the output of Linears that are rounded already, and has passed the transform and the
-rounding of its own site.
+Each block's input comes from the quantized blocks before it. Within a block, sites are rounded in the order of the
+computation: a Linear's input is the output of Linears that are already rounded, after the transform and the rounding of
+its own site.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,8 +19,8 @@ from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, build_plan, transformed
 from qvlm_plugin.methods.gptq import Factors, Moments, gptq
 from qvlm_plugin.methods.hidden import HiddenCache, block_inputs, quantized_inputs
+from qvlm_plugin.methods.replacements import Replacements, changed_values, quantized_module, quantized_modules, replaced
 from qvlm_plugin.methods.shard import OrderedSum
-from qvlm_plugin.methods.stand_ins import StandIns, changed_values, replaced, stand_in, stand_ins
 from qvlm_plugin.models.placement import materialized
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_header import ModulePlan
@@ -55,7 +55,7 @@ def _round_chain(context: SearchContext, draft: Draft, part: str, blocks: Blocks
                 context.workspace.keep(f"rounding-{name}", *kept)
             draft = draft.with_codes(kept[1])
             with materialized(layer):
-                finished = stand_ins(build_plan(context, draft), context.model, REFERENCE, (name,)).within(name)
+                finished = quantized_modules(build_plan(context, draft), context.model, REFERENCE, (name,)).within(name)
             with replaced(layer, finished):
                 hidden = hidden.through(name, layer)
             reference = reference and reference.through(name, layer)
@@ -67,7 +67,7 @@ def _round_chain(context: SearchContext, draft: Draft, part: str, blocks: Blocks
 def _token_weights(
     context: SearchContext, draft: Draft, part: str, index: int, hidden: HiddenCache
 ) -> list[Tensor] | None:
-    """The token weights of a decoder layer, [N] for each batch of this process; None where the draft has none."""
+    """The token weights of a decoder layer, [N] for each batch of this process; None if the draft has none."""
     if part != "decoder" or draft.token_weights is None:
         return None
     own = context.shard.own(draft.token_weights[index])
@@ -86,9 +86,9 @@ def round_block(
 
     Args:
         context: the search.
-        plan: of the steps before.
-        block: its full name, and the block in full precision, on its device.
-        inputs: the block's input in the quantized model; and in full precision, for the ``correction``, or None.
+        plan: the plan of the previous steps.
+        block: the block's full name, and the block in full precision, on its device.
+        inputs: the block's input in the quantized model, and in full precision if ``correction`` needs it, else None.
         token_weights: factors of the tokens' squared errors, [N] for each batch; None: all 1.
     """
     (name, layer), (hidden, reference) = block, inputs
@@ -96,11 +96,11 @@ def round_block(
     modules = {module.name: module for module in plan.modules}
     linears = [linear for site in sites for linear in site.linears]
     unrounded = [modules[linear].model_copy(update={"weight": WeightFormat()}) for linear in linears]
-    current = {module.name: stand_in(plan, module, context.model, REFERENCE) for module in unrounded}
+    current = {module.name: quantized_module(plan, module, context.model, REFERENCE) for module in unrounded}
     values, found = changed_values(plan, context.model, (name,)), {}
     for level in _levels(sites):
         wanted = reference and [*reference.inputs(name, layer, level)]
-        with replaced(layer, StandIns(current, values).within(name)):
+        with replaced(layer, Replacements(current, values).within(name)):
             seen = zip(hidden.inputs(name, layer, level), token_weights or repeat(None), strict=False)
             moments = _moments(context, plan, current, seen, wanted)
         for site in level:
@@ -113,7 +113,7 @@ def round_block(
                     found |= _codes(context, plan, module, current[linear], factors)
                     module = module.model_copy(update={"weight": stored_format(module.weight)})
                 now = replace(plan, tensors={**plan.tensors, **found})
-                current[linear] = stand_in(now, module, context.model, REFERENCE)
+                current[linear] = quantized_module(now, module, context.model, REFERENCE)
     return found
 
 
@@ -134,7 +134,7 @@ def _moments(
 
     Args:
         context: the search.
-        plan: has the transforms of the inputs.
+        plan: the plan, with the transforms of the inputs.
         current: the Linears, by name.
         seen: inputs of sites in the quantized model and token weights, batch by batch.
         wanted: inputs of sites in full precision, untransformed, batch by batch.
@@ -146,7 +146,7 @@ def _moments(
             layer = current[site.name]
             inputs = round_activation(layer.rotated(x), layer.activation_format, layer._parameters)
             reference = wanted and transformed(plan, site, wanted[index][site])
-            weights = None if site.expert else token_weights  # an expert serves only some of the tokens
+            weights = None if site.expert else token_weights  # an expert processes only some of the tokens
             if context.options.token_errors == "relative":
                 relative = 1 / inputs.float().square().sum(dim=1).clamp_min(1e-12)
                 weights = relative if weights is None else relative * weights.to(relative.device)

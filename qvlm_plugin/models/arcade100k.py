@@ -1,6 +1,6 @@
 """Arcade100k, the tokenizer of StableLM-2: byte-pair ranks in a tiktoken file, and special tokens that code adds.
 
-Built here as an ordinary fast tokenizer, so that no code of a checkpoint has to run. Digits are tokens of their own.
+It is built here as an ordinary fast tokenizer, so that no code of a checkpoint has to run. Every digit is a token.
 """
 
 import base64
@@ -21,7 +21,7 @@ SPECIAL_TOKENS = (
     "<commit_after>", "<reponame>", "<|endofprompt|>", "<|im_start|>", "<|im_end|>", "<|pause|>",
     *(f"<|reg{index}|>" for index in range(8)), "<|extra0|>",
 )  # fmt: skip
-"""In the order of their ids, which begin one after the number of ranks: that id is left out."""
+"""Special tokens in the order of their ids; these begin at the number of ranks plus 1, so one id is unused."""
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,7 +32,7 @@ def arcade100k_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a file of ranks, padding on the left with its end token.
 
     Raises:
-        QVLMError: the file is not one of ranks.
+        QVLMError: the file is not a file of ranks.
     """
     try:
         lines = [line.split() for line in file.read_bytes().splitlines() if line]
@@ -44,7 +44,7 @@ def arcade100k_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     letters = bytes_to_unicode()
     written = {token: "".join(letters[byte] for byte in token) for token in ranks}
     vocabulary = {written[token]: rank for token, rank in ranks.items()}
-    vocabulary["nothing has this id"] = len(ranks)  # blanks are in no token as it is written here
+    vocabulary["nothing has this id"] = len(ranks)  # no token written this way has a blank
     backend = Tokenizer(models.BPE(vocabulary, _merges(ranks, written), ignore_merges=True))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -65,7 +65,7 @@ def arcade100k_tokenizer(file: Path) -> PreTrainedTokenizerFast:
 
 
 def _merges(ranks: dict[bytes, int], written: dict[bytes, str]) -> list[tuple[str, str]]:
-    """Every way to make a token out of two others, the lowest ranks first, as byte-pair encoding takes them."""
+    """Every pair of tokens that forms a token, lowest ranks first: the order in which byte-pair encoding merges."""
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]

@@ -1,9 +1,9 @@
-"""SHA-256 of a checkpoint's files, reading gigabytes once.
+"""SHA-256 of a checkpoint's files; large files are read once.
 
-The hash of a large local file is kept in the package's cache for as long as path, size, inode and times of change stay
-what they were. As with git's index, a change of content that leaves all of them as they were is not seen; writing to a
-file sets its times, and no program can set the time of its inode's last change (ctime). A cache that is damaged or
-cannot be written costs time only.
+The hash of a large local file is kept in the package's cache as long as path, size, inode and times of change stay the
+same. As in git's index, a change of content that leaves all of them unchanged is not noticed; but writing to a file
+sets its times, and no program can set the time of its inode's last change (ctime). A cache that is damaged or cannot be
+written only costs time.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from qvlm_plugin.cache import cache_root
 from qvlm_plugin.errors import QVLMError
 
 LARGE = 2**24
-"""Bytes from which a file's hash is kept; smaller files are read as quickly as their hashes would be."""
+"""Minimum size in bytes of a file whose hash is kept; smaller files are read as quickly as a stored hash."""
 
 SETTLED = 2
 """Seconds since its last change after which a file's hash is kept: clocks of file systems are as coarse as that, and
@@ -27,7 +27,7 @@ two changes within one tick look like one (git calls such files racy)."""
 
 
 def content_hash(file: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal; kept for the next time where it took long and the file is settled."""
+    """SHA-256 of a file's content, hexadecimal; kept for the next call if the file is large and settled."""
     path = file.resolve()
     # In the hub's cache a weight file is a link to a blob that is named by its SHA-256: no need to read gigabytes.
     if re.fullmatch(r"[0-9a-f]{64}", path.name):
@@ -71,5 +71,5 @@ def _identity(state: os.stat_result) -> str:
 
 
 def _sealed(text: str) -> bytes:
-    """``text`` with its own hash below it, by which damage shows."""
+    """``text`` followed by its hash, which reveals damage."""
     return f"{text}{hashlib.sha256(text.encode()).hexdigest()}\n".encode()

@@ -14,19 +14,19 @@ def convert(source: str, output: Path, dtype: str = AUTO, **opening: Any) -> Pat
     """Write a checkpoint of either layout as safetensors with a processor, and return the folder.
 
     Args:
-        source: its folder or hub id.
+        source: the checkpoint's folder or hub id.
         output: a new or empty folder; it is written completely or not at all.
-        dtype: to store weights in, one of `DTYPES`.
-        opening: see `open_checkpoint`.
+        dtype: type in which weights are stored, one of `DTYPES`.
+        opening: arguments of `open_checkpoint`.
 
     Raises:
-        QVLMError: ``output`` holds something, the checkpoint is quantized, or it does not load.
+        QVLMError: ``output`` is not empty, or the checkpoint is quantized or does not load.
     """
     require_vacant(output)
     check_placement(dtype, "cpu")
     checkpoint = open_checkpoint(source, **opening)
     if getattr(checkpoint.config, "quantization_config", None) is not None:
-        raise QVLMError(f"{checkpoint.source} is quantized already; convert takes a checkpoint in full precision")
+        raise QVLMError(f"{checkpoint.source} is already quantized; convert takes a checkpoint in full precision")
     loaded = load_weights(checkpoint, dtype=dtype)
     with staged(output) as folder:
         loaded.model.save_pretrained(folder)

@@ -1,7 +1,7 @@
 """The settings of generation, its compilation, and the positions of tokens.
 
-Only the token ids of a checkpoint's generation_config.json are followed: its other settings would change answers
-although nobody asked for it.
+Only the token ids of a checkpoint's generation_config.json are used: its other settings would change answers without
+being requested.
 """
 
 import os
@@ -21,11 +21,11 @@ _CHANGES_NO_ANSWER = (*_TOKENS, "use_cache", "transformers_version")
 
 
 def plain_config(config: GenerationConfig) -> GenerationConfig:
-    """A configuration with a checkpoint's token ids, and nothing else of it."""
+    """A configuration that has only the token ids of a checkpoint's configuration."""
     return GenerationConfig(**{name: getattr(config, name, None) for name in _TOKENS})
 
 
-def steering(config: GenerationConfig) -> dict[str, Any]:
+def ignored_settings(config: GenerationConfig) -> dict[str, Any]:
     """The settings of a checkpoint's configuration that `plain_config` leaves out."""
     return {
         name: value
@@ -51,10 +51,10 @@ def check_compilation(config: PretrainedConfig, device: torch.device, trust_remo
 def compile_decoding(model: PreTrainedModel) -> None:
     """Make ``generate`` compile the step that decodes a token, with a cache of fixed size; prompts are not compiled.
 
-    The first answers wait for the compiler, and so do those of a new batch size or a longer prompt, a few times.
+    The first answers wait for the compiler, as do a few later ones with a new batch size or a longer prompt.
 
     Raises:
-        QVLMError: transformers does not compile models of this model's quantization.
+        QVLMError: transformers does not compile models with this model's quantization.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_compileable:
@@ -67,13 +67,13 @@ def compile_decoding(model: PreTrainedModel) -> None:
 
 
 def positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The positions that generating would give to the tokens of a batch, padding on the left left out.
+    """The positions that generation gives to the tokens of a batch; padding on the left is not counted.
 
     Args:
-        model: where its inputs are.
-        inputs: of the model; ``input_ids`` and ``attention_mask`` [B, T].
+        model: the model, on the device of its inputs.
+        inputs: the model's inputs, with ``input_ids`` and ``attention_mask`` [B, T].
 
     Returns:
-        int64 [B, T]; [4, B, T] of a model that places image tokens in time, height and width, too (Qwen-VL).
+        int64 [B, T]; [4, B, T] for a model whose image tokens also have positions in time, height and width (Qwen-VL).
     """
     return model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))

@@ -1,7 +1,7 @@
-"""One dry run of a model that is being loaded: whether it can answer a prompt with an image at all.
+"""A dry run while a model is loaded: whether it can answer a prompt with an image.
 
-Checkpoints are put together from parts: a processor without a patch size, a tower of another image size, a template
-that leaves images out. `check_prompts` finds this by the small files alone, `answer` with the weights.
+The parts of a checkpoint may not fit together: a processor without a patch size, a tower of another image size, a
+template that leaves images out. `check_prompts` finds this in the small files alone, `answer` with the weights.
 """
 
 from inspect import signature
@@ -23,12 +23,12 @@ def check_prompts(
 ) -> None:
     """Encode a batch of prompts with and without an image, and compare its image tokens with the tower's features.
 
-    No weight is needed: the features are counted by a model on the meta device. Families that look at values on the way
-    cannot be run there, and are left to `answer`.
+    No weight is needed: the features are counted by a model on the meta device. Families that read tensors' values
+    cannot run there, so only `answer` checks them.
 
     Args:
-        processor, config: of one checkpoint.
-        source: what named it, for messages.
+        processor, config: processor and configuration of the checkpoint.
+        source: the argument that names the checkpoint, for messages.
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
@@ -56,21 +56,21 @@ def answer(model: PreTrainedModel, processor: ProcessorMixin, source: str) -> No
     """Generate one token for a prompt with an image and for one without.
 
     Raises:
-        QVLMError: it fails, or what the model computes is not finite.
+        QVLMError: generation fails, or the model's logits are not finite.
     """
     inputs = to_device(_encode(processor, source), execution_device(model), model.dtype)
-    how = {"max_new_tokens": 1, "pad_token_id": processor.tokenizer.pad_token_id}
+    settings = {"max_new_tokens": 1, "pad_token_id": processor.tokenizer.pad_token_id}
     own = model.generation_config
     model.generation_config = plain_config(own)
     try:
         with parsed_elsewhere(f"{source}: a prompt with an image cannot be answered"):
-            finite(model, lambda: model.generate(**inputs, **how))
+            finite(model, lambda: model.generate(**inputs, **settings))
     finally:
         model.generation_config = own
 
 
 def _check_files(processor: ProcessorMixin, config: PretrainedConfig, source: str) -> None:
-    """Find by name what would fail elsewhere without one."""
+    """Check settings that would otherwise cause errors that do not name them."""
     if processor.tokenizer.pad_token is None:
         raise QVLMError(f"{source}: tokenizer_config.json names neither pad_token nor eos_token; batches need one")
     if getattr(processor, "patch_size", 0) is None:
@@ -78,7 +78,7 @@ def _check_files(processor: ProcessorMixin, config: PretrainedConfig, source: st
     layers = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
     chosen = getattr(config, "vision_feature_layer", None)
     for index in [] if layers is None or chosen is None else [chosen] if isinstance(chosen, int) else chosen:
-        if not -layers - 1 <= index <= layers:  # the embeddings stand before the layers
+        if not -layers - 1 <= index <= layers:  # index 0 means the embeddings
             raise QVLMError(
                 f"{source}: config.json's vision_feature_layer={chosen} is outside of the tower's {layers} layers"
             )
@@ -92,7 +92,7 @@ def _encode(processor: ProcessorMixin, source: str) -> BatchFeature:
 
 
 def _count_features(inputs: BatchFeature, config: PretrainedConfig, source: str, trust_remote_code: bool) -> int | None:
-    """How many features the tower gives for the images of a batch; None if that takes more than a run of it."""
+    """How many features the tower gives for the images of a batch; None if they cannot be counted without weights."""
     with parsed_elsewhere(f"{source}: config.json describes no model that can be built"):
         model = empty_model(config, trust_remote_code)
     if not hasattr(model, "get_image_features"):

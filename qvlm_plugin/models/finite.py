@@ -1,7 +1,7 @@
 """Check that logits are finite: a model that overflows its compute type ends in an error, not in wrong answers.
 
-float16 ends at 65504. Larger values become infinite, and NaN after the next norm. Greedy decoding then answers with
-token 0 for ever, which a harness scores like any other answer.
+float16 ends at 65504. Larger values become infinite, and NaN after the next norm. Greedy decoding then repeats token 0,
+which a harness scores like any other answer.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class OverflowingModelError(QVLMError):
-    """The model computes values that are not finite; it would on other documents, too."""
+    """The model computes values that are not finite, and would do so on other documents, too."""
 
 
 class _NotFiniteError(Exception):
@@ -28,10 +28,10 @@ class _NotFiniteError(Exception):
 
 
 def finite(model: PreTrainedModel, run: Callable[[], T]) -> T:
-    """What ``run`` returns, in which ``model`` runs any number of times.
+    """Return the result of ``run``, which may run ``model`` any number of times.
 
-    A forward pass is checked by its logits alone, which costs nothing beside it. Where they are not finite, ``run`` is
-    called a second time to find the first layer.
+    Only the logits of each forward pass are checked, which takes almost no time. If they are not finite, ``run`` is
+    called a second time to find the first layer whose values are not.
 
     Raises:
         OverflowingModelError: logits of a token that is not padding are not finite; the message names the first layer.
@@ -53,24 +53,24 @@ def finite(model: PreTrainedModel, run: Callable[[], T]) -> T:
 
 def _check_logits(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
     logits, mask = output.logits, kwargs.get("attention_mask")
-    right = logits.isfinite().all(dim=-1)
+    passes = logits.isfinite().all(dim=-1)
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        right |= mask[:, -right.shape[1] :].to(right.device) == 0
-    if not right.all():
+        passes |= mask[:, -passes.shape[1] :].to(passes.device) == 0
+    if not passes.all():
         raise _NotFiniteError("the logits are")
 
 
 def _watch(name: str, module: nn.Module) -> list[RemovableHandle]:
-    """Hooks that raise where the module's inputs or outputs are not finite; of nested ones, the innermost is first."""
+    """Hooks that raise if the module's inputs or outputs are not finite; the innermost of nested modules raises."""
 
-    def look(what: str, values: Any) -> None:
+    def check(kind: str, values: Any) -> None:
         if not all(map(_is_finite, tree_leaves(values))):
-            culprit = "weights" if not all(map(_is_finite, module.parameters(recurse=False))) else what
+            culprit = "weights" if not all(map(_is_finite, module.parameters(recurse=False))) else kind
             raise _NotFiniteError(f"the {culprit} of {name or 'the model'} {'are' if culprit == 'weights' else 'is'}")
 
     return [
-        module.register_forward_pre_hook(lambda module, args: look("input", args)),
-        module.register_forward_hook(lambda module, args, output: look("output", output)),
+        module.register_forward_pre_hook(lambda module, args: check("input", args)),
+        module.register_forward_hook(lambda module, args, output: check("output", output)),
     ]
 
 

@@ -10,20 +10,20 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import one_line, parsed_elsewhere
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-"""Configuration, tokenizer, processor and generation."""
+"""Patterns of the files of configuration, tokenizer, processor and generation settings."""
 
 
 def local_folder(name: str, source: str, revision: str | None = None, files: Sequence[str] = SMALL_FILES) -> Path:
-    """The folder that ``name`` is, or the local copy of the hub model that it names.
+    """The folder ``name``, or the local copy of the hub model of this name.
 
     Args:
         name: a folder or hub id.
-        source: what named it, for messages.
+        source: the argument that names it, for messages.
         revision: branch, tag or commit of a hub model.
-        files: patterns of what to download, as far as it is not there yet.
+        files: patterns of the files to download if they are missing.
 
     Raises:
-        QVLMError: it is neither, or the hub cannot be reached.
+        QVLMError: there is no such folder or hub model, or the hub cannot be reached.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -37,13 +37,13 @@ def local_folder(name: str, source: str, revision: str | None = None, files: Seq
 
 
 def small_files(folder: Path) -> list[Path]:
-    """A model's files beside its weights: `SMALL_FILES`, further chat templates, and code of its own."""
+    """A model's files other than weights: `SMALL_FILES`, further chat templates, and its own code."""
     patterns = (*SMALL_FILES, "additional_chat_templates/*.jinja", "*.py")
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def with_weights(name: str, source: str, names: Sequence[str], revision: str | None = None) -> Path:
-    """The same folder with weight files of the first format that is there.
+    """The folder of `local_folder`, with the weight files of the first format that exists.
 
     Args:
         name, source, revision: see `local_folder`.
@@ -59,12 +59,12 @@ def with_weights(name: str, source: str, names: Sequence[str], revision: str | N
 
 
 def create_repository(repository: str) -> None:
-    """Create a model repository on the hub, unless it is there.
+    """Create a model repository on the hub, unless it exists.
 
     Raises:
-        QVLMError: the name is not one, nobody is logged in, may not write there, or the hub cannot be reached.
+        QVLMError: the name is invalid, the user is not logged in or may not write there, or the hub cannot be reached.
     """
-    with parsed_elsewhere(f"--push-to-hub {repository}: the hub does not take it (log in with hf auth login)"):
+    with parsed_elsewhere(f"--push-to-hub {repository}: the hub refuses it (log in with hf auth login)"):
         HfApi().create_repo(repository, exist_ok=True)
 
 
@@ -72,7 +72,7 @@ def upload(folder: Path, repository: str) -> str:
     """Upload a folder's files to a repository; returns its address.
 
     Raises:
-        QVLMError: the upload fails; the folder stays.
+        QVLMError: the upload fails; the folder is kept.
     """
     with parsed_elsewhere(f"{folder} is written but not uploaded; hf upload {repository} {folder} tries again"):
         return str(HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Quantized checkpoint"))

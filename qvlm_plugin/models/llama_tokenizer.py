@@ -1,12 +1,13 @@
 """Llama's sentencepiece tokenizer as LLaVA uses it, as a fast tokenizer.
 
-LLaVA tokenizes the text on each side of an image by itself. With ``legacy``, which ``tokenizer_config.json`` names and
-which is true by default, sentencepiece puts a blank before each piece between special tokens; without, the tokenizer of
-transformers puts one only before each text that it is given. A fast tokenizer does the former when its normalizer
-prepends the blank. It cannot do the latter, as to it an image is a special token as others are: there it puts the blank
-before the whole text only, and the chat template writes the others (`qvlm_plugin.models.prompts.PromptStyle`).
+LLaVA tokenizes the text on each side of an image separately. With ``legacy`` (in ``tokenizer_config.json``, true by
+default), sentencepiece puts a blank before each piece between special tokens; without it, transformers' tokenizer puts
+one only before each text that it is given. A fast tokenizer does the former if its normalizer prepends the blank. It
+cannot do the latter, because it treats an image like any other special token. It then puts the blank before the whole
+text only, and the chat template writes the others (`qvlm_plugin.models.prompts.PromptStyle`).
 
-The model file is read by sentencepiece's own library: its Python description of the format needs one certain protobuf.
+The model file is read by sentencepiece's own library, because the Python description of the format needs one particular
+version of protobuf.
 """
 
 from pathlib import Path
@@ -28,13 +29,13 @@ class _AddedToken(BaseModel):
 
 
 class LlamaSettings(BaseModel):
-    """What ``tokenizer_config.json`` says of how text becomes tokens; the defaults are those of transformers.
+    """The tokenizer settings in ``tokenizer_config.json``; the defaults are those of transformers.
 
     Attributes:
-        legacy: whether a blank is put behind special tokens too.
+        legacy: whether a blank also follows special tokens.
         add_bos_token: whether a text begins with the beginning-of-sequence token.
         add_eos_token: whether each text ends with the end token; with LLaVA, that on either side of an image.
-        added_tokens_decoder: tokens by their ids, those of the vocabulary among them.
+        added_tokens_decoder: tokens by their ids, including those of the vocabulary.
     """
 
     legacy: bool | None = None
@@ -44,15 +45,15 @@ class LlamaSettings(BaseModel):
 
     @property
     def is_legacy(self) -> bool:
-        """Of None, which is the default too, transformers makes true."""
+        """``legacy``; None, the default, means true, as in transformers."""
         return self.legacy is not False
 
 
 def read_settings(folder: Path) -> LlamaSettings:
-    """The settings of a folder's tokenizer; the defaults where it has none.
+    """The settings of a folder's tokenizer; the defaults if it has none.
 
     Raises:
-        QVLMError: they cannot be read, or ask for what is not supported.
+        QVLMError: they cannot be read, or are not supported.
     """
     file = folder / "tokenizer_config.json"
     try:
@@ -65,7 +66,7 @@ def read_settings(folder: Path) -> LlamaSettings:
 
 
 def llama_tokenizer(folder: Path, settings: LlamaSettings) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder with a sentencepiece model and, perhaps, a list of added tokens; padding on the left.
+    """The tokenizer of a folder with a sentencepiece model and, optionally, added tokens; padding on the left.
 
     Raises:
         QVLMError: the model is missing or damaged, or added tokens do not continue its vocabulary.

@@ -1,8 +1,8 @@
 """Load a vision-language model and its processor, and account for every weight.
 
-Whether a folder has the Hugging Face layout or LLaVA's own follows from its configuration. Nothing is ever
-silently initialised: keys that are missing from the checkpoint, left over in it or of another shape are errors. The
-fingerprint identifies the model by content, wherever it lies.
+A folder's configuration shows whether it has the Hugging Face layout or LLaVA's own. No weight is silently initialised:
+missing keys, unknown keys and weights of another shape are errors. The fingerprint identifies a model by its content,
+independent of its location.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from qvlm_plugin.quantized_loading import QuantizeOnLoad
 
 OFFLOAD = "offload"
-"""Our own value of ``device_map``; see `load_weights`."""
+"""This package's own value of ``device_map``; see `load_weights`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +62,13 @@ class LoadedModel:
     Attributes:
         model: the transformers model.
         processor: its processor, padding on the left.
-        source: what ``pretrained`` named.
+        source: the value of ``pretrained``.
         fingerprint: SHA-256 over all files that answers depend on: weights, configuration, tokenizer, processor, chat
             template and generation.
         prompt: name of the prompt format; None for a chat template of the checkpoint's own.
-        context: tokens that a prompt may have: the model's positions, or the fewer that its tokenizer is limited to;
-            None where neither is known.
-        topology: that was traced; None: the one that plugins describe.
+        context: maximum number of tokens of a prompt: the smaller of the model's positions and the tokenizer's limit;
+            None if neither is known.
+        topology: the traced topology; None for the one that plugins describe.
     """
 
     model: PreTrainedModel
@@ -91,23 +91,23 @@ class LoadedModel:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts at which every answer ends, beside the end token."""
+        """Texts at which every answer ends, in addition to the end token."""
         stop = PROMPT_FORMATS[self.prompt].stop if self.prompt else ""
         return (stop,) if stop else ()
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A checkpoint whose small files were read and checked: all but the weights.
+    """A checkpoint whose small files, all but the weights, have been read and checked.
 
     Attributes:
-        pretrained, revision: what was named.
-        config: of the model.
-        processor: ready to form prompts.
-        original: what is in LLaVA's own layout; None in the Hugging Face layout.
+        pretrained, revision: the arguments that name it.
+        config: the model's configuration.
+        processor: the processor, ready to form prompts.
+        original: the checkpoint in LLaVA's own layout; None in the Hugging Face layout.
         trust_remote_code: whether code that comes with it may run.
-        changes: arguments of `open_checkpoint` that override what the files say, by name; None where not given.
-        topology: that was traced; None: the one that plugins describe.
+        changes: arguments of `open_checkpoint` that override its files, by name; None if not given.
+        topology: the traced topology; None for the one that plugins describe.
     """
 
     pretrained: str
@@ -121,7 +121,7 @@ class Checkpoint:
 
     @property
     def source(self) -> str:
-        """How messages call it."""
+        """The checkpoint's name in messages."""
         return f"pretrained={self.pretrained!r}"
 
 
@@ -142,10 +142,10 @@ def open_checkpoint(
             ``llava-hf/llava-1.5-7b-hf`` or ``liuhaotian/llava-v1.5-7b``.
         revision: branch, tag or commit of a hub model.
         trust_remote_code: run code that comes with the checkpoint.
-        conv: a prompt format (see `qvlm_plugin.models.prompts`) instead of the one that the checkpoint has.
-        router_noise_seed: of the noise in the choice of experts, for models that have it; None routes without noise.
-        image_aspect_ratio: ``square`` or ``pad`` instead of what a checkpoint in LLaVA's own layout says.
-        check_config: called with the configuration, to raise where it does not suit.
+        conv: a prompt format (see `qvlm_plugin.models.prompts`) instead of the checkpoint's.
+        router_noise_seed: seed of the noise in the choice of experts, for models that have it; None adds no noise.
+        image_aspect_ratio: ``square`` or ``pad`` instead of the setting of a checkpoint in LLaVA's own layout.
+        check_config: called with the configuration; raises if it is not suitable.
 
     Raises:
         QVLMError: there is no such checkpoint, or its parts do not fit together.
@@ -202,15 +202,16 @@ def load_weights(
     """Load the model of a checkpoint, and let it answer one prompt.
 
     Args:
-        checkpoint: whose weights are fetched and read.
+        checkpoint: the checkpoint, whose weights are downloaded if necessary.
         dtype: one of `DTYPES`.
-        device: where the model runs when no ``device_map`` says otherwise.
-        device_map: ``offload`` keeps all weights on the CPU and brings each module's to ``device`` while it runs, which
-            leaves room there to search a model that does not fit. All else is accelerate's placement and takes the
-            place of ``device``: ``auto`` fills the devices, leaving little room, before it offloads the rest; on
-            ``meta`` there are no weights, and the model answers nothing.
-        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``; None leaves transformers' choice.
-        quantize: quantize each Linear when its weight is read, not to have all in full precision at once.
+        device: device that the model runs on, unless ``device_map`` is given.
+        device_map: ``offload`` keeps all weights on the CPU and moves each module's to ``device`` while it runs, so
+            that a model that does not fit there can be searched. Any other value is accelerate's placement, which
+            replaces ``device``: ``auto`` fills the devices, leaving little room, before it offloads the rest; on
+            ``meta`` there are no weights, and the model answers no prompt.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``; None leaves the choice to transformers.
+        quantize: quantizes each Linear as soon as its weight is read, so that not all weights are in full precision at
+            the same time.
 
     Raises:
         QVLMError: weights are missing, their keys do not match the model's, or the model cannot answer.
@@ -221,19 +222,19 @@ def load_weights(
     source, trust_remote_code = checkpoint.source, checkpoint.trust_remote_code
     if getattr(config, "quantization_config", None) is not None:
         if device_map == OFFLOAD:
-            raise QVLMError(f"device_map='offload' is for searches, but {source} is quantized already")
+            raise QVLMError(f"device_map='offload' is for searches, but {source} is already quantized")
         # Packed weights are laid out for the device that they are loaded to.
         device_map = {"": device} if device_map is None else device_map
     formats = SAFETENSORS_OR_BIN if original else SAFETENSORS
     folder = with_weights(checkpoint.pretrained, source, formats, checkpoint.revision)
     files = original.files() if original else weight_files(folder, formats, source)
     folders = [folder, original.tower.folder] if original else [folder]
-    fingerprint = _fingerprint([one for one in folders if one], files, checkpoint.changes)
+    fingerprint = _fingerprint([path for path in folders if path], files, checkpoint.changes)
     placement = {
         "device_map": None if device_map == OFFLOAD else device_map,
         "attn_implementation": attn_implementation,
         "output_loading_info": True,
-        "ignore_mismatched_sizes": True,  # `_require_matching_keys` names them
+        "ignore_mismatched_sizes": True,  # `_require_matching_keys` raises instead
     }
     if quantize is not None:
         quantize.fingerprint, quantize.device = fingerprint, torch.device(device)
@@ -319,9 +320,9 @@ def prepare(processor: ProcessorMixin, source: str, conv: str | None = None) -> 
     """Set the padding, and check that prompts can be formed.
 
     Args:
-        processor: is changed.
-        source: names it in messages.
-        conv: the prompt format that was named, if any.
+        processor: the processor, which is changed.
+        source: the checkpoint's name in messages.
+        conv: the prompt format given, if any.
 
     Raises:
         QVLMError: there is no chat template, or it ends answers with another token than the tokenizer.
@@ -364,9 +365,10 @@ def _load_by_tensor(
     trust_remote_code: bool,
     placement: dict[str, Any],
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Load reading each tensor into memory of its own, which is free again when the tensor is.
+    """Load a model by reading each tensor into its own memory, which is freed with the tensor.
 
-    transformers maps weight files into memory, where what was read once counts until the last weight is gone.
+    transformers maps weight files into memory, where all that has been read counts as used until the last weight is
+    freed.
     """
     kind = type(empty_model(config, trust_remote_code))
     handles = [safe_open(file, framework="pt", backend="pread") for file in files]
@@ -395,7 +397,7 @@ def _fingerprint(folders: list[Path], weights: list[Path], changes: Mapping[str,
         for file in small_files(folder):
             sha.update(f"{file.relative_to(folder).as_posix()}\0{content_hash(file)}\n".encode())
     for name, value in changes.items():
-        if value is not None:  # another function of the same weights
+        if value is not None:  # the same weights then compute something else
             sha.update(f"{name}={value}".encode())
     for file in weights:
         sha.update(content_hash(file).encode())

@@ -1,9 +1,9 @@
 """StableLM with sparse mixture-of-experts layers: the language model of MoE-LLaVA-StableLM, for transformers.
 
-transformers' own StableLM, in whose layers named by ``moe_layers`` the MLP is replaced by experts of which two serve
-each token (Lin et al., 2024, "MoE-LLaVA", after DeepSpeed's gating): the likeliest expert and the second likeliest,
-with their probabilities divided by their sum. An expert serves all tokens that choose it: at the evaluation capacity of
-the released checkpoints no token is dropped, and checkpoints with a smaller one are refused.
+This is transformers' own StableLM; in the layers named by ``moe_layers``, experts replace the MLP. Each token goes to
+two experts (Lin et al., 2024, "MoE-LLaVA", after DeepSpeed's gating): the likeliest and the second likeliest, weighted
+by their probabilities divided by their sum. An expert processes all tokens that choose it: at the evaluation capacity
+of the released checkpoints no token is dropped, and checkpoints with a smaller capacity are refused.
 """
 
 import torch
@@ -16,7 +16,7 @@ from qvlm_plugin.models.moe_stablelm_config import MoEStableLmConfig
 
 
 class RoutedExpert(StableLmMLP):
-    """An MLP that serves some of the tokens."""
+    """An MLP that processes some of the tokens."""
 
     def forward(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """The outputs [n, C] for the tokens [N, C] at ``rows`` [n]."""
@@ -32,7 +32,7 @@ class Router(nn.Linear):
 
 
 class SparseExperts(nn.Module):
-    """Experts of which two serve each token."""
+    """Experts, of which two process each token."""
 
     def __init__(self, config: MoEStableLmConfig, layer_index: int) -> None:
         super().__init__()
@@ -46,9 +46,9 @@ class SparseExperts(nn.Module):
         chosen, shares = route(self.router(tokens), self.seed)
         output = torch.zeros_like(tokens)
         for index, expert in enumerate(self.experts):
-            rows, place = (chosen == index).nonzero(as_tuple=True)
+            rows, rank = (chosen == index).nonzero(as_tuple=True)
             if len(rows):
-                share = shares[rows, place].unsqueeze(1).to(tokens.dtype)
+                share = shares[rows, rank].unsqueeze(1).to(tokens.dtype)
                 output.index_add_(0, rows, expert(tokens, rows) * share)
         return output.view_as(hidden)
 
@@ -58,10 +58,10 @@ def route(logits: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: float32 [N, E].
-        seed: of the noise that the second choice is made with; None chooses without.
+        seed: seed of the noise in the choice of the second expert; None adds no noise.
 
     Returns:
-        Indices int64 [N, 2], the first one's logit the largest; and their shares float32 [N, 2], which sum to 1.
+        Indices int64 [N, 2], first the expert with the largest logit; and their shares float32 [N, 2], which sum to 1.
     """
     first = logits.argmax(dim=1, keepdim=True)
     noisy = logits if seed is None else logits + gumbel_noise(logits, seed)
@@ -74,7 +74,7 @@ def route(logits: Tensor, seed: int | None = None) -> tuple[Tensor, Tensor]:
 def gumbel_noise(logits: Tensor, seed: int) -> Tensor:
     """Noise of the standard Gumbel distribution in the shape of ``logits`` [N, E].
 
-    It is a hash of the seed and of each token's logits: it depends neither on other tokens nor on earlier calls.
+    It is a hash of the seed and of each token's logits, so it depends neither on other tokens nor on earlier calls.
     """
     columns = torch.arange(1, logits.shape[1] + 1, device=logits.device)
     bits = logits.detach().contiguous().view(torch.int32).long()
@@ -84,7 +84,7 @@ def gumbel_noise(logits: Tensor, seed: int) -> Tensor:
 
 
 def _scramble(x: Tensor) -> Tensor:
-    """A bijection of int64 that sends close numbers far apart (the finalizer of MurmurHash3)."""
+    """A bijection of int64 that maps close numbers far apart (the finalizer of MurmurHash3)."""
     for factor in (-49064778989728563, -4265267296055464877):
         x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * factor
     return x ^ ((x >> 33) & 0x7FFFFFFF)

@@ -1,7 +1,7 @@
-"""The configuration of MoE-LLaVA's language model, which transformers knows wherever this package is imported.
+"""The configuration of MoE-LLaVA's language model, registered with transformers when this package is imported.
 
-It is entered in transformers' tables by `qvlm_plugin.registration`, in the middle of transformers' own imports; the
-model, which needs more of them, follows when a configuration is made.
+`qvlm_plugin.registration` adds it to transformers' tables during transformers' own imports. The model, which needs more
+of these imports, is registered when a configuration is created.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ class MoEStableLmConfig(StableLmConfig):
     """Configuration of `qvlm_plugin.models.moe_stablelm.MoEStableLmModel`.
 
     Attributes:
-        num_experts: experts of each layer that has some.
+        num_experts: number of experts of each layer that has experts.
         moe_layers: indices of these layers.
-        router_noise_seed: DeepSpeed chooses the second expert by probabilities with Gumbel noise, also when evaluating;
-            with a seed so does this model, reproducibly. None takes the second likeliest.
+        router_noise_seed: DeepSpeed adds Gumbel noise to the choice of the second expert, also in evaluation; with a
+            seed, this model does so reproducibly. None takes the second likeliest.
     """
 
     model_type = "moe_stablelm"
@@ -28,7 +28,7 @@ class MoEStableLmConfig(StableLmConfig):
     router_noise_seed: int | None = None
 
     def __post_init__(self, **more: Any) -> None:
-        """Make the model known to ``AutoModel`` too."""
+        """Register the model with ``AutoModel``, too."""
         from qvlm_plugin.models import moe_stablelm  # noqa: F401
 
         super().__post_init__(**more)

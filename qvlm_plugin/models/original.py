@@ -1,7 +1,7 @@
 """Checkpoints in the layout of LLaVA's own code (haotian-liu/LLaVA and its descendants), for transformers' classes.
 
 Such a folder has a ``config.json`` with ``mm_*`` keys, the language model's weights under its own names, and a slow
-tokenizer; the vision tower is in the folder or named by ``mm_vision_tower``. Nothing of it is converted on disk: the
+tokenizer; the vision tower is in the folder or named by ``mm_vision_tower``. Nothing is converted on disk: the
 configuration, the names of the weights and the processor are translated while loading.
 """
 
@@ -34,7 +34,7 @@ from qvlm_plugin.models.towers import Tower, find_tower
 from qvlm_plugin.models.weights import SAFETENSORS_OR_BIN, read_tensors, weight_files
 
 TOWER_KEYS = ("mm_vision_tower", "mm_image_tower")
-"""What the configuration calls the vision tower: LLaVA, MoE-LLaVA."""
+"""Keys of the configuration that name the vision tower: LLaVA's and MoE-LLaVA's."""
 
 _NAMES = (
     (r"model\.mm_projector\.(image_spatial_proj\.)?0\.", "model.multi_modal_projector.linear_1."),
@@ -45,14 +45,14 @@ _NAMES = (
     (r"(model\.layers\.\d+\.mlp\.)deepspeed_moe\.gate\.wg\.", r"\1router."),
     (r"(model\.layers\.\d+\.mlp\.)deepspeed_moe\.experts\.deepspeed_experts\.", r"\1experts."),
 )
-"""Patterns of the beginnings of names in such checkpoints, and what stands for them in the model; the first three are
-the projector's. What is left under ``model.`` is the language model's."""
+"""Patterns of prefixes of weights' names in such checkpoints, and their replacements in the model; the first three are
+the projector's. All other names under ``model.`` are the language model's."""
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 """The embeddings' name in the model."""
 
 _SUPPORTED = {"s2": (False,), "mm_patch_merge_type": ("flat",), "mm_resampler_type": ()}
-"""Keys of the configuration that change what is computed, and the values that change nothing."""
+"""Keys of the configuration that are not supported, with the values that are allowed because they change nothing."""
 
 _BUFFERS = re.compile(r".*\.(position_ids|rotary_emb\.inv_freq)")
 """Constants that older versions of transformers stored; the model computes them itself."""
@@ -63,10 +63,10 @@ class OriginalCheckpoint:
     """A folder in the original layout, of which only the small files have been read.
 
     Attributes:
-        folder: where it is.
-        source: what named it, for messages.
+        folder: the folder.
+        source: the argument that names it, for messages.
         values: the content of its ``config.json``.
-        config: the same for transformers.
+        config: the configuration for transformers.
         tower: the vision tower's configuration, image processing and files.
         prompt: name of the prompt format that such checkpoints are trained with.
     """
@@ -79,7 +79,7 @@ class OriginalCheckpoint:
     prompt: str
 
     def files(self) -> list[Path]:
-        """The weight files, the tower's included where it is outside.
+        """The weight files, including those of a tower outside of the folder.
 
         Raises:
             QVLMError: some are missing.
@@ -88,7 +88,7 @@ class OriginalCheckpoint:
         return files if self._holds_tower(files) else [*files, *self._tower_files()]
 
     def _holds_tower(self, files: list[Path]) -> bool:
-        """Whether the tower is the one within the folder: LLaVA uses that only where it was trained too."""
+        """Whether the tower is the one in the folder: LLaVA uses this one only if it was trained."""
         return bool(self.values.get("unfreeze_mm_vision_tower")) and any(map(_is_towers, read_tensors(files)))
 
     def _tower_files(self) -> list[Path]:
@@ -98,7 +98,7 @@ class OriginalCheckpoint:
             raise QVLMError(f"{error}; a tower in the folder is used with unfreeze_mm_vision_tower only") from error
 
     def processor(self) -> LlavaProcessor:
-        """The processor, with an image token that the model has an embedding for or gets one (see `state_dict`)."""
+        """The processor; its image token has an embedding in the model or gets one (see `state_dict`)."""
         settings = None if (self.folder / ARCADE100K_FILE).is_file() else read_settings(self.folder)
         style = PromptStyle(
             between=bool(self.values.get("mm_use_im_start_end", False)),
@@ -117,7 +117,7 @@ class OriginalCheckpoint:
         """All weights under the names of `LlavaForConditionalGeneration`, in the checkpoint's type.
 
         Args:
-            image_token: its id. Embeddings and head get rows up to it where they lack some, copies of row 0: the
+            image_token: id of the image token. Missing rows of embeddings and head up to it are copies of row 0: the
                 unknown token, which neither text nor the model produces.
 
         Raises:
@@ -168,13 +168,13 @@ class OriginalCheckpoint:
         else:
             tokenizer = llama_tokenizer(self.folder, settings)
         rows = self.values["vocab_size"]
-        # LLaVA's loader adds these where the folder's tokenizer lacks them; the patch token is in no prompt.
+        # LLaVA's loader adds these if the folder's tokenizer lacks them; the patch token is in no prompt.
         if self.values.get("mm_use_im_patch_token", True) and len(tokenizer) < rows:
             _add(tokenizer, "<im_patch>")
         if self.values.get("mm_use_im_start_end", False):
             _add(tokenizer, IMAGE_START)
             _add(tokenizer, IMAGE_END)
-        # LLaVA's loader makes embeddings for added tokens that have none, such as <pad>; but not for those of prompts.
+        # LLaVA's loader makes embeddings for added tokens that have none, such as <pad>, but not for tokens of prompts.
         in_prompts = {tokenizer.bos_token, tokenizer.eos_token, IMAGE_START, IMAGE_END} & tokenizer.get_vocab().keys()
         last = max(tokenizer.vocab_size - 1, *map(tokenizer.convert_tokens_to_ids, in_prompts))
         if last >= rows:
@@ -182,7 +182,7 @@ class OriginalCheckpoint:
                 f"{self.source}: prompts and answers have {last + 1} tokens, more than config.json's vocab_size={rows}"
             )
         _add(tokenizer, IMAGE)
-        # LLaVA's code cuts longer prompts off, images included; here they are counted (`LoadedModel.context`).
+        # LLaVA's code truncates longer prompts, including images; here they are counted (`LoadedModel.context`).
         if (longest := self.values.get("tokenizer_model_max_length")) is not None:
             tokenizer.model_max_length = longest
         return tokenizer
@@ -202,12 +202,12 @@ def read_original(folder: Path, values: Mapping[str, Any], source: str) -> Origi
     """Read a folder's configuration.
 
     Args:
-        folder: in the original layout.
-        values: of its ``config.json``.
-        source: what named it, for messages.
+        folder: a folder in the original layout.
+        values: content of its ``config.json``.
+        source: the argument that names it, for messages.
 
     Raises:
-        QVLMError: the checkpoint is of a kind that is not supported, or its vision tower cannot be found.
+        QVLMError: such checkpoints are not supported, or the vision tower cannot be found.
     """
     missing = [key for key in ("hidden_size", "num_hidden_layers", "vocab_size") if key not in values]
     if missing:
@@ -215,13 +215,13 @@ def read_original(folder: Path, values: Mapping[str, Any], source: str) -> Origi
     if (aspect := values.get("image_aspect_ratio")) not in (None, "square", "pad"):
         raise QVLMError(
             f"{source}: image_aspect_ratio={aspect!r} is not supported in the original layout; supported are pad and "
-            "square; take the checkpoint in the Hugging Face layout (llava_next, llava_onevision)"
+            "square; use the checkpoint in the Hugging Face layout (llava_next, llava_onevision)"
         )
     for key, allowed in _SUPPORTED.items():
         if (value := values.get(key)) not in (None, *allowed):
             raise QVLMError(
                 f"{source}: {key}={value!r} is not supported in the original layout; leave it out"
-                + "".join(f" or set it to {one!r}" for one in allowed)
+                + "".join(f" or set it to {other!r}" for other in allowed)
             )
     text, prompt = _text_config(values, source)
     name = next(values[key] for key in TOWER_KEYS if values.get(key))
@@ -252,7 +252,8 @@ def read_original(folder: Path, values: Mapping[str, Any], source: str) -> Origi
 
 
 def _projector_activation(values: Mapping[str, Any], source: str) -> str:
-    """What lies between the projector's two Linears; a linear projector is followed by nothing and a unit matrix."""
+    """The activation between the projector's two Linears; ``linear`` for a projector of one, whose second is a unit
+    matrix."""
     kind = values.get("mm_projector_type") or values.get("image_projector_type") or "linear"
     if kind not in ("linear", "mlp2x_gelu"):
         raise QVLMError(f"{source}: mm_projector_type={kind!r} is not known; known are linear and mlp2x_gelu")
@@ -260,7 +261,7 @@ def _projector_activation(values: Mapping[str, Any], source: str) -> str:
 
 
 def _text_config(values: Mapping[str, Any], source: str) -> tuple[PretrainedConfig, str | None]:
-    """The language model's configuration, and its prompt format unless the projector tells that."""
+    """The language model's configuration, and its prompt format; None if the projector decides the format."""
     kind = values.get("model_type", "llava")
     if kind == "moe_llava_stablelm":
         return _moe_stablelm_config(values, source), "stablelm"
@@ -293,9 +294,9 @@ def _moe_stablelm_config(values: Mapping[str, Any], source: str) -> MoEStableLmC
         )
     count, capacity = experts.pop(), moe.get("eval_capacity_factor", 1.0)  # DeepSpeed's default
     # An expert has room for 2 * capacity / count of the tokens (deepspeed/moe/sharded_moe.py, top2gating).
-    if not (isinstance(capacity, int | float) and 2 * capacity >= count):  # not a number is refused too
+    if not (isinstance(capacity, int | float) and 2 * capacity >= count):  # refuses NaN, too
         raise QVLMError(
-            f"{source}: eval_capacity_factor={capacity!r} of moe drops tokens where an expert is chosen often, which "
+            f"{source}: eval_capacity_factor={capacity!r} of moe drops tokens if an expert is chosen often, which "
             f"is not supported; with {count} experts it must be a number of at least {count / 2:g}"
         )
     return MoEStableLmConfig(
@@ -326,7 +327,7 @@ def _is_towers(name: str) -> bool:
 
 
 def _rename(name: str) -> str | None:
-    """The model's name for a weight; None for those of a CLIP file that are not the vision tower's."""
+    """The model's name for a weight; None for weights of a CLIP file that are not the vision tower's."""
     for pattern, replacement in _NAMES:
         renamed, count = re.subn(f"^{pattern}", replacement, name)
         if count and not renamed.startswith("model.layers."):

@@ -1,8 +1,8 @@
 """PaliGemma's processor for conversations, which may have no image, and an answer.
 
-That of transformers inserts the beginning-of-sequence token and appends a line break to every text that it is given:
-also behind an answer, and without an image in the middle of a word. Here the chat template writes both. PaliGemma reads
-a prompt in both directions and an answer in one; which tokens are an answer's is what ``token_type_ids`` say.
+transformers' processor inserts the beginning-of-sequence token and appends a line break in every text that it is given:
+also after an answer and, without an image, in the middle of a word. Here the chat template writes both. PaliGemma
+attends to a prompt in both directions and to an answer in one; ``token_type_ids`` mark the answer's tokens.
 """
 
 from typing import Any
@@ -20,28 +20,28 @@ TEMPLATE = """\
 {{ eos_token if message['role'] == 'assistant' else '\\n' }}
 {%- endfor -%}
 """
-"""Of checkpoints without a template, as all are that were released."""
+"""Chat template for checkpoints without one, as all released ones are."""
 
 
 class PaliGemmaProcessor(transformers.PaliGemmaProcessor):
-    """Leaves texts as they are; of the same name, for the folders that it is saved to.
+    """Leaves texts as they are. It has the name of transformers' class, which saved folders record.
 
     Attributes:
-        answer_token_type: of an answer's tokens; 0 is that of a prompt's.
+        answer_token_type: token type of an answer; that of a prompt is 0.
     """
 
     answer_token_type = 1
 
     def __call__(self, **given: Any) -> BatchFeature:
-        """The inputs of the model, without labels: see `transformers.PaliGemmaProcessor`."""
+        """The model's inputs without labels, see `transformers.PaliGemmaProcessor`."""
         inputs = super().__call__(**given)
         inputs.pop("labels", None)
         return inputs
 
     def prepare_inputs_layout(self, **given: Any) -> tuple:
-        """What every processor does, and no more."""
+        """Only what every processor does."""
         return ProcessorMixin.prepare_inputs_layout(self, **given)
 
     def validate_inputs(self, **given: Any) -> None:
-        """What every processor does, and no more."""
+        """Only what every processor does."""
         ProcessorMixin.validate_inputs(self, **given)

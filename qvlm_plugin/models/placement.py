@@ -19,7 +19,7 @@ from qvlm_plugin.reading import one_line
 
 
 def default_device() -> torch.device:
-    """Where a model runs if nobody names a device: the accelerator that torch finds, else the CPU.
+    """The device of a model if none is given: the accelerator that torch finds, else the CPU.
 
     As in accelerate, ACCELERATE_USE_CPU=true in the environment means the CPU.
     """
@@ -34,7 +34,7 @@ def check_placement(dtype: str, device: str | torch.device) -> torch.device:
         The device.
 
     Raises:
-        QVLMError: one is not known, or there is no such device here.
+        QVLMError: the compute type or the device is unknown, or this machine has no such device.
     """
     if dtype not in DTYPES:
         raise QVLMError(f"dtype={dtype!r} is not known; allowed are {', '.join(DTYPES)}")
@@ -48,7 +48,7 @@ def check_placement(dtype: str, device: str | torch.device) -> torch.device:
         raise QVLMError("device='meta' has no memory for weights; write cpu, cuda or cuda:N")
     try:
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, ImportError) as error:  # torch was built without it, or finds none
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch was built without it, or finds no such device
         raise QVLMError(f"device={str(device)!r} cannot be used here: {one_line(error)}") from error
     return found
 
@@ -65,7 +65,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """The device on which the module runs, even while its weights are offloaded; the first, where there are several."""
+    """The device on which the module runs, even while its weights are offloaded; the first if there are several."""
     for part in module.modules():
         device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if device is not None:
@@ -74,13 +74,13 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU; of other devices, the type."""
+    """The name of a GPU; for other devices, the type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @contextmanager
 def materialized(module: nn.Module) -> Iterator[None]:
-    """While active, the module's offloaded weights are on its device, and stay there when it has run."""
+    """While active, the module's offloaded weights are on its device, and stay there after it has run."""
     offloaded = [part for part in module.modules() if has_offloaded_params(part)]
     loaded = []
     try:
@@ -96,7 +96,7 @@ def materialized(module: nn.Module) -> Iterator[None]:
 
 
 def place_like(module: nn.Module, original: nn.Module) -> None:
-    """Give ``module`` the place of ``original`` in a dispatched model: its device, or offloaded to the CPU like it."""
+    """Place ``module`` as ``original`` is in a dispatched model: on the same device, or offloaded to the CPU."""
     hook = getattr(original, "_hf_hook", None)
     if isinstance(hook, AlignDevicesHook):
         placing = AlignDevicesHook(hook.execution_device, offload=hook.offload)

@@ -9,8 +9,8 @@ from qvlm_plugin.models import paligemma
 
 
 def read_processor(folder: Path, trust_remote_code: bool) -> ProcessorMixin:
-    """The processor of a checkpoint: the same pixels whether or not, and whichever, torchvision is installed."""
-    # Asking for the PIL backend here would ask the video processor for it too, which has none.
+    """The processor of a checkpoint. Its pixels do not depend on torchvision, installed or not, in any version."""
+    # backend="pil" here would also apply to the video processor, which has no such backend.
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     images = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=trust_remote_code)
     if isinstance(processor, transformers.PaliGemmaProcessor):

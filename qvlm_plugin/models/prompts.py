@@ -15,7 +15,7 @@ _CURIOUS = (
 )
 IMAGE = "<image>"
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
-"""What stands around an image where the checkpoint was trained with ``mm_use_im_start_end``."""
+"""Tokens around an image if the checkpoint was trained with ``mm_use_im_start_end``."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class PromptFormat:
 
     Attributes:
         system: the text that opens a conversation without a system message.
-        user, assistant: what introduces a turn; the latter, without blanks at its end, is where an answer begins.
-        after_user, after_assistant: what ends a turn; ``after_user`` ends the opening too.
-        stop: text at which an answer ends, where no special token does that; empty otherwise.
+        user, assistant: text that introduces a turn; an answer begins after ``assistant`` without its final blanks.
+        after_user, after_assistant: text that ends a turn; ``after_user`` also ends the opening.
+        stop: text at which an answer ends if no special token ends it; empty otherwise.
     """
 
     system: str
@@ -44,8 +44,8 @@ class PromptStyle:
     Attributes:
         between: whether an image stands between `IMAGE_START` and `IMAGE_END`.
         blanks: whether the text before the first image and after each image begins with sentencepiece's blank. LLaVA
-            tokenizes these texts one by one, and its tokenizer puts the blank there. A fast tokenizer does that by
-            itself only where the blank follows every special token (see `qvlm_plugin.models.llama_tokenizer`).
+            tokenizes these texts one by one, and its tokenizer puts the blank there. A fast tokenizer does so itself
+            only if the blank follows every special token (see `qvlm_plugin.models.llama_tokenizer`).
     """
 
     between: bool = False
@@ -98,7 +98,7 @@ _WITH_BLANKS = """\
 
 
 def prompt_format(name: str) -> PromptFormat:
-    """The format of that name.
+    """The prompt format with this name.
 
     Raises:
         QVLMError: there is none.

@@ -23,7 +23,7 @@ KNOWN_TOWERS = {
     "clip-vit-large-patch14": CLIPVisionConfig(**_CLIP_L, image_size=224),
     "clip-vit-large-patch14-336": CLIPVisionConfig(**_CLIP_L, image_size=336),
 }
-"""Towers of released checkpoints by the last part of their name, of which the weights alone are fetched."""
+"""Towers of released checkpoints by the last part of their name; only their weights are downloaded."""
 
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -35,10 +35,10 @@ class Tower:
 
     Attributes:
         name: folder or hub id.
-        source: what named it, for messages.
+        source: the argument that names it, for messages.
         config: its configuration; ``image_size`` is that of its input.
         pixels: arguments of CLIP's image processor.
-        folder: whose files say so; None for one of `KNOWN_TOWERS`.
+        folder: the folder that the configuration was read from; None for one of `KNOWN_TOWERS`.
     """
 
     name: str
@@ -48,16 +48,16 @@ class Tower:
     folder: Path | None = None
 
     def weight_files(self) -> list[Path]:
-        """The files of its weights, downloaded where it is a hub model.
+        """The tower's weight files, downloaded if it is a hub model.
 
         Raises:
-            QVLMError: they are not there.
+            QVLMError: they do not exist.
         """
         return weight_files(with_weights(self.name, self.source, SAFETENSORS_OR_BIN), SAFETENSORS_OR_BIN, self.source)
 
 
 class _Pixels(BaseModel):
-    """What a ``preprocessor_config.json`` says of how an image becomes pixels; what it leaves out is CLIP's default."""
+    """The image processing in a ``preprocessor_config.json``; missing settings have CLIP's defaults."""
 
     do_resize: bool | None = None
     size: int | dict[str, int] | None = None
@@ -71,7 +71,7 @@ class _Pixels(BaseModel):
     image_std: tuple[float, ...] = tuple(OPENAI_CLIP_STD)
 
     def settings(self, image_size: int) -> dict[str, Any]:
-        """The arguments of CLIP's image processor for a tower of that input size."""
+        """The arguments of CLIP's image processor for a tower with this input size."""
         given = self.model_dump(exclude_none=True)
         size, crop = given.get("size", image_size), given.get("crop_size", image_size)
         return {
@@ -85,10 +85,10 @@ def find_tower(name: str, folder: Path, source: str) -> Tower:
     """The tower that a checkpoint names.
 
     Args:
-        name: a folder within the checkpoint's, or a hub id. Of a path on another machine, only the last part is looked
-            up, in the checkpoint's folder.
-        folder: of the checkpoint.
-        source: what named the checkpoint, for messages.
+        name: a folder in the checkpoint's folder, or a hub id. If it is a path on another machine, only its last part
+            is looked up, in the checkpoint's folder.
+        folder: the checkpoint's folder.
+        source: the argument that names the checkpoint, for messages.
 
     Raises:
         QVLMError: it cannot be found, or is not a CLIP model.
@@ -97,23 +97,23 @@ def find_tower(name: str, folder: Path, source: str) -> Tower:
     last = str(name).rstrip("/").rpartition("/")[2]
     is_hub_id = isinstance(name, str) and _HUB_ID.fullmatch(name) is not None
     inner = [inside(folder, part, source) for part in ((name, last) if is_hub_id else (last,))]
-    beside = [path for path in inner if (path / "config.json").is_file()]
+    beside = [inner_path for inner_path in inner if (inner_path / "config.json").is_file()]
     if not beside and last in KNOWN_TOWERS:
         known = KNOWN_TOWERS[last]
         return Tower(name if is_hub_id else f"openai/{last}", source, known, _Pixels().settings(known.image_size))
     if not beside and not is_hub_id:
         raise QVLMError(f"{source} is neither a hub id nor in the checkpoint's folder; put it there, or a link to it")
-    place = beside[0] if beside else local_folder(name, source)
+    path = beside[0] if beside else local_folder(name, source)
     with parsed_elsewhere(f"{source}: config.json does not load"):
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     config = getattr(config, "vision_config", config)
     if config.model_type != "clip_vision_model":
         raise QVLMError(f"{source} is a {config.model_type!r}; supported in the original layout are CLIP vision towers")
-    file = place / "preprocessor_config.json"
+    file = path / "preprocessor_config.json"
     pixels = _Pixels()
     if file.is_file():
         try:
             pixels = _Pixels.model_validate(read_json(file))
         except (OSError, ValueError) as error:
             raise QVLMError(f"{source}: {file.name} does not load: {one_line(error)}") from error
-    return Tower(str(place) if beside else name, source, config, pixels.settings(config.image_size), place)
+    return Tower(str(path) if beside else name, source, config, pixels.settings(config.image_size), path)

@@ -1,6 +1,6 @@
-"""Weight files of a checkpoint folder: which they are, and their tensors.
+"""The weight files of a checkpoint folder, and their tensors.
 
-Files are mapped into memory rather than read, and nothing that a file pickles is ever run.
+Files are mapped into memory instead of being read. Pickled code in a file is never run.
 """
 
 import pickle
@@ -21,12 +21,12 @@ SAFETENSORS_OR_BIN = ("model.safetensors", "pytorch_model.bin")
 
 
 def weight_files(folder: Path, names: Sequence[str], source: str) -> list[Path]:
-    """The files of the first format that the folder holds; every shard that an index names must be there.
+    """The files of the first format that the folder contains; every shard that an index names must exist.
 
     Args:
-        folder: of the checkpoint.
-        names: the formats, each by the name that it gives a single file.
-        source: what named the folder, for messages.
+        folder: the checkpoint's folder.
+        names: the formats, each given by its name for a single file.
+        source: the argument that names the folder, for messages.
 
     Raises:
         QVLMError: there are none, or a shard is missing.
@@ -59,7 +59,7 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """The tensors of all files, mapped into memory.
 
     Raises:
-        QVLMError: a file is damaged, or holds pickled code.
+        QVLMError: a file is damaged, or contains pickled code.
     """
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -80,11 +80,11 @@ def _read_bin(file: Path) -> dict[str, Tensor]:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise QVLMError(
-            f"{file}: holds pickled code or is damaged; supported are files of tensors only, which torch.load reads "
+            f"{file}: contains pickled code or is damaged; supported are files of tensors only, which torch.load reads "
             "with weights_only=True"
         ) from error
     except (RuntimeError, OSError, EOFError) as error:
         raise QVLMError(f"{file}: the weights do not load: {one_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise QVLMError(f"{file}: holds no state dict; supported are files that map names to tensors")
+        raise QVLMError(f"{file}: contains no state dict; supported are files that map names to tensors")
     return content

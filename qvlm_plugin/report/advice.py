@@ -1,4 +1,4 @@
-"""Choose a quantized scheme by its loss of accuracy and its packed size, as far as the runs decide it."""
+"""Recommend a way to quantize a model, from the accuracy and the packed size of evaluated runs."""
 
 import json
 import math
@@ -58,7 +58,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """Name in sentences."""
+        """The name used in sentences."""
         details = ", ".join(filter(None, (self.variant, self.calibration)))
         return f"{self.method} {self.scheme}" + (f" ({details})" if details else "")
 
@@ -70,7 +70,7 @@ class Choice:
         return Verdict.WORSE if high < -tolerance else Verdict.UNDECIDED
 
     def row(self, tolerance: float) -> dict[str, Any]:
-        """As JSON data; differences are in the metric's own unit."""
+        """The choice as JSON data; differences are in the metric's own unit."""
         low, high = self.pooled.difference.low, self.pooled.difference.high
         names = ("model", "method", "scheme", "calibration", "variant", "simulated", "packed_bytes")
         return {
@@ -100,23 +100,23 @@ def find_choices(runs: Sequence[RunSamples], metric: str) -> tuple[list[Choice],
     """Compare each quantized choice with full precision of the same model, on the same documents.
 
     Args:
-        runs: of any models, methods, tasks and seeds; runs of other packages' models are left out.
+        runs: runs of any models, methods, tasks and seeds; those of other packages' models are left out.
         metric: name of the tasks' metric.
 
     Returns:
         The choices by packed size, and a line for each run or choice that cannot be compared.
     """
     known = [_joined(own) for own in _grouped(run for run in runs if run.run)]
-    baselines = [one for one in known if one.facts["method"] == "none"]
-    found, trouble = [], [f"{run.file}: a model of another package; left out" for run in runs if not run.run]
-    for one in known:
-        if one.facts["method"] == "none":
+    baselines = [group for group in known if group.facts["method"] == "none"]
+    found, problems = [], [f"{run.file}: a model of another package; left out" for run in runs if not run.run]
+    for group in known:
+        if group.facts["method"] == "none":
             continue
         try:
-            found.append(_choice(one, baselines, metric))
+            found.append(_choice(group, baselines, metric))
         except QVLMError as error:
-            trouble.append(f"{one.facts['method']} {one.facts['scheme']}: {error}")
-    return _with_variants(sorted(found, key=lambda pair: pair[0].packed_bytes or math.inf)), trouble
+            problems.append(f"{group.facts['method']} {group.facts['scheme']}: {error}")
+    return _with_variants(sorted(found, key=lambda pair: pair[0].packed_bytes or math.inf)), problems
 
 
 def _grouped(runs: Iterable[RunSamples]) -> list[list[RunSamples]]:
@@ -140,8 +140,8 @@ def _joined(runs: Sequence[RunSamples]) -> _Runs:
     return _Runs(runs[0].run, by_seed, tuple(run.tokens_per_second for run in runs if run.tokens_per_second))
 
 
-def _choice(one: _Runs, baselines: Sequence[_Runs], metric: str) -> tuple[Choice, Mapping[str, Any]]:
-    facts, runs = one.facts, one.by_seed.values()
+def _choice(group: _Runs, baselines: Sequence[_Runs], metric: str) -> tuple[Choice, Mapping[str, Any]]:
+    facts, runs = group.facts, group.by_seed.values()
     if any(_calibration(run.run).get("documents_also_evaluated") for run in runs):
         raise QVLMError("calibrated on evaluated documents; left out")
     baseline = _baseline(facts, baselines)
@@ -158,7 +158,7 @@ def _choice(one: _Runs, baselines: Sequence[_Runs], metric: str) -> tuple[Choice
         variant="",
         simulated=facts.get("backend") == "reference",
         packed_bytes=facts.get("packed_bytes"),
-        tokens_per_second=sum(one.speeds) / len(one.speeds) if one.speeds else None,
+        tokens_per_second=sum(group.speeds) / len(group.speeds) if group.speeds else None,
         tasks=tuple(sorted(shared)),
         pooled=pooled,
     )
@@ -166,12 +166,12 @@ def _choice(one: _Runs, baselines: Sequence[_Runs], metric: str) -> tuple[Choice
 
 
 def _baseline(facts: Mapping[str, Any], baselines: Sequence[_Runs]) -> RunSamples:
-    """Full precision of the same checkpoint, preferably with the same compute type and device."""
-    own = [one for one in baselines if one.facts.get("model_fingerprint") == facts.get("model_fingerprint")]
+    """The full-precision run of the same checkpoint, preferably with the same compute type and device."""
+    own = [run for run in baselines if run.facts.get("model_fingerprint") == facts.get("model_fingerprint")]
     if not own:
         raise QVLMError("there is no run of method=none with the same checkpoint; left out")
-    alike = lambda one: sum(one.facts.get(name) == facts.get(name) for name in ("dtype", "device"))  # noqa: E731
-    return next(iter(max(own, key=alike).by_seed.values()))
+    agreement = lambda run: sum(run.facts.get(name) == facts.get(name) for name in ("dtype", "device"))  # noqa: E731
+    return next(iter(max(own, key=agreement).by_seed.values()))
 
 
 def _with_variants(found: Sequence[tuple[Choice, Mapping[str, Any]]]) -> list[Choice]:
@@ -216,30 +216,37 @@ def advice(choices: Sequence[Choice], memory: float | None, tolerance: float) ->
         memory: limit of the weights' size in bytes; None for no limit.
         tolerance: accepted drop, in the unit of tables (points for shares).
     """
-    fitting = [one for one in choices if memory is None or (one.packed_bytes or math.inf) <= memory]
+    fitting = [choice for choice in choices if memory is None or (choice.packed_bytes or math.inf) <= memory]
     if not fitting:
         return [_nothing_fits(choices, memory)]
-    by_verdict = {verdict: [one for one in fitting if one.verdict(tolerance) is verdict] for verdict in Verdict}
+    by_verdict = {
+        verdict: [choice for choice in fitting if choice.verdict(tolerance) is verdict] for verdict in Verdict
+    }
     recommended = sorted(
-        by_verdict[Verdict.RECOMMENDED], key=lambda one: (one.packed_bytes or math.inf, -one.pooled.difference.low)
+        by_verdict[Verdict.RECOMMENDED],
+        key=lambda choice: (choice.packed_bytes or math.inf, -choice.pooled.difference.low),
     )
     unit = f" point{'s' * (tolerance != 1)}" if fitting[0].pooled.scale == PERCENT else ""
     budget = "" if memory is None else f" for {size(memory)}"
     if recommended:
         best, *others = recommended
-        said = [
+        sentences = [
             f"Choose {_described(best)}{budget}: the smallest whose interval excludes a drop above {tolerance:g}{unit}."
         ]
-        said += [f"Also recommended: {', '.join(map(_described, others))}."] * bool(others)
+        sentences += [f"Also recommended: {', '.join(map(_described, others))}."] * bool(others)
         if best.simulated:
-            said.append("Its runs simulate low bits: evaluate it with backend=auto for answers and speed as deployed.")
+            sentences.append(
+                "Its runs simulate low bits: evaluate it with backend=auto for answers and speed as deployed."
+            )
         if best.pooled.drawn and best.pooled.seeds == 1:
-            said.append("It was evaluated with one draw of calibration samples; another draw can change the result.")
+            sentences.append(
+                "It was evaluated with one draw of calibration samples; another draw can change the result."
+            )
     else:
-        said = [f"No choice is recommended{budget}: no interval excludes a drop above {tolerance:g}{unit}."]
+        sentences = [f"No choice is recommended{budget}: no interval excludes a drop above {tolerance:g}{unit}."]
     if undecided := by_verdict[Verdict.UNDECIDED]:
-        said.append(f"Undecided, needs more documents or seeds: {', '.join(map(_described, undecided))}.")
-    return said
+        sentences.append(f"Undecided, needs more documents or seeds: {', '.join(map(_described, undecided))}.")
+    return sentences
 
 
 def _described(choice: Choice) -> str:
@@ -247,22 +254,22 @@ def _described(choice: Choice) -> str:
 
 
 def _nothing_fits(choices: Sequence[Choice], memory: float | None) -> str:
-    sized = [one for one in choices if one.packed_bytes is not None]
+    sized = [choice for choice in choices if choice.packed_bytes is not None]
     if not sized:
         return "No run records its packed size, because an older version wrote it. Run the evaluation again."
     return f"No evaluated choice fits into {size(memory)}; the smallest is {_described(sized[0])}."
 
 
 def notes(choices: Sequence[Choice]) -> list[str]:
-    """How to read the table."""
-    tasks = sorted({", ".join(one.tasks) for one in choices})
-    unit = "points" if all(one.pooled.scale == PERCENT for one in choices) else unit_text(1)
-    found = [
+    """Lines that explain the table."""
+    tasks = sorted({", ".join(choice.tasks) for choice in choices})
+    unit = "points" if all(choice.pooled.scale == PERCENT for choice in choices) else unit_text(1)
+    lines = [
         f"Difference from full precision, {unit}, averaged over {' / '.join(tasks)}, with its 95 % interval: documents "
         "are clustered by image; several seeds also account for the draw of calibration samples.",
         "Packed size is that of the weights on disk. In memory, kernels store 2- and 3-bit weights in 4 bits and 5- to "
         "7-bit weights in 8; activations and the KV cache need more.",
     ]
     if len(tasks) > 1:
-        found.append("Rows cover different tasks; compare only rows that cover the same tasks.")
-    return found
+        lines.append("Rows cover different tasks; compare only rows that cover the same tasks.")
+    return lines

@@ -31,10 +31,10 @@ class JobRequest(BaseModel):
     """Resources of a cell's job; the keys of ``cluster`` in the grid's file.
 
     Attributes:
-        partition: Slurm's partition. Here and below, None is Slurm's default.
+        partition: Slurm's partition. For all attributes, None is Slurm's default.
         gpus: number of GPUs, all on one node.
         time: time limit in minutes.
-        memory: in GB.
+        memory: memory in GB.
         sbatch: further options of ``sbatch`` by name; True is an option without a value, False leaves it out.
     """
 
@@ -50,8 +50,8 @@ class JobRequest(BaseModel):
 class Jobs:
     """Runs the cells of a grid as jobs.
 
-    A job's function is submitit's own, which runs a command line: submitit pickles only that list of texts, and no
-    pickle is read here.
+    Each job runs submitit's own function for a command line: submitit pickles only a list of strings, and this package
+    reads no pickle.
     """
 
     def __init__(self, executor: str, request: JobRequest, setting: Setting) -> None:
@@ -60,7 +60,7 @@ class Jobs:
         Args:
             executor: ``slurm``, or ``local`` for submitit's processes on this machine.
             request: resources of each job; ``local`` uses only ``gpus`` and ``time``.
-            setting: where and how cells run.
+            setting: where and how to run cells.
 
         Raises:
             QVLMError: submitit is not installed, or this machine cannot submit to Slurm.
@@ -110,7 +110,7 @@ class Jobs:
             withdraw(job)
 
     def _find(self, folder: Path) -> str | None:
-        """The number of the cell's job on Slurm that an earlier call submitted, if it has not ended."""
+        """The number of the Slurm job that an earlier call submitted for this cell, if it has not ended."""
         scripts = (folder / _FOLDER).glob(f"[0-9]*{_SCRIPT}") if self._executor == "slurm" else ()
         numbers = (script.name.removesuffix(_SCRIPT) for script in scripts)
         return next((number for number in numbers if not self._queue.state(number).ended), None)
@@ -146,14 +146,14 @@ class Jobs:
         return job.job_id
 
     def _after_search(self, cell: Cell) -> dict[str, str]:
-        """Lets the other cells of a plan start after the first, which searches it, so that no GPU idles meanwhile."""
+        """Options that start a cell after the first cell of its plan, which searches it, so that no GPU idles."""
         first = self._searching.get(_plan(cell))
         if first is None or self._executor != "slurm" or "calibration" not in cell.model_args:
             return {}
         return {} if self._queue.state(first).ended else {"dependency": f"afterany:{first}"}
 
     def _state(self, cell: Cell, job: str) -> str:
-        """A state that begins with `QUEUED`, or `RUNNING`; for a job that has ended, how it ended, if known."""
+        """A state that begins with `QUEUED`, or `RUNNING`; if the job has ended, how it ended, or an empty text."""
         if self._executor == "local":
             return "" if self._local[job].done() else RUNNING
         state = self._queue.state(job)
@@ -166,5 +166,5 @@ class Jobs:
 
 
 def _plan(cell: Cell) -> tuple:
-    """A key that the cells of one plan share."""
+    """A key shared by the cells of one plan."""
     return tuple(sorted(cell.model_args.items()))

@@ -116,5 +116,5 @@ def difference_text(estimate: Estimate, scale: int, decimals: int = 2) -> str:
     """A difference for a table, with its interval if known; differences of shares are in points."""
     ends = [estimate.low, estimate.high]
     ends = [min(max(end, -1.0), 1.0) for end in ends] if scale == PERCENT else ends
-    value, low, high = (number_text(one, scale, decimals, signed=True) for one in (estimate.value, *ends))
+    value, low, high = (number_text(number, scale, decimals, signed=True) for number in (estimate.value, *ends))
     return value if np.isnan(estimate.error) else f"{value} [{low}, {high}]"

@@ -59,7 +59,7 @@ def _shown(facts: Facts, own: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _folders(files: list[Path]) -> dict[Path, str]:
-    """The part of each file's folder that differs between files; plus the file's name for files in one folder."""
+    """The part of each file's folder that differs between files, with the file's name if files share a folder."""
     paths = {file: file.resolve().parent.parts for file in files}
     start = _common_length(list(paths.values()))
     end = _common_length([parts[start:][::-1] for parts in paths.values()])

@@ -50,7 +50,7 @@ class Comparison:
         scale: factor by which tables multiply scores and differences: `shares.scale`.
         baseline, score: the two runs' means.
         difference: score minus baseline.
-        p: for the null hypothesis that the two runs' answers are interchangeable; see `sign_flip_p`.
+        p: p of the null hypothesis that the two runs' answers are interchangeable; see `sign_flip_p`.
         flips: numbers of changed documents.
         total: whether the task computes its score from all documents at once, as MME does. The score then has no
             standard error, and p and flips use the documents' own scores.
@@ -194,7 +194,7 @@ def _comparison(run: RunSamples, name: str, tasks: Sequence[PairedTask]) -> Comp
     baselines, scores, differences = zip(*((t.baseline[0], t.score[0], t.differences[0]) for t in tasks), strict=True)
     baseline, score, difference = (clustered_mean(values, clusters) for values in (baselines, scores, differences))
     if total := any(task.totals is not None for task in tasks):
-        baseline, score, difference = (without_error(float(one[0])) for one in total_means(tasks))
+        baseline, score, difference = (without_error(float(means[0])) for means in total_means(tasks))
     elif min(task.scale for task in tasks) == PERCENT:
         baseline, score = (
             score_estimate(estimate, values, clusters) for estimate, values in ((baseline, baselines), (score, scores))

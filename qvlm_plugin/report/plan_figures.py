@@ -93,7 +93,7 @@ def _percentiles(plan: RoundingPlan) -> Panel:
             for name, value in sites.items():
                 chosen.setdefault(name.partition(f".{layer}.")[2] or name, {})[layer] = value
     series = [Series(name, sorted(found), [found[layer] for layer in sorted(found)]) for name, found in chosen.items()]
-    if all((one.x, one.y) == (series[0].x, series[0].y) for one in series):
+    if all((line.x, line.y) == (series[0].x, series[0].y) for line in series):
         series = [Series("all sites", series[0].x, series[0].y)]
     return Panel(
         "decoder layer",

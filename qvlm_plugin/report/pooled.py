@@ -70,7 +70,7 @@ class Pooled:
     @property
     def agreeing(self) -> int:
         """Number of seeds whose difference has the sign of the pooled difference."""
-        return sum(_sign(one) == _sign(self.difference.value) for one in self.differences)
+        return sum(_sign(difference) == _sign(self.difference.value) for difference in self.differences)
 
     @property
     def holds(self) -> bool:
@@ -109,7 +109,7 @@ def _pooled(name: str, tasks: Sequence[PairedTask], drawn: bool) -> Pooled:
     baseline, score = (two_way_mean(values, clusters)[0] for values in (baselines, scores))
     by_seed = total_means(tasks)
     if any(task.totals is not None for task in tasks):
-        baseline, score, difference = (without_error(float(one.mean())) for one in by_seed)
+        baseline, score, difference = (without_error(float(means.mean())) for means in by_seed)
     elif min(task.scale for task in tasks) == PERCENT:
         baseline, score = _share(baseline, baselines, clusters), _share(score, scores, clusters)
         difference = difference_estimate(difference, clusters)
@@ -189,7 +189,7 @@ def spread_text(row: Pooled) -> str:
     """Standard deviation, lowest and highest of the scores over seeds, for a table; empty for one seed."""
     if row.spread is None:
         return ""
-    spread, low, high = (number_text(one, row.scale) for one in (row.spread, min(row.scores), max(row.scores)))
+    spread, low, high = (number_text(number, row.scale) for number in (row.spread, min(row.scores), max(row.scores)))
     return f"{spread} ({low} to {high})"
 
 
@@ -216,5 +216,5 @@ def verdict(row: Pooled, name: str, baseline: str) -> str:
 
 
 def _interval(row: Pooled) -> str:
-    low, high = (number_text(one, row.scale, signed=True) for one in (row.difference.low, row.difference.high))
+    low, high = (number_text(end, row.scale, signed=True) for end in (row.difference.low, row.difference.high))
     return "" if np.isnan(row.difference.error) else f" [{low}, {high}]"

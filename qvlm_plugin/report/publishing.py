@@ -21,7 +21,7 @@ TASK_TYPE = "visual-question-answering"
 
 
 def publishable(paths: Sequence[Path]) -> list[Row]:
-    """The rows of results, checked: all of one plan, on all documents of the real data.
+    """Read results and check that they may be published: all rows of one plan, on all documents of the real data.
 
     Raises:
         QVLMError: a file has a problem, or a row must not be published.
@@ -46,7 +46,7 @@ def publish_results(rows: Sequence[Row], checkpoint: Path, source_url: str | Non
 
     Args:
         rows: see `publishable`.
-        checkpoint: its folder; README.md is created if missing.
+        checkpoint: the checkpoint's folder; README.md is created if missing.
         source_url: page that shows the runs.
 
     Returns:
@@ -65,8 +65,10 @@ def publish_results(rows: Sequence[Row], checkpoint: Path, source_url: str | Non
     others, name = card.data.eval_results or [], card.data.get("model_name") or checkpoint.resolve().name
     data = {key: value for key, value in card.data.to_dict().items() if key not in ("model-index", "model_name")}
     added = [_eval_result(row, source_url) for row in rows]
-    keys = {(one.unique_identifier, one.metric_type, one.metric_name) for one in added}
-    kept = [one for one in others if (one.unique_identifier, one.metric_type, one.metric_name) not in keys]
+    keys = {(result.unique_identifier, result.metric_type, result.metric_name) for result in added}
+    kept = [
+        result for result in others if (result.unique_identifier, result.metric_type, result.metric_name) not in keys
+    ]
     card.data = ModelCardData(**data, model_name=name, eval_results=[*kept, *added])
     files = {readme: str(card)}
     for row in rows:
@@ -125,6 +127,6 @@ def _revision(row: Row) -> str | None:
 
 
 def _iso(date: str | None) -> str | None:
-    """The day of lmms-eval's ``20261121_120000``, whose time has no zone."""
+    """The day of a date in lmms-eval's format, such as ``20261121_120000``, as YYYY-MM-DD."""
     found = re.match(r"(\d{4})(\d\d)(\d\d)_", date or "")
     return f"{found[1]}-{found[2]}-{found[3]}" if found else None

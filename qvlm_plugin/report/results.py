@@ -111,7 +111,7 @@ class Score:
         return "" if self.value is None else score_text(self.value, self.stderr, self.scale, self.interval)
 
     def row(self) -> dict[str, Any]:
-        """As JSON data, with those of the run's facts that tables show."""
+        """The score as JSON data, with the facts of its run that tables show."""
         run = self.run or {}
         facts = {name: run.get(name) for name in ("method", "scheme", "backend", "bits", "packed_bytes", "plan_hash")}
         own = {name: getattr(self, name) for name in ("task", "metric", "value", "stderr", "documents", "limited")}
@@ -184,7 +184,7 @@ class Grid:
     lead: int = 1
 
     def rich(self, width: int) -> Group:
-        """For a terminal: split into tables no wider than ``width``, each with the columns that name the rows."""
+        """The grid for a terminal: tables no wider than ``width``, each with the columns that name the rows."""
         columns = list(zip(self.header, *self.rows, strict=True))
         lead, rest = columns[: self.lead], [_wrapped(*column) for column in columns[self.lead :]]
         words = [max(cell_len(word) for cell in column for word in (*cell.split(), "")) for column in lead]
@@ -201,7 +201,7 @@ class Grid:
         return Group(*(_table(lead, own, width) for own in tables))
 
     def markdown(self) -> str:
-        """As a Markdown table."""
+        """The grid as a Markdown table."""
         lines = [self.header, tuple("---" for _ in self.header), *self.rows]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -279,17 +279,17 @@ def results_grid(scores: Sequence[Score]) -> Grid:
 
 
 def _heading(task: str, metric: str, column: Sequence[Score]) -> str:
-    documents = {one.documents for one in column if one.main}
+    documents = {score.documents for score in column if score.main}
     count = f", {next(iter(documents))} documents" if len(documents) == 1 and None not in documents else ""
     return f"{task} {metric}{' (%)' * (_scale(column) == PERCENT)}{count}"
 
 
 def _scale(column: Sequence[Score]) -> int:
-    return scale(column[0].metric, *(one.value for one in column))
+    return scale(column[0].metric, *(score.value for score in column))
 
 
 def _cell(score: Score, column: Sequence[Score]) -> str:
-    counts = {one.documents for one in column}
+    counts = {other.documents for other in column}
     count = f" (n={score.documents})" if score.main and len(counts) > 1 and score.documents is not None else ""
     return score_text(score.value, score.stderr, _scale(column), score.interval) + count
 
@@ -322,8 +322,8 @@ def _marks(run: Sequence[Score]) -> str:
 def results_notes(scores: Sequence[Score]) -> list[str]:
     """Lines that explain the table's figures."""
     texts = [score.text for score in scores]
-    lines = ["±: standard error, if documents are independent"] if any("±" in one for one in texts) else []
-    if any("[" in one for one in texts):
+    lines = ["±: standard error, if documents are independent"] if any("±" in text for text in texts) else []
+    if any("[" in text for text in texts):
         lines.append(f"[…]: Wilson's 95 % interval, if fewer than {FEWEST} documents are right or wrong")
     marks = {_marks([score for score in scores if score.file == file]) for file in {score.file for score in scores}}
     return lines + [f"all runs: {mark}" for mark in marks if mark and len(marks) == 1]

@@ -106,8 +106,8 @@ class _Display:
 
     def _score(self, results: Path) -> str:
         """The score of each task, with the task's name if there are several."""
-        found = [one for one in read_results([results]) if one.metric == self.metric]
-        texts = [f"{one.task} " * (len(found) > 1) + one.text for one in found]
+        found = [score for score in read_results([results]) if score.metric == self.metric]
+        texts = [f"{score.task} " * (len(found) > 1) + score.text for score in found]
         return ", ".join(texts) or "–"
 
     def __rich__(self) -> Table:
@@ -133,8 +133,8 @@ def run_cells(
     says to keep going. An interrupt stops the cells that run as processes; jobs continue.
 
     Args:
-        cells: cells of one plan next to each other.
-        setting: where and how.
+        cells: the cells, those of one plan next to each other.
+        setting: where and how to run them.
         metric: the metric shown for finished cells.
         console: where to show progress; None for standard error.
         jobs: runs each cell as a job of a cluster; None runs cells as child processes.

@@ -144,14 +144,14 @@ def finished_cells(cells: Sequence[Cell], output: Path) -> dict[str, Path]:
     left, found = list(cells), {}
     for file in sorted(output.rglob("*_results.json"), key=lambda file: file.stat().st_mtime, reverse=True):
         content = _read(file)
-        for cell in [cell for cell in left if _is_of(cell, content) and _has_samples(file, content)]:
+        for cell in [cell for cell in left if _matches(cell, content) and _has_samples(file, content)]:
             found[cell.name] = file
             left.remove(cell)
     return found
 
 
 def run_cell(cell: Cell, setting: Setting, environment: Mapping[str, str] | None = None) -> Outcome:
-    """Evaluate a cell and wait for it; arguments and errors as for `steps`."""
+    """Evaluate a cell and wait until it has ended; arguments and errors are those of `steps`."""
     with closing(steps(cell, setting, environment)) as progress:
         while not isinstance(step := next(progress), Outcome):
             time.sleep(POLL)
@@ -165,7 +165,7 @@ def steps(cell: Cell, setting: Setting, environment: Mapping[str, str] | None = 
 
     Args:
         cell: what to evaluate.
-        setting: where and how.
+        setting: where and how to run it.
         environment: variables added to this process's environment for the harness.
 
     Yields:
@@ -246,8 +246,8 @@ def last_error(log: Path) -> str:
     """The line of a log that explains a failure.
 
     This is the last line that ends a traceback, is printed as an error, or is logged as an error by loguru. If loguru's
-    line repeats the exception before it, the exception. Without such a line it is the log's last line; for an empty
-    log, an empty text.
+    line repeats the exception before it, the exception is returned. Without such a line it is the log's last line; for
+    an empty log, an empty text.
     """
     lines = [_RANK.sub("", line) for line in _lines(log)]
     exception, error = "", lines[-1] if lines else ""
@@ -280,7 +280,7 @@ def _read(file: Path) -> Any:
         return None
 
 
-def _is_of(cell: Cell, content: Any) -> bool:
+def _matches(cell: Cell, content: Any) -> bool:
     try:
         config = content["config"]
         arguments = config["resolved_cli_args"]

@@ -90,11 +90,11 @@ def read_samples(path: Path) -> list[RunSamples]:
 def _totals(scores: Sequence[Score], tasks: Mapping[str, Sequence[Document]]) -> dict[tuple[str, str], float]:
     """Scores of metrics logged as records that are not the mean of the records' scores."""
     found = {}
-    for one in scores:
-        documents = [document for document in tasks.get(one.task, ()) if one.metric in document.records]
-        parts = [document.metrics[one.metric] for document in documents if one.metric in document.metrics]
-        if parts and one.value is not None and not is_mean(one.value, parts):
-            found[one.task, one.metric] = one.value
+    for score in scores:
+        documents = [document for document in tasks.get(score.task, ()) if score.metric in document.records]
+        parts = [document.metrics[score.metric] for document in documents if score.metric in document.metrics]
+        if parts and score.value is not None and not is_mean(score.value, parts):
+            found[score.task, score.metric] = score.value
     return found
 
 
@@ -151,7 +151,7 @@ def _read_tasks(results: Path, run: Mapping[str, Any]) -> dict[str, tuple[Docume
     tasks = {file.stem.removeprefix(prefix): tuple(_read_task(file)) for file in files}
     for task, documents in tasks.items():
         if saw_all_images((run.get("answers") or {}).get(task), len(documents)):
-            tasks[task] = tuple(replace(one, image=one.image or "") for one in documents)
+            tasks[task] = tuple(replace(document, image=document.image or "") for document in documents)
     return tasks
 
 

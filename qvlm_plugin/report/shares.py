@@ -10,11 +10,11 @@ from statistics import NormalDist
 
 SHARES = frozenset(
     {
-        # of lmms-eval's tasks and metrics
+        # metrics of lmms-eval's tasks
         "exact_match", "acc", "acc_norm", "acc_all", "anls", "mmmu_acc", "pope_accuracy", "pope_precision",
         "pope_recall", "pope_f1_score", "pope_yes_ratio", "relaxed_overall", "relaxed_human_split",
         "relaxed_augmented_split", "seed_all", "seed_image", "seed_video",
-        # of this package's tasks
+        # metrics of this package's tasks
         "NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "parse_failure", "yes_no", "number", "other",
         "unanswerable",
     }

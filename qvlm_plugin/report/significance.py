@@ -6,10 +6,10 @@ import numpy as np
 from scipy import special
 
 _SUPPORT = 2_000_000
-"""Values of an exact distribution, above which it is sampled."""
+"""Maximum number of values of an exact distribution; larger distributions are sampled."""
 
 DRAWS = 99_999
-"""Samples of a distribution that is too large to compute."""
+"""Number of samples from a distribution that is too large to compute."""
 
 
 def sign_flip_p(sums: np.ndarray, seed: int = 0) -> float:
@@ -21,7 +21,7 @@ def sign_flip_p(sums: np.ndarray, seed: int = 0) -> float:
 
     Args:
         sums: the clusters' summed differences, float64[clusters].
-        seed: of the sampling.
+        seed: seed of the sampling.
 
     Returns:
         The probability of a total at least as far from 0; at least 1/100,000 if sampled.

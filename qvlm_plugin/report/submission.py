@@ -20,7 +20,7 @@ class Format:
     """The format that a server accepts.
 
     Attributes:
-        benchmark: its name.
+        benchmark: name of the benchmark.
         key: name of the entry that identifies the question.
         is_key: whether a value is a valid key.
         expected: description of a valid key, for errors.
@@ -60,9 +60,9 @@ def check_submission(file: Path) -> tuple[Format, int]:
         raise QVLMError(f"{file} is not a JSON file: {error}") from error
     if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
         raise QVLMError(f"{file} is not a list of answers")
-    found = next((one for one in FORMATS if one.key in entries[0]), None)
+    found = next((server for server in FORMATS if server.key in entries[0]), None)
     if found is None:
-        keys = " or ".join(one.key for one in FORMATS)
+        keys = " or ".join(server.key for server in FORMATS)
         raise QVLMError(f"{file} is not a submission to VizWiz-VQA or VQA-v2: its first entry has no {keys}")
     seen = set()
     for number, entry in enumerate(entries):

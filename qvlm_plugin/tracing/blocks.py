@@ -19,8 +19,8 @@ class RecordedModel:
 
     Attributes:
         model: see `skeleton`.
-        runs: of prompts; the first has an image.
-        source: names the model in messages.
+        runs: runs of prompts; the first has an image.
+        source: the model's name in messages.
     """
 
     model: PreTrainedModel
@@ -34,8 +34,8 @@ class Block:
 
     Attributes:
         experts: paths of its lists of experts.
-        sites: Linears that read the same tensor, in the order of their calls, by their names in a `Group`. Of experts,
-            whose names in a group have a ``*``, the Linears of one expert.
+        sites: Linears that read the same tensor, in the order of their calls, by their names in a `Group`. For experts,
+            whose names in a group have a ``*``, these are the Linears of one expert.
         kept: routers: Linears next to a list of experts, with one output for each expert.
     """
 
@@ -49,7 +49,7 @@ class Block:
 
 
 def inspect_block(recorded: RecordedModel, name: str) -> Block:
-    """The Linears of the block of this full name.
+    """The Linears of the block with this full name.
 
     Raises:
         QVLMError: the block or one of its Linears is never called, or two Linears read the same tensor on some
@@ -58,24 +58,26 @@ def inspect_block(recorded: RecordedModel, name: str) -> Block:
     if not any(name in run.order for run in recorded.runs):
         raise QVLMError(f"{recorded.source}: {name} is never called; such a model is not supported")
     linears = linear_layers(recorded.model.get_submodule(name))
-    routed = {one for run in recorded.runs for one in run.routed if one.startswith(f"{name}.")}
-    experts = sorted({one.removeprefix(f"{name}.").rpartition(".")[0] for one in routed})
+    routed = {child for run in recorded.runs for child in run.routed if child.startswith(f"{name}.")}
+    experts = sorted({child.removeprefix(f"{name}.").rpartition(".")[0] for child in routed})
     widths = {path.rpartition(".")[0]: len(recorded.model.get_submodule(f"{name}.{path}")) for path in experts}
-    kept = [one for one, linear in linears.items() if widths.get(one.rpartition(".")[0]) == linear.out_features]
-    reads = {one: tuple(run.reads.get(f"{name}.{one}") for run in recorded.runs) for one in linears.keys() - set(kept)}
-    order = {one: tuple(run.order.get(f"{name}.{one}", len(run.order)) for run in recorded.runs) for one in reads}
+    kept = [child for child, linear in linears.items() if widths.get(child.rpartition(".")[0]) == linear.out_features]
+    reads = {
+        child: tuple(run.reads.get(f"{name}.{child}") for run in recorded.runs) for child in linears.keys() - set(kept)
+    }
+    order = {child: tuple(run.order.get(f"{name}.{child}", len(run.order)) for run in recorded.runs) for child in reads}
     together: dict[tuple[tuple[int, ...] | None, ...], list[str]] = {}
-    for one in sorted(reads, key=order.__getitem__):
-        if any(reads[one]):
-            together.setdefault(reads[one], []).append(one)
+    for child in sorted(reads, key=order.__getitem__):
+        if any(reads[child]):
+            together.setdefault(reads[child], []).append(child)
     sites: dict[tuple[str, ...], tuple[str, ...]] = {}
     for sharing in together.values():
-        sites.setdefault(tuple(_of_any_expert(one, experts) for one in sharing), tuple(sharing))
-    reached = {one for group in sites for one in group}
-    for one in linears.keys() - set(kept):
-        if _of_any_expert(one, experts) not in reached:
+        sites.setdefault(tuple(_of_any_expert(child, experts) for child in sharing), tuple(sharing))
+    reached = {child for group in sites for child in group}
+    for child in linears.keys() - set(kept):
+        if _of_any_expert(child, experts) not in reached:
             raise QVLMError(
-                f"{recorded.source}: {name}.{one} is reached by no prompt, with or without images, so its input "
+                f"{recorded.source}: {name}.{child} is reached by no prompt, with or without images, so its input "
                 f"is not known; {BY_HAND}, and list it among the kept Linears"
             )
     _require_consistent(recorded, name, reads)

@@ -1,4 +1,4 @@
-"""Where the parts of a model are: the tower, the decoder, and the projectors between them."""
+"""Find the parts of a model: the tower, the decoder, and the projectors between them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Parts:
 
     Attributes:
         tower, decoder: the ModuleLists of their blocks.
-        vision_path: of the module that is the tower.
+        vision_path: full name of the tower's module.
         depth: how many of the tower's blocks, from the bottom, the output depends on.
         projectors: modules between the two, in the order of their definition; a ModuleList stands for its members.
     """
@@ -31,7 +31,7 @@ class Parts:
 
 
 def block_lists(model: nn.Module) -> list[str]:
-    """Full names of the ModuleLists whose members have Linears, of nested ones the outermost."""
+    """Full names of the ModuleLists whose members have Linears; only the outermost of nested ones."""
     found: list[str] = []
     for name, module in model.named_modules():
         nested = any(within(name, other) for other in found)
@@ -41,12 +41,12 @@ def block_lists(model: nn.Module) -> list[str]:
 
 
 def within(name: str, path: str) -> bool:
-    """Whether a module is that at ``path``, or in it."""
+    """Whether a module is the one at ``path``, or inside it."""
     return name == path or name.startswith(f"{path}.")
 
 
 def members(model: nn.Module, path: str) -> list[str]:
-    """Full names of a ModuleList's members; of another module its own."""
+    """Full names of a ModuleList's members; for any other module, its own name."""
     module = model.get_submodule(path)
     return [f"{path}.{index}" for index in range(len(module))] if isinstance(module, nn.ModuleList) else [path]
 
@@ -56,9 +56,9 @@ def find_parts(model: nn.Module, image_run: Run, text_run: Run, inputs: Mapping[
 
     Args:
         model: see `skeleton`.
-        image_run, text_run: runs of it with an image and without.
-        inputs: of the first.
-        source: names the model in messages.
+        image_run, text_run: runs with an image and without.
+        inputs: inputs of the run with an image.
+        source: the model's name in messages.
 
     Raises:
         QVLMError: it has no list of blocks for images, or none for text.
@@ -67,7 +67,7 @@ def find_parts(model: nn.Module, image_run: Run, text_run: Run, inputs: Mapping[
     texts = [path for path in lists if _begin(path, text_run) is not None]
     images = [path for path in lists if _begin(path, image_run) is not None and path not in texts]
     decoder = max(texts, key=lambda path: len(linear_layers(model.get_submodule(path))), default=None)
-    tower = min(images, key=lambda path: _begin(path, image_run), default=None)  # resamplers come behind it
+    tower = min(images, key=lambda path: _begin(path, image_run), default=None)  # resamplers come after it
     if decoder is None or tower is None:
         missing, way = ("decoder layers", "text") if decoder is None else ("vision blocks", "an image")
         raise QVLMError(
@@ -97,14 +97,14 @@ def find_parts(model: nn.Module, image_run: Run, text_run: Run, inputs: Mapping[
                 "supported"
             )
     multiplying = [path for path in used if linear_layers(model.get_submodule(path))]
-    # A projector without a Linear (Gemma 3's) is told from the tower's norms by its place.
+    # A projector without a Linear (Gemma 3's) is distinguished from the tower's norms by its path.
     projectors = multiplying or [path for path in used if not within(path, vision_path)]
     return Parts(tower, decoder, vision_path, depth, tuple(projectors))
 
 
 def _begin(path: str, run: Run) -> int | None:
     """The rank of the first call of a module in the list; None if none was called."""
-    return min((place for name, place in run.order.items() if within(name, path)), default=None)
+    return min((rank for name, rank in run.order.items() if within(name, path)), default=None)
 
 
 def _has_weights(module: nn.Module) -> bool:
@@ -112,14 +112,14 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _owner(name: str, lists: tuple[str, str]) -> str:
-    """The outermost module around ``name`` that has neither of the two lists in it."""
+    """The outermost module around ``name`` that contains neither of the two lists."""
     steps = name.split(".")
     paths = [".".join(steps[:length]) for length in range(1, len(steps) + 1)]
-    return next(path for path in paths if not any(within(one, path) for one in lists))
+    return next(path for path in paths if not any(within(path_of_list, path) for path_of_list in lists))
 
 
 def _vision_path(tower: str, decoder: str) -> str:
-    """The module around the tower's list that is beside the one around the decoder's."""
+    """The outermost module around the tower's list that does not contain the decoder's list."""
     steps, others = tower.split("."), decoder.split(".")
-    shared = next(place for place, pair in enumerate(zip(steps, others, strict=False)) if pair[0] != pair[1])
+    shared = next(index for index, pair in enumerate(zip(steps, others, strict=False)) if pair[0] != pair[1])
     return ".".join(steps[: min(shared + 1, len(steps) - 1)])

@@ -1,8 +1,8 @@
-"""Which norm or Linear of a block writes what a site reads: scales of channels can move from one to the other.
+"""Find the norm or Linear of a block that writes a site's input, so that scales of channels can be folded into it.
 
-They are found by trial: the channels of a candidate are divided by random scales, the site's input is multiplied by
-them, and the block must write what it wrote before. It does not where an activation function lies between the two,
-where another module reads the candidate's output, or where a norm multiplies by 1 + weight.
+Candidates are tried: a candidate's channels are divided by random scales, the site's input is multiplied by them, and
+the block's output must stay the same. It changes if an activation function lies between the two, if another module
+reads the candidate's output, or if a norm multiplies by 1 + weight.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ _CLOSE, _APART = 1e-4, 1e-3
 
 
 def producers(block: nn.Module, call: Call, sites: Sequence[Sequence[str]], order: Sequence[str]) -> list[str | None]:
-    """The producer of each site; None where there is none. Of several, the one that is called last.
+    """The producer of each site; None if there is none. Of several, the one that is called last.
 
     Args:
-        block: of a skeleton; it is left as it was.
+        block: a block of a skeleton; it is left unchanged.
         call: one of its calls.
-        sites: names of their Linears within the block.
-        order: names of the block's modules, as they are called first.
+        sites: names of each site's Linears within the block.
+        order: names of the block's modules, in the order of their first calls.
     """
     usual = _outputs(block, call)
     candidates = [name for name in reversed(order) if _can_be_folded_into(block.get_submodule(name))]
@@ -65,7 +65,7 @@ def _fold(block: nn.Module, producer: str, linears: Sequence[str]) -> Fold | Non
 def _outputs(
     block: nn.Module, call: Call, scaled: str | None = None, undone: tuple[Fold, Sequence[str]] | None = None
 ) -> list[Tensor]:
-    """What the block writes; with a module's channels divided by scales, and multiplied where a site reads them."""
+    """The block's outputs; optionally with a module's channels divided by scales, and a site's input multiplied."""
     args, kwargs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, call)
     with ExitStack() as stack, RandomProducts():
         if scaled is not None:

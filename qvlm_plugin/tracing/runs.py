@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from qvlm_plugin.tracing.skeleton import RandomProducts
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a module is called with: positional and keyword arguments."""
+"""The positional and keyword arguments of a module's call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +21,9 @@ class Run:
 
     Attributes:
         order: the rank of each module's first call, by its full name; modules that were not called are left out.
-        reads: of each Linear that was called, the tensors that it read, one for each call. Equal numbers are equal
-            tensors, where both Linears are in the same block.
-        calls: the first call of each module of which it was to be kept.
+        reads: for each Linear that was called, the numbers of the tensors that it read, one for each call. Within a
+            block, equal numbers mean equal tensors.
+        calls: the first call of each module in ``kept_calls``.
         routed: members of ModuleLists that were called as ``expert(tokens, rows)``.
     """
 
@@ -41,8 +41,8 @@ def record_run(
 
     Args:
         model: see `skeleton`.
-        inputs: of one batch.
-        blocks: full names. Tensors are compared within a block, and released when it ends.
+        inputs: the inputs of one batch.
+        blocks: full names of blocks. Tensors are compared within a block, and released when it ends.
         kept_calls: full names of modules of which to keep the first call.
     """
     run, seen = Run(), _Tensors()
@@ -74,7 +74,7 @@ def record_run(
 
 
 class _Tensors:
-    """Numbers tensors in the order in which they come; held memory keeps its number, whatever Python object it is."""
+    """Numbers tensors in the order in which they are seen; the same memory keeps its number in any Python object."""
 
     def __init__(self) -> None:
         self.held: list[tuple[Tensor, int]] = []
@@ -112,6 +112,6 @@ def _changed(value: Any) -> Any:
 
 
 def affects(model: nn.Module, inputs: Mapping[str, Any]) -> Callable[[Iterable[nn.Module]], bool]:
-    """Tells whether the logits depend on what modules write."""
+    """A function that tells whether the logits depend on the outputs of modules."""
     usual = logits_with(model, inputs)
     return lambda modules: not torch.equal(logits_with(model, inputs, modules), usual)

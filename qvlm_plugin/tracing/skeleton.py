@@ -22,7 +22,7 @@ _LARGE = 2**22
 
 
 Build = Callable[[PretrainedConfig], PreTrainedModel]
-"""Makes a model of a configuration."""
+"""A function that creates a model from a configuration."""
 
 
 def skeleton(config: PretrainedConfig, build: Build, tokens: int = 0) -> PreTrainedModel:
@@ -31,8 +31,8 @@ def skeleton(config: PretrainedConfig, build: Build, tokens: int = 0) -> PreTrai
     Norms, biases and convolutions have random values, positive where they scale channels.
 
     Args:
-        config: of the model.
-        build: makes the model, in any compute type.
+        config: the model's configuration.
+        build: creates the model, in any compute type.
         tokens: number of tokens of its tokenizer; the vocabulary of a configuration in LLaVA's own layout lacks the
             image token until weights are read.
     """

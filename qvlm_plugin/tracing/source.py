@@ -59,7 +59,7 @@ def _group(group: Group) -> str:
     line = f"Group({', '.join(arguments)})"
     if len(line) <= _LINE:
         return line
-    return "\n".join(["Group(", *(f"{16 * ' '}{one}," for one in arguments), f"{12 * ' '})"])
+    return "\n".join(["Group(", *(f"{16 * ' '}{argument}," for argument in arguments), f"{12 * ' '})"])
 
 
 def _names(paths: tuple[str, ...]) -> str:

@@ -28,11 +28,11 @@ from qvlm_plugin.tracing.runs import Call, record_run
 from qvlm_plugin.tracing.skeleton import Build, skeleton
 
 TOPOLOGIES = ("described", "traced")
-"""What ``topology=`` may be."""
+"""Allowed values of ``topology=``."""
 
 
 def open_with_topology(pretrained: str, topology: str = "described", **opening: Any) -> Checkpoint:
-    """Open a checkpoint of which the parts are known; see `plugins.topology_of`.
+    """Open a checkpoint whose parts are known; see `plugins.topology_of`.
 
     Args:
         pretrained, opening: see `open_checkpoint`.
@@ -49,7 +49,7 @@ def open_with_topology(pretrained: str, topology: str = "described", **opening: 
 
 
 def check_topology(topology: str) -> None:
-    """Raise a QVLMError unless ``topology=`` may be this."""
+    """Raise a QVLMError unless ``topology`` is one of `TOPOLOGIES`."""
     if topology not in TOPOLOGIES:
         raise QVLMError(f"topology={topology!r} is not known; allowed are {', '.join(TOPOLOGIES)}")
 
@@ -63,7 +63,7 @@ def trace(checkpoint: Checkpoint) -> Topology:
     """The topology of a checkpoint's model; its weights are not read.
 
     Raises:
-        QVLMError: the model does not run, or what it does cannot be described.
+        QVLMError: the model does not run, or its computation cannot be described.
     """
     build = partial(
         AutoModelForImageTextToText.from_config,
@@ -74,7 +74,7 @@ def trace(checkpoint: Checkpoint) -> Topology:
 
 
 def trace_model(model: PreTrainedModel, processor: ProcessorMixin) -> Topology:
-    """The topology of a model in memory; it does not run itself.
+    """The topology of a model in memory; the model itself is not run.
 
     Raises:
         QVLMError: see `trace`.
@@ -116,7 +116,7 @@ def _trace(model: PreTrainedModel, batches: Sequence[dict[str, Any]], source: st
         decoder_path=parts.decoder.rpartition(".")[0],
         decoder=replace(found["decoder"], blocks=parts.decoder.rpartition(".")[2]),
     )
-    if len(blocks_of(topology, model, "vision")) != parts.depth:  # another name than vision_feature_layer says it
+    if len(blocks_of(topology, model, "vision")) != parts.depth:  # not given by vision_feature_layer
         return replace(topology, vision=replace(topology.vision, depth=parts.depth))
     return topology
 
@@ -134,28 +134,34 @@ def _batches(processor: ProcessorMixin) -> list[dict[str, Any]]:
 
 
 def _structure(model: nn.Module, name: str) -> str:
-    """Equal for blocks that are built alike."""
+    """A text that is equal for blocks with the same structure."""
     return repr(model.get_submodule(name))
 
 
 Producers = dict[tuple[str, ...], str]
-"""The producers of a block's groups, where there are any."""
+"""The producers of a block's groups, for groups that have one."""
 
 
 def _producers(recorded: RecordedModel, name: str, call: Call) -> Producers:
-    """Those of a block, from its call in the first run."""
+    """The producers of a block, from its call in the first run."""
     block, first = inspect_block(recorded, name), recorded.runs[0]
-    called = sorted((one for one in first.order if one.startswith(f"{name}.")), key=first.order.__getitem__)
-    order = [one.removeprefix(f"{name}.") for one in called]
+    called = sorted(
+        (producer for producer in first.order if producer.startswith(f"{name}.")), key=first.order.__getitem__
+    )
+    order = [producer.removeprefix(f"{name}.") for producer in called]
     sites = {group: linears for group, linears in block.sites.items() if linears[0] in order}
     found = producers(recorded.model.get_submodule(name), call, list(sites.values()), order)
-    written_by = {group: one and block.of_any_expert(one) for group, one in zip(sites, found, strict=True)}
-    # What experts read is read by all of them, and the router: by some perhaps in other runs only.
-    return {group: one for group, one in written_by.items() if one and ("*" in one) == ("*" in group[0])}
+    written_by = {
+        group: producer and block.of_any_expert(producer) for group, producer in zip(sites, found, strict=True)
+    }
+    # All experts and the router read the same tensor, some experts perhaps in other runs only.
+    return {
+        group: producer for group, producer in written_by.items() if producer and ("*" in producer) == ("*" in group[0])
+    }
 
 
 def _stack(recorded: RecordedModel, blocks: dict[str, Producers]) -> Stack:
-    """What blocks are made of, by their full names; where they are is left out."""
+    """The groups and kept Linears of blocks, given by their full names; the path of the blocks is left empty."""
     groups: dict[tuple[str, ...], set[str | None]] = {}
     kept: dict[str, None] = {}
     for name, written_by in blocks.items():
@@ -169,6 +175,6 @@ def _stack(recorded: RecordedModel, blocks: dict[str, Producers]) -> Stack:
                 f"{recorded.source}: {min(shared)} shares its input with different Linears in different "
                 f"blocks ({', '.join(group)}; {', '.join(other)}); such a model is not supported"
             )
-    # A scale is folded only where it can be in every block. Experts come last.
+    # A scale is folded only if this is possible in every block. Experts come last.
     described = [Group(group, one.pop() if len(one) == 1 else None) for group, one in groups.items()]
     return Stack("", tuple(sorted(described, key=lambda group: "*" in group.linears[0])), tuple(kept))

@@ -106,10 +106,10 @@ def test_a_missing_cell_stops_the_grid_unless_keep_going_is_set(place, tmp_path)
         (("--methods", "rtm"), "rtm"),
         (("--schemes", "w9a9"), "9 bits; allowed are"),
         (("--data", "missing"), "no such folder"),
-        (("--tasks", "a,a"), "error: --tasks: each must be there once"),
+        (("--tasks", "a,a"), "error: --tasks: values must be unique"),
         (("--tasks", "scienceqa,sciencqa_img"), "lmms-eval has no task 'sciencqa_img'; did you mean scienceqa_img"),
         (("--seeds", "0,x"), "error: --seeds: input should be a valid integer"),
-        (("--model-args", "seed=3"), "error: --model-args: name seed=3 as one of the seeds"),
+        (("--model-args", "seed=3"), "error: --model-args: give seed=3 in seeds instead"),
         (
             ("--baseline", "qlora"),
             "error: --baseline: qlora is not among the methods; allowed are none, previous, rtn",

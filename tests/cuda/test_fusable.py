@@ -52,7 +52,7 @@ def test_what_fails_is_replaced(
         assert was_launched and not caplog.records
         for wrong, what in (
             (raising, "RuntimeError: out of resources whatever these are"),
-            (mistaken, "it is off by "),
+            (mistaken, "its relative error is "),
         ):
             monkeypatch.setattr(fused, function, wrong)
             fusable._passes.cache_clear()

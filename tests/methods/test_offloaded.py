@@ -11,7 +11,7 @@ from qvlm_plugin import planning, plugins
 from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.qvlm import mining
-from qvlm_plugin.methods.stand_ins import stand_ins
+from qvlm_plugin.methods.replacements import quantized_modules
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.topology import blocks_of
@@ -74,7 +74,8 @@ def test_a_rotation_is_offloaded_with_the_layer(folder, calibration):
     plan = rotated(plan_of(whole, calibration, "rtn", "w4a16"))
     module = next(module for module in plan.quantized if module.part == "decoder")
     layers = [
-        stand_ins(plan, each.model, REFERENCE, (module.name,)).linears[module.name] for each in (whole, offloaded)
+        quantized_modules(plan, loaded.model, REFERENCE, (module.name,)).linears[module.name]
+        for loaded in (whole, offloaded)
     ]
     x = torch.randn(3, module.shape[1])
     assert layers[1].rotation_names and all(parameter.is_meta for parameter in layers[1].parameters())

@@ -1,4 +1,4 @@
-"""D(k, k+1) of a part's blocks on calibration data (paper, Eq. 4), and the values for the threshold.
+"""D(k, k+1) of a part's blocks on calibration data (paper, Eq. 4), also as measured for the threshold.
 
 In the paper, x^(k) is the tensor that a quantizer rounds. ``dependency=site`` takes the codes of each layer's first
 site, with its own bounds; ``dependency=output`` the codes that the layer's output would have with each channel's
@@ -21,7 +21,7 @@ from qvlm_plugin.quantizers import token_range
 from qvlm_plugin.topology import Site
 
 BEFORE = "dependencies_before"
-"""The key in the plan's record of dependencies before visual encoder optimization."""
+"""Key of the plan's record for the dependencies before visual encoder optimization."""
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def dependencies(context: SearchContext, plan: RoundingPlan, hidden: HiddenCache
 
     Args:
         context: the search.
-        plan: has the bounds of every site.
+        plan: the plan, with the bounds of every site.
         hidden: the first block's input.
     """
     assignment, values, previous = Assignment(getattr(context.scheme, hidden.part).activation), [], None
@@ -50,7 +50,7 @@ def dependencies(context: SearchContext, plan: RoundingPlan, hidden: HiddenCache
 
 
 def first_sites(context: SearchContext, part: str = "decoder") -> list[Site]:
-    """The first site of each block of a part, which reads the block's input: the one that dependency is measured at."""
+    """The first site of each block of a part, which reads the block's input; dependency is measured there."""
     found: dict[int, Site] = {}
     for site in context.activation_sites:
         if site.part == part:

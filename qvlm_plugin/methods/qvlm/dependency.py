@@ -17,8 +17,8 @@ CHUNK = 2**22
 """Soft assignments (elements x rounding points) computed at a time."""
 
 MAX_ELEMENTS = 2**20
-"""Elements from which a dependency is estimated; larger outputs are sampled. The histogram of 4-bit codes has 256
-cells."""
+"""Maximum number of elements from which a dependency is estimated; larger outputs are sampled. The histogram of 4-bit
+codes has 256 cells."""
 
 _HARD = 1e4  # exp(-1e4) is 0 in every floating-point type
 
@@ -124,11 +124,11 @@ class Ranged:
 
     @classmethod
     def by_extremes(cls, states: Tensor) -> "Ranged":
-        """Each channel within its own extremes."""
+        """The states with each channel's extremes as its bounds."""
         return cls(states, *states.aminmax(dim=0))
 
     def to(self, device: torch.device) -> "Ranged":
-        """The same on a device."""
+        """The tensor and its bounds on a device."""
         return Ranged(*(tensor.to(device) for tensor in (self.states, self.lower, self.upper)))
 
     def elements(self, chosen: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -142,9 +142,9 @@ def layer_dependency(x: Ranged, y: Ranged, assignment: Assignment, seed: int = 0
     """D(k, k+1) of two layers (Eq. 4), from all of their elements or a sample of `MAX_ELEMENTS`.
 
     Args:
-        x, y: of layer k and of layer k + 1, with the same shape and device.
+        x, y: tensors of layer k and of layer k + 1, with the same shape and device.
         assignment: see `Assignment`.
-        seed: of the sample.
+        seed: seed of the sample.
     """
     chosen = sample_elements(x.states.numel(), MAX_ELEMENTS, seed).to(x.states.device)
     (first, first_bounds), (second, second_bounds) = x.elements(chosen), y.elements(chosen)
@@ -152,7 +152,7 @@ def layer_dependency(x: Ranged, y: Ranged, assignment: Assignment, seed: int = 0
 
 
 def sample_elements(total: int, count: int, seed: int) -> Tensor:
-    """Positions of ``count`` random elements of ``total``, with replacement; all of them where there are no more."""
+    """Positions of ``count`` random elements of ``total``, with replacement; all of them if there are no more."""
     if total <= count:
         return torch.arange(total)
     return torch.randint(total, (count,), generator=torch.Generator().manual_seed(seed))

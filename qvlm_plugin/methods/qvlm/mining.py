@@ -23,7 +23,7 @@ from qvlm_plugin.methods.options import MiningOptions
 from qvlm_plugin.methods.qvlm.block_dependency import BEFORE, dependencies
 from qvlm_plugin.methods.qvlm.partition import partition
 from qvlm_plugin.methods.qvlm.search import Tree, search_exhaustively, search_pruned, search_with_beam
-from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
+from qvlm_plugin.methods.replacements import Replacements, quantized_modules, replaced
 from qvlm_plugin.models.placement import execution_device, materialized
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.progress import Progress
@@ -37,16 +37,16 @@ class CandidateLayer:
     """One layer with quantized weights, which runs with any choice of activation parameters.
 
     Attributes:
-        name: full name.
-        layer: in full precision.
-        others: quantized stand-ins for its modules, by their names within it; on the device as long as this exists.
+        name: the layer's full name.
+        layer: the layer in full precision.
+        others: quantized replacements of its modules, by their names within it; on the device as long as this exists.
         sites: its activation quantizers, without those of experts that no calibration token reached.
         candidates: the activation parameters by name, for each site and each percentile of the grid.
     """
 
     name: str
     layer: nn.Module
-    others: StandIns
+    others: Replacements
     sites: tuple[Site, ...]
     candidates: Mapping[str, Sequence[Mapping[str, Tensor]]]
 
@@ -77,8 +77,8 @@ class Searched:
 
     Attributes:
         choices: {site name: index into the grid} for each layer.
-        error: of the block's output.
-        output: the block's output with these percentiles; None where the search does not have it any more.
+        error: error of the block's output.
+        output: the block's output with these percentiles; None if the search no longer has it.
     """
 
     choices: list[dict[str, int]]
@@ -88,7 +88,7 @@ class Searched:
 
 @dataclass(frozen=True, eq=False)
 class Mined:
-    """The result of the search.
+    """The result of the search of a part.
 
     Attributes:
         tensors: activation parameters of every site of the part, as plan tensors.
@@ -100,7 +100,7 @@ class Mined:
 
 
 def search_blocks(context: SearchContext, draft: Draft) -> Draft:
-    """The percentiles of all decoder layers, on top of the quantized vision tower and projector.
+    """Search the percentiles of all decoder layers, on top of the quantized vision tower and projector.
 
     With ``cdm_parts=vision+decoder`` the tower's blocks are searched first, in the same way.
     """
@@ -124,9 +124,9 @@ def mine(
 
     Args:
         context: the search.
-        plan: with the initial parameters of every site, which percentile 1 keeps.
+        plan: plan with the initial parameters of every site, which percentile 1 keeps.
         reference: input of the part's first block in the full-precision model.
-        quantized: the same input with all parts below quantized.
+        quantized: the same input with all earlier parts quantized.
         token_weights: factors of the tokens' errors, in addition to the options; None: all 1.
     """
     options, workspace, part = context.options, context.workspace, reference.part
@@ -158,7 +158,7 @@ def mine(
             quantized = best.output or quantized
             percentiles = [{site: options.percentiles[c] for site, c in chosen.items()} for chosen in best.choices]
             rows.append({"layers": list(block), "percentiles": percentiles, "error": best.error})
-            del best  # frees the output where it is not the next block's input
+            del best  # frees the output unless it is the next block's input
             del member  # frees its rounded weights before those of the next block are made
             progress.advance()
     return Mined(found, {"dependencies": mutual, "h0": h0, "blocks": rows})
@@ -177,8 +177,8 @@ def search_block(
         members: the block's layers.
         start: the block's input in the quantized model.
         targets: each layer's output in full precision.
-        options: of the search.
-        token_weights: of the block's layers.
+        options: options of the search.
+        token_weights: token weights of the block's layers.
 
     Raises:
         QVLMError: an output or the error is not finite; the message names the layer.
@@ -232,9 +232,9 @@ def candidate_layer(
 
     Args:
         context: the search.
-        plan: with the initial parameters of the layer's sites.
-        index: of the layer, from 0.
-        reference: its full-precision input.
+        plan: plan with the initial parameters of the layer's sites.
+        index: index of the layer, from 0.
+        reference: the layer's full-precision input.
     """
     name, layer = context.blocks(reference.part)[index]
     options, device = context.options, execution_device(layer)
@@ -255,7 +255,7 @@ def candidate_layer(
         for piece in reference.pieces():
             with watching(layer, static, piece.batches[0].attended, keep, prefix=f"{name}."):
                 outputs.append(piece.through(name, layer))
-        others = stand_ins(plan, context.model, REFERENCE, (name,)).within(name)
+        others = quantized_modules(plan, context.model, REFERENCE, (name,)).within(name)
     candidates = {}
     for site in own:
         initial = {key: plan.tensors[f"{site.name}/{key}"].to(device) for key in formats[site].parameters}

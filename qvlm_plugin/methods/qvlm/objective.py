@@ -62,9 +62,9 @@ def entropy_loss(
     """
     total = torch.zeros((), dtype=torch.float64, device=weights.device)
     for k, weight in enumerate(weights):
-        here, (lower, upper) = layers[k], bounds[k]
-        above, above_lower, above_upper = (tensor.to(here.device) for tensor in (layers[k + 1], *bounds[k + 1]))
-        joint = joint_counts(here, above, (lower, upper), (above_lower, above_upper), Assignment(bits))
+        x, x_bounds = layers[k], bounds[k]
+        y, *y_bounds = (tensor.to(x.device) for tensor in (layers[k + 1], *bounds[k + 1]))
+        joint = joint_counts(x, y, x_bounds, tuple(y_bounds), Assignment(bits))
         total = total + weight * conditional_entropy(joint).to(total.device)
     return total
 
@@ -76,12 +76,12 @@ def relative_error(quantized: Tensor, reference: Tensor) -> Tensor:
 
 
 def jacobian_weights(error: Tensor, layers: Sequence[Tensor], scale: float = 1.0) -> Tensor:
-    """w_k = ‖∂E/∂x^(k)‖ of each layer but the last, normalised to sum to 1 (Eq. 8); equal where all are 0.
+    """w_k = ‖∂E/∂x^(k)‖ of each layer but the last, normalised to sum to 1 (Eq. 8); equal if all are 0.
 
     Args:
         error: E, a scalar computed from the layers' outputs.
         layers: outputs of the n layers.
-        scale: of the loss in the backward pass, see `with_loss_scale`.
+        scale: scale of the loss in the backward pass, see `with_loss_scale`.
 
     Returns:
         float64 [n - 1] on the error's device.
@@ -101,7 +101,7 @@ class Reference:
     """A calibration batch and the full-precision model's outputs on it; kept on the CPU.
 
     Attributes:
-        inputs: of the model.
+        inputs: the model's inputs.
         answer: bool [B, T], the answers' tokens.
         features: vision features that the projector reads; with several projectors, those of the first.
         hidden: last hidden state [N, C] of the N tokens that are not padding.
@@ -175,7 +175,7 @@ class Objective:
 
     Attributes:
         context: the search; its options η, λ1, λ2 and ``dependency`` are read.
-        draft: has the bounds and transforms of the decoder's sites.
+        draft: draft with the bounds and transforms of the decoder's sites.
         batches: calibration data, with outputs in full precision.
         bounds: (lower, upper) [C] of each decoder layer's output in full precision.
     """

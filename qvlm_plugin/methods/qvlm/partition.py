@@ -14,7 +14,7 @@ def partition(dependencies: Sequence[float], threshold: float, max_depth: int) -
     Args:
         dependencies: D(k, k+1) of the n - 1 pairs of consecutive layers (Eq. 4).
         threshold: h0.
-        max_depth: layers in a block, at least 1; 1 gives the layer-wise search.
+        max_depth: maximum number of layers in a block, at least 1; 1 gives the layer-wise search.
     """
     layers = len(dependencies) + 1
     blocks, start = [], 0

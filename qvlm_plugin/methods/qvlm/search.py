@@ -36,7 +36,7 @@ class Found(Generic[State]):
     Attributes:
         choices: the candidate's index for each step.
         error: the objective after the last step.
-        state: after the last step; None where the search does not have it any more.
+        state: the state after the last step; None if the search no longer has it.
     """
 
     choices: tuple[int, ...]
@@ -63,7 +63,7 @@ def combinations(tree: Tree[State], start: State, first: int = 0) -> Iterator[Fo
 
 
 def search_exhaustively(tree: Tree[State], start: State) -> Found:
-    """The best of all combinations, of equal ones the lexicographically first. Arguments as for `combinations`."""
+    """The best of all combinations, of equal ones the lexicographically first; for arguments see `combinations`."""
     return min(combinations(tree, start), key=lambda found: found.error)
 
 
@@ -108,7 +108,7 @@ def search_with_beam(tree: Tree[State], start: State, width: int) -> Found:
                 after = tree.run(step, candidate, state)
                 entry = tree.error(step, after), (*choices, candidate), after
                 # Only states that may survive are kept; sorting by error and choices never compares states.
-                grown = sorted([*grown, entry], key=lambda one: one[:2])[:width]
+                grown = sorted([*grown, entry], key=lambda item: item[:2])[:width]
         beam = grown
     value, choices, state = beam[0]
     return Found(choices, value, state)

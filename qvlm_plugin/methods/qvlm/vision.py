@@ -21,8 +21,8 @@ from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.methods.gradients import OverflowedError, checkpointed, frozen, require_answers, with_loss_scale
 from qvlm_plugin.methods.qvlm.objective import Objective, Terms
+from qvlm_plugin.methods.replacements import Replacements, quantized_modules, replaced
 from qvlm_plugin.methods.shard import Shard
-from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
 from qvlm_plugin.models.placement import materialized
 from qvlm_plugin.progress import Progress
 from qvlm_plugin.quantizers import widen
@@ -41,12 +41,12 @@ def train(context: SearchContext, draft: Draft) -> Draft:
     """Train the vision tower's quantization parameters; keep the initial ones if the objective did not improve.
 
     Samples without an image are left out. With ``veo_decoder=quantized`` the decoder's rounded weights replace its own
-    on the device, which wait on the CPU meanwhile. If weights are offloaded, the tower stays on the device, and with
-    ``veo_checkpointing`` one block at a time of the others. Finished epochs are kept in the workspace.
+    on the device, which are moved to the CPU for the time. If weights are offloaded, the tower stays on the device, and
+    with ``veo_checkpointing`` one other block at a time. Finished epochs are kept in the workspace.
 
     Args:
-        context: its samples have answers; the calibration set's seed decides the order of batches.
-        draft: has the initial activation parameters of every site that the scheme rounds.
+        context: the search; its samples have answers, and the calibration set's seed decides the order of batches.
+        draft: draft with the initial activation parameters of every site that the scheme rounds.
 
     Raises:
         QVLMError: the objective is not finite.
@@ -59,19 +59,19 @@ def train(context: SearchContext, draft: Draft) -> Draft:
         norms = _norm_parameters(context) if options.veo_train == "clip+norm" else {}
         if context.scheme.vision.is_identity or not (sites or norms):
             return draft
-        context = replace(context, calibration=_pictured(context.calibration))
+        context = replace(context, calibration=_with_images(context.calibration))
         objective = Objective.of(context, draft)
         # Tensors made in inference mode cannot take part in gradients; their copies can.
         started = replace(draft, tensors={name: tensor.clone() for name, tensor in draft.tensors.items()})
         paths = (*topology.paths("vision"), *topology.paths("projector"))
         if options.veo_decoder == "quantized":
             paths = (*paths, topology.decoder_path)
-        others = stand_ins(build_plan(context, started), model, STRAIGHT_THROUGH, paths, stack)
+        others = quantized_modules(build_plan(context, started), model, STRAIGHT_THROUGH, paths, stack)
         ratios = _shared_ratios(sites, others.linears)
         stack.enter_context(frozen(model))
         # Trained norms that the plan does not change get their own values: this context restores all at the end.
         own = {name: norm.detach() for name, norm in norms.items()}
-        stack.enter_context(replaced(model, StandIns(others.linears, {**own, **others.values})))
+        stack.enter_context(replaced(model, Replacements(others.linears, {**own, **others.values})))
         if options.veo_checkpointing:
             stack.enter_context(checkpointed(_blocks(context)))
         if context.footprint.caches_on_cpu:
@@ -231,7 +231,7 @@ def require_answers_to_train_on(context: SearchContext) -> None:
     require_answers(context.calibration, "visual encoder optimization to train on", "veo=false")
 
 
-def _pictured(calibration: CalibrationSet) -> CalibrationSet:
+def _with_images(calibration: CalibrationSet) -> CalibrationSet:
     """The samples with an image."""
     return replace(calibration, samples=tuple(s for s in calibration.samples if s.conversation.images))
 

@@ -63,17 +63,17 @@ def sample_points(
       squared norm of the full-precision output, to make samples comparable. DED is never negative, because the joint
       search tries all pairs (with ``beam`` it may miss the best).
 
-    The layers below run in full precision, so the difference is due to this pair's rounding alone. The percentiles
+    Earlier layers run in full precision, so the difference is due to this pair's rounding alone. The percentiles
     start from the layer-wise ranges of the whole calibration set, and weights are quantized, as in ``method=qvlm``.
     Entropies are those of the soft assignment (Eq. 5) of full-precision outputs, bounded by each channel's extremes
     over the whole calibration set.
 
     Args:
         loaded: the model in full precision.
-        scheme: the decoder's widths are used.
+        scheme: bit widths; only the decoder's are used.
         calibration: the samples.
-        options: of the search: grid, reading, tokens, …
-        layer: k, from 0.
+        options: options of the search: grid, reading, tokens, …
+        layer: index k, from 0.
 
     Raises:
         QVLMError: no layer follows it, or the scheme does not round the decoder's activations.
@@ -101,8 +101,8 @@ def sample_points(
     counts = _joint_counts(*targets, bits)
     points = []
     for index, joint in enumerate(track(counts, "searching pairs")):
-        alone = [states.batch(index) for states in (start, *targets)]
-        sequential, jointly = _search_pair(members, *alone, options)
+        sample = [states.batch(index) for states in (start, *targets)]
+        sequential, jointly = _search_pair(members, *sample, options)
         points.append(
             SamplePoint(
                 entropy=float(torch.special.entr(joint.sum(dim=1) / joint.sum()).sum()),
@@ -115,25 +115,29 @@ def sample_points(
 
 
 def _search_pair(
-    members: list[CandidateLayer], start: HiddenCache, here: HiddenCache, above: HiddenCache, options: MethodOptions
+    members: list[CandidateLayer],
+    start: HiddenCache,
+    outputs: HiddenCache,
+    next_outputs: HiddenCache,
+    options: MethodOptions,
 ) -> tuple[float, float]:
     """Relative errors of the second layer's output on one sample, after the layer-wise and the joint search."""
     first, second = members
-    (choices,) = search_block([first], start, [here], options).choices
-    sequential = search_block([second], first.run(choices, start), [above], options).error
-    joint = search_block(members, start, [here, above], options).error
-    zeros = replace(above, states=[torch.zeros_like(states) for states in above.states])
-    norm = zeros.error(above, options)
+    (choices,) = search_block([first], start, [outputs], options).choices
+    sequential = search_block([second], first.run(choices, start), [next_outputs], options).error
+    joint = search_block(members, start, [outputs, next_outputs], options).error
+    zeros = replace(next_outputs, states=[torch.zeros_like(states) for states in next_outputs.states])
+    norm = zeros.error(next_outputs, options)
     return sequential / norm, joint / norm
 
 
-def _joint_counts(here: HiddenCache, above: HiddenCache, bits: int) -> list[Tensor]:
+def _joint_counts(layer: HiddenCache, next_layer: HiddenCache, bits: int) -> list[Tensor]:
     """The joint histogram of two layers' codes for every sample, with the same channel bounds for all samples."""
-    samples = range(len(here.states))
-    outputs = [[hidden.batch(index).tokens() for index in samples] for hidden in (here, above)]
+    samples = range(len(layer.states))
+    outputs = [[hidden.batch(index).tokens() for index in samples] for hidden in (layer, next_layer)]
     bounds = []
     for tokens in outputs:
-        extremes = [one.aminmax(dim=0) for one in tokens]
+        extremes = [sample.aminmax(dim=0) for sample in tokens]
         lower, upper = (torch.stack(side) for side in zip(*extremes, strict=True))
         bounds.append((lower.amin(dim=0), upper.amax(dim=0)))
     counts = []

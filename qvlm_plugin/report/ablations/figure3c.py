@@ -20,7 +20,7 @@ def figure3c(
 
     Args:
         loaded: the model in full precision.
-        plans: by ``max_depth``; 1 is the layer-wise search.
+        plans: plans by ``max_depth``; 1 is the layer-wise search.
         samples: samples that plans were calibrated on are left out.
         batch_size: samples per forward pass.
         command: the command line, for the report.
@@ -28,8 +28,8 @@ def figure3c(
     for plan in plans.values():
         samples = unseen_samples(samples, plan)
     errors = {depth: layer_errors(loaded, plan, samples, batch_size) for depth, plan in plans.items()}
-    whole = {depth: one.whole for depth, one in errors.items()}
-    token = {depth: one.token for depth, one in errors.items()}
+    whole = {depth: found.whole for depth, found in errors.items()}
+    token = {depth: found.token for depth, found in errors.items()}
     first, scheme = next((depth, plan.scheme) for depth, plan in plans.items())
     costs = ", ".join(f"{depth}: {plan.search_seconds:.1f} s" for depth, plan in plans.items())
     return Report(
@@ -82,7 +82,7 @@ def figure3c(
 def _ratios(values: Mapping[int, Tensor]) -> dict[int, Tensor]:
     # Sample by sample, because samples differ much more than depths do.
     first = next(iter(values.values()))
-    return {depth: one / first for depth, one in values.items()}
+    return {depth: errors / first for depth, errors in values.items()}
 
 
 def _summary(values: Tensor) -> list[tuple[float, float | None]]:
@@ -102,7 +102,7 @@ def _series(values: Mapping[int, Tensor]) -> tuple[Series, ...]:
 
 
 def _grid(name: str, values: Mapping[int, Tensor]) -> Grid:
-    columns = [[_text(*cell) for cell in _summary(one)] for one in values.values()]
+    columns = [[_text(*cell) for cell in _summary(errors)] for errors in values.values()]
     header = (f"layer ({name})", *(f"max_depth={depth}" for depth in values))
     return Grid(header, tuple((str(layer), *cells) for layer, cells in enumerate(zip(*columns, strict=True))))
 

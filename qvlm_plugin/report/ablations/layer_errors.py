@@ -12,7 +12,7 @@ from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.conversation import to_device
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.reference import REFERENCE
-from qvlm_plugin.methods.stand_ins import replaced, stand_ins
+from qvlm_plugin.methods.replacements import quantized_modules, replaced
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.models.placement import execution_device
 from qvlm_plugin.plan import RoundingPlan
@@ -60,7 +60,7 @@ def layer_errors(loaded: LoadedModel, plan: RoundingPlan, samples: CalibrationSe
     """
     model = loaded.model
     layers = [layer for _, layer in blocks_of(plugins.topology_of(loaded), model, "decoder")]
-    quantized = stand_ins(plan, model, REFERENCE)
+    quantized = quantized_modules(plan, model, REFERENCE)
     rows = []
     batches = samples.batches(loaded.processor, batch_size)
     total = -(-len(samples.samples) // batch_size)

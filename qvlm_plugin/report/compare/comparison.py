@@ -28,17 +28,17 @@ class Compared:
     """One cell with its comparison.
 
     Attributes:
-        of: the cell.
+        grid_cell: the cell of the grid.
         file: its results file.
         parsed, samples: content of the results and samples files.
         score: the metric's mean.
         scale: factor by which tables multiply it: `shares.scale`.
-        comparison: with the baseline of the same seed; None for full precision and for the baseline itself.
+        comparison: comparison with the baseline of the same seed; None for full precision and for the baseline itself.
         test: name of the test that gives ``p``.
-        p, adjusted: p for no difference, and p with Holm's adjustment over the grid; None without a comparison.
+        p, adjusted: two-sided p, and p with Holm's adjustment over the grid; None without a comparison.
     """
 
-    of: GridCell
+    grid_cell: GridCell
     file: Path
     parsed: ResultsFile
     samples: RunSamples
@@ -51,19 +51,19 @@ class Compared:
 
     @property
     def scheme(self) -> str:
-        """That the run had: of a checkpoint that is quantized already, the one that its results tell."""
+        """The scheme of the run; for a checkpoint that was already quantized, the one recorded in its results."""
         facts = self.parsed.qvlm
-        return facts.scheme if self.of.scheme == STORED and facts else self.of.scheme
+        return facts.scheme if self.grid_cell.scheme == STORED and facts else self.grid_cell.scheme
 
     def row(self) -> dict[str, Any]:
-        """As JSON data."""
+        """The cell as JSON data."""
         compared, facts = self.comparison, self.parsed.qvlm
         return {
-            "model": self.of.model,
-            "method": self.of.method,
+            "model": self.grid_cell.model,
+            "method": self.grid_cell.method,
             "scheme": self.scheme,
-            "seed": self.of.seed,
-            "task": self.of.task,
+            "seed": self.grid_cell.seed,
+            "task": self.grid_cell.task,
             **estimate_data("score", self.score),
             **(estimate_data("difference", compared.difference) if compared else {}),
             "test": self.test or None,
@@ -105,7 +105,7 @@ class OverSeeds:
     adjusted: float | None = None
 
     def row(self) -> dict[str, Any]:
-        """As JSON data."""
+        """The row as JSON data."""
         pooled = self.pooled
         found = {"model": self.model, "method": self.method, "scheme": self.scheme, "task": self.task}
         found |= {"seeds": pooled.seeds, **estimate_data("score", pooled.score), "scores": [*pooled.scores]}
@@ -142,52 +142,54 @@ def compare_outcomes(grid: CompareGrid, outcomes: Sequence[Outcome]) -> tuple[li
     Returns:
         The cells that could be compared, and a line for each that could not.
     """
-    trouble: list[str] = []
+    problems: list[str] = []
     read: dict[Key, Compared] = {}
-    for of, outcome in zip(cells(grid), outcomes, strict=True):
+    for grid_cell, outcome in zip(cells(grid), outcomes, strict=True):
         if outcome.results is None:
-            trouble.append(outcome.failure)
+            problems.append(outcome.failure)
             continue
         try:
-            read[_key(of)] = _read(of, outcome.results, grid.metric)
+            read[_key(grid_cell)] = _read(grid_cell, outcome.results, grid.metric)
         except QVLMError as error:
-            trouble.append(f"{of.cell.name}: {error}")
+            problems.append(f"{grid_cell.cell.name}: {error}")
     compared = []
-    for one in read.values():
+    for cell in read.values():
         try:
-            compared.append(_with_baseline(grid, one, read))
+            compared.append(_with_baseline(grid, cell, read))
         except QVLMError as error:
-            trouble.append(f"{one.of.cell.name}: {error}")
-    tested = [one.p for one in compared if one.p is not None]
+            problems.append(f"{cell.grid_cell.cell.name}: {error}")
+    tested = [cell.p for cell in compared if cell.p is not None]
     adjusted = iter(holm(tested) if tested else ())
-    return [one if one.p is None else replace(one, adjusted=next(adjusted)) for one in compared], trouble
+    return [cell if cell.p is None else replace(cell, adjusted=next(adjusted)) for cell in compared], problems
 
 
-def _key(of: GridCell) -> Key:
-    return of.model, of.method, of.scheme, of.seed, of.task
+def _key(grid_cell: GridCell) -> Key:
+    return grid_cell.model, grid_cell.method, grid_cell.scheme, grid_cell.seed, grid_cell.task
 
 
-def _read(of: GridCell, file: Path, metric: str) -> Compared:
+def _read(grid_cell: GridCell, file: Path, metric: str) -> Compared:
     (samples,) = read_samples(file)
     *_, row = compare(samples, samples, metric)
-    return Compared(of, file, parse_results(read_json(file), file), samples, row.score, row.scale)
+    return Compared(grid_cell, file, parse_results(read_json(file), file), samples, row.score, row.scale)
 
 
-def _with_baseline(grid: CompareGrid, one: Compared, read: Mapping[Key, Compared]) -> Compared:
-    """The cell compared with its baseline, if it has one."""
-    of = one.of
-    if (named := grid.baseline_of(of.method, of.scheme)) is None:
-        return one
+def _with_baseline(grid: CompareGrid, cell: Compared, read: Mapping[Key, Compared]) -> Compared:
+    """Adds the comparison with the cell's baseline, if it has one."""
+    grid_cell = cell.grid_cell
+    if (named := grid.baseline_of(grid_cell.method, grid_cell.scheme)) is None:
+        return cell
     draws = grid.draws(*named)
-    baseline = read.get((of.model, *named, of.seed if of.seed in draws else draws[0], of.task))
+    baseline = read.get(
+        (grid_cell.model, *named, grid_cell.seed if grid_cell.seed in draws else draws[0], grid_cell.task)
+    )
     if baseline is None:
         raise QVLMError(f"left out: its baseline {' '.join(named)} has no run")
-    stored = STORED in (of.scheme, named[1])  # of another checkpoint than the model's
-    if not stored and _fingerprint(one.parsed) != _fingerprint(baseline.parsed):
-        raise QVLMError(f"{one.file} and {baseline.file} are of different checkpoints")
-    *_, row = compare(baseline.samples, one.samples, grid.metric)
-    test, p = choose_test(row, baseline.samples, one.samples, grid.metric)
-    return replace(one, comparison=row, test=test, p=p)
+    stored = STORED in (grid_cell.scheme, named[1])  # its row has a checkpoint of its own
+    if not stored and _fingerprint(cell.parsed) != _fingerprint(baseline.parsed):
+        raise QVLMError(f"{cell.file} and {baseline.file} are of different checkpoints")
+    *_, row = compare(baseline.samples, cell.samples, grid.metric)
+    test, p = choose_test(row, baseline.samples, cell.samples, grid.metric)
+    return replace(cell, comparison=row, test=test, p=p)
 
 
 def pool_seeds(grid: CompareGrid, compared: Sequence[Compared]) -> list[OverSeeds]:
@@ -196,23 +198,23 @@ def pool_seeds(grid: CompareGrid, compared: Sequence[Compared]) -> list[OverSeed
     A task is pooled over the seeds for which both the method and its baseline have runs on it; the average over the
     seeds for which they have runs on all tasks.
     """
-    samples = {_key(one.of): one.samples for one in compared}
-    schemes = {(one.of.model, one.of.method, one.of.scheme): one.scheme for one in compared}
+    samples = {_key(row.grid_cell): row.samples for row in compared}
+    schemes = {(row.grid_cell.model, row.grid_cell.method, row.grid_cell.scheme): row.scheme for row in compared}
     found: list[OverSeeds] = []
     for (model, method, scheme), shown in schemes.items():
         own, baseline = (method, scheme), grid.baseline_of(method, scheme)
         for tasks in [(task,) for task in grid.tasks] + ([grid.tasks] if len(grid.tasks) > 1 else []):
             pairs = [
-                tuple(_joined([samples.get((model, *one, seed, task)) for task in tasks]) for one, seed in pair)
+                tuple(_joined([samples.get((model, *run, seed, task)) for task in tasks]) for run, seed in pair)
                 for pair in _seed_pairs(grid, baseline or own, own)
             ]
             if whole := [pair for pair in pairs if None not in pair]:
                 task = tasks[0] if len(tasks) == 1 else AVERAGE
-                *_, row = pool(whole, grid.metric)
-                found.append(OverSeeds(model, method, shown, task, baseline and baseline[0], row))
-    tested = [one.pooled.t_p for one in found if one.baseline is not None]
+                *_, average = pool(whole, grid.metric)
+                found.append(OverSeeds(model, method, shown, task, baseline and baseline[0], average))
+    tested = [row.pooled.t_p for row in found if row.baseline is not None]
     adjusted = iter(holm(tested) if tested else ())
-    return [one if one.baseline is None else replace(one, adjusted=next(adjusted)) for one in found]
+    return [row if row.baseline is None else replace(row, adjusted=next(adjusted)) for row in found]
 
 
 Run = tuple[tuple[str, str], int | None]
@@ -220,10 +222,10 @@ Run = tuple[tuple[str, str], int | None]
 
 
 def _seed_pairs(grid: CompareGrid, baseline: tuple[str, str], own: tuple[str, str]) -> Iterator[tuple[Run, Run]]:
-    """The runs to compare: of the same seed, if both have seeds."""
-    ones, others = grid.draws(*baseline), grid.draws(*own)
-    for seed in max(ones, others, key=lambda draws: draws != (None,)):
-        yield (baseline, seed if seed in ones else None), (own, seed if seed in others else None)
+    """The pairs of runs to compare, with the same seed if both have seeds."""
+    baselines, runs = grid.draws(*baseline), grid.draws(*own)
+    for seed in max(baselines, runs, key=lambda draws: draws != (None,)):
+        yield (baseline, seed if seed in baselines else None), (own, seed if seed in runs else None)
 
 
 def _joined(runs: Sequence[RunSamples | None]) -> RunSamples | None:

@@ -11,7 +11,7 @@ from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
 from qvlm_plugin.report.runs import Cell
 
 EXACT, ALIKE, ANY = "runs of the same method and scheme", "runs of other methods", "runs in another precision"
-"""What a run's time can be estimated from, best first; always with the same model and task."""
+"""Runs from which another run's time can be estimated, best first; all have the same model and task."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def finished_runs(output: Path) -> list[Finished]:
             content = read_json(file)
             found.append(_finished(parse_results(content, file), content.get("total_evaluation_time_seconds")))
         except (OSError, ValueError, KeyError, TypeError, QVLMError):
-            continue  # its faults are reported when it is compared
+            continue  # the comparison reports what is wrong with the file
     return found
 
 
@@ -85,23 +85,23 @@ def estimate(cell: Cell, searched: bool, finished: Sequence[Finished]) -> Estima
         searched: whether it searches its plan, which the first run of a plan does.
         finished: see `finished_runs`.
     """
-    same_model = [one for one in finished if one.arguments.get("pretrained") == cell.model_args["pretrained"]]
+    same_model = [run for run in finished if run.arguments.get("pretrained") == cell.model_args["pretrained"]]
     own = _without(cell.model_args, "seed")
     plan = _without(cell.model_args, "seed", "backend")
-    alike = [one for one in same_model if _without(one.arguments, "seed", "backend") == plan]
-    known = [one.search for one in alike if one.search is not None]
+    alike = [run for run in same_model if _without(run.arguments, "seed", "backend") == plan]
+    known = [run.search for run in alike if run.search is not None]
     search = 0.0 if not searched else _mean(known)
     ranked: dict[str, list[Finished]] = {EXACT: [], ALIKE: [], ANY: []}
-    for one in same_model:
-        if one.tasks == set(cell.tasks) and one.documents:
-            quantized = [arguments.get("method", "none") != "none" for arguments in (one.arguments, own)]
+    for run in same_model:
+        if run.tasks == set(cell.tasks) and run.documents:
+            quantized = [arguments.get("method", "none") != "none" for arguments in (run.arguments, own)]
             other = ALIKE if quantized[0] == quantized[1] else ANY
-            ranked[EXACT if _without(one.arguments, "seed") == own else other].append(one)
+            ranked[EXACT if _without(run.arguments, "seed") == own else other].append(run)
     for basis, runs in ranked.items():
         if runs:
-            total = max(one.total for one in runs)
+            total = max(run.total for run in runs)
             documents = total if cell.limit is None else min(cell.limit, total)
-            return Estimate(documents * _mean([one.evaluation / one.documents for one in runs]), basis, search)
+            return Estimate(documents * _mean([run.evaluation / run.documents for run in runs]), basis, search)
     return Estimate(None, "", search)
 
 

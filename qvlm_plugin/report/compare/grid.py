@@ -19,35 +19,36 @@ FULL_PRECISION = ("none", "w16a16")
 """Method and scheme of the runs that are not quantized."""
 
 STORED = "stored"
-"""In place of a scheme: of a row whose checkpoint is quantized already, whose results tell the scheme."""
+"""Stands for the scheme of a row whose checkpoint was already quantized; its results record the real scheme."""
 
 PREVIOUS = "previous"
 """The baseline of a ladder: each method is compared with the one before it, the first with full precision."""
 
 GRIDS = Path(__file__).parent / "grids"
-"""Grids that come with the package, by the names of their files."""
+"""Folder of the grids that come with the package."""
 
 
 class CompareGrid(BaseModel):
-    """What is compared; the fields are the keys of the YAML file and the flags.
+    """What to compare; the fields are the keys of the YAML file and the flags.
 
     Attributes:
         models: checkpoint folders or hub ids; ``demo`` is the embedded one.
-        methods: quantization methods, or names of rows whose options say which ``method`` they are; full precision is
-            run as well.
+        methods: quantization methods, or names of rows whose options name their ``method``; full precision always runs
+            too.
         schemes: bit widths.
         tasks: lmms-eval's names.
         calibration: ``task:split:n`` or ``file.json:n``, joined by +.
-        options: of methods, by method or name of a row; ``pretrained`` names a checkpoint that is quantized already,
-            which is run once, in the scheme that it has, and compared with the model.
+        options: options by method or name of a row. ``pretrained`` names a checkpoint that is already quantized; it
+            runs once, in its own scheme, and is compared with the model.
         model_args: further model arguments of every run.
-        seeds: of the calibration draw; methods that need no samples are run once.
+        seeds: seeds of the calibration draw; methods that need no samples run once.
         baseline: method that the others are compared with, at the same scheme, task and seed; ``none`` is full
-            precision, ``previous`` the method before in the list.
+            precision, ``previous`` the previous method in the list.
         limit: documents of each task; None evaluates all.
-        metric: what is compared.
-        cluster: what the job of a run asks for, where runs are jobs of a cluster.
-        name, title: of the report's files, and its heading; None says what the baseline is.
+        metric: metric to compare.
+        cluster: resources of a run's job, if runs are jobs of a cluster.
+        name: name of the report's files, without suffix.
+        title: heading of the report; None names the baseline.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -71,11 +72,11 @@ class CompareGrid(BaseModel):
     @classmethod
     def _each_once(cls, names: tuple[str | int, ...]) -> tuple[str | int, ...]:
         if len(set(names)) < len(names) or "" in names:
-            raise ValueError("each must be there once, and none empty")
+            raise ValueError("values must be unique and not empty")
         return names
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _is_consistent(self) -> Self:
         allowed = ", ".join(self.methods)
         if self.baseline not in ("none", PREVIOUS, *self.methods):
             raise ValueError(
@@ -84,26 +85,26 @@ class CompareGrid(BaseModel):
         if unknown := self.options.keys() - set(self.methods):
             raise ValueError(f"options: {min(unknown)} is not among the methods; allowed are {allowed}")
         if "seed" in self.model_args:
-            raise ValueError(f"model_args: name seed={self.model_args['seed']} as one of the seeds")
+            raise ValueError(f"model_args: give seed={self.model_args['seed']} in seeds instead")
         for name in filter(self.is_stored, self.methods):
             if self.options[name].get("method", "none") != "none":
-                raise ValueError(f"options: {name} is quantized already (pretrained), so it takes no method")
+                raise ValueError(f"options: {name} is already quantized (pretrained), so it takes no method")
             if len(self.models) > 1:
-                raise ValueError(f"models: {name} is a checkpoint of one model (pretrained), so one can be compared")
+                raise ValueError(f"models: {name} is a checkpoint of one model (pretrained), so only one is allowed")
             against = self._baseline_name(name)
             if against not in ("none", name) and not self.is_stored(against) and len(self.schemes) > 1:
                 raise ValueError(
-                    f"baseline: {name} has its own scheme (pretrained), and {against} is run at {len(self.schemes)}; "
+                    f"baseline: {name} has its own scheme (pretrained), but {against} has {len(self.schemes)}; "
                     "allowed are baseline none, or one scheme"
                 )
         return self
 
     def is_stored(self, method: str) -> bool:
-        """Whether a row is a checkpoint that is quantized already."""
+        """Whether a row is a checkpoint that is already quantized."""
         return "pretrained" in self.options.get(method, {})
 
     def runs(self) -> list[tuple[str, str, int | None]]:
-        """Method, scheme and seed of all runs of a model on a task, full precision first.
+        """Method, scheme and seed of every run of a model on a task, full precision first.
 
         Raises:
             QVLMError: see `check_request`.
@@ -121,7 +122,7 @@ class CompareGrid(BaseModel):
         return methods[methods.index(method) - 1]
 
     def baseline_of(self, method: str, scheme: str) -> tuple[str, str] | None:
-        """Method and scheme that a method at this scheme is compared with; None for a baseline itself."""
+        """Method and scheme of the baseline of a method at this scheme; None for the baseline itself."""
         if method in ("none", self.baseline):
             return None
         named = self._baseline_name(method)
@@ -132,7 +133,7 @@ class CompareGrid(BaseModel):
         return named, self.schemes[0] if scheme == STORED else scheme
 
     def draws(self, method: str, scheme: str) -> tuple[int | None, ...]:
-        """The seeds that a method is run with; (None,) where it needs no samples and there is nothing to draw.
+        """The seeds of a method's runs; (None,) if it needs no samples, so that nothing is drawn.
 
         Raises:
             QVLMError: see `check_request`.
@@ -142,12 +143,12 @@ class CompareGrid(BaseModel):
         return self.seeds if self.request(method, scheme).needs_calibration else (None,)
 
     def row(self, name: str) -> tuple[str, dict[str, str | int | float | bool]]:
-        """The quantization method of a row that is searched, and its options."""
+        """The quantization method of a row, and its options."""
         options = dict(self.options.get(name, {}))
         return str(options.pop("method", name)), options
 
     def request(self, name: str, scheme: str) -> PlanRequest:
-        """What a row searches at a scheme; nothing where its checkpoint is quantized already.
+        """The request of a row at a scheme; that of full precision if its checkpoint is already quantized.
 
         Raises:
             QVLMError: see `check_request`.
@@ -161,14 +162,14 @@ class CompareGrid(BaseModel):
 
 
 def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
-    """The grid of a YAML file, in which flags take the place of its values.
+    """The grid of a YAML file, with values replaced by those of flags.
 
     Args:
         file: a file, or the name of one in `GRIDS`; None for a grid from flags alone.
-        flags: fields of `CompareGrid`; those that are None are not given. Those of ``cluster`` are taken one by one.
+        flags: values by field of `CompareGrid`; None means not given. Keys of ``cluster`` are replaced one by one.
 
     Raises:
-        QVLMError: the file is not readable, or a value is missing or not allowed.
+        QVLMError: the file cannot be read, or a value is missing or not allowed.
     """
     content: Any = {}
     if file is not None:
@@ -179,7 +180,7 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise QVLMError(f"{file} is not a YAML file: {one_line(error)}") from error
         if not isinstance(content, dict):
-            raise QVLMError(f"{file} must hold keys and values; allowed keys are {', '.join(CompareGrid.model_fields)}")
+            raise QVLMError(f"{file} must have keys and values; allowed keys are {', '.join(CompareGrid.model_fields)}")
     named = {name: value for name, value in flags.items() if value is not None}
     given = dict(named)
     if isinstance(content.get("cluster"), dict):
@@ -191,7 +192,7 @@ def read_grid(file: Path | None, flags: Mapping[str, Any]) -> CompareGrid:
 
 
 def _explain(problem: Mapping[str, Any], file: Path | None, flags: Mapping[str, Any]) -> str:
-    """What is wrong, under the name that the value was given by: a flag, or a key of the file."""
+    """The error message for a value, which names the flag or the file's key that gave it."""
     text = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"].lower()
     loc = tuple(map(str, problem["loc"] or (text.partition(":")[0],)))
     text = text.removeprefix(f"{loc[0]}: ")
@@ -206,7 +207,7 @@ def _explain(problem: Mapping[str, Any], file: Path | None, flags: Mapping[str, 
                 f"{name} is missing (or a YAML file with it)" if by_flag else f"{name}: is missing; allowed are {keys}"
             )
         case "extra_forbidden":
-            return f"{name}: is no key; allowed are {keys}"
+            return f"{name}: is not a key; allowed are {keys}"
         case "value_error":
             return f"{name}: {text}"
     return f"{name}: {text}, not {problem['input']!r}"
@@ -214,11 +215,11 @@ def _explain(problem: Mapping[str, Any], file: Path | None, flags: Mapping[str, 
 
 @dataclass(frozen=True)
 class GridCell:
-    """What a run of the grid is of.
+    """A run of the grid, with the values of the grid that it stands for.
 
     Attributes:
-        model, method, scheme, task: as the grid names them; the method of a named row is its name.
-        seed: of the calibration draw; None where there is none.
+        model, method, scheme, task: the grid's values; the method of a named row is the row's name.
+        seed: seed of the calibration draw; None without one.
         cell: the run.
     """
 
@@ -231,11 +232,10 @@ class GridCell:
 
 
 def cells(grid: CompareGrid) -> list[GridCell]:
-    """One for each model, method, scheme, seed and task.
+    """The cells of a grid: one for each model, method, scheme, seed and task.
 
-    Of full precision, and of a checkpoint that is quantized already, there is one for each model and task.
-
-    Cells of one plan follow each other, so that one searches it and the others find it.
+    Full precision and checkpoints that are already quantized have one cell for each model and task. Cells of the same
+    plan follow each other, so that the first searches the plan and the others reuse it.
 
     Raises:
         QVLMError: a method, a scheme or an option is unknown or not allowed.
@@ -245,11 +245,11 @@ def cells(grid: CompareGrid) -> list[GridCell]:
         for method, scheme, seed in grid.runs():
             searched, options = grid.row(method)
             arguments: dict[str, Any] = {"pretrained": model, "method": searched, "scheme": scheme}
-            if scheme == STORED:  # quantized by another program, or exported: nothing more is asked of it
+            if scheme == STORED:  # quantized by another program, or exported: it takes no method and no scheme
                 arguments = options
             elif method != "none":
                 arguments |= {"calibration": grid.calibration, **options}
-            if seed:  # 0 is the model's default: a run is the same whether it was asked for or not
+            if seed:  # 0 is the model's default, so a run with seed=0 is the same as one without
                 arguments |= {"seed": seed}
             arguments |= grid.model_args
             texts = {

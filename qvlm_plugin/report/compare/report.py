@@ -27,14 +27,14 @@ BASELINES = {"none": "full precision", PREVIOUS: "the row above"}
 """Names of baselines that are not methods."""
 
 
-def compare_report(grid: CompareGrid, compared: Sequence[Compared], trouble: Sequence[str], command: str) -> Report:
+def compare_report(grid: CompareGrid, compared: Sequence[Compared], problems: Sequence[str], command: str) -> Report:
     """Tables, rows, figure and verdicts of a comparison.
 
     Args:
         grid: the grid.
         compared: one or more cells.
-        trouble: lines about missing cells.
-        command: the command line that reproduces it.
+        problems: lines about missing cells.
+        command: the command line that reproduces the report.
     """
     pooled = pool_seeds(grid, compared)
     baseline = BASELINES.get(grid.baseline, grid.baseline)
@@ -44,20 +44,20 @@ def compare_report(grid: CompareGrid, compared: Sequence[Compared], trouble: Seq
         title=grid.title or f"Comparison with {baseline}",
         command=command,
         tables=[Grid(HEADER, tuple(map(_cells, compared))), *over_seeds],
-        rows=[one.row() for one in compared],
-        notes=[*_notes(grid, compared, baseline), *(f"Missing: {line}" for line in trouble)],
+        rows=[cell.row() for cell in compared],
+        notes=[*_notes(grid, compared, baseline), *(f"Missing: {line}" for line in problems)],
         figure=bars_figure(_bars(grid, compared, pooled)),
         verdicts=_verdicts(grid, pooled),
-        data={"over_seeds": [one.row() for one in pooled]},
+        data={"over_seeds": [row.row() for row in pooled]},
     )
 
 
 def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> list[str]:
-    tested = sum(one.p is not None for one in compared)
-    stand_in = any(one.parsed.qvlm and one.parsed.qvlm.stand_in for one in compared)
+    tested = sum(cell.p is not None for cell in compared)
+    stand_in = any(cell.parsed.qvlm and cell.parsed.qvlm.stand_in for cell in compared)
     limit = "all documents" if grid.limit is None else f"the first {grid.limit} documents"
-    backends = sorted({one.parsed.qvlm.backend or "?" for one in compared if one.parsed.qvlm})
-    unit = unit_text(min((one.scale for one in compared), default=PERCENT))
+    backends = sorted({cell.parsed.qvlm.backend or "?" for cell in compared if cell.parsed.qvlm})
+    unit = unit_text(min((cell.scale for cell in compared), default=PERCENT))
     same = "" if grid.baseline == "none" else " with the same scheme and seed"
     stored = [name for name in grid.methods if grid.is_stored(name)]
     notes = [
@@ -75,9 +75,9 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
         *([f"Already quantized, compared in their checkpoints' schemes: {', '.join(stored)}."] if stored else []),
         "Packed size: quantized weights in their formats, scales included, and everything else in 16 bits.",
     ]
-    unknown = {one.of.task: one.comparison for one in compared if one.comparison and one.comparison.unknown}
+    unknown = {cell.grid_cell.task: cell.comparison for cell in compared if cell.comparison and cell.comparison.unknown}
     notes += [f"{task}: {unknown_note(row.unknown, row.documents)}." for task, row in unknown.items()]
-    totals = dict.fromkeys(one.of.task for one in compared if one.comparison and one.comparison.total)
+    totals = dict.fromkeys(cell.grid_cell.task for cell in compared if cell.comparison and cell.comparison.total)
     notes += [f"{total_note(task, grid.metric)}." for task in totals]
     if len(grid.seeds) > 1:
         notes += [
@@ -90,20 +90,20 @@ def _notes(grid: CompareGrid, compared: Sequence[Compared], baseline: str) -> li
     return notes
 
 
-def _cells(one: Compared) -> tuple[str, ...]:
-    row, facts, speed = one.comparison, one.parsed.qvlm, one.parsed.tokens_per_second
+def _cells(compared: Compared) -> tuple[str, ...]:
+    row, facts, speed = compared.comparison, compared.parsed.qvlm, compared.parsed.tokens_per_second
     decoder = facts.bits.get("decoder", {}) if facts else {}
     return (
-        one.of.model,
-        one.of.method,
-        one.scheme,
-        "" if one.of.seed is None else str(one.of.seed),
-        one.of.task,
-        estimate_text(one.score, one.scale),
+        compared.grid_cell.model,
+        compared.grid_cell.method,
+        compared.scheme,
+        "" if compared.grid_cell.seed is None else str(compared.grid_cell.seed),
+        compared.grid_cell.task,
+        estimate_text(compared.score, compared.scale),
         difference_text(row.difference, row.scale) if row else "",
-        "" if one.p is None else p_text(one.p, row.unknown),
-        "" if one.adjusted is None else p_text(one.adjusted, row.unknown),
-        one.test,
+        "" if compared.p is None else p_text(compared.p, row.unknown),
+        "" if compared.adjusted is None else p_text(compared.adjusted, row.unknown),
+        compared.test,
         flips_text(row.flips) if row else "",
         f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else "",
         size(facts.packed_bytes if facts else None),
@@ -133,20 +133,20 @@ def _seeds_cells(one: OverSeeds) -> tuple[str, ...]:
 
 def _verdicts(grid: CompareGrid, pooled: Sequence[OverSeeds]) -> list[str]:
     """One sentence for each method, on the tasks' average if there are several."""
-    last = {(one.model, one.method, one.scheme): one for one in pooled if one.baseline is not None}
+    last = {(row.model, row.method, row.scheme): row for row in pooled if row.baseline is not None}
     found = []
-    for one in last.values():
-        name = one.method if len(grid.schemes) == 1 else f"{one.method} {one.scheme}"
-        where = f"{one.model}: " if len(grid.models) > 1 else ""
-        found.append(where + verdict(one.pooled, name, BASELINES.get(one.baseline, one.baseline)))
+    for row in last.values():
+        name = row.method if len(grid.schemes) == 1 else f"{row.method} {row.scheme}"
+        where = f"{row.model}: " if len(grid.models) > 1 else ""
+        found.append(where + verdict(row.pooled, name, BASELINES.get(row.baseline, row.baseline)))
     return found
 
 
 def _bars(grid: CompareGrid, compared: Sequence[Compared], pooled: Sequence[OverSeeds]) -> list[Bars]:
     """The methods of each model, averaged over seeds; full precision as a vertical line."""
     groups = []
-    for model in dict.fromkeys(one.model for one in pooled):
-        own = {(one.method, one.scheme, one.task): one.pooled for one in pooled if one.model == model}
+    for model in dict.fromkeys(row.model for row in pooled):
+        own = {(row.method, row.scheme, row.task): row.pooled for row in pooled if row.model == model}
         plain = {task: _point(own[*FULL_PRECISION, task]) for task in grid.tasks if (*FULL_PRECISION, task) in own}
         runs = list(dict.fromkeys((method, scheme) for method, scheme, _ in own))
         runs = [run for run in runs if run != FULL_PRECISION] or runs
@@ -172,6 +172,6 @@ def _point(row: Pooled | None) -> tuple[float, float, float] | None:
 
 def _cost(compared: Sequence[Compared], run: tuple[str, str, str]) -> float | None:
     """Seconds of the search, from the method's first run that records them."""
-    own = [one.parsed.qvlm for one in compared if (one.of.model, one.of.method, one.scheme) == run]
+    own = [cell.parsed.qvlm for cell in compared if (cell.grid_cell.model, cell.grid_cell.method, cell.scheme) == run]
     seconds = [facts.search_seconds for facts in own if facts and facts.calibration]
-    return next((one for one in seconds if one is not None), None)
+    return next((value for value in seconds if value is not None), None)

@@ -105,8 +105,10 @@ def _read(file: Path, ids: Sequence[int], metric: str) -> dict[int, _Answered] |
     """A run's answers to the documents; None if the file has changed since it was read."""
     try:
         found = {
-            one.id: _Answered(one.input[:QUESTION], one.target[:ANSWER], one.answer[:ANSWER], one.metrics[metric])
-            for one in map(document, _samples(file, frozenset(ids)))
+            answered.id: _Answered(
+                answered.input[:QUESTION], answered.target[:ANSWER], answered.answer[:ANSWER], answered.metrics[metric]
+            )
+            for answered in map(document, _samples(file, frozenset(ids)))
         }
     except (OSError, ValueError, KeyError, TypeError, RecursionError, QVLMError):
         return None

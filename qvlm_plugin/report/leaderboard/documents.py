@@ -23,7 +23,7 @@ class Marks:
     Attributes:
         metric: name of the main metric.
         ids: int64[n].
-        scores: by the main metric, float32[n].
+        scores: scores by the main metric, float32[n].
         images: hash of each document's images, int64[n]; equal hashes are the same images. A document without images,
             or with unknown ones, has a hash of its own.
         outcomes: hash of each document's answer and score, int64[n].
@@ -60,7 +60,7 @@ def read_coverage(file: Path, metric: str | None = None) -> Coverage:
 
     Args:
         file: the samples file.
-        metric: the main metric, whose scores are kept for each document; None keeps none.
+        metric: the main metric, of which each document's score is kept; None keeps no scores.
 
     Raises:
         QVLMError: it is not a complete samples file, or has a document twice, or a score that is not finite.

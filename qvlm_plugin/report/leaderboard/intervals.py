@@ -28,9 +28,9 @@ class TaskScores:
 def rank_intervals(tasks: Sequence[TaskScores], *, higher_is_better: bool) -> list[tuple[int, int]]:
     """The best and the worst rank of each run that the data do not exclude, by the mean of the tasks' means.
 
-    A run ranks below another if their difference is significant by the sign-flip test (`report.significance`), in
-    its normal approximation with a correction for continuity (for 0/1 scores of independent documents, McNemar's
-    corrected test), because all pairs of runs are tested. Each run's tests are adjusted by Bonferroni for the number of
+    A run ranks below another if their difference is significant by the sign-flip test (`report.significance`). All
+    pairs of runs are tested, so the test uses its normal approximation with a correction for continuity (for 0/1 scores
+    of independent documents, McNemar's corrected test). Each run's tests are adjusted by Bonferroni for the number of
     other runs, so that a run's interval contains its true rank with a probability of at least 1 - `LEVEL` (Mogstad,
     Romano, Shaikh and Wilhelm 2024, marginal confidence sets).
 

@@ -23,7 +23,7 @@ SAME = (
 DISTINGUISHING = ("options", "arguments", "backend", "dtype", "device", "calibration", "model_fingerprint")
 """Fields that distinguish configurations of the same model, method and scheme."""
 
-Place = tuple[int, int]
+RankInterval = tuple[int, int]
 """The best and the worst rank by the mean over benchmarks that the documents do not exclude."""
 
 
@@ -56,14 +56,14 @@ class Overview:
         benchmarks: indices of the groups that are shown first: for each task the evaluation with most configurations.
         others: indices of all other groups.
         configurations: the rows.
-        places: rank intervals by configuration, for those ranked in all benchmarks.
+        rank_intervals: rank intervals by configuration, for those ranked in all benchmarks.
     """
 
     apart: bool
     benchmarks: tuple[int, ...]
     others: tuple[int, ...]
     configurations: tuple[Configuration, ...]
-    places: Mapping[str, Place]
+    rank_intervals: Mapping[str, RankInterval]
 
 
 def overviews(found: Sequence[Group], marks: Mapping[tuple[str, str], Marks]) -> list[Overview]:
@@ -91,7 +91,7 @@ def _overview(apart: bool, own: Mapping[int, Group], marks: Mapping[tuple[str, s
     )
     popular = _popular(own)
     others = tuple(index for index in own if index not in popular)
-    return Overview(apart, popular, others, configurations, _places(configurations, popular, own, marks))
+    return Overview(apart, popular, others, configurations, _rank_intervals(configurations, popular, own, marks))
 
 
 def _name(key: tuple) -> str:
@@ -134,12 +134,12 @@ def _size(group: Group) -> tuple[bool, int, int]:
     return bool(group.name), len(group.entries), group.entries[0].main.documents
 
 
-def _places(
+def _rank_intervals(
     configurations: Sequence[Configuration],
     benchmarks: Sequence[int],
     own: Mapping[int, Group],
     marks: Mapping[tuple[str, str], Marks],
-) -> dict[str, Place]:
+) -> dict[str, RankInterval]:
     """Rank intervals by the mean over the benchmarks whose scores are shares.
 
     Configurations that lack a benchmark, a rank, or samples have none.
@@ -149,7 +149,7 @@ def _places(
         for index in benchmarks
         if all(entry.main.percent and entry.main.higher_is_better for entry in own[index].entries)
     ]
-    scores = {one.name: _scores(one, shares, marks) for one in configurations}
+    scores = {configuration.name: _scores(configuration, shares, marks) for configuration in configurations}
     known = {name: tasks for name, tasks in scores.items() if tasks}
     first = next(iter(known.values()), ())
     known = {
@@ -166,11 +166,11 @@ def _places(
     return dict(zip(known, rank_intervals(stacked, higher_is_better=True), strict=True))
 
 
-def _scores(one: Configuration, shares: Sequence[int], marks: Mapping[tuple[str, str], Marks]) -> list[Marks]:
+def _scores(configuration: Configuration, shares: Sequence[int], marks: Mapping[tuple[str, str], Marks]) -> list[Marks]:
     """Its documents in each benchmark, with scores averaged over its runs; empty if anything is missing."""
     tasks = []
     for index in shares:
-        runs = one.entries.get(index, ())
+        runs = configuration.entries.get(index, ())
         own = [marks.get((entry.main.run, entry.main.task)) for entry in runs]
         if not own or any(entry.main.rank is None or not entry.main.main for entry in runs):
             return []

@@ -73,7 +73,7 @@ def html_text(board: Board, reported: Sequence[ReportedTable], base: Path) -> st
         script=Markup(script),
         policy=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=Markup(_embedded(_data(board, found, numbers))),
-        answers=Markup(_embedded([one and _answers(one, numbers) for one in answers])),
+        answers=Markup(_embedded([found_answers and _answers(found_answers, numbers) for found_answers in answers])),
         reading=READING.replace("`", ""),
         apart=APART,
         apart_note=APART_NOTE,
@@ -98,7 +98,7 @@ def _data(board: Board, found: Sequence[Group], numbers: dict[str, int]) -> dict
     return {
         "runs": [_run(rows[run]) for run in numbers],
         "evaluations": [_evaluation(group, numbers) for group in found],
-        "overviews": [_overview(one, found) for one in overviews(found, board.marks)],
+        "overviews": [_overview(overview, found) for overview in overviews(found, board.marks)],
     }
 
 
@@ -135,30 +135,30 @@ def _entry(entry: Entry, numbers: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _overview(one: Overview, found: Sequence[Group]) -> dict[str, Any]:
+def _overview(overview: Overview, found: Sequence[Group]) -> dict[str, Any]:
     numbers = [{id(entry): number for number, entry in enumerate(group.entries)} for group in found]
     return {
-        "apart": one.apart,
-        "benchmarks": one.benchmarks,
-        "others": one.others,
+        "apart": overview.apart,
+        "benchmarks": overview.benchmarks,
+        "others": overview.others,
         "rows": [
             {
                 "id": row.name,
                 "variant": row.variant,
                 "cells": {index: [numbers[index][id(entry)] for entry in own] for index, own in row.entries.items()},
-                "place": one.places.get(row.name),
+                "place": overview.rank_intervals.get(row.name),
             }
-            for row in one.configurations
+            for row in overview.configurations
         ],
     }
 
 
-def _answers(one: Answers, numbers: dict[str, int]) -> dict[str, Any]:
+def _answers(answers: Answers, numbers: dict[str, int]) -> dict[str, Any]:
     return {
-        "differing": one.differing,
-        "questions": [[q.id, q.text, q.target, q.image, q.outcomes] for q in one.questions],
-        "pictures": one.pictures,
-        "picks": {numbers[run]: own for run, own in one.picks.items()},
+        "differing": answers.differing,
+        "questions": [[q.id, q.text, q.target, q.image, q.outcomes] for q in answers.questions],
+        "pictures": answers.pictures,
+        "picks": {numbers[run]: own for run, own in answers.picks.items()},
     }
 
 

@@ -14,7 +14,7 @@ class ReportedTable:
 
     Attributes:
         number: its number in the paper.
-        title: in our words.
+        title: our own short title.
         note: units and caveats.
         benchmarks: substrings of the names of lmms-eval's tasks that it covers.
         columns, rows: its cells, numbers as numbers.
@@ -29,7 +29,7 @@ class ReportedTable:
 
     @property
     def grid(self) -> Grid:
-        """As text, with the decimals that the paper prints."""
+        """The table as text, with as many decimals as the paper prints."""
         decimals = [max(1, *map(_decimals, column)) for column in zip(*self.rows, strict=True)]
         texts = [
             tuple(

@@ -38,7 +38,7 @@ def thumbnail_file(folder: Path, digest: str) -> Path:
 
     Args:
         folder: the samples file's folder.
-        digest: of the document's images.
+        digest: digest of the document's images.
     """
     return folder / "thumbnails" / f"{digest}.webp"
 

@@ -1,4 +1,4 @@
-"""Which rows may be ranked against each other, and their ranks."""
+"""Find the rows that may be ranked against each other, and rank them."""
 
 import hashlib
 import json
@@ -83,7 +83,7 @@ def with_evaluations(rows: Sequence[Row]) -> list[Row]:
     named = []
     for row, evaluation in zip(rows, own, strict=True):
         if evaluation.data is None or evaluation.samples is None:
-            agreeing = [one for one in whole[evaluation.protocol] if evaluation.agrees(one)]
+            agreeing = [other for other in whole[evaluation.protocol] if evaluation.agrees(other)]
             evaluation = agreeing[0] if len(agreeing) == 1 else evaluation
         named.append(row.model_copy(update={"evaluation": evaluation.name if evaluation.is_known else None}))
     return named

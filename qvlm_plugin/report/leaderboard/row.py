@@ -8,7 +8,7 @@ class Row(BaseModel):
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
-    rank: int | None = Field(None, description="place among the rows of the same evaluation and metric; ties share it")
+    rank: int | None = Field(None, description="rank among the rows of the same evaluation and metric; ties share it")
     rank_low: int | None = Field(
         None, description="best rank that the documents do not exclude, by paired tests; main metric with samples only"
     )

@@ -35,11 +35,17 @@ def json_text(board: Board, reported: Sequence[ReportedTable]) -> str:
         "reported": {
             "source": paper_source(),
             "tables": [
-                {"table": one.number, "title": one.title, "note": one.note, "columns": one.columns, "rows": one.rows}
-                for one in reported
+                {
+                    "table": table.number,
+                    "title": table.title,
+                    "note": table.note,
+                    "columns": table.columns,
+                    "rows": table.rows,
+                }
+                for table in reported
             ],
         },
-        "problems": [{"file": one.file, "message": one.message} for one in board.problems],
+        "problems": [{"file": table.file, "message": table.message} for table in board.problems],
     }
     return json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
@@ -71,7 +77,7 @@ def markdown_text(board: Board, reported: Sequence[ReportedTable]) -> str:
     for table in reported:
         parts += [f"### Table {table.number}: {table.title}", table.grid.markdown(), table.note]
     if board.problems:
-        problems = [f"- {plain(one.file)}: {plain(one.message)}" for one in board.problems]
+        problems = [f"- {plain(problem.file)}: {plain(problem.message)}" for problem in board.problems]
         parts += ["## Files with problems", "\n".join(problems)]
     return "\n\n".join(parts) + "\n"
 

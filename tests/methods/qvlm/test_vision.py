@@ -28,8 +28,8 @@ from qvlm_plugin.methods.qvlm.objective import (
     relative_error,
 )
 from qvlm_plugin.methods.qvlm.vision import train_tower
+from qvlm_plugin.methods.replacements import quantized_modules, replaced
 from qvlm_plugin.methods.smooth import smooth
-from qvlm_plugin.methods.stand_ins import replaced, stand_ins
 from qvlm_plugin.plan import apply_plan
 from qvlm_plugin.workspace import Workspace
 
@@ -153,7 +153,7 @@ def test_gradients_on_the_model_match_finite_differences(loaded, calibration, de
     context = context_of(loaded, calibration, "w3a3", **FAST, veo_decoder=decoder)
     parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model")
     plan = build_plan(context, Draft({name: tensor.clone() for name, tensor in initial.items()}))
-    others = stand_ins(plan, loaded.model, STRAIGHT_THROUGH, parts if decoder == "quantized" else parts[:2])
+    others = quantized_modules(plan, loaded.model, STRAIGHT_THROUGH, parts if decoder == "quantized" else parts[:2])
     objective = Objective.of(context, Draft(initial))
     block = "model.vision_tower.encoder.layers.0"
     with replaced(loaded.model, others), checkpointed(vision._blocks(context)):

@@ -95,7 +95,7 @@ def test_comparison_with_full_precision(tmp_path):
     grid = grid_of()
     compared, trouble = compare_outcomes(grid, outcomes_of(tmp_path, grid))
     assert not trouble
-    rows = {(one.of.method, one.of.task): one for one in compared}
+    rows = {(one.grid_cell.method, one.grid_cell.task): one for one in compared}
     assert rows["none", "quiz"].comparison is None and rows["none", "quiz"].p is None
     qlora, awq, rtn = (rows[method, "quiz"] for method in ("qlora", "awq", "rtn"))
     assert (qlora.comparison.difference.value, awq.comparison.difference.value) == (-18 / 40, -6 / 40)
@@ -111,7 +111,7 @@ def test_without_its_baseline_a_run_is_left_out(tmp_path):
     grid = grid_of()
     outcomes = outcomes_of(tmp_path, grid)
     compared, trouble = compare_outcomes(grid, without(outcomes, "none-w16a16/quiz"))
-    assert {one.of.task for one in compared} == {"exam"} and len(compared) == 4
+    assert {one.grid_cell.task for one in compared} == {"exam"} and len(compared) == 4
     assert sum("its baseline none w16a16 has no run" in line for line in trouble) == 3
     assert trouble[0].startswith("m/none-w16a16/quiz ended without results: its log is empty; log: ")
     grid = grid_of(baseline="qlora")
@@ -134,11 +134,11 @@ def test_a_method_as_baseline_is_that_of_the_same_scheme_and_seed(tmp_path):
     compared, trouble = compare_outcomes(grid, outcomes_of(tmp_path, grid))
     assert not trouble and len(compared) == 1 + 3 * 2 * 2
     for one in compared:
-        if one.of.method in ("none", "qlora"):
+        if one.grid_cell.method in ("none", "qlora"):
             assert one.comparison is None
         else:  # one more is wrong for each unit of the seed, in both
-            assert one.comparison.difference.value == pytest.approx((20 - WRONG[one.of.method]) / 40)
-            assert one.comparison.baseline.value == pytest.approx(1 - (20 + one.of.seed) / 40)
+            assert one.comparison.difference.value == pytest.approx((20 - WRONG[one.grid_cell.method]) / 40)
+            assert one.comparison.baseline.value == pytest.approx(1 - (20 + one.grid_cell.seed) / 40)
 
 
 def test_seeds_are_pooled(tmp_path):
@@ -146,7 +146,9 @@ def test_seeds_are_pooled(tmp_path):
     compared, _ = compare_outcomes(grid, outcomes_of(tmp_path, grid))
     pooled = {(one.method, one.task): one for one in pool_seeds(grid, compared)}
     assert [*pooled] == [(m, task) for m in ("none", "qlora", "awq", "rtn") for task in ("quiz", "exam", AVERAGE)]
-    samples = {(one.of.method, one.of.seed): one.samples for one in compared if one.of.task == "quiz"}
+    samples = {
+        (one.grid_cell.method, one.grid_cell.seed): one.samples for one in compared if one.grid_cell.task == "quiz"
+    }
     (expected,) = pool([(samples["qlora", seed], samples["awq", seed]) for seed in range(3)], "exact_match")
     assert pooled["awq", "quiz"].pooled == expected and expected.scores == pytest.approx([0.8, 0.775, 0.75])
     average = pooled["awq", AVERAGE].pooled

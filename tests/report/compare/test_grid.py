@@ -105,8 +105,8 @@ GRID = "models: [a]\nmethods: [qlora]\nschemes: [w4a4]\ntasks: [c]\n"
     [
         ("models: [a]\nmethods: [b]\ntasks: [c]", "schemes: is missing; allowed are models, methods"),
         ("models: [a]\nmethods: [b]\nschemes: [w4a4]\ntasks: []", "tasks: tuple should have at least 1 item"),
-        ("models: [a, a]\nmethods: [b]\nschemes: [w4a4]\ntasks: [c]", "models: each must be there once"),
-        (GRID + "seeds: [0, 1, 0]", "seeds: each must be there once"),
+        ("models: [a, a]\nmethods: [b]\nschemes: [w4a4]\ntasks: [c]", "models: values must be unique"),
+        (GRID + "seeds: [0, 1, 0]", "seeds: values must be unique"),
         (GRID + "seeds: [-1]", "seeds.0: input should be greater than or equal to 0, not -1"),
         (GRID + "seeds: []", "seeds: tuple should have at least 1 item"),
         (GRID + "seeds: [one]", "seeds.0: input should be a valid integer"),
@@ -118,10 +118,10 @@ GRID = "models: [a]\nmethods: [qlora]\nschemes: [w4a4]\ntasks: [c]\n"
         (GRID + "options: {awq: {}}", "options: awq is not among the methods; allowed are qlora"),
         (GRID + "cluster: slurm", "cluster: input should be a valid dictionary or instance of jobrequest"),
         (GRID + "cluster: {time: 4h}", "cluster.time: input should be a valid integer"),
-        (GRID + "cluster: {gpu: 1}", "cluster.gpu: is no key; allowed are partition, gpus, time"),
-        (GRID + "model_args: {seed: 1}", "model_args: name seed=1 as one of the seeds"),
-        ("modells: [a]\nmodels: [a]\nmethods: [b]\nschemes: [w4a4]\ntasks: [c]", "modells: is no key"),
-        ("[1, 2]", "must hold keys and values"),
+        (GRID + "cluster: {gpu: 1}", "cluster.gpu: is not a key; allowed are partition, gpus, time"),
+        (GRID + "model_args: {seed: 1}", "model_args: give seed=1 in seeds instead"),
+        ("modells: [a]\nmodels: [a]\nmethods: [b]\nschemes: [w4a4]\ntasks: [c]", "modells: is not a key"),
+        ("[1, 2]", "must have keys and values"),
         ("a: [", "is not a YAML file"),
     ],
 )
@@ -161,10 +161,10 @@ def test_what_a_quantized_checkpoint_is_compared_with(tmp_path):
     assert baseline_of("ours", "stored", baseline="theirs") == ("theirs", "stored")
     assert baseline_of("ours", "stored", baseline="previous", schemes=["w8a8"]) == ("theirs", "stored")
     for changes, message in (
-        ({"baseline": "rtn"}, "--baseline: theirs has its own scheme (pretrained), and rtn is run at 2"),
-        ({"baseline": "previous"}, "theirs has its own scheme (pretrained), and rtn is run at 2; allowed are"),
+        ({"baseline": "rtn"}, "--baseline: theirs has its own scheme (pretrained), but rtn has 2"),
+        ({"baseline": "previous"}, "theirs has its own scheme (pretrained), but rtn has 2; allowed are"),
         ({"models": ["demo", "other"]}, "--models: theirs is a checkpoint of one model (pretrained)"),
-        ({"options": {"theirs": {"pretrained": "x", "method": "rtn"}}}, "theirs is quantized already (pretrained), so"),
+        ({"options": {"theirs": {"pretrained": "x", "method": "rtn"}}}, "theirs is already quantized (pretrained), so"),
     ):
         with pytest.raises(QVLMError, match=re.escape(message)):
             baseline_of("theirs", "stored", **changes)

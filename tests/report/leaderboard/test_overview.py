@@ -33,7 +33,7 @@ def test_a_configuration_is_one_row_over_its_benchmarks(tmp_path):
     assert [tables[place].label for place in found.benchmarks] == ["game", "quiz"] and not found.others
     rows = {one.main.method: one for one in found.configurations}
     assert {name: len(one.entries) for name, one in rows.items()} == {"none": 2, "rtn": 2, "awq": 1}
-    assert found.places == {rows["none"].name: (1, 1), rows["rtn"].name: (2, 2)}  # awq lacks a benchmark
+    assert found.rank_intervals == {rows["none"].name: (1, 1), rows["rtn"].name: (2, 2)}  # awq lacks a benchmark
     assert not any(one.variant for one in found.configurations)
 
 
@@ -46,7 +46,7 @@ def test_seeds_are_averaged(tmp_path):
     found, _ = overview(tmp_path)
     rows = {one.main.method: one for one in found.configurations}
     assert [entry.main.seed for entry in rows["qvlm"].entries[0]] == [0, 1]
-    assert found.places == {row.name: (1, 2) for row in rows.values()}  # the mean of both is that of the other
+    assert found.rank_intervals == {row.name: (1, 2) for row in rows.values()}  # the mean of both is that of the other
 
 
 def test_differences_are_named(tmp_path):
@@ -85,7 +85,7 @@ def test_without_paired_documents_there_are_no_places(tmp_path, harm):
         write_run(tmp_path / "bad", scores(60), provenance("bad", calibration=overlapping))
     found, _ = overview(tmp_path)
     named = {one.name: one.main.method for one in found.configurations}
-    assert "bad" not in {named[name] for name in found.places}
+    assert "bad" not in {named[name] for name in found.rank_intervals}
 
 
 def test_places_agree_with_ranks_on_one_benchmark(tmp_path):
@@ -95,5 +95,5 @@ def test_places_agree_with_ranks_on_one_benchmark(tmp_path):
         write_run(tmp_path / str(number), right, provenance(f"m{number}"))
     found, tables = overview(tmp_path)
     ranks = {entry.main.method: (entry.main.rank_low, entry.main.rank_high) for entry in tables[0].entries}
-    assert {one.main.method: found.places[one.name] for one in found.configurations} == ranks
+    assert {one.main.method: found.rank_intervals[one.name] for one in found.configurations} == ranks
     assert any(high > low for low, high in ranks.values()) and any(low > 1 for low, _ in ranks.values())

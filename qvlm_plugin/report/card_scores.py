@@ -1,4 +1,4 @@
-"""State scores in the model card of a quantized checkpoint."""
+"""Add scores to the model card of a quantized checkpoint."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ def add_evaluation(folder: Path, scores: Sequence[Score]) -> None:
     """Add a table of scores to a checkpoint's card.
 
     Args:
-        folder: the checkpoint's.
+        folder: the checkpoint's folder.
         scores: one or more scores of runs with its plan.
     """
     backends = sorted({str((score.run or {}).get("backend")) for score in scores})

@@ -1,4 +1,4 @@
-"""Stand-ins: quantized modules that replace modules of the full-precision model temporarily during a search."""
+"""Quantized modules that replace modules of the full-precision model temporarily during a search."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from qvlm_plugin.plan_header import ModulePlan
 
 
 @dataclass(frozen=True, eq=False)
-class StandIns:
+class Replacements:
     """Temporary replacements of modules and parameters, computed by a plan; the model itself is unchanged.
 
     Attributes:
@@ -28,38 +28,38 @@ class StandIns:
     linears: Mapping[str, QuantLinear] = field(default_factory=dict)
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def within(self, prefix: str) -> "StandIns":
+    def within(self, prefix: str) -> "Replacements":
         """The same with names relative to the module ``prefix``, which must contain all of them."""
         length = len(prefix) + 1
-        return StandIns(
+        return Replacements(
             {name[length:]: layer for name, layer in self.linears.items()},
             {name[length:]: value for name, value in self.values.items()},
         )
 
 
-def stand_ins(
+def quantized_modules(
     plan: RoundingPlan, model: nn.Module, kernel: Kernel, paths: Sequence[str] = (), parking: ExitStack | None = None
-) -> StandIns:
-    """The stand-ins for all modules below ``paths``, or of the whole model where none is given.
+) -> Replacements:
+    """The replacements of all modules below ``paths``, or of the whole model if there are no paths.
 
     Args:
-        plan: made for the model.
-        model: in full precision.
-        kernel: the arithmetic of the stand-ins.
+        plan: a plan for the model.
+        model: the model in full precision.
+        kernel: the arithmetic of the replacements.
         paths: attribute paths of parts of the model.
-        parking: until it closes, the replaced weights wait on the CPU; None leaves them on their device.
+        parking: until it closes, the replaced weights are on the CPU; None leaves them on their device.
     """
     linears = {}
     for module in plan.quantized:
         if _inside(module.name, paths):
-            linears[module.name] = stand_in(plan, module, model, kernel)
+            linears[module.name] = quantized_module(plan, module, model, kernel)
             if parking is not None:
                 parking.enter_context(_parked(model.get_submodule(module.name)))
-    return StandIns(linears, changed_values(plan, model, paths))
+    return Replacements(linears, changed_values(plan, model, paths))
 
 
 def changed_values(plan: RoundingPlan, model: nn.Module, paths: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The parameters that the plan changes outside quantized Linears, by name; ``paths`` as for `stand_ins`."""
+    """The parameters that the plan changes outside quantized Linears, by name; ``paths`` as for `quantized_modules`."""
     names = {module.name for module in plan.quantized}
     changed = {fold.producer for fold in plan.folds} | {name.rpartition(".")[0] for name in plan.replaced}
     return {
@@ -74,8 +74,8 @@ def _inside(name: str, paths: Sequence[str]) -> bool:
     return not paths or any(f"{name}.".startswith(f"{path}.") for path in paths)
 
 
-def stand_in(plan: RoundingPlan, module: ModulePlan, model: nn.Module, kernel: Kernel) -> QuantLinear:
-    """The quantized replacement of a Linear by its entry in the plan; on the same device, or offloaded alike."""
+def quantized_module(plan: RoundingPlan, module: ModulePlan, model: nn.Module, kernel: Kernel) -> QuantLinear:
+    """The quantized replacement of a Linear by its entry in the plan; on the Linear's device, or offloaded like it."""
     linear = model.get_submodule(module.name)
     with materialized(linear):
         own = updated_module(plan, model, module.name)
@@ -99,7 +99,7 @@ def _parked(linear: nn.Module) -> Iterator[None]:
 
 
 def updated_module(plan: RoundingPlan, model: nn.Module, name: str) -> nn.Module:
-    """A copy of a module with the plan's folds and new values; the module itself where none of them concerns it."""
+    """A copy of a module with the plan's folds and new values; the module itself if none of them concerns it."""
     site = next((module.site for module in plan.modules if module.name == name), "")
     folded = any(name == fold.producer or site == fold.site for fold in plan.folds)
     module = model.get_submodule(name)
@@ -120,8 +120,8 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def replaced(model: nn.Module, other: StandIns) -> Iterator[None]:
-    """While active, the stand-ins replace modules and parameter values of ``model``."""
+def replaced(model: nn.Module, other: Replacements) -> Iterator[None]:
+    """While active, the replacements replace modules and parameter values of ``model``."""
     originals = {name: model.get_submodule(name) for name in other.linears}
     with ExitStack() as stack:
         for owner in dict.fromkeys(name.rpartition(".")[0] for name in other.values):

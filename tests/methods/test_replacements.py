@@ -8,7 +8,7 @@ from torch import nn
 
 from qvlm_plugin import planning
 from qvlm_plugin.kernels.reference import REFERENCE
-from qvlm_plugin.methods.stand_ins import StandIns, replaced, stand_ins
+from qvlm_plugin.methods.replacements import Replacements, quantized_modules, replaced
 from qvlm_plugin.plan_request import check_request
 
 FOLDING = {"awq": {"alpha_steps": 3}, "rtn": {"transform": "smooth"}}
@@ -23,7 +23,7 @@ def test_replacing_ends_with_the_context_even_after_an_error(loaded):
     name, norm = "model.vision_tower.encoder.layers.0.mlp.fc1", "model.vision_tower.encoder.layers.0.layer_norm1.weight"
     module, value = loaded.model.get_submodule(name), loaded.model.get_parameter(norm).clone()
     other = nn.Linear(24, 40)
-    with pytest.raises(RuntimeError), replaced(loaded.model, StandIns({name: other}, {norm: value + 1})):
+    with pytest.raises(RuntimeError), replaced(loaded.model, Replacements({name: other}, {norm: value + 1})):
         assert loaded.model.get_submodule(name) is other
         assert torch.equal(loaded.model.get_parameter(norm), value + 1)
         raise RuntimeError
@@ -39,7 +39,7 @@ def test_the_whole_of_a_plan_is_the_model_that_applying_it_makes(method, loaded,
     plan = dataclasses.replace(plan, replaced=(norm,), tensors={**plan.tensors, f"{norm}/value": trained})
     inputs, _ = next(calibration.batches(loaded.processor, 5))
     before = logits_of(loaded.model, inputs)
-    with replaced(loaded.model, stand_ins(plan, loaded.model, REFERENCE)):
+    with replaced(loaded.model, quantized_modules(plan, loaded.model, REFERENCE)):
         for_a_while = logits_of(loaded.model, inputs)
     assert torch.equal(logits_of(loaded.model, inputs), before)
     planning.apply(plan, loaded)
@@ -49,7 +49,7 @@ def test_the_whole_of_a_plan_is_the_model_that_applying_it_makes(method, loaded,
 def test_only_what_is_asked_for_is_stood_in_for(loaded, calibration):
     plan, context = plan_of(loaded, calibration, "awq", alpha_steps=2), context_of(loaded)
     name, layer = context.layers[0]
-    found = stand_ins(plan, loaded.model, REFERENCE, (name,))
+    found = quantized_modules(plan, loaded.model, REFERENCE, (name,))
     assert len(found.linears) == 7 and all(key.startswith(f"{name}.") for key in found.linears)
     assert {key.rpartition(".")[0] for key in found.values} == {
         f"{name}.input_layernorm", f"{name}.post_attention_layernorm"

@@ -35,12 +35,12 @@ from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoi
 from qvlm_plugin.models.placement import check_placement, empty_model
 from qvlm_plugin.models.pre_quantized import (
     check_quantizer,
-    read_packed_zero_points,
     loading_hint,
     note_schemes,
     put_blocks_right,
     put_ignored_right,
     put_unconverted_right,
+    read_packed_zero_points,
 )
 from qvlm_plugin.models.processors import read_processor
 from qvlm_plugin.models.prompts import IMAGE, PROMPT_FORMATS, chat_template, name_of, origin_of, prompt_format

@@ -20,8 +20,8 @@ Up to this number of tokens, the weight is the left operand of a CPU's integer p
 (measured with AVX-512, two threads, at 3072 x 576 and 4096 x 4096: one token 0.06 against 0.17 ms and 0.58 against 0.87
 ms, 16 tokens the same, 64 tokens 0.31 against 0.14 ms and 1.2 against 1.05 ms)."""
 
-_TOKENS, _OUTPUTS = 640, 2**20
-"""Maximum numbers of tokens and of outputs of one product on a CPU: 4 MB of float32. Larger temporaries get new memory
+_TOKENS, _OUTPUTS = 640, 2**19
+"""Maximum numbers of tokens and of outputs of one product on a CPU: 2 MB of float32. Larger temporaries get new memory
 at each call, which costs more than the arithmetic; with fewer tokens, weights are read too often."""
 
 _CUDA_ROWS = 17

@@ -9,8 +9,8 @@ from qvlm_plugin.kernels import fusable, fused
 from qvlm_plugin.kernels.sharing import once
 from qvlm_plugin.quantizers import quantization_step, round_to_codes, token_range
 
-_ELEMENTS = 2**18
-"""Elements rounded at a time on a CPU: 1 MB of float32, which stays in a core's cache between operators."""
+_ELEMENTS = 2**19
+"""Elements rounded at a time on a CPU: 2 MB of float32, which stay in the cores' caches between operators."""
 
 
 def token_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,11 +30,14 @@ def token_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Te
         if fusable.tokens(x):
             return fused.codes_of_tokens(x, ratio, center, bits)
         tokens = x.reshape(-1, x.shape[-1])
-        count = max(1, _ELEMENTS // tokens.shape[1]) if x.device.type == "cpu" else len(tokens)
-        if len(tokens) <= count:
+        some = max(1, _ELEMENTS // tokens.shape[1]) if x.device.type == "cpu" else len(tokens)
+        if len(tokens) <= some:
             return _codes(tokens, ratio, center, bits)
-        parts = [_codes(part, ratio, center, bits) for part in tokens.split(count)]
-        codes, step, offset = map(torch.cat, zip(*parts, strict=True))
+        codes = torch.empty_like(tokens, dtype=torch.int8)
+        step, offset = torch.empty(2, len(tokens), 1, device=x.device).unbind()
+        for start in range(0, len(tokens), some):
+            part = slice(start, start + some)
+            codes[part], step[part], offset[part] = _codes(tokens[part], ratio, center, bits)
         return codes, step, offset
 
     names = tuple(name for name in ("clip_ratio", "center") if name in tensors)
@@ -47,5 +50,5 @@ def _codes(tokens: Tensor, ratio: Tensor, center: Tensor | None, bits: int) -> t
     tokens = tokens.float() if center is None else tokens.float() - center
     lower, upper = token_range(tokens, ratio)
     step, inverse = quantization_step(lower, upper, bits)
-    codes = round_to_codes(tokens, lower, inverse, bits).sub_(zero_point)
-    return codes.to(torch.int8), step, lower + zero_point * step
+    codes = round_to_codes(tokens, lower, inverse, bits).to(torch.uint8).view(torch.int8)
+    return codes.sub_(zero_point), step, lower + zero_point * step  # modulo 256: bytes are faster than floats

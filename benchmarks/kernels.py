@@ -107,7 +107,7 @@ def measure(layout: str, shape: tuple[int, int], arguments: argparse.Namespace) 
     linear = nn.Linear(columns, rows, bias=False, device=device, dtype=torch.bfloat16)
     linear.weight.copy_(full.weight)
     full.weight.copy_(linear.weight)
-    copies = max(1, CACHE_BYTES // linear.weight.nbytes)
+    copies = arguments.copies or max(1, CACHE_BYTES // linear.weight.nbytes)
     modules: dict[str, list[nn.Module]] = {BASELINE: _copies(lambda: _copy(linear), copies)}
     references = {BASELINE: full}
     for name in arguments.variants:
@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=0.5, help="least time of the rounds, for each Linear and number of tokens"
     )
+    parser.add_argument("--copies", type=int, help="of each weight; default: so many that they exceed the last cache")
     parser.add_argument("--device", default=torch.device("cpu"), type=torch.device, help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     arguments = parser.parse_args()

@@ -26,7 +26,8 @@ def rows_of(monkeypatch, tmp_path):
 
 def test_kernels(rows_of):
     wanted = ["reference w4a4", "int4 w4a16", "int4 w4a4", "int4_folded w4a4", "int4_codes w4a4 token", "int8 w8a8"]
-    asked = ["--layouts", "demo", "--tokens", "1,70", "--rounds", "1", "--seconds", "0", "--variants", ",".join(wanted)]
+    sizes = ["--layouts", "demo", "--tokens", "1,70", "--copies", "1"]
+    asked = [*sizes, "--rounds", "1", "--seconds", "0", "--variants", ",".join(wanted)]
     rows = rows_of("kernels.py", *asked)
     assert {(row["out_features"], row["tokens"]) for row in rows} >= {(192, 1), (1536, 70)}
     by_variant = {row["variant"]: row for row in rows if row["out_features"] == 1536 and row["tokens"] == 70}

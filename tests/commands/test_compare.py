@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from models.test_pre_quantized import compressed
 from report.stub_harness import calls, write_stub
+from tiny_llava import write_tiny_llava
 from typer.testing import CliRunner
 
 from qvlm_plugin.cli import app
@@ -57,7 +58,7 @@ def test_runs_may_be_jobs_with_resources_from_the_file_or_options(place, tmp_pat
 
 
 def test_a_checkpoint_quantized_by_others_is_one_row_beside_all_schemes(place, tmp_path):
-    folder, _ = compressed(tmp_path / "theirs-w4a16", [])
+    folder, _ = compressed(write_tiny_llava(tmp_path / "theirs-w4a16", hidden=64), [])
     rows = GRID.replace("[rtn, awq]", "[rtn, theirs]") + f"options: {{theirs: {{pretrained: {folder}}}}}\n"
     (tmp_path / "grid.yaml").write_text(rows)
     shown = run(tmp_path, "--dry-run").stdout

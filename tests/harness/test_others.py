@@ -11,7 +11,7 @@ from qvlm_plugin.harness.wrapper import QVLMChat
 
 def test_other_programs_checkpoints_run_with_their_known_facts(tmp_path):
     names = ignored_names(write_tiny_llava(tmp_path / "source", hidden=64), "model.")
-    folder, rounded = compressed(tmp_path / "x", names)
+    folder, rounded = compressed(write_tiny_llava(tmp_path / "x", hidden=64), names)
     model = QVLMChat(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)
     docs = [{"text": f"what is {index}?", "images": [random_image(index)]} for index in range(3)]
     assert any(texts(model.generate_until(ask(model, docs, max_new_tokens=6))))

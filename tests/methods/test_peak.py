@@ -30,8 +30,13 @@ METHODS = [
     ("qvlm_jacobian", {"veo_epochs": 1, "veo_decoder": "full"}),
 ]
 
+WIDE, DEEP, WIDE_TOWER = (256, 3, 24, 50), (160, 6, 24, 30), (64, 2, 512, 30)
+"""Width and depth of the decoder, width of the tower, words of a sample."""
+CASES = [(DEEP, *method) for method in METHODS]
+CASES += [(shape, *METHODS[index]) for shape in (WIDE, WIDE_TOWER) for index in (1, 4, 7, 8)]
 
-@pytest.fixture(scope="module", params=[(256, 3, 24, 50), (160, 6, 24, 30), (64, 2, 512, 30)], ids=str)
+
+@pytest.fixture(scope="module")
 def shape(request, tmp_path_factory):
     """A model whose decoder has some width and depth, and its tower some width; and four samples of many words, two to
     a batch, of which one has padding."""
@@ -43,7 +48,7 @@ def shape(request, tmp_path_factory):
     return load(str(folder), dtype="float32"), CalibrationSet(tuple(samples))
 
 
-@pytest.mark.parametrize("method, options", METHODS, ids=str)
+@pytest.mark.parametrize("shape, method, options", CASES, ids=str, indirect=["shape"])
 def test_the_formula_is_within_a_fifth_of_what_is_alive(method, options, shape, monkeypatch):
     # What is the same for every model must not hide what is not.
     monkeypatch.setattr(dependency, "CHUNK", 2**15)
@@ -62,6 +67,7 @@ def test_the_formula_is_within_a_fifth_of_what_is_alive(method, options, shape, 
         assert live.peak == pytest.approx(peak.bytes, rel=0.2), (step.name, peak.largest)
 
 
+@pytest.mark.parametrize("shape", [WIDE, DEEP, WIDE_TOWER], ids=str, indirect=True)
 def test_what_waits_on_the_cpu_does_not_count_on_an_accelerator(shape):
     loaded, _ = shape
     shapes = Shapes.of(loaded.model, plugins.topology(loaded.model.config))

@@ -11,15 +11,6 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-KERNELS: dict[str, Callable[[Row], str]] = {
-    "Linear": lambda row: f"{row['layout']} {row['layers']} {row['out_features']} × {row['in_features']}",
-    "tokens": lambda row: str(row["tokens"]),
-    "variant": lambda row: row["variant"],
-    "MB": lambda row: f"{row['weight_bytes'] / 1e6:.1f}",
-    "ms": lambda row: f"{row['ms']:.3g} ± {100 * row['spread']:.0f} %",
-    "× as fast as bf16": lambda row: f"{row['times_as_fast_as_bf16']:.2f}",
-    "relative error": lambda row: f"{row['relative_error']:.1e}",
-}
 GENERATE: dict[str, Callable[[Row], str]] = {
     "variant": lambda row: row["variant"],
     "weights, GB": lambda row: f"{row['weight_bytes'] / 1e9:.2f}",
@@ -40,12 +31,34 @@ SEARCH: dict[str, Callable[[Row], str]] = {
 
 def table(rows: list[Row]) -> str:
     """A file's rows as a Markdown table, below a line with the machine."""
-    columns = SEARCH if "search" in rows[0] else KERNELS
+    if "out_features" in rows[0]:
+        return f"{rows[0]['machine']}\n\n{_by_size(rows)}"
+    columns = SEARCH
     if "prefill_ms" in rows[0]:
         columns = GENERATE | {f"{length} out, s": _answer(length) for length in _lengths(rows[0])}
     lines = [rows[0]["machine"], "", f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
     return "\n".join(lines)
+
+
+def _by_size(rows: list[Row]) -> str:
+    """Products: a row for each variant, and a cell for each Linear and number of tokens."""
+    sizes = dict.fromkeys((row["out_features"], row["in_features"], row["tokens"]) for row in rows)
+    heads = (f"{outputs} × {inputs}, {tokens}" for outputs, inputs, tokens in sizes)
+    lines = [f"| variant | {' | '.join(heads)} | error |", f"|---|{'---:|' * (len(sizes) + 1)}"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = {
+            (row["out_features"], row["in_features"], row["tokens"]): row for row in rows if row["variant"] == variant
+        }
+        cells = (_product(own[size]) if size in own else "" for size in sizes)
+        error = max(row["relative_error"] for row in own.values())
+        lines.append(f"| {variant} | {' | '.join(cells)} | {error:.1e} |")
+    return "\n".join(lines)
+
+
+def _product(row: Row) -> str:
+    ratio = f"{row['times_as_fast_as_bf16']:.2f}"
+    return f"{row['ms']:.3g}" if row["variant"] == "bf16" else f"{row['ms']:.3g} (× {ratio})"
 
 
 def _lengths(row: Row) -> list[str]:

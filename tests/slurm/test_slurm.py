@@ -59,8 +59,10 @@ def run(cells, setting, **request):
     return run_cells(cells, setting, "exact_match", console, jobs), console.file.getvalue()
 
 
-def until(condition):
+def until(condition, seconds=120):
+    end = time.monotonic() + seconds
     while not condition():
+        assert time.monotonic() < end
         time.sleep(0.1)
 
 
@@ -90,7 +92,7 @@ def test_a_grid_runs_as_jobs_and_is_known_again(setting, place):
         ({"partition": "gone"}, "Slurm refused the job of tiny/none/quiz: .*Invalid partition name specified"),
         ({"gpus": 1}, "Slurm refused the job of tiny/none/quiz: .*Invalid generic resource"),
         ({"memory": 500}, "Slurm refused the job of tiny/none/quiz: .*Requested node configuration is not available"),
-        ({"partition": "short"}, "Slurm will never start the job of tiny/none/quiz, .*: PartitionTimeLimit"),
+        ({"partition": "short"}, "Slurm will never start the job of tiny/none/quiz: .*PartitionTimeLimit"),
     ],
 )
 def test_a_refused_job_is_one_line_and_leaves_nothing_in_the_queue(setting, place, request_, message):
@@ -131,7 +133,7 @@ def test_a_requeued_job_runs_again(setting, place):
 def test_who_starts_a_grid_anew_finds_its_jobs(setting, place):
     block(place)
     command = [sys.executable, "-m", "qvlm_plugin", "compare", setting.output, "--models", "tiny", "--methods", "none"]
-    command += ["--schemes", "w4a4", "--tasks", "quiz", "--data", place, "--executor", "slurm", "--time", "5"]
+    command += ["--schemes", "w4a4", "--tasks", "gqa", "--data", place, "--executor", "slurm", "--time", "5"]
     killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     until((place / "started.txt").is_file)
     killed.kill()
@@ -140,7 +142,7 @@ def test_who_starts_a_grid_anew_finds_its_jobs(setting, place):
     until(lambda: "started" in interrupted.stderr.readline())
     interrupted.send_signal(signal.SIGINT)
     _, shown = interrupted.communicate(timeout=60)
-    assert interrupted.returncode == 130 and "tiny/none-w16a16/quiz: its job continues\n" in shown, shown
+    assert interrupted.returncode == 130 and "tiny/none-w16a16/gqa: its job continues\n" in shown, shown
     assert len(queue("--format=%i")) == 1
     (place / "go").touch()
     done = subprocess.run(command, capture_output=True, text=True)

@@ -76,8 +76,8 @@ seeds: install  ## methods at W4A4 on three draws of 32 and of 64 calibration sa
 	$(BIN)/python benchmarks/seeds.py table seeds-results
 
 bench: install  ## speed and memory of packed execution on this machine, beside bfloat16 (some 20 minutes)
-	$(BIN)/python benchmarks/kernels.py --layouts 7b --seconds 0.4 --json docs/performance/kernels-cpu.json
-	$(BIN)/python benchmarks/generate.py --layers 2 --rounds 2 --json docs/performance/generate-cpu.json
+	$(BIN)/python benchmarks/kernels.py --layouts 7b --seconds 0.5 --json docs/performance/kernels-cpu.json
+	$(BIN)/python benchmarks/generate.py --layers 2 --rounds 3 --json docs/performance/generate-cpu.json
 	$(BIN)/python benchmarks/generate.py --layout demo --prompt-tokens 90 --rounds 3 \
 		--variants bf16,reference-w4a4,packed-w4a4,nf4a4,reference-w8a8,packed-w8a8 \
 		--json docs/performance/generate-demo-cpu.json

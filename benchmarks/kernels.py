@@ -83,11 +83,19 @@ offloaded or compiled."""
 BASELINE = "bf16"
 
 _L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # such as 32768K; Linux only
-CACHE_BYTES = 4 * max(2**25, 1024 * int(_L3.read_text().rstrip("K\n")) if _L3.exists() else 0)
-"""Minimum total size of the copies of a weight in bfloat16, so that copies of four bits exceed the last cache, too."""
 
 FEW = 64
 """Products of more tokens are limited by arithmetic, so that two copies are enough."""
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """Size of the last cache, or 32 MiB if that is larger: copies of four times as much in bfloat16 exceed it at four
+    bits, too."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device).L2_cache_size
+    else:
+        found = 1024 * int(_L3.read_text().rstrip("K\n")) if _L3.exists() else 0
+    return max(2**25, found)
 
 
 def parameters_of(activation: ActivationFormat, x: Tensor) -> dict[str, Tensor]:
@@ -107,7 +115,7 @@ def measure(layout: str, shape: tuple[int, int], arguments: argparse.Namespace) 
     linear = nn.Linear(columns, rows, bias=False, device=device, dtype=torch.bfloat16)
     linear.weight.copy_(full.weight)
     full.weight.copy_(linear.weight)
-    copies = arguments.copies or max(1, CACHE_BYTES // linear.weight.nbytes)
+    copies = arguments.copies or max(1, 4 * _cache_bytes(device) // linear.weight.nbytes)
     modules: dict[str, list[nn.Module]] = {BASELINE: _copies(lambda: _copy(linear), copies)}
     references = {BASELINE: full}
     for name in arguments.variants:

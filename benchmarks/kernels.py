@@ -161,7 +161,7 @@ def measure(layout: str, shape: tuple[int, int], arguments: argparse.Namespace) 
                     "out_features": rows,
                     "in_features": columns,
                     "tokens": count,
-                    "weight_bytes": _bytes(layers[0]),
+                    "weight_bytes": sum(tensor.nbytes for tensor in (*layers[0].parameters(), *layers[0].buffers())),
                     "ms": 1e3 * times[name].median / used,
                     "spread": times[name].spread,
                     "times_as_fast_as_bf16": times[name].faster_than(times[BASELINE]),
@@ -209,9 +209,10 @@ class _Prepacked(nn.Module):
 
     def __init__(self, weight: Tensor, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
-        codes, self.scale = round_to_int8(weight)
-        self.row_sum = codes.sum(1) * self.scale
-        self.packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        codes, scale = round_to_int8(weight)
+        self.register_buffer("packed", torch.ops.onednn.qlinear_prepack(codes, None))
+        self.register_buffer("scale", scale)
+        self.register_buffer("row_sum", codes.sum(1) * scale)
         self.zero_point = torch.zeros(len(codes), dtype=torch.int64)
         self.range = parameters
 
@@ -243,11 +244,6 @@ def _run(layers: list[nn.Module], x: Tensor) -> Callable[[], None]:
             layer(x)
 
     return run
-
-
-def _bytes(layer: nn.Module) -> int:
-    packed = (layer.packed, layer.scale, layer.row_sum) if isinstance(layer, _Prepacked) else layer.parameters()
-    return sum(tensor.nbytes for tensor in packed)
 
 
 def _error(layer: nn.Module, reference: nn.Module, x: Tensor) -> float:

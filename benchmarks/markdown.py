@@ -33,9 +33,10 @@ def table(rows: list[Row]) -> str:
     """A file's rows as a Markdown table, below a line with the machine."""
     if "out_features" in rows[0]:
         return f"{rows[0]['machine']}\n\n{_by_size(rows)}"
-    columns = SEARCH
     if "prefill_ms" in rows[0]:
         columns = GENERATE | {f"{length} out, s": _answer(length) for length in _lengths(rows[0])}
+    else:
+        columns = SEARCH
     lines = [rows[0]["machine"], "", f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
     return "\n".join(lines)
@@ -43,22 +44,21 @@ def table(rows: list[Row]) -> str:
 
 def _by_size(rows: list[Row]) -> str:
     """Products: a row for each variant, and a cell for each Linear and number of tokens."""
-    sizes = dict.fromkeys((row["out_features"], row["in_features"], row["tokens"]) for row in rows)
-    heads = (f"{outputs} × {inputs}, {tokens}" for outputs, inputs, tokens in sizes)
-    lines = [f"| variant | {' | '.join(heads)} | error |", f"|---|{'---:|' * (len(sizes) + 1)}"]
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = {
-            (row["out_features"], row["in_features"], row["tokens"]): row for row in rows if row["variant"] == variant
-        }
-        cells = (_product(own[size]) if size in own else "" for size in sizes)
-        error = max(row["relative_error"] for row in own.values())
+    variants = {row["variant"]: {} for row in rows}
+    for row in rows:
+        variants[row["variant"]][f"{row['out_features']} × {row['in_features']}, {row['tokens']}"] = row
+    sizes = [*dict.fromkeys(size for found in variants.values() for size in found)]
+    lines = [f"| variant | {' | '.join(sizes)} | error |", f"|---|{'---:|' * (len(sizes) + 1)}"]
+    for variant, found in variants.items():
+        cells = (_product(found[size]) if size in found else "" for size in sizes)
+        error = max(row["relative_error"] for row in found.values())
         lines.append(f"| {variant} | {' | '.join(cells)} | {error:.1e} |")
     return "\n".join(lines)
 
 
 def _product(row: Row) -> str:
-    ratio = f"{row['times_as_fast_as_bf16']:.2f}"
-    return f"{row['ms']:.3g}" if row["variant"] == "bf16" else f"{row['ms']:.3g} (× {ratio})"
+    ratio = "" if row["variant"] == "bf16" else f" (× {row['times_as_fast_as_bf16']:.2f})"
+    return f"{row['ms']:.3g}{ratio}"
 
 
 def _lengths(row: Row) -> list[str]:

@@ -53,9 +53,10 @@ def round_to_points(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor, bit
     return by_rows(rounded, x, (lower, step, inverse), x.dtype)
 
 
-def round_to_codes(x: Tensor, lower: Tensor, inverse: Tensor, bits: int) -> Tensor:
-    """The codes of `fake_quantize`: whole numbers in a new float32 tensor."""
-    distance = x.sub(lower) if x.dtype == torch.float32 else x.float().sub_(lower)
+def round_to_codes(x: Tensor, lower: Tensor, inverse: Tensor, bits: int, in_place: bool = False) -> Tensor:
+    """The codes of `fake_quantize`: whole numbers in float32, in a new tensor or in that of a float32 ``x``."""
+    keeps_x = x.dtype == torch.float32 and not in_place
+    distance = x.sub(lower) if keeps_x else x.float().sub_(lower)
     return distance.mul_(inverse).round_().clamp_(0, 2**bits - 1)
 
 

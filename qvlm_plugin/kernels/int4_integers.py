@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.kernels.int4_product import UnpackedRows, unpacked_tiles
-from qvlm_plugin.kernels.int8_product import finished, product_of_codes, scaled
+from qvlm_plugin.kernels.int8_product import product_of_codes, scaled, write_products
 from qvlm_plugin.kernels.operators import operator
 
 FEW_TOKENS = 16
 """Up to this number of tokens, bfloat16 models (on CUDA float16 models, too) use torch's operator for packed weights,
 which rounds sums to bfloat16. In float32 it is many times slower on a CPU than unpacking the weight."""
-
-_TOKENS = 640
-"""Tokens that are multiplied at a time: few enough for their sums to stay in the cache."""
 
 
 def whole_numbers(packed: Mapping[str, Tensor]) -> Iterator[Tensor]:
@@ -88,10 +85,7 @@ def int4_codes_linear(
     out, row = unit.new_empty(len(codes), len(unit), dtype=dtype), 0
     for weight in whole_numbers({"packed": packed, "scales_and_zeros": scales_and_zeros}):
         rows = slice(row, row + len(weight))
-        part_bias = None if bias is None else bias[rows]
-        for token in range(0, len(codes), _TOKENS):
-            tokens = slice(token, token + _TOKENS)
-            product = product_of_codes(codes[tokens], weight.flatten(1)) * unit[rows]
-            out[tokens, rows] = finished(product, part_bias, step[tokens], offset[tokens], row_sum[rows])
+        others = None if bias is None else bias[rows], step, offset, row_sum[rows]
+        write_products(out[:, rows], [codes], [weight.flatten(1)], unit[None, rows], others)
         row = rows.stop
     return out

@@ -81,7 +81,29 @@ def int8_linear(
     if codes.device.type != "cpu" or (count <= _TOKENS and count * rows <= _OUTPUTS):
         total = _scaled_sum(parts, weights, scale.unbind())
         return finished(total, bias, step, offset, row_sum).to(dtype)
-    out, row_step = scale.new_empty(count, rows, dtype=dtype), max(1, _OUTPUTS // min(count, _TOKENS))
+    out = scale.new_empty(count, rows, dtype=dtype)
+    write_products(out, parts, weights, scale, (bias, step, offset, row_sum))
+    return out
+
+
+def write_products(
+    out: Tensor,
+    parts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    scale: Tensor,
+    others: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Compute `int8_linear` on a CPU in pieces whose temporaries stay in the cache.
+
+    Args:
+        out: where to write the result, [N, O]; rows of the weight may be a slice of a larger tensor.
+        parts: codes of each segment, int8 [N, channels].
+        weights, scale: see `int8_linear`.
+        others: ``bias``, ``step``, ``offset`` and ``row_sum``, see `int8_linear`.
+    """
+    bias, step, offset, row_sum = others
+    count, rows = out.shape
+    row_step = max(1, _OUTPUTS // min(count, _TOKENS))
     for row in range(0, rows, row_step):
         of_rows = slice(row, row + row_step)
         part_weights, part_scales = [weight[of_rows] for weight in weights], scale[:, of_rows].unbind()
@@ -91,12 +113,11 @@ def int8_linear(
             total = _scaled_sum([part[of_tokens] for part in parts], part_weights, part_scales)
             steps = (None if tensor is None else tensor[of_tokens] for tensor in (step, offset))
             out[of_tokens, of_rows] = finished(total, part_bias, *steps, part_sums)
-    return out
 
 
 def _scaled_sum(parts: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
     """Exact products of segments, scaled and added in float32: [N, O]."""
-    total = product_of_codes(parts[0], weights[0]) * scales[0]
+    total = product_of_codes(parts[0], weights[0]).float().mul_(scales[0])  # int32 times float32 takes 10 times as long
     for part, weight, scale in zip(parts[1:], weights[1:], scales[1:], strict=True):
         total.addcmul_(product_of_codes(part, weight), scale)
     return total
@@ -121,7 +142,7 @@ def scaled(
     """The product of the values that codes represent: [N, O] in ``dtype``, computed in float32.
 
     Args:
-        product: product of codes, [N, O].
+        product: product of codes, [N, O]; overwritten if it is float32.
         scale: scales of the weight's rows, float32 [O].
         bias: [O] or None.
         dtype: dtype of the result.
@@ -129,7 +150,7 @@ def scaled(
     """
     if fusable.scaling(product, dtype):
         return fused.scale_product(product, scale, bias, dtype, steps)
-    return finished(product * scale, bias, *steps).to(dtype)
+    return finished(product.float().mul_(scale), bias, *steps).to(dtype)
 
 
 def finished(

@@ -32,7 +32,8 @@ def token_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Te
         tokens = x.reshape(-1, x.shape[-1])
         some = max(1, _ELEMENTS // tokens.shape[1]) if x.device.type == "cpu" else len(tokens)
         if len(tokens) <= some:
-            return _codes(tokens, ratio, center, bits)
+            codes, step, offset = _codes(tokens, ratio, center, bits)
+            return codes.to(torch.int8), step, offset
         codes = torch.empty_like(tokens, dtype=torch.int8)
         step, offset = torch.empty(2, len(tokens), 1, device=x.device).unbind()
         for start in range(0, len(tokens), some):
@@ -45,10 +46,10 @@ def token_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Te
 
 
 def _codes(tokens: Tensor, ratio: Tensor, center: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`token_codes` of tokens [N, I]."""
+    """`token_codes` of tokens [N, I], with codes in float32."""
     zero_point = 2 ** (bits - 1)
-    tokens = tokens.float() if center is None else tokens.float() - center
-    lower, upper = token_range(tokens, ratio)
+    values = tokens.float() if center is None else tokens.float() - center
+    lower, upper = token_range(values, ratio)
     step, inverse = quantization_step(lower, upper, bits)
-    codes = round_to_codes(tokens, lower, inverse, bits).to(torch.uint8).view(torch.int8)
-    return codes.sub_(zero_point), step, lower + zero_point * step  # modulo 256: bytes are faster than floats
+    codes = round_to_codes(values, lower, inverse, bits, in_place=values is not tokens)
+    return codes.sub_(zero_point), step, lower + zero_point * step  # signed: uint8 takes 4 times as long to write

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qvlm_plugin.kernels.dequantized import PART, product_by_rows, rows_at_once
+from qvlm_plugin.kernels.dequantized import LEAST_ROWS, PART, product_by_rows, rows_at_once
 
 
 @pytest.mark.parametrize("some", [16, 40, 96])
@@ -20,8 +20,13 @@ def test_parts_of_a_product_equal_the_whole_to_the_bit(some, with_bias):
     assert [start for start, _ in spans] == list(range(0, 96, some)) and spans[-1][1] == 96
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(4096, 4096), (32, 64), (48, 2 * PART), (11008, 4096), (40, PART // 33)])
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [(4096, 4096), (32, 64), (48, 2 * PART), (11008, 4096), (4096, 11008), (5120, 13824), (32064, 4096), (1000, 2**15)],
+)
 def test_rows_at_once(rows, columns):
     some = rows_at_once(rows, columns, 32)
-    assert some == rows or (some % 32 == 0 and (some + 32) * columns > PART)
-    assert some == 32 or some * columns <= PART
+    assert some == rows or some % 32 == 0
+    assert some <= LEAST_ROWS + 32 or some * columns <= PART + 32 * columns
+    last = rows % some or some
+    assert some == rows or min(some, last) >= 0.75 * LEAST_ROWS

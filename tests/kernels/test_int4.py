@@ -40,6 +40,7 @@ def test_clipped_weights():
 @pytest.mark.parametrize("part", [2**12, 2**14, 2**20])
 def test_many_tokens_are_multiplied_like_few(monkeypatch, rows, dtype, part):
     monkeypatch.setattr(dequantized, "PART", part)
+    monkeypatch.setattr(dequantized, "LEAST_ROWS", 1)
     problem = Problem.draw((rows, 128), tokens=int4_product.FEW_TOKENS + 1, dtype=dtype)
     layer = problem.quantized(INT4, int_format(4, 64), STATIC)
     few = torch.cat([layer(half) for half in problem.x.split(25)])

@@ -3,7 +3,7 @@ import torch
 from kernel_problems import A16, CENTERED, CENTERED8, CPU, STATIC, TOKEN, TOKEN8, Problem, int_format, relative
 
 from qvlm_plugin.formats import ActivationFormat, stored_format
-from qvlm_plugin.kernels import dequantized, int4_integers
+from qvlm_plugin.kernels import dequantized, int8_product
 from qvlm_plugin.kernels.int4_codes import INT4_CODES
 from qvlm_plugin.kernels.int4_integers import FEW_TOKENS, whole_numbers
 from qvlm_plugin.kernels.int4_product import pack_weight
@@ -72,7 +72,8 @@ def test_parts_of_a_product_are_the_whole(monkeypatch, part):
     problem = Problem.draw((144, 128), tokens=40, dtype=torch.float16)
     whole = problem.outputs(INT4_CODES, progressive(), TOKEN)
     monkeypatch.setattr(dequantized, "PART", part)
-    monkeypatch.setattr(int4_integers, "_TOKENS", 7)
+    monkeypatch.setattr(dequantized, "LEAST_ROWS", 1)
+    monkeypatch.setattr(int8_product, "_TOKENS", 7)
     assert torch.equal(problem.outputs(INT4_CODES, progressive(), TOKEN), whole)
 
 

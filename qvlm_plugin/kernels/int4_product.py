@@ -140,7 +140,7 @@ def _codes_of_tiles(packed: Tensor) -> Tensor:
 def _scale_and_zero_point(scales_and_zeros: Tensor) -> tuple[Tensor, Tensor]:
     """A weight's scales [O, G] in their own dtype, and its zero points, int8 [O, G]."""
     scale, zero = (pair.t().contiguous() for pair in scales_and_zeros.unbind(-1))
-    return scale, (8 - zero.float() / scale.float()).round().to(torch.int8)  # rounding makes it exact
+    return scale, (8 - zero / scale).round_().to(torch.int8)  # rounding makes it exact
 
 
 def _times_dequantized(x: Tensor, packed: Tensor, scales_and_zeros: Tensor, bias: Tensor | None) -> Tensor:

@@ -122,23 +122,23 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     if activation_format.kind == "none":
         output = int8_weight_linear(tokens, tensors["codes_0"], tensors["scale"][0])
         return like_input(output + tensors["bias"] if "bias" in tensors else output, x)
-    bits, step, offset, sums = activation_format.bits, None, None, None
+    bits, step, offset, unknown = activation_format.bits, None, None, None
     if activation_format.kind == "static_channel":
-        codes, sums = once(x, tensors, ENCODING, ("codes and sums", bits), lambda: _channel_codes(x, tensors, bits))
+        codes, unknown = once(x, tensors, ENCODING, ("codes, NaN", bits), lambda: _channel_codes(x, tensors, bits))
     else:
         codes, step, offset = token_codes(x, tensors, bits)
         codes = _pad(codes, tensors["codes_0"].shape[1])
     output = int8_linear(
         codes, _segments(tensors), tensors["scale"], tensors.get("bias"), x.dtype, step, offset, tensors.get("row_sum")
     )
-    return like_input(output if sums is None else output.add_(sums, alpha=0), x)
+    return like_input(output if unknown is None else output.add_(unknown), x)
 
 
 def _channel_codes(x: Tensor, tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor]:
-    """Codes, see `encode`, and the tokens' sums [N, 1], which keep NaN: codes cannot, so an overflow in an earlier
-    layer would go unnoticed."""
+    """Codes, see `encode`, and for each token 0 or NaN [N, 1] in the dtype of ``x``: codes cannot be NaN, so an
+    overflow in an earlier layer would go unnoticed."""
     sums = x.reshape(-1, x.shape[-1]).sum(dim=-1, keepdim=True, dtype=torch.float32)
-    return encode(x, tensors, bits, torch.int8), sums
+    return encode(x, tensors, bits, torch.int8), sums.mul_(0).to(x.dtype)
 
 
 def _segments(tensors: Mapping[str, Tensor]) -> list[Tensor]:

@@ -119,7 +119,7 @@ def _scaled_sum(parts: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequ
     """Exact products of segments, scaled and added in float32: [N, O]."""
     total = product_of_codes(parts[0], weights[0]).float().mul_(scales[0])  # int32 times float32 takes 10 times as long
     for part, weight, scale in zip(parts[1:], weights[1:], scales[1:], strict=True):
-        total.addcmul_(product_of_codes(part, weight), scale)
+        total.addcmul_(product_of_codes(part, weight).float(), scale)
     return total
 
 

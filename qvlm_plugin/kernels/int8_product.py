@@ -24,6 +24,9 @@ _TOKENS, _OUTPUTS = 640, 2**19
 """Maximum numbers of tokens and of outputs of one product on a CPU: 2 MB of float32. Larger temporaries get new memory
 at each call, which costs more than the arithmetic; with fewer tokens, weights are read too often."""
 
+_ROWS = 256
+"""Rows of the weight in one product on a CPU are a multiple of this: with AMX a tenth faster than other numbers."""
+
 _CUDA_ROWS = 17
 """Minimum number of tokens of torch's integer product on CUDA."""
 
@@ -103,7 +106,7 @@ def write_products(
     """
     bias, step, offset, row_sum = others
     count, rows = out.shape
-    row_step = max(1, _OUTPUTS // min(count, _TOKENS))
+    row_step = max(1, _OUTPUTS // min(count, _TOKENS) // _ROWS) * _ROWS
     for row in range(0, rows, row_step):
         of_rows = slice(row, row + row_step)
         part_weights, part_scales = [weight[of_rows] for weight in weights], scale[:, of_rows].unbind()

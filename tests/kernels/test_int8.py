@@ -107,6 +107,7 @@ def test_parts_of_integer_products_equal_the_whole_to_the_bit(monkeypatch, activ
     whole = layer(problem.x)
     monkeypatch.setattr(int8_product, "_TOKENS", tokens)
     monkeypatch.setattr(int8_product, "_OUTPUTS", outputs)
+    monkeypatch.setattr(int8_product, "_ROWS", 1)
     assert torch.equal(layer(problem.x), whole)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from pydantic import BaseModel, Field
 from rich import box
 from rich.cells import cell_len
 from rich.console import Group
@@ -15,55 +14,12 @@ from rich.table import Table
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import concerning, one_line, read_json
-from qvlm_plugin.report.leaderboard.schema import generation_speed, is_simulated, main_metric
+from qvlm_plugin.report.leaderboard.schema import main_metric, numbers, parse_results
 from qvlm_plugin.report.naming import traits
 from qvlm_plugin.report.shares import FEWEST, PERCENT, Interval, scale, score_text, share_interval
 
 BYPASS = "bypass"
 """The metric that lmms-eval writes, with a value of 999, under ``--predict_only``."""
-
-
-class _Counts(BaseModel):
-    effective: int
-    original: int
-
-
-class _Widths(BaseModel):
-    weight: float
-    activation: float
-
-
-class _Run(BaseModel):
-    """The parts of a run's ``qvlm`` that are read."""
-
-    method: str = "?"
-    scheme: str = "?"
-    backend: str | None = None
-    bits: dict[str, _Widths] = Field(default_factory=dict)
-    calibration: dict[str, Any] | None = None
-    packed_bytes: int | None = None
-    stand_in: bool = False
-    search_seconds: float | None = None
-
-
-class _Command(BaseModel):
-    offset: int | None = None
-
-
-class _File(BaseModel):
-    """The parts of a results file that are read."""
-
-    results: dict[str, dict[str, Any]]
-    counts: dict[str, _Counts] = Field(alias="n-samples")
-    configs: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    config: _Command = Field(default_factory=_Command)
-    throughput: dict[str, Any] | None = None
-    qvlm: _Run | None = None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        simulated = self.qvlm is not None and is_simulated(self.qvlm.method, self.qvlm.backend)
-        return None if simulated else generation_speed(self.throughput)
 
 
 @dataclass(frozen=True)
@@ -146,16 +102,13 @@ def _results_files(path: Path) -> list[Path]:
 def _read_file(file: Path) -> Iterator[Score]:
     try:
         content = read_json(file)
-        read = _File.model_validate(content)
     except (OSError, ValueError) as error:
         raise QVLMError(f"{file} is not a results file of lmms-eval: {one_line(error)}") from error
+    read = parse_results(content, file)
     for task, metrics in read.results.items():
-        for key, value in metrics.items():
-            metric, _, kind = key.partition(",")
-            if not kind or "_stderr" in metric or not isinstance(value, int | float):
-                continue
+        counts = read.counts.get(task)  # groups have none
+        for metric, kind, value in numbers(metrics):
             stderr = metrics.get(f"{metric}_stderr,{kind}")
-            counts = read.counts.get(task)  # groups have none
             yield Score(
                 task=task,
                 metric=metric,

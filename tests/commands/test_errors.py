@@ -23,14 +23,15 @@ def one_line(result):
 @pytest.fixture
 def odd_results(tmp_path):
     """A results file that lacks something, beside one that does not."""
-    write_run(tmp_path / "right", {"quiz": scored([1, 0])}, qvlm={"method": "rtn", "scheme": "w4a4"})
-    write_run(tmp_path / "odd", {"quiz": scored([1, 0])}, qvlm={"method": "rtn"})
+    known = {"method": "rtn", "scheme": "w4a4"}
+    write_run(tmp_path / "right", {"quiz": scored([1, 0])}, qvlm=known | {"plan_hash": "0a"})
+    write_run(tmp_path / "odd", {"quiz": scored([1, 0])}, qvlm=known)
     (file,) = (tmp_path / "odd").rglob("*_results.json")
     return file
 
 
 def test_an_unexpected_exception_names_the_file_and_the_traceback_switch(odd_results, monkeypatch):
-    monkeypatch.setattr("qvlm_plugin.report.results._bits", lambda run: run["scheme"])
+    monkeypatch.setattr("qvlm_plugin.report.results._bits", lambda run: run["plan_hash"])
     line = one_line(run("results", odd_results.parents[2], COLUMNS="80"))
     assert line.startswith("error: KeyError: ") and str(odd_results) in line
     assert "qvlm_plugin/report/results.py, line " in line and "QVLM_TRACEBACK=1" in line

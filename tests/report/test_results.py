@@ -41,10 +41,10 @@ def shown(files, width):
 
 def test_scores_keep_their_error_count_and_provenance(tmp_path):
     (tmp_path / "deeper").mkdir()
-    write(tmp_path / "deeper", "a", 0.5, effective=10, qvlm={"method": "rtn"})
+    write(tmp_path / "deeper", "a", 0.5, effective=10, qvlm={"method": "rtn", "scheme": "w4a4"})
     (score,) = read_results([tmp_path])
     assert (score.task, score.metric, score.value, score.stderr) == ("quiz", "exact_match", 0.5, 0.012)
-    assert score.limited and score.documents == 10 and score.run == {"method": "rtn"}
+    assert score.limited and score.documents == 10 and score.run == {"method": "rtn", "scheme": "w4a4"}
 
 
 def test_the_table_marks_stand_in_data_limits_and_foreign_runs(tmp_path):

@@ -95,7 +95,9 @@ def machine(device: torch.device) -> str:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
         found = torch.cpu.get_capabilities()
         bf16 = next((name for name in ("amx_bf16", "avx512_bf16") if found.get(name)), "no bfloat16 instructions")
-        where = f"{_processor()}, {torch.get_num_threads()} threads, {bf16}, {memory:.0f} GB"
+        limit = os.environ.get("ONEDNN_MAX_CPU_ISA")  # oneDNN then leaves newer instructions out
+        instructions = f"{bf16}, oneDNN limited to {limit}" if limit else bf16
+        where = f"{_processor()}, {torch.get_num_threads()} threads, {instructions}, {memory:.0f} GB"
     return f"{where}; torch {torch.__version__}"
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qvlm_plugin.kernels.int4_product import UnpackedRows, unpacked_tiles
-from qvlm_plugin.kernels.int8_product import product_of_codes, scaled, write_products
+from qvlm_plugin.kernels.int8_product import int8_linear, product_of_codes, scaled
 from qvlm_plugin.kernels.operators import operator
 
 FEW_TOKENS = 16
@@ -85,7 +85,7 @@ def int4_codes_linear(
     out, row = unit.new_empty(len(codes), len(unit), dtype=dtype), 0
     for weight in whole_numbers({"packed": packed, "scales_and_zeros": scales_and_zeros}):
         rows = slice(row, row + len(weight))
-        others = None if bias is None else bias[rows], step, offset, row_sum[rows]
-        write_products(out[:, rows], [codes], [weight.flatten(1)], unit[None, rows], others)
+        part = [weight.flatten(1)], unit[None, rows], None if bias is None else bias[rows]
+        out[:, rows] = int8_linear(codes, *part, dtype, step, offset, row_sum[rows])
         row = rows.stop
     return out

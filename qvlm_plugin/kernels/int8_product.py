@@ -85,27 +85,6 @@ def int8_linear(
         total = _scaled_sum(parts, weights, scale.unbind())
         return finished(total, bias, step, offset, row_sum).to(dtype)
     out = scale.new_empty(count, rows, dtype=dtype)
-    write_products(out, parts, weights, scale, (bias, step, offset, row_sum))
-    return out
-
-
-def write_products(
-    out: Tensor,
-    parts: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    scale: Tensor,
-    others: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-) -> None:
-    """Compute `int8_linear` on a CPU in pieces whose temporaries stay in the cache.
-
-    Args:
-        out: where to write the result, [N, O]; rows of the weight may be a slice of a larger tensor.
-        parts: codes of each segment, int8 [N, channels].
-        weights, scale: see `int8_linear`.
-        others: ``bias``, ``step``, ``offset`` and ``row_sum``, see `int8_linear`.
-    """
-    bias, step, offset, row_sum = others
-    count, rows = out.shape
     row_step = max(1, _OUTPUTS // min(count, _TOKENS) // _ROWS) * _ROWS
     for row in range(0, rows, row_step):
         of_rows = slice(row, row + row_step)
@@ -116,6 +95,7 @@ def write_products(
             total = _scaled_sum([part[of_tokens] for part in parts], part_weights, part_scales)
             steps = (None if tensor is None else tensor[of_tokens] for tensor in (step, offset))
             out[of_tokens, of_rows] = finished(total, part_bias, *steps, part_sums)
+    return out
 
 
 def _scaled_sum(parts: Sequence[Tensor], weights: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:

@@ -57,6 +57,13 @@ def test_clipped_stored_and_corrected_weights(bias):
     assert problem.distance(INT4_CODES, stored, TOKEN, **codes) < CLOSE[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", list(CLOSE))
+def test_no_tokens(dtype):
+    problem = Problem.draw(dtype=dtype)
+    layer = problem.quantized(INT4_CODES, progressive(), TOKEN)
+    assert layer(problem.x[:0]).shape == (0, 64)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_shapes_of_the_input(bias):
     problem = Problem.draw(bias=bias)

@@ -13,8 +13,8 @@ from rich.console import Group
 from rich.table import Table
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.reading import concerning, one_line, read_json
-from qvlm_plugin.report.leaderboard.schema import main_metric, numbers, parse_results
+from qvlm_plugin.reading import concerning
+from qvlm_plugin.report.leaderboard.schema import main_metric, numbers, read_results_file
 from qvlm_plugin.report.naming import traits
 from qvlm_plugin.report.shares import FEWEST, PERCENT, Interval, scale, score_text, share_interval
 
@@ -100,11 +100,7 @@ def _results_files(path: Path) -> list[Path]:
 
 
 def _read_file(file: Path) -> Iterator[Score]:
-    try:
-        content = read_json(file)
-    except (OSError, ValueError) as error:
-        raise QVLMError(f"{file} is not a results file of lmms-eval: {one_line(error)}") from error
-    read = parse_results(content, file)
+    _, content, read = read_results_file(file)
     for task, metrics in read.results.items():
         counts = read.counts.get(task)  # groups have none
         for metric, kind, value in numbers(metrics):

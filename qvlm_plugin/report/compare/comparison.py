@@ -8,10 +8,9 @@ from typing import Any
 from scipy import stats
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.reading import read_json
 from qvlm_plugin.report.compare.grid import STORED, CompareGrid, GridCell, cells
 from qvlm_plugin.report.estimates import Estimate, estimate_data
-from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
+from qvlm_plugin.report.leaderboard.schema import ResultsFile, read_results_file
 from qvlm_plugin.report.paired import AVERAGE, Comparison, compare
 from qvlm_plugin.report.pooled import Pooled, pool
 from qvlm_plugin.report.runs import Outcome
@@ -170,7 +169,8 @@ def _key(grid_cell: GridCell) -> Key:
 def _read(grid_cell: GridCell, file: Path, metric: str) -> Compared:
     (samples,) = read_samples(file)
     *_, row = compare(samples, samples, metric)
-    return Compared(grid_cell, file, parse_results(read_json(file), file), samples, row.score, row.scale)
+    *_, parsed = read_results_file(file)
+    return Compared(grid_cell, file, parsed, samples, row.score, row.scale)
 
 
 def _with_baseline(grid: CompareGrid, cell: Compared, read: Mapping[Key, Compared]) -> Compared:

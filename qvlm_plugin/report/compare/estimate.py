@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.reading import read_json
-from qvlm_plugin.report.leaderboard.schema import ResultsFile, parse_results
+from qvlm_plugin.report.leaderboard.schema import ResultsFile, read_results_file
 from qvlm_plugin.report.runs import Cell
 
 EXACT, ALIKE, ANY = "runs of the same method and scheme", "runs of other methods", "runs in another precision"
@@ -54,9 +53,9 @@ def finished_runs(output: Path) -> list[Finished]:
     found = []
     for file in sorted(output.rglob("*_results.json")):
         try:
-            content = read_json(file)
-            found.append(_finished(parse_results(content, file), content.get("total_evaluation_time_seconds")))
-        except (OSError, ValueError, KeyError, TypeError, QVLMError):
+            _, content, parsed = read_results_file(file)
+            found.append(_finished(parsed, content.get("total_evaluation_time_seconds")))
+        except (ValueError, KeyError, TypeError, QVLMError):
             continue  # the comparison reports what is wrong with the file
     return found
 

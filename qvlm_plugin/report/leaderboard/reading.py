@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.reading import concerning, parse_json
+from qvlm_plugin.reading import concerning
 from qvlm_plugin.report.leaderboard.documents import Coverage, Marks, read_coverage
 from qvlm_plugin.report.leaderboard.row import Row
-from qvlm_plugin.report.leaderboard.schema import ResultsFile, main_metric, metric_list, numbers, parse_results
+from qvlm_plugin.report.leaderboard.schema import ResultsFile, main_metric, metric_list, numbers, read_results_file
 from qvlm_plugin.report.results import BYPASS
 from qvlm_plugin.report.samples import is_mean
 from qvlm_plugin.report.seal import seal
@@ -95,20 +95,6 @@ def find_results(paths: Sequence[Path]) -> list[Path]:
 def samples_file(results: Path, task: str) -> Path:
     """The path of the samples file that belongs to a results file."""
     return results.with_name(f"{results.name.removesuffix(SUFFIX)}_samples_{task}.jsonl")
-
-
-def read_results_file(file: Path) -> tuple[bytes, Any, ResultsFile]:
-    """The bytes of a results file, their JSON content, and the results.
-
-    Raises:
-        QVLMError: the file cannot be read, see also `parse_results`.
-    """
-    try:
-        blob = file.read_bytes()
-        content = parse_json(blob)
-    except (OSError, ValueError) as error:
-        raise QVLMError(f"{file} is not a results file of lmms-eval: {error}") from error
-    return blob, content, parse_results(content, file)
 
 
 def read_run(file: Path) -> Run:

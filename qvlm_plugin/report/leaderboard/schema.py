@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from qvlm_plugin.errors import QVLMError
+from qvlm_plugin.reading import parse_json
 
 
 class _Part(BaseModel):
@@ -134,6 +135,20 @@ def generation_speed(throughput: Mapping[str, Any] | None) -> float | None:
     """Generated tokens per second in a results file's ``throughput``; None if it has none."""
     speed = (throughput or {}).get("avg_speed")
     return speed if isinstance(speed, int | float) and 0 < speed < math.inf else None
+
+
+def read_results_file(file: Path) -> tuple[bytes, Any, ResultsFile]:
+    """The bytes of a results file, their JSON content, and the results.
+
+    Raises:
+        QVLMError: the file cannot be read, see also `parse_results`.
+    """
+    try:
+        blob = file.read_bytes()
+        content = parse_json(blob)
+    except (OSError, ValueError) as error:
+        raise QVLMError(f"{file} is not a results file of lmms-eval: {error}") from error
+    return blob, content, parse_results(content, file)
 
 
 def parse_results(content: Any, file: Path) -> ResultsFile:

@@ -26,6 +26,7 @@ app = typer.Typer(
     help="Q-VLM post-training quantization of vision-language models for lmms-eval.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 for command in (
     doctor, methods, arguments, search, inspect, plot, export, convert, trace, compare, results, paired, advise,

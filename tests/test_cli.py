@@ -1,11 +1,13 @@
 import json
 import re
 import sys
+from itertools import product
 
 import pytest
 import torch
 from report.logged import scored, write_run
 from tiny_llava import random_image
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from qvlm_plugin import __version__
@@ -166,3 +168,18 @@ def test_help_has_examples_and_version_is_printed():
     for command in (["search"], ["inspect"], ["methods"], ["results"], ["paired"], ["demo", "build"], ["demo", "data"]):
         assert "Example: " in run(*command, "--help").stdout
     assert run("--version").stdout.strip() == __version__
+
+
+def test_help_fits_80_columns_and_lists_commands_with_their_whole_first_sentence(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    commands = get_command(app).commands
+    inner = [
+        (name, *under)
+        for name, command in commands.items()
+        for under in [(), *product(vars(command).get("commands", ()))]
+    ]
+    for command in ((), *inner):
+        text = run(*command, "--help").stdout
+        assert max(map(len, text.splitlines())) <= 80 and "..." not in text.partition("Commands:")[2]
+    paragraph = run("advise", "--help").stdout.split("\n\n")[2].splitlines()
+    assert len(paragraph) > 3 and min(map(len, paragraph[:-1])) > 65  # one paragraph is wrapped as a whole

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qvlm_plugin.commands.compare import compare
+from qvlm_plugin.commands.groups import CommandGroup
 from qvlm_plugin.commands.shared import (
     Conv,
     Device,
@@ -32,7 +33,9 @@ from qvlm_plugin.commands.shared import (
 )
 
 app = typer.Typer(
-    help="The paper's ablations, each with a table, its rows as JSON, and a figure.", no_args_is_help=True
+    cls=CommandGroup,
+    help="The paper's ablations, each with a table, its rows as JSON, and a figure.",
+    no_args_is_help=True,
 )
 
 Output = Annotated[Path, typer.Argument(help="Folder of the report.")]

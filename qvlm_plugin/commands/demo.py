@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qvlm_plugin.commands.groups import CommandGroup
 from qvlm_plugin.commands.shared import Seed, needs_report_packages, obtain_plans, opened, print_grid, working_in
 from qvlm_plugin.demo import CALIBRATION, TASKS
 from qvlm_plugin.errors import QVLMError
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 METRIC = "exact_match"
 BATCH_SIZE = 16
 
-app = typer.Typer(help="The embedded small LLaVA, its stand-in data, and runs on both.", no_args_is_help=True)
+app = typer.Typer(
+    cls=CommandGroup,
+    help="The embedded small LLaVA, its stand-in data, and runs on both.",
+    no_args_is_help=True,
+)
 
 
 @app.command()

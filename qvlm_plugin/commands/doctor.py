@@ -39,7 +39,7 @@ def doctor(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Check all that an evaluation needs, then run a small one; prints a line for each check, with a remedy.
+    """Check everything that an evaluation needs and run a small one; prints a line for each check, with a remedy.
 
     The trial is a real run of lmms-eval on two documents with a tiny quantized model of random weights, offline and in
     a temporary folder. Exits with 1 if a check fails; a warning concerns only some runs.

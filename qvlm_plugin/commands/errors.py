@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
+from qvlm_plugin.commands.groups import CommandGroup
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import one_line
 
@@ -21,7 +21,7 @@ RESUMING = ("search", "compare", "ablate", "demo")
 _PACKAGE = Path(__file__).parents[1]
 
 
-class OneLineErrors(TyperGroup):
+class OneLineErrors(CommandGroup):
     """Commands that report every exception in one line on stderr.
 
     The exit status is 2 for a `QVLMError`, which the user can fix, 1 for an unexpected exception, and 130 for an

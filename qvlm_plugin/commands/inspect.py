@@ -13,7 +13,7 @@ from qvlm_plugin.commands.shared import AsJSON
 
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A plan's folder.")],
-    modules: Annotated[bool, typer.Option(help="Also list every Linear, with its formats.")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="Also list every Linear, with its formats.")] = False,
     as_json: AsJSON = False,
 ) -> None:
     """Print a plan's method, options, calibration and bits.

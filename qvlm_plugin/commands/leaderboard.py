@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
+from qvlm_plugin.commands.groups import CommandGroup
 from qvlm_plugin.commands.shared import needs_report_packages, working_in
 
 WRITE = "write"
 
 
-class _WriteByDefault(TyperGroup):
+class _WriteByDefault(CommandGroup):
     """Runs ``write`` if the first argument is not a sub-command."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:

@@ -53,7 +53,7 @@ function drawSideBySide([one, other], view) {
   );
   at("compare-rows").replaceChildren(
     ...lines.map(([name, ...cells]) =>
-      element("tr", [element("th", name, {scope: "row"}), ...cells.map((cell) => element("td", cell))]),
+      element("tr", [element("th", breakable(name), {scope: "row"}), ...cells.map((cell) => element("td", cell))]),
     ),
   );
 }

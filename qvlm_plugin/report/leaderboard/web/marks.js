@@ -16,6 +16,11 @@ const METHODS = unique(data.runs.map((run) => run.method ?? "–"))
   .sort()
   .filter((method) => method !== "none");
 const MODELS = unique(data.runs.map((run) => run.model)).sort();
+const lastPart = (model) => model.replace(/\/+$/, "").split("/").at(-1);
+
+// The name without owner or folder, unless several models share it.
+const OWNERS = Map.groupBy(MODELS, lastPart);
+const shortName = (model) => (OWNERS.get(lastPart(model)).length === 1 ? lastPart(model) : model);
 
 // Full precision has the colour of text; after the last colour, they repeat with hollow shapes.
 function colourOf(method) {
@@ -58,7 +63,7 @@ function drawLegend(rows) {
       entry(symbol(SHAPES[0], colourOf(method)), method === "none" ? "none (full precision)" : method),
     ),
   );
-  const named = models.slice(0, NAMED).map((model) => entry(symbol(shapeOf(model), HOLLOW), model));
+  const named = models.slice(0, NAMED).map((model) => entry(symbol(shapeOf(model), HOLLOW), shortName(model)));
   const more = models.length > NAMED ? [element("li", `and ${models.length - NAMED} more, whose shapes repeat`)] : [];
   at("legend-models").replaceChildren(...named, ...more);
   at("legend-models").parentElement.hidden = MODELS.length < 2;

@@ -162,10 +162,12 @@ function watchPlot(id) {
 }
 
 function drawPlots(rows, score) {
+  at("plots").hidden = !rows.length;
   const largest = rows.reduce((most, row) => Math.max(most, row.run.packed_bytes ?? 0), 0);
   const [unit, size] = largest >= 1e9 ? ["GB", 1e9] : ["MB", 1e6];
   const packed = (row) => (known(row.run.packed_bytes) ? row.run.packed_bytes / size : null);
   drawPlot("plot-size", {title: "packed size", unit, cost: packed, lessCost: true}, rows, score);
   drawPlot("plot-speed", {title: "speed", unit: "tokens/s", cost: (row) => row.speed, lessCost: false}, rows, score);
   drawLegend(rows);
+  at("bars").hidden = !document.querySelector("#plots .error");
 }

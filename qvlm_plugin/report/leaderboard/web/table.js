@@ -55,8 +55,9 @@ function drawTable(view, rows, columns, order) {
 }
 
 function drawHead(view, columns) {
-  const button = (key, name, high, title) => {
-    const made = element("button", name, {type: "button", "data-key": key, title});
+  const button = (key, name, {high, title, unit}) => {
+    const parts = [...breakable(name), unit ? element("span", ` ${unit}`, {class: "unit"}) : null];
+    const made = element("button", parts, {type: "button", "data-key": key, title});
     on(made, "click", () => {
       const {column, descending} = table.order;
       const down = key === column.key ? !descending : Boolean(high);
@@ -65,13 +66,10 @@ function drawHead(view, columns) {
     return made;
   };
   const cells = columns.map((column) => {
-    const sorting = button(column.key, column.name, column.high, column.title);
-    return element("th", [sorting, column.unit ? ` ${column.unit}` : null], {
-      scope: "col",
-      class: column.text ? "text" : null,
-    });
+    const sorting = button(column.key, column.name, column);
+    return element("th", sorting, {scope: "col", class: column.text ? "text" : null});
   });
-  const sorting = NAMES.map((name) => button(name, name, false, `Sort by ${name}`));
+  const sorting = NAMES.map((name) => button(name, name, {title: `Sort by ${name}`}));
   const names = element("th", element("span", sorting, {class: "names"}), {scope: "col", class: "run"});
   document.querySelector("#runs thead").replaceChildren(element("tr", [names, ...cells], {"aria-rowindex": 1}));
   const width = (column) => (column.wide ? 16 : column.text ? 9 : column.narrow ? 4.5 : 6.3);
@@ -120,7 +118,7 @@ function nameCell(row) {
   const parts = [
     element("span", [box, icon(row), more], {class: "method"}),
     element("span", row.scheme, {class: "scheme"}),
-    element("span", row.model, {class: "model", title: row.model}),
+    element("span", shortName(row.model), {class: "model", title: row.model}),
   ];
   return element("th", element("span", parts, {class: "names"}), {scope: "row", class: "run"});
 }

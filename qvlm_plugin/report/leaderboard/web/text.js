@@ -23,6 +23,9 @@ const known = (value) => value !== null && value !== undefined;
 const unique = (values) => [...new Set(values)];
 const counted = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 
+// A name that wraps after underscores.
+const breakable = (name) => name.split(/(?<=_)/).flatMap((part, place) => (place ? [element("wbr"), part] : [part]));
+
 const fixed = (value, digits) => value.toFixed(digits).replace("-", "−");
 const bytes = (count) => (count >= 1e9 ? `${fixed(count / 1e9, 2)} GB` : `${fixed(count / 1e6, 1)} MB`);
 const duration = (seconds) =>

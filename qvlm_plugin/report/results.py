@@ -137,7 +137,8 @@ class Grid:
         columns = list(zip(self.header, *self.rows, strict=True))
         lead, rest = columns[: self.lead], [_wrapped(*column) for column in columns[self.lead :]]
         words = [max(cell_len(word) for cell in column for word in (*cell.split(), "")) for column in lead]
-        available = width - 1 - min(sum(size + _PADDING for size in words), width // 2)
+        widest = max(map(_column_width, rest), default=0)
+        available = width - 1 - min(sum(size + _PADDING for size in words), max(width - 1 - widest, width // 2))
         tables: list[list[tuple[str, ...]]] = [[]]
         left = available
         for column in rest:
@@ -185,13 +186,18 @@ def _table(lead: Sequence[tuple[str, ...]], rest: Sequence[tuple[str, ...]], wid
 
 
 def _lead_widths(lead: Sequence[tuple[str, ...]], available: int) -> list[int]:
-    """Widths of the leading columns without padding: that of their longest words, more if there is space."""
-    words = [max(cell_len(word) for cell in column for word in (*cell.split(), " ")) for column in lead]
-    spare = available - sum(size + _PADDING for size in words)
-    widths = []
-    for size, column in zip(words, lead, strict=True):
-        change = min(_column_width(column) - _PADDING - size, spare) if spare > 0 else max(spare, 1 - size)
-        widths.append(size + change)
+    """Widths of the leading columns without padding: that of their longest words, more if there is space.
+
+    If there is less, the widest column is narrowed first.
+    """
+    widths = [max(cell_len(word) for cell in column for word in (*cell.split(), " ")) for column in lead]
+    spare = available - sum(size + _PADDING for size in widths)
+    while spare < 0 and max(widths) > 1:
+        widths[widths.index(max(widths))] -= 1
+        spare += 1
+    for place, column in enumerate(lead):
+        change = max(0, min(_column_width(column) - _PADDING - widths[place], spare))
+        widths[place] += change
         spare -= change
     return widths
 
@@ -199,32 +205,53 @@ def _lead_widths(lead: Sequence[tuple[str, ...]], available: int) -> list[int]:
 def results_grid(scores: Sequence[Score]) -> Grid:
     """The scores with standard errors or intervals, runs in the order given; shares are in percent.
 
-    The number of documents is in the heading if it is the same for all runs, else in the cells.
+    A row may come from several files: the same model and plan, evaluated on one task after the other. The tasks' first
+    metrics come before all others. The number of documents is in the heading if it is the same for all runs, else in
+    the cells.
     """
-    files = dict.fromkeys(score.file for score in scores)
-    apart = traits({file: next(one.run for one in scores if one.file == file) or {} for file in files})
+    runs = _runs(scores)
+    apart = traits({own[0].file: own[0].run or {} for own in runs})
     shown = [score for score in scores if score.value is not None]
     columns: dict[tuple[str, str], list[Score]] = defaultdict(list)
-    for score in sorted(shown, key=lambda score: (score.task, not score.main, score.metric)):
+    for score in sorted(shown, key=lambda score: (not score.main, score.task, score.metric)):
         columns[score.task, score.metric].append(score)
     rows = []
-    for file in files:
-        with concerning(str(file)):
-            own = [score for score in scores if score.file == file]
-            cells = {
-                (one.task, one.metric): _cell(one, columns[one.task, one.metric])
-                for one in own
-                if one.value is not None
-            }
-            run = own[0].run or {}
-            head = (run.get("method", "–"), run.get("scheme", "–"), *apart[file].values(), _bits(run), _packed(run))
-            rows.append((*map(str, head), *(cells.get(column, "") for column in columns)))
-    named = ("method", "scheme", *next(iter(apart.values()), {}))
-    header = (*named, "bits (w / a)", "packed size", *(_heading(*column, own) for column, own in columns.items()))
-    marks = [_marks([score for score in scores if score.file == file]) for file in files]
+    for own in runs:
+        cells = {}
+        for score in own:
+            with concerning(str(score.file)):
+                column = columns.get((score.task, score.metric), ())
+                cells[score.task, score.metric] = _cell(score, column) if score.value is not None else ""
+        run = own[0].run or {}
+        named = (run.get("method", "–"), run.get("scheme", "–"), *apart[own[0].file].values(), _bits(run), _packed(run))
+        rows.append((*map(str, named), *(cells.get(column, "") for column in columns)))
+    lead = ("method", "scheme", *next(iter(apart.values()), {}))
+    header = (*lead, "bits (w / a)", "packed size", *(_heading(*column, own) for column, own in columns.items()))
+    marks = [_marks(own) for own in runs]
     if len(set(marks)) > 1:  # else `results_notes` has them
         header, rows = (*header, "notes"), [(*row, mark) for row, mark in zip(rows, marks, strict=True)]
-    return Grid(header, tuple(rows), lead=len(named))
+    return Grid(header, tuple(rows), lead=len(lead))
+
+
+_SAME = ("method", "scheme", "pretrained", "model_fingerprint", "plan_hash", "backend", "dtype", "conv", "packed_bytes")
+"""Provenance that files of one run share."""
+
+
+def _runs(scores: Sequence[Score]) -> list[list[Score]]:
+    """The scores of each run: those of one file, and of files of the same model and plan that have other tasks."""
+    runs: dict[tuple[Any, ...], list[list[Score]]] = defaultdict(list)
+    for file in dict.fromkeys(score.file for score in scores):
+        own = [score for score in scores if score.file == file]
+        run = own[0].run
+        alike = runs[(*map(run.get, _SAME), _marks(own)) if run else (file,)]
+        tasks = {score.task for score in own}
+        fitting = (other for other in alike if tasks.isdisjoint(score.task for score in other))
+        found = next(fitting, None)
+        if found is None:
+            alike.append(own)
+        else:
+            found += own
+    return sorted((own for alike in runs.values() for own in alike), key=lambda own: scores.index(own[0]))
 
 
 def _heading(task: str, metric: str, column: Sequence[Score]) -> str:
@@ -274,5 +301,5 @@ def results_notes(scores: Sequence[Score]) -> list[str]:
     lines = ["±: standard error, if documents are independent"] if any("±" in text for text in texts) else []
     if any("[" in text for text in texts):
         lines.append(f"[…]: Wilson's 95 % interval, if fewer than {FEWEST} documents are right or wrong")
-    marks = {_marks([score for score in scores if score.file == file]) for file in {score.file for score in scores}}
+    marks = {_marks(own) for own in _runs(scores)}
     return lines + [f"all runs: {mark}" for mark in marks if mark and len(marks) == 1]

@@ -200,3 +200,35 @@ def test_a_narrow_terminal_breaks_names_at_words_and_cuts_no_figure(width):
     text = console.export_text()
     assert all(figure.partition(" [")[0] in text for figure in figures) and "[-20.31, +0.31]" in text
     assert "vizwiz_vqa_val" in text and max(map(len, text.splitlines())) <= width
+
+
+def test_files_of_one_run_on_several_tasks_are_one_row(tmp_path):
+    bits = {"decoder": {"weight": 4.1, "activation": 4.0}}
+    for number, (plan, task) in enumerate((("a", "quiz"), ("b", "quiz"), ("a", "exam"), ("b", "exam"), ("b", "exam"))):
+        facts = {"method": "rtn", "scheme": "w4a4", "pretrained": "llava", "plan_hash": plan, "bits": bits}
+        (tmp_path / f"{number}").mkdir()
+        file = write(tmp_path / f"{number}", "x", number / 10, qvlm=facts)
+        content = json.loads(file.read_text())
+        content["results"] = {task: content["results"]["quiz"] | {"IMG,none": 0.75}}
+        file.write_text(json.dumps(content | {"n-samples": {task: {"original": 100, "effective": 100}}}))
+    grid = results_grid(read_results([tmp_path]))
+    assert [name.partition(" (%)")[0] for name in grid.header[5:]] == [
+        "exam exact_match", "quiz exact_match", "exam IMG", "quiz IMG"
+    ]  # fmt: skip
+    figures = [[cell.partition(" ")[0] for cell in row[5:7]] for row in grid.rows]
+    assert figures == [["20.0", "0.0"], ["30.0", "10.0"], ["40.0", ""]]
+    assert [row[2] for row in grid.rows] == [
+        "0",
+        "1",
+        "4",
+    ]  # folders of the first files: two plans, one evaluated twice
+
+
+def test_names_stay_whole_where_one_column_of_figures_fits_beside_them():
+    header = ("method", "scheme", "folder", "task exact_match", "other exact_match")
+    rows = (("qvlm_rotated", "w4a4", "qvlm_rotated-w4a4/scienceqa", "98.0 [93.0, 99.4]", "97.0 [91.5, 99.0]"),)
+    console = Console(width=80, record=True)
+    console.print(Grid(header, rows, lead=3).rich(80))
+    text = console.export_text()
+    assert text.count("qvlm_rotated  w4a4    qvlm_rotated-w4a4/scienceqa") == 2
+    assert max(map(len, text.splitlines())) <= 80

@@ -33,7 +33,7 @@ def check_task_names(names: Sequence[str], directory: Path) -> None:
             if not known.match_tasks([name]):
                 similar = difflib.get_close_matches(name, known.all_tasks, 3, 0.7)
                 hint = f"; did you mean {' or '.join(similar)}?" if similar else "; see: lmms-eval tasks list"
-                raise QVLMError(f"lmms-eval has no task {name!r}{hint}")
+                raise QVLMError(f"--tasks: lmms-eval has no task {name!r}{hint}")
 
 
 def _listed() -> Iterator[str]:

@@ -16,6 +16,7 @@ from qvlm_plugin.progress import LINE_EVERY, duration
 from qvlm_plugin.report.cluster import QUEUED, Jobs
 from qvlm_plugin.report.results import read_results
 from qvlm_plugin.report.runs import POLL, RUNNING, Cell, Outcome, Setting, finished_cells, log_end, steps
+from qvlm_plugin.report.samples import read_samples
 
 FRESH, DONE, FOUND, FAILED = "waiting", "done", "finished before", "failed"
 INTERRUPTED, DETACHED, WITHDRAWN = "interrupted", "its job continues", "its job is cancelled"
@@ -135,7 +136,7 @@ def run_cells(
     Args:
         cells: the cells, those of one plan next to each other.
         setting: where and how to run them.
-        metric: the metric shown for finished cells.
+        metric: the metric shown for finished cells, which all of them must have unless the setting says to keep going.
         console: where to show progress; None for standard error.
         jobs: runs each cell as a job of a cluster; None runs cells as child processes.
 
@@ -143,8 +144,8 @@ def run_cells(
         An outcome for each cell, in their order.
 
     Raises:
-        QVLMError: a cell failed, its folder cannot be written, its job is refused, or the working directory does not
-            exist.
+        QVLMError: a cell failed or has no scores of the metric, its folder cannot be written, its job is refused, or
+            the working directory does not exist.
     """
     if setting.directory is not None and not setting.directory.is_dir():
         raise QVLMError(f"working directory {str(setting.directory)!r} does not exist")
@@ -160,6 +161,7 @@ def run_cells(
         for cell in cells:
             if results := finished.get(cell.name):
                 display.ended(Outcome(cell, results, setting.output / cell.name / "log.txt", reused=True))
+                _check_metric(results, metric, setting)
         try:
             while running or (waiting and (setting.keep_going or not failed)):
                 while waiting and free and (setting.keep_going or not failed):
@@ -170,7 +172,10 @@ def run_cells(
                         running.remove(run)
                         free.append(run.device)
                         display.ended(step)
-                        failed += [step] if step.results is None else []
+                        if step.results is None:
+                            failed.append(step)
+                        else:
+                            _check_metric(step.results, metric, setting)
                     elif failed and not setting.keep_going and step.startswith(QUEUED):
                         run.steps.close()
                         jobs.withdraw(run.cell)
@@ -196,6 +201,17 @@ def run_cells(
         rest = f" ({len(waiting)} runs were not started; --keep-going starts them)" if waiting else ""
         raise QVLMError(f"{failed[0].failure}{rest}")
     return [display.outcomes[cell.name] for cell in cells]
+
+
+def _check_metric(results: Path, metric: str, setting: Setting) -> None:
+    """Stop before more cells run if the documents of a finished one have no scores to compare."""
+    if setting.keep_going or any(score.metric == metric for score in read_results([results])):
+        return
+    for run in read_samples(results):
+        documents = [document for own in run.tasks.values() for document in own]
+        if not any(metric in document.metrics for document in documents):
+            known = sorted({name for document in documents for name in document.metrics})
+            raise QVLMError(f"--metric {metric}: {results} has no such metric; it has {', '.join(known) or 'none'}")
 
 
 def _state(outcome: Outcome) -> str:

@@ -56,6 +56,15 @@ def test_it_stops_at_the_first_cell_without_results(setting, place):
     assert len(calls(place)) == 4  # the finished ones are known
 
 
+def test_it_stops_at_the_first_cell_without_the_metric(setting, place):
+    todo = [one.cell for one in cells(read_grid(None, FLAGS))]
+    for _ in range(2):  # after a run, and with its results found
+        with pytest.raises(QVLMError, match=r"--metric acc: .*_results\.json has no such metric; it has exact_match$"):
+            run_cells(todo, setting, "acc")
+        assert len(calls(place)) == 1
+    assert len(run_cells(todo, dataclasses.replace(setting, keep_going=True), "acc")) == len(calls(place)) == 6
+
+
 def test_cells_that_run_already_are_let_finish(setting, place):
     (place / "lmms_eval.py").write_text(
         "import sys, time\ntime.sleep(0 if 'max_depth=4' in str(sys.argv) else 2)\n"

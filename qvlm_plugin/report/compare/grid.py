@@ -204,7 +204,9 @@ def _explain(problem: Mapping[str, Any], file: Path | None, flags: Mapping[str, 
     match problem["type"]:
         case "missing":
             return (
-                f"{name} is missing (or a YAML file with it)" if by_flag else f"{name}: is missing; allowed are {keys}"
+                f"{name} is missing; write it, or name a YAML file that lists it"
+                if by_flag
+                else f"{name}: is missing; allowed are {keys}"
             )
         case "extra_forbidden":
             return f"{name}: is not a key; allowed are {keys}"

@@ -89,8 +89,8 @@ FEW = 64
 
 
 def _cache_bytes(device: torch.device) -> int:
-    """Size of the last cache, or 32 MiB if that is larger: copies of four times as much in bfloat16 exceed it at four
-    bits, too."""
+    """Size of the last cache, at least 32 MiB; copies of four times that size in bfloat16 still exceed it when packed to
+    four bits."""
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device).L2_cache_size
     else:

@@ -37,13 +37,17 @@ from qvlm_plugin.models.dry_run import answer
 from qvlm_plugin.models.loading import LoadedModel
 from qvlm_plugin.plan import RoundingPlan, begin_applying, factors_of, parameters_of, rotated_linear
 from qvlm_plugin.plan_header import ModulePlan
+from qvlm_plugin.plan_request import PlanRequest
 from qvlm_plugin.quantizers import int_weight
 from qvlm_plugin.rotation import rotate_back
+from qvlm_plugin.scheme import PARTS
 
 PACKED, INTEGER, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 
 SERVED = ((4, 16), (8, 16), (4, 8), (8, 8))
 """Bits of weights and activations that can be expressed."""
+
+_ALLOWED = ", ".join(f"w{bits}a{rounded}" for bits, rounded in SERVED)
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,23 @@ class Group:
         return f"{self.format} w{self.bits}a{8 if self.rounds_tokens else 16}"
 
 
+def check_compressible(request: PlanRequest) -> None:
+    """Check a request before its plan is searched.
+
+    Raises:
+        QVLMError: the format cannot express the scheme or the kind of weights.
+    """
+    failure = "--format compressed-tensors cannot express"
+    if getattr(request.options, "weights", "int") != "int":
+        raise QVLMError(f"{failure} weights={request.options.weights}; add --option weights=int")
+    for part in PARTS:
+        widths = getattr(request.scheme, part)
+        if not widths.is_identity and (widths.weight, widths.activation) not in SERVED:
+            raise QVLMError(f"{failure} {widths} of the {part} (scheme={request.scheme}); allowed are {_ALLOWED}")
+
+
 def export_compressed_tensors(
-    plan: RoundingPlan, loaded: LoadedModel, directory: Path, *, shard_size: str = "5GB"
+    plan: RoundingPlan, loaded: LoadedModel, directory: Path, *, shard_size: int | str = "5GB"
 ) -> dict[Group, int]:
     """Quantize ``loaded`` by ``plan`` and write it; the model in memory cannot be used afterwards.
 
@@ -145,8 +164,7 @@ def _group(module: ModulePlan) -> Group:
     if weight.kind != "int":
         reason = f"{weight} is not a weight of integers"
     elif (weight.bits, activation.bits) not in SERVED:
-        served = ", ".join(f"w{bits}a{rounded}" for bits, rounded in SERVED)
-        reason = f"w{weight.bits}a{activation.bits} is none of {served}"
+        reason = f"w{weight.bits}a{activation.bits} is none of {_ALLOWED}"
     elif rounds and weight.bits == 8:
         return Group(INTEGER, 8, None, True, True)
     elif rounds and not weight.symmetric:

@@ -34,7 +34,7 @@ def export(
     *,
     backend: str = "auto",
     strict: bool = False,
-    shard_size: str = "5GB",
+    shard_size: int | str = "5GB",
 ) -> Execution:
     """Quantize ``loaded`` by ``plan`` and write it; the model in memory cannot be used afterwards.
 
@@ -91,7 +91,7 @@ def must_run() -> Iterator[None]:
 def write_folder(
     loaded: LoadedModel,
     directory: Path,
-    shard_size: str,
+    shard_size: int | str,
     card: str,
     check: Callable[[Path], None] = lambda folder: None,
 ) -> None:

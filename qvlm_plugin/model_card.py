@@ -10,7 +10,7 @@ from qvlm_plugin.plan_header import PlanFacts
 CARD = "README.md"
 
 PACKED = """\
-The folder loads packed where `qvlm_plugin` is installed (`pip install qvlm_plugin`):
+With `qvlm_plugin` installed (`pip install qvlm_plugin`), transformers loads the folder with packed weights:
 
 ```python
 import qvlm_plugin
@@ -24,7 +24,7 @@ processor = AutoProcessor.from_pretrained("{name}")
 lmms-eval --model qvlm --model_args pretrained={name} --tasks scienceqa --batch_size 8 --output_path results
 ```
 
-Without the package, loading it is an error."""
+Without the package, loading the folder fails."""
 """How to load a folder in this package's own format."""
 
 COMPRESSED = """\
@@ -75,7 +75,6 @@ def _body(name: str, base: str, plan: PlanFacts, arithmetic: str) -> str:
     facts = {
         "base model": base,
         "method": plan.method,
-        "options": ", ".join(f"{name}={value}" for name, value in plan.options.items()) or "none",
         "scheme": plan.scheme,
         "calibration": samples,
         "Linears": arithmetic,
@@ -88,6 +87,8 @@ def _body(name: str, base: str, plan: PlanFacts, arithmetic: str) -> str:
         f"{effective['activation']:.2f} |"
         for part, effective in plan.effective_bits().items()
     )
+    options = "\n".join(f"- `{name}={value}`" for name, value in plan.options.items())
+    folded = f"<details><summary>Options of the method</summary>\n\n{options}\n\n</details>\n\n" if options else ""
     return f"""\
 # {name}
 
@@ -97,7 +98,7 @@ def _body(name: str, base: str, plan: PlanFacts, arithmetic: str) -> str:
 |---|---|
 {table}
 
-Effective bits, with scales and zero points:
+{folded}Effective bits, with scales and zero points:
 
 | part | Linears | weight bits | activation bits |
 |---|---|---|---|

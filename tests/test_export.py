@@ -266,6 +266,8 @@ def test_the_card_says_what_the_folder_is_and_how_to_load_it(source, tmp_path, c
     assert str(source.parent) not in card.content and f"| base model | {source.name} |" in card.content
     bits = plan.effective_bits()["decoder"]
     assert f"| {bits['weight']:.3f} | {bits['activation']:.2f} |" in card.content and plan.hash in card.content
+    folded = card.content.partition("<details>")[2].partition("</details>")[0]
+    assert re.findall(r"- `(\w+)=", folded) == [*plan.options]
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     scope = {}
     with contextlib.chdir(tmp_path):

@@ -1,16 +1,13 @@
 """``qvlm advise``: choose a scheme from results."""
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qvlm_plugin.commands.shared import AsJSON, Markdown, needs_report_packages, print_grid
+from qvlm_plugin.commands.shared import AsJSON, Markdown, needs_report_packages, parse_size, print_grid
 from qvlm_plugin.errors import QVLMError
-
-UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30}
 
 
 def advise(
@@ -34,7 +31,7 @@ def advise(
 
     Example: qvlm advise results/ --memory 4GB
     """
-    budget = None if memory is None else parse_memory(memory)
+    budget = None if memory is None else parse_size(memory, "--memory")
     with needs_report_packages():
         from qvlm_plugin.report.advice import advice, choices_grid, find_choices, notes
     from qvlm_plugin.report.samples import read_samples
@@ -60,16 +57,3 @@ def advise(
             typer.echo(f"{name}:\n")
         print_grid(choices_grid(own, tolerance), markdown)
         typer.echo("\n" + "\n".join(f"- {line}" for line in [*sentences[name], *notes(own)]) + "\n")
-
-
-def parse_memory(text: str) -> float:
-    """Bytes of a size such as 4GB or 3.5 GiB.
-
-    Raises:
-        QVLMError: the text is not a size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
-    units = {unit.lower(): count for unit, count in UNITS.items()}
-    if not found or found[2].lower() not in units:
-        raise QVLMError(f"--memory {text}: write a number and one of {', '.join(UNITS)}, such as 4GB")
-    return float(found[1]) * units[found[2].lower()]

@@ -23,6 +23,7 @@ from qvlm_plugin.commands.shared import (
     obtain_plans,
     opened,
     pairs,
+    parse_size,
 )
 from qvlm_plugin.errors import QVLMError
 
@@ -104,17 +105,20 @@ def export(
     if (plan is None) == (method is None):
         raise QVLMError("give either --plan DIR (a saved plan) or --method NAME (to search one now)")
     require_vacant(output)
+    largest = round(parse_size(shard_size, "--shard-size"))
     scores = read_results(results) if results else []
     backends.kernels(backend)
     if format_ is Format.COMPRESSED_TENSORS:
         try:
-            from qvlm_plugin.compressed_tensors import export_compressed_tensors
+            from qvlm_plugin.compressed_tensors import check_compressible, export_compressed_tensors
         except ImportError as error:
             raise QVLMError(
                 f"{error}; --format compressed-tensors needs: pip install 'qvlm_plugin[compressed-tensors]'"
             ) from error
     exported = None if plan is None else RoundingPlan.load(plan)
     request = check_request(method, scheme, pairs(option)) if exported is None else None
+    if request is not None and format_ is Format.COMPRESSED_TENSORS:
+        check_compressible(request)
     checkpoint = opened(
         pretrained, dtype, device, topology if exported is None else None, revision=revision, conv=conv,
         router_noise_seed=router_noise_seed, image_aspect_ratio=image_aspect_ratio,
@@ -133,9 +137,9 @@ def export(
     if warning := planning.prompt_warning(exported.calibration and exported.calibration.conv, loaded):
         typer.echo(warning, err=True)
     if format_ is Format.QVLM:
-        typer.echo(write(exported, loaded, output, backend=backend, strict=strict, shard_size=shard_size))
+        typer.echo(write(exported, loaded, output, backend=backend, strict=strict, shard_size=largest))
     else:
-        counts = export_compressed_tensors(exported, loaded, output, shard_size=shard_size)
+        counts = export_compressed_tensors(exported, loaded, output, shard_size=largest)
         typer.echo(f"quantized Linear layers by format: {', '.join(f'{group} {n}' for group, n in counts.items())}")
         if any(group.rounds_tokens for group in counts):
             typer.echo("activations are rounded per token to symmetric codes of 8 bits, not with the plan's ranges")

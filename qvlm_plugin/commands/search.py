@@ -57,7 +57,7 @@ def search(
     """Search a rounding plan and write it, without running an evaluation.
 
     The same command resumes an interrupted search, and takes a plan from the cache if it was searched before. Several
-    processes share the samples and find the same plan as one process; to use several machines, start them by torchrun.
+    processes share the samples and find the same plan as one process; on several machines, start them with torchrun.
 
     Example: qvlm search plans/qlora-w4a4 --pretrained llava-hf/llava-1.5-7b-hf --method qlora --scheme w4a4
     --calibration llava_mix.json:64 --images images/ --device cuda

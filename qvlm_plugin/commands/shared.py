@@ -1,5 +1,6 @@
 """Options and helpers that several commands share. Imports nothing slow."""
 
+import re
 import shlex
 import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from qvlm_plugin.plan import RoundingPlan
     from qvlm_plugin.plan_request import PlanRequest
     from qvlm_plugin.report.results import Grid
+
+_UNITS = {"MB": 1e6, "GB": 1e9, "MiB": 2**20, "GiB": 2**30}
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -118,6 +121,19 @@ def pairs(options: Sequence[str] | None) -> dict[str, str]:
     return {name: value for name, _, value in (pair.partition("=") for pair in options or [])}
 
 
+def parse_size(text: str, flag: str) -> float:
+    """Bytes of a size such as 4GB or 3.5 GiB, which the option ``flag`` gives.
+
+    Raises:
+        QVLMError: the text is not a size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    units = {unit.lower(): count for unit, count in _UNITS.items()}
+    if not found or found[2].lower() not in units:
+        raise QVLMError(f"{flag} {text}: write a number and one of {', '.join(_UNITS)}, such as 4GB")
+    return float(found[1]) * units[found[2].lower()]
+
+
 def command_line() -> str:
     """This call of the command, as typed in a shell."""
     return shlex.join(["qvlm", *sys.argv[1:]])
@@ -129,7 +145,13 @@ def draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample
         from qvlm_plugin.harness.task_source import draw_samples
     except ImportError as error:
         raise QVLMError(f"calibration from task {task!r} needs lmms-eval, which is not installed: {error}") from error
-    return draw_samples(task, split, count, seed)
+    from loguru import logger
+
+    logger.disable("lmms_eval")  # it logs each of its files that is no task
+    try:
+        return draw_samples(task, split, count, seed)
+    finally:
+        logger.enable("lmms_eval")
 
 
 def opened(

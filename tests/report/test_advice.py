@@ -7,7 +7,7 @@ from report.logged import scored, write_run
 from typer.testing import CliRunner
 
 from qvlm_plugin.cli import app
-from qvlm_plugin.commands.advise import parse_memory
+from qvlm_plugin.commands.shared import parse_size
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.advice import Verdict, find_choices
 from qvlm_plugin.report.samples import read_samples
@@ -117,7 +117,7 @@ def test_choices_that_cannot_be_compared_are_named(runs, tmp_path):
 
 
 def test_sizes_are_read_as_people_write_them():
-    assert [parse_memory(text) for text in ("4GB", "3.5 gib", "500mb")] == [4e9, 3.5 * 2**30, 5e8]
+    assert [parse_size(text, "--memory") for text in ("4GB", "3.5 gib", "500mb")] == [4e9, 3.5 * 2**30, 5e8]
     for text in ("4", "GB", "-1GB", "4 TBs"):
-        with pytest.raises(QVLMError, match="such as 4GB"):
-            parse_memory(text)
+        with pytest.raises(QVLMError, match=r"^--memory .*such as 4GB"):
+            parse_size(text, "--memory")

@@ -89,8 +89,10 @@ FEW = 64
 
 
 def _cache_bytes(device: torch.device) -> int:
-    """Size of the last cache, at least 32 MiB; copies of four times that size in bfloat16 still exceed it when packed to
-    four bits."""
+    """Size of the last cache, at least 32 MiB.
+
+    Copies of four times that size in bfloat16 still exceed it when packed to four bits.
+    """
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device).L2_cache_size
     else:

@@ -23,7 +23,7 @@ READING = (
     "bits are simulated (backend reference)."
 )
 APART = "Stand-in data, or a part of the documents"
-APART_NOTE = "These rows say nothing about the real benchmarks and cannot be compared with the ones above."
+APART_NOTE = "These rows say nothing about the real benchmarks. Do not compare them with complete evaluations."
 REPORTED_NOTE = "Reported by the paper, not measured here; checkpoints, code and data differ from the rows above."
 
 

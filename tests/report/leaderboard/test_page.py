@@ -214,6 +214,17 @@ def test_plots(science):
     assert "NAT (%) against packed size" in science.text("#plot-size figcaption")
 
 
+def test_no_figure_is_cut_off(tmp_path):
+    for number, right in enumerate((50, 97, 100)):
+        facts = provenance("rtn", f"w{4 + number}a16", packed_bytes=10**9)
+        write_run(tmp_path / str(number), [1] * right + [0] * (100 - right), facts)
+    write_leaderboard([tmp_path], tmp_path, with_reported=False)
+    with opened(tmp_path / "leaderboard.html", tmp_path / "profile", width=1000) as page:
+        text = "[...document.querySelectorAll('#runs tbody td:not(.text)')]"
+        assert "100.0 [96.3, 100.0]" in page.run(f"{text}.map((cell) => cell.textContent)")
+        assert page.run(f"{text}.filter((cell) => cell.scrollWidth > cell.clientWidth).length") == 0
+
+
 def test_models_with_equal_names_keep_their_owners(tmp_path):
     for number, model in enumerate(("one/llava", "other/llava", "one/smol", "folder/local/")):
         write_run(

@@ -52,6 +52,7 @@ function scoreColumn(index, metric, more) {
       return withError(value, error, percent, interval);
     },
     unit: percent ? "%" : "",
+    hasInterval: (rows) => rows.some((row) => scoreOf(row, index, metric.name)?.interval),
     ...more,
   };
 }

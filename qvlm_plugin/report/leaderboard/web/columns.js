@@ -114,6 +114,7 @@ function overviewColumns(overview) {
     show: (_, row) => shownMean(row),
     high: true,
     unit: "%",
+    hasInterval: () => false,
     title: "Over the benchmarks shown whose scores are shares; empty if one is missing",
   };
   const difference = {

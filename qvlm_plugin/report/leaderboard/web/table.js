@@ -73,8 +73,10 @@ function drawHead(view, columns) {
   const names = element("th", element("span", sorting, {class: "names"}), {scope: "col", class: "run"});
   document.querySelector("#runs thead").replaceChildren(element("tr", [names, ...cells], {"aria-rowindex": 1}));
   const rows = rowsOf(view);
-  const width = (column) =>
-    column.wide ? 16 : column.text ? 9 : column.narrow ? 4.5 : column.hasInterval?.(rows) ? 11.2 : 6.3;
+  const width = (column) => {
+    if (column.hasInterval) return column.hasInterval(rows) ? 11.2 : 6.8;
+    return column.wide ? 16 : column.text ? 9 : column.narrow ? 4.5 : 6.3;
+  };
   document.querySelector("#runs colgroup").replaceChildren(
     element("col", null, {class: "run"}),
     ...columns.map((column) => {

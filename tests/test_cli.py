@@ -89,8 +89,8 @@ def test_search_writes_a_plan_that_inspect_prints(tiny_llava, rows, tmp_path):
         (("search", "out", "--pretrained", "/absent", "--scheme", "w4a16"), "no such folder"),
         (("inspect", "/absent"), "plan.json is missing"),
         (("trace", "/absent"), "no such folder"),
-        (("results", "/absent"), "is not a results file"),
-        (("paired", "/absent", "/other"), "is not a results file"),
+        (("results", "/absent"), "/absent does not exist; name results files"),
+        (("paired", "/absent", "/other"), "/absent does not exist; name results files"),
     ],
 )
 def test_mistakes_are_one_line_on_stderr_and_exit_with_2(arguments, message):

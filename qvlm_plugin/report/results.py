@@ -206,14 +206,13 @@ def results_grid(scores: Sequence[Score]) -> Grid:
         columns[score.task, score.metric].append(score)
     rows = []
     for own in runs:
-        cells = {}
-        for score in own:
+        file, run, cells = own[0].file, own[0].run or {}, {}
+        with concerning(str(file)):
+            head = (run.get("method", "–"), run.get("scheme", "–"), *apart[file].values(), _bits(run), _packed(run))
+        for score in (score for score in own if score.value is not None):
             with concerning(str(score.file)):
-                column = columns.get((score.task, score.metric), ())
-                cells[score.task, score.metric] = _cell(score, column) if score.value is not None else ""
-        run = own[0].run or {}
-        named = (run.get("method", "–"), run.get("scheme", "–"), *apart[own[0].file].values(), _bits(run), _packed(run))
-        rows.append((*map(str, named), *(cells.get(column, "") for column in columns)))
+                cells[score.task, score.metric] = _cell(score, columns[score.task, score.metric])
+        rows.append((*map(str, head), *(cells.get(column, "") for column in columns)))
     lead = ("method", "scheme", *next(iter(apart.values()), {}))
     header = (*lead, "bits (w / a)", "packed size", *(_heading(*column, own) for column, own in columns.items()))
     marks = [_marks(own) for own in runs]
@@ -232,7 +231,8 @@ def _runs(scores: Sequence[Score]) -> list[list[Score]]:
     for file in dict.fromkeys(score.file for score in scores):
         own = [score for score in scores if score.file == file]
         run = own[0].run
-        alike = runs[(*map(run.get, _SAME), _marks(own)) if run else (file,)]
+        with concerning(str(file)):
+            alike = runs[(*map(run.get, _SAME), _marks(own)) if run else (file,)]
         tasks = {score.task for score in own}
         fitting = (other for other in alike if tasks.isdisjoint(score.task for score in other))
         found = next(fitting, None)

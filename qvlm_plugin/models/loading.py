@@ -158,7 +158,6 @@ def open_checkpoint(
     check_quantizer(config, source)
     put_ignored_right(config, source)
     put_blocks_right(config)
-    put_unconverted_right(config, source)
     read_packed_zero_points(config)
     if check_config is not None:
         check_config(config)
@@ -241,6 +240,7 @@ def load_weights(
         placement |= {"quantization_config": quantize, "device_map": {"": device} if device_map is None else device_map}
     hint = loading_hint(config)
     with parsed_elsewhere(f"{source}: the weights do not load{hint}"):
+        put_unconverted_right(config, files, trust_remote_code, source)
         if original:
             model, info = _load_original(original, processor, compute_type, placement)
         elif quantize is not None:

@@ -1,22 +1,26 @@
 """Checkpoints that other programs quantized: what their ``quantization_config`` takes, before weights are loaded.
 
 transformers runs them with its own quantizers, each with a package of its own. What is here finds out which, and puts
-names right that stand in the configuration as they are in the weight files.
+names in the configuration right that do not fit the model or the weight files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
 from rich.console import Console
+from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.placement import empty_model
@@ -39,6 +43,12 @@ EXTRAS: Mapping[str, str] = {
     "compressed-tensors": "compressed-tensors",
 }  # fmt: skip
 """The extra of this package that installs them."""
+
+_UNCONVERTED: Mapping[str | None, tuple[str, tuple[str, ...]]] = {
+    "awq": ("modules_to_not_convert", (".qweight",)),
+    "bitsandbytes": ("llm_int8_skip_modules", (".weight.absmax", ".SCB")),
+}
+"""Where a ``quant_method`` names what is not quantized; ends of keys that weight files have for Linears that are."""
 
 _REGEX = "re:"
 
@@ -118,9 +128,9 @@ def put_ignored_right(config: PretrainedConfig, source: str) -> None:
     if not (unknown := _unknown_ignored(config)):
         return
     model = empty_model(config)
-    modules, changed = dict(model.named_modules()), {}
+    modules, changes, changed = dict(model.named_modules()), _renames(model), {}
     for name in unknown:
-        for candidate in (_renamed(name, model), f"{model.base_model_prefix}.{name}"):
+        for candidate in (_renamed(name, changes), f"{model.base_model_prefix}.{name}"):
             if candidate in modules:
                 changed.setdefault(name, candidate)
     if changed:
@@ -144,28 +154,38 @@ def put_blocks_right(config: PretrainedConfig) -> None:
         stored["block_name_to_quantize"] = ",".join(moved) if isinstance(given, str) else moved
 
 
-def put_unconverted_right(config: PretrainedConfig, source: str) -> None:
-    """Take the blocks that AutoRound quantized out of ``modules_to_not_convert``.
+def put_unconverted_right(
+    config: PretrainedConfig, files: Iterable[Path], trust_remote_code: bool, source: str
+) -> None:
+    """Name the Linears to leave as they are by what the files hold, where the configuration does not fit them.
 
-    In AWQ's format AutoRound writes there all blocks but those of ``to_quant_block_names``, and compares names by two
-    rules of naming (``language_model.layers`` and ``model.language_model.layers``), so that none is left to convert.
+    transformers converts every Linear that is not named. In AWQ's format GPTQModel names none, and AutoRound also those
+    that it quantized; older transformers wrote other names (``visual`` for ``model.visual``).
 
     Args:
         config: of the model; its ``quantization_config`` is changed.
+        files: the weights, of which only the names are read.
+        trust_remote_code: whether code that comes with the checkpoint may run.
         source: what named it, for the log.
     """
     stored = getattr(config, "quantization_config", None)
-    if foreign_method(config) != "awq" or not isinstance(stored, dict):
+    option, marks = _UNCONVERTED.get(foreign_method(config), ("", ()))
+    if not option or not isinstance(stored, dict):
         return
-    blocks, left = stored.get("to_quant_block_names"), stored.get("modules_to_not_convert")
-    if not blocks or not left:
-        return
-    names = blocks.split(",") if isinstance(blocks, str) else blocks
-    endings = tuple(f".{name.strip()}" for name in names)
-    if wrong := [name for name in left if f".{name}".endswith(endings)]:
-        stored["modules_to_not_convert"] = [name for name in left if name not in wrong]
-        _log(f"{source}: {', '.join(wrong)} is quantized by its to_quant_block_names, and was taken out of its "
-             "modules_to_not_convert")  # fmt: skip
+    model = empty_model(config, trust_remote_code)
+    changes, quantized = _renames(model), set()
+    for file in files:
+        with safe_open(file, "pt") as content:
+            keys = [key for key in content.keys() if key.endswith(marks)]  # noqa: SIM118
+        for mark in marks:
+            quantized |= {_renamed(key.removesuffix(mark), changes) for key in keys if key.endswith(mark)}
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    left = [*(stored.get(option) or []), *get_keys_to_not_convert(model)]
+    converted = {name for name in linears if should_convert_module(name, left)}
+    if quantized and quantized <= linears and quantized != converted:
+        stored[option] = sorted(linears - quantized)
+        _log(f"{source}: {option} in its quantization_config does not fit its files, and was replaced by the names of "
+             f"the {len(stored[option])} Linears that the files do not quantize")  # fmt: skip
 
 
 def read_packed_zero_points(config: PretrainedConfig) -> None:
@@ -238,10 +258,13 @@ def _kind(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _renamed(name: str, model: PreTrainedModel) -> str:
+def _renames(model: PreTrainedModel) -> list[WeightRenaming]:
+    return [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+
+
+def _renamed(name: str, changes: list[WeightRenaming]) -> str:
     """What transformers calls a module whose weight in a file has this name."""
     key = f"{name}.weight"
-    for change in get_model_conversion_mapping(model):
-        if isinstance(change, WeightRenaming):
-            key, _ = change.rename_source_key(key)
+    for change in changes:
+        key, _ = change.rename_source_key(key)
     return key.removesuffix(".weight")

@@ -164,6 +164,7 @@ WRITERS: Mapping[str, Callable[[str, Path, Path], None]] = {
     "auto-round-gptq": partial(_auto_round, "auto_gptq"),
     "auto-round-awq": partial(_auto_round, "auto_awq"),
     "gptqmodel": partial(_gptqmodel, "float32", {}),
+    # its packer of AWQ takes no float32
     "gptqmodel-awq": partial(_gptqmodel, "float16", {"method": "awq", "format": "gemm", "sym": False}),
     "bitsandbytes-nf4": _bitsandbytes,
 }

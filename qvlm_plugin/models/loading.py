@@ -15,6 +15,7 @@ import torch
 from accelerate import cpu_offload
 from safetensors import safe_open
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
@@ -155,10 +156,11 @@ def open_checkpoint(
     folder = local_folder(pretrained, source, revision)
     original, config = _read_layout(folder, source, trust_remote_code, image_aspect_ratio)
     _set_router_noise(config, router_noise_seed, source)
-    check_quantizer(config, source)
-    put_ignored_right(config, source)
-    put_blocks_right(config)
-    read_packed_zero_points(config)
+    with parsed_elsewhere(f"{source}: its quantization_config does not load"):
+        check_quantizer(config, source)
+        put_ignored_right(config, source)
+        put_blocks_right(config)
+        read_packed_zero_points(config)
     if check_config is not None:
         check_config(config)
     with parsed_elsewhere(f"{source}: the processor does not load"):
@@ -286,6 +288,11 @@ def _read_layout(
         if is_original(values):
             original = read_original(folder, values, source)
             return original, original.config
+        if "auto_map" in values and not trust_remote_code and values["model_type"] not in CONFIG_MAPPING:
+            raise QVLMError(
+                f"{source}: transformers does not know model_type={values['model_type']!r}, whose code comes with it; "
+                "such code runs in an evaluation only, with trust_remote_code=true (docs/add-a-family.md)"
+            )
         return None, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -304,6 +311,8 @@ def _read_config_file(folder: Path, source: str) -> dict[str, Any]:
             f"{source}: config.json has neither layout; in the Hugging Face layout it has a model_type and a "
             f"vision_config, in that of LLaVA's own code {' or '.join(TOWER_KEYS)}"
         )
+    if not isinstance(values.get("quantization_config") or {}, dict):
+        raise QVLMError(f"{source}: quantization_config in config.json must be an object with a quant_method")
     return values
 
 

@@ -157,7 +157,7 @@ def put_blocks_right(config: PretrainedConfig) -> None:
 def put_unconverted_right(
     config: PretrainedConfig, files: Iterable[Path], trust_remote_code: bool, source: str
 ) -> None:
-    """Name the Linears to leave as they are by what the files hold, where the configuration does not fit them.
+    """Name the Linears that are not quantized by what the files hold, where the configuration does not fit them.
 
     transformers converts every Linear that is not named. In AWQ's format GPTQModel names none, and AutoRound also those
     that it quantized; older transformers wrote other names (``visual`` for ``model.visual``).
@@ -166,7 +166,10 @@ def put_unconverted_right(
         config: of the model; its ``quantization_config`` is changed.
         files: the weights, of which only the names are read.
         trust_remote_code: whether code that comes with the checkpoint may run.
-        source: what named it, for the log.
+        source: what named it, for messages.
+
+    Raises:
+        QVLMError: the files hold no quantized weight.
     """
     stored = getattr(config, "quantization_config", None)
     option, marks = _UNCONVERTED.get(foreign_method(config), ("", ()))
@@ -179,10 +182,15 @@ def put_unconverted_right(
             keys = [key for key in content.keys() if key.endswith(marks)]  # noqa: SIM118
         for mark in marks:
             quantized |= {_renamed(key.removesuffix(mark), changes) for key in keys if key.endswith(mark)}
+    if not quantized:
+        raise QVLMError(
+            f"{source}: its quantization_config has quant_method={foreign_method(config)!r}, but its files hold no "
+            f"weight quantized by it (no name ends in {' or '.join(marks)}); correct the one or the other"
+        )
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     left = [*(stored.get(option) or []), *get_keys_to_not_convert(model)]
     converted = {name for name in linears if should_convert_module(name, left)}
-    if quantized and quantized <= linears and quantized != converted:
+    if quantized <= linears and quantized != converted:
         stored[option] = sorted(linears - quantized)
         _log(f"{source}: {option} in its quantization_config does not fit its files, and was replaced by the names of "
              f"the {len(stored[option])} Linears that the files do not quantize")  # fmt: skip

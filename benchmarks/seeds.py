@@ -47,6 +47,7 @@ _FASTER = {"veo_checkpointing": False}  # the same plans; training the tower is 
 _SHORT = _FASTER | {"beam": 2, "veo_epochs": 3}  # other plans than the paper's settings, in a third of the time
 _LADDER = read_grid(Path("ladder"), {})  # `qvlm ablate ladder`, here without a process for each evaluation
 _TABLE1 = read_grid(Path("table1"), {})
+_FIG3A, _FIG3B = read_grid(Path("fig3a"), {}), read_grid(Path("fig3b"), {})
 METHODS = {
     "qlora": {},
     "qlora-zero": {"zero_on_grid": True},
@@ -57,6 +58,9 @@ METHODS = {
     "qvlm-short": _SHORT,
     "qvlm-short_cdm_relative": _TABLE1.row("+CDM, relative")[1] | _SHORT,
     "qvlm-short_relative": _TABLE1.row("Q-VLM, relative")[1] | _SHORT,
+    **{f"qvlm-depth{depth}": _FIG3A.row(f"depth {depth}")[1] | _SHORT for depth in (1, 2, 4, 5)},
+    **{f"qvlm-p{least}": _FIG3B.row(f"p {least}")[1] | _SHORT for least in ("0.995", "0.99")},
+    **{f"qvlm-eta{eta}": _FIG3B.row(f"η {eta}")[1] | _SHORT for eta in ("0.1", "10")},
     "qvlm_jacobian": _FASTER,
     "quarot": {},
     "qvlm_rotated": {},
@@ -76,6 +80,17 @@ LADDER = (
     "qvlm_rotated-veo",
 )  # fmt: skip
 """The rows of the ladder, each to be compared with the one before."""
+
+GROUPS = {
+    "ladder": LADDER,
+    "table1": (
+        "qlora", "qvlm-short_cdm", "qvlm-short_veo", "qvlm-short", "qvlm-short_cdm_relative", "qvlm-short_relative",
+    ),
+    "fig3a": ("qvlm-depth1", "qvlm-depth2", "qvlm-short_cdm", "qvlm-depth4", "qvlm-depth5"),
+    "fig3b": ("qlora", "qvlm-p0.995", "qvlm-p0.99", "qvlm-short_cdm", "qvlm-eta0.1", "qvlm-short", "qvlm-eta10"),
+}  # fmt: skip
+"""Rows that are measured together, by the name of `qvlm ablate`'s grid. Without a search, `qvlm` is `qlora`; a depth of
+3, a smallest percentile of 0.98 and an η of 1 are its defaults."""
 
 METRIC = "exact_match"
 FULL_PRECISION = "full-precision"
@@ -251,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     names = lambda text: text.split(",")  # noqa: E731
-    methods = lambda text: list(LADDER) if text == "ladder" else names(text)  # noqa: E731
+    methods = lambda text: [row for name in names(text) for row in GROUPS.get(name, [name])]  # noqa: E731
     numbers = lambda text: [int(number) for number in text.split(",")]  # noqa: E731
     for name in ("run", "table"):
         command = commands.add_parser(name)
@@ -261,7 +276,7 @@ def main() -> None:
             "--methods",
             type=methods,
             default=list(METHODS),
-            help="separated by commas; ladder: the steps from qlora to qvlm_rotated",
+            help=f"separated by commas; {', '.join(GROUPS)}: the rows of these ablations",
         )
         command.add_argument(
             "--samples", type=numbers, default=[32, 64], help="numbers of calibration samples, separated by commas"
@@ -273,8 +288,9 @@ def main() -> None:
     commands.choices["table"].add_argument(
         "--baseline",
         choices=[FULL_PRECISION, PREVIOUS, *METHODS],
+        metavar="METHOD",
         default="qlora",
-        help="method that the others are compared with",
+        help=f"method that the others are compared with, {FULL_PRECISION}, or {PREVIOUS} for the ladder's row before",
     )
     commands.choices["table"].add_argument(
         "--tasks", type=names, default=[], help="rows to show, such as average; default: all tasks and average"

@@ -81,9 +81,9 @@ def thumbnails(
     Example: qvlm leaderboard thumbnails results/ --data demo-data
     """
     from qvlm_plugin.harness.thumbnails import write_thumbnails
-    from qvlm_plugin.report.leaderboard.reading import find_results
+    from qvlm_plugin.report.leaderboard.schema import find_results_files
 
-    files = [file.resolve() for file in find_results(paths)]
+    files = [file.resolve() for file in find_results_files(paths)]
     with working_in(data):
         for file in files:
             typer.echo(f"{file}: {write_thumbnails(file)} thumbnails written")

@@ -14,8 +14,9 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from qvlm_plugin.atomic import write_file
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.leaderboard.ranking import rank
-from qvlm_plugin.report.leaderboard.reading import find_results, read_board
+from qvlm_plugin.report.leaderboard.reading import read_board
 from qvlm_plugin.report.leaderboard.row import Row
+from qvlm_plugin.report.leaderboard.schema import find_results_files
 
 TASK_TYPE = "visual-question-answering"
 
@@ -26,7 +27,7 @@ def publishable(paths: Sequence[Path]) -> list[Row]:
     Raises:
         QVLMError: a file has a problem, or a row must not be published.
     """
-    board = rank(read_board(find_results(paths), Path.cwd()))
+    board = rank(read_board(find_results_files(paths), Path.cwd()))
     if board.problems:
         first = board.problems[0]
         raise QVLMError(f"{first.file}: {first.message}")

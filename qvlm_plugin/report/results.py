@@ -12,9 +12,8 @@ from rich.cells import cell_len
 from rich.console import Group
 from rich.table import Table
 
-from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import concerning
-from qvlm_plugin.report.leaderboard.schema import main_metric, numbers, read_results_file
+from qvlm_plugin.report.leaderboard.schema import find_results_files, main_metric, numbers, read_results_file
 from qvlm_plugin.report.naming import traits
 from qvlm_plugin.report.shares import FEWEST, PERCENT, Interval, scale, score_text, share_interval
 
@@ -77,26 +76,16 @@ class Score:
 
 
 def read_results(paths: Sequence[Path]) -> list[Score]:
-    """The scores in results files, and in all ``*_results.json`` below folders.
+    """The scores in results files, and in all those below folders.
 
     Raises:
-        QVLMError: a folder has no results file (lmms-eval exits with 0 even when an evaluation failed), or a file is
-            not readable.
+        QVLMError: see `find_results_files` and `read_results_file`.
     """
     scores = []
-    for file in (file for path in paths for file in _results_files(path)):
+    for file in find_results_files(paths):
         with concerning(str(file)):
             scores += _read_file(file)
     return scores
-
-
-def _results_files(path: Path) -> list[Path]:
-    if not path.is_dir():
-        return [path]
-    files = sorted(path.rglob("*_results.json"))
-    if not files:
-        raise QVLMError(f"{path} contains no *_results.json: the evaluation failed, or wrote to another folder")
-    return files
 
 
 def _read_file(file: Path) -> Iterator[Score]:

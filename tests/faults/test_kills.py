@@ -24,7 +24,8 @@ from tiny_llava import write_tiny_llava
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.report.leaderboard.reading import find_results, read_run
+from qvlm_plugin.report.leaderboard.reading import read_run
+from qvlm_plugin.report.leaderboard.schema import find_results_files
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_additions_to_a_leaderboard(tmp_path):
 
     def check(folder):
         with suppress(QVLMError):  # none is there yet
-            for file in find_results([folder / "shared"]):
+            for file in find_results_files([folder / "shared"]):
                 assert read_run(file).coverage["quiz"].count == 600
 
     kill_again_and_again(tmp_path, lambda folder: (work.add, results, folder), check, seed=2)

@@ -43,7 +43,8 @@ from qvlm_plugin.report.compare.grid import cells, read_grid
 from qvlm_plugin.report.leaderboard.adding import add_run
 from qvlm_plugin.report.leaderboard.page import html_text
 from qvlm_plugin.report.leaderboard.ranking import rank
-from qvlm_plugin.report.leaderboard.reading import find_results, read_board
+from qvlm_plugin.report.leaderboard.reading import read_board
+from qvlm_plugin.report.leaderboard.schema import find_results_files
 from qvlm_plugin.report.leaderboard.tables import csv_text, json_text, markdown_text
 from qvlm_plugin.report.results import read_results, results_grid
 from qvlm_plugin.report.runs import Cell, finished_cells
@@ -260,7 +261,7 @@ def show_everything(folder):
             check_same_documents(samples_read, samples_read)
             assert samples_read.name
     with refused_or_read():
-        board = rank(read_board(find_results([folder]), folder))
+        board = rank(read_board(find_results_files([folder]), folder))
         html_text(board, [], folder)
         for write_text in (markdown_text, json_text):
             write_text(board, [])

@@ -11,7 +11,6 @@ from qvlm_plugin.report.leaderboard.reading import (
     EDITED,
     INCOMPLETE,
     LIMITED,
-    SUFFIX,
     UNCOMPARED,
     Run,
     read_board,
@@ -19,6 +18,7 @@ from qvlm_plugin.report.leaderboard.reading import (
     samples_file,
 )
 from qvlm_plugin.report.leaderboard.row import Row
+from qvlm_plugin.report.leaderboard.schema import SUFFIX
 from qvlm_plugin.report.samples import saw_all_images
 
 NEEDED = ("plan_hash", "table_hash", "model_fingerprint", "seal")

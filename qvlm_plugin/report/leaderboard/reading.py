@@ -14,13 +14,18 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import concerning
 from qvlm_plugin.report.leaderboard.documents import Coverage, Marks, read_coverage
 from qvlm_plugin.report.leaderboard.row import Row
-from qvlm_plugin.report.leaderboard.schema import ResultsFile, main_metric, metric_list, numbers, read_results_file
+from qvlm_plugin.report.leaderboard.schema import (
+    SUFFIX,
+    ResultsFile,
+    main_metric,
+    metric_list,
+    numbers,
+    read_results_file,
+)
 from qvlm_plugin.report.results import BYPASS
 from qvlm_plugin.report.samples import is_mean
 from qvlm_plugin.report.seal import seal
 from qvlm_plugin.report.shares import PERCENT, scale, share_interval
-
-SUFFIX = "_results.json"
 
 STAND_IN = "stand-in data"
 LIMITED = "a part of the documents"
@@ -76,22 +81,6 @@ class Run:
     problems: tuple[str, ...]
 
 
-def find_results(paths: Sequence[Path]) -> list[Path]:
-    """The results files given, and all those below the folders given.
-
-    Raises:
-        QVLMError: a path does not exist, or there is no results file.
-    """
-    if missing := [path for path in paths if not path.exists()]:
-        raise QVLMError(f"{missing[0]} does not exist; name results files of lmms-eval, or folders that contain some")
-    files = [file for path in paths for file in (sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path])]
-    if not files:
-        raise QVLMError(
-            f"{', '.join(map(str, paths))}: no *{SUFFIX} found: evaluations failed, or wrote to another folder"
-        )
-    return list({file.resolve(): file for file in files}.values())
-
-
 def samples_file(results: Path, task: str) -> Path:
     """The path of the samples file that belongs to a results file."""
     return results.with_name(f"{results.name.removesuffix(SUFFIX)}_samples_{task}.jsonl")
@@ -132,7 +121,7 @@ def read_board(files: Sequence[Path], base: Path) -> Board:
     """The rows of results files, not yet ranked.
 
     Args:
-        files: see `find_results`.
+        files: see `find_results_files`.
         base: folder to which file names in rows are relative.
     """
     board = Board()

@@ -1,7 +1,7 @@
 """The parts of a results file that the leaderboard reads; other parts are ignored."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import parse_json
+
+SUFFIX = "_results.json"
+"""End of the names of results files."""
 
 
 class _Part(BaseModel):
@@ -135,6 +138,24 @@ def generation_speed(throughput: Mapping[str, Any] | None) -> float | None:
     """Generated tokens per second in a results file's ``throughput``; None if it has none."""
     speed = (throughput or {}).get("avg_speed")
     return speed if isinstance(speed, int | float) and 0 < speed < math.inf else None
+
+
+def find_results_files(paths: Sequence[Path]) -> list[Path]:
+    """The results files given, and all those below the folders given, each once.
+
+    Raises:
+        QVLMError: a path does not exist, or a folder has no results file (lmms-eval exits with 0 even when an
+            evaluation failed).
+    """
+    found = {}
+    for path in paths:
+        if not path.exists():
+            raise QVLMError(f"{path} does not exist; name results files of lmms-eval, or folders that contain some")
+        files = sorted(path.rglob(f"*{SUFFIX}")) if path.is_dir() else [path]
+        if not files:
+            raise QVLMError(f"{path} contains no *{SUFFIX}: the evaluation failed, or wrote to another folder")
+        found |= {file.resolve(): file for file in files}
+    return [*found.values()]
 
 
 def read_results_file(file: Path) -> tuple[bytes, Any, ResultsFile]:

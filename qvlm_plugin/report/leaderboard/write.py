@@ -8,7 +8,8 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.leaderboard.page import html_text
 from qvlm_plugin.report.leaderboard.paper import paper_tables
 from qvlm_plugin.report.leaderboard.ranking import rank
-from qvlm_plugin.report.leaderboard.reading import Board, find_results, read_board
+from qvlm_plugin.report.leaderboard.reading import Board, read_board
+from qvlm_plugin.report.leaderboard.schema import find_results_files
 from qvlm_plugin.report.leaderboard.tables import csv_text, json_text, markdown_text
 
 
@@ -26,7 +27,7 @@ def write_leaderboard(paths: Sequence[Path], output: Path, *, with_reported: boo
     Raises:
         QVLMError: no results file was found, or none contains a score.
     """
-    files = find_results(paths)
+    files = find_results_files(paths)
     board = rank(read_board(files, output))
     if not board.rows:
         first = board.problems[0]

@@ -6,7 +6,8 @@ from report.leaderboard.written import content, provenance, samples, write, writ
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.leaderboard.adding import add_run
 from qvlm_plugin.report.leaderboard.ranking import rank
-from qvlm_plugin.report.leaderboard.reading import find_results, read_board
+from qvlm_plugin.report.leaderboard.reading import read_board
+from qvlm_plugin.report.leaderboard.schema import find_results_files
 
 HASHES = {"plan_hash": "1" * 64, "table_hash": "2" * 64, "model_fingerprint": "3" * 64}
 
@@ -20,7 +21,9 @@ def test_a_run_is_added_once_and_reads_as_before(tmp_path):
     file = write_run(tmp_path / "here", [1, 1, 0], facts())
     copy = add_run(file, tmp_path / "shared")
     assert copy.is_relative_to(tmp_path / "shared") and copy.read_bytes() == file.read_bytes()
-    boards = [rank(read_board(find_results([folder]), tmp_path)) for folder in (tmp_path / "here", tmp_path / "shared")]
+    boards = [
+        rank(read_board(find_results_files([folder]), tmp_path)) for folder in (tmp_path / "here", tmp_path / "shared")
+    ]
     kept = [[row.model_dump(exclude={"file", "samples"}) for row in board.rows] for board in boards]
     assert kept[0] == kept[1] and not boards[1].problems
     assert add_run(file, tmp_path / "shared") == copy

@@ -7,12 +7,13 @@ from report.leaderboard.written import content, provenance, samples, write, writ
 from qvlm_plugin.report.leaderboard import answers
 from qvlm_plugin.report.leaderboard.answers import answers_of
 from qvlm_plugin.report.leaderboard.ranking import rank
-from qvlm_plugin.report.leaderboard.reading import find_results, read_board, samples_file
+from qvlm_plugin.report.leaderboard.reading import read_board, samples_file
+from qvlm_plugin.report.leaderboard.schema import find_results_files
 from qvlm_plugin.report.leaderboard.view import groups
 
 
 def read(folder):
-    board = rank(read_board(find_results([folder]), folder))
+    board = rank(read_board(find_results_files([folder]), folder))
     (group,) = groups(board.rows)
     return answers_of(group, board.marks, folder), {row.run: row.method for row in board.rows}
 
@@ -69,7 +70,7 @@ def test_unknown_facts_are_left_out(tmp_path, harm):
         write(tmp_path / "b", content([0, 1], provenance("b")))
     if harm == "changed since":
         file = write_run(tmp_path / "b", [0, 1], provenance("b"))
-        board = rank(read_board(find_results([tmp_path]), tmp_path))
+        board = rank(read_board(find_results_files([tmp_path]), tmp_path))
         samples_file(file, "quiz").write_text(json.dumps({"doc_id": 0}))
         assert answers_of(groups(board.rows)[0], board.marks, tmp_path) is None
         return

@@ -4,12 +4,13 @@ from report.leaderboard.written import DATA, content, provenance, samples, write
 
 from qvlm_plugin.report.leaderboard.overview import overviews
 from qvlm_plugin.report.leaderboard.ranking import rank
-from qvlm_plugin.report.leaderboard.reading import find_results, read_board
+from qvlm_plugin.report.leaderboard.reading import read_board
+from qvlm_plugin.report.leaderboard.schema import find_results_files
 from qvlm_plugin.report.leaderboard.view import groups
 
 
 def overview(folder, apart=False):
-    board = rank(read_board(find_results([folder]), folder))
+    board = rank(read_board(find_results_files([folder]), folder))
     found = groups(board.rows)
     return next(one for one in overviews(found, board.marks) if one.apart == apart), found
 

@@ -8,11 +8,12 @@ from report.leaderboard.written import DATA, content, provenance, samples, write
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.report.leaderboard.ranking import rank
-from qvlm_plugin.report.leaderboard.reading import find_results, read_board
+from qvlm_plugin.report.leaderboard.reading import read_board
+from qvlm_plugin.report.leaderboard.schema import find_results_files
 
 
 def board(folder):
-    return rank(read_board(find_results([folder]), folder))
+    return rank(read_board(find_results_files([folder]), folder))
 
 
 def by_run(board, metric="exact_match"):
@@ -273,9 +274,9 @@ def test_bad_files_are_reported_and_never_ranked(healthy, harm, message):
 
 def test_paths(tmp_path):
     with pytest.raises(QVLMError, match="missing does not exist"):
-        find_results([tmp_path / "missing"])
-    with pytest.raises(QVLMError, match=r"no \*_results.json found"):
-        find_results([tmp_path])
+        find_results_files([tmp_path / "missing"])
+    with pytest.raises(QVLMError, match=r"contains no \*_results\.json"):
+        find_results_files([tmp_path])
     file = write_run(tmp_path / "a", [1])
-    assert find_results([tmp_path, file, tmp_path / "a"]) == [file]
+    assert find_results_files([tmp_path, file, tmp_path / "a"]) == [file]
     assert json.loads(file.read_text())["model_name"] == "org/model"

@@ -2,12 +2,13 @@ import pytest
 from report.leaderboard.written import content, provenance, samples, write, write_run
 
 from qvlm_plugin.report.leaderboard.ranking import rank
-from qvlm_plugin.report.leaderboard.reading import find_results, read_board
+from qvlm_plugin.report.leaderboard.reading import read_board
+from qvlm_plugin.report.leaderboard.schema import find_results_files
 from qvlm_plugin.report.leaderboard.view import groups
 
 
 def tables(folder):
-    return groups(rank(read_board(find_results([folder]), folder)).rows)
+    return groups(rank(read_board(find_results_files([folder]), folder)).rows)
 
 
 def test_alone_a_title_is_task_data_and_documents(tmp_path):

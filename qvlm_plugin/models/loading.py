@@ -36,11 +36,11 @@ from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoi
 from qvlm_plugin.models.placement import check_placement, empty_model
 from qvlm_plugin.models.pre_quantized import (
     check_quantizer,
+    correct_blocks,
+    correct_ignored,
+    correct_unconverted,
     loading_hint,
     note_schemes,
-    put_blocks_right,
-    put_ignored_right,
-    put_unconverted_right,
     read_packed_zero_points,
 )
 from qvlm_plugin.models.processors import read_processor
@@ -158,8 +158,8 @@ def open_checkpoint(
     _set_router_noise(config, router_noise_seed, source)
     with parsed_elsewhere(f"{source}: its quantization_config does not load"):
         check_quantizer(config, source)
-        put_ignored_right(config, source)
-        put_blocks_right(config)
+        correct_ignored(config, source)
+        correct_blocks(config)
         read_packed_zero_points(config)
     if check_config is not None:
         check_config(config)
@@ -242,7 +242,7 @@ def load_weights(
         placement |= {"quantization_config": quantize, "device_map": {"": device} if device_map is None else device_map}
     hint = loading_hint(config)
     with parsed_elsewhere(f"{source}: the weights do not load{hint}"):
-        put_unconverted_right(config, files, trust_remote_code, source)
+        correct_unconverted(config, files, trust_remote_code, source)
         if original:
             model, info = _load_original(original, processor, compute_type, placement)
         elif quantize is not None:

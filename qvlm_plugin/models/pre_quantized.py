@@ -1,7 +1,7 @@
-"""Checkpoints that other programs quantized: what their ``quantization_config`` takes, before weights are loaded.
+"""Checkpoints that other programs quantized: check and correct their ``quantization_config`` before loading weights.
 
-transformers runs them with its own quantizers, each with a package of its own. What is here finds out which, and puts
-names in the configuration right that do not fit the model or the weight files.
+transformers runs them with its own quantizers, most of which need another package. This module finds out which package
+that is, and corrects names in the configuration that do not match the model or the weight files.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,19 +36,20 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "bitsandbytes": ("bitsandbytes>=0.46.1",),
     "compressed-tensors": ("compressed-tensors>=0.15",),
 }
-"""What the quantizers of transformers need for a ``quant_method``; others say it themselves."""
+"""Packages that a quantizer of transformers needs, by ``quant_method``; other quantizers name theirs in an error."""
 
 EXTRAS: Mapping[str, str] = {
     "awq": "gptq", "gptq": "gptq", "auto-round": "auto-round", "bitsandbytes": "nf",
     "compressed-tensors": "compressed-tensors",
 }  # fmt: skip
-"""The extra of this package that installs them."""
+"""The extra of this package that installs these packages, by ``quant_method``."""
 
 _UNCONVERTED: Mapping[str | None, tuple[str, tuple[str, ...]]] = {
     "awq": ("modules_to_not_convert", (".qweight",)),
     "bitsandbytes": ("llm_int8_skip_modules", (".weight.absmax", ".SCB")),
 }
-"""Where a ``quant_method`` names what is not quantized; ends of keys that weight files have for Linears that are."""
+"""By ``quant_method``: the option that lists modules that are not quantized, and the suffixes of the keys that weight
+files have for quantized Linears."""
 
 _REGEX = "re:"
 
@@ -72,8 +73,8 @@ def check_quantizer(config: PretrainedConfig, source: str) -> None:
         source: what named it, for messages.
 
     Raises:
-        QVLMError: transformers has no quantizer for it, a package is missing or too old, the configuration is not the
-            quantizer's, or it transforms inputs, which transformers does not.
+        QVLMError: transformers has no quantizer for it, a package is missing or too old, the quantizer refuses the
+            configuration, or the checkpoint needs its inputs transformed, which transformers does not do.
     """
     method = foreign_method(config)
     if method is None:
@@ -115,11 +116,11 @@ def _require_package(wanted: str, method: str, source: str) -> None:
                         f"pip install '{wanted}', or the extra qvlm_plugin[{EXTRAS[method]}]")  # fmt: skip
 
 
-def put_ignored_right(config: PretrainedConfig, source: str) -> None:
-    """Replace names under ``ignore`` that are those of weights in files by those of the model's modules.
+def correct_ignored(config: PretrainedConfig, source: str) -> None:
+    """Replace names of weights in files under ``ignore`` by the names of the model's modules.
 
-    llm-compressor writes the names that weights have in files (``vision_tower.…``); transformers renames weights when
-    it reads them (``model.vision_tower.…``), and not what is ignored.
+    llm-compressor writes the names that weights have in files (``vision_tower.…``). transformers renames weights when
+    it reads them (``model.vision_tower.…``), but does not rename what is ignored.
 
     Args:
         config: of the model; its ``quantization_config`` is changed.
@@ -141,8 +142,8 @@ def put_ignored_right(config: PretrainedConfig, source: str) -> None:
              f"replaced by the model's, for example {old} by {new}")  # fmt: skip
 
 
-def put_blocks_right(config: PretrainedConfig) -> None:
-    """Replace what AutoRound calls ``block_name_to_quantize`` by the model's name, where it is an older one."""
+def correct_blocks(config: PretrainedConfig) -> None:
+    """Replace an older module name in AutoRound's ``block_name_to_quantize`` by the model's name."""
     stored = getattr(config, "quantization_config", None)
     if foreign_method(config) is None or not isinstance(stored, dict) or not stored.get("block_name_to_quantize"):
         return
@@ -154,13 +155,11 @@ def put_blocks_right(config: PretrainedConfig) -> None:
         stored["block_name_to_quantize"] = ",".join(moved) if isinstance(given, str) else moved
 
 
-def put_unconverted_right(
-    config: PretrainedConfig, files: Iterable[Path], trust_remote_code: bool, source: str
-) -> None:
-    """Name the Linears that are not quantized by what the files hold, where the configuration does not fit them.
+def correct_unconverted(config: PretrainedConfig, files: Iterable[Path], trust_remote_code: bool, source: str) -> None:
+    """List the Linears that are not quantized according to the weight files, if the configuration lists others.
 
-    transformers converts every Linear that is not named. In AWQ's format GPTQModel names none, and AutoRound also those
-    that it quantized; older transformers wrote other names (``visual`` for ``model.visual``).
+    transformers converts every Linear that is not listed. In AWQ's format, GPTQModel lists none, and AutoRound also
+    lists those that it quantized. Older versions of transformers wrote other names (``visual`` for ``model.visual``).
 
     Args:
         config: of the model; its ``quantization_config`` is changed.
@@ -197,7 +196,7 @@ def put_unconverted_right(
 
 
 def read_packed_zero_points(config: PretrainedConfig) -> None:
-    """Have transformers read packed weights with zero points; like those without, they are dequantized when they run.
+    """Make transformers read packed weights with zero points; it dequantizes them, as it does those without.
 
     transformers expects zero points of shape [rows, groups], which compressed-tensors packs into fewer rows of int32.
     So its quantizer is replaced, in this process, by one that expects packed zero points.
@@ -223,7 +222,7 @@ class _PackedZeroPoints(CompressedTensorsHfQuantizer):
 
 
 def note_schemes(model: PreTrainedModel, config: PretrainedConfig) -> None:
-    """Note at Linears that were dequantized as they were read what they were read from; transformers forgets it.
+    """Record at each dequantized Linear the scheme of its stored weight, which transformers does not keep.
 
     Args:
         model: loaded.
@@ -242,7 +241,7 @@ def note_schemes(model: PreTrainedModel, config: PretrainedConfig) -> None:
 
 
 def loading_hint(config: PretrainedConfig) -> str:
-    """What to say of the likely cause where loading fails; empty where none is known."""
+    """The likely cause of a failure to load, for the end of an error message; empty if none is known."""
     if not (unknown := _unknown_ignored(config)):
         return ""
     return f" (its quantization_config ignores {len(unknown)} names that no module has, for example {unknown[0]})"

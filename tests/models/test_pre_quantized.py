@@ -187,7 +187,7 @@ def awq_folder(folder, left):
 def test_files_say_which_linears_are_quantized(tmp_path, capsys, left, right):
     folder = awq_folder(tmp_path / "x", left)
     config = LlavaConfig.from_pretrained(folder)
-    pre_quantized.put_unconverted_right(config, [folder / "model.safetensors"], False, "it")
+    pre_quantized.correct_unconverted(config, [folder / "model.safetensors"], False, "it")
     found = config.quantization_config["modules_to_not_convert"]
     assert ("modules_to_not_convert in its quantization_config does not fit" in capsys.readouterr().err) != right
     model = empty_model(config)

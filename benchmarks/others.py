@@ -121,7 +121,7 @@ def _bitsandbytes(checkpoint: str, folder: Path, samples: Path) -> None:
     _model(checkpoint, quantization_config=how).save_pretrained(folder)
 
 
-def _gptqmodel(checkpoint: str, folder: Path, samples: Path) -> None:
+def _gptqmodel(dtype: str, how: Mapping[str, Any], checkpoint: str, folder: Path, samples: Path) -> None:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its loader wants two, and has one on two cores
     import torch
     from gptqmodel import QuantizeConfig
@@ -150,8 +150,8 @@ def _gptqmodel(checkpoint: str, folder: Path, samples: Path) -> None:
         def prepare_dataset(self, calibration_dataset: list[dict[str, Any]], **_: Any) -> list[dict[str, Any]]:
             return calibration_dataset  # with pictures; the base class takes tokens only
 
-    how = QuantizeConfig(bits=4, group_size=GROUP, device="cpu", offload_to_disk=False)
-    model = Llava.from_pretrained(checkpoint, quantize_config=how, dtype=torch.float32)
+    how = QuantizeConfig(bits=4, group_size=GROUP, device="cpu", offload_to_disk=False, **how)
+    model = Llava.from_pretrained(checkpoint, quantize_config=how, dtype=getattr(torch, dtype))
     model.quantize(_samples(samples))
     model.save(str(folder))
 
@@ -163,7 +163,9 @@ WRITERS: Mapping[str, Callable[[str, Path, Path], None]] = {
     "auto-round": partial(_auto_round, "auto_round"),
     "auto-round-gptq": partial(_auto_round, "auto_gptq"),
     "auto-round-awq": partial(_auto_round, "auto_awq"),
-    "gptqmodel": _gptqmodel,
+    "gptqmodel": partial(_gptqmodel, "float32", {}),
+    # its packer of AWQ takes no float32
+    "gptqmodel-awq": partial(_gptqmodel, "float16", {"method": "awq", "format": "gemm", "sym": False}),
     "bitsandbytes-nf4": _bitsandbytes,
 }
 """By the names of folders."""

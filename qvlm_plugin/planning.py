@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from transformers import PretrainedConfig
 
 from qvlm_plugin import backends, plugins
 from qvlm_plugin.calibration import CalibrationSet, EncodedSet
@@ -43,8 +44,7 @@ def obtain_plan(
     Raises:
         QVLMError: the model is already quantized, or its family is not supported; see `check_calibration` and `fit`.
     """
-    if getattr(loaded.model.config, "quantization_config", None) is not None:
-        raise QVLMError(f"pretrained={loaded.source!r} is already quantized; search on the model in full precision")
+    require_full_precision(loaded.model.config, f"pretrained={loaded.source!r}")
     topology = plugins.topology_of(loaded)
     check_calibration(request, calibration)
     if not request.needs_calibration:
@@ -56,6 +56,12 @@ def obtain_plan(
         return _search(request, context)
     directory = cache / cache_key(loaded, request, calibration)
     return _cached(directory, context.shard, lambda space: _search(request, replace(context, workspace=space)))
+
+
+def require_full_precision(config: PretrainedConfig, source: str) -> None:
+    """Raise a QVLMError, which begins with ``source``, if the model of this configuration is already quantized."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise QVLMError(f"{source} is already quantized; search on the model in full precision")
 
 
 def _cached(directory: Path, shard: Shard, search: Callable[[Workspace], RoundingPlan]) -> RoundingPlan:

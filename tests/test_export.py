@@ -396,6 +396,11 @@ def test_the_command_writes_a_folder(source, tmp_path):
     assert load(str(tmp_path / "x")).prompt == "vicuna_v1"
     converted = CliRunner().invoke(app, ["convert", str(tmp_path / "x"), str(tmp_path / "y")])
     assert converted.exit_code == 2 and "is already quantized; convert takes" in converted.output
+    (weights,) = (tmp_path / "x").glob("*.safetensors")
+    weights.write_bytes(b"not read")
+    searched = ["search", str(tmp_path / "y"), "--pretrained", str(tmp_path / "x"), "--method", "rtn"]
+    quantized = CliRunner().invoke(app, searched)
+    assert quantized.exit_code == 2 and "is already quantized; search on" in quantized.output
     again = run(*common, "--method", "rtn", "--scheme", "w4a16")
     assert again.exit_code == 2 and "exists and is not an empty folder" in again.output
     neither = run(tmp_path / "y", "--pretrained", source)

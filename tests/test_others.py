@@ -16,6 +16,7 @@ def test_each_folder_has_a_row_that_says_whether_it_loads(benchmark_module, tmp_
     for name, stored in (
         ("auto-round-gptq", {"quant_method": "gptq", "checkpoint_format": "gptq"}),
         ("auto-round-awq", {"quant_method": "awq", "version": "gemm"}),
+        ("gptqmodel-awq", {"quant_method": "awq", "format": "gemm", "checkpoint_format": "gemm"}),
     ):
         (tmp_path / "theirs" / name).mkdir(parents=True)
         (tmp_path / "theirs" / name / "config.json").write_text(json.dumps({"quantization_config": stored}))
@@ -24,7 +25,9 @@ def test_each_folder_has_a_row_that_says_whether_it_loads(benchmark_module, tmp_
     lines = capsys.readouterr().out.splitlines()
     named = {row[0]: row[1:] for row in ([cell.strip() for cell in line.strip("| ").split("|")] for line in lines)}
     assert named["demo"] == ["", "yes", "4.50 / 16", "stub", "80", "80", "80"]
-    assert named["auto-round-awq"] == ["awq gemm", "yes", "4.50 / 16", "stub", "80", "80", "80"]
+    assert (
+        named["auto-round-awq"] == named["gptqmodel-awq"] == ["awq gemm", "yes", "4.50 / 16", "stub", "80", "80", "80"]
+    )
     assert named["auto-round-gptq"][:2] == ["gptq gptq", "QVLMError: too deep"] and "bitsandbytes-nf4" not in named
     ran = [call.split(",")[0].rpartition("/")[2].removeprefix("pretrained=") for call in calls(place)]
-    assert ran == ["demo", "auto-round-gptq", "auto-round-awq", "auto-round-gptq"]
+    assert ran == ["demo", "auto-round-gptq", "auto-round-awq", "gptqmodel-awq", "auto-round-gptq"]

@@ -157,7 +157,7 @@ def draw_from_task(task: str, split: str, count: int, seed: int) -> "list[Sample
 def opened(
     pretrained: str, dtype: str, device: "str | torch.device", topology: str | None = "described", **opening: Any
 ) -> "Checkpoint":
-    """Open a checkpoint by its small files, so that its faults are reported before weights are read.
+    """Open a checkpoint in full precision by its small files, so that faults are reported before weights are read.
 
     Prints the device.
 
@@ -168,6 +168,7 @@ def opened(
     """
     from qvlm_plugin.models.loading import open_checkpoint
     from qvlm_plugin.models.placement import check_placement, device_name
+    from qvlm_plugin.planning import require_full_precision
     from qvlm_plugin.tracing.trace import open_with_topology
 
     placed = check_placement(dtype, device)
@@ -176,6 +177,7 @@ def opened(
         checkpoint = open_checkpoint(pretrained, **opening)
     else:
         checkpoint = open_with_topology(pretrained, topology, **opening)
+    require_full_precision(checkpoint.config, checkpoint.source)
     name = device_name(placed)
     typer.echo(f"device: {placed}" + f" ({name})" * (name != placed.type), err=True)
     return checkpoint

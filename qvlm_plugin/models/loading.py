@@ -15,6 +15,7 @@ import torch
 from accelerate import cpu_offload
 from safetensors import safe_open
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     GenerationConfig,
@@ -35,11 +36,11 @@ from qvlm_plugin.models.original import EMBEDDINGS, TOWER_KEYS, OriginalCheckpoi
 from qvlm_plugin.models.placement import check_placement, empty_model
 from qvlm_plugin.models.pre_quantized import (
     check_quantizer,
+    correct_blocks,
+    correct_ignored,
+    correct_unconverted,
     loading_hint,
     note_schemes,
-    put_blocks_right,
-    put_ignored_right,
-    put_unconverted_right,
     read_packed_zero_points,
 )
 from qvlm_plugin.models.processors import read_processor
@@ -155,11 +156,11 @@ def open_checkpoint(
     folder = local_folder(pretrained, source, revision)
     original, config = _read_layout(folder, source, trust_remote_code, image_aspect_ratio)
     _set_router_noise(config, router_noise_seed, source)
-    check_quantizer(config, source)
-    put_ignored_right(config, source)
-    put_blocks_right(config)
-    put_unconverted_right(config, source)
-    read_packed_zero_points(config)
+    with parsed_elsewhere(f"{source}: its quantization_config does not load"):
+        check_quantizer(config, source)
+        correct_ignored(config, source)
+        correct_blocks(config)
+        read_packed_zero_points(config)
     if check_config is not None:
         check_config(config)
     with parsed_elsewhere(f"{source}: the processor does not load"):
@@ -241,6 +242,7 @@ def load_weights(
         placement |= {"quantization_config": quantize, "device_map": {"": device} if device_map is None else device_map}
     hint = loading_hint(config)
     with parsed_elsewhere(f"{source}: the weights do not load{hint}"):
+        correct_unconverted(config, files, trust_remote_code, source)
         if original:
             model, info = _load_original(original, processor, compute_type, placement)
         elif quantize is not None:
@@ -286,6 +288,11 @@ def _read_layout(
         if is_original(values):
             original = read_original(folder, values, source)
             return original, original.config
+        if "auto_map" in values and not trust_remote_code and values["model_type"] not in CONFIG_MAPPING:
+            raise QVLMError(
+                f"{source}: transformers does not know model_type={values['model_type']!r}, whose code comes with it; "
+                "such code runs in an evaluation only, with trust_remote_code=true (docs/add-a-family.md)"
+            )
         return None, AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
@@ -304,6 +311,8 @@ def _read_config_file(folder: Path, source: str) -> dict[str, Any]:
             f"{source}: config.json has neither layout; in the Hugging Face layout it has a model_type and a "
             f"vision_config, in that of LLaVA's own code {' or '.join(TOWER_KEYS)}"
         )
+    if not isinstance(values.get("quantization_config") or {}, dict):
+        raise QVLMError(f"{source}: quantization_config in config.json must be an object with a quant_method")
     return values
 
 

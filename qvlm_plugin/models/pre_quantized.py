@@ -1,22 +1,26 @@
-"""Checkpoints that other programs quantized: what their ``quantization_config`` takes, before weights are loaded.
+"""Checkpoints that other programs quantized: check and correct their ``quantization_config`` before loading weights.
 
-transformers runs them with its own quantizers, each with a package of its own. What is here finds out which, and puts
-names right that stand in the configuration as they are in the weight files.
+transformers runs them with its own quantizers, most of which need another package. This module finds out which package
+that is, and corrects names in the configuration that do not match the model or the weight files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
 from rich.console import Console
+from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.placement import empty_model
@@ -32,13 +36,20 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "bitsandbytes": ("bitsandbytes>=0.46.1",),
     "compressed-tensors": ("compressed-tensors>=0.15",),
 }
-"""What the quantizers of transformers need for a ``quant_method``; others say it themselves."""
+"""Packages that a quantizer of transformers needs, by ``quant_method``; other quantizers name theirs in an error."""
 
 EXTRAS: Mapping[str, str] = {
     "awq": "gptq", "gptq": "gptq", "auto-round": "auto-round", "bitsandbytes": "nf",
     "compressed-tensors": "compressed-tensors",
 }  # fmt: skip
-"""The extra of this package that installs them."""
+"""The extra of this package that installs these packages, by ``quant_method``."""
+
+_UNCONVERTED: Mapping[str | None, tuple[str, tuple[str, ...]]] = {
+    "awq": ("modules_to_not_convert", (".qweight",)),
+    "bitsandbytes": ("llm_int8_skip_modules", (".weight.absmax", ".SCB")),
+}
+"""By ``quant_method``: the option that lists modules that are not quantized, and the suffixes of the keys that weight
+files have for quantized Linears."""
 
 _REGEX = "re:"
 
@@ -62,8 +73,8 @@ def check_quantizer(config: PretrainedConfig, source: str) -> None:
         source: what named it, for messages.
 
     Raises:
-        QVLMError: transformers has no quantizer for it, a package is missing or too old, the configuration is not the
-            quantizer's, or it transforms inputs, which transformers does not.
+        QVLMError: transformers has no quantizer for it, a package is missing or too old, the quantizer refuses the
+            configuration, or the checkpoint needs its inputs transformed, which transformers does not do.
     """
     method = foreign_method(config)
     if method is None:
@@ -105,11 +116,11 @@ def _require_package(wanted: str, method: str, source: str) -> None:
                         f"pip install '{wanted}', or the extra qvlm_plugin[{EXTRAS[method]}]")  # fmt: skip
 
 
-def put_ignored_right(config: PretrainedConfig, source: str) -> None:
-    """Replace names under ``ignore`` that are those of weights in files by those of the model's modules.
+def correct_ignored(config: PretrainedConfig, source: str) -> None:
+    """Replace names of weights in files under ``ignore`` by the names of the model's modules.
 
-    llm-compressor writes the names that weights have in files (``vision_tower.…``); transformers renames weights when
-    it reads them (``model.vision_tower.…``), and not what is ignored.
+    llm-compressor writes the names that weights have in files (``vision_tower.…``). transformers renames weights when
+    it reads them (``model.vision_tower.…``), but does not rename what is ignored.
 
     Args:
         config: of the model; its ``quantization_config`` is changed.
@@ -118,9 +129,9 @@ def put_ignored_right(config: PretrainedConfig, source: str) -> None:
     if not (unknown := _unknown_ignored(config)):
         return
     model = empty_model(config)
-    modules, changed = dict(model.named_modules()), {}
+    modules, changes, changed = dict(model.named_modules()), _renames(model), {}
     for name in unknown:
-        for candidate in (_renamed(name, model), f"{model.base_model_prefix}.{name}"):
+        for candidate in (_renamed(name, changes), f"{model.base_model_prefix}.{name}"):
             if candidate in modules:
                 changed.setdefault(name, candidate)
     if changed:
@@ -131,8 +142,8 @@ def put_ignored_right(config: PretrainedConfig, source: str) -> None:
              f"replaced by the model's, for example {old} by {new}")  # fmt: skip
 
 
-def put_blocks_right(config: PretrainedConfig) -> None:
-    """Replace what AutoRound calls ``block_name_to_quantize`` by the model's name, where it is an older one."""
+def correct_blocks(config: PretrainedConfig) -> None:
+    """Replace an older module name in AutoRound's ``block_name_to_quantize`` by the model's name."""
     stored = getattr(config, "quantization_config", None)
     if foreign_method(config) is None or not isinstance(stored, dict) or not stored.get("block_name_to_quantize"):
         return
@@ -144,32 +155,48 @@ def put_blocks_right(config: PretrainedConfig) -> None:
         stored["block_name_to_quantize"] = ",".join(moved) if isinstance(given, str) else moved
 
 
-def put_unconverted_right(config: PretrainedConfig, source: str) -> None:
-    """Take the blocks that AutoRound quantized out of ``modules_to_not_convert``.
+def correct_unconverted(config: PretrainedConfig, files: Iterable[Path], trust_remote_code: bool, source: str) -> None:
+    """List the Linears that are not quantized according to the weight files, if the configuration lists others.
 
-    In AWQ's format AutoRound writes there all blocks but those of ``to_quant_block_names``, and compares names by two
-    rules of naming (``language_model.layers`` and ``model.language_model.layers``), so that none is left to convert.
+    transformers converts every Linear that is not listed. In AWQ's format, GPTQModel lists none, and AutoRound also
+    lists those that it quantized. Older versions of transformers wrote other names (``visual`` for ``model.visual``).
 
     Args:
         config: of the model; its ``quantization_config`` is changed.
-        source: what named it, for the log.
+        files: the weights, of which only the names are read.
+        trust_remote_code: whether code that comes with the checkpoint may run.
+        source: what named it, for messages.
+
+    Raises:
+        QVLMError: the files hold no quantized weight.
     """
     stored = getattr(config, "quantization_config", None)
-    if foreign_method(config) != "awq" or not isinstance(stored, dict):
+    option, marks = _UNCONVERTED.get(foreign_method(config), ("", ()))
+    if not option or not isinstance(stored, dict):
         return
-    blocks, left = stored.get("to_quant_block_names"), stored.get("modules_to_not_convert")
-    if not blocks or not left:
-        return
-    names = blocks.split(",") if isinstance(blocks, str) else blocks
-    endings = tuple(f".{name.strip()}" for name in names)
-    if wrong := [name for name in left if f".{name}".endswith(endings)]:
-        stored["modules_to_not_convert"] = [name for name in left if name not in wrong]
-        _log(f"{source}: {', '.join(wrong)} is quantized by its to_quant_block_names, and was taken out of its "
-             "modules_to_not_convert")  # fmt: skip
+    model = empty_model(config, trust_remote_code)
+    changes, quantized = _renames(model), set()
+    for file in files:
+        with safe_open(file, "pt") as content:
+            keys = [key for key in content.keys() if key.endswith(marks)]  # noqa: SIM118
+        for mark in marks:
+            quantized |= {_renamed(key.removesuffix(mark), changes) for key in keys if key.endswith(mark)}
+    if not quantized:
+        raise QVLMError(
+            f"{source}: its quantization_config has quant_method={foreign_method(config)!r}, but its files hold no "
+            f"weight quantized by it (no name ends in {' or '.join(marks)}); correct the one or the other"
+        )
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    left = [*(stored.get(option) or []), *get_keys_to_not_convert(model)]
+    converted = {name for name in linears if should_convert_module(name, left)}
+    if quantized <= linears and quantized != converted:
+        stored[option] = sorted(linears - quantized)
+        _log(f"{source}: {option} in its quantization_config does not fit its files, and was replaced by the names of "
+             f"the {len(stored[option])} Linears that the files do not quantize")  # fmt: skip
 
 
 def read_packed_zero_points(config: PretrainedConfig) -> None:
-    """Have transformers read packed weights with zero points; like those without, they are dequantized when they run.
+    """Make transformers read packed weights with zero points; it dequantizes them, as it does those without.
 
     transformers expects zero points of shape [rows, groups], which compressed-tensors packs into fewer rows of int32.
     So its quantizer is replaced, in this process, by one that expects packed zero points.
@@ -195,7 +222,7 @@ class _PackedZeroPoints(CompressedTensorsHfQuantizer):
 
 
 def note_schemes(model: PreTrainedModel, config: PretrainedConfig) -> None:
-    """Note at Linears that were dequantized as they were read what they were read from; transformers forgets it.
+    """Record at each dequantized Linear the scheme of its stored weight, which transformers does not keep.
 
     Args:
         model: loaded.
@@ -214,7 +241,7 @@ def note_schemes(model: PreTrainedModel, config: PretrainedConfig) -> None:
 
 
 def loading_hint(config: PretrainedConfig) -> str:
-    """What to say of the likely cause where loading fails; empty where none is known."""
+    """The likely cause of a failure to load, for the end of an error message; empty if none is known."""
     if not (unknown := _unknown_ignored(config)):
         return ""
     return f" (its quantization_config ignores {len(unknown)} names that no module has, for example {unknown[0]})"
@@ -238,10 +265,13 @@ def _kind(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _renamed(name: str, model: PreTrainedModel) -> str:
+def _renames(model: PreTrainedModel) -> list[WeightRenaming]:
+    return [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+
+
+def _renamed(name: str, changes: list[WeightRenaming]) -> str:
     """What transformers calls a module whose weight in a file has this name."""
     key = f"{name}.weight"
-    for change in get_model_conversion_mapping(model):
-        if isinstance(change, WeightRenaming):
-            key, _ = change.rename_source_key(key)
+    for change in changes:
+        key, _ = change.rename_source_key(key)
     return key.removesuffix(".weight")

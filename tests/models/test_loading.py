@@ -155,3 +155,10 @@ def test_a_broken_configuration_is_named(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of"}))
     fails(folder, r"config\.json does not load")
+
+
+def test_code_that_comes_with_a_checkpoint_is_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    code = {"model_type": "unheard-of", "auto_map": {"AutoConfig": "code.Config"}}
+    (folder / "config.json").write_text(json.dumps(config | code))
+    fails(folder, "transformers does not know model_type='unheard-of', whose code comes with it; .* trust_remote_code=")

@@ -16,12 +16,14 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qvlm_plugin import plugins
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness.model_size import packed_bytes
 from qvlm_plugin.models import pre_quantized
 from qvlm_plugin.models.loading import load, open_checkpoint
+from qvlm_plugin.models.placement import empty_model
 from qvlm_plugin.stored_bits import stored_facts, stored_kernels
 
 
@@ -108,7 +110,8 @@ def test_compressed_tensors_with_either_kind_of_ignored_names(tmp_path, capsys, 
     assert packed_bytes(loaded.model) < packed_bytes(expected.model)
 
 
-def test_bitsandbytes(source, tmp_path, calibration):
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_bitsandbytes_with_either_kind_of_skipped_names(source, tmp_path, calibration, prefix):
     how = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -119,6 +122,9 @@ def test_bitsandbytes(source, tmp_path, calibration):
     model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=how, dtype=torch.float32)
     model.save_pretrained(tmp_path / "x")
     AutoProcessor.from_pretrained(source).save_pretrained(tmp_path / "x")
+    skipped = ["lm_head", f"{prefix}vision_tower", f"{prefix}multi_modal_projector"]
+    stored = json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]
+    configured(tmp_path / "x", stored | {"llm_int8_skip_modules": skipped})
     loaded = load(str(tmp_path / "x"), dtype="float32")
     inputs, _ = next(calibration.batches(loaded.processor, 5))
     torch.testing.assert_close(logits_of(loaded.model, inputs), logits_of(model, inputs), rtol=1e-4, atol=1e-4)
@@ -157,17 +163,58 @@ def test_transforms_that_transformers_leaves_out_are_refused(tmp_path):
         open_checkpoint(str(folder))
 
 
-def test_blocks_that_autoround_quantized_are_not_left_out(tmp_path, capsys, monkeypatch):
-    """As AutoRound 0.15 writes AWQ's format: it left out `model.language_model.layers`, which it quantized."""
-    monkeypatch.setattr("qvlm_plugin.models.loading.check_quantizer", lambda config, source: None)
-    left = ["model.vision_tower.encoder.layer", "model.language_model.layers", "lm_head"]
-    stored = {"quant_method": "awq", "bits": 4, "modules_to_not_convert": left}
-    folder = configured(
-        write_tiny_llava(tmp_path / "x", hidden=64), stored | {"to_quant_block_names": "language_model.layers"}
-    )
-    config = open_checkpoint(str(folder)).config
-    assert config.quantization_config["modules_to_not_convert"] == [left[0], left[2]]
-    assert "model.language_model.layers is quantized by its to_quant_block_names" in capsys.readouterr().err
-    configured(folder, stored)
-    assert open_checkpoint(str(folder)).config.quantization_config["modules_to_not_convert"] == left
-    assert capsys.readouterr().err == ""
+DECODER = "model.language_model.layers"
+
+
+def awq_folder(folder, left):
+    """The model with its decoder's Linears in AWQ's format, by names only."""
+    tensors = load_file(write_tiny_llava(folder, hidden=64) / "model.safetensors")
+    names = {key: key.replace("proj.weight", "proj.qweight") if "language_model" in key else key for key in tensors}
+    saved = {names[key]: tensor for key, tensor in tensors.items()}
+    save_file(saved, folder / "model.safetensors", {"format": "pt"})
+    return configured(folder, {"quant_method": "awq", "bits": 4, "modules_to_not_convert": left})
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (None, False),  # GPTQModel
+        (["model.vision_tower.encoder", DECODER, "lm_head"], False),  # AutoRound, which quantized the blocks
+        (["vision_tower", "multi_modal_projector"], False),  # older transformers
+        (["model.vision_tower", "model.multi_modal_projector", "lm_head"], True),
+    ],
+)
+def test_files_say_which_linears_are_quantized(tmp_path, capsys, left, right):
+    folder = awq_folder(tmp_path / "x", left)
+    config = LlavaConfig.from_pretrained(folder)
+    pre_quantized.correct_unconverted(config, [folder / "model.safetensors"], False, "it")
+    found = config.quantization_config["modules_to_not_convert"]
+    assert ("modules_to_not_convert in its quantization_config does not fit" in capsys.readouterr().err) != right
+    model = empty_model(config)
+    linears = [name for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
+    converted = [name for name in linears if name != "lm_head" and should_convert_module(name, found)]
+    assert converted == [name for name in linears if name.startswith(DECODER)]
+    assert (found == left) == right
+
+
+def test_files_without_a_quantized_weight_are_refused(tmp_path):
+    stored = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    folder = configured(write_tiny_llava(tmp_path / "x", hidden=64), stored)
+    with pytest.raises(QVLMError, match=r"quant_method='bitsandbytes', but its files hold no weight quantized by it"):
+        load(str(folder), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        "awq",
+        {"quant_method": "compressed-tensors", "ignore": 5},
+        {"quant_method": "compressed-tensors", "transform_config": "x"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "block_name_to_quantize": 5},
+    ],
+)
+def test_a_damaged_configuration_is_one_line(tmp_path, stored):
+    folder = configured(write_tiny_llava(tmp_path / "x", hidden=64), stored)
+    with pytest.raises(QVLMError, match=r"pretrained='.*': (its )?quantization_config ") as caught:
+        open_checkpoint(str(folder))
+    assert "\n" not in str(caught.value)

@@ -65,7 +65,7 @@ METHODS = {
     "quarot": {},
     "qvlm_rotated": {},
     "qvlm_rotated-cdm": {"cdm": False},
-    "qvlm_rotated-blocks": {"max_depth": 1},
+    "qvlm_rotated-blocks": _LADDER.row("+ layer-wise search")[1],
     "qvlm_rotated-groups": {"group_size": -1},
     "qvlm_rotated-progressive": {"group_scales": "progressive"},
     "qvlm_rotated-veo": _LADDER.row("+ VEO")[1] | _FASTER,
@@ -76,8 +76,8 @@ METHODS = {
 """Rows and their options: a method, and after a hyphen what the row leaves out or changes."""
 
 LADDER = (
-    "qlora", "rtn-rotation", "rtn-rotation-gptq", "rtn-rotation-gptq-centers", "qvlm_rotated-cdm", "qvlm_rotated",
-    "qvlm_rotated-veo",
+    "qlora", "rtn-rotation", "rtn-rotation-gptq", "rtn-rotation-gptq-centers", "qvlm_rotated-cdm", "qvlm_rotated-blocks",
+    "qvlm_rotated", "qvlm_rotated-veo",
 )  # fmt: skip
 """The rows of the ladder, each to be compared with the one before."""
 

@@ -17,7 +17,10 @@ _INPUTS = tuple(
         ("none", 16), ("static_channel", 4), ("static_channel", 8), ("dynamic_token", 4), ("dynamic_token", 8),
     )
 )  # fmt: skip
-_WEIGHTS = tuple(MethodOptions(weights=kind).weight_format(bits) for kind, bits in (("int", 4), ("int", 8), ("nf", 4)))
+_WEIGHTS = tuple(
+    MethodOptions(weights=kind, group_scales=scales).weight_format(bits)
+    for kind, scales, bits in (("int", "free", 4), ("int", "progressive", 4), ("int", "free", 8), ("nf", "free", 4))
+)
 
 
 def check_kernels() -> list[Finding]:

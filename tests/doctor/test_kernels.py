@@ -28,3 +28,9 @@ def test_a_wrong_kernel_and_one_that_cannot_run_are_reported(findings):
     wrong, absent = findings["kernel wrong on cpu"], findings["kernel absent on cpu"]
     assert wrong.status == "warn" and "self-test failed" in wrong.message and "backend=auto" in wrong.remedy
     assert absent.status == "warn" and absent.message == "cannot run: it is not installed"
+
+
+def test_the_package_has_a_format_for_each_of_its_kernels_on_the_cpu():
+    found = {finding.subject: finding for finding in check_kernels()}
+    assert len(found) >= 5 and "kernel int4_codes on cpu" in found
+    assert {subject for subject, finding in found.items() if finding.status != "ok"} == set()

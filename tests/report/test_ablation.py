@@ -206,7 +206,8 @@ def test_each_rung_changes_the_named_option(scheme):
     assert changed[0] == {"transform", "activations", "observer"}
     assert changed[1] == {"rounding", "weights", "group_size", "weight_clip"}
     assert changed[2] == {"center", "bias_correction"}
-    assert {"transform", "smooth_by"} <= changed[3] and changed[4] == {"cdm"} and changed[5] == {"veo"}
+    assert {"transform", "smooth_by"} <= changed[3]
+    assert changed[4:] == [{"cdm", "max_depth"}, {"max_depth"}, {"veo"}]
 
 
 def test_the_ladder_pairs_each_rung_with_the_one_before(tmp_path, monkeypatch):
@@ -216,19 +217,19 @@ def test_the_ladder_pairs_each_rung_with_the_one_before(tmp_path, monkeypatch):
     common = [output, "--data", place, "--tasks", "pope,gqa", "--limit", 50]
     text = invoke("ladder", *common, "--schemes", "w4a4,w3a3", "--seeds", "0,1")
     assert "w3a3 is 20.0 points below qlora" in text
-    assert len(calls(place)) == 2 * (1 + 2 * 2 * 7)  # tasks, full precision, schemes, seeds, rungs
+    assert len(calls(place)) == 2 * (1 + 2 * 2 * 8)  # tasks, full precision, schemes, seeds, rungs
     content, document = report(output, "ladder")
     rows = [row for row in content["over_seeds"] if row["scheme"] == "w3a3" and row["task"] == AVERAGE]
     names = [row["method"] for row in rows]
-    assert names[:2] == ["qlora", "+ rotation, per token"] and names[-1] == "+ VEO" and len(names) == 7
+    assert names[:2] == ["qlora", "+ rotation, per token"] and names[-1] == "+ VEO" and len(names) == 8
     assert [row["baseline"] for row in rows] == ["none", *names[:-1]]
-    worse = [False, True, True, True, False, False, False]
+    worse = [False, True, True, True, False, False, False, False]
     for row, now, before in zip(rows, worse, [None, *worse], strict=False):
         assert row["scores"] == pytest.approx([0.6 if now else 0.8] * 2)
         assert row["differences"] == pytest.approx([-0.2 if before is None else (before - now) * 0.2] * 2)
     assert "from the row above with the same scheme and seed" in document and "Stand-in data" in document
     invoke("ladder", *common, "--schemes", "w4a4", "--seeds", "1,2")
-    assert len(calls(place)) == 2 * (1 + 5 * 7)
+    assert len(calls(place)) == 2 * (1 + 5 * 8)
     assert "--seeds: input should be a valid integer" in invoke("ladder", *common, "--seeds", "0,one", code=2)
 
 

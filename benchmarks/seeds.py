@@ -78,8 +78,8 @@ METHODS = {
 """Rows and their options: a method, and after a hyphen what the row leaves out or changes."""
 
 LADDER = (
-    "qlora", "rtn-rotation", "rtn-rotation-gptq", "rtn-rotation-gptq-centers", "qvlm_rotated-cdm", "qvlm_rotated-blocks",
-    "qvlm_rotated", "qvlm_rotated-veo",
+    "qlora", "rtn-rotation", "rtn-rotation-gptq", "rtn-rotation-gptq-centers", "qvlm_rotated-cdm",
+    "qvlm_rotated-blocks", "qvlm_rotated", "qvlm_rotated-veo",
 )  # fmt: skip
 """The rows of the ladder, each to be compared with the one before."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from seeds import METRIC, read_run
 
 from qvlm_plugin.atomic import write_file
-from qvlm_plugin.commands.advise import parse_memory
+from qvlm_plugin.commands.shared import parse_size
 from qvlm_plugin.report.advice import Choice, advice, choices_grid, find_choices, notes
 from qvlm_plugin.report.figures import Panel, Series, panels_figure
 from qvlm_plugin.report.samples import RunSamples
@@ -73,7 +73,7 @@ def main() -> None:
     for name in ("advise", "picture"):
         commands.choices[name].add_argument("folders", type=Path, nargs="+", help="output folders of seeds.py")
     commands.choices["advise"].add_argument(
-        "--memory", type=parse_memory, help="largest size of the weights, such as 200MB"
+        "--memory", type=lambda text: parse_size(text, "--memory"), help="largest size of the weights, such as 200MB"
     )
     commands.choices["advise"].add_argument(
         "--tolerance", type=float, default=1.0, help="largest accepted drop, in points; default: 1"

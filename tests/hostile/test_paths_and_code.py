@@ -156,7 +156,7 @@ def test_code_of_a_checkpoint_is_run_only_on_request(folder, trace):
     bring_code(write_tiny_llava(unknown, layers=1), "evil")
     with watched(folder):
         load(str(known))
-    with pytest.raises(QVLMError, match=r"config\.json does not load"), watched(folder):
+    with pytest.raises(QVLMError, match=r"whose code comes with it"), watched(folder):
         load(str(unknown))
     assert not trace.exists()
     with pytest.raises(QVLMError):  # its processor's class is a configuration

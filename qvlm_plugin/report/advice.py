@@ -108,14 +108,16 @@ def find_choices(runs: Sequence[RunSamples], metric: str) -> tuple[list[Choice],
     """
     known = [_joined(own) for own in _grouped(run for run in runs if run.run)]
     baselines = [group for group in known if group.facts["method"] == "none"]
-    found, problems = [], [f"{run.file}: a model of another package; left out" for run in runs if not run.run]
+    found, failed = [], defaultdict(list)
     for group in known:
         if group.facts["method"] == "none":
             continue
         try:
             found.append(_choice(group, baselines, metric))
         except QVLMError as error:
-            problems.append(f"{group.facts['method']} {group.facts['scheme']}: {error}")
+            failed[str(error)].append(f"{group.facts['method']} {group.facts['scheme']}")
+    problems = [f"{run.file}: a model of another package; left out" for run in runs if not run.run]
+    problems += [f"{', '.join(names)}: {message}" for message, names in failed.items()]
     return _with_variants(sorted(found, key=lambda pair: pair[0].packed_bytes or math.inf)), problems
 
 

@@ -130,8 +130,8 @@ def paired_tasks(pairs: Sequence[tuple[RunSamples, RunSamples]], metric: str) ->
     if not found:
         if any(metric in each.records for documents in runs[0].tasks.values() for each in documents):
             raise QVLMError(f"{runs[0].file} logs {metric} without a score for each document, so it cannot be paired")
-        known = sorted({name for documents in runs[0].tasks.values() for each in documents for name in each.metrics})
-        raise QVLMError(f"{runs[0].file} has no samples with metric {metric!r}; allowed are {', '.join(known) or '-'}")
+        allowed = ", ".join(runs[0].metrics) or "-"
+        raise QVLMError(f"{runs[0].file} has no samples with metric {metric!r}; allowed are {allowed}")
     keys = [_image(row) or f"{task} {row[0].id}" for task, rows in found.items() for row in rows]
     _, labels = np.unique(keys, return_inverse=True)
     clusters = np.split(labels, np.cumsum([len(rows) for rows in found.values()])[:-1])

@@ -16,6 +16,7 @@ from qvlm_plugin.atomic import make_folder
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import one_line, read_json
 from qvlm_plugin.report.leaderboard.reading import samples_file
+from qvlm_plugin.report.leaderboard.schema import SUFFIX
 
 MODEL = "qvlm_llava"
 
@@ -142,7 +143,7 @@ def find_results(cell: Cell, output: Path) -> Path | None:
 def finished_cells(cells: Sequence[Cell], output: Path) -> dict[str, Path]:
     """The files that `find_results` finds for several cells, by the cell's name; each file is read once."""
     left, found = list(cells), {}
-    for file in sorted(output.rglob("*_results.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+    for file in sorted(output.rglob(f"*{SUFFIX}"), key=lambda file: file.stat().st_mtime, reverse=True):
         content = _read(file)
         for cell in [cell for cell in left if _matches(cell, content) and _has_samples(file, content)]:
             found[cell.name] = file

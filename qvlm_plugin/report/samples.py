@@ -12,6 +12,7 @@ from typing import Any
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import concerning, parse_json
+from qvlm_plugin.report.leaderboard.schema import SUFFIX
 from qvlm_plugin.report.results import Score, read_results
 
 FIELDS = {"doc_id", "doc_hash", "target", "input", "input_media", "filtered_resps", "resps", "token_counts"}
@@ -65,6 +66,11 @@ class RunSamples:
     def name(self) -> str:
         """Method and scheme; for other packages' models the folder, which lmms-eval names after the model."""
         return f"{self.run.get('method', '?')} {self.run.get('scheme', '?')}" if self.run else self.file.parent.name
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that any document has a score of, sorted."""
+        return sorted({name for documents in self.tasks.values() for each in documents for name in each.metrics})
 
 
 def read_samples(path: Path) -> list[RunSamples]:
@@ -144,7 +150,7 @@ def saw_all_images(answers: Mapping[str, Any] | None, documents: int) -> bool:
 
 
 def _read_tasks(results: Path, run: Mapping[str, Any]) -> dict[str, tuple[Document, ...]]:
-    prefix = f"{results.name.removesuffix('_results.json')}_samples_"
+    prefix = f"{results.name.removesuffix(SUFFIX)}_samples_"
     files = sorted(results.parent.glob(f"{glob.escape(prefix)}*.jsonl"))
     if not files:
         raise QVLMError(f"{results}: no {prefix}*.jsonl in the same folder; run lmms-eval with --log_samples")

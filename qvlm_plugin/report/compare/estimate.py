@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qvlm_plugin.errors import QVLMError
-from qvlm_plugin.report.leaderboard.schema import ResultsFile, read_results_file
+from qvlm_plugin.report.leaderboard.schema import SUFFIX, ResultsFile, read_results_file
 from qvlm_plugin.report.runs import Cell
 
 EXACT, ALIKE, ANY = "runs of the same method and scheme", "runs of other methods", "runs in another precision"
@@ -51,7 +51,7 @@ class Estimate:
 def finished_runs(output: Path) -> list[Finished]:
     """The runs below a folder that record how long they took."""
     found = []
-    for file in sorted(output.rglob("*_results.json")):
+    for file in sorted(output.rglob(f"*{SUFFIX}")):
         try:
             _, content, parsed = read_results_file(file)
             found.append(_finished(parsed, content.get("total_evaluation_time_seconds")))

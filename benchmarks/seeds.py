@@ -67,6 +67,7 @@ METHODS = {
     "qvlm_rotated-cdm": {"cdm": False},
     "qvlm_rotated-blocks": _LADDER.row("+ layer-wise search")[1],
     "qvlm_rotated-wide_blocks": {"min_percentile": 0.7, "max_depth": 1},
+    "qvlm_rotated-wider_blocks": {"min_percentile": 0.5, "max_depth": 1},
     "qvlm_rotated-wide": {"min_percentile": 0.7},
     "qvlm_rotated-groups": {"group_size": -1},
     "qvlm_rotated-progressive": {"group_scales": "progressive"},

@@ -14,8 +14,7 @@ from qvlm_plugin.harness.requests import with_shallow_images
 from qvlm_plugin.harness.task_source import load_task, render
 from qvlm_plugin.reading import parse_json, parsed_elsewhere
 from qvlm_plugin.report.leaderboard.pictures import recorded_digest, thumbnail, thumbnail_file
-from qvlm_plugin.report.leaderboard.reading import samples_file
-from qvlm_plugin.report.leaderboard.schema import read_results_file
+from qvlm_plugin.report.leaderboard.schema import read_results_file, samples_file
 
 
 def write_thumbnails(results: Path) -> int:

@@ -15,8 +15,7 @@ from typing import Any
 from qvlm_plugin.atomic import make_folder
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import one_line, read_json
-from qvlm_plugin.report.leaderboard.reading import samples_file
-from qvlm_plugin.report.leaderboard.schema import SUFFIX
+from qvlm_plugin.report.leaderboard.schema import SUFFIX, samples_file
 
 MODEL = "qvlm_llava"
 

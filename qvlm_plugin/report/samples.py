@@ -12,7 +12,7 @@ from typing import Any
 
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.reading import concerning, parse_json
-from qvlm_plugin.report.leaderboard.schema import SUFFIX
+from qvlm_plugin.report.leaderboard.schema import samples_prefix
 from qvlm_plugin.report.results import Score, read_results
 
 FIELDS = {"doc_id", "doc_hash", "target", "input", "input_media", "filtered_resps", "resps", "token_counts"}
@@ -150,7 +150,7 @@ def saw_all_images(answers: Mapping[str, Any] | None, documents: int) -> bool:
 
 
 def _read_tasks(results: Path, run: Mapping[str, Any]) -> dict[str, tuple[Document, ...]]:
-    prefix = f"{results.name.removesuffix(SUFFIX)}_samples_"
+    prefix = samples_prefix(results)
     files = sorted(results.parent.glob(f"{glob.escape(prefix)}*.jsonl"))
     if not files:
         raise QVLMError(f"{results}: no {prefix}*.jsonl in the same folder; run lmms-eval with --log_samples")

@@ -15,10 +15,9 @@ from qvlm_plugin.report.leaderboard.reading import (
     Run,
     read_board,
     read_run,
-    samples_file,
 )
 from qvlm_plugin.report.leaderboard.row import Row
-from qvlm_plugin.report.leaderboard.schema import SUFFIX
+from qvlm_plugin.report.leaderboard.schema import SUFFIX, samples_file
 from qvlm_plugin.report.samples import saw_all_images
 
 NEEDED = ("plan_hash", "table_hash", "model_fingerprint", "seal")

@@ -15,12 +15,12 @@ from qvlm_plugin.reading import concerning
 from qvlm_plugin.report.leaderboard.documents import Coverage, Marks, read_coverage
 from qvlm_plugin.report.leaderboard.row import Row
 from qvlm_plugin.report.leaderboard.schema import (
-    SUFFIX,
     ResultsFile,
     main_metric,
     metric_list,
     numbers,
     read_results_file,
+    samples_file,
 )
 from qvlm_plugin.report.results import BYPASS
 from qvlm_plugin.report.samples import is_mean
@@ -79,11 +79,6 @@ class Run:
     is_intact: bool
     coverage: Mapping[str, Coverage]
     problems: tuple[str, ...]
-
-
-def samples_file(results: Path, task: str) -> Path:
-    """The path of the samples file that belongs to a results file."""
-    return results.with_name(f"{results.name.removesuffix(SUFFIX)}_samples_{task}.jsonl")
 
 
 def read_run(file: Path) -> Run:

@@ -140,6 +140,16 @@ def generation_speed(throughput: Mapping[str, Any] | None) -> float | None:
     return speed if isinstance(speed, int | float) and 0 < speed < math.inf else None
 
 
+def samples_prefix(results: Path) -> str:
+    """How the names of the samples files begin that belong to a results file; the task's name follows."""
+    return f"{results.name.removesuffix(SUFFIX)}_samples_"
+
+
+def samples_file(results: Path, task: str) -> Path:
+    """The path of a task's samples file that belongs to a results file."""
+    return results.with_name(f"{samples_prefix(results)}{task}.jsonl")
+
+
 def find_results_files(paths: Sequence[Path]) -> list[Path]:
     """The results files given, and all those below the folders given, each once.
 

@@ -7,8 +7,8 @@ from report.leaderboard.written import content, provenance, samples, write, writ
 from qvlm_plugin.report.leaderboard import answers
 from qvlm_plugin.report.leaderboard.answers import answers_of
 from qvlm_plugin.report.leaderboard.ranking import rank
-from qvlm_plugin.report.leaderboard.reading import read_board, samples_file
-from qvlm_plugin.report.leaderboard.schema import find_results_files
+from qvlm_plugin.report.leaderboard.reading import read_board
+from qvlm_plugin.report.leaderboard.schema import find_results_files, samples_file
 from qvlm_plugin.report.leaderboard.view import groups
 
 

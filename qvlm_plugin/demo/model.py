@@ -73,7 +73,7 @@ def build(directory: Path | None = None, bridge: Path | None = None) -> Path:
     Raises:
         QVLMError: a part cannot be fetched, the bridge is missing, or `directory` contains something else.
     """
-    target = Path(directory) if directory is not None else cache_root() / "demo" / "model"
+    target = Path(directory) if directory is not None else cache_root() / "demo" / "small-llava"
     bridge_bytes = _bridge_bytes(bridge)
     record = _record(bridge_bytes)
     target.parent.mkdir(parents=True, exist_ok=True)

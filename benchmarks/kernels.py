@@ -202,7 +202,7 @@ class _Segments(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         *groups, scale, row_sum = self.kept
-        codes, step, offset = token_codes(x, self.range, TOKEN4.bits)
+        codes, step, offset = token_codes(x, self.range, TOKEN4)
         return int8_linear(codes, groups, scale, None, x.dtype, step, offset, row_sum)
 
 
@@ -219,7 +219,7 @@ class _Prepacked(nn.Module):
         self.range = parameters
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, step, offset = token_codes(x, self.range, TOKEN8.bits)
+        codes, step, offset = token_codes(x, self.range, TOKEN8)
         product = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 0, self.packed, self.scale, self.zero_point, None, 1.0, 0, torch.float32, "none", [], ""
         )

@@ -45,6 +45,7 @@ from qvlm_plugin.report.significance import p_text
 
 _FASTER = {"veo_checkpointing": False}  # the same plans; training the tower is a quarter faster and takes more memory
 _SHORT = _FASTER | {"beam": 2, "veo_epochs": 3}  # other plans than the paper's settings, in a third of the time
+_NORMAL = {"token_bounds": "normal", "min_percentile": 0.9, "max_percentile": 1.3, "percentile_step": 0.1}
 _LADDER = read_grid(Path("ladder"), {})  # `qvlm ablate ladder`, here without a process for each evaluation
 _TABLE1 = read_grid(Path("table1"), {})
 _FIG3A, _FIG3B = read_grid(Path("fig3a"), {}), read_grid(Path("fig3b"), {})
@@ -67,7 +68,9 @@ METHODS = {
     "qvlm_rotated-cdm": {"cdm": False},
     "qvlm_rotated-blocks": _LADDER.row("+ layer-wise search")[1],
     "qvlm_rotated-wide_blocks": {"min_percentile": 0.7, "max_depth": 1},
-    "qvlm_rotated-wider_blocks": {"min_percentile": 0.5, "max_depth": 1},
+    "qvlm_rotated-normal": {"token_bounds": "normal", "cdm": False},
+    "qvlm_rotated-normal_blocks": _NORMAL | {"max_depth": 1},
+    "qvlm_rotated-normal_search": _NORMAL,
     "qvlm_rotated-wide": {"min_percentile": 0.7},
     "qvlm_rotated-groups": {"group_size": -1},
     "qvlm_rotated-progressive": {"group_scales": "progressive"},

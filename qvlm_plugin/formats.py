@@ -26,6 +26,10 @@ SCALE_BLOCK = 256
 PROGRESSIVE_BITS = 4
 """Widest code that progressive scales allow: with wider ones too few multiples fit into 8 bits."""
 
+NORMAL_REACH = {2: 1.494, 3: 2.051, 4: 2.514, 5: 2.916, 6: 3.279, 7: 3.613, 8: 3.927}
+"""By bits: the distance from the mean, in standard deviations, of the outermost of 2^bits evenly spaced points that
+round a normal distribution with the least squared error (Max, 1960, "Quantizing for minimum distortion", table II)."""
+
 _NEWER = ("stored", "clip_magnitude", "progressive")
 """Fields that the first version of a weight's format lacks."""
 
@@ -166,22 +170,36 @@ class ActivationFormat(_Format):
         bits: width of a code.
         centered: for ``dynamic_token``: ``center`` [in_features], the mean input of each channel in calibration, is
             subtracted before rounding and added again (after Wei et al., 2023, "Outlier Suppression+").
+        normal: for ``dynamic_token``: bounds are `reach` times ``clip_ratio`` standard deviations of the token from its
+            mean, and at most the token's extremes. Most rotated tokens are nearly normal; the extremes of a massive one
+            are nearer, so it is not clipped.
     """
 
     kind: Literal["none", "static_channel", "dynamic_token"] = "none"
     centered: bool = False
+    normal: bool = False
 
     @model_validator(mode="after")
-    def _tokens_are_centered(self) -> "ActivationFormat":
-        if self.centered and self.kind != "dynamic_token":
-            raise ValueError("centered activations are of kind 'dynamic_token'")
+    def _changes_tokens(self) -> "ActivationFormat":
+        if (self.centered or self.normal) and self.kind != "dynamic_token":
+            raise ValueError("centered and normal activations are of kind 'dynamic_token'")
         return self
 
     @model_serializer(mode="wrap")
     def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a newer field that is false, so that plans of older versions keep their hashes."""
+        """Leave out newer fields that are false, so that plans of older versions keep their hashes."""
         content = serialize(self)
-        return {name: value for name, value in content.items() if name != "centered" or value}
+        return {name: value for name, value in content.items() if name not in ("centered", "normal") or value}
+
+    @property
+    def reach(self) -> float | None:
+        """Standard deviations between a token's mean and its bounds at a clip ratio of 1; None: to the extremes."""
+        return NORMAL_REACH[self.bits] if self.normal else None
+
+    @property
+    def largest_ratio(self) -> float:
+        """The largest useful clip ratio: 1 if ranges end at the tokens' extremes."""
+        return 2.0 if self.normal else 1.0
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -192,4 +210,4 @@ class ActivationFormat(_Format):
     def __str__(self) -> str:
         if self.kind == "none":
             return "activation unquantized"
-        return f"{self.kind} {self.bits}-bit" + (" centered" if self.centered else "")
+        return f"{self.kind} {self.bits}-bit" + " centered" * self.centered + " normal" * self.normal

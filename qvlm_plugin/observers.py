@@ -74,11 +74,13 @@ class RangeGrid:
         ratios: R candidates.
         bits: 2 to 8.
         norm: the exponent p of the l_p distance, positive.
+        reach: for per-token quantization: see `token_range`.
     """
 
     ratios: tuple[float, ...]
     bits: int
     norm: float
+    reach: float | None = None
 
 
 def channel_lp_losses(
@@ -117,7 +119,7 @@ def channel_lp_losses(
 
 def token_lp_losses(x: Tensor, grid: RangeGrid) -> Tensor:
     """Sum of |Q(x) - x|^p under dynamic per-token quantization, for each candidate clipping ratio: float64 [R]."""
-    candidates = (fake_quantize(x, *token_range(x, ratio), grid.bits) for ratio in grid.ratios)
+    candidates = (fake_quantize(x, *token_range(x, ratio, grid.reach), grid.bits) for ratio in grid.ratios)
     return torch.stack([_lp(candidate, x, grid.norm).sum(dtype=torch.float64) for candidate in candidates])
 
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 3
 """The newest format that this version reads. 2 had stored integer codes; 3 has stored codes of both kinds, rotations,
-centered activations, progressive scales and weights clipped by magnitude. Plans without any of these are written as 1,
-which older versions read and apply in the same way."""
+centered and normal activations, progressive scales and weights clipped by magnitude. Plans without any of these are
+written as 1, which older versions read and apply in the same way."""
 
 HEADER, TENSORS = "plan.json", "plan.safetensors"
 """The files of a plan's folder."""
@@ -199,6 +199,7 @@ class PlanFacts:
             or module.weight.clip_magnitude
             or module.weight.progressive
             or module.activation.centered
+            or module.activation.normal
             for module in self.modules
         )
         return FORMAT_VERSION if self.rotations or newer else 1

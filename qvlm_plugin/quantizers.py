@@ -146,19 +146,27 @@ def through_zero(lower: Tensor, upper: Tensor, bits: int) -> tuple[Tensor, Tenso
     return torch.where(inside, -zero_code * step, lower), torch.where(inside, (2**bits - 1 - zero_code) * step, upper)
 
 
-def token_range(x: Tensor, clip_ratio: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-    """Bounds of each token (Outlier Suppression's dynamic rule): its extremes, pulled towards its mean.
+def token_range(x: Tensor, clip_ratio: float | Tensor = 1.0, reach: float | None = None) -> tuple[Tensor, Tensor]:
+    """Bounds of each token: its extremes, pulled towards its mean (Outlier Suppression's dynamic rule).
 
     Args:
         x: [..., C].
-        clip_ratio: scalar in (0, 1].
+        clip_ratio: positive scalar; at most 1 without ``reach``.
+        reach: bounds are ``reach * clip_ratio`` standard deviations of the token from its mean, and at most its
+            extremes, see `ActivationFormat.normal`.
 
     Returns:
         lower, upper: [..., 1] float32.
     """
     x = widen(x)
     lower, upper = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # on CPUs 10 times as fast as aminmax
-    return shrink_range(lower, upper, x.mean(dim=-1, keepdim=True), clip_ratio)
+    mean = x.mean(dim=-1, keepdim=True)
+    if reach is None:
+        return shrink_range(lower, upper, mean, clip_ratio)
+    # The norm is six times as fast as Tensor.std on CPUs.
+    deviation = torch.linalg.vector_norm(x - mean, dim=-1, keepdim=True) * x.shape[-1] ** -0.5
+    distance = deviation * (reach * clip_ratio)
+    return torch.maximum(lower, mean - distance), torch.minimum(upper, mean + distance)
 
 
 # Integer weights

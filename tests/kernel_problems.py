@@ -18,6 +18,7 @@ TOKEN = ActivationFormat(kind="dynamic_token", bits=4)
 TOKEN8 = ActivationFormat(kind="dynamic_token", bits=8)
 CENTERED = ActivationFormat(kind="dynamic_token", bits=4, centered=True)
 CENTERED8 = ActivationFormat(kind="dynamic_token", bits=8, centered=True)
+NORMAL = ActivationFormat(kind="dynamic_token", bits=4, centered=True, normal=True)
 
 
 def int_format(bits, group_size=128, **more):

@@ -237,6 +237,20 @@ def test_a_plan_applies_its_codes_to_the_folded_model(awq_plan, loaded, tiny_lla
     assert relative(logits_of(nearest.model, inputs), logits_of(expected.model, inputs)) > 0.01
 
 
+def test_a_plan_with_normal_tokens_is_saved_in_a_version_that_says_so(loaded, calibration, tmp_path):
+    plans = {}
+    for bounds in ("extremes", "normal"):
+        request = check_request(
+            "rtn", "w4a3", {"activations": "token", "token_bounds": bounds, "calibration_batch_size": 5}
+        )
+        plans[bounds] = planning.obtain_plan(loaded, request, calibration, cache=None)
+    versions = {name: read_header(plan.save(tmp_path / name)).format_version for name, plan in plans.items()}
+    assert versions == {"extremes": 1, "normal": 3}
+    again = RoundingPlan.load(tmp_path / "normal")
+    assert again.hash == plans["normal"].hash and again.modules == plans["normal"].modules
+    assert {str(module.activation) for module in again.quantized} == {"dynamic_token 3-bit normal"}
+
+
 def test_a_plan_with_codes_is_saved_in_a_version_that_says_so(awq_plan, loaded, tmp_path):
     plan, _ = with_codes(awq_plan, loaded)
     again = RoundingPlan.load(plan.save(tmp_path / "codes"))

@@ -6,7 +6,7 @@ import torch
 from accelerate import init_empty_weights
 from stored_codes import other_integers, other_parameters, stored
 
-from qvlm_plugin.formats import NF_BLOCK, WeightFormat
+from qvlm_plugin.formats import NF_BLOCK, NORMAL_REACH, WeightFormat
 from qvlm_plugin.quantizers import (
     double_quantize,
     dynamic_codebook,
@@ -94,8 +94,31 @@ def test_gradients_pass_rounding_and_stop_at_the_bounds():
 def test_gradients_of_token_ranges_are_finite_even_for_constant_tokens():
     x = torch.cat([torch.ones(1, 4), torch.randn(2, 4)]).requires_grad_()
     ratio = torch.tensor([0.7], requires_grad=True)
-    fake_quantize_straight_through(x, *token_range(x, ratio), 4).square().sum().backward()
-    assert x.grad.isfinite().all() and ratio.grad.isfinite() and ratio.grad != 0
+    for reach in (None, NORMAL_REACH[2]):
+        x.grad = ratio.grad = None
+        fake_quantize_straight_through(x, *token_range(x, ratio, reach), 4).square().sum().backward()
+        assert x.grad.isfinite().all() and ratio.grad.isfinite() and ratio.grad != 0
+
+
+@pytest.mark.parametrize(("bits", "reach"), NORMAL_REACH.items())
+def test_normal_tokens_are_rounded_with_the_least_error_at_their_reach(bits, reach):
+    values = torch.distributions.Normal(0, 1).icdf((torch.arange(2**18) + 0.5) / 2**18)[None]  # evenly likely
+
+    def error(factor):
+        return float((fake_quantize(values, *token_range(values, factor, reach), bits) - values).square().mean())
+
+    assert error(1) < min(error(0.97), error(1.03)) and error(1) < 0.95 * error(2)
+
+
+def test_normal_bounds_lie_within_the_extremes_and_do_not_clip_a_token_of_two_values():
+    x = torch.cat([torch.randn(4, 512), 300 * torch.randn(1, 512).sign()])
+    extremes, bounds = token_range(x), token_range(x, reach=NORMAL_REACH[4])
+    assert (bounds[0] >= extremes[0]).all() and (bounds[1] <= extremes[1]).all()
+    assert (bounds[1][:4] < extremes[1][:4]).all() and torch.equal(bounds[1][4], extremes[1][4])
+    moved = token_range(8 * x + 4, reach=NORMAL_REACH[4])
+    assert torch.allclose(moved[1], 8 * bounds[1] + 4, rtol=1e-4)
+    constant = torch.full((1, 7), 0.1)
+    assert torch.allclose(fake_quantize(constant, *token_range(constant, reach=NORMAL_REACH[4]), 4), constant)
 
 
 def test_rounding_a_channel_does_not_depend_on_its_offset():

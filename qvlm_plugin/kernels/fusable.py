@@ -4,6 +4,7 @@ Each function is compared with torch's operators at its first use with a device,
 for some of these only. If it fails, torch's operators are used instead, and one warning is logged.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -11,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qvlm_plugin.formats import ActivationFormat
 from qvlm_plugin.kernels import fused
 from qvlm_plugin.quantizers import fake_quantize, quantization_step, round_to_codes, round_to_points, token_range
 from qvlm_plugin.rotation import rotate
@@ -89,12 +91,14 @@ def _failure(test: Callable[..., Results], device: torch.device, dtype: torch.dt
 def _tokens(device: torch.device, dtype: torch.dtype, width: int) -> Results:
     x, center = _normal(3, width).to(device, dtype), _normal(width).flip(0).to(device)
     ratio = torch.full((1,), 0.75, device=device)
-    for bits in (4, 8):
-        yield fused.points_of_tokens(x, ratio, None, bits), fake_quantize(x, *token_range(x, ratio), bits)
+    for bits, normal in itertools.product((4, 8), (False, True)):
+        fmt = ActivationFormat(kind="dynamic_token", bits=bits, normal=normal)
+        bounds = token_range(x, ratio, fmt.reach)
+        yield fused.points_of_tokens(x, ratio, None, fmt), fake_quantize(x, *bounds, bits)
         distance = x.float() - center
-        lower, upper = token_range(distance, ratio)
+        lower, upper = token_range(distance, ratio, fmt.reach)
         step, inverse = quantization_step(lower, upper, bits)
-        codes, found_step, offset = fused.codes_of_tokens(x, ratio, center, bits)
+        codes, found_step, offset = fused.codes_of_tokens(x, ratio, center, fmt)
         expected = round_to_codes(distance, lower, inverse, bits) * step + lower
         yield codes * found_step + offset, expected
         yield codes, (expected - lower) / step - 2 ** (bits - 1)

@@ -14,21 +14,27 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from qvlm_plugin.formats import ActivationFormat
 
-def points_of_tokens(x: Tensor, clip_ratio: Tensor, center: Tensor | None, bits: int) -> Tensor:
+
+def points_of_tokens(
+    x: Tensor, clip_ratio: Tensor, center: Tensor | None, activation_format: ActivationFormat
+) -> Tensor:
     """`reference.round_activation` of tokens: ``x`` [..., I] → the same shape and dtype."""
     points = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch_tokens(x, clip_ratio, center, bits, points, None, None)
+    _launch_tokens(x, clip_ratio, center, activation_format, points, None, None)
     return points
 
 
-def codes_of_tokens(x: Tensor, clip_ratio: Tensor, center: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def codes_of_tokens(
+    x: Tensor, clip_ratio: Tensor, center: Tensor | None, activation_format: ActivationFormat
+) -> tuple[Tensor, Tensor, Tensor]:
     """Signed codes of ``x`` [..., I], int8 [N, I], and each token's ``step`` and ``offset``, float32 [N, 1]: the token,
     minus ``center`` if there is one, is rounded to ``offset + step * code``."""
     columns = x.shape[-1]
     codes = x.new_empty(x.numel() // columns, columns, dtype=torch.int8)
     step, offset = (x.new_empty(len(codes), 1, dtype=torch.float32) for _ in range(2))
-    _launch_tokens(x, clip_ratio, center, bits, codes, step, offset)
+    _launch_tokens(x, clip_ratio, center, activation_format, codes, step, offset)
     return codes, step, offset
 
 
@@ -61,7 +67,7 @@ def _launch_tokens(
     x: Tensor,
     clip_ratio: Tensor,
     center: Tensor | None,
-    bits: int,
+    activation_format: ActivationFormat,
     out: Tensor,
     step: Tensor | None,
     offset: Tensor | None,
@@ -69,11 +75,12 @@ def _launch_tokens(
     x, columns = x.contiguous(), x.shape[-1]
     if not x.numel():
         return
-    width = _power(columns)
+    width, reach = _power(columns), activation_format.reach
     with torch.cuda.device(x.device):  # Triton starts kernels on the current device
         _kernels().round_tokens[(x.numel() // columns,)](
             x, clip_ratio, x if center is None else center, out, out if step is None else step,
-            out if offset is None else offset, columns, 2**bits - 1, center is not None, step is not None, width,
+            out if offset is None else offset, columns, 2**activation_format.bits - 1, reach or 0.0,
+            center is not None, reach is not None, step is not None, width,
             num_warps=4 if width <= 4096 else 8,
         )  # fmt: skip
 

@@ -79,7 +79,7 @@ def _pack(
 
 
 def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: ActivationFormat) -> Tensor:
-    codes, step, offset = token_codes(x, tensors, activation_format.bits)
+    codes, step, offset = token_codes(x, tensors, activation_format)
     unit, row_sum, bias = tensors["unit"], tensors["row_sum"], tensors.get("bias")
     if "integers" in tensors:
         weight = [tensors["integers"]], unit.unsqueeze(0)

@@ -126,7 +126,7 @@ def _forward(x: Tensor, tensors: Mapping[str, Tensor], activation_format: Activa
     if activation_format.kind == "static_channel":
         codes, unknown = once(x, tensors, ENCODING, ("codes, NaN", bits), lambda: _channel_codes(x, tensors, bits))
     else:
-        codes, step, offset = token_codes(x, tensors, bits)
+        codes, step, offset = token_codes(x, tensors, activation_format)
         codes = _pad(codes, tensors["codes_0"].shape[1])
     output = int8_linear(
         codes, _segments(tensors), tensors["scale"], tensors.get("bias"), x.dtype, step, offset, tensors.get("row_sum")

@@ -57,10 +57,11 @@ def round_activation(
     if activation_format.kind == "static_channel":
         return quantize(x, parameters["lower"], parameters["upper"], activation_format.bits)
     if activation_format.kind == "dynamic_token":
+        ratio = parameters["clip_ratio"]
         if not activation_format.centered:
-            return quantize(x, *token_range(x, parameters["clip_ratio"]), activation_format.bits)
+            return quantize(x, *token_range(x, ratio, activation_format.reach), activation_format.bits)
         distance = widen(x) - parameters["center"]
-        rounded = quantize(distance, *token_range(distance, parameters["clip_ratio"]), activation_format.bits)
+        rounded = quantize(distance, *token_range(distance, ratio, activation_format.reach), activation_format.bits)
         return (rounded + parameters["center"]).to(x.dtype)
     return x
 

@@ -13,8 +13,8 @@ _LARGE = tl.constexpr(12582912.0)
 
 @triton.jit
 def round_tokens(
-    x, clip_ratio, center, out, steps, offsets, columns, levels,
-    CENTERED: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr,
+    x, clip_ratio, center, out, steps, offsets, columns, levels, reach,
+    CENTERED: tl.constexpr, NORMAL: tl.constexpr, CODES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Round one token to ``levels + 1`` points of its own range, or to their codes, see `fused`."""
     row = tl.program_id(0).to(tl.int64)
@@ -26,8 +26,16 @@ def round_tokens(
         values = values - middle
     mean = tl.sum(values, axis=0) / columns  # values outside are 0
     clip = tl.load(clip_ratio).to(tl.float32)
-    lower = mean + (tl.min(tl.where(inside, values, float("inf")), axis=0) - mean) * clip
-    upper = mean + (tl.max(tl.where(inside, values, float("-inf")), axis=0) - mean) * clip
+    lower = tl.min(tl.where(inside, values, float("inf")), axis=0)
+    upper = tl.max(tl.where(inside, values, float("-inf")), axis=0)
+    if NORMAL:
+        distances = tl.where(inside, values - mean, 0.0)
+        distance = tl.sqrt(tl.sum(distances * distances, axis=0) / columns) * (reach * clip)
+        lower = tl.maximum(lower, mean - distance, propagate_nan=tl.PropagateNan.ALL)
+        upper = tl.minimum(upper, mean + distance, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        lower = mean + (lower - mean) * clip
+        upper = mean + (upper - mean) * clip
     step = (upper - lower) / levels
     inverse = tl.where(step > 0, 1.0 / step, 0.0)
     code = tl.minimum(tl.maximum((values - lower) * inverse, 0.0), levels)

@@ -32,7 +32,7 @@ def least_distance(context: SearchContext, draft: Draft, formats: Mapping[Site, 
 
     def visit(site: Site, tokens: Tensor) -> Tensor:
         fmt = formats[site]
-        grid = RangeGrid(options.ratios, fmt.bits, options.norm)
+        grid = RangeGrid(options.ratios, fmt.bits, options.norm, fmt.reach)
         if fmt.kind == "dynamic_token":
             return token_lp_losses(centered(draft, site, tokens), grid)
         seen = statistics[site.name].to(tokens.device)

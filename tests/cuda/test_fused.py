@@ -39,25 +39,28 @@ def close(values, expected, step):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize("centered", [False, True])
-def test_points_of_tokens(triton_cuda, dtype, bits, centered):
+@pytest.mark.parametrize("normal", [False, True])
+def test_points_of_tokens(triton_cuda, dtype, bits, centered, normal):
     x, ratio, center = inputs(dtype)
-    fmt = ActivationFormat(kind="dynamic_token", bits=bits, centered=centered)
+    fmt = ActivationFormat(kind="dynamic_token", bits=bits, centered=centered, normal=normal)
     expected = round_activation(x, fmt, {"clip_ratio": ratio, "center": center})
     arguments = on_gpu(x, ratio, center if centered else None)
     with triton_cuda.counting():
-        points = fused.points_of_tokens(*arguments, bits)
+        points = fused.points_of_tokens(*arguments, fmt)
     assert triton_cuda.launches.total() == 1 and points.dtype == dtype
-    lower, upper = token_range(x.float() - (center if centered else 0), ratio)
+    lower, upper = token_range(x.float() - (center if centered else 0), ratio, fmt.reach)
     close(points, expected, (upper - lower) / (2**bits - 1) + 0.01 * x.float().abs())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("centered", [False, True])
-def test_codes_of_tokens(triton_cuda, bits, centered):
+@pytest.mark.parametrize("normal", [False, True])
+def test_codes_of_tokens(triton_cuda, bits, centered, normal):
     x, ratio, center = inputs(torch.bfloat16)
-    codes, step, offset = fused.codes_of_tokens(*on_gpu(x.view(1, 3, -1), ratio, center if centered else None), bits)
+    fmt = ActivationFormat(kind="dynamic_token", bits=bits, centered=centered, normal=normal)
+    codes, step, offset = fused.codes_of_tokens(*on_gpu(x.view(1, 3, -1), ratio, center if centered else None), fmt)
     distance = x.float() - (center if centered else 0)
-    lower, upper = token_range(distance, ratio)
+    lower, upper = token_range(distance, ratio, fmt.reach)
     right_step, inverse = quantization_step(lower, upper, bits)
     assert codes.dtype == torch.int8 and codes.shape == (3, 200) and step.shape == offset.shape == (3, 1)
     torch.testing.assert_close(step.cpu(), right_step)
@@ -81,9 +84,11 @@ def test_channels_to_the_bit(triton_cuda, dtype, columns):
         assert codes.dtype == kind and torch.equal(codes.cpu(), right.to(kind))
 
 
-def test_constant_tokens_and_what_is_not_a_number(triton_cuda):
+@pytest.mark.parametrize("normal", [False, True])
+def test_constant_tokens_and_what_is_not_a_number(triton_cuda, normal):
+    fmt = ActivationFormat(kind="dynamic_token", bits=4, normal=normal)
     x = torch.tensor([[2.0, 2.0, 2.0], [1.0, torch.nan, 3.0], [1.0, 2.0, 3.0], [torch.inf, 0.0, 1.0]], device="cuda:0")
-    points = fused.points_of_tokens(x, torch.ones(1, device="cuda:0"), None, 4).cpu()
+    points = fused.points_of_tokens(x, torch.ones(1, device="cuda:0"), None, fmt).cpu()
     assert points[0].tolist() == [2, 2, 2] and points[1].isnan().all() and points[3].isnan().all()
     torch.testing.assert_close(points[2], torch.tensor([1.0, 2.0, 3.0]), rtol=0.04, atol=0)
     lower, step = torch.zeros(3, device="cuda:0"), torch.ones(3, device="cuda:0")
@@ -149,10 +154,10 @@ def test_which_rotations_a_program_holds():
 KINDS = {
     "x": "*bf16", "codes": "*i8", "first": "*fp32", "product": "*i32", "index": "*i64", "columns": "i32",
     "width": "i32", "levels": "i32", "tokens": "i32", "features": "i32", "width_1": "i32", "width_2": "i32",
-    "order": "i32",
+    "order": "i32", "reach": "fp32",
 }  # fmt: skip
 COMPILED = {
-    "round_tokens": ({"out": "*i8"}, {"CENTERED": True, "CODES": True, "WIDTH": 4096}),
+    "round_tokens": ({"out": "*i8"}, {"CENTERED": True, "NORMAL": True, "CODES": True, "WIDTH": 4096}),
     "round_channels": ({"out": "*i8"}, {"CODES": True, "BLOCK": 1024}),
     "multiply_codes": (
         {"first": "*i8", "second": "*i8", "out": "*bf16"},

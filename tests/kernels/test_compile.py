@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from kernel_problems import A16, CENTERED, CENTERED8, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
+from kernel_problems import (
+    A16,
+    CENTERED,
+    CENTERED8,
+    NORMAL,
+    STATIC,
+    STATIC8,
+    TOKEN,
+    TOKEN8,
+    Problem,
+    int_format,
+    relative,
+)
 from rotations import by_token, rotated
 from tiny_llava import write_tiny_llava
 from transformers import StaticCache
@@ -19,7 +31,7 @@ from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.rotation import factors, rotation_of
 
 CASES = [
-    *[(INT4, int_format(4), activation) for activation in (A16, STATIC, TOKEN, CENTERED)],
+    *[(INT4, int_format(4), activation) for activation in (A16, STATIC, TOKEN, CENTERED, NORMAL)],
     (INT4_FOLDED, int_format(4), STATIC),
     (INT4_CODES, int_format(4, 64, progressive=True), TOKEN),
     *[(INT8, int_format(8), activation) for activation in (A16, STATIC8, TOKEN8, CENTERED8)],

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_problems import A16, CENTERED, CPU, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
+from kernel_problems import A16, CENTERED, CPU, NORMAL, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
 
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels import dequantized, int4_product
@@ -12,7 +12,7 @@ CLOSE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE))
-@pytest.mark.parametrize("activation", [A16, STATIC, TOKEN, CENTERED, STATIC8, TOKEN8], ids=str)
+@pytest.mark.parametrize("activation", [A16, STATIC, TOKEN, CENTERED, NORMAL, STATIC8, TOKEN8], ids=str)
 @pytest.mark.parametrize("outliers", [0, 8])
 def test_int4_equals_the_reference(dtype, activation, outliers):
     problem = Problem.draw(outliers=outliers, dtype=dtype)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_problems import A16, CENTERED, CENTERED8, CPU, STATIC, TOKEN, TOKEN8, Problem, int_format, relative
+from kernel_problems import A16, CENTERED, CENTERED8, CPU, NORMAL, STATIC, TOKEN, TOKEN8, Problem, int_format, relative
 
 from qvlm_plugin.formats import ActivationFormat, stored_format
 from qvlm_plugin.kernels import dequantized, int8_product
@@ -20,7 +20,7 @@ def progressive(bits=4, group_size=64, **more):
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE))
-@pytest.mark.parametrize("activation", [TOKEN, CENTERED, TOKEN6, TOKEN8, CENTERED8], ids=str)
+@pytest.mark.parametrize("activation", [TOKEN, CENTERED, NORMAL, TOKEN6, TOKEN8, CENTERED8], ids=str)
 @pytest.mark.parametrize("outliers", [0, 8])
 def test_it_equals_the_reference(dtype, activation, outliers):
     problem = Problem.draw(outliers=outliers, dtype=dtype)

@@ -1,6 +1,19 @@
 import pytest
 import torch
-from kernel_problems import A16, CENTERED, CENTERED8, CPU, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
+from kernel_problems import (
+    A16,
+    CENTERED,
+    CENTERED8,
+    CPU,
+    NORMAL,
+    STATIC,
+    STATIC8,
+    TOKEN,
+    TOKEN8,
+    Problem,
+    int_format,
+    relative,
+)
 
 from qvlm_plugin.formats import ActivationFormat, WeightFormat
 from qvlm_plugin.kernels import dequantized, int8, int8_product
@@ -12,7 +25,7 @@ STATIC6, TOKEN6 = (ActivationFormat(kind=kind, bits=6) for kind in ("static_chan
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("activation", [A16, STATIC, TOKEN, CENTERED, STATIC8, TOKEN8, CENTERED8], ids=str)
+@pytest.mark.parametrize("activation", [A16, STATIC, TOKEN, CENTERED, NORMAL, STATIC8, TOKEN8, CENTERED8], ids=str)
 @pytest.mark.parametrize(
     "weight", [int_format(8), int_format(6), int_format(8, None), int_format(5, 32), NF6, NF8], ids=str
 )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_problems import A16, CENTERED, CPU, STATIC, TOKEN, Problem, int_format, relative
+from kernel_problems import A16, CENTERED, CPU, NORMAL, STATIC, TOKEN, Problem, int_format, relative
 
 from qvlm_plugin.formats import WeightFormat
 from qvlm_plugin.kernels import nf4
@@ -18,7 +18,7 @@ PLAIN, DOUBLE = (WeightFormat(kind="nf", bits=4, double_quantization=double) for
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE))
-@pytest.mark.parametrize("activation", [A16, STATIC, TOKEN, CENTERED], ids=str)
+@pytest.mark.parametrize("activation", [A16, STATIC, TOKEN, CENTERED, NORMAL], ids=str)
 @pytest.mark.parametrize("weight", [PLAIN, DOUBLE], ids=str)
 @pytest.mark.parametrize("shape", [(64, 256), (40, 192), (7, 64)])
 def test_nf4_equals_the_reference(dtype, activation, weight, shape):

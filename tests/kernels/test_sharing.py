@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from kernel_problems import CENTERED, CENTERED8, STATIC, STATIC8, TOKEN, TOKEN8, int_format
+from kernel_problems import CENTERED, CENTERED8, NORMAL, STATIC, STATIC8, TOKEN, TOKEN8, int_format
 from rotations import by_token, rotated
 from tiny_llava import logits_of, write_tiny_llava
 from torch import nn
@@ -28,7 +28,7 @@ WEIGHT = int_format(4)
 CASES = [
     *((kernel, WEIGHT, activation) for kernel in (REFERENCE, STRAIGHT_THROUGH, INT4) for activation in (STATIC, TOKEN)),
     (INT4_FOLDED, WEIGHT, STATIC), (INT8, int_format(8), STATIC8), (INT8, int_format(8), TOKEN8),
-    (INT8, int_format(8), CENTERED8), (REFERENCE, WEIGHT, CENTERED),
+    (INT8, int_format(8), CENTERED8), (REFERENCE, WEIGHT, CENTERED), (REFERENCE, WEIGHT, NORMAL),
     (NF4, WeightFormat(kind="nf", bits=4), TOKEN),
 ]  # fmt: skip
 

@@ -36,7 +36,7 @@ CHOICES = [
 ]
 CHOICES += [
     {"transform": "smooth+rotate", "activations": "token", "cdm": True, "veo": True, "rounding": "gptq",
-     "center": True, "bias_correction": True, "max_percentile": 1.1},
+     "center": True, "bias_correction": True, "max_percentile": 1.1, "token_bounds": "normal"},
     {"transform": "none", "activations": "channel", "cdm": True, "veo": False, "zero_on_grid": True},
 ]  # fmt: skip
 

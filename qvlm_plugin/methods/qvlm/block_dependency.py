@@ -64,9 +64,9 @@ def rounded_input(context: SearchContext, plan: Draft | RoundingPlan, site: Site
     # In a quantized model, folds have already scaled the input.
     tokens = rotated(plan, site, x) if isinstance(linear, QuantLinear) else transformed(plan, site, x)
     tokens = centered(plan, site, tokens.reshape(-1, x.shape[-1]))
-    parameters = context.activation_sites[site].parameters
-    values = [plan.tensors[f"{site.name}/{name}"].to(tokens.device) for name in parameters]
-    return Ranged(tokens, *(values if len(values) == 2 else token_range(tokens, *values)))
+    fmt = context.activation_sites[site]
+    values = [plan.tensors[f"{site.name}/{name}"].to(tokens.device) for name in fmt.parameters]
+    return Ranged(tokens, *(values if fmt.kind == "static_channel" else token_range(tokens, *values, fmt.reach)))
 
 
 def observe_before(context: SearchContext, draft: Draft) -> Draft:

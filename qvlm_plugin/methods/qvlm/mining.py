@@ -267,7 +267,8 @@ def candidate_layer(
             candidates[site.name] = [dict(zip(initial, pair, strict=True)) for pair in bounds]
         else:
             candidates[site.name] = [
-                {"clip_ratio": (initial["clip_ratio"] * p).clamp(max=1)} for p in options.percentiles
+                {"clip_ratio": (initial["clip_ratio"] * p).clamp(max=formats[site].largest_ratio)}
+                for p in options.percentiles
             ]
     return CandidateLayer(name, layer, others, tuple(own), candidates), reference.joined(outputs)
 

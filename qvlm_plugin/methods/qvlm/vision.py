@@ -88,6 +88,9 @@ class _Training:
         options = objective.context.options
         self.objective, self.options, self.norms = objective, options, norms
         self.live = {f"{site}/clip_ratio": ratio for site, ratio in ratios.items()}
+        self.largest = {
+            f"{site.name}/clip_ratio": f.largest_ratio for site, f in objective.context.activation_sites.items()
+        }
         self.live |= {f"{name}/value": norm for name, norm in norms.items()}
         for parameter in self.live.values():
             parameter.requires_grad_()
@@ -181,7 +184,7 @@ class _Training:
         """Write the float32 copies into the model."""
         for key, parameter in self.live.items():
             if key.endswith("/clip_ratio"):
-                self.wide[key].clamp_(MIN_CLIP_RATIO, 1)
+                self.wide[key].clamp_(MIN_CLIP_RATIO, self.largest[key])
             parameter.copy_(self.wide[key])
 
     def _keep(self) -> None:

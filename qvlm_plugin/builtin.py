@@ -115,7 +115,7 @@ METHODS = (
 rows of the paper's Table 1. ``qvlm_jacobian`` deviates from the paper: errors are weighted by Jacobians, the grid of
 ratios is wider, biases are corrected, and the tower's norms are trained, too. It leaves the joint search out: narrower
 ranges than its own lower the error of a block, but harm the answers. ``qvlm_rotated`` does not train clip ratios
-(``veo``): any clipping increases the error of rotated and centered tokens, so trained ratios are not kept.
+(``veo``): on the demo model trained ratios do not lower the loss, so none are kept.
 """
 
 

@@ -123,7 +123,7 @@ def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, caps
             "qvlm_rotated-cdm",
             3,
         ),
-        ("table1", "w4a4", ("qlora", "qlora-zero", "qvlm-short_cdm"), 32, "qlora", 3),
+        ("table1", "w4a4", (*seeds.GROUPS["table1"], "qlora-zero"), 32, "qlora", 7),
     ):
         cells = [*seeds.draws([scheme], rows, [count], [0, 1, 2])]
         seeds.show_table(cells, docs / "seeds" / folder, baseline, ["average"])

@@ -124,6 +124,14 @@ def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, caps
             3,
         ),
         ("table1", "w4a4", (*seeds.GROUPS["table1"], "qlora-zero"), 32, "qlora", 7),
+        (
+            "ladder",
+            "w4a3",
+            [f"qvlm_rotated{row}" for row in ("-cdm", "", "-blocks", "-wide_blocks", "-normal", "-normal_blocks")],
+            64,
+            "qvlm_rotated-cdm",
+            6,
+        ),
     ):
         cells = [*seeds.draws([scheme], rows, [count], [0, 1, 2])]
         seeds.show_table(cells, docs / "seeds" / folder, baseline, ["average"])

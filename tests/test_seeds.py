@@ -118,10 +118,10 @@ def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, caps
         (
             "ladder",
             "w3a3",
-            ("rtn-rotation-gptq-centers", "qvlm_rotated-cdm", "qvlm_rotated"),
+            ("rtn-rotation-gptq-centers", "qvlm_rotated-cdm", "qvlm_rotated", "qvlm_rotated-normal"),
             64,
             "qvlm_rotated-cdm",
-            3,
+            4,
         ),
         ("table1", "w4a4", (*seeds.GROUPS["table1"], "qlora-zero"), 32, "qlora", 7),
         (

@@ -57,12 +57,10 @@ def round_activation(
     if activation_format.kind == "static_channel":
         return quantize(x, parameters["lower"], parameters["upper"], activation_format.bits)
     if activation_format.kind == "dynamic_token":
-        ratio = parameters["clip_ratio"]
-        if not activation_format.centered:
-            return quantize(x, *token_range(x, ratio, activation_format.reach), activation_format.bits)
-        distance = widen(x) - parameters["center"]
-        rounded = quantize(distance, *token_range(distance, ratio, activation_format.reach), activation_format.bits)
-        return (rounded + parameters["center"]).to(x.dtype)
+        values = widen(x) - parameters["center"] if activation_format.centered else x
+        bounds = token_range(values, parameters["clip_ratio"], activation_format.reach)
+        rounded = quantize(values, *bounds, activation_format.bits)
+        return (rounded + parameters["center"]).to(x.dtype) if activation_format.centered else rounded
     return x
 
 

@@ -31,7 +31,7 @@ def round_input(x: Tensor, activation_format: ActivationFormat, tensors: Mapping
         if static:
             points = fused.points_of_channels if fusable.channels(x) else round_to_points
             return points(x, *(tensors[name] for name in names), bits)
-        if activation_format.kind == "dynamic_token" and fusable.tokens(x):
+        if activation_format.kind == "dynamic_token" and fusable.tokens(x, activation_format.normal):
             return fused.points_of_tokens(x, tensors["clip_ratio"], tensors.get("center"), activation_format)
         return round_activation(x, activation_format, tensors)
 

@@ -30,7 +30,7 @@ def token_codes(
     ratio, center = tensors["clip_ratio"], tensors.get("center")
 
     def compute() -> tuple[Tensor, Tensor, Tensor]:
-        if fusable.tokens(x):
+        if fusable.tokens(x, activation_format.normal):
             return fused.codes_of_tokens(x, ratio, center, activation_format)
         tokens = x.reshape(-1, x.shape[-1])
         some = max(1, _ELEMENTS // tokens.shape[1]) if x.device.type == "cpu" else len(tokens)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_problems import CENTERED, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
+from kernel_problems import CENTERED, NORMAL, STATIC, STATIC8, TOKEN, TOKEN8, Problem, int_format, relative
 from torch.utils._pytree import tree_map
 
 from qvlm_plugin import rotation
@@ -16,6 +16,7 @@ ROTATED = 576
 FACTORS = rotation.factors(rotation.rotation_of("site", ROTATED))
 CASES = [
     ("points_of_tokens", "round_tokens", INT4, int_format(4), CENTERED, 256),
+    ("points_of_tokens", "round_tokens", INT4, int_format(4), NORMAL, 256),
     ("codes_of_tokens", "round_tokens", INT8, int_format(8), TOKEN8, 256),
     ("points_of_channels", "round_channels", INT4, int_format(4), STATIC, 256),
     ("codes_of_channels", "round_channels", INT8, int_format(8), STATIC8, 256),

@@ -83,7 +83,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Bars:
-    """A table as two aligned panels: accuracies with error bars, and cost.
+    """A table as aligned panels: accuracies with error bars and, if any is known, costs.
 
     Attributes:
         title: title of both panels.
@@ -91,7 +91,7 @@ class Bars:
         accuracies: value and its 95 % interval of each row by task, shares in percent; None if missing.
         lines: reference value by task, drawn as a vertical line.
         line: name of the reference.
-        costs: seconds of each row.
+        costs: seconds of each row; None if unknown.
     """
 
     title: str
@@ -122,18 +122,21 @@ def panels_figure(rows: Sequence[Sequence[Panel]], height: float = 2.6) -> dict[
 
 
 def bars_figure(groups: Sequence[Bars]) -> dict[str, bytes]:
-    """A row of two panels for each group; returns the figure's files by suffix."""
+    """Accuracies of each group and, if any group has costs, a second column with them; returns files by suffix."""
+    widths = (2.4, 1) if any(cost is not None for group in groups for cost in group.costs) else (1,)
     with matplotlib.rc_context(STYLE):
         height = 0.75 + sum(0.75 + 0.32 * len(group.rows) for group in groups)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        grid = figure.subplots(len(groups), 2, squeeze=False, width_ratios=(2.4, 1), sharex="col")
-        for (accuracy, cost), group in zip(grid, groups, strict=True):
+        grid = figure.subplots(len(groups), len(widths), squeeze=False, width_ratios=widths, sharex="col")
+        for (accuracy, *cost), group in zip(grid, groups, strict=True):
             _draw_accuracies(accuracy, group)
-            _draw_costs(cost, group)
+            for axes in cost:
+                _draw_costs(axes, group)
         grid[-1][0].set_xlabel("score (shares in %), 95 % interval")
-        grid[-1][1].set_xlabel("search cost (s)")
-        grid[-1][1].set_xlim(left=0)  # the axis is shared
-        _add_legend(figure, [axes for axes, _ in grid], fewest=1)
+        for axes in grid[-1][1:]:
+            axes.set_xlabel("search cost (s)")
+            axes.set_xlim(left=0)  # the axis is shared
+        _add_legend(figure, [axes for axes, *_ in grid], fewest=1)
         return _files(figure)
 
 

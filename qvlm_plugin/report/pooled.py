@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 from scipy import stats
@@ -61,6 +62,13 @@ class Pooled:
     def seeds(self) -> int:
         """Number of seeds."""
         return len(self.differences)
+
+    @property
+    def shown(self) -> tuple[float, float, float]:
+        """The score and the ends of its 95 % interval as figures show them; without an interval, the score itself."""
+        score = self.score
+        ends = (score.low, score.high) if isfinite(score.low) else (score.value, score.value)
+        return self.scale * score.value, self.scale * ends[0], self.scale * ends[1]
 
     @property
     def spread(self) -> float | None:

@@ -1,7 +1,6 @@
 """The comparison as a report."""
 
 from collections.abc import Sequence
-from math import isfinite
 
 from qvlm_plugin.report.compare.comparison import Compared, OverSeeds, pool_seeds
 from qvlm_plugin.report.compare.grid import FULL_PRECISION, PREVIOUS, CompareGrid
@@ -147,27 +146,20 @@ def _bars(grid: CompareGrid, compared: Sequence[Compared], pooled: Sequence[Over
     groups = []
     for model in dict.fromkeys(row.model for row in pooled):
         own = {(row.method, row.scheme, row.task): row.pooled for row in pooled if row.model == model}
-        plain = {task: _point(own[*FULL_PRECISION, task]) for task in grid.tasks if (*FULL_PRECISION, task) in own}
+        plain = {task: own[*FULL_PRECISION, task] for task in grid.tasks if (*FULL_PRECISION, task) in own}
         runs = list(dict.fromkeys((method, scheme) for method, scheme, _ in own))
         runs = [run for run in runs if run != FULL_PRECISION] or runs
         groups.append(
             Bars(
                 title=model,
                 rows=tuple(" ".join(run) for run in runs),
-                accuracies={task: [_point(own.get((*run, task))) for run in runs] for task in grid.tasks},
-                lines={task: value for task, (value, *_) in plain.items()},
+                accuracies={task: [own[*run, task].shown if (*run, task) in own else None for run in runs] for task in grid.tasks},
+                lines={task: row.shown[0] for task, row in plain.items()},
                 line=BASELINES["none"],
                 costs=[_cost(compared, (model, *run)) for run in runs],
             )
         )
     return groups
-
-
-def _point(row: Pooled | None) -> tuple[float, float, float] | None:
-    if row is None:
-        return None
-    low, high = (row.score.low, row.score.high) if isfinite(row.score.low) else (row.score.value, row.score.value)
-    return row.scale * row.score.value, row.scale * low, row.scale * high
 
 
 def _cost(compared: Sequence[Compared], run: tuple[str, str, str]) -> float | None:

@@ -7,7 +7,7 @@ from qvlm_plugin.report.compare.grid import FULL_PRECISION, PREVIOUS, CompareGri
 from qvlm_plugin.report.estimates import difference_text, estimate_text
 from qvlm_plugin.report.figures import Bars, bars_figure
 from qvlm_plugin.report.paired_table import flips_text, total_note, unknown_note
-from qvlm_plugin.report.pooled import Pooled, spread_text, verdict
+from qvlm_plugin.report.pooled import spread_text, verdict
 from qvlm_plugin.report.results import Grid, size
 from qvlm_plugin.report.shares import FEWEST, PERCENT, unit_text
 from qvlm_plugin.report.significance import p_text
@@ -145,7 +145,7 @@ def _bars(grid: CompareGrid, compared: Sequence[Compared], pooled: Sequence[Over
     """The methods of each model, averaged over seeds; full precision as a vertical line."""
     groups = []
     for model in dict.fromkeys(row.model for row in pooled):
-        own = {(row.method, row.scheme, row.task): row.pooled for row in pooled if row.model == model}
+        own = {(row.method, row.scheme, row.task): row.pooled.shown for row in pooled if row.model == model}
         plain = {task: own[*FULL_PRECISION, task] for task in grid.tasks if (*FULL_PRECISION, task) in own}
         runs = list(dict.fromkeys((method, scheme) for method, scheme, _ in own))
         runs = [run for run in runs if run != FULL_PRECISION] or runs
@@ -153,8 +153,8 @@ def _bars(grid: CompareGrid, compared: Sequence[Compared], pooled: Sequence[Over
             Bars(
                 title=model,
                 rows=tuple(" ".join(run) for run in runs),
-                accuracies={task: [own[*run, task].shown if (*run, task) in own else None for run in runs] for task in grid.tasks},
-                lines={task: row.shown[0] for task, row in plain.items()},
+                accuracies={task: [own.get((*run, task)) for run in runs] for task in grid.tasks},
+                lines={task: value for task, (value, *_) in plain.items()},
                 line=BASELINES["none"],
                 costs=[_cost(compared, (model, *run)) for run in runs],
             )

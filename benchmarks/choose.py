@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from seeds import METRIC, read_run
+from seeds import GROUPS, METRIC, read_run
 
 from qvlm_plugin.atomic import write_file
 from qvlm_plugin.commands.shared import parse_size
 from qvlm_plugin.report.advice import Choice, advice, choices_grid, find_choices, notes
 from qvlm_plugin.report.figures import Panel, Series, panels_figure
 from qvlm_plugin.report.samples import RunSamples
+
+METHODS = (*GROUPS["main"], "qvlm_rotated-groups")
+"""Rows to choose from. Others, such as the steps of the ladder, are there to explain these."""
 
 SAMPLES = "64"
 """Calibration samples of the cells that the picture shows."""
@@ -27,7 +30,8 @@ def read_choices(folders: Sequence[Path]) -> list[Choice]:
     found: list[Choice] = []
     for folder in folders:
         names = sorted(file.stem for file in folder.glob("*.json") if file.stem != "documents")
-        choices, _ = find_choices([_with_facts(read_run(folder, name), name) for name in names], METRIC)
+        runs = [_with_facts(read_run(folder, name), name) for name in names]
+        choices, _ = find_choices([run for run in runs if run.run["method"] in ("none", *METHODS)], METRIC)
         found += choices
     return sorted(found, key=lambda choice: choice.packed_bytes or math.inf)
 

@@ -3,7 +3,7 @@
 Needs the stand-in data (`qvlm demo data demo-data`). Finished cells are skipped, and several processes with the same
 command share the work; the table shows the finished cells.
 
-python benchmarks/seeds.py run seeds-results                       # all methods at W4A4, 32 and 64 samples, three seeds
+python benchmarks/seeds.py run seeds-results                       # main methods, W4A4, 32 and 64 samples, three seeds
 python benchmarks/seeds.py run seeds-results --schemes w4a8,w8a8 --methods qvlm_rotated --samples 64
 python benchmarks/seeds.py table seeds-results --baseline qlora    # means, spreads, paired differences
 python benchmarks/seeds.py table seeds-results --baseline full-precision --tasks average
@@ -87,6 +87,9 @@ LADDER = (
 """The rows of the ladder, each to be compared with the one before."""
 
 GROUPS = {
+    "main": (
+        "qlora", "awq", "qvlm", "qvlm_jacobian", "qvlm_rotated", "qvlm_rotated-cdm", "qvlm_rotated-progressive",
+    ),
     "ladder": LADDER,
     "table1": (
         "qlora", "qvlm-short_cdm", "qvlm-short_veo", "qvlm-short", "qvlm-short_cdm_relative", "qvlm-short_relative",
@@ -94,8 +97,8 @@ GROUPS = {
     "fig3a": ("qvlm-depth1", "qvlm-depth2", "qvlm-short_cdm", "qvlm-depth4", "qvlm-depth5"),
     "fig3b": ("qlora", "qvlm-p0.995", "qvlm-p0.99", "qvlm-short_cdm", "qvlm-eta0.1", "qvlm-short", "qvlm-eta10"),
 }  # fmt: skip
-"""Rows that are measured together, by the name of `qvlm ablate`'s grid. Without a search, `qvlm` is `qlora`; a depth of
-3, a smallest percentile of 0.98 and an η of 1 are its defaults."""
+"""Rows that are measured together: those of the main table, and those of `qvlm ablate`'s grids. Without a search,
+`qvlm` is `qlora`; a depth of 3, a smallest percentile of 0.98 and an η of 1 are its defaults."""
 
 METRIC = "exact_match"
 FULL_PRECISION = "full-precision"
@@ -280,8 +283,8 @@ def main() -> None:
         command.add_argument(
             "--methods",
             type=methods,
-            default=list(METHODS),
-            help=f"separated by commas; {', '.join(GROUPS)}: the rows of these ablations",
+            default=GROUPS["main"],
+            help=f"separated by commas; {', '.join(GROUPS)}: these groups of rows; default: main",
         )
         command.add_argument(
             "--samples", type=numbers, default=[32, 64], help="numbers of calibration samples, separated by commas"

@@ -100,7 +100,7 @@ def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, caps
     seeds, _ = benchmarks
     docs = FOLDER.parent / "docs"
     seeds.show_table(
-        [*seeds.draws(["w4a4"], list(seeds.METHODS), [32, 64], [0, 1, 2])], docs / "seeds", "qlora", ["average"]
+        [*seeds.draws(["w4a4"], seeds.GROUPS["main"], [32, 64], [0, 1, 2])], docs / "seeds", "qlora", ["average"]
     )
     table, _ = capsys.readouterr().out.split("\n\n")
     assert table.count("| average |") >= 5 and "scienceqa" not in table

@@ -142,6 +142,7 @@ def language_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
         tokenizer = _with_image_token(tokenizer, Path(folder) / "tokenizer")
     del model.config.quantization_config
+    model.config.name_or_path = ""  # the temporary folder would give each build another fingerprint
     return model, tokenizer
 
 

@@ -2,6 +2,7 @@ import io
 import json
 import shutil
 import sys
+import tempfile
 import time
 from importlib import resources
 
@@ -64,6 +65,12 @@ def test_is_a_stock_llava_that_loads_without_a_missing_key(demo_model):
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     generation = model.generation_config
     assert (generation.do_sample, generation.eos_token_id, generation.pad_token_id) == (False, 2, 2)
+
+
+def test_no_file_has_a_path_of_the_machine_that_built_it(demo_model):
+    """Else two builds of the same parts would have different fingerprints, and plans would not fit both."""
+    texts = {file.name: file.read_text() for file in demo_model.iterdir() if file.suffix != ".safetensors"}
+    assert "config.json" in texts and not [name for name, text in texts.items() if tempfile.gettempdir() in text]
 
 
 def test_processor_reloads_as_it_was(processor, model):

@@ -22,7 +22,7 @@ def points_of_tokens(
 ) -> Tensor:
     """`reference.round_activation` of tokens: ``x`` [..., I] → the same shape and dtype."""
     points = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch_tokens(x, clip_ratio, center, activation_format, points, None, None)
+    _launch_tokens(x, clip_ratio, center, activation_format, (points,))
     return points
 
 
@@ -34,14 +34,14 @@ def codes_of_tokens(
     columns = x.shape[-1]
     codes = x.new_empty(x.numel() // columns, columns, dtype=torch.int8)
     step, offset = (x.new_empty(len(codes), 1, dtype=torch.float32) for _ in range(2))
-    _launch_tokens(x, clip_ratio, center, activation_format, codes, step, offset)
+    _launch_tokens(x, clip_ratio, center, activation_format, (codes, step, offset))
     return codes, step, offset
 
 
 def points_of_channels(x: Tensor, lower: Tensor, step: Tensor, inverse: Tensor, bits: int) -> Tensor:
     """`quantizers.round_to_points` for bounds of channels, float32 [I]."""
     points = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch_channels(x, lower, step, inverse, None, bits, points)
+    _launch_channels(x, (lower, step, inverse), None, bits, points)
     return points
 
 
@@ -59,7 +59,7 @@ def codes_of_channels(
     """
     lower, inverse, low = bounds
     codes = x.new_empty(x.numel() // x.shape[-1], len(index), dtype=dtype)
-    _launch_channels(x, lower, low, inverse, index, bits, codes)
+    _launch_channels(x, (lower, low, inverse), index, bits, codes)
     return codes
 
 
@@ -68,32 +68,30 @@ def _launch_tokens(
     clip_ratio: Tensor,
     center: Tensor | None,
     activation_format: ActivationFormat,
-    out: Tensor,
-    step: Tensor | None,
-    offset: Tensor | None,
+    outputs: tuple[Tensor] | tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    x, columns = x.contiguous(), x.shape[-1]
+    """Write the points, or codes, steps and offsets."""
+    x, columns, coded = x.contiguous(), x.shape[-1], len(outputs) == 3
     if not x.numel():
         return
     width, reach = _power(columns), activation_format.reach
     with torch.cuda.device(x.device):  # Triton starts kernels on the current device
         _kernels().round_tokens[(x.numel() // columns,)](
-            x, clip_ratio, x if center is None else center, out, out if step is None else step,
-            out if offset is None else offset, columns, 2**activation_format.bits - 1, reach or 0.0,
-            center is not None, reach is not None, step is not None, width,
+            x, clip_ratio, x if center is None else center, *(outputs if coded else outputs * 3), columns,
+            2**activation_format.bits - 1, reach or 0.0, center is not None, reach is not None, coded, width,
             num_warps=4 if width <= 4096 else 8,
         )  # fmt: skip
 
 
 def _launch_channels(
-    x: Tensor, lower: Tensor, factor: Tensor, inverse: Tensor, index: Tensor | None, bits: int, out: Tensor
+    x: Tensor, bounds: tuple[Tensor, Tensor, Tensor], index: Tensor | None, bits: int, out: Tensor
 ) -> None:
     x, columns, width = x.contiguous(), x.shape[-1], out.shape[-1]
     if not out.numel():
         return
     with torch.cuda.device(x.device):
         _kernels().round_channels[(out.numel() // width, -(-width // _BLOCK))](
-            x, lower, factor, inverse, x if index is None else index, out, columns, width, 2**bits - 1,
+            x, *bounds, x if index is None else index, out, columns, width, 2**bits - 1,
             index is not None, _BLOCK,
         )  # fmt: skip
 

@@ -13,6 +13,14 @@ from qvlm_plugin.plan_request import check_calibration, check_request
         ("rtn", "w4a4", {"norm": 1}, "method=rtn: norm=1.0 is used with observer=lp only"),
         ("qlora", "w4a4", {"alpha_steps": 3}, "alpha_steps=3 is used with transform=awq only"),
         ("rtn", "w4a4", {"importance": "jacobian"}, "use it with observer=lp"),
+        ("qlora", "w4a4", {"importance": "modality"}, "no errors to weight; use it with transform=awq, rounding=gptq"),
+        ("smoothquant", "w4a4", {"importance": "jacobian"}, "importance=jacobian has no errors to weight"),
+        ("qlora", "w4a4", {"group_size": 64}, "group_size=64 is used with weights=int only"),
+        ("rtn", "w4a4", {"double_quantization": False}, "double_quantization=False is used with weights=nf only"),
+        ("quarot", "w4a4", {"group_scales": "progressive"}, "group_scales=progressive needs groups"),
+        ("qvlm_rotated", "w4a4", {"prune": 0.5}, "prune=0.5 is used with beam=0 only"),
+        ("qvlm_rotated", "w4a4", {"correction": 0.5}, "corrected biases would undo; add bias_correction=false"),
+        ("qvlm_rotated", "w4a4", {"max_percentile": 1.1}, "end at the token's extremes already, unless token_bounds=n"),
         ("none", "w4a4", {"weights": "nf"}, "these options: none"),
         ("qlora", "w4a4", {"norm": -1}, "norm=-1 is not allowed for method=qlora"),
         ("qlora", "w4a4", {"weights": "fp8"}, "weights='fp8' is not allowed"),
@@ -35,6 +43,36 @@ def test_calibration_data_that_are_missing_or_fewer_than_a_batch_are_named(metho
         check_calibration(request, None)
     check_calibration(check_request(method, "w4a4", {"calibration_batch_size": 5}), calibration)
     check_calibration(check_request(method, "w16a16", {}), None)
+
+
+@pytest.mark.parametrize(
+    "method, scheme, options, needs",
+    [
+        ("rtn", "w4a4", {}, True),
+        ("rtn", "w4a4", {"activations": "token"}, False),
+        ("rtn", "w16a16+vision:w4a4", {}, False),
+        ("rtn", "w4a4", {"activations": "token", "center": True}, True),
+        ("quarot", "w4a4", {"rounding": "nearest"}, False),
+    ],
+)
+def test_only_what_reads_calibration_data_needs_them(method, scheme, options, needs):
+    assert check_request(method, scheme, options).needs_calibration == needs
+
+
+@pytest.mark.parametrize(
+    "scheme, options, weighing",
+    [
+        ("w4a4", {"activations": "token"}, ["tokens"]),
+        ("w4a16", {}, ["tokens"]),
+        ("w4a4", {}, ["jacobian"]),
+        ("w4a4", {"importance": "modality"}, ["tokens"]),
+        ("w4a4", {"importance": "uniform"}, []),
+    ],
+)
+def test_tokens_are_weighted_unless_ranges_are(scheme, options, weighing):
+    request = check_request("awq", scheme, {"importance": "jacobian", **options})
+    steps = [step.name for step in request.method.chosen(request.scheme, request.options)]
+    assert [name for name in steps if name in ("tokens", "jacobian")] == weighing
 
 
 def test_a_method_without_batches_takes_one_sample_at_a_time():

@@ -61,8 +61,9 @@ FULL = {"veo_epochs": 1, "veo_train": "clip+norm", "min_percentile": 0.99, "min_
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"importance": "jacobian"}, {"transform": "rotate", "activations": "token", "veo_train": "clip",
-                                      "rounding": "gptq", "correction": 0.1, "weight_clip": "mse"}],
+    [{}, {"importance": "jacobian"},
+     {"transform": "rotate", "activations": "token", "veo_train": "clip", "rounding": "gptq", "correction": 0.1,
+      "bias_correction": False, "weight_clip": "mse"}],
     ids=["uniform", "jacobian", "gptq"],
 )  # fmt: skip
 def test_a_search_that_runs_out_of_memory_anywhere_gives_the_plan_of_an_undisturbed_one(
@@ -98,7 +99,8 @@ def test_a_search_that_runs_out_of_memory_anywhere_gives_the_plan_of_an_undistur
     plan = planning.obtain_plan(loaded, short, calibration, tmp_path)
     assert plan.hash == expected.hash and plan.record == expected.record and plan.options == expected.options
     chosen = request.method.chosen(request.scheme, request.options)
-    times = {step.name: 1 + (3 if step.splits else 1) * step.needs_calibration for step in chosen}
+    times = {step.name: 1 + (3 if step.splits else 1) * step.reads_calibration(request.scheme, request.options)
+             for step in chosen}  # fmt: skip
     assert [name for name, _ in ran] == [name for name in times for _ in range(times[name])]
     assert ran[-1] == ("blocks", "caches on the CPU, 1 samples at a time")
     assert all(tensor.equal(before[name]) for name, tensor in loaded.model.state_dict().items())

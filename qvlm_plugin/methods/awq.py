@@ -31,9 +31,9 @@ from qvlm_plugin.plan_header import Fold
 from qvlm_plugin.progress import track
 from qvlm_plugin.topology import Site
 
-UNCLIPPED = ("q_proj", "k_proj")
-"""Linears that are not clipped: queries and keys are multiplied by each other, so clipping errs more than the error of
-their own outputs shows."""
+UNCLIPPED = ("q_proj", "k_proj", "query", "key", "qkv", "Wqkv", "query_key_value")
+"""Ends of the names of Linears that are not clipped: queries and keys are multiplied by each other, so clipping errs
+more than the error of their own outputs shows."""
 
 
 def scale_and_clip(context: SearchContext, draft: Draft) -> Draft:

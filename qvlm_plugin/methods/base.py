@@ -25,7 +25,7 @@ class Step:
         run: (context, draft) → draft. It must leave the model unchanged.
         wanted: whether the scheme and the options select it.
         check: raises a `QVLMError` if the context lacks something (answers, for example); called before any step runs.
-        needs_calibration: whether it reads calibration data.
+        needs_calibration: whether it reads calibration data; may depend on the scheme and the options.
         splits: whether fewer samples at a time need less memory (`Footprint.rows`).
     """
 
@@ -33,8 +33,13 @@ class Step:
     run: "Callable[[SearchContext, Draft], Draft]"
     wanted: Callable[[Scheme, Any], bool]
     check: "Callable[[SearchContext], None] | None" = None
-    needs_calibration: bool = True
+    needs_calibration: bool | Callable[[Scheme, Any], bool] = True
     splits: bool = False
+
+    def reads_calibration(self, scheme: Scheme, options: BaseModel) -> bool:
+        """``needs_calibration`` for a scheme and options."""
+        needs = self.needs_calibration
+        return needs(scheme, options) if callable(needs) else needs
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Method:
 
     def needs_calibration(self, scheme: Scheme, options: BaseModel) -> bool:
         """Whether any selected step reads calibration data."""
-        return any(step.needs_calibration for step in self.chosen(scheme, options))
+        return any(step.reads_calibration(scheme, options) for step in self.chosen(scheme, options))
 
 
 def option_text(value: Any) -> str:

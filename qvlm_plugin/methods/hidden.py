@@ -25,11 +25,17 @@ from qvlm_plugin.kernels.reference import REFERENCE
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.observe import watching
 from qvlm_plugin.methods.options import MiningOptions
-from qvlm_plugin.methods.replacements import Replacements, other_forward, quantized_modules, replaced
+from qvlm_plugin.methods.replacements import (
+    Replacements,
+    changed_values,
+    other_forward,
+    quantized_modules,
+    replaced,
+)
 from qvlm_plugin.methods.shard import Shard
 from qvlm_plugin.models.placement import execution_device, is_offloaded, materialized
 from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.topology import ORDER, Blocks, Site
+from qvlm_plugin.topology import ORDER, Blocks, Site, chains_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,10 +321,14 @@ def _on_cpu(values: Any) -> Any:
 def quantized_inputs(
     context: SearchContext, plan: RoundingPlan, part: str = "decoder", blocks: Blocks | None = None
 ) -> HiddenCache:
-    """`block_inputs` with the parts below quantized by the plan."""
-    lower_paths = [path for lower in ORDER[: ORDER.index(part)] for path in context.topology.paths(lower)]
-    others = quantized_modules(plan, context.model, REFERENCE, lower_paths) if lower_paths else Replacements()
-    with replaced(context.model, others):
+    """`block_inputs` with the parts below quantized by the plan, and the values that it changes outside of blocks."""
+    model, topology = context.model, context.topology
+    lower_paths = [path for lower in ORDER[: ORDER.index(part)] for path in topology.paths(lower)]
+    others = quantized_modules(plan, model, REFERENCE, lower_paths) if lower_paths else Replacements()
+    inside = tuple(f"{name}." for chain in chains_of(topology, model, part) for name, _ in chain)
+    own = changed_values(plan, model, topology.paths(part))  # such as a trained norm in front of the first block
+    outside = {name: value for name, value in own.items() if not name.startswith(inside)}
+    with replaced(model, Replacements(others.linears, {**others.values, **outside})):
         return block_inputs(context, part, blocks)
 
 

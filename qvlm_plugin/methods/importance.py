@@ -137,8 +137,11 @@ class _Collector:
             raise OverflowedError(f"the Jacobian at the input of {site.name} is not finite; try dtype=float32")
         self.found[site] = self.visit(site, x[mask], jacobian)
 
-    def layer(self, index: int, gradient: Tensor) -> None:
-        self.weights[index] = (widen(gradient) / self.scale).square().sum(dim=-1).float()
+    def layer(self, index: int, mask: Tensor, gradient: Tensor) -> None:
+        jacobian = widen(gradient) / self.scale
+        if not jacobian[mask.to(jacobian.device)].isfinite().all():
+            raise OverflowedError(f"the Jacobian at the output of layer {index} is not finite; try dtype=float32")
+        self.weights[index] = jacobian.square().sum(dim=-1).float()
 
 
 @contextmanager
@@ -152,7 +155,7 @@ def _collecting(context: SearchContext, sites: Sequence[Site], attended: Tensor,
 
     def weigh(index: int, module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        states.register_hook(partial(seen.layer, index))
+        states.register_hook(partial(seen.layer, index, attended))
 
     handles = [model.get_submodule(context.topology.decoder_path).register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [layer.register_forward_hook(partial(weigh, index)) for index, (_, layer) in enumerate(context.layers)]

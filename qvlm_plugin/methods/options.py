@@ -100,8 +100,8 @@ class TransformOptions(_Options):
             moves magnitude from activation channels into the weights ("SmoothQuant", Xiao et al., 2023). ``rotate``
             multiplies inputs by an orthogonal matrix, which spreads massive channels over all channels ("QuaRot",
             Ashkboos et al., 2024). ``smooth+rotate`` smooths, then rotates.
-        alpha_steps: for ``awq``: number of exponents α to try for a site's scale, evenly spaced from 0 to below 1. 1
-            switches scaling off.
+        alpha_steps: for ``awq``: number of scales to try for a site, with exponents α evenly spaced from 0 to below 1
+            (with ``duo_scaling`` no scaling, then α from 0 to 1). 1 switches scaling off.
         min_clip: for ``awq`` and ``weight_clip``: the narrowest weight range to try, as a share of the whole range. 1
             switches clipping off.
         duo_scaling: for ``awq``: compute a site's scale from inputs and weights, mean|x|^α / mean|w|^(1-α), as AutoAWQ
@@ -151,7 +151,8 @@ class GPTQOptions(_Options):
             norm of the token's input. With ``squared`` the first token can outweigh all others, since its squared norm
             can be a thousand times theirs.
         correction: for ``gptq``: share of the lower layers' error that the weights compensate (after GPTAQ, Li et al.,
-            2025). 0: none; the weights then approximate the full-precision weights on the quantized model's inputs.
+            2025), except in experts. 0: none; the weights then approximate the full-precision weights on the quantized
+            model's inputs. Cannot be combined with ``bias_correction``.
         weight_clip: ``mse`` narrows each group's weight range to minimize the squared error of the weights. With
             ``transform=awq`` it replaces AWQ's own clipping, which minimizes the error of the outputs.
     """
@@ -177,11 +178,12 @@ class RangeOptions(_Options):
         ratio_step: for ``lp``: distance between the ratios to try, which start at 1 and decrease.
         importance: how errors are weighted: ``uniform`` weights all alike, as in the paper. ``jacobian`` weights them
             by their effect on the answers, and gives each static channel its own ratio; ``modality`` gives image tokens
-            one weight in each layer and text tokens 1 ("MBQ", Li et al., 2025).
+            one weight in each layer and text tokens 1 ("MBQ", Li et al., 2025). Read by GPTQ and ``cdm``, by AWQ
+            (``jacobian``: unless activations are rounded per channel), and with ``jacobian`` by ``observer=lp``.
         zero_on_grid: for activations rounded per ``channel``: shift each range, by at most half a step, so that 0 is
             represented exactly. Not in the paper.
-        bias_correction: adjust biases so that rounding the weights does not shift a Linear's mean output. Not in the
-            paper.
+        bias_correction: adjust biases so that rounding the weights does not shift a Linear's mean output for
+            full-precision inputs, massive tokens left out. Not in the paper.
     """
 
     observer: Literal["minmax", "lp"] = "minmax"
@@ -207,9 +209,9 @@ class MiningOptions(_Options):
             block's layers jointly.
         cdm_parts: for ``cdm``: search the blocks of the ``decoder`` only, as in the paper, or those of the vision tower
             first and then the decoder's (``vision+decoder``).
-        dependency: for ``cdm``: compute the dependency of two layers from the codes of their inputs (``site``: the
-            input of a layer's first site, within its bounds), or of their outputs (``output``: within each channel's
-            extremes; the model does not round these).
+        dependency: for ``cdm`` and ``veo``: compute the dependency of two layers from the codes of their inputs
+            (``site``: the input of a layer's first site, within its bounds), or of their outputs (``output``: within
+            each channel's extremes; the model does not round these).
         min_percentile: for ``cdm``: the smallest percentile to try, as a share (paper, section 4.1: 0.98).
         max_percentile: for ``cdm``: the largest percentile to try, as a share. Values above 1 widen ranges (per-token
             ranges at most to the token's extremes).
@@ -295,15 +297,18 @@ class VisionOptions(_Options):
 
 
 _READ_WITH = {
+    (("weights", "int"),): ("group_size", "symmetric", "group_scales"),
+    (("weights", "nf"),): ("double_quantization",),
     (("transform", "awq"),): ("alpha_steps", "duo_scaling", "search_tokens"),
     (("transform", "awq"), ("weight_clip", "mse")): ("min_clip",),
     (("transform", "smooth"), ("transform", "smooth+rotate")): ("smooth_alpha", "smooth_by"),
     (("transform", "rotate"), ("transform", "smooth+rotate")): ("rotation_seed",),
     (("rounding", "gptq"),): ("damping", "act_order", "token_errors", "correction"),
     (("observer", "lp"),): ("ranges", "norm", "min_ratio", "ratio_step"),
+    (("beam", 0),): ("prune",),
 }
-"""Options that only certain values of other options use. Options of ``cdm`` and ``veo`` are not listed, since ablations
-switch these two off and leave the rest as it is."""
+"""Options that only certain values of other options use. That options need ``cdm`` or ``veo`` is not listed, since
+ablations switch these two off and leave the rest as it is."""
 
 
 class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, TransformOptions, FormatOptions):
@@ -326,15 +331,39 @@ class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, Tra
                 if given != type(self).model_fields[name].default:
                     readers = " or ".join(f"{choice}={wanted}" for choice, wanted in choices)
                     raise ValueError(f"{name}={given} is used with {readers} only")
+        if self.group_scales == "progressive" and self.group_size < 1:
+            raise ValueError("group_scales=progressive needs groups, for example group_size=64")
+        if self.correction and self.bias_correction:
+            raise ValueError(
+                f"correction={self.correction} shifts the outputs of Linears, which corrected biases would undo; add "
+                "bias_correction=false"
+            )
         if self.unit == "site" and not self.beam:
             raise ValueError("unit=site has too many combinations to try them all; set beam, for example beam=4")
         if self.reading == "quantile" and self.max_percentile > 1:
             raise ValueError(f"max_percentile={self.max_percentile}: reading=quantile has no percentiles above 1")
+        if self.cdm and self.max_percentile > 1 and not self._can_widen:
+            raise ValueError(
+                f"max_percentile={self.max_percentile}: ranges per token end at the token's extremes already, unless "
+                "token_bounds=normal or observer=lp"
+            )
         if self.importance == "jacobian" and self.activations == "channel" and self.observer != "lp":
             raise ValueError("importance=jacobian weights the search of channel ranges: use it with observer=lp")
+        weighs_ranges = self.importance == "jacobian" and self.observer == "lp" and self.activations == "channel"
+        weighs_others = self.transform == "awq" or self.rounding == "gptq" or self.cdm
+        if self.importance != "uniform" and not (weighs_ranges or weighs_others):
+            raise ValueError(
+                f"importance={self.importance} has no errors to weight; use it with transform=awq, rounding=gptq or "
+                "cdm=true"
+            )
         if "rotate" in self.transforms and self.activations == "channel":
             raise ValueError(
                 f"transform={self.transform} spreads a massive channel over all channels, which widens their static "
                 "ranges; use it with activations=token"
             )
         return self
+
+    @property
+    def _can_widen(self) -> bool:
+        """Whether the decoder has ranges that a percentile above 1 widens."""
+        return self.activations == "channel" or self.token_bounds == "normal" or self.observer == "lp"

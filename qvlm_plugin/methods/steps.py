@@ -9,7 +9,7 @@ TOKENS = Step(
     "tokens",
     imported(f"{_PACKAGE}.importance:weigh_tokens"),
     lambda scheme, options: (
-        options.importance == "modality" or (options.importance == "jacobian" and options.activations == "token")
+        options.importance == "modality" or (options.importance == "jacobian" and not JACOBIAN.wanted(scheme, options))
     ),
     imported(f"{_PACKAGE}.importance:require_answers_for_importance"),
 )
@@ -58,6 +58,9 @@ MINMAX = Step(
     "minmax",
     imported(f"{_PACKAGE}.minmax:observe_extremes"),
     lambda scheme, options: options.observer == "minmax" and quantizes_activations(scheme),
+    needs_calibration=lambda scheme, options: (
+        options.activations == "channel" and scheme.decoder.activation != UNQUANTIZED
+    ),
 )
 """Ranges from observed extremes."""
 

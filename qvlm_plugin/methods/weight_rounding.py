@@ -99,7 +99,7 @@ def round_block(
     current = {module.name: quantized_module(plan, module, context.model, REFERENCE) for module in unrounded}
     values, found = changed_values(plan, context.model, (name,)), {}
     for level in _levels(sites):
-        wanted = reference and [*reference.inputs(name, layer, level)]
+        wanted = None if reference is None or level[0].expert else [*reference.inputs(name, layer, level)]
         with replaced(layer, Replacements(current, values).within(name)):
             seen = zip(hidden.inputs(name, layer, level), token_weights or repeat(None), strict=False)
             moments = _moments(context, plan, current, seen, wanted)
@@ -137,7 +137,8 @@ def _moments(
         plan: the plan, with the transforms of the inputs.
         current: the Linears, by name.
         seen: inputs of sites in the quantized model and token weights, batch by batch.
-        wanted: inputs of sites in full precision, untransformed, batch by batch.
+        wanted: inputs of sites in full precision, untransformed, batch by batch; None without ``correction``, and for
+            experts.
     """
     sums = OrderedSum(context.shard)
     for index, (batch, token_weights) in enumerate(seen):
@@ -145,8 +146,9 @@ def _moments(
         for site, x in batch.items():
             layer = current[site.name]
             inputs = round_activation(layer.rotated(x), layer.activation_format, layer._parameters)
-            reference = wanted and transformed(plan, site, wanted[index][site])
-            weights = None if site.expert else token_weights  # an expert processes only some of the tokens
+            # An expert processes only some of the tokens, and others in the quantized model than in full precision.
+            reference = None if site.expert or wanted is None else transformed(plan, site, wanted[index][site])
+            weights = None if site.expert else token_weights
             if context.options.token_errors == "relative":
                 relative = 1 / inputs.float().square().sum(dim=1).clamp_min(1e-12)
                 weights = relative if weights is None else relative * weights.to(relative.device)

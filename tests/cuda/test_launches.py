@@ -35,7 +35,7 @@ def quantized(loaded, calibration, scheme, options, with_rotation):
         ("w4a4", {}, False, "int4"),
         ("w4a4", {}, True, "int4"),
         ("w4a4", {"group_scales": "progressive"}, True, "int4_codes"),
-        ("w4a4", {"weights": "nf", "group_size": 128}, False, "nf4"),
+        ("w4a4", {"weights": "nf"}, False, "nf4"),
         ("w8a8", {}, False, "int8"),
         ("w8a8", {}, True, "int8"),
     ],

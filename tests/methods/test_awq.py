@@ -5,6 +5,7 @@ import pytest
 import searching
 import torch
 from searching import context_of
+from tiny_families import write_tiny_qwen2_vl
 from tiny_llava import logits_of
 
 from qvlm_plugin import planning, plugins
@@ -150,6 +151,13 @@ def test_ranges_are_those_of_the_folded_model(loaded, calibration):
         assert torch.allclose(plan.tensors[name], tensor, rtol=1e-3, atol=1e-4), name
 
 
+def test_linears_that_compute_queries_or_keys_are_not_clipped(tmp_path, calibration):
+    loaded = load(str(write_tiny_qwen2_vl(tmp_path / "model")), dtype="float32")
+    plan = plan_of(loaded, calibration, "w4a16", alpha_steps=1, calibration_batch_size=1)
+    clipped = {module.name.rpartition(".")[2] for module in plan.quantized if module.weight.clipped}
+    assert {"v_proj", "down_proj", "proj"} <= clipped and not clipped & {"q_proj", "k_proj", "qkv"}
+
+
 @pytest.mark.parametrize("options", [{}, {"weights": "nf"}, {"symmetric": True, "group_size": -1}], ids=str)
 def test_fitting_leaves_the_model_as_it_was(loaded, calibration, options):
     before = copy.deepcopy(loaded.model.state_dict())
@@ -228,7 +236,7 @@ def test_with_activation_outliers_awq_errs_less_than_round_to_nearest(tiny_llava
                 layer.input_layernorm.weight[::9] *= 12
                 layer.post_attention_layernorm.weight[::7] *= 12
         inputs, _ = next(calibration.batches(loaded.processor, 5))
-        errors[method] = relative_error(
-            loaded, plan_of(loaded, calibration, "w3a16", method, weights=weights, group_size=32), inputs
-        )
+        groups = {"group_size": 32} if weights == "int" else {}
+        plan = plan_of(loaded, calibration, "w3a16", method, weights=weights, **groups)
+        errors[method] = relative_error(loaded, plan, inputs)
     assert errors["awq"] < 0.85 * errors["rtn"]

@@ -140,18 +140,20 @@ def test_a_token_that_no_answer_depends_on_does_not_widen_the_range():
     assert channel_lp_losses(x, ChannelStatistics.of(x), RangeGrid(ratios, 4, 2.0), weights).argmin() == 1
 
 
-def test_jacobians_that_are_not_finite_name_the_site(loaded, calibration):
+@pytest.mark.parametrize("observed", [True, False], ids=["sites", "layers alone"])
+def test_jacobians_that_are_not_finite_name_the_layer(loaded, calibration, observed):
     context = context_of(loaded, calibration)
-    sites = decoder_sites(context)
     with torch.no_grad():
         loaded.model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(QVLMError, match=sites[-1].name):
-        seen_by(context, sites)
+    with pytest.raises(QVLMError, match="the output of layer 1 is not finite"):
+        seen_by(context, decoder_sites(context) if observed else [])
 
 
-def test_gradients_that_overflow_are_taken_again_with_a_smaller_scale(loaded, calibration, monkeypatch):
+@pytest.mark.parametrize("observed", [True, False], ids=["sites", "layers alone"])
+def test_gradients_that_overflow_are_taken_again_with_a_smaller_scale(loaded, calibration, monkeypatch, observed):
     context = context_of(loaded, calibration)
-    expected, weights = visit_jacobians(context, decoder_sites(context), lambda site, x, j, batch: j.square().sum())
+    sites = decoder_sites(context) if observed else []
+    expected, weights = visit_jacobians(context, sites, lambda site, x, j, batch: j.square().sum())
     layer, scales = loaded.model.model.language_model.layers[0], []
 
     def narrow(gradient):
@@ -160,7 +162,7 @@ def test_gradients_that_overflow_are_taken_again_with_a_smaller_scale(loaded, ca
         return torch.where(gradient.abs() > scales[0] / 10, float("inf"), gradient)
 
     layer.register_forward_hook(lambda module, args, output: output.register_hook(narrow) and None)
-    found, other = visit_jacobians(context, decoder_sites(context), lambda site, x, j, batch: j.square().sum())
+    found, other = visit_jacobians(context, sites, lambda site, x, j, batch: j.square().sum())
     assert len(scales) > 3 and scales[1] == pytest.approx(scales[0] / 4) and scales[2] == pytest.approx(scales[0] / 16)
     assert all(torch.equal(found[site], value) for site, value in expected.items())
     assert all(

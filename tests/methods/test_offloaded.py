@@ -44,7 +44,10 @@ def plan_of(loaded, calibration, method, scheme="w3a3", **options):
         ("qvlm", {"veo": False, "importance": "jacobian", **GRID}),
         ("qvlm", {"veo_decoder": "full", "lambda1": 0.0, **TRAINED}),
         ("qvlm", {"veo_decoder": "quantized", **TRAINED}),
-        ("qvlm_rotated", {"veo_epochs": 1, "group_size": 8, "correction": 0.1, "importance": "jacobian"}),
+        (
+            "qvlm_rotated",
+            {"veo_epochs": 1, "group_size": 8, "correction": 0.1, "bias_correction": False, "importance": "jacobian"},
+        ),
     ],
     ids=["rtn", "qlora", "awq", "exact", "beam", "jacobian", "veo-full", "veo-quantized", "rotated"],
 )

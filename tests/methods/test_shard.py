@@ -20,7 +20,7 @@ EXAMPLES = {
     "qvlm_jacobian": {"cdm": True},
     "awq": {"alpha_steps": 3, "bias_correction": True, "cdm": True},
     "rtn": {"transform": "smooth", "weights": "nf"},
-    "qvlm_rotated": {"group_size": 8, "importance": "modality", "correction": 0.1},
+    "qvlm_rotated": {"group_size": 8, "importance": "modality", "correction": 0.1, "bias_correction": False},
 }
 COMMON = {"veo_epochs": 1, "min_percentile": 0.98, "percentile_step": 0.01, "h0": 0, "calibration_batch_size": 2}
 

@@ -27,7 +27,8 @@ ROTATED = {"transform": "rotate", "activations": "token"}
 
 
 def plan_of(loaded, calibration, scheme="w4a4", method="rtn", workspace=None, **options):
-    request = check_request(method, scheme, {"calibration_batch_size": 5, "group_size": 16, **options})
+    groups = {} if options.get("weights") == "nf" else {"group_size": 16}
+    request = check_request(method, scheme, {"calibration_batch_size": 5, **groups, **options})
     return planning.obtain_plan(loaded, request, calibration, cache=workspace)
 
 
@@ -116,7 +117,8 @@ def test_an_interrupted_search_goes_on_with_the_next_block(loaded, calibration, 
     assert plan.hash == undisturbed.hash and len(seen) == len(set(seen)) + 1
 
 
-def test_experts_have_codes_of_their_own_tokens(tmp_path, calibration):
+@pytest.mark.parametrize("correction", [0, 0.5])
+def test_experts_have_codes_of_their_own_tokens(tmp_path, calibration, correction):
     moe = load(str(write_moe_llava(tmp_path / "moe")), dtype="float32")
     layer = moe.model.model.language_model.layers[2]
     with torch.no_grad():  # no token chooses the last expert
@@ -125,7 +127,7 @@ def test_experts_have_codes_of_their_own_tokens(tmp_path, calibration):
         layer.post_attention_layernorm.bias.add_(20 * direction)
         layer.mlp.router.weight[:, 0] = 0
         layer.mlp.router.weight[3] = -10 * direction
-    plan = plan_of(moe, calibration, **ROTATED, rounding="gptq")
+    plan = plan_of(moe, calibration, **ROTATED, rounding="gptq", correction=correction)
     without = [module.name for module in plan.modules if module.weight.kind == "int" and not module.weight.stored]
     idle = "model.language_model.layers.2.mlp.experts.3"
     assert without == [f"{idle}.{name}" for name in ("gate_proj", "up_proj", "down_proj")]

@@ -288,9 +288,19 @@ def percentile_bounds(
         mean = tokens.float().mean(dim=0).clamp(lower, upper)
         bounds = [shrink_range(lower, upper, mean, p) for p in percentiles]
     else:
-        pairs = zip(*_quantiles(tokens, percentiles), strict=True)
-        bounds = [(torch.maximum(lower, low), torch.minimum(upper, high)) for low, high in pairs]
+        bounds = [_narrowed(lower, upper, *pair) for pair in zip(*_quantiles(tokens, percentiles), strict=True)]
     return [(lower, upper) if p == 1 else found for p, found in zip(percentiles, bounds, strict=True)]
+
+
+def _narrowed(lower: Tensor, upper: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of the initial bounds that lies between the quantiles; the quantiles where there is none.
+
+    A channel's initial bounds may lie above nearly all of its values, if they surround the mean of a channel in which
+    one token is massive.
+    """
+    found = torch.maximum(lower, low), torch.minimum(upper, high)
+    apart = found[0] > found[1]
+    return torch.where(apart, low, found[0]), torch.where(apart, high, found[1])
 
 
 SORTED = 2**24

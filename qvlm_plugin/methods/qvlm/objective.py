@@ -79,8 +79,8 @@ def jacobian_weights(error: Tensor, layers: Sequence[Tensor], scale: float = 1.0
     """w_k = ‖∂E/∂x^(k)‖ of each layer but the last, normalised to sum to 1 (Eq. 8); equal if all are 0.
 
     Args:
-        error: E, a scalar computed from the layers' outputs.
-        layers: outputs of the n layers.
+        error: E, a scalar computed from the layers' states.
+        layers: x^(k) of the n layers, see `Run`.
         scale: scale of the loss in the backward pass, see `with_loss_scale`.
 
     Returns:
@@ -121,8 +121,12 @@ class Reference:
 
 
 class Run(NamedTuple):
-    """One forward pass: the features that the projector reads, the inputs of `first_sites`, the outputs of decoder
-    layers, the last hidden state [B, T, C], and logits [B, K, V]."""
+    """One forward pass: the features that the projector reads, the inputs of `first_sites`, x^(k) of the decoder's
+    layers, the last hidden state [B, T, C], and logits [B, K, V].
+
+    x^(k) is the state whose dependency on x^(k+1) Eq. 8 weights: the input of a layer with ``dependency=site``, which
+    compares what two layers read, and its output with ``dependency=output``.
+    """
 
     features: Tensor
     reads: list[Tensor]
@@ -148,11 +152,15 @@ def run(context: SearchContext, inputs: Mapping[str, Tensor], answer: Tensor) ->
                 model.get_submodule(site.name).register_forward_pre_hook(lambda _, args: seen["reads"].append(args[0]))
             )
     for _, layer in context.layers:
-        handles.append(
-            layer.register_forward_hook(
+        if context.options.dependency == "site":
+            handle = layer.register_forward_pre_hook(
+                lambda _, args, kwargs: seen["layers"].append((*args, *kwargs.values())[0]), with_kwargs=True
+            )
+        else:
+            handle = layer.register_forward_hook(
                 lambda _, args, output: seen["layers"].append(output[0] if isinstance(output, tuple) else output)
             )
-        )
+        handles.append(handle)
     try:
         longest = int(answer.sum(dim=1).max())
         placed = to_device(inputs, context.device, model.dtype)
@@ -177,7 +185,7 @@ class Objective:
         context: the search; its options η, λ1, λ2 and ``dependency`` are read.
         draft: draft with the bounds and transforms of the decoder's sites.
         batches: calibration data, with outputs in full precision.
-        bounds: (lower, upper) [C] of each decoder layer's output in full precision.
+        bounds: (lower, upper) [C] of each layer's x^(k) in full precision, see `Run`.
     """
 
     context: SearchContext
@@ -197,7 +205,7 @@ class Objective:
             statistics = [old + more for old, more in zip(statistics, new, strict=True)] if statistics else new
             channels = seen.layers[0].shape[-1]
             drawn = sample_elements(new[0].count * channels, ENTROPY_ELEMENTS, context.calibration.seed + len(batches))
-            # Elements are drawn from tokens without padding; the layers' outputs include padding.
+            # Elements are drawn from tokens without padding; the layers' states include padding.
             position = attended.flatten().nonzero().squeeze(1)[drawn // channels]
             hidden = seen.hidden[attended.to(seen.hidden.device)]
             elements = position * channels + drawn % channels

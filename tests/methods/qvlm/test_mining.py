@@ -125,6 +125,16 @@ def test_bounds_narrow_with_the_percentile_and_one_keeps_them(reading):
         assert torch.allclose(widths[1], 0.9 * (upper - lower))
 
 
+def test_quantiles_outside_of_the_initial_bounds_replace_them():
+    """A range around the mean of a channel with one massive token may lie above nearly all of its values."""
+    torch.manual_seed(0)
+    tokens = torch.rand(600, 1)
+    tokens[0] = 1000
+    lower, upper = torch.tensor([1.1]), torch.tensor([500.0])
+    for low, high in percentile_bounds(tokens, lower, upper, (0.99, 0.9), "quantile"):
+        assert low < high and ((tokens >= low) & (tokens <= high)).float().mean() > 0.75
+
+
 class LargestResult(TorchDispatchMode):
     """Notes how many elements the largest result of an operation has."""
 

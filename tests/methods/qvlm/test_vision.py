@@ -17,6 +17,7 @@ from qvlm_plugin.kernels.reference import STRAIGHT_THROUGH
 from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.methods.footprint import Footprint
 from qvlm_plugin.methods.gradients import checkpointed
+from qvlm_plugin.methods.hidden import block_inputs, quantized_inputs
 from qvlm_plugin.methods.minmax import observe_extremes
 from qvlm_plugin.methods.qvlm import objective as objectives
 from qvlm_plugin.methods.qvlm import vision
@@ -30,6 +31,7 @@ from qvlm_plugin.methods.qvlm.objective import (
 from qvlm_plugin.methods.qvlm.vision import train_tower
 from qvlm_plugin.methods.replacements import quantized_modules, replaced
 from qvlm_plugin.methods.smooth import smooth
+from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan import apply_plan
 from qvlm_plugin.workspace import Workspace
 
@@ -140,6 +142,18 @@ def test_layer_weights_are_norms_of_the_jacobian_that_sum_to_one():
 # The objective on a model
 
 
+def test_weighted_layers_are_those_whose_dependency_is_measured(loaded, calibration):
+    """Inputs of layers for codes of sites, outputs for codes of outputs; then D(k, k+1) begins at x^(k) (Eq. 8)."""
+    states = {}
+    for dependency in ("site", "output"):
+        context = context_of(loaded, calibration, "w3a3", **FAST, dependency=dependency)
+        inputs, answer = next(iter(context.batches("full precision")))
+        states[dependency] = objectives.run(context, inputs, answer)
+    assert torch.equal(states["site"].layers[1], states["output"].layers[0])
+    norm = loaded.model.model.language_model.layers[0].input_layernorm
+    assert torch.equal(norm(states["site"].layers[0]), states["site"].reads[0])  # what the first site rounds
+
+
 @pytest.mark.parametrize("decoder", ["quantized", "full"])
 def test_gradients_on_the_model_match_finite_differences(loaded, calibration, decoder, monkeypatch):
     """Rounding replaced by the identity, which is what the straight-through estimator differentiates."""
@@ -190,6 +204,21 @@ def test_the_full_precision_model_has_no_error(loaded, calibration):
 
 
 # Training
+
+
+def test_the_tower_is_searched_on_what_trained_norms_make_of_its_input(loaded, calibration, tiny_llava):
+    """The norm in front of the first block belongs to no block."""
+    result = optimize(loaded, calibration, veo_train="clip+norm", veo_norm_rate=0.01, veo_epochs=8)
+    assert "model.vision_tower.pre_layrnorm.weight" in result.replaced
+    context = context_of(loaded, calibration, "w3a3", **FAST)
+    plan = build_plan(context, result.draft)
+    found = quantized_inputs(context, plan, "vision")
+    other = load(str(tiny_llava), dtype="float32")
+    apply_plan(plan, other.model, other.fingerprint, backends.kernels("reference"))
+    expected = block_inputs(context_of(other, calibration, "w3a3", **FAST), "vision")
+    assert all(torch.allclose(one, two) for one, two in zip(found.states, expected.states, strict=True))
+    plain = block_inputs(context, "vision")
+    assert not torch.allclose(found.states[0], plain.states[0], atol=1e-3)
 
 
 @pytest.mark.parametrize(

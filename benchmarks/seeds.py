@@ -132,6 +132,7 @@ def run(todo: Sequence[Draw], output: Path, dtype: str, limit: int) -> None:
     """Search and evaluate the cells that are not finished and that no other process works on."""
     questions = read_questions(load(resolve_demo("demo"), dtype=dtype), TASKS, limit)
     _keep_documents(output / "documents.json", questions)
+    _require_dtype(output, dtype)
     for draw in todo:
         make_folder(output / "plans")
         try:
@@ -162,9 +163,12 @@ def _cell(draw: Draw, output: Path, loaded: LoadedModel, questions: Sequence[Que
 def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
     """The cell's plan, searched where it does not exist yet; an interrupted search resumes."""
     folder = output / "plans" / draw.name
-    if folder.exists():
-        return RoundingPlan.load(folder)
     request = check_request(draw.method.partition("-")[0], draw.scheme, METHODS[draw.method])
+    if folder.exists():
+        plan = RoundingPlan.load(folder)
+        if plan.options != request.options.model_dump():
+            raise QVLMError(f"{folder}: the plan was searched with other options; remove it or pass another folder")
+        return plan
     calibration = read_calibration(f"{CALIBRATION}:{draw.samples}", None, draw.seed, draw_samples)
     plan = planning.obtain_plan(loaded, request, calibration, output / "searches")
     plan.save(folder)
@@ -184,6 +188,16 @@ def _keep_documents(file: Path, questions: Sequence[Question]) -> None:
         write_file(file, json.dumps(documents).encode())
     elif read_json(file) != documents:
         raise QVLMError(f"{file}: its cells were evaluated on other documents; pass the same --limit or another folder")
+
+
+def _require_dtype(output: Path, dtype: str) -> None:
+    """Raise a QVLMError if earlier cells were evaluated in another floating-point type."""
+    if (output / f"{FULL_PRECISION}.json").exists():
+        earlier = read_run(output, FULL_PRECISION).run["dtype"].removeprefix("torch.")
+        if earlier != dtype:
+            raise QVLMError(
+                f"{output}: its cells were evaluated in {earlier}; pass --dtype {earlier} or another folder"
+            )
 
 
 def read_run(output: Path, name: str) -> RunSamples:

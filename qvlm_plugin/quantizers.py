@@ -126,7 +126,7 @@ def widen(x: Tensor) -> Tensor:
 
 
 def shrink_range(lower: Tensor, upper: Tensor, center: Tensor, ratio: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Pull both bounds towards ``center`` (between them) by ``ratio`` in (0, 1]; 1 returns the bounds unchanged.
+    """Pull both bounds towards ``center`` (between them) by ``ratio`` in (0, 1]; 1 keeps the bounds, up to rounding.
 
     Shrinking about the mean keeps the rule independent of a channel's offset.
     """

@@ -9,6 +9,7 @@ import torch
 from tiny_llava import random_image
 
 from qvlm_plugin.conversation import Conversation
+from qvlm_plugin.errors import QVLMError
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -79,6 +80,16 @@ def test_the_table_pairs_each_seed_with_its_own_baseline(benchmarks, tmp_path, c
     assert "| 3 | one |" in row and "| -13.3 [" in row and "no full-precision" not in printed
     seeds.show_table(todo, tmp_path, "qlora", ["average"])
     assert "| awq" not in capsys.readouterr().out  # there is one task
+
+
+def test_cells_of_another_compute_type_are_refused(benchmarks, tmp_path):
+    seeds, _ = benchmarks
+    seeds._require_dtype(tmp_path, "bfloat16")
+    (tmp_path / "documents.json").write_text('{"one": []}')
+    (tmp_path / "full-precision.json").write_text('{"run": {"dtype": "torch.float32"}, "exact": {"one": ""}}')
+    seeds._require_dtype(tmp_path, "float32")
+    with pytest.raises(QVLMError, match="evaluated in float32; pass --dtype float32 or"):
+        seeds._require_dtype(tmp_path, "bfloat16")
 
 
 def test_the_ladder_compares_each_row_with_the_one_before(benchmarks, tmp_path, capsys):

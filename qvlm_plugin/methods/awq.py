@@ -83,7 +83,7 @@ def search_block(
     for site, fold in folds.items():
         linears = [modules[name] for name in site.linears]
         apply_fold(fold, tensors[f"{site.name}/scale"], modules[site.producer], linears)
-    for site in sites:
+    for site in sites if options.weight_clip == "none" else ():  # ``mse`` replaces AWQ's own clipping
         clipped = [name for name in site.linears if not name.endswith(UNCLIPPED)]
         for name in clipped:
             weight = modules[name].weight

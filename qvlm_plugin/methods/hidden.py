@@ -116,6 +116,11 @@ class HiddenCache:
     first: int = 0
     part: str = "decoder"
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the states; the CPU for a process without batches."""
+        return self.states[0].device if self.states else torch.device("cpu")
+
     def batch(self, index: int) -> "HiddenCache":
         """A cache of one batch."""
         return self.subset([index])
@@ -210,7 +215,7 @@ class HiddenCache:
         """The states of all processes without padding: [N, C]."""
         pairs = zip(self.states, self.batches, strict=True)
         tokens = [states[batch.attended.to(states.device)] for states, batch in pairs]
-        return torch.cat(self.shard.gathered(tokens)).to(tokens[0].device)
+        return torch.cat(self.shard.gathered(tokens)).to(self.device)
 
     def error(self, target: "HiddenCache", options: MiningOptions, weights: Sequence[Tensor] | None = None) -> float:
         """Squared distance from full-precision states (Eq. 3), summed over the tokens that the options select.

@@ -215,7 +215,8 @@ def peaks(shapes: Shapes, method: Method, scheme: Scheme, options: MethodOptions
     known: dict[str, Callable[[], Iterator[Phase]]] = {
         "awq": search.awq, "smooth": search.observing, "rotate": search.without_data, "clip": search.clip,
         "minmax": search.minmax, "lp": search.lp, "jacobian": search.jacobian, "zero": search.without_data,
-        "means": search.observing, "gptq": search.gptq, "vision": search.vision, "blocks": search.blocks,
+        "means": search.observing, "tokens": search.tokens, "gptq": search.gptq, "vision": search.vision,
+        "dependencies": search.dependencies, "blocks": search.blocks,
     }  # fmt: skip
     return [
         Peak(step.name, tuple(known.get(step.name, search.observing)()), setting.accelerator)
@@ -401,6 +402,19 @@ class _Search:
             Term("a chunk of candidates", self._chunk(decoder)),
         ]
 
+    def tokens(self) -> Iterator[Phase]:
+        """The backward pass of one layer at a time; of the gradient at its output a float32 copy, its quotient and its
+        square."""
+        yield from self.forward_pass()
+        decoder, wait = self.shapes.decoder, self.setting.footprint.caches_on_cpu
+        yield [
+            *self.weights(),
+            Term("checkpoints", self.checkpoints(), wait),
+            Term("a layer backwards", self.activations(decoder, self.n)),
+            self.mask(2 + self.e),
+            Term("the Jacobian of a layer", self.n * decoder.hidden * (2 * self.e + 8 + self.wide)),
+        ]
+
     def awq(self) -> Iterator[Phase]:
         """Copies of a block, and the rounding errors of its largest Linear: its float32 copy and rounded values, their
         difference, and its product with second moments of the inputs."""
@@ -518,16 +532,14 @@ class _Search:
                 Term("rounding", self.rounding(part, rows)),
             ]
 
-    def blocks(self) -> Iterator[Phase]:
-        """Cached hidden states between layers, and the rounded weights of a block's d layers."""
-        options, decoder = self.options, self.shapes.decoder
-        depth, wait = min(options.max_depth, decoder.blocks), self.caches_wait
-        rows = min(self.setting.footprint.rows or self.batch, self.batch)
+    def dependencies(self, models: int = 1) -> Iterator[Phase]:
+        """The hidden states of the quantized model between layers, and the codes of two layers.
+
+        Args:
+            models: number of models whose hidden states are held: 2 with those in full precision.
+        """
+        decoder, wait, held = self.shapes.decoder, self.caches_wait, self._searching(models)
         state = self.e * self.N * decoder.hidden
-        tokens, batches = self.setting.tokens, self.setting.samples / self.batch
-        masks = self.N * tokens + batches * 2 * self.e * tokens * self.shapes.head_width
-        held = [*self.weights(), Term("masks and rotations of both models", 2 * masks, wait)]
-        layer = Term("a layer", self.layer(decoder, rows * tokens))
         vision, projector = self.shapes.vision, self.shapes.projector
         rounded = vision.blocks * vision.rounded + projector.blocks * projector.rounded
         yield [
@@ -541,11 +553,32 @@ class _Search:
         assigned = min(dependency.CHUNK, elements * joint)
         yield [
             *held,
-            # inputs of both models, outputs of a layer and of the one before, and the former without padding, with
+            # inputs of the models, outputs of a layer and of the one before, and the former without padding, with
             # its batches
-            Term("cached hidden states", 6 * state, wait),
+            Term("cached hidden states", (4 + models) * state, wait),
             Term("soft assignments", 4 * 4 * assigned + elements * (8 + 6 * self.e)),
         ]
+        yield [*held, Term("cached hidden states", (4 + models) * state, wait), self._layer]
+
+    @property
+    def _layer(self) -> Term:
+        """A decoder layer that processes a batch, or the footprint's rows of it."""
+        rows = min(self.setting.footprint.rows or self.batch, self.batch)
+        return Term("a layer", self.layer(self.shapes.decoder, rows * self.setting.tokens))
+
+    def _searching(self, models: int) -> Phase:
+        """The weights, and what the layers of so many models read in addition to hidden states."""
+        tokens, batches = self.setting.tokens, self.setting.samples / self.batch
+        masks = self.N * tokens + batches * 2 * self.e * tokens * self.shapes.head_width
+        return [*self.weights(), Term("masks and rotations", models * masks, self.caches_wait)]
+
+    def blocks(self) -> Iterator[Phase]:
+        """Cached hidden states between layers, and the rounded weights of a block's d layers."""
+        yield from self.dependencies(models=2)
+        options, decoder, held = self.options, self.shapes.decoder, self._searching(2)
+        depth, wait = min(options.max_depth, decoder.blocks), self.caches_wait
+        rows = min(self.setting.footprint.rows or self.batch, self.batch)
+        state = self.e * self.N * decoder.hidden
         static = 0 if options.activations == "token" else sum(decoder.sites)
         # A site's inputs are concatenated; then they are averaged in float32, or sorted in slices: values, indices and
         # a float32 copy. The inputs of later sites wait.
@@ -567,8 +600,8 @@ class _Search:
             *held,
             Term("cached hidden states", (depth + 1 + self._states(depth)) * state, wait),
             Term("rounded weights of a block", self.e * depth * decoder.rounded),
-            layer,
-            Term("rounding", self.rounding(decoder, rows * tokens)),
+            self._layer,
+            Term("rounding", self.rounding(decoder, rows * self.setting.tokens)),
         ]
         yield [
             *held,

@@ -25,6 +25,8 @@ METHODS = [
     ("smoothquant", {}),
     ("qvlm", {"veo_epochs": 1, "h0": 0, "percentile_step": 0.01}),  # blocks as deep as may be: what the formula is of
     ("qvlm", {"veo_epochs": 1, "veo_checkpointing": False, "cdm": False}),
+    ("qvlm", {"veo_epochs": 1, "max_depth": 1, "percentile_step": 0.01}),  # with the dependencies before the training
+    ("mbq", {"alpha_steps": 2}),
     ("qvlm", {"veo": False, "h0": 0, "max_depth": 1}),
     ("qvlm", {"veo": False, "h0": 0, "unit": "site", "beam": 2, "reading": "quantile", "percentile_step": 0.02}),
     ("qvlm_jacobian", {"veo_epochs": 1, "veo_decoder": "full"}),
@@ -34,7 +36,7 @@ WIDE, DEEP, WIDE_TOWER = (256, 3, 24, 50), (160, 6, 24, 30), (64, 2, 512, 30)
 """Width and depth of the decoder, width of the tower, words of a sample."""
 CASES = [(DEEP, *method) for method in METHODS]
 # Elsewhere a method for each step that can be the largest: ranges, GPTQ, blocks, the tower's training.
-CASES += [(shape, *METHODS[index]) for shape in (WIDE, WIDE_TOWER) for index in (1, 4, 7, 8)]
+CASES += [(shape, *METHODS[index]) for shape in (WIDE, WIDE_TOWER) for index in (1, 4, 7, 8, 10)]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("warm_python")
 EXAMPLES = {
     "qvlm": {"beam": 2, "unit": "site"},
     "qvlm_jacobian": {"cdm": True},
-    "awq": {"alpha_steps": 3, "bias_correction": True, "cdm": True},
+    # One batch for all: a process has none.
+    "awq": {"alpha_steps": 3, "bias_correction": True, "cdm": True, "calibration_batch_size": 5},
+    "qlora": {"cdm": True, "dependency": "output", "calibration_batch_size": 5},
     "rtn": {"transform": "smooth", "weights": "nf"},
     "qvlm_rotated": {"group_size": 8, "importance": "modality", "correction": 0.1, "bias_correction": False},
 }

@@ -244,7 +244,7 @@ def candidate_layer(
     own = [site for site in own if site.name not in plan.record.get("uncalibrated", ())]
     static = [site for site in own if formats[site].kind == "static_channel"]
     # The inputs of all sites are several times as large as the hidden states, so they are kept on the same device.
-    kept_on = reference.states[0].device
+    kept_on = reference.device
     inputs: dict[str, list[Tensor]] = {site.name: [] for site in static}
 
     def keep(site: Site, x: Tensor, mask: Tensor) -> None:

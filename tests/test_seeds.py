@@ -121,30 +121,18 @@ def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, caps
     seeds.show_table(draws, docs / "seeds" / "thousand", "full-precision", [])
     table, _ = capsys.readouterr().out.split("\n\n")
     assert table.count("| 3 |") == 4 and table in page
-    ladder = [*seeds.draws(["w4a3"], seeds.LADDER, [64], [0, 1, 2])]
-    seeds.show_table(ladder, docs / "seeds" / "ladder", "previous", ["average"])
-    table, _ = capsys.readouterr().out.split("\n\n")
-    assert table.count("| w4a3 |") == 7 and table[table.index("| method") :] in page  # after notes on missing cells
+    normal = ("-cdm", "", "-blocks", "-wide_blocks", "-normal", "-normal_blocks")
     for folder, scheme, rows, count, baseline, shown in (
-        (
-            "ladder",
-            "w3a3",
-            ("rtn-rotation-gptq-centers", "qvlm_rotated-cdm", "qvlm_rotated", "qvlm_rotated-normal"),
-            64,
-            "qvlm_rotated-cdm",
-            4,
-        ),
+        ("ladder", "w4a3", seeds.LADDER, 64, "previous", 7),
+        ("ladder", "w3a3", seeds.LADDER, 64, "previous", 7),
+        ("ladder", "w4a3", [f"qvlm_rotated{row}" for row in normal], 64, "qvlm_rotated-cdm", 6),
+        ("ladder", "w3a3", [f"qvlm_rotated{row}" for row in ("-cdm", "-blocks", "", "-normal")], 64,
+         "qvlm_rotated-cdm", 4),
         ("table1", "w4a4", (*seeds.GROUPS["table1"], "qlora-zero"), 32, "qlora", 7),
-        (
-            "ladder",
-            "w4a3",
-            [f"qvlm_rotated{row}" for row in ("-cdm", "", "-blocks", "-wide_blocks", "-normal", "-normal_blocks")],
-            64,
-            "qvlm_rotated-cdm",
-            6,
-        ),
-    ):
+        ("table1", "w4a4", seeds.GROUPS["fig3a"], 32, "qvlm-depth1", 5),
+    ):  # fmt: skip
         cells = [*seeds.draws([scheme], rows, [count], [0, 1, 2])]
         seeds.show_table(cells, docs / "seeds" / folder, baseline, ["average"])
         table, _ = capsys.readouterr().out.split("\n\n")
-        assert table.count(f"| {scheme} |") == shown and table[table.index("| method") :] in page
+        assert table.count(f"| {scheme} |") == shown
+        assert table[table.index("| method") :] in page, (folder, scheme, baseline)  # after notes on missing cells

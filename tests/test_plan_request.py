@@ -15,8 +15,6 @@ from qvlm_plugin.plan_request import check_calibration, check_request
         ("rtn", "w4a4", {"importance": "jacobian"}, "use it with observer=lp"),
         ("qlora", "w4a4", {"importance": "modality"}, "no errors to weight; use it with transform=awq, rounding=gptq"),
         ("smoothquant", "w4a4", {"importance": "jacobian"}, "importance=jacobian has no errors to weight"),
-        ("qlora", "w4a4", {"group_size": 64}, "group_size=64 is used with weights=int only"),
-        ("rtn", "w4a4", {"double_quantization": False}, "double_quantization=False is used with weights=nf only"),
         ("quarot", "w4a4", {"group_scales": "progressive"}, "group_scales=progressive needs groups"),
         ("qvlm_rotated", "w4a4", {"prune": 0.5}, "prune=0.5 is used with beam=0 only"),
         ("qvlm_rotated", "w4a4", {"correction": 0.5}, "corrected biases would undo; add bias_correction=false"),

@@ -297,8 +297,6 @@ class VisionOptions(_Options):
 
 
 _READ_WITH = {
-    (("weights", "int"),): ("group_size", "symmetric", "group_scales"),
-    (("weights", "nf"),): ("double_quantization",),
     (("transform", "awq"),): ("alpha_steps", "duo_scaling", "search_tokens"),
     (("transform", "awq"), ("weight_clip", "mse")): ("min_clip",),
     (("transform", "smooth"), ("transform", "smooth+rotate")): ("smooth_alpha", "smooth_by"),

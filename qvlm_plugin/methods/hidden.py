@@ -330,10 +330,9 @@ def quantized_inputs(
     model, topology = context.model, context.topology
     lower_paths = [path for lower in ORDER[: ORDER.index(part)] for path in topology.paths(lower)]
     others = quantized_modules(plan, model, REFERENCE, lower_paths) if lower_paths else Replacements()
-    inside = tuple(f"{name}." for chain in chains_of(topology, model, part) for name, _ in chain)
-    own = changed_values(plan, model, topology.paths(part))  # such as a trained norm in front of the first block
-    outside = {name: value for name, value in own.items() if not name.startswith(inside)}
-    with replaced(model, Replacements(others.linears, {**others.values, **outside})):
+    in_blocks = [name for chain in chains_of(topology, model, part) for name, _ in chain]
+    own = changed_values(plan, model, topology.paths(part), in_blocks)  # such as a norm in front of the first block
+    with replaced(model, Replacements(others.linears, {**others.values, **own})):
         return block_inputs(context, part, blocks)
 
 

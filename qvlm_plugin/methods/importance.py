@@ -133,15 +133,18 @@ class _Collector:
     def site(self, site: Site, mask: Tensor, gradient: Tensor) -> None:
         x, self.inputs[site] = self.inputs[site], None
         jacobian = widen(gradient[mask]) / self.scale
-        if not jacobian.isfinite().all():
-            raise OverflowedError(f"the Jacobian at the input of {site.name} is not finite; try dtype=float32")
+        _require_finite(jacobian, f"the input of {site.name}")
         self.found[site] = self.visit(site, x[mask], jacobian)
 
     def layer(self, index: int, mask: Tensor, gradient: Tensor) -> None:
         jacobian = widen(gradient) / self.scale
-        if not jacobian[mask.to(jacobian.device)].isfinite().all():
-            raise OverflowedError(f"the Jacobian at the output of layer {index} is not finite; try dtype=float32")
+        _require_finite(jacobian[mask.to(jacobian.device)], f"the output of layer {index}")
         self.weights[index] = jacobian.square().sum(dim=-1).float()
+
+
+def _require_finite(jacobian: Tensor, where: str) -> None:
+    if not jacobian.isfinite().all():
+        raise OverflowedError(f"the Jacobian at {where} is not finite; try dtype=float32")
 
 
 @contextmanager

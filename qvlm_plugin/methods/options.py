@@ -347,7 +347,7 @@ class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, Tra
             )
         if self.importance == "jacobian" and self.activations == "channel" and self.observer != "lp":
             raise ValueError("importance=jacobian weights the search of channel ranges: use it with observer=lp")
-        weighs_ranges = self.importance == "jacobian" and self.observer == "lp" and self.activations == "channel"
+        weighs_ranges = self.importance == "jacobian" and self.activations == "channel"
         weighs_others = self.transform == "awq" or self.rounding == "gptq" or self.cdm
         if self.importance != "uniform" and not (weighs_ranges or weighs_others):
             raise ValueError(

@@ -252,6 +252,11 @@ class _Search:
         return self.batch * self.setting.tokens
 
     @property
+    def rows(self) -> int:
+        """Samples of a batch that go through a layer together."""
+        return min(self.setting.footprint.rows or self.batch, self.batch)
+
+    @property
     def tower_positions(self) -> int:
         """Positions of a batch in the tower."""
         return self.batch * self.setting.pictures * self.shapes.positions
@@ -495,7 +500,7 @@ class _Search:
         positions = self.setting.pictures * self.shapes.positions
         models = 2 if self.options.correction else 1
         for part, tokens in ((vision, positions), (decoder, self.setting.tokens)):
-            rows = min(self.setting.footprint.rows or self.batch, self.batch) * tokens
+            rows = self.rows * tokens
             state = self.e * self.setting.samples * tokens * part.hidden
             inputs, moments = self.batch * tokens * part.widest, 4 * models * part.widest**2
             wanted = self.e * self.setting.samples * tokens * part.widest * (models - 1)
@@ -563,8 +568,7 @@ class _Search:
     @property
     def _layer(self) -> Term:
         """A decoder layer that processes a batch, or the footprint's rows of it."""
-        rows = min(self.setting.footprint.rows or self.batch, self.batch)
-        return Term("a layer", self.layer(self.shapes.decoder, rows * self.setting.tokens))
+        return Term("a layer", self.layer(self.shapes.decoder, self.rows * self.setting.tokens))
 
     def _searching(self, models: int) -> Phase:
         """The weights, and what the layers of so many models read in addition to hidden states."""
@@ -577,7 +581,6 @@ class _Search:
         yield from self.dependencies(models=2)
         options, decoder, held = self.options, self.shapes.decoder, self._searching(2)
         depth, wait = min(options.max_depth, decoder.blocks), self.caches_wait
-        rows = min(self.setting.footprint.rows or self.batch, self.batch)
         state = self.e * self.N * decoder.hidden
         static = 0 if options.activations == "token" else sum(decoder.sites)
         # A site's inputs are concatenated; then they are averaged in float32, or sorted in slices: values, indices and
@@ -601,7 +604,7 @@ class _Search:
             Term("cached hidden states", (depth + 1 + self._states(depth)) * state, wait),
             Term("rounded weights of a block", self.e * depth * decoder.rounded),
             self._layer,
-            Term("rounding", self.rounding(decoder, rows * self.setting.tokens)),
+            Term("rounding", self.rounding(decoder, self.rows * self.setting.tokens)),
         ]
         yield [
             *held,

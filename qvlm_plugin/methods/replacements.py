@@ -58,14 +58,21 @@ def quantized_modules(
     return Replacements(linears, changed_values(plan, model, paths))
 
 
-def changed_values(plan: RoundingPlan, model: nn.Module, paths: Sequence[str] = ()) -> dict[str, Tensor]:
-    """The parameters that the plan changes outside quantized Linears, by name; ``paths`` as for `quantized_modules`."""
+def changed_values(
+    plan: RoundingPlan, model: nn.Module, paths: Sequence[str] = (), without: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The parameters that the plan changes outside quantized Linears, by name.
+
+    Args:
+        plan, model, paths: see `quantized_modules`.
+        without: paths below ``paths`` that are left out.
+    """
     names = {module.name for module in plan.quantized}
     changed = {fold.producer for fold in plan.folds} | {name.rpartition(".")[0] for name in plan.replaced}
     return {
         f"{name}.{key}": value.detach()
         for name in sorted(changed - names)
-        if _inside(name, paths)
+        if _inside(name, paths) and not (without and _inside(name, without))
         for key, value in updated_module(plan, model, name).named_parameters()
     }
 

@@ -99,6 +99,7 @@ def round_block(
     current = {module.name: quantized_module(plan, module, context.model, REFERENCE) for module in unrounded}
     values, found = changed_values(plan, context.model, (name,)), {}
     for level in _levels(sites):
+        # Experts process other tokens in the quantized model than in full precision.
         wanted = None if reference is None or level[0].expert else [*reference.inputs(name, layer, level)]
         with replaced(layer, Replacements(current, values).within(name)):
             seen = zip(hidden.inputs(name, layer, level), token_weights or repeat(None), strict=False)
@@ -146,9 +147,8 @@ def _moments(
         for site, x in batch.items():
             layer = current[site.name]
             inputs = round_activation(layer.rotated(x), layer.activation_format, layer._parameters)
-            # An expert processes only some of the tokens, and others in the quantized model than in full precision.
-            reference = None if site.expert or wanted is None else transformed(plan, site, wanted[index][site])
-            weights = None if site.expert else token_weights
+            reference = wanted and transformed(plan, site, wanted[index][site])
+            weights = None if site.expert else token_weights  # an expert processes only some of the tokens
             if context.options.token_errors == "relative":
                 relative = 1 / inputs.float().square().sum(dim=1).clamp_min(1e-12)
                 weights = relative if weights is None else relative * weights.to(relative.device)

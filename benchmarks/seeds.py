@@ -32,7 +32,7 @@ from qvlm_plugin.harness.model_size import packed_bytes
 from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
-from qvlm_plugin.plan_request import check_request
+from qvlm_plugin.plan_request import PlanRequest, check_request
 from qvlm_plugin.reading import read_json
 from qvlm_plugin.report.compare.grid import PREVIOUS, read_grid
 from qvlm_plugin.report.estimates import difference_text, estimate_text
@@ -114,9 +114,17 @@ class Draw:
     seed: int = 0
 
     @property
+    def request(self) -> PlanRequest:
+        """The checked arguments of the cell's plan."""
+        return check_request(self.method.partition("-")[0], self.scheme, METHODS[self.method])
+
+    @property
     def name(self) -> str:
-        """Name of the cell's files."""
-        return self.method if self == Draw() else f"{self.method}-{self.scheme}-{self.samples}-{self.seed}"
+        """Name of the cell's files; all draws of a row that needs no calibration are one cell."""
+        if self == Draw():
+            return self.method
+        row = f"{self.method}-{self.scheme}"
+        return f"{row}-{self.samples}-{self.seed}" if self.request.needs_calibration else row
 
 
 def draws(
@@ -163,7 +171,7 @@ def _cell(draw: Draw, output: Path, loaded: LoadedModel, questions: Sequence[Que
 def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
     """The cell's plan, searched where it does not exist yet; an interrupted search resumes."""
     folder = output / "plans" / draw.name
-    request = check_request(draw.method.partition("-")[0], draw.scheme, METHODS[draw.method])
+    request = draw.request
     if folder.exists():
         plan = RoundingPlan.load(folder)
         if plan.options != request.options.model_dump():

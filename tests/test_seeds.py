@@ -96,15 +96,22 @@ def test_the_ladder_compares_each_row_with_the_one_before(benchmarks, tmp_path, 
     seeds, _ = benchmarks
     documents = {"one": [[index, str(index), "x"] for index in range(40)]}
     (tmp_path / "documents.json").write_text(json.dumps(documents))
-    for name, right in ((seeds.FULL_PRECISION, 40), *((f"{row}-w4a4-64-0", 10 + index**2) for index, row in
-                                                      enumerate(seeds.LADDER[:5]))):  # fmt: skip
-        content = {"run": {"method": name}, "exact": {"one": f"{'1' * right:0<40}"}}
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    seeds.show_table([*seeds.draws(["w4a4"], seeds.LADDER, [64], [0])], tmp_path, "previous", [])
+    cells = [*seeds.draws(["w4a4"], seeds.LADDER, [64], [0])]
+    for draw, right in zip(cells[:6], (40, *(10 + index**2 for index in range(5))), strict=True):
+        content = {"run": {"method": draw.method}, "exact": {"one": f"{'1' * right:0<40}"}}
+        (tmp_path / f"{draw.name}.json").write_text(json.dumps(content))
+    seeds.show_table(cells, tmp_path, "previous", [])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
     steps = [-75.0, 2.5, 7.5, 12.5, 17.5]  # of 40 documents
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (seeds.FULL_PRECISION, *seeds.LADDER[:5])]
     assert all(f"| {step:+.1f} [" in row for row, step in zip(rows[1:], steps, strict=True))
+
+
+def test_draws_that_need_no_calibration_are_one_cell(benchmarks):
+    seeds, _ = benchmarks
+    rows = ("rtn-rotation", "rtn-rotation-gptq")
+    names = {row: {draw.name for draw in [*seeds.draws(["w4a3"], [row], [32, 64], [0, 1])][1:]} for row in rows}
+    assert names["rtn-rotation"] == {"rtn-rotation-w4a3"} and len(names["rtn-rotation-gptq"]) == 4
 
 
 def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, capsys):

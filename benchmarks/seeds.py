@@ -338,6 +338,8 @@ def main() -> None:
     if asked.command == "agreement":
         agreement(output, asked.cell, asked.data, asked.limit)
         return
+    if unknown := [name for name in asked.methods if name not in METHODS]:
+        parser.error(f"--methods: no row is named {', '.join(unknown)}; there are {', '.join([*GROUPS, *METHODS])}")
     cells = [*draws(asked.schemes, asked.methods, asked.samples, asked.seeds)]
     if asked.command == "table":
         if asked.baseline == PREVIOUS and not set(asked.methods) <= set(LADDER):

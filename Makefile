@@ -8,6 +8,9 @@ PROCESSES ?= 1
 # Another arithmetic for results, such as packed; plans are those of any.
 BACKEND ?= reference
 
+# Container images often set this. Each process would then compile every module that it imports, for ten seconds and more.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install lock newest test lint oldest slurm fuzz demo results seeds bench page clean
 
 help:  ## show this list

@@ -23,9 +23,9 @@ METHODS = [
     ("gptq", {}),
     ("quarot", {"correction": 0.1}),
     ("smoothquant", {}),
-    ("qvlm", {"veo_epochs": 1, "h0": 0, "percentile_step": 0.01}),  # blocks as deep as may be: what the formula is of
+    ("qvlm", {"veo_epochs": 1, "h0": 0, "percentile_step": 0.02}),  # blocks as deep as may be: what the formula is of
     ("qvlm", {"veo_epochs": 1, "veo_checkpointing": False, "cdm": False}),
-    ("qvlm", {"veo_epochs": 1, "max_depth": 1, "percentile_step": 0.01}),  # with the dependencies before the training
+    ("qvlm", {"veo_epochs": 1, "max_depth": 1, "percentile_step": 0.02}),  # with the dependencies before the training
     ("mbq", {"alpha_steps": 2}),
     ("qvlm", {"veo": False, "h0": 0, "max_depth": 1}),
     ("qvlm", {"veo": False, "h0": 0, "unit": "site", "beam": 2, "reading": "quantile", "percentile_step": 0.02}),

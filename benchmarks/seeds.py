@@ -177,7 +177,9 @@ def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
         if plan.options != request.options.model_dump():
             raise QVLMError(f"{folder}: the plan was searched with other options; remove it or pass another folder")
         return plan
-    calibration = read_calibration(f"{CALIBRATION}:{draw.samples}", None, draw.seed, draw_samples)
+    calibration = None
+    if request.needs_calibration:
+        calibration = read_calibration(f"{CALIBRATION}:{draw.samples}", None, draw.seed, draw_samples)
     plan = planning.obtain_plan(loaded, request, calibration, output / "searches")
     plan.save(folder)
     return plan

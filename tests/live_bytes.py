@@ -24,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+        for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and not tensor.is_meta:
                 self._count(tensor.untyped_storage())
         return result

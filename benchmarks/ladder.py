@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from seeds import FULL_PRECISION, LADDER, METRIC, draws, read_run
+from seeds import LADDER, METRIC, Draw, draws, finished
 
 from qvlm_plugin.atomic import write_file
 from qvlm_plugin.report.figures import Bars, bars_figure
@@ -19,12 +19,12 @@ SEEDS = (0, 1, 2)
 
 def rungs(folder: Path, scheme: str, samples: int) -> Bars:
     """The tasks' average of each row of the ladder that has finished cells, over seeds, and full precision."""
-    plain, rows = read_run(folder, FULL_PRECISION), {}
-    for method in LADDER:
-        names = [draw.name for draw in draws([scheme], [method], [samples], SEEDS)][1:]  # without full precision
-        runs = [read_run(folder, name) for name in names if (folder / f"{name}.json").exists()]
-        if runs:
-            rows[method] = pool([(plain, run) for run in runs], METRIC)[-1].shown
+    found = finished(draws([scheme], LADDER, [samples], SEEDS), folder)
+    plain = found.pop(Draw())
+    rows = {
+        method: pool([(plain, run) for draw, run in found.items() if draw.method == method], METRIC)[-1].shown
+        for method in dict.fromkeys(draw.method for draw in found)
+    }
     return Bars(
         title=f"{scheme.upper()}, {samples} calibration samples",
         rows=tuple(rows),

@@ -14,7 +14,7 @@ python benchmarks/seeds.py agreement seeds-results qlora-w4a4-32-0 # with genera
 import argparse
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import chdir
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -223,6 +223,11 @@ def read_run(output: Path, name: str) -> RunSamples:
     return RunSamples(file, content["run"], tasks)
 
 
+def finished(todo: Iterable[Draw], output: Path) -> dict[Draw, RunSamples]:
+    """The cells whose files exist in the folder."""
+    return {draw: read_run(output, draw.name) for draw in todo if (output / f"{draw.name}.json").exists()}
+
+
 def show_table(todo: Sequence[Draw], output: Path, baseline: str, tasks: Sequence[str]) -> None:
     """Print means over seeds and paired differences to a baseline, for finished cells and the given tasks.
 
@@ -231,8 +236,7 @@ def show_table(todo: Sequence[Draw], output: Path, baseline: str, tasks: Sequenc
         baseline: a method, or `PREVIOUS`: the row before in `LADDER`.
         tasks: none is all.
     """
-    found = {draw: read_run(output, draw.name) for draw in todo if (output / f"{draw.name}.json").exists()}
-    rows, sentences, before = [], [], dict(zip(LADDER[1:], LADDER, strict=False))
+    found, rows, sentences, before = finished(todo, output), [], [], dict(zip(LADDER[1:], LADDER, strict=False))
     for scheme, count, method in dict.fromkeys((draw.scheme, draw.samples, draw.method) for draw in found):
         own = [draw for draw in found if (draw.scheme, draw.samples, draw.method) == (scheme, count, method)]
         other = before.get(method, FULL_PRECISION) if baseline == PREVIOUS else baseline

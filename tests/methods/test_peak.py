@@ -32,7 +32,7 @@ METHODS = [
     ("qvlm_jacobian", {"veo_epochs": 1, "veo_decoder": "full"}),
 ]
 
-WIDE, DEEP, WIDE_TOWER = (256, 3, 24, 50), (160, 6, 24, 30), (64, 2, 512, 30)
+WIDE, DEEP, WIDE_TOWER = (256, 2, 24, 50), (160, 4, 24, 30), (64, 2, 512, 30)
 """Width and depth of the decoder, width of the tower, words of a sample."""
 CASES = [(DEEP, *method) for method in METHODS]
 # Elsewhere a method for each step that can be the largest: ranges, GPTQ, blocks, the tower's training.

@@ -19,7 +19,7 @@ from qvlm_plugin.models.loading import load
 
 # How many hostile inputs and kills there are: a fixed few in the suite, many and ever new ones with `make fuzz`.
 settings.register_profile(
-    "suite", derandomize=True, database=None, deadline=None, max_examples=60, phases=(Phase.explicit, Phase.generate),
+    "suite", derandomize=True, database=None, deadline=None, max_examples=40, phases=(Phase.explicit, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 settings.register_profile("fuzz", settings.get_profile("suite"), derandomize=False, max_examples=1_500, print_blob=True)

@@ -43,7 +43,7 @@ CASES = [
     ("kernel", "weight", "activation", "with_rotation", "dtype"),
     [
         *((*case, False, torch.bfloat16) for case in CASES),
-        *((*case, True, torch.float32) for case in CASES if case[2].kind == "dynamic_token"),
+        *((*case, True, torch.float32) for case in CASES if case[2] in (TOKEN, TOKEN8)),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )

@@ -11,11 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"  # read when 
 import pytest
 import warm
 from hypothesis import HealthCheck, Phase, settings
-from tiny_llava import random_image, write_tiny_llava
 
-from qvlm_plugin.calibration import CalibrationSet, Sample
-from qvlm_plugin.conversation import Conversation
-from qvlm_plugin.models.loading import load
+# Fixtures import what is heavy: the process that only hands tests to the workers does without.
 
 # How many hostile inputs and kills there are: a fixed few in the suite, many and ever new ones with `make fuzz`.
 settings.register_profile(
@@ -34,6 +31,8 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session")
 def tiny_llava(tmp_path_factory):
     """The folder of a tiny LLaVA checkpoint."""
+    from tiny_llava import write_tiny_llava
+
     return write_tiny_llava(tmp_path_factory.mktemp("models") / "tiny-llava")
 
 
@@ -67,12 +66,19 @@ def benchmark_module(monkeypatch):
 @pytest.fixture
 def loaded(tiny_llava):
     """A freshly loaded tiny LLaVA."""
+    from qvlm_plugin.models.loading import load
+
     return load(str(tiny_llava), dtype="float32")
 
 
 @pytest.fixture
 def calibration():
     """Five samples with images, one of them without."""
+    from tiny_llava import random_image
+
+    from qvlm_plugin.calibration import CalibrationSet, Sample
+    from qvlm_plugin.conversation import Conversation
+
     samples = [
         Sample(Conversation.from_prompt(f"what is {index}?", [random_image(index)] if index else []), f"answer {index}")
         for index in range(5)

@@ -213,7 +213,7 @@ def run_alone(code, *arguments):
 
 
 def test_loading_without_the_plugin_is_an_error(source, tmp_path, calibration):
-    """Also of the weights themselves, where a reader ignores what config.json names, as earlier folders did not name it."""
+    """Also of weights that are read in spite of what config.json names; earlier folders did not name anything."""
     for backend in ("auto", "reference"):
         exported(source, tmp_path / backend, calibration, backend=backend)
     shutil.copytree(tmp_path / "auto", tmp_path / "earlier")

@@ -212,6 +212,8 @@ class MiningOptions(_Options):
         dependency: for ``cdm`` and ``veo``: compute the dependency of two layers from the codes of their inputs
             (``site``: the input of a layer's first site, within its bounds), or of their outputs (``output``: within
             each channel's extremes; the model does not round these).
+        assignment: for ``cdm`` and ``veo``: the distance to a rounding point in Eq. 5. ``steps`` measures it in steps;
+            ``literal`` divides the squared distance in x by the step, as printed, which depends on the scale of x.
         min_percentile: for ``cdm``: the smallest percentile to try, as a share (paper, section 4.1: 0.98).
         max_percentile: for ``cdm``: the largest percentile to try, as a share. Values above 1 widen ranges (per-token
             ranges at most to the token's extremes).
@@ -238,6 +240,7 @@ class MiningOptions(_Options):
     cdm: bool = False
     cdm_parts: Literal["decoder", "vision+decoder"] = "decoder"
     dependency: Literal["site", "output"] = "site"
+    assignment: Literal["steps", "literal"] = "steps"
     min_percentile: float = Field(0.98, gt=0, le=1)
     max_percentile: float = Field(1.0, ge=1, le=2)
     percentile_step: float = Field(0.005, gt=0, lt=1)

@@ -33,7 +33,8 @@ def dependencies(context: SearchContext, plan: RoundingPlan, hidden: HiddenCache
         plan: the plan, with the bounds of every site.
         hidden: the first block's input.
     """
-    assignment, values, previous = Assignment(getattr(context.scheme, hidden.part).activation), [], None
+    assignment = Assignment.of(context.options, getattr(context.scheme, hidden.part).activation)
+    values, previous = [], None
     sites = first_sites(context, hidden.part)
     for index, named in enumerate(context.blocks(hidden.part)):
         if context.options.dependency == "site":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qvlm_plugin.methods.options import MiningOptions
 from qvlm_plugin.quantizers import widen
 
 CHUNK = 2**22
@@ -30,16 +31,19 @@ class Assignment:
     Attributes:
         bits: 2 to 8.
         literal: divide the squared distance in x by the step, as printed; see `soft_assignment`.
-        temperature: below 1 sharpens the assignment; towards 0 it becomes rounding to nearest.
     """
 
     bits: int
     literal: bool = False
-    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, options: MiningOptions, bits: int) -> "Assignment":
+        """That of a search's options."""
+        return cls(bits, options.assignment == "literal")
 
 
 def soft_assignment(x: Tensor, lower: Tensor, upper: Tensor, assignment: Assignment) -> Tensor:
-    """Probability of each rounding point for each element (Eq. 5): p(m) ∝ exp(-(u - m)^2 / temperature).
+    """Probability of each rounding point for each element (Eq. 5): p(m) ∝ exp(-(u - m)^2).
 
     ``u = (x - lower) / step`` is the element in code units, which makes the formula independent of the scale of x. The
     printed formula divides the squared distance in x by the step, which is (u - m)^2 times the step (``literal``).
@@ -57,8 +61,7 @@ def soft_assignment(x: Tensor, lower: Tensor, upper: Tensor, assignment: Assignm
     step = (upper - lower) / (2**assignment.bits - 1)
     constant = step <= 0
     u = torch.where(constant, 0, (x - lower) / torch.where(constant, 1, step))
-    unit = step if assignment.literal else torch.ones_like(step)
-    sharpness = torch.where(constant, _HARD, unit / assignment.temperature)
+    sharpness = torch.where(constant, _HARD, step if assignment.literal else 1)
     points = torch.arange(2**assignment.bits, device=x.device, dtype=u.dtype)
     return (-(u.unsqueeze(-1) - points).square() * sharpness.unsqueeze(-1)).softmax(dim=-1)
 

@@ -50,7 +50,7 @@ def answer_loss(logits: Tensor, input_ids: Tensor, answer: Tensor) -> Tensor:
 
 
 def entropy_loss(
-    layers: Sequence[Tensor], bounds: Sequence[tuple[Tensor, Tensor]], weights: Tensor, bits: int
+    layers: Sequence[Tensor], bounds: Sequence[tuple[Tensor, Tensor]], weights: Tensor, assignment: Assignment
 ) -> Tensor:
     """L_ent (Eq. 8): sum of w_k D(k, k+1) over consecutive layers.
 
@@ -58,13 +58,13 @@ def entropy_loss(
         layers: elements of the rounded tensors of n layers, all of the same shape.
         bounds: (lower, upper) of each, which broadcast against it.
         weights: w [n - 1].
-        bits: activation width.
+        assignment: how elements are assigned to rounding points.
     """
     total = torch.zeros((), dtype=torch.float64, device=weights.device)
     for k, weight in enumerate(weights):
         x, x_bounds = layers[k], bounds[k]
         y, *y_bounds = (tensor.to(x.device) for tensor in (layers[k + 1], *bounds[k + 1]))
-        joint = joint_counts(x, y, x_bounds, tuple(y_bounds), Assignment(bits))
+        joint = joint_counts(x, y, x_bounds, tuple(y_bounds), assignment)
         total = total + weight * conditional_entropy(joint).to(total.device)
     return total
 
@@ -246,7 +246,8 @@ class Objective:
             layers = [Ranged(x.flatten(0, 1), *(bound.to(x.device) for bound in bounds)) for x, bounds in outputs]
         drawn = [layer.elements(batch.elements.to(layer.states.device)) for layer in layers]
         values, bounds = zip(*drawn, strict=True)
-        return entropy_loss(values, bounds, weights, self.context.scheme.decoder.activation)
+        assignment = Assignment.of(self.context.options, self.context.scheme.decoder.activation)
+        return entropy_loss(values, bounds, weights, assignment)
 
     def _hidden_error(self, batch: Reference, seen: Run) -> Tensor:
         return relative_error(seen.hidden[batch.attended.to(seen.hidden.device)], batch.hidden)

@@ -98,7 +98,7 @@ def sample_points(
         member, reference = candidate_layer(context, plan, index, reference)
         members.append(member)
         targets.append(reference)
-    counts = _joint_counts(*targets, bits)
+    counts = _joint_counts(*targets, Assignment.of(options, bits))
     points = []
     for index, joint in enumerate(track(counts, "searching pairs")):
         sample = [states.batch(index) for states in (start, *targets)]
@@ -131,7 +131,7 @@ def _search_pair(
     return sequential / norm, joint / norm
 
 
-def _joint_counts(layer: HiddenCache, next_layer: HiddenCache, bits: int) -> list[Tensor]:
+def _joint_counts(layer: HiddenCache, next_layer: HiddenCache, assignment: Assignment) -> list[Tensor]:
     """The joint histogram of two layers' codes for every sample, with the same channel bounds for all samples."""
     samples = range(len(layer.states))
     outputs = [[hidden.batch(index).tokens() for index in samples] for hidden in (layer, next_layer)]
@@ -146,6 +146,6 @@ def _joint_counts(layer: HiddenCache, next_layer: HiddenCache, bits: int) -> lis
         channels = chosen % pair[0].shape[1]
         elements = [tokens.flatten()[chosen] for tokens in pair]
         counts.append(
-            joint_counts(*elements, *[(lower[channels], upper[channels]) for lower, upper in bounds], Assignment(bits))
+            joint_counts(*elements, *[(lower[channels], upper[channels]) for lower, upper in bounds], assignment)
         )
     return counts

@@ -18,14 +18,16 @@ from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.rotation import factors, rotate
 
 
-def test_outputs_are_taken_within_the_extremes_of_channels(deep, calibration):
-    context = context_of(deep, calibration, "w4a3", dependency="output")
+@pytest.mark.parametrize("assignment", ["steps", "literal"])
+def test_outputs_are_taken_within_the_extremes_of_channels(deep, calibration, assignment):
+    context = context_of(deep, calibration, "w4a3", dependency="output", assignment=assignment)
     hidden = start = block_inputs(context)
     outputs = []
     for named in context.layers:
         hidden = hidden.through(*named)
         outputs.append(Ranged.by_extremes(hidden.tokens()))
-    expected = [layer_dependency(a, b, Assignment(3)) for a, b in itertools.pairwise(outputs)]
+    how = Assignment(3, literal=assignment == "literal")
+    expected = [layer_dependency(a, b, how) for a, b in itertools.pairwise(outputs)]
     assert dependencies(context, build_plan(context, Draft()), start) == pytest.approx(expected) and len(expected) == 3
 
 

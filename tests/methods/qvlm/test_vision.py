@@ -21,6 +21,7 @@ from qvlm_plugin.methods.hidden import block_inputs, quantized_inputs
 from qvlm_plugin.methods.minmax import observe_extremes
 from qvlm_plugin.methods.qvlm import objective as objectives
 from qvlm_plugin.methods.qvlm import vision
+from qvlm_plugin.methods.qvlm.dependency import Assignment
 from qvlm_plugin.methods.qvlm.objective import (
     Objective,
     answer_loss,
@@ -105,7 +106,7 @@ def test_entropy_and_errors_have_the_gradients_of_finite_differences():
     layers = [torch.randn(9, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     bounds = [(layer.detach().min() * 1.1, layer.detach().max() * 1.1) for layer in layers]
     weights = torch.tensor([0.2, 0.8], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *layers: entropy_loss(layers, bounds, weights, 2), layers)
+    assert torch.autograd.gradcheck(lambda *layers: entropy_loss(layers, bounds, weights, Assignment(2)), layers)
     reference = torch.randn(9, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: relative_error(x, reference), layers[0])
 
@@ -114,8 +115,10 @@ def test_entropies_are_weighted_by_layer():
     torch.manual_seed(0)
     layers = list(torch.randn(3, 50))
     bounds = [tuple(layer.aminmax()) for layer in layers]
-    first, second = (float(entropy_loss(layers, bounds, torch.tensor(w), 3)) for w in ([1.0, 0.0], [0.0, 1.0]))
-    mixed = float(entropy_loss(layers, bounds, torch.tensor([0.25, 0.75]), 3))
+    first, second = (
+        float(entropy_loss(layers, bounds, torch.tensor(w), Assignment(3))) for w in ([1.0, 0.0], [0.0, 1.0])
+    )
+    mixed = float(entropy_loss(layers, bounds, torch.tensor([0.25, 0.75]), Assignment(3)))
     assert mixed == pytest.approx(0.25 * first + 0.75 * second) and first != pytest.approx(second)
     assert 0 < first < math.log(8)
 
@@ -152,6 +155,20 @@ def test_weighted_layers_are_those_whose_dependency_is_measured(loaded, calibrat
     assert torch.equal(states["site"].layers[1], states["output"].layers[0])
     norm = loaded.model.model.language_model.layers[0].input_layernorm
     assert torch.equal(norm(states["site"].layers[0]), states["site"].reads[0])  # what the first site rounds
+
+
+@pytest.mark.parametrize("assignment", ["steps", "literal"])
+def test_the_entropy_term_is_the_sum_over_layers_with_the_assignment_asked_for(loaded, calibration, assignment):
+    context = context_of(loaded, calibration, "w3a3", **FAST, dependency="output", assignment=assignment)
+    objective = Objective.of(context, Draft(initial_of(loaded, calibration, "w3a3")))
+    batch, weights = objective.batches[0], torch.ones(1)
+    layers = objectives.run(context, batch.inputs, batch.answer).layers
+    drawn = [layer.flatten()[batch.elements] for layer in layers]
+    channels = batch.elements % layers[0].shape[-1]
+    bounds = [(lower[channels], upper[channels]) for lower, upper in objective.bounds]
+    how = Assignment(3, literal=assignment == "literal")
+    expected = entropy_loss(drawn, bounds, weights, how)
+    assert float(objective.terms(batch, weights).ent) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("decoder", ["quantized", "full"])

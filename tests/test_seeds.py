@@ -138,6 +138,7 @@ def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, caps
          "qvlm_rotated-cdm", 4),
         ("table1", "w4a4", (*seeds.GROUPS["table1"], "qlora-zero"), 32, "qlora", 7),
         ("table1", "w4a4", seeds.GROUPS["fig3a"], 32, "qvlm-depth1", 5),
+        ("table1", "w4a4", seeds.GROUPS["fig3b"][:4], 32, "qlora", 4),
         ("table1", "w4a4", ["qvlm-eta0.1", "qvlm-short", "qvlm-eta10"], 32, "qvlm-short", 3),
     ):  # fmt: skip
         cells = [*seeds.draws([scheme], rows, [count], [0, 1, 2])]

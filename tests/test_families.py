@@ -11,7 +11,7 @@ from functools import cache
 import pytest
 import torch
 from family_list import FAMILIES
-from family_work import CONVERSATIONS, check_batches, load_family, quantized
+from family_work import CONVERSATIONS, answers, check_batches, load_family, quantized
 from searching import context_of
 from tiny_llava import logits_of
 
@@ -180,6 +180,7 @@ def test_saved_plans_and_exported_folders_compute_the_same(family, plan_of, meth
     plan.save(tmp_path / "plan")
     again = quantized(family, RoundingPlan.load(tmp_path / "plan"))
     assert torch.equal(logits_of(again.model, inputs), logits_of(twin.model, inputs))
+    assert torch.equal(answers(again), answers(twin))
     export(plan, replace(family, model=copy.deepcopy(family.model)), tmp_path / "packed", backend="packed")
     exported, packed = load(str(tmp_path / "packed"), dtype="float32"), quantized(family, plan, "packed")
     assert torch.equal(logits_of(exported.model, inputs), logits_of(packed.model, inputs))

@@ -122,11 +122,11 @@ def test_compiled_decoding_gives_the_same_answers(chat, make):
     compiled = make(batch_size=4, compile=True)
     counters = torch._dynamo.utils.counters
     counters.clear()
-    for _ in range(2):  # the second time nothing is compiled
+    for _ in range(3):  # after the first time nothing is compiled
         assert texts(compiled.generate_until(ask(compiled, docs))) == expected
         graphs, counts = counters["stats"]["unique_graphs"], compiled.record.counts
     assert 1 <= graphs <= 4 and counts.compile_seconds > 0
-    assert counts.latencies and sum(one.per_token for one in counts.latencies) < counts.compile_seconds
+    assert len(counts.latencies) >= 2 and sum(one.per_token for one in counts.latencies) < counts.compile_seconds
     assert compiled.record.facts["compile"] and not chat.record.facts["compile"]
 
 

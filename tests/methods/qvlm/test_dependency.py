@@ -16,6 +16,9 @@ from qvlm_plugin.methods.qvlm.dependency import (
 )
 from qvlm_plugin.quantizers import fake_quantize
 
+HARD = 1e6
+"""Scale of x at which the literal assignment is rounding to nearest."""
+
 
 def extremes(x):
     return tuple(x.aminmax(dim=0))
@@ -63,13 +66,15 @@ def test_it_agrees_with_the_equations_element_by_element(bits, literal):
     assert dependency_of(x, y, Assignment(bits, literal)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_assignments_are_probabilities_of_which_rounding_has_the_highest():
+def test_assignments_are_probabilities_that_harden_to_rounding():
     x, _ = outputs()
     lower, upper = extremes(x)
     soft = soft_assignment(x * 1.2, lower, upper, Assignment(4))  # beyond the bounds too
     assert torch.allclose(soft.sum(-1), torch.ones_like(x)) and (soft >= 0).all()
     codes = ((fake_quantize(x, lower, upper, 4) - lower) / ((upper - lower) / 15)).round()
     assert torch.equal(soft_assignment(x, lower, upper, Assignment(4)).argmax(-1), codes.long())
+    hard = soft_assignment(HARD * x, HARD * lower, HARD * upper, Assignment(4, literal=True))
+    assert torch.equal(hard.argmax(-1), codes.long()) and hard.amax(-1).min() > 0.99
 
 
 def test_the_scale_of_a_channel_matters_only_as_printed():
@@ -89,21 +94,22 @@ def test_constant_channels_have_one_rounding_point():
         assert dependency_of(x, x, Assignment(4, literal)) == 0
 
 
-def test_independent_layers_leave_the_whole_entropy():
-    a, b = torch.randn(7, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+@pytest.mark.parametrize("scale, how", [(1.0, Assignment(3)), (HARD, Assignment(3, literal=True))])
+def test_independent_layers_leave_the_whole_entropy(scale, how):
+    a, b = scale * torch.randn(7, dtype=torch.float64), scale * torch.randn(9, dtype=torch.float64)
     grid = torch.cartesian_prod(a, b)  # every pair once: exactly independent
     x, y = grid[:, :1], grid[:, 1:]
-    marginal = soft_assignment(y, *extremes(y), Assignment(3)).flatten(0, -2).mean(0)
+    marginal = soft_assignment(y, *extremes(y), how).flatten(0, -2).mean(0)
     entropy = float(torch.special.entr(marginal).sum())
-    assert dependency_of(x, y, Assignment(3)) == pytest.approx(entropy)
+    assert dependency_of(x, y, how) == pytest.approx(entropy)
 
 
 def test_a_copy_leaves_nothing_when_assignment_is_hard():
     x, y = outputs(tokens=200)
-    hard = Assignment(3, literal=True)  # where the scale is large
-    assert dependency_of(1e6 * x, 1e6 * x, hard) < 0.01
-    assert dependency_of(1e6 * x, 1e6 * y, hard) > 0.2
-    soft = [dependency_of(scale * x, scale * x, hard) for scale in (1e3, 1e2, 1e1)]
+    literal = Assignment(3, literal=True)
+    assert dependency_of(HARD * x, HARD * x, literal) < 0.01
+    assert dependency_of(HARD * x, HARD * y, literal) > 0.2
+    soft = [dependency_of(scale * x, scale * x, literal) for scale in (1e3, 1e2, 1e1)]
     assert soft == sorted(soft)
 
 

@@ -1,4 +1,4 @@
-"""Every family with every method: load, search, apply; and the rest of the way: answer, save, load, export, load.
+"""Every family with every step of a search: load, search, apply; and then: answer, save, load, export, load.
 
 Each method has options that make its search short: two candidates where it tries many.
 """
@@ -34,16 +34,15 @@ SCALES = {"alpha_steps": 2, "min_clip": 0.9}
 PERCENTILES = {"min_percentile": 0.95, "percentile_step": 0.05}
 OPTIONS = {
     "awq": RATIOS | SCALES,
-    "gptq": {},
     "mbq": SCALES,
     "qlora": RATIOS,
-    "quarot": {},
-    "qvlm": RATIOS | PERCENTILES | {"veo_epochs": 1},
+    "qvlm": RATIOS | PERCENTILES | {"veo": False},
     "qvlm_jacobian": RATIOS | PERCENTILES | {"veo_epochs": 1},
     "qvlm_rotated": PERCENTILES,
     "rtn": {},
     "smoothquant": {},
 }
+"""Methods that together run every step. A search is a list of steps, so that others repeat what these do."""
 PLANS = ("awq", "qlora", "qvlm_rotated")
 """Methods whose plans have every kind of tensor: folds, clips; bounds; codes, rotations, centers, biases."""
 SAMPLES = CalibrationSet(tuple(Sample(one, f" answer {index}") for index, one in enumerate(CONVERSATIONS)))
@@ -81,9 +80,16 @@ def error_of(logits, exact):
     return float((logits - exact).norm() / exact.norm())
 
 
-def test_every_model_type_has_a_description_and_every_method_options():
+def test_every_model_type_has_a_description():
     assert tuple(DESCRIBED) == MODEL_TYPES
-    assert OPTIONS.keys() == plugins.methods().keys() - {"none"}
+
+
+def test_the_methods_run_every_step_of_any_method():
+    def steps(methods):
+        asked = [check_request(method, "w8a8", OPTIONS.get(method, {})) for method in methods]
+        return {step.name for one in asked for step in one.method.chosen(one.scheme, one.options)}
+
+    assert steps(OPTIONS) == steps(plugins.methods().keys() - {"none"})
 
 
 def test_a_batch_answers_as_each_of_its_conversations_alone(family):
@@ -163,7 +169,7 @@ def error_with(family, plan_of):
 
 
 @pytest.mark.parametrize("method", OPTIONS)
-def test_every_method_loses_little_at_eight_bits(error_with, method):
+def test_methods_lose_little_at_eight_bits(error_with, method):
     assert 0 < error_with(method, "w8a8") < 0.15
 
 

@@ -582,21 +582,18 @@ class _Search:
         options, decoder, held = self.options, self.shapes.decoder, self._searching(2)
         depth, wait = min(options.max_depth, decoder.blocks), self.caches_wait
         state = self.e * self.N * decoder.hidden
-        static = 0 if options.activations == "token" else sum(decoder.sites)
-        # A site's inputs are concatenated; then they are averaged in float32, or sorted in slices: values, indices and
-        # a float32 copy. The inputs of later sites wait.
-        quantile = options.reading == "quantile"
-        copies = max(self.e, 0 if quantile else self.wide)
-        first = self.N * (self.e * static + decoder.sites[0] * copies)
-        last = self.N * decoder.widest * (self.e + copies)
-        sort = (12 + self.wide) * min(mining.SORTED, self.N * decoder.sites[0]) if quantile and static else 0
-        if wait and static:  # the inputs of one site at a time are moved to the device
+        # With ``reading=quantile``, a site's inputs are concatenated, then sorted in slices: values, indices and a
+        # float32 copy. The inputs of later sites wait.
+        kept = options.reading == "quantile" and options.activations == "channel"
+        inputs = self.e * self.N * sum(decoder.sites) if kept else 0
+        first, last = inputs + self.e * self.N * decoder.sites[0], 2 * self.e * self.N * decoder.widest
+        if wait and kept:  # the inputs of one site at a time are moved to the device
             yield [*held, Term("inputs of a site", last), Term("rounded weights", self.e * depth * decoder.rounded)]
         yield [
             *held,
             Term("cached hidden states", (max(depth, 2) + 1) * state, wait),
-            Term("inputs of a layer's sites", max(first, last) if static else 0, wait),
-            Term("sorted channels", sort),
+            Term("inputs of a layer's sites", max(first, last) if kept else 0, wait),
+            Term("sorted channels", (12 + self.wide) * min(mining.SORTED, self.N * decoder.sites[0]) if kept else 0),
             Term("rounded weights of a block", self.e * depth * decoder.rounded),
         ]
         yield [
@@ -609,7 +606,7 @@ class _Search:
         yield [
             *held,
             Term("cached hidden states", (max(depth, 2) + 1) * state, wait),
-            Term("inputs of a layer's sites", self.e * self.N * static, wait),
+            Term("inputs of a layer's sites", inputs, wait),
             Term("rounded weights of a block", self.e * depth * decoder.rounded),
             Term("rounding a weight", self.rounding_a_weight(decoder)),
         ]

@@ -243,12 +243,15 @@ def candidate_layer(
     own = [site for site, fmt in formats.items() if f"{site.name}/{fmt.parameters[0]}" in plan.tensors]
     own = [site for site in own if site.name not in plan.record.get("uncalibrated", ())]
     static = [site for site in own if formats[site].kind == "static_channel"]
-    # The inputs of all sites are several times as large as the hidden states, so they are kept on the same device.
-    kept_on = reference.device
-    inputs: dict[str, list[Tensor]] = {site.name: [] for site in static}
+    # Only quantiles need the inputs of all sites, several times as large as the hidden states: kept on their device.
+    kept_on, quantile = reference.device, options.reading == "quantile"
+    seen: dict[str, list[Tensor | tuple[Tensor, int]]] = {site.name: [] for site in static}
 
     def keep(site: Site, x: Tensor, mask: Tensor) -> None:
-        inputs[site.name].append(transformed(plan, site, x[mask]).to(kept_on))
+        tokens = transformed(plan, site, x[mask])
+        seen[site.name].append(
+            tokens.to(kept_on) if quantile else (tokens.sum(dim=0, dtype=torch.float64), len(tokens))
+        )
 
     outputs = []
     with materialized(layer):
@@ -260,8 +263,12 @@ def candidate_layer(
     for site in own:
         initial = {key: plan.tensors[f"{site.name}/{key}"].to(device) for key in formats[site].parameters}
         if site in static:
-            tokens = torch.cat(context.shard.gathered(inputs.pop(site.name))).to(device)
-            bounds = percentile_bounds(tokens, *initial.values(), options.percentiles, options.reading)
+            parts = context.shard.gathered(seen.pop(site.name))
+            if quantile:
+                bounds = quantile_bounds(torch.cat(parts).to(device), *initial.values(), options.percentiles)
+            else:
+                total, count = (sum(part) for part in zip(*parts, strict=True))
+                bounds = fraction_bounds((total / count).to(device), *initial.values(), options.percentiles)
             if options.zero_on_grid:
                 bounds = [through_zero(*pair, formats[site].bits) for pair in bounds]
             candidates[site.name] = [dict(zip(initial, pair, strict=True)) for pair in bounds]
@@ -273,23 +280,32 @@ def candidate_layer(
     return CandidateLayer(name, layer, others, tuple(own), candidates), reference.joined(outputs)
 
 
-def percentile_bounds(
-    tokens: Tensor, lower: Tensor, upper: Tensor, percentiles: Sequence[float], reading: str
-) -> list[tuple[Tensor, Tensor]]:
-    """Bounds [C] of a static per-channel site at each percentile of the grid; 1 keeps the initial bounds.
+Bounds = tuple[Tensor, Tensor]
+"""Lower and upper bounds [C] of a static per-channel site."""
+
+
+def fraction_bounds(mean: Tensor, lower: Tensor, upper: Tensor, percentiles: Sequence[float]) -> list[Bounds]:
+    """With ``reading=fraction``: the initial bounds pulled towards the mean by each percentile; 1 keeps them.
+
+    Args:
+        mean: mean full-precision input of the site [C], in any floating-point type.
+        lower, upper: initial bounds [C].
+        percentiles: positive; above 1 they widen the range.
+    """
+    center = mean.to(lower.dtype).clamp(lower, upper)
+    return [(lower, upper) if p == 1 else shrink_range(lower, upper, center, p) for p in percentiles]
+
+
+def quantile_bounds(tokens: Tensor, lower: Tensor, upper: Tensor, percentiles: Sequence[float]) -> list[Bounds]:
+    """With ``reading=quantile``: each channel's quantiles 1 - p and p within the initial bounds; 1 keeps these.
 
     Args:
         tokens: full-precision inputs of the site [N, C].
         lower, upper: initial bounds [C].
         percentiles: p in (0, 1].
-        reading: ``fraction`` or ``quantile``, see `MiningOptions`.
     """
-    if reading == "fraction":
-        mean = tokens.float().mean(dim=0).clamp(lower, upper)
-        bounds = [shrink_range(lower, upper, mean, p) for p in percentiles]
-    else:
-        bounds = [_narrowed(lower, upper, *pair) for pair in zip(*_quantiles(tokens, percentiles), strict=True)]
-    return [(lower, upper) if p == 1 else found for p, found in zip(percentiles, bounds, strict=True)]
+    pairs = zip(percentiles, *_quantiles(tokens, percentiles), strict=True)
+    return [(lower, upper) if p == 1 else _narrowed(lower, upper, low, high) for p, low, high in pairs]
 
 
 def _narrowed(lower: Tensor, upper: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from searching import context_of
+from searching import context_of, inputs_of
 from tiny_llava import logits_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,9 +14,10 @@ from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods import lp
 from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.methods.hidden import block_inputs
+from qvlm_plugin.methods.minmax import observe_extremes
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.methods.qvlm import mining, vision
-from qvlm_plugin.methods.qvlm.mining import candidate_layer, percentile_bounds, search_block
+from qvlm_plugin.methods.qvlm.mining import candidate_layer, fraction_bounds, quantile_bounds, search_block
 from qvlm_plugin.plan import RoundingPlan
 from qvlm_plugin.plan_request import check_request
 
@@ -114,7 +115,8 @@ def test_bounds_narrow_with_the_percentile_and_one_keeps_them(reading):
     torch.manual_seed(0)
     tokens = torch.randn(1001, 4) + torch.tensor([0.0, 5.0, -5.0, 100.0])
     lower, upper = tokens.amin(dim=0), tokens.amax(dim=0)
-    whole, *narrowed = percentile_bounds(tokens, lower, upper, (1.0, 0.99, 0.9), reading)
+    seen, bounds = (tokens.mean(dim=0), fraction_bounds) if reading == "fraction" else (tokens, quantile_bounds)
+    whole, *narrowed = bounds(seen, lower, upper, (1.0, 0.99, 0.9))
     assert whole == (lower, upper)
     widths = [high - low for low, high in narrowed]
     assert (widths[1] < widths[0]).all() and (widths[0] < upper - lower).all() and (widths[1] > 0).all()
@@ -125,13 +127,29 @@ def test_bounds_narrow_with_the_percentile_and_one_keeps_them(reading):
         assert torch.allclose(widths[1], 0.9 * (upper - lower))
 
 
+@pytest.mark.parametrize("reading", ["fraction", "quantile"])
+def test_candidates_are_those_of_the_tokens_of_all_batches(deep, calibration, reading):
+    context = context_of(deep, calibration, "w4a4", observer="minmax", reading=reading, **GRID)
+    plan = build_plan(context, observe_extremes(context, Draft()))
+    member, _ = candidate_layer(context, plan, 0, block_inputs(context))
+    for site, batches in inputs_of(context, member.sites).items():
+        tokens = torch.cat(batches)
+        lower, upper = (plan.tensors[f"{site.name}/{key}"] for key in ("lower", "upper"))
+        torch.testing.assert_close((lower, upper), tuple(tokens.aminmax(dim=0)))
+        seen, bounds = (tokens.mean(dim=0), fraction_bounds) if reading == "fraction" else (tokens, quantile_bounds)
+        for found, expected in zip(
+            member.candidates[site.name], bounds(seen, lower, upper, context.options.percentiles), strict=True
+        ):
+            torch.testing.assert_close((found["lower"], found["upper"]), expected)
+
+
 def test_quantiles_outside_of_the_initial_bounds_replace_them():
     """A range around the mean of a channel with one massive token may lie above nearly all of its values."""
     torch.manual_seed(0)
     tokens = torch.rand(600, 1)
     tokens[0] = 1000
     lower, upper = torch.tensor([1.1]), torch.tensor([500.0])
-    for low, high in percentile_bounds(tokens, lower, upper, (0.99, 0.9), "quantile"):
+    for low, high in quantile_bounds(tokens, lower, upper, (0.99, 0.9)):
         assert low < high and ((tokens >= low) & (tokens <= high)).float().mean() > 0.75
 
 
@@ -155,7 +173,7 @@ def test_quantiles_are_ranks_of_sorted_tokens_however_many_are_sorted_at_a_time(
     lower, upper = torch.full((40,), -2.0), torch.full((40,), 1.5)
     monkeypatch.setattr(mining, "SORTED", elements)
     with LargestResult() as largest:
-        bounds = percentile_bounds(tokens, lower, upper, percentiles, "quantile")
+        bounds = quantile_bounds(tokens, lower, upper, percentiles)
     assert largest.numel <= max(elements, len(tokens), 2 * len(percentiles) * 40)
     for p, (low, high) in zip(percentiles, bounds, strict=True):
         ordered = tokens.float().sort(dim=0).values

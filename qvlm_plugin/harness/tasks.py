@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qvlm_plugin.harness.host import wrap_once
+from qvlm_plugin.harness.task_index import kept_index
 
 
 def install() -> None:
@@ -28,7 +29,7 @@ def _caching_own_tasks(index: Callable) -> Callable:
         if Path(task_dir) != own:
             return index(self, task_dir)
         if not read:
-            read.update(index(self, task_dir))
+            read.update(kept_index(own, lambda: index(self, task_dir)))
         return copy.deepcopy(read)
 
     return _get_task_and_group

@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from qvlm_plugin.cache import _entry
 from qvlm_plugin.models import content_hash as module
 from qvlm_plugin.models.content_hash import content_hash
 
@@ -143,5 +144,5 @@ def test_a_cache_that_cannot_be_written_costs_time_only(read, later, weights, tm
         monkeypatch.delenv("QVLM_CACHE")
         monkeypatch.setattr("pathlib.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     else:
-        module._entry(weights.resolve()).mkdir(parents=True)
+        _entry("hashes", weights.resolve()).mkdir(parents=True)
     assert content_hash(weights) == content_hash(weights) == plain(weights) and len(read) == 2

@@ -37,7 +37,7 @@ OPTIONS = {
     "mbq": SCALES,
     "qlora": RATIOS,
     "qvlm": RATIOS | PERCENTILES | {"veo": False},
-    "qvlm_jacobian": RATIOS | PERCENTILES | {"veo_epochs": 1},
+    "qvlm_jacobian": RATIOS | PERCENTILES | {"cdm": True, "veo_epochs": 1},
     "qvlm_rotated": PERCENTILES,
     "rtn": {},
     "smoothquant": {},
@@ -86,10 +86,10 @@ def test_every_model_type_has_a_description():
 
 def test_the_methods_run_every_step_of_any_method():
     def steps(methods):
-        asked = [check_request(method, "w8a8", OPTIONS.get(method, {})) for method in methods]
+        asked = [check_request(method, "w8a8", options) for method, options in methods.items()]
         return {step.name for one in asked for step in one.method.chosen(one.scheme, one.options)}
 
-    assert steps(OPTIONS) == steps(plugins.methods().keys() - {"none"})
+    assert steps(OPTIONS) == steps({method: {} for method in plugins.methods()})
 
 
 def test_a_batch_answers_as_each_of_its_conversations_alone(family):

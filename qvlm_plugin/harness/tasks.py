@@ -21,15 +21,16 @@ def install() -> None:
 def _caching_own_tasks(index: Callable) -> Callable:
     """Cache the index of the harness's own tasks: it takes seconds, and calibration and evaluation both need it."""
     import lmms_eval.tasks
+    from lmms_eval import utils
 
-    own = Path(lmms_eval.tasks.__file__).parent
+    own, parser = Path(lmms_eval.tasks.__file__).parent, Path(utils.__file__)
     read: dict[str, Any] = {}
 
     def _get_task_and_group(self: Any, task_dir: str) -> dict[str, Any]:
         if Path(task_dir) != own:
             return index(self, task_dir)
         if not read:
-            read.update(kept_index(own, lambda: index(self, task_dir)))
+            read.update(kept_index(own, parser, lambda: index(self, task_dir)))
         return copy.deepcopy(read)
 
     return _get_task_and_group

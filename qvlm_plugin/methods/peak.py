@@ -582,20 +582,21 @@ class _Search:
         options, decoder, held = self.options, self.shapes.decoder, self._searching(2)
         depth, wait = min(options.max_depth, decoder.blocks), self.caches_wait
         state = self.e * self.N * decoder.hidden
-        # With ``reading=quantile``, a site's inputs are concatenated, then sorted in slices: values, indices and a
-        # float32 copy. The inputs of later sites wait.
-        kept = options.reading == "quantile" and options.activations == "channel"
-        inputs = self.e * self.N * sum(decoder.sites) if kept else 0
-        first, last = inputs + self.e * self.N * decoder.sites[0], 2 * self.e * self.N * decoder.widest
-        if wait and kept:  # the inputs of one site at a time are moved to the device
-            yield [*held, Term("inputs of a site", last), Term("rounded weights", self.e * depth * decoder.rounded)]
-        yield [
-            *held,
-            Term("cached hidden states", (max(depth, 2) + 1) * state, wait),
-            Term("inputs of a layer's sites", max(first, last) if kept else 0, wait),
-            Term("sorted channels", (12 + self.wide) * min(mining.SORTED, self.N * decoder.sites[0]) if kept else 0),
-            Term("rounded weights of a block", self.e * depth * decoder.rounded),
-        ]
+        inputs = 0
+        if options.reading == "quantile" and options.activations == "channel":
+            # A site's inputs are concatenated, then sorted in slices: values, indices and a float32 copy. The inputs of
+            # later sites wait.
+            inputs = self.e * self.N * sum(decoder.sites)
+            first, last = inputs + self.e * self.N * decoder.sites[0], 2 * self.e * self.N * decoder.widest
+            if wait:  # the inputs of one site at a time are moved to the device
+                yield [*held, Term("inputs of a site", last), Term("rounded weights", self.e * depth * decoder.rounded)]
+            yield [
+                *held,
+                Term("cached hidden states", (max(depth, 2) + 1) * state, wait),
+                Term("inputs of a layer's sites", max(first, last), wait),
+                Term("sorted channels", (12 + self.wide) * min(mining.SORTED, self.N * decoder.sites[0])),
+                Term("rounded weights of a block", self.e * depth * decoder.rounded),
+            ]
         yield [
             *held,
             Term("cached hidden states", (depth + 1 + self._states(depth)) * state, wait),

@@ -37,6 +37,7 @@ WIDE, DEEP, WIDE_TOWER = (256, 2, 24, 50), (160, 4, 24, 30), (64, 2, 512, 30)
 CASES = [(DEEP, *method) for method in METHODS]
 # Elsewhere a method for each step that can be the largest: ranges, GPTQ, blocks, the tower's training.
 CASES += [(shape, *METHODS[index]) for shape in (WIDE, WIDE_TOWER) for index in (1, 4, 7)]
+CASES += [(WIDE_TOWER, *METHODS[8]), (WIDE, "qvlm", {"veo": False, "h0": 0, "max_depth": 1, "reading": "quantile"})]
 
 
 @pytest.fixture(scope="module")

@@ -243,7 +243,8 @@ def candidate_layer(
     own = [site for site, fmt in formats.items() if f"{site.name}/{fmt.parameters[0]}" in plan.tensors]
     own = [site for site in own if site.name not in plan.record.get("uncalibrated", ())]
     static = [site for site in own if formats[site].kind == "static_channel"]
-    # Only quantiles need the inputs of all sites, several times as large as the hidden states: kept on their device.
+    # Quantiles need all inputs of the sites. They are several times as large as the hidden states, and are kept on the
+    # same device. A mean needs only their sum, which float64 makes independent of how the batches are divided.
     kept_on, quantile = reference.device, options.reading == "quantile"
     seen: dict[str, list[Tensor | tuple[Tensor, int]]] = {site.name: [] for site in static}
 
@@ -284,15 +285,15 @@ Bounds = tuple[Tensor, Tensor]
 """Lower and upper bounds [C] of a static per-channel site."""
 
 
-def fraction_bounds(mean: Tensor, lower: Tensor, upper: Tensor, percentiles: Sequence[float]) -> list[Bounds]:
+def fraction_bounds(center: Tensor, lower: Tensor, upper: Tensor, percentiles: Sequence[float]) -> list[Bounds]:
     """With ``reading=fraction``: the initial bounds pulled towards the mean by each percentile; 1 keeps them.
 
     Args:
-        mean: mean full-precision input of the site [C], in any floating-point type.
+        center: mean full-precision input of the site [C], in any floating-point type.
         lower, upper: initial bounds [C].
         percentiles: positive; above 1 they widen the range.
     """
-    center = mean.to(lower.dtype).clamp(lower, upper)
+    center = center.to(lower.dtype).clamp(lower, upper)
     return [(lower, upper) if p == 1 else shrink_range(lower, upper, center, p) for p in percentiles]
 
 

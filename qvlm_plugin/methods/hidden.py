@@ -209,7 +209,8 @@ class HiddenCache:
                     with watching(layer, sites, batch.attended, look, f"{name}."), suppress(_Reached):
                         read, arguments = batch.read_by(name, states, device)
                         layer(read, **arguments)
-            yield {site: torch.cat(parts) for site, parts in found.items()}
+            # The parts of a site are freed once they are joined, and nothing here keeps what the caller takes.
+            yield {site: torch.cat(found.pop(site)) for site in list(found)}
 
     def tokens(self) -> Tensor:
         """The states of all processes without padding: [N, C]."""

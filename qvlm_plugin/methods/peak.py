@@ -215,7 +215,7 @@ def peaks(shapes: Shapes, method: Method, scheme: Scheme, options: MethodOptions
     known: dict[str, Callable[[], Iterator[Phase]]] = {
         "awq": search.awq, "smooth": search.observing, "rotate": search.without_data, "clip": search.clip,
         "minmax": search.minmax, "lp": search.lp, "jacobian": search.jacobian, "zero": search.without_data,
-        "means": search.observing, "tokens": search.tokens, "gptq": search.gptq, "vision": search.vision,
+        "means": search.means, "tokens": search.tokens, "gptq": search.gptq, "vision": search.vision,
         "dependencies": search.dependencies, "blocks": search.blocks,
     }  # fmt: skip
     return [
@@ -361,6 +361,11 @@ class _Search:
         extra = max(self.wide + (4 if self.options.bias_correction else 0), self.e + 2)
         yield self.weights() + self.statistics(3) + self.site_inputs(self.shapes.decoder, self.n, extra)
 
+    def means(self) -> Iterator[Phase]:
+        """Means of inputs, which are rotated by now."""
+        yield from self.observing()
+        yield from ([*self.weights(), self.rotation(part)] for part in self._parts)
+
     def lp(self) -> Iterator[Phase]:
         """l_p losses: a chunk of rounded elements at a time for static sites, a whole site's for dynamic ones, with
         float32 copies of both and their distance."""
@@ -385,6 +390,13 @@ class _Search:
         """What a frozen block saves for the backward pass: inputs of norms (C each), queries, keys, values and
         attention's output (4C), gate, activation and up (3I); in 16 bits also two float32 copies in norms."""
         return tokens * (self.e * (6 * part.hidden + 3 * part.widest) + 2 * self.wide * part.hidden)
+
+    @property
+    def saved_per_token(self) -> int:
+        """Bytes of an input element that a Linear with a range for each token saves for the backward pass: distances,
+        codes before and after rounding in float32, and the rotated or centered input, or a float32 copy."""
+        changed = self.options.center or "rotate" in self.options.transforms
+        return 12 + (4 if changed else self.wide)
 
     def checkpoints(self) -> float:
         """The input of every decoder layer for a batch."""
@@ -449,8 +461,8 @@ class _Search:
 
     def vision(self) -> Iterator[Phase]:
         """The forward and backward pass of the quantized model: the output of every decoder layer and its gradient, and
-        what one block saves. Rounded Linears save float32 codes before clamping; where clip ratios are trained, also
-        the distances and the codes."""
+        what one block saves. Linears with fixed ranges save float32 codes before clamping; see also `saved_per_token`.
+        """
         shapes, decoder, vision = self.shapes, self.shapes.decoder, self.shapes.vision
         rounded = vision.blocks * vision.rounded + shapes.projector.rounded
         if self.options.veo_decoder == "quantized":
@@ -467,9 +479,10 @@ class _Search:
         layers = self.checkpoints()
         logits = self.batch * (ANSWER + 1) * shapes.vocabulary * (self.e + 12)
         inputs = sum(columns for _, columns in decoder.linears) if self.options.veo_decoder == "quantized" else 0
-        kept = self.activations(decoder, self.n) + 4 * self.n * inputs
+        each = self.saved_per_token if self.options.activations == "token" else 4
+        kept = self.activations(decoder, self.n) + each * self.n * inputs
         seen = self.activations(vision, self.tower_positions)
-        seen += (12 + self.wide) * self.tower_positions * sum(columns for _, columns in vision.linears)
+        seen += self.saved_per_token * self.tower_positions * sum(columns for _, columns in vision.linears)
         if not self.options.veo_checkpointing:  # all blocks of both parts save theirs until the backward pass
             seen, kept = seen * vision.blocks, kept * decoder.blocks
         both = 0 if self.options.veo_checkpointing else seen
@@ -490,6 +503,7 @@ class _Search:
             Term("gradients of a site", 12 * self.tower_positions * vision.widest),
         ]
         yield [*held, Term("rounding a weight", self.rounding_a_weight(decoder))]
+        yield [*held, self.rotation(vision)]
 
     def gptq(self) -> Iterator[Phase]:
         """A part's cached hidden states, copies of a block's weights, the second moments of its widest site and their
@@ -527,6 +541,7 @@ class _Search:
                 *held,
                 Term("second moments", moments),
                 Term("their factors", (8 + 4) * part.widest**2),
+                self.rotation(part),
                 Term("solving for the correction", (models - 1) * (8 * part.widest**2 + 16 * part.largest)),
                 Term("a Linear's points", part.largest * 22),
             ]
@@ -547,12 +562,9 @@ class _Search:
         state = self.e * self.N * decoder.hidden
         vision, projector = self.shapes.vision, self.shapes.projector
         rounded = vision.blocks * vision.rounded + projector.blocks * projector.rounded
-        yield [
-            *held,
-            *self.tower(),
-            Term("cached hidden states", state, wait),
-            Term("rounded weights of the tower", self.e * rounded, self.setting.offloaded),
-        ]
+        tower = Term("rounded weights of the tower", self.e * rounded, self.setting.offloaded)
+        yield [*held, tower, self.rotation(vision), Term("rounding a weight", self.rounding_a_weight(vision))]
+        yield [*held, *self.tower(), Term("cached hidden states", state, wait), tower]
         joint = 2**self.scheme.decoder.activation if self.scheme.decoder.activation != UNQUANTIZED else 0
         elements = min(self.N * decoder.hidden, dependency.MAX_ELEMENTS)
         assigned = min(dependency.CHUNK, elements * joint)

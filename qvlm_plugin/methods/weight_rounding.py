@@ -128,7 +128,7 @@ def _moments(
     context: SearchContext,
     plan: RoundingPlan,
     current: Mapping[str, QuantLinear],
-    seen: Iterable[tuple[Mapping[Site, Tensor], Tensor | None]],
+    seen: Iterable[tuple[dict[Site, Tensor], Tensor | None]],
     wanted: Sequence[Mapping[Site, Tensor]] | None,
 ) -> dict[str, Moments]:
     """Second moments of the rounded inputs, by site name.
@@ -137,15 +137,16 @@ def _moments(
         context: the search.
         plan: the plan, with the transforms of the inputs.
         current: the Linears, by name.
-        seen: inputs of sites in the quantized model and token weights, batch by batch.
+        seen: inputs of sites in the quantized model, which are removed from the dictionaries, and token weights, batch
+            by batch.
         wanted: inputs of sites in full precision, untransformed, batch by batch; None without ``correction``, and for
             experts.
     """
-    sums = OrderedSum(context.shard)
-    for index, (batch, token_weights) in enumerate(seen):
+
+    def moments_of(index: int, batch: dict[Site, Tensor], token_weights: Tensor | None) -> dict[str, Moments]:
         found = {}
-        for site, x in batch.items():
-            layer = current[site.name]
+        for site in list(batch):
+            x, layer = batch.pop(site), current[site.name]  # freed before the next batch is computed
             inputs = round_activation(layer.rotated(x), layer.activation_format, layer._parameters)
             reference = wanted and transformed(plan, site, wanted[index][site])
             weights = None if site.expert else token_weights  # an expert processes only some of the tokens
@@ -153,7 +154,11 @@ def _moments(
                 relative = 1 / inputs.float().square().sum(dim=1).clamp_min(1e-12)
                 weights = relative if weights is None else relative * weights.to(relative.device)
             found[site.name] = Moments.of(inputs, reference, weights)
-        sums.add(found)
+        return found
+
+    sums = OrderedSum(context.shard)
+    for index, (batch, token_weights) in enumerate(seen):
+        sums.add(moments_of(index, batch, token_weights))
     return sums.total()
 
 

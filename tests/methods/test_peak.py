@@ -30,6 +30,7 @@ METHODS = [
     ("qvlm", {"veo": False, "h0": 0, "max_depth": 1}),
     ("qvlm", {"veo": False, "h0": 0, "unit": "site", "beam": 2, "reading": "quantile", "percentile_step": 0.02}),
     ("qvlm_jacobian", {"veo_epochs": 1, "veo_decoder": "full"}),
+    ("qvlm_rotated", {"veo": True, "veo_epochs": 1}),
 ]
 
 WIDE, DEEP, WIDE_TOWER = (256, 2, 24, 50), (160, 4, 24, 30), (64, 2, 512, 30)
@@ -37,7 +38,8 @@ WIDE, DEEP, WIDE_TOWER = (256, 2, 24, 50), (160, 4, 24, 30), (64, 2, 512, 30)
 CASES = [(DEEP, *method) for method in METHODS]
 # Elsewhere a method for each step that can be the largest: ranges, GPTQ, blocks, the tower's training.
 CASES += [(shape, *METHODS[index]) for shape in (WIDE, WIDE_TOWER) for index in (1, 4, 7)]
-CASES += [(WIDE_TOWER, *METHODS[8]), (WIDE, "qvlm", {"veo": False, "h0": 0, "max_depth": 1, "reading": "quantile"})]
+CASES += [(WIDE_TOWER, *METHODS[index]) for index in (8, 14)]
+CASES += [(WIDE, "qvlm", {"veo": False, "h0": 0, "max_depth": 1, "reading": "quantile"})]
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,9 @@ def restart_peak() -> None:
 def trim_heap() -> None:
     """Return freed memory to the system.
 
-    The C library keeps freed blocks of up to some megabytes for reuse. Blocks that stay between them fragment this
-    memory, so that larger blocks cannot reuse it: packed tensors when a model is quantized tensor by tensor, which then
-    takes almost twice the memory of its weights; in the training of the tower, activations of one pass after the other.
-    Takes well below a millisecond when there is nothing to return.
+    The C library keeps freed blocks of up to some megabytes for reuse. When a model is quantized tensor by tensor,
+    packed tensors allocated between them fragment this memory, so that larger blocks cannot reuse it, and the process
+    takes almost twice the memory of the weights. Takes well below a millisecond when there is nothing to return.
     """
     if hasattr(psutil, "heap_trim"):  # not with every C library
         psutil.heap_trim()

@@ -17,7 +17,6 @@ from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.kernels.reference import STRAIGHT_THROUGH
 from qvlm_plugin.linear import QuantLinear
-from qvlm_plugin.memory import trim_heap
 from qvlm_plugin.methods.context import SearchContext
 from qvlm_plugin.methods.draft import Draft, build_plan
 from qvlm_plugin.methods.gradients import OverflowedError, checkpointed, frozen, require_answers, with_loss_scale
@@ -126,7 +125,6 @@ class _Training:
                 for batch_terms in terms:
                     rows.append([float(term.detach()) for term in _finite(batch_terms, epoch)])
                     progress.advance()
-                    trim_heap()
                 columns = torch.tensor(rows, dtype=torch.float64).mean(dim=0).tolist()
                 return dict(zip(Terms._fields, columns, strict=True))
 

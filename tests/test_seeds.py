@@ -131,7 +131,7 @@ def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, caps
     normal = ("-cdm", "", "-blocks", "-wide_blocks", "-normal", "-normal_blocks")
     for folder, scheme, rows, count, baseline, shown in (
         ("", "w4a4", seeds.LADDER, 32, "previous", 7),
-        ("ladder", "w4a3", seeds.LADDER, 64, "previous", 7),
+        ("ladder", "w4a3", seeds.LADDER, 64, "previous", 8),
         ("ladder", "w3a3", seeds.LADDER, 64, "previous", 7),
         ("ladder", "w4a3", [f"qvlm_rotated{row}" for row in normal], 64, "qvlm_rotated-cdm", 6),
         ("ladder", "w3a3", [f"qvlm_rotated{row}" for row in ("-cdm", "-blocks", "", "-normal")], 64,

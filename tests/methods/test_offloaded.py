@@ -21,9 +21,6 @@ MIXED = {
 }  # fmt: skip
 GRID = {"min_percentile": 0.7, "percentile_step": 0.15}
 TRAINED = {"veo_epochs": 2, "veo_train": "clip+norm", "veo_clip_rate": 0.02, "veo_norm_rate": 0.05, **GRID}
-ROTATED = {
-    "veo_epochs": 1, "group_size": 8, "correction": 0.1, "bias_correction": False, "importance": "jacobian"
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +44,11 @@ def plan_of(loaded, calibration, method, scheme="w3a3", **options):
         ("qvlm", {"veo": False, "importance": "jacobian", **GRID}, "offload"),
         ("qvlm", {"veo_decoder": "full", "lambda1": 0.0, **TRAINED}, "offload"),
         ("qvlm", {"veo_decoder": "quantized", **TRAINED}, MIXED),
-        ("qvlm_rotated", ROTATED, "offload"),
+        (
+            "qvlm_rotated",
+            {"veo_epochs": 1, "group_size": 8, "correction": 0.1, "bias_correction": False, "importance": "jacobian"},
+            "offload",
+        ),
     ],
     ids=["rtn", "qlora", "awq", "exact", "beam", "jacobian", "veo-full", "veo-quantized", "rotated"],
 )

@@ -110,13 +110,16 @@ def test_percentile_one_keeps_the_layer_wise_baseline(deep, calibration):
     assert only_one.hash == plan_of(deep, calibration, cdm=False).hash == baseline.hash
 
 
+def bounds_of(reading, tokens, *others):
+    return fraction_bounds(tokens.mean(dim=0), *others) if reading == "fraction" else quantile_bounds(tokens, *others)
+
+
 @pytest.mark.parametrize("reading", ["fraction", "quantile"])
 def test_bounds_narrow_with_the_percentile_and_one_keeps_them(reading):
     torch.manual_seed(0)
     tokens = torch.randn(1001, 4) + torch.tensor([0.0, 5.0, -5.0, 100.0])
     lower, upper = tokens.amin(dim=0), tokens.amax(dim=0)
-    seen, bounds = (tokens.mean(dim=0), fraction_bounds) if reading == "fraction" else (tokens, quantile_bounds)
-    whole, *narrowed = bounds(seen, lower, upper, (1.0, 0.99, 0.9))
+    whole, *narrowed = bounds_of(reading, tokens, lower, upper, (1.0, 0.99, 0.9))
     assert whole == (lower, upper)
     widths = [high - low for low, high in narrowed]
     assert (widths[1] < widths[0]).all() and (widths[0] < upper - lower).all() and (widths[1] > 0).all()
@@ -136,10 +139,8 @@ def test_candidates_are_those_of_the_tokens_of_all_batches(deep, calibration, re
         tokens = torch.cat(batches)
         lower, upper = (plan.tensors[f"{site.name}/{key}"] for key in ("lower", "upper"))
         torch.testing.assert_close((lower, upper), tuple(tokens.aminmax(dim=0)))
-        seen, bounds = (tokens.mean(dim=0), fraction_bounds) if reading == "fraction" else (tokens, quantile_bounds)
-        for found, expected in zip(
-            member.candidates[site.name], bounds(seen, lower, upper, context.options.percentiles), strict=True
-        ):
+        bounds = bounds_of(reading, tokens, lower, upper, context.options.percentiles)
+        for found, expected in zip(member.candidates[site.name], bounds, strict=True):
             torch.testing.assert_close((found["lower"], found["upper"]), expected)
 
 

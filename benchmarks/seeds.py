@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from searches import summary
 from teacher_forced import Question, exact_matches, read_questions
 
 from qvlm_plugin import planning
@@ -154,18 +155,23 @@ def run(todo: Sequence[Draw], output: Path, dtype: str, limit: int) -> None:
 
 
 def _cell(draw: Draw, output: Path, loaded: LoadedModel, questions: Sequence[Question]) -> dict[str, Any]:
-    """The content of a cell's file: facts about its run, and for each task one mark per document, 1 where exact."""
+    """The content of a cell's file.
+
+    ``run``: facts about the run; ``search``: what the search did (`searches.summary`); ``exact``: for each task one
+    mark per document, 1 where exact.
+    """
     facts: dict[str, Any] = {"method": "none", "scheme": "w16a16"}
+    search: dict[str, Any] = {}
     if draw != Draw():
         plan = _plan(draw, output, loaded)
         planning.apply(plan, loaded)
-        facts = {**plan.facts}
+        facts, search = {**plan.facts}, summary(plan.record)
     exact = exact_matches(loaded.model, questions)
     marks = {
         task: "".join(str(int(exact[one.task, one.id])) for one in questions if one.task == task) for task in TASKS
     }
     facts |= {"packed_bytes": packed_bytes(loaded.model), "dtype": str(loaded.model.dtype), "stand_in": True}
-    return {"run": facts, "exact": marks}
+    return {"run": facts, "search": search, "exact": marks}
 
 
 def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:

@@ -109,13 +109,13 @@ METHODS = (
         STEPS,
     ),
 )
-"""Full precision, the baselines, Q-VLM with the paper's settings (Wang et al., NeurIPS 2024), and with ours.
+"""Full precision, the baselines, Q-VLM (Wang et al., NeurIPS 2024; here with normal-float weights), and ours.
 
 ``cdm=false`` and ``veo=false`` each leave out one part of ``qvlm``; both together give the layer-wise baseline: the
 rows of the paper's Table 1. ``qvlm_jacobian`` deviates from the paper: errors are weighted by Jacobians, the grid of
 ratios is wider, biases are corrected, and the tower's norms are trained, too. It leaves the joint search out: narrower
 ranges than its own lower the error of a block, but harm the answers. ``qvlm_rotated`` does not train clip ratios
-(``veo``): on the demo model trained ratios do not lower the loss, so none are kept.
+(``veo``): on the demo model they lower the loss, but three draws show no gain in accuracy.
 """
 
 

@@ -4,12 +4,13 @@ import torch
 from searching import context_of
 from tiny_llava import logits_of
 
-from qvlm_plugin import planning
+from qvlm_plugin import builtin, planning
 from qvlm_plugin.calibration import CalibrationSet
 from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
 from qvlm_plugin.quantizers import fake_quantize, token_range
+from qvlm_plugin.topology import ORDER
 
 
 def plan_of(loaded, calibration, method="qlora", scheme="w4a4", **options):
@@ -69,17 +70,35 @@ def test_the_range_search_finds_each_sites_best_ratio(loaded, calibration, norm)
             assert float(plan.tensors[f"{site.name}/clip_ratio"]) == pytest.approx(best), site.name
 
 
-@pytest.mark.parametrize("method", ["rtn", "qlora"])
-def test_more_bits_err_less_and_weight_only_needs_no_data(method, tiny_llava, calibration):
-    errors = []
-    for scheme in ("w8a8", "w6a6", "w4a4", "w3a3"):
+SHORT = {
+    "awq": {"alpha_steps": 2, "min_clip": 0.9},
+    "mbq": {"alpha_steps": 2, "min_clip": 0.9},
+    "qvlm": {"veo_epochs": 1, "beam": 1},
+    "qvlm_jacobian": {"veo_epochs": 1},
+}
+"""Options that make a method's search short."""
+
+
+@pytest.mark.parametrize("method", [method.name for method in builtin.METHODS if method.name != "none"])
+def test_every_method_takes_every_scheme_and_errs_less_with_more_bits(method, tiny_llava, calibration):
+    errors = {}
+    for scheme in ("w8a8", "w6a6", "w4a8", "w4a4", "w4a16", "w3a16"):
         loaded = load(str(tiny_llava), dtype="float32")
         inputs, _ = next(calibration.batches(loaded.processor, 5))
         reference = logits_of(loaded.model, inputs)
-        planning.apply(plan_of(loaded, calibration, method, scheme), loaded)
-        errors.append(float((logits_of(loaded.model, inputs) - reference).norm() / reference.norm()))
-    assert errors == sorted(errors) and errors[0] < 0.06 and errors[-1] > 0.2
-    weight_only = plan_of(load(str(tiny_llava)), None, method, "w4a16")
+        plan = plan_of(loaded, calibration, method, scheme, **SHORT.get(method, {}))
+        weight, activation = map(int, scheme[1:].split("a"))
+        quantized = [module for module in plan.modules if module.part in ORDER]
+        assert {(module.weight.bits, module.activation.bits) for module in quantized} == {(weight, activation)}
+        planning.apply(plan, loaded)
+        errors[scheme] = float((logits_of(loaded.model, inputs) - reference).norm() / reference.norm())
+    assert 0 < errors["w8a8"] < errors["w6a6"] < errors["w4a4"] and errors["w8a8"] < 0.08
+    assert errors["w8a8"] < errors["w4a8"] < errors["w4a4"] and errors["w4a16"] < errors["w3a16"]
+
+
+@pytest.mark.parametrize("method", ["rtn", "qlora"])
+def test_weight_only_needs_no_data(method, loaded):
+    weight_only = plan_of(loaded, None, method, "w4a16")
     assert not weight_only.tensors and weight_only.effective_bits()["decoder"]["activation"] == 16
 
 

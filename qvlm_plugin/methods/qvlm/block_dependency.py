@@ -4,8 +4,8 @@ In the paper, x^(k) is the tensor that a quantizer rounds. ``dependency=site`` t
 site, with its own bounds; ``dependency=output`` the codes that the layer's output would have with each channel's
 extremes as bounds, although no quantizer rounds it.
 
-Dependencies are measured on top of the optimized vision tower: visual encoder optimization lowers them (Eq. 8), which
-makes blocks smaller. The threshold is their mean before the optimization.
+Dependencies are measured on top of the optimized vision tower: visual encoder optimization is meant to lower them
+(Eq. 8), which would make blocks smaller. The threshold is their mean before the optimization.
 """
 
 import torch

@@ -89,20 +89,23 @@ def choose(loaded: LoadedModel, samples: CalibrationSet, percentiles: Sequence[f
     """
     context, answers, chosen = context_of(loaded, samples), answers_of(loaded, samples), []
     hidden = block_inputs(context)
+    least = answers.loss(_through(hidden, context.layers))
     for index, (name, layer) in enumerate(tqdm(context.layers, "oracle")):
         ratios = {
             id(module.clip_ratio): module.clip_ratio for module in layer.modules() if isinstance(module, QuantLinear)
         }
         whole = {key: ratio.clone() for key, ratio in ratios.items()}
-        losses = []
+        losses = {1.0: least}  # with the layer as it is, and those below as they were chosen
         for percentile in percentiles:
-            for key, ratio in ratios.items():
-                ratio.copy_(whole[key] * percentile)
-            losses.append(answers.loss(_through(hidden, context.layers[index:])))
-        best = losses.index(min(losses))
+            if percentile not in losses:
+                for key, ratio in ratios.items():
+                    ratio.copy_(whole[key] * percentile)
+                losses[percentile] = answers.loss(_through(hidden, context.layers[index:]))
+        best = min(percentiles, key=losses.__getitem__)
+        least = losses[best]
         for key, ratio in ratios.items():
-            ratio.copy_(whole[key] * percentiles[best])
-        chosen.append(percentiles[best])
+            ratio.copy_(whole[key] * best)
+        chosen.append(best)
         hidden = hidden.through(name, layer)
     return chosen
 

@@ -1,9 +1,10 @@
 """Our methods and llm-compressor's on the demo's decoder: errors on the domain of the calibration set and outside it.
 
-The decoder's weights are rounded in groups of 64, at W8A8 per output channel with activations per token. All rows are
-measured on the same samples, to which none was fitted: the error of what decoder layers add to their full-precision
-inputs, the divergence at the answers' tokens, and the divergence at every token of English text that has nothing to do
-with pictures (Python's language reference, which comes with Python).
+Only the decoder is rounded: its weights in groups of 64 (at W8A8 per output channel, at W4A4 as the method has it), its
+activations per token (those of qlora and rtn per channel). All rows are measured on the same samples, to which none was
+fitted: the error of what decoder layers add to their full-precision inputs, the divergence at the answers' tokens, and
+the divergence at every token of English text that has nothing to do with pictures (Python's language reference, which
+comes with Python).
 
 The peers run in a separate environment, on the samples that the first command writes:
 
@@ -50,6 +51,11 @@ WEIGHTS_ALONE = (
 OURS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "w4a16": WEIGHTS_ALONE,
     "w3a16": WEIGHTS_ALONE,
+    "w4a4": (
+        ("qlora", "qlora", {}), ("gptq", "gptq", G64), ("quarot", "quarot", {}),
+        ("qvlm_rotated, no centers", "qvlm_rotated", {"cdm": False, "center": False, "bias_correction": False}),
+        ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
+    ),
     "w8a8": (
         ("rtn, per channel", "rtn", {"group_size": -1}), ("smoothquant", "smoothquant", {}),
         ("smoothquant, gptq", "smoothquant", {"rounding": "gptq"}),
@@ -342,7 +348,7 @@ def measured(model: nn.Module, reference: Reference) -> dict[str, Any]:
         "layer_error": _layer_error(model, reference.calls),
         "kl": float(torch.stack(divergences).mean()),
         "kl_off_domain": float(_divergence(reference.prose, model(input_ids=inputs.texts).logits)),
-        "correct": [sum(found) / len(found) for found in by_task.values()],
+        "correct": [sum(found) / len(found) for found in by_task.values() if found],
     }
 
 
@@ -398,7 +404,7 @@ def main() -> None:
         commands.add_parser(name).add_argument("folder", type=Path, help="folder of samples, models and rows")
     commands.choices["peer"].add_argument("checkpoint", help="folder of the demo model")
     shown = commands.choices["table"]
-    shown.add_argument("--limit", type=int, default=200, help="documents of each task")
+    shown.add_argument("--limit", type=int, default=200, help="documents of each task; 0: none")
     shown.add_argument("--schemes", type=lambda text: text.split(","), default=[*OURS], help="separated by commas")
     shown.add_argument(
         "--draws",

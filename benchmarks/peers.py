@@ -53,7 +53,7 @@ OURS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "w3a16": WEIGHTS_ALONE,
     "w4a4": (
         ("qlora", "qlora", {}), ("gptq", "gptq", G64), ("quarot", "quarot", {}),
-        ("qvlm_rotated, no centers", "qvlm_rotated", {"cdm": False, "center": False, "bias_correction": False}),
+        ("qvlm_rotated, no centers or biases", "qvlm_rotated", {"cdm": False, "center": False, "bias_correction": False}),
         ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
     ),
     "w8a8": (

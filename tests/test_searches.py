@@ -55,7 +55,7 @@ def test_a_cell_is_a_row_and_one_without_a_summary_an_error(searches, tmp_path, 
 
 
 def test_the_documents_table_is_that_of_the_cells_that_are_kept(searches, capsys, monkeypatch):
-    cells = ["ladder/qvlm_rotated-veo-w4a3-64-{}"]
+    cells = ["qvlm-w4a4-64-{}", "ladder/qvlm_rotated-veo-w4a3-64-{}"]
     files = [str(DOCS / "seeds" / f"{cell.format(seed)}.json") for cell in cells for seed in range(3)]
     monkeypatch.setattr(sys, "argv", ["searches.py", *files])
     searches.main()

@@ -5,16 +5,20 @@ up, the percentile with which the whole quantized model has the least loss on th
 which no plan was fitted. Its gain on unseen documents estimates what any choice among these percentiles can gain on
 this model, as far as a layer-wise search finds it.
 
-python benchmarks/oracle.py seeds-results/plans/qvlm_rotated-cdm-w4a4-64-0 seeds-results/plans/qvlm_rotated-w4a4-64-0
+python benchmarks/oracle.py oracle.json seeds-results/plans/qvlm_rotated-cdm-w4a4-64-0 \\
+    seeds-results/plans/qvlm_rotated-w4a4-64-0
 
 The first plan is that of a method without its joint search, from which the oracle starts; the others are compared with
-it. Run it in a folder with the stand-in data (`qvlm demo data .`).
+it. Run it in a folder with the stand-in data (`qvlm demo data .`). It takes an hour and more; each layer's percentile
+and each measurement is kept in the file, from which the same command resumes.
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from teacher_forced import Question, exact_matches, read_questions
@@ -22,8 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qvlm_plugin import planning, plugins
+from qvlm_plugin.atomic import write_file
 from qvlm_plugin.calibration import CalibrationSet, read_calibration
 from qvlm_plugin.demo import CALIBRATION, TASKS, resolve_demo
+from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.harness.task_source import draw_samples
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.context import SearchContext
@@ -31,6 +37,7 @@ from qvlm_plugin.methods.hidden import HiddenCache, block_inputs
 from qvlm_plugin.methods.options import MethodOptions
 from qvlm_plugin.models.loading import LoadedModel, load
 from qvlm_plugin.plan import RoundingPlan
+from qvlm_plugin.reading import read_json
 from qvlm_plugin.report.results import Grid
 from qvlm_plugin.scheme import Scheme
 
@@ -38,6 +45,7 @@ SEED = 1000
 """Seed of the oracle's samples, other than that of any plan; samples to which a plan was fitted are left out."""
 
 BATCH = MethodOptions().calibration_batch_size
+FULL_PRECISION = "full precision"
 
 
 @dataclass(frozen=True)
@@ -76,38 +84,43 @@ def answers_of(loaded: LoadedModel, samples: CalibrationSet) -> Answers:
 
 
 @torch.no_grad()
-def choose(loaded: LoadedModel, samples: CalibrationSet, percentiles: Sequence[float]) -> list[float]:
+def choose(
+    loaded: LoadedModel, samples: CalibrationSet, percentiles: Sequence[float], known: Sequence[float] = ()
+) -> Iterator[float]:
     """Set each decoder layer of a quantized model to the percentile with the least loss of the answers.
 
     Args:
         loaded: a model quantized by the reference arithmetic with per-token ranges; its clip ratios are changed.
         samples: samples with answers.
         percentiles: factors of the ranges, widest first; of equally good ones the widest is kept.
+        known: the percentiles of the first layers, from an earlier call.
 
-    Returns:
-        The percentile of each layer.
+    Yields:
+        The percentile of each layer, when the layer has been set to it.
     """
-    context, answers, chosen = context_of(loaded, samples), answers_of(loaded, samples), []
+    context, answers, least = context_of(loaded, samples), answers_of(loaded, samples), None
     hidden = block_inputs(context)
-    least = answers.loss(_through(hidden, context.layers))
     for index, (name, layer) in enumerate(tqdm(context.layers, "oracle")):
         ratios = {
             id(module.clip_ratio): module.clip_ratio for module in layer.modules() if isinstance(module, QuantLinear)
         }
         whole = {key: ratio.clone() for key, ratio in ratios.items()}
-        losses = {1.0: least}  # with the layer as it is, and those below as they were chosen
-        for percentile in percentiles:
-            if percentile not in losses:
-                for key, ratio in ratios.items():
-                    ratio.copy_(whole[key] * percentile)
-                losses[percentile] = answers.loss(_through(hidden, context.layers[index:]))
-        best = min(percentiles, key=losses.__getitem__)
-        least = losses[best]
+        if index < len(known):
+            best = known[index]
+        else:
+            # With the layer as it is, the loss is the least of the layer below.
+            losses = {1.0: answers.loss(_through(hidden, context.layers[index:])) if least is None else least}
+            for percentile in percentiles:
+                if percentile not in losses:
+                    for key, ratio in ratios.items():
+                        ratio.copy_(whole[key] * percentile)
+                    losses[percentile] = answers.loss(_through(hidden, context.layers[index:]))
+            best = min(percentiles, key=losses.__getitem__)
+            least = losses[best]
         for key, ratio in ratios.items():
             ratio.copy_(whole[key] * best)
-        chosen.append(best)
+        yield best
         hidden = hidden.through(name, layer)
-    return chosen
 
 
 def _through(hidden: HiddenCache, layers: Sequence[tuple[str, nn.Module]]) -> HiddenCache:
@@ -125,9 +138,81 @@ def measured(loaded: LoadedModel, samples: CalibrationSet, questions: Sequence[Q
     return f"{loss:.4f}", f"{100 * sum(exact.values()) / len(exact):.1f}"
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is known so far of a run, in a file.
+
+    Attributes:
+        file: the file.
+        asked: the arguments of the run, as JSON data.
+        rows: for each row of the table, the loss of the answers and the share of exact ones, as texts.
+        chosen: the oracle's percentiles of the first layers.
+    """
+
+    file: Path
+    asked: dict[str, Any]
+    rows: dict[str, Sequence[str]] = field(default_factory=dict)
+    chosen: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, file: Path, asked: dict[str, Any]) -> "Kept":
+        """Read the file, if it exists.
+
+        Raises:
+            QVLMError: its arguments were others.
+        """
+        if not file.exists():
+            return cls(file, asked)
+        kept = cls(file, **read_json(file))
+        if kept.asked != asked:
+            raise QVLMError(f"{file}: written with other arguments; repeat them, or pass another file")
+        return kept
+
+    def write(self) -> None:
+        """Write the file."""
+        content = {"asked": self.asked, "rows": self.rows, "chosen": self.chosen}
+        write_file(self.file, json.dumps(content, indent=1).encode())
+
+
+def compare(kept: Kept, plans: Mapping[Path, RoundingPlan], samples: int) -> None:
+    """Measure full precision, the plans, and the first plan with the oracle's percentiles; keep what is measured.
+
+    Args:
+        kept: what is known so far, to which the rest is added.
+        plans: the plans, by their folders.
+        samples: number of train samples on which the oracle computes the loss.
+    """
+    fitted = {digest for plan in plans.values() for digest in plan.calibration.digests}
+    drawn = read_calibration(f"{CALIBRATION}:{2 * samples}", None, SEED, draw_samples)
+    loaded = load(resolve_demo("demo"), dtype="float32")
+    given = CalibrationSet(drawn.without(fitted)[:samples]).encoded(loaded.processor, BATCH)
+    questions = read_questions(loaded, TASKS, kept.asked["limit"])
+
+    def measure(name: str, loaded: LoadedModel) -> None:
+        kept.rows[name] = measured(loaded, given, questions)
+        kept.write()
+
+    if FULL_PRECISION not in kept.rows:
+        measure(FULL_PRECISION, loaded)
+    for path, plan in plans.items():
+        if path.name not in kept.rows:
+            loaded = load(resolve_demo("demo"), dtype="float32")
+            planning.apply(plan, loaded)
+            measure(path.name, loaded)
+    first, plan = next(iter(plans.items()))
+    if f"{first.name}, oracle" not in kept.rows:
+        loaded = load(resolve_demo("demo"), dtype="float32")
+        planning.apply(plan, loaded)
+        for index, percentile in enumerate(choose(loaded, given, kept.asked["percentiles"], tuple(kept.chosen))):
+            kept.chosen[index:] = [percentile]
+            kept.write()
+        measure(f"{first.name}, oracle", loaded)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="JSON file that keeps what is known so far")
     parser.add_argument("plan", type=Path, help="plan from which the oracle starts")
     parser.add_argument("others", type=Path, nargs="*", help="plans to compare with")
     parser.add_argument(
@@ -142,26 +227,13 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     plans = {path: RoundingPlan.load(path) for path in (arguments.plan, *arguments.others)}
-    fitted = {digest for plan in plans.values() for digest in plan.calibration.digests}
-    drawn = read_calibration(f"{CALIBRATION}:{2 * arguments.samples}", None, SEED, draw_samples)
-    loaded = load(resolve_demo("demo"), dtype="float32")
-    samples = CalibrationSet(drawn.without(fitted)[: arguments.samples]).encoded(loaded.processor, BATCH)
-    questions = read_questions(loaded, TASKS, arguments.limit)
-    rows = [("full precision", *measured(loaded, samples, questions))]
-    for path, plan in plans.items():
-        loaded = load(resolve_demo("demo"), dtype="float32")
-        planning.apply(plan, loaded)
-        rows.append((path.name, *measured(loaded, samples, questions)))
-    loaded = load(resolve_demo("demo"), dtype="float32")
-    planning.apply(plans[arguments.plan], loaded)
-    chosen = choose(loaded, samples, arguments.percentiles)
-    rows.append((f"{arguments.plan.name}, oracle", *measured(loaded, samples, questions)))
-    print(
-        Grid(
-            ("plan", f"loss of the oracle's {len(samples.samples)} answers", "exact match (%)"), tuple(rows)
-        ).markdown()
-    )
-    print(f"\nThe oracle's percentiles: {chosen}")
+    asked = {name: getattr(arguments, name) for name in ("samples", "limit", "percentiles")}
+    asked["plans"] = {path.name: plan.facts["plan_hash"] for path, plan in plans.items()}
+    kept = Kept.of(arguments.file, asked)
+    compare(kept, plans, arguments.samples)
+    header = ("plan", f"loss of {arguments.samples} answers", "exact match (%)")
+    print(Grid(header, tuple((name, *texts) for name, texts in kept.rows.items())).markdown())
+    print(f"\nThe oracle's percentiles: {kept.chosen}")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ from tiny_llava import random_image
 from qvlm_plugin import planning
 from qvlm_plugin.calibration import CalibrationSet, Sample
 from qvlm_plugin.conversation import Conversation
+from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.hidden import block_inputs
+from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
 
 
@@ -60,5 +62,38 @@ def test_each_layer_gets_the_percentile_of_the_least_loss(oracle, loaded, sample
     second = min(percentiles, key=lambda p: loss_with(first, p))
     expected = loss_with(first, second)
     loss_with(1.0, 1.0)
-    assert oracle.choose(loaded, samples, percentiles) == [first, second]
+    assert [*oracle.choose(loaded, samples, percentiles)] == [first, second]
     assert loss_of(oracle, loaded, samples) == pytest.approx(expected)
+    loss_with(1.0, 1.0)
+    assert [*oracle.choose(loaded, samples, percentiles, [first])] == [first, second]
+    assert loss_of(oracle, loaded, samples) == pytest.approx(expected)
+
+
+def test_what_is_known_is_kept_and_other_arguments_are_refused(oracle, tmp_path):
+    kept = oracle.Kept.of(tmp_path / "oracle.json", {"limit": 60, "percentiles": [1.0]})
+    kept.rows["full precision"] = ("0.1", "99.0")
+    kept.chosen.append(0.9)
+    kept.write()
+    again = oracle.Kept.of(kept.file, kept.asked)
+    assert again.chosen == [0.9] and [*again.rows["full precision"]] == ["0.1", "99.0"]
+    with pytest.raises(QVLMError, match="written with other arguments"):
+        oracle.Kept.of(kept.file, {"limit": 61, "percentiles": [1.0]})
+
+
+def test_an_interrupted_run_resumes_and_ends_the_same(oracle, tiny_llava, samples, tmp_path, monkeypatch):
+    """The second call measures only what the first had not, and chooses only the last layer."""
+    request = check_request("quarot", "w4a4", {"calibration_batch_size": 5})
+    plan = planning.obtain_plan(load(str(tiny_llava), dtype="float32"), request, samples, None)
+    monkeypatch.setattr(oracle, "resolve_demo", lambda _: str(tiny_llava))
+    monkeypatch.setattr(oracle, "read_calibration", lambda *_: samples)
+    monkeypatch.setattr(CalibrationSet, "without", lambda own, _: own.samples)
+    monkeypatch.setattr(oracle, "read_questions", lambda *_: [])
+    times = []
+    monkeypatch.setattr(oracle, "measured", lambda *_: times.append(1) or (str(len(times)), ""))
+    asked = {"limit": 60, "percentiles": [1.0, 0.5]}
+    whole = oracle.Kept.of(tmp_path / "whole.json", asked)
+    oracle.compare(whole, {tmp_path / "plan": plan}, 10)
+    assert [*whole.rows] == ["full precision", "plan", "plan, oracle"] and len(times) == 3 and len(whole.chosen) == 2
+    part = oracle.Kept(tmp_path / "part.json", asked, {"full precision": (), "plan": ()}, whole.chosen[:1])
+    oracle.compare(part, {tmp_path / "plan": plan}, 10)
+    assert part.chosen == whole.chosen and len(times) == 4

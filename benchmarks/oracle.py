@@ -174,15 +174,14 @@ class Kept:
         write_file(self.file, json.dumps(content, indent=1).encode())
 
 
-def compare(kept: Kept, plans: Mapping[Path, RoundingPlan], samples: int) -> None:
+def compare(kept: Kept, plans: Mapping[Path, RoundingPlan]) -> None:
     """Measure full precision, the plans, and the first plan with the oracle's percentiles; keep what is measured.
 
     Args:
         kept: what is known so far, to which the rest is added.
         plans: the plans, by their folders.
-        samples: number of train samples on which the oracle computes the loss.
     """
-    fitted = {digest for plan in plans.values() for digest in plan.calibration.digests}
+    samples, fitted = kept.asked["samples"], {digest for plan in plans.values() for digest in plan.calibration.digests}
     drawn = read_calibration(f"{CALIBRATION}:{2 * samples}", None, SEED, draw_samples)
     loaded = load(resolve_demo("demo"), dtype="float32")
     given = CalibrationSet(drawn.without(fitted)[:samples]).encoded(loaded.processor, BATCH)
@@ -192,17 +191,19 @@ def compare(kept: Kept, plans: Mapping[Path, RoundingPlan], samples: int) -> Non
         kept.rows[name] = measured(loaded, given, questions)
         kept.write()
 
+    def quantized(plan: RoundingPlan) -> LoadedModel:
+        loaded = load(resolve_demo("demo"), dtype="float32")
+        planning.apply(plan, loaded)
+        return loaded
+
     if FULL_PRECISION not in kept.rows:
         measure(FULL_PRECISION, loaded)
     for path, plan in plans.items():
         if path.name not in kept.rows:
-            loaded = load(resolve_demo("demo"), dtype="float32")
-            planning.apply(plan, loaded)
-            measure(path.name, loaded)
+            measure(path.name, quantized(plan))
     first, plan = next(iter(plans.items()))
     if f"{first.name}, oracle" not in kept.rows:
-        loaded = load(resolve_demo("demo"), dtype="float32")
-        planning.apply(plan, loaded)
+        loaded = quantized(plan)
         for index, percentile in enumerate(choose(loaded, given, kept.asked["percentiles"], tuple(kept.chosen))):
             kept.chosen[index:] = [percentile]
             kept.write()
@@ -230,7 +231,7 @@ def main() -> None:
     asked = {name: getattr(arguments, name) for name in ("samples", "limit", "percentiles")}
     asked["plans"] = {path.name: plan.facts["plan_hash"] for path, plan in plans.items()}
     kept = Kept.of(arguments.file, asked)
-    compare(kept, plans, arguments.samples)
+    compare(kept, plans)
     header = ("plan", f"loss of {arguments.samples} answers", "exact match (%)")
     print(Grid(header, tuple((name, *texts) for name, texts in kept.rows.items())).markdown())
     print(f"\nThe oracle's percentiles: {kept.chosen}")

@@ -90,10 +90,10 @@ def test_an_interrupted_run_resumes_and_ends_the_same(oracle, tiny_llava, sample
     monkeypatch.setattr(oracle, "read_questions", lambda *_: [])
     times = []
     monkeypatch.setattr(oracle, "measured", lambda *_: times.append(1) or (str(len(times)), ""))
-    asked = {"limit": 60, "percentiles": [1.0, 0.5]}
+    asked = {"samples": 10, "limit": 60, "percentiles": [1.0, 0.5]}
     whole = oracle.Kept.of(tmp_path / "whole.json", asked)
-    oracle.compare(whole, {tmp_path / "plan": plan}, 10)
+    oracle.compare(whole, {tmp_path / "plan": plan})
     assert [*whole.rows] == ["full precision", "plan", "plan, oracle"] and len(times) == 3 and len(whole.chosen) == 2
     part = oracle.Kept(tmp_path / "part.json", asked, {"full precision": (), "plan": ()}, whole.chosen[:1])
-    oracle.compare(part, {tmp_path / "plan": plan}, 10)
+    oracle.compare(part, {tmp_path / "plan": plan})
     assert part.chosen == whole.chosen and len(times) == 4

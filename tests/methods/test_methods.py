@@ -82,7 +82,7 @@ SHORT = {
 @pytest.mark.parametrize("method", [method.name for method in builtin.METHODS if method.name != "none"])
 def test_every_method_takes_every_scheme_and_errs_less_with_more_bits(method, tiny_llava, calibration):
     errors = {}
-    for scheme in ("w8a8", "w6a6", "w4a8", "w4a4", "w4a16", "w3a16"):
+    for scheme in ("w8a8", "w6a6", "w4a8", "w4a4", "w4a16", "w3a16", "w3a3"):
         loaded = load(str(tiny_llava), dtype="float32")
         inputs, _ = next(calibration.batches(loaded.processor, 5))
         reference = logits_of(loaded.model, inputs)
@@ -92,7 +92,8 @@ def test_every_method_takes_every_scheme_and_errs_less_with_more_bits(method, ti
         assert {(module.weight.bits, module.activation.bits) for module in quantized} == {(weight, activation)}
         planning.apply(plan, loaded)
         errors[scheme] = float((logits_of(loaded.model, inputs) - reference).norm() / reference.norm())
-    assert 0 < errors["w8a8"] < errors["w6a6"] < errors["w4a4"] and errors["w8a8"] < 0.08
+    assert 0 < errors["w8a8"] < errors["w6a6"] < errors["w4a4"] < errors["w3a3"] and errors["w3a3"] > 0.2
+    assert errors["w8a8"] < (0.08 if method == "qvlm_jacobian" else 0.06)  # it fits the answers, not all logits
     assert errors["w8a8"] < errors["w4a8"] < errors["w4a4"] and errors["w4a16"] < errors["w3a16"]
 
 

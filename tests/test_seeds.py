@@ -1,17 +1,19 @@
 """The benchmark over draws of samples: exact matches with shared prefixes, and the table."""
 
 import json
+import re
+import shlex
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from test_docs import ROOT, SHELL, code_blocks
 from tiny_llava import random_image
 
 from qvlm_plugin.conversation import Conversation
 from qvlm_plugin.errors import QVLMError
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+DEMO = ROOT / "docs" / "results-demo.md"
 
 
 @pytest.fixture
@@ -114,35 +116,19 @@ def test_draws_that_need_no_calibration_are_one_cell(benchmarks):
     assert names["rtn-rotation"] == {"rtn-rotation-w4a3"} and len(names["rtn-rotation-gptq"]) == 4
 
 
-def test_the_documents_table_is_that_of_the_cells_that_are_kept(benchmarks, capsys):
+TABLES = [
+    command.replace("\\\n", "")
+    for language, block in code_blocks(DEMO)
+    if language in SHELL
+    for command in re.findall(r"^\$ python (benchmarks/seeds\.py table (?:\\\n|.)*)", block, re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_a_documented_table_is_what_its_command_prints(command, benchmarks, monkeypatch, capsys):
     seeds, _ = benchmarks
-    docs = FOLDER.parent / "docs"
-    seeds.show_table(
-        [*seeds.draws(["w4a4"], seeds.GROUPS["main"], [32, 64], [0, 1, 2])], docs / "seeds", "qlora", ["average"]
-    )
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", shlex.split(command, comments=True))
+    seeds.main()
     table, _ = capsys.readouterr().out.split("\n\n")
-    assert table.count("| average |") >= 5 and "scienceqa" not in table
-    page = (docs / "results-demo.md").read_text()
-    assert table in page
-    draws = [*seeds.draws(["w4a4"], ["qvlm_rotated"], [64], [0, 1, 2])]
-    seeds.show_table(draws, docs / "seeds" / "thousand", "full-precision", [])
-    table, _ = capsys.readouterr().out.split("\n\n")
-    assert table.count("| 3 |") == 4 and table in page
-    normal = ("-cdm", "", "-blocks", "-wide_blocks", "-normal", "-normal_blocks")
-    for folder, scheme, rows, count, baseline, shown in (
-        ("", "w4a4", seeds.LADDER, 32, "previous", 7),
-        ("ladder", "w4a3", seeds.LADDER, 64, "previous", 8),
-        ("ladder", "w3a3", seeds.LADDER, 64, "previous", 7),
-        ("ladder", "w4a3", [f"qvlm_rotated{row}" for row in normal], 64, "qvlm_rotated-cdm", 6),
-        ("ladder", "w3a3", [f"qvlm_rotated{row}" for row in ("-cdm", "-blocks", "", "-normal")], 64,
-         "qvlm_rotated-cdm", 4),
-        ("table1", "w4a4", (*seeds.GROUPS["table1"], "qlora-zero"), 32, "qlora", 7),
-        ("table1", "w4a4", seeds.GROUPS["fig3a"], 32, "qvlm-depth1", 5),
-        ("table1", "w4a4", seeds.GROUPS["fig3b"][:4], 32, "qlora", 4),
-        ("table1", "w4a4", ["qvlm-eta0.1", "qvlm-short", "qvlm-eta10"], 32, "qvlm-short", 3),
-    ):  # fmt: skip
-        cells = [*seeds.draws([scheme], rows, [count], [0, 1, 2])]
-        seeds.show_table(cells, docs / "seeds" / folder, baseline, ["average"])
-        table, _ = capsys.readouterr().out.split("\n\n")
-        assert table.count(f"| {scheme} |") == shown
-        assert table[table.index("| method") :] in page, (folder, scheme, baseline)  # after notes on missing cells
+    assert table[table.index("| method") :] in DEMO.read_text()  # after notes on missing cells

@@ -139,8 +139,19 @@ def test_quoted_messages_are_in_the_code():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
-    assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    links = re.findall(r"\]\(((?!\w+://)[^)#]*)(?:#([^)]*))?\)", page.read_text())
+    for file, section in links:
+        target = page.parent / file if file else page
+        assert target.exists(), file
+        assert not section or section in sections(target), (file, section)
+
+
+def sections(page):
+    """The names by which links refer to a page's headings."""
+    headings = re.findall(
+        r"^#+ (.*)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_what_is_chosen_by_was_measured():

@@ -59,4 +59,4 @@ def test_the_documents_table_is_that_of_the_cells_that_are_kept(searches, capsys
     files = [str(DOCS / "seeds" / f"{cell.format(seed)}.json") for cell in cells for seed in range(3)]
     monkeypatch.setattr(sys, "argv", ["searches.py", *files])
     searches.main()
-    assert capsys.readouterr().out.strip() in (DOCS / "results-demo.md").read_text()
+    assert capsys.readouterr().out.strip() in (DOCS / "results-paper.md").read_text()

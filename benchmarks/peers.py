@@ -45,7 +45,7 @@ G64 = {"group_size": 64}
 NO_MEANS = {"center": False, "bias_correction": False}
 WEIGHTS_ALONE = (
     ("rtn", "rtn", G64), ("awq", "awq", G64), ("awq, duo scaling", "awq", G64 | {"duo_scaling": True}),
-    ("awq, weight_clip=mse", "awq", G64 | {"weight_clip": "mse"}), ("gptq", "gptq", G64),
+    ("awq, weight_clip=mse", "awq", G64 | {"weight_clip": "mse"}), ("mbq", "mbq", G64), ("gptq", "gptq", G64),
     ("gptq, clipped", "gptq", G64 | {"weight_clip": "mse"}), ("gptq, damping 0.1", "gptq", G64 | {"damping": 0.1}),
     ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
 )  # fmt: skip

@@ -73,6 +73,7 @@ METHODS = {
     "qvlm_rotated-normal_blocks": _NORMAL | {"max_depth": 1},
     "qvlm_rotated-normal_joint": _NORMAL,
     "qvlm_rotated-groups": {"group_size": -1},
+    "qvlm_rotated-no_means": {"center": False, "bias_correction": False},
     "qvlm_rotated-progressive": {"group_scales": "progressive"},
     "qvlm_rotated-veo": _LADDER.row("+ VEO")[1] | _FASTER,
     "rtn-rotation": _LADDER.row("+ rotation, per token")[1],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_docs import DOCS
 from tiny_llava import random_image
 
 from qvlm_plugin import planning
@@ -12,6 +13,7 @@ from qvlm_plugin.linear import QuantLinear
 from qvlm_plugin.methods.hidden import block_inputs
 from qvlm_plugin.models.loading import load
 from qvlm_plugin.plan_request import check_request
+from qvlm_plugin.reading import read_json
 
 
 @pytest.fixture
@@ -97,3 +99,14 @@ def test_an_interrupted_run_resumes_and_ends_the_same(oracle, tiny_llava, sample
     part = oracle.Kept(tmp_path / "part.json", asked, {"full precision": (), "plan": ()}, whole.chosen[:1])
     oracle.compare(part, {tmp_path / "plan": plan})
     assert part.chosen == whole.chosen and len(times) == 4
+
+
+def test_the_documents_table_is_that_of_the_runs_that_are_kept():
+    page, files = (DOCS / "results-paper.md").read_text(), [*(DOCS / "ablations").glob("oracle-*.json")]
+    assert len(files) == 2
+    for file in files:
+        kept = read_json(file)
+        rows = [f"| {' | '.join((name, *texts))} |" for name, texts in kept["rows"].items()]
+        assert len(rows) >= 3 and all(row in page for row in rows)
+        same = sum(percentile == 1 for percentile in kept["chosen"])
+        assert f"{same} of the 30 layers" in page or f"{same} of\n  30 layers" in page

@@ -253,8 +253,8 @@ def show_table(todo: Sequence[Draw], output: Path, baseline: str, tasks: Sequenc
             print(f"{method} {scheme} {count} samples: {len(pairs) - len(runs)} seeds have no {other} to compare with")
         if runs:
             pooled = pool(runs, METRIC)
-            rows += [_row((method, scheme, _bits(runs[0][1]), str(count or "")), one) for one in pooled
-                     if one.task in (tasks or (one.task,))]  # fmt: skip
+            head, itself = (method, scheme, _bits(runs[0][1]), str(count or "")), all(one == two for one, two in pairs)
+            rows += [_row(head, one, itself) for one in pooled if one.task in (tasks or (one.task,))]
             if method not in (other, FULL_PRECISION):
                 sentences.append(f"{count} samples: {verdict(pooled[-1], f'{scheme} {method}', other)}")
     print(Grid(HEADER, tuple(rows)).markdown())
@@ -278,9 +278,9 @@ def _bits(run: RunSamples) -> str:
     return f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else ""
 
 
-def _row(head: tuple[str, ...], one: Pooled) -> tuple[str, ...]:
+def _row(head: tuple[str, ...], one: Pooled, itself: bool) -> tuple[str, ...]:
     texts = (*head, str(one.seeds), one.task, estimate_text(one.score, one.scale), spread_text(one))
-    if one.differences == (0.0,) * one.seeds and not one.flips.changed:  # the baseline itself
+    if itself:  # the baseline
         return (*texts, "", "", "")
     return (*texts, difference_text(one.difference, one.scale, decimals=1), p_text(one.t_p), p_text(one.sign_flip_p))
 

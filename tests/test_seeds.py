@@ -82,6 +82,17 @@ def test_the_table_pairs_each_seed_with_its_own_baseline(benchmarks, tmp_path, c
     assert "| awq" not in capsys.readouterr().out  # there is one task
 
 
+def test_a_row_that_answers_as_its_baseline_has_a_difference_of_zero(benchmarks, tmp_path, capsys):
+    seeds, _ = benchmarks
+    (tmp_path / "documents.json").write_text(json.dumps({"one": [[index, str(index), "x"] for index in range(40)]}))
+    for name in ("qlora-w8a8-32-0", "qlora-zero-w8a8-32-0"):
+        content = {"run": {"method": "qlora"}, "exact": {"one": f"{'1' * 30:0<40}"}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    seeds.show_table([*seeds.draws(["w8a8"], ["qlora", "qlora-zero"], [32], [0])], tmp_path, "qlora", [])
+    own, other = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| qlora"))
+    assert own.endswith("|  |  |  |") and "| +0.0 [" in other
+
+
 def test_cells_of_another_compute_type_are_refused(benchmarks, tmp_path):
     seeds, _ = benchmarks
     seeds._require_dtype(tmp_path, "bfloat16")

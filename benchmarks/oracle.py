@@ -8,9 +8,9 @@ this model, as far as a layer-wise search finds it.
 python benchmarks/oracle.py oracle.json seeds-results/plans/qvlm_rotated-cdm-w4a4-64-0 \\
     seeds-results/plans/qvlm_rotated-w4a4-64-0
 
-The first plan is that of a method without its joint search, from which the oracle starts; the others are compared with
-it. Run it in a folder with the stand-in data (`qvlm demo data .`). It takes an hour and more; each layer's percentile
-and each measurement is kept in the file, from which the same command resumes.
+The oracle starts from the first plan, of a method with or without a search; the others are compared with it. Run it in
+a folder with the stand-in data (`qvlm demo data .`). It takes an hour and more; each layer's percentile and each
+measurement is kept in the file, from which the same command resumes.
 """
 
 import argparse

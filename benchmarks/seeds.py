@@ -253,9 +253,10 @@ def show_table(todo: Sequence[Draw], output: Path, baseline: str, tasks: Sequenc
             print(f"{method} {scheme} {count} samples: {len(pairs) - len(runs)} seeds have no {other} to compare with")
         if runs:
             pooled = pool(runs, METRIC)
-            head, itself = (method, scheme, _bits(runs[0][1]), str(count or "")), all(one == two for one, two in pairs)
-            rows += [_row(head, one, itself) for one in pooled if one.task in (tasks or (one.task,))]
-            if method not in (other, FULL_PRECISION):
+            head = (method, scheme, _bits(runs[0][1]), str(count or ""))
+            compared = method not in (other, FULL_PRECISION)
+            rows += [_row(head, one, compared) for one in pooled if one.task in (tasks or (one.task,))]
+            if compared:
                 sentences.append(f"{count} samples: {verdict(pooled[-1], f'{scheme} {method}', other)}")
     print(Grid(HEADER, tuple(rows)).markdown())
     print("\n" + "\n".join(f"- {sentence}" for sentence in sentences))
@@ -278,9 +279,9 @@ def _bits(run: RunSamples) -> str:
     return f"{decoder['weight']:.2f} / {decoder['activation']:.0f}" if decoder else ""
 
 
-def _row(head: tuple[str, ...], one: Pooled, itself: bool) -> tuple[str, ...]:
+def _row(head: tuple[str, ...], one: Pooled, compared: bool) -> tuple[str, ...]:
     texts = (*head, str(one.seeds), one.task, estimate_text(one.score, one.scale), spread_text(one))
-    if itself:  # the baseline
+    if not compared:
         return (*texts, "", "", "")
     return (*texts, difference_text(one.difference, one.scale, decimals=1), p_text(one.t_p), p_text(one.sign_flip_p))
 

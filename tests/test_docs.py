@@ -46,7 +46,7 @@ def code_blocks(page):
 
 def commands(block):
     """The command lines of a shell block, without prompts, comments and continuations."""
-    lines = block.replace("\\\n", " ").splitlines()
+    lines = block.replace("\\\n", "").splitlines()
     split = (shlex.split(line.removeprefix("$ "), comments=True) for line in lines)
     return [words for words in split if words]
 
@@ -74,8 +74,6 @@ def check(words, monkeypatch):
             assert (ROOT / place).is_dir()
         case ["vllm", "serve", _]:
             pass  # is not installed here
-        case ["git", "checkout", _, "&&", "make" | "qvlm", *_]:
-            pass  # options are those of that commit
         case _:
             raise AssertionError(f"unknown program in {words}")
 
@@ -87,6 +85,12 @@ SHELL_BLOCKS = [
     for language, block in code_blocks(page)
     if language in SHELL
 ]
+
+
+def documented(*start):
+    """Page and arguments of each command that runs Python with a script and these arguments first."""
+    found = ((page, words) for page, block in SHELL_BLOCKS for words in commands(block))
+    return [(page, words[1:]) for page, words in found if words[: 1 + len(start)] == ["python", *start]]
 
 
 @pytest.mark.parametrize(("page", "block"), SHELL_BLOCKS, ids=lambda value: getattr(value, "stem", "")[:40])
@@ -148,9 +152,8 @@ def test_links_lead_somewhere(page):
 
 def sections(page):
     """The names by which links refer to a page's headings."""
-    headings = re.findall(
-        r"^#+ (.*)", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
-    )
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)", prose, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 

@@ -2,14 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from test_docs import ROOT, documented
 
 from qvlm_plugin import planning
 from qvlm_plugin.plan_request import check_request
-
-DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture
@@ -54,9 +52,9 @@ def test_a_cell_is_a_row_and_one_without_a_summary_an_error(searches, tmp_path, 
     assert "old.json does not keep what its search did" in capsys.readouterr().err
 
 
-def test_the_documents_table_is_that_of_the_cells_that_are_kept(searches, capsys, monkeypatch):
-    cells = ["qvlm-w4a4-64-{}", "ladder/qvlm_rotated-veo-w4a3-64-{}"]
-    files = [str(DOCS / "seeds" / f"{cell.format(seed)}.json") for cell in cells for seed in range(3)]
-    monkeypatch.setattr(sys, "argv", ["searches.py", *files])
+def test_the_documents_table_is_what_its_command_prints(searches, capsys, monkeypatch):
+    ((page, words),) = documented("benchmarks/searches.py")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", words)
     searches.main()
-    assert capsys.readouterr().out.strip() in (DOCS / "results-paper.md").read_text()
+    assert f"{capsys.readouterr().out.strip()}\n\n" in page.read_text()

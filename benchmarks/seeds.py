@@ -47,6 +47,7 @@ from qvlm_plugin.report.significance import p_text
 _FASTER = {"veo_checkpointing": False}  # the same plans; training the tower is a quarter faster and takes more memory
 _SHORT = _FASTER | {"beam": 2, "veo_epochs": 3}  # other plans than the paper's settings, in a third of the time
 _NORMAL = {"token_bounds": "normal", "min_percentile": 0.9, "max_percentile": 1.3, "percentile_step": 0.1}
+_NO_MEANS = {"center": False, "bias_correction": False}
 _LADDER = read_grid(Path("ladder"), {})  # `qvlm ablate ladder`, here without a process for each evaluation
 _TABLE1 = read_grid(Path("table1"), {})
 _FIG3A, _FIG3B = read_grid(Path("fig3a"), {}), read_grid(Path("fig3b"), {})
@@ -73,7 +74,8 @@ METHODS = {
     "qvlm_rotated-normal_blocks": _NORMAL | {"max_depth": 1},
     "qvlm_rotated-normal_joint": _NORMAL,
     "qvlm_rotated-groups": {"group_size": -1},
-    "qvlm_rotated-no_means": {"center": False, "bias_correction": False},
+    "qvlm_rotated-no_means": _NO_MEANS,
+    "qvlm_rotated-lean": _NORMAL | _NO_MEANS | {"group_scales": "progressive"},
     "qvlm_rotated-progressive": {"group_scales": "progressive"},
     "qvlm_rotated-veo": _LADDER.row("+ VEO")[1] | _FASTER,
     "rtn-rotation": _LADDER.row("+ rotation, per token")[1],

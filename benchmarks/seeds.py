@@ -75,7 +75,7 @@ METHODS = {
     "qvlm_rotated-normal_joint": _NORMAL,
     "qvlm_rotated-groups": {"group_size": -1},
     "qvlm_rotated-no_means": _NO_MEANS,
-    "qvlm_rotated-lean": _NORMAL | _NO_MEANS | {"group_scales": "progressive"},
+    "qvlm_rotated-lean": _NORMAL | _NO_MEANS | {"group_scales": "progressive", "max_percentile": 1.1},
     "qvlm_rotated-progressive": {"group_scales": "progressive"},
     "qvlm_rotated-veo": _LADDER.row("+ VEO")[1] | _FASTER,
     "rtn-rotation": _LADDER.row("+ rotation, per token")[1],

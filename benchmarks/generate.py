@@ -56,7 +56,8 @@ class Variant:
 
 NF = {"weights": "nf"}
 ROTATED = {"activations": "token", "transform": "rotate", "group_size": 64, "group_scales": "progressive"}
-"""The options of ``qvlm_rotated``, except for its searches, which do not change the cost."""
+"""The options of ``qvlm_rotated``, except for smoothing and searches, which do not change the cost, and for
+``token_bounds=normal``, which also computes each token's standard deviation."""
 
 
 VARIANTS = {

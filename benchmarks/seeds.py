@@ -46,10 +46,10 @@ from qvlm_plugin.report.significance import p_text
 
 _FASTER = {"veo_checkpointing": False}  # the same plans; training the tower is a quarter faster and takes more memory
 _SHORT = _FASTER | {"beam": 2, "veo_epochs": 3}  # other plans than the paper's settings, in a third of the time
-_NORMAL = {"token_bounds": "normal", "min_percentile": 0.9, "max_percentile": 1.3, "percentile_step": 0.1}
-_NO_MEANS = {"center": False, "bias_correction": False}
+_WIDE_NORMAL = {"token_bounds": "normal", "max_percentile": 1.3, "percentile_step": 0.1}
 _LADDER = read_grid(Path("ladder"), {})  # `qvlm ablate ladder`, here without a process for each evaluation
 _TABLE1 = read_grid(Path("table1"), {})
+_CENTERED, _UNSEARCHED = _LADDER.row("+ joint search")[1], _LADDER.row("+ smoothing")[1]
 _FIG3A, _FIG3B = read_grid(Path("fig3a"), {}), read_grid(Path("fig3b"), {})
 METHODS = {
     "qlora": {},
@@ -68,16 +68,16 @@ METHODS = {
     "quarot": {},
     "qvlm_rotated": {},
     "qvlm_rotated-cdm": {"cdm": False},
-    "qvlm_rotated-blocks": _LADDER.row("+ layer-wise search")[1],
-    "qvlm_rotated-wide_blocks": {"min_percentile": 0.7, "max_depth": 1},
-    "qvlm_rotated-normal": {"token_bounds": "normal", "cdm": False},
-    "qvlm_rotated-normal_blocks": _NORMAL | {"max_depth": 1},
-    "qvlm_rotated-normal_joint": _NORMAL,
     "qvlm_rotated-groups": {"group_size": -1},
-    "qvlm_rotated-no_means": _NO_MEANS,
-    "qvlm_rotated-lean": _NORMAL | _NO_MEANS | {"group_scales": "progressive", "max_percentile": 1.1},
-    "qvlm_rotated-progressive": {"group_scales": "progressive"},
-    "qvlm_rotated-veo": _LADDER.row("+ VEO")[1] | _FASTER,
+    "qvlm_rotated-centered_cdm": _UNSEARCHED,
+    "qvlm_rotated-centered_blocks": _LADDER.row("+ layer-wise search")[1],
+    "qvlm_rotated-centered_wide_blocks": _CENTERED | {"min_percentile": 0.7, "max_depth": 1},
+    "qvlm_rotated-centered_normal": _UNSEARCHED | {"token_bounds": "normal"},
+    "qvlm_rotated-centered_normal_blocks": _CENTERED | _WIDE_NORMAL | {"max_depth": 1},
+    "qvlm_rotated-centered": _CENTERED,
+    "qvlm_rotated-centered_groups": _CENTERED | {"group_size": -1},
+    "qvlm_rotated-centered_progressive": _CENTERED | {"group_scales": "progressive"},
+    "qvlm_rotated-centered_veo": _LADDER.row("+ VEO")[1] | _FASTER,
     "rtn-rotation": _LADDER.row("+ rotation, per token")[1],
     "rtn-rotation-gptq": _LADDER.row("+ GPTQ")[1],
     "rtn-rotation-gptq-centers": _LADDER.row("+ centers, biases")[1],
@@ -85,14 +85,14 @@ METHODS = {
 """Rows and their options: a method, and after a hyphen what the row leaves out or changes."""
 
 LADDER = (
-    "qlora", "rtn-rotation", "rtn-rotation-gptq", "rtn-rotation-gptq-centers", "qvlm_rotated-cdm",
-    "qvlm_rotated-blocks", "qvlm_rotated", "qvlm_rotated-veo",
+    "qlora", "rtn-rotation", "rtn-rotation-gptq", "rtn-rotation-gptq-centers", "qvlm_rotated-centered_cdm",
+    "qvlm_rotated-centered_blocks", "qvlm_rotated-centered", "qvlm_rotated-centered_veo", "qvlm_rotated",
 )  # fmt: skip
 """The rows of the ladder, each to be compared with the one before."""
 
 GROUPS = {
     "main": (
-        "qlora", "awq", "qvlm", "qvlm_jacobian", "qvlm_rotated", "qvlm_rotated-cdm", "qvlm_rotated-progressive",
+        "qlora", "awq", "qvlm", "qvlm_jacobian", "qvlm_rotated-centered", "qvlm_rotated",
     ),
     "ladder": LADDER,
     "table1": (
@@ -242,13 +242,14 @@ def show_table(todo: Sequence[Draw], output: Path, baseline: str, tasks: Sequenc
 
     Args:
         todo: the cells of the table, whose folder is ``output``.
-        baseline: a method, or `PREVIOUS`: the row before in `LADDER`.
+        baseline: a method, or `PREVIOUS`: the row above of the same scheme and number of samples.
         tasks: none is all.
     """
-    found, rows, sentences, before = finished(todo, output), [], [], dict(zip(LADDER[1:], LADDER, strict=False))
+    found, rows, sentences, above = finished(todo, output), [], [], {}
     for scheme, count, method in dict.fromkeys((draw.scheme, draw.samples, draw.method) for draw in found):
         own = [draw for draw in found if (draw.scheme, draw.samples, draw.method) == (scheme, count, method)]
-        other = before.get(method, FULL_PRECISION) if baseline == PREVIOUS else baseline
+        other = above.get((scheme, count), FULL_PRECISION) if baseline == PREVIOUS else baseline
+        above[scheme, count] = method
         pairs = [(_compared_with(draw, other), draw) for draw in own]
         runs = [(found[one], found[draw]) for one, draw in pairs if one in found]
         if len(runs) < len(pairs):
@@ -358,8 +359,6 @@ def main() -> None:
         parser.error(f"--methods: no row is named {', '.join(unknown)}; there are {', '.join([*GROUPS, *METHODS])}")
     cells = [*draws(asked.schemes, asked.methods, asked.samples, asked.seeds)]
     if asked.command == "table":
-        if asked.baseline == PREVIOUS and not set(asked.methods) <= set(LADDER):
-            parser.error(f"--baseline previous takes --methods ladder, or some of {', '.join(LADDER)}")
         show_table(cells, output, asked.baseline, asked.tasks)
         return
     with chdir(asked.data):

@@ -24,11 +24,12 @@ def test_the_documents_table_and_advice_are_what_the_command_prints(choose, caps
 
 
 def test_every_cell_has_a_size_by_its_scheme(choose):
-    sizes = {one.scheme: one.packed_bytes for one in choose.read_choices(FOLDERS) if one.method == "qvlm_rotated"}
+    sizes = {(one.method, one.scheme): one.packed_bytes for one in choose.read_choices(FOLDERS)}
+    of = lambda scheme: sizes["qvlm_rotated-centered", scheme]  # noqa: E731
     full = choose.read_run(FOLDERS[0], "full-precision").run["packed_bytes"]
     assert full == pytest.approx(313.2e6, rel=1e-3)  # docs/compare/comparison.md
-    assert sizes["w4a3"] == sizes["w4a4"] == sizes["w4a8"]  # the size of weights does not depend on activations
-    assert sizes["w3a16"] < sizes["w4a4"] < sizes["w8a8"] < full
+    assert of("w3a16") < of("w4a4") == of("w4a8") < of("w8a8") < full  # activations do not change the size of weights
+    assert sizes["qvlm_rotated", "w4a3"] == sizes["qvlm_rotated", "w4a4"] < of("w4a4")  # progressive scales are smaller
 
 
 def test_the_picture_is_that_of_the_cells_that_are_kept(choose):

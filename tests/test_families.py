@@ -38,7 +38,7 @@ OPTIONS = {
     "qlora": RATIOS,
     "qvlm": RATIOS | PERCENTILES | {"veo": False},
     "qvlm_jacobian": RATIOS | PERCENTILES | {"cdm": True, "veo_epochs": 1},
-    "qvlm_rotated": PERCENTILES,
+    "qvlm_rotated": {"min_percentile": 1, "center": True, "bias_correction": True},
     "rtn": {},
     "smoothquant": {},
 }

@@ -15,15 +15,17 @@ from qvlm_plugin.plan_request import check_calibration, check_request
         ("rtn", "w4a4", {"importance": "jacobian"}, "use it with observer=lp"),
         ("qlora", "w4a4", {"importance": "modality"}, "no errors to weight; use it with transform=awq, rounding=gptq"),
         ("smoothquant", "w4a4", {"importance": "jacobian"}, "importance=jacobian has no errors to weight"),
-        ("quarot", "w4a4", {"group_scales": "progressive"}, "group_scales=progressive needs groups"),
         ("qvlm_rotated", "w4a4", {"prune": 0.5}, "prune=0.5 is used with beam=0 only"),
-        ("qvlm_rotated", "w4a4", {"correction": 0.5}, "corrected biases would undo; add bias_correction=false"),
-        ("qvlm_rotated", "w4a4", {"max_percentile": 1.1}, "end at the token's extremes already, unless token_bounds=n"),
+        (
+            "qvlm_rotated", "w4a4", {"correction": 0.5, "bias_correction": True},
+            "corrected biases would undo; add bias_correction=false",
+        ),
+        ("qvlm_rotated", "w4a4", {"token_bounds": "extremes"}, "extremes already; use max_percentile=1, token_"),
         ("none", "w4a4", {"weights": "nf"}, "these options: none"),
         ("qlora", "w4a4", {"norm": -1}, "norm=-1 is not allowed for method=qlora"),
         ("qlora", "w4a4", {"weights": "fp8"}, "weights='fp8' is not allowed"),
     ],
-)
+)  # fmt: skip
 def test_bad_requests_are_one_line_and_say_what_is_allowed(method, scheme, options, message):
     with pytest.raises(QVLMError, match=message) as caught:
         check_request(method, scheme, options)
@@ -71,6 +73,11 @@ def test_tokens_are_weighted_unless_ranges_are(scheme, options, weighing):
     request = check_request("awq", scheme, {"importance": "jacobian", **options})
     steps = [step.name for step in request.method.chosen(request.scheme, request.options)]
     assert [name for name in steps if name in ("tokens", "jacobian")] == weighing
+
+
+def test_progressive_scales_are_of_narrow_codes_in_groups():
+    options = [check_request("qvlm_rotated", "w4a4", {"group_size": size}).options for size in (64, -1)]
+    assert [one.weight_format(bits).progressive for one in options for bits in (4, 8)] == [True, False, False, False]
 
 
 def test_a_method_without_batches_takes_one_sample_at_a_time():

@@ -56,7 +56,7 @@ _GRIDS = {
     "table1": "Table 1: gains from the joint search (CDM) and from training the encoder (VEO), alone and together.",
     "fig3a": "Figure 3a: accuracy and search cost for each maximum depth of a block.",
     "fig3b": "Figure 3b: accuracy and search cost for each smallest percentile of the search, and for each η.",
-    "ladder": "From qlora to qvlm_rotated, changing one choice at a time, each compared with the previous one.",
+    "ladder": "From qlora to qvlm_rotated in eight steps, each compared with the one before.",
 }
 
 

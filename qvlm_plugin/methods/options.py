@@ -45,8 +45,9 @@ class FormatOptions(_Options):
         group_size: for ``int`` weights: number of input channels that share one scale. -1: one scale for each output
             channel.
         symmetric: for ``int`` weights: use the middle code as the zero point, instead of fitting one to each group.
-        group_scales: for ``int`` weights of up to 4 bits: ``free`` gives each group any scale; ``progressive`` rounds
-            it to a whole multiple of a unit of its output channel, so that one integer product serves all groups.
+        group_scales: for ``int`` weights of up to 4 bits in groups: ``free`` gives each group any scale;
+            ``progressive`` rounds it to a whole multiple of a unit of its output channel, so that one integer product
+            serves all groups.
         double_quantization: for ``nf`` weights: quantize the scales of the blocks too, which saves memory.
         activations: how the decoder's activations are rounded: per ``channel``, within bounds that calibration fixes
             (paper, section 4.3), or per ``token``, within the token's own extremes. The visual part is always rounded
@@ -332,8 +333,6 @@ class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, Tra
                 if given != type(self).model_fields[name].default:
                     readers = " or ".join(f"{choice}={wanted}" for choice, wanted in choices)
                     raise ValueError(f"{name}={given} is used with {readers} only")
-        if self.group_scales == "progressive" and self.group_size < 1:
-            raise ValueError("group_scales=progressive needs groups, for example group_size=64")
         if self.correction and self.bias_correction:
             raise ValueError(
                 f"correction={self.correction} shifts the outputs of Linears, which corrected biases would undo; add "
@@ -345,8 +344,8 @@ class MethodOptions(VisionOptions, MiningOptions, GPTQOptions, RangeOptions, Tra
             raise ValueError(f"max_percentile={self.max_percentile}: reading=quantile has no percentiles above 1")
         if self.cdm and self.max_percentile > 1 and not self._can_widen:
             raise ValueError(
-                f"max_percentile={self.max_percentile}: ranges per token end at the token's extremes already, unless "
-                "token_bounds=normal or observer=lp"
+                f"max_percentile={self.max_percentile}: ranges per token end at the token's extremes already; use "
+                "max_percentile=1, token_bounds=normal or observer=lp"
             )
         if self.importance == "jacobian" and self.activations == "channel" and self.observer != "lp":
             raise ValueError("importance=jacobian weights the search of channel ranges: use it with observer=lp")

@@ -46,7 +46,7 @@ def plan_of(loaded, calibration, method, scheme="w3a3", **options):
         ("qvlm", {"veo_decoder": "quantized", **TRAINED}, MIXED),
         (
             "qvlm_rotated",
-            {"veo_epochs": 1, "group_size": 8, "correction": 0.1, "bias_correction": False, "importance": "jacobian"},
+            {"veo_epochs": 1, "group_size": 8, "correction": 0.1, "importance": "jacobian"},
             "offload",
         ),
     ],

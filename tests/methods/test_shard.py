@@ -22,7 +22,7 @@ EXAMPLES = {
     "awq": {"alpha_steps": 3, "bias_correction": True, "cdm": True, "calibration_batch_size": 5},
     "qlora": {"cdm": True, "dependency": "output", "calibration_batch_size": 5},
     "rtn": {"transform": "smooth", "weights": "nf"},
-    "qvlm_rotated": {"group_size": 8, "importance": "modality", "correction": 0.1, "bias_correction": False},
+    "qvlm_rotated": {"group_size": 8, "importance": "modality", "correction": 0.1, "max_percentile": 1},
 }
 COMMON = {"veo_epochs": 1, "min_percentile": 0.98, "percentile_step": 0.01, "h0": 0, "calibration_batch_size": 2}
 

@@ -207,7 +207,11 @@ def test_each_rung_changes_the_named_option(scheme):
     assert changed[1] == {"rounding", "weights", "group_size", "weight_clip"}
     assert changed[2] == {"center", "bias_correction"}
     assert {"transform", "smooth_by"} <= changed[3]
-    assert changed[4:] == [{"cdm", "max_depth"}, {"max_depth"}, {"veo"}]
+    assert changed[4:7] == [{"cdm", "max_depth"}, {"max_depth"}, {"veo"}]
+    assert changed[7] == {
+        "center", "bias_correction", "veo", "token_bounds", "max_percentile", "percentile_step", "group_scales",
+    }  # fmt: skip
+    assert chosen[-1] == check_request("qvlm_rotated", scheme, {}).options
 
 
 def test_the_ladder_pairs_each_rung_with_the_one_before(tmp_path, monkeypatch):
@@ -218,19 +222,21 @@ def test_the_ladder_pairs_each_rung_with_the_one_before(tmp_path, monkeypatch):
     text = invoke("ladder", *common, "--schemes", "w4a4,w3a3", "--seeds", "0,1")
     assert "w3a3 is 20.0 points below qlora" in text
     # Tasks, full precision, schemes, seeds, rungs; nearest rounding per token needs no calibration, so it runs once.
-    assert len(calls(place)) == 2 * (1 + 2 * (2 * 7 + 1))
+    assert len(calls(place)) == 2 * (1 + 2 * (2 * 8 + 1))
     content, document = report(output, "ladder")
     rows = [row for row in content["over_seeds"] if row["scheme"] == "w3a3" and row["task"] == AVERAGE]
     names = [row["method"] for row in rows]
-    assert names[:2] == ["qlora", "+ rotation, per token"] and names[-1] == "+ VEO" and len(names) == 8
+    assert (
+        names[:2] == ["qlora", "+ rotation, per token"] and names[-2:] == ["+ VEO", "qvlm_rotated"] and len(names) == 9
+    )
     assert [row["baseline"] for row in rows] == ["none", *names[:-1]]
-    worse = [False, True, True, True, False, False, False, False]
+    worse = [False, True, True, True, False, False, False, False, False]
     for row, now, before in zip(rows, worse, [None, *worse], strict=False):
         assert row["scores"] == pytest.approx([0.6 if now else 0.8] * 2)
         assert row["differences"] == pytest.approx([-0.2 if before is None else (before - now) * 0.2] * 2)
     assert "from the row above with the same scheme and seed" in document and "Stand-in data" in document
     invoke("ladder", *common, "--schemes", "w4a4", "--seeds", "1,2")
-    assert len(calls(place)) == 2 * (1 + 5 * 7 + 2)
+    assert len(calls(place)) == 2 * (1 + 5 * 8 + 2)
     assert "--seeds: input should be a valid integer" in invoke("ladder", *common, "--seeds", "0,one", code=2)
 
 

@@ -42,7 +42,6 @@ PEERS: tuple[Row, ...] = (
 """The rows of llm-compressor."""
 
 G64 = {"group_size": 64}
-MEANS = {"center": True, "bias_correction": True}
 WEIGHTS_ALONE = (
     ("rtn", "rtn", G64), ("awq", "awq", G64), ("awq, duo scaling", "awq", G64 | {"duo_scaling": True}),
     ("awq, weight_clip=mse", "awq", G64 | {"weight_clip": "mse"}), ("mbq", "mbq", G64), ("gptq", "gptq", G64),
@@ -54,7 +53,7 @@ OURS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "w3a16": WEIGHTS_ALONE,
     "w4a4": (
         ("qlora", "qlora", {}), ("gptq", "gptq", G64), ("quarot", "quarot", {}),
-        ("qvlm_rotated, centers and biases", "qvlm_rotated", {"cdm": False} | MEANS),
+        ("qvlm_rotated, centers and biases", "qvlm_rotated", {"cdm": False, "center": True, "bias_correction": True}),
         ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
     ),
     "w8a8": (

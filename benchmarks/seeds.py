@@ -46,10 +46,9 @@ from qvlm_plugin.report.significance import p_text
 
 _FASTER = {"veo_checkpointing": False}  # the same plans; training the tower is a quarter faster and takes more memory
 _SHORT = _FASTER | {"beam": 2, "veo_epochs": 3}  # other plans than the paper's settings, in a third of the time
-_WIDE_NORMAL = {"token_bounds": "normal", "max_percentile": 1.3, "percentile_step": 0.1}
 _LADDER = read_grid(Path("ladder"), {})  # `qvlm ablate ladder`, here without a process for each evaluation
-_TABLE1 = read_grid(Path("table1"), {})
 _CENTERED, _UNSEARCHED = _LADDER.row("+ joint search")[1], _LADDER.row("+ smoothing")[1]
+_TABLE1 = read_grid(Path("table1"), {})
 _FIG3A, _FIG3B = read_grid(Path("fig3a"), {}), read_grid(Path("fig3b"), {})
 METHODS = {
     "qlora": {},
@@ -73,7 +72,8 @@ METHODS = {
     "qvlm_rotated-centered_blocks": _LADDER.row("+ layer-wise search")[1],
     "qvlm_rotated-centered_wide_blocks": _CENTERED | {"min_percentile": 0.7, "max_depth": 1},
     "qvlm_rotated-centered_normal": _UNSEARCHED | {"token_bounds": "normal"},
-    "qvlm_rotated-centered_normal_blocks": _CENTERED | _WIDE_NORMAL | {"max_depth": 1},
+    "qvlm_rotated-centered_normal_blocks": _CENTERED
+    | {"token_bounds": "normal", "max_percentile": 1.3, "percentile_step": 0.1, "max_depth": 1},
     "qvlm_rotated-centered": _CENTERED,
     "qvlm_rotated-centered_groups": _CENTERED | {"group_size": -1},
     "qvlm_rotated-centered_progressive": _CENTERED | {"group_scales": "progressive"},
@@ -91,9 +91,7 @@ LADDER = (
 """The rows of the ladder, each to be compared with the one before."""
 
 GROUPS = {
-    "main": (
-        "qlora", "awq", "qvlm", "qvlm_jacobian", "qvlm_rotated-centered", "qvlm_rotated",
-    ),
+    "main": ("qlora", "awq", "qvlm", "qvlm_jacobian", "qvlm_rotated-centered", "qvlm_rotated"),
     "ladder": LADDER,
     "table1": (
         "qlora", "qvlm-short_cdm", "qvlm-short_veo", "qvlm-short", "qvlm-short_cdm_relative", "qvlm-short_relative",

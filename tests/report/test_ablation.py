@@ -226,9 +226,8 @@ def test_the_ladder_pairs_each_rung_with_the_one_before(tmp_path, monkeypatch):
     content, document = report(output, "ladder")
     rows = [row for row in content["over_seeds"] if row["scheme"] == "w3a3" and row["task"] == AVERAGE]
     names = [row["method"] for row in rows]
-    assert (
-        names[:2] == ["qlora", "+ rotation, per token"] and names[-2:] == ["+ VEO", "qvlm_rotated"] and len(names) == 9
-    )
+    assert len(names) == 9 and names[:2] == ["qlora", "+ rotation, per token"]
+    assert names[-2:] == ["+ VEO", "qvlm_rotated"]
     assert [row["baseline"] for row in rows] == ["none", *names[:-1]]
     worse = [False, True, True, True, False, False, False, False, False]
     for row, now, before in zip(rows, worse, [None, *worse], strict=False):

@@ -143,6 +143,7 @@ def run(todo: Sequence[Draw], output: Path, dtype: str, limit: int) -> None:
     questions = read_questions(load(resolve_demo("demo"), dtype=dtype), TASKS, limit)
     _keep_documents(output / "documents.json", questions)
     _require_dtype(output, dtype)
+    finished(todo, output)
     for draw in todo:
         make_folder(output / "plans")
         try:
@@ -231,8 +232,22 @@ def read_run(output: Path, name: str) -> RunSamples:
 
 
 def finished(todo: Iterable[Draw], output: Path) -> dict[Draw, RunSamples]:
-    """The cells whose files exist in the folder."""
-    return {draw: read_run(output, draw.name) for draw in todo if (output / f"{draw.name}.json").exists()}
+    """The cells whose files exist in the folder.
+
+    Raises:
+        QVLMError: a cell was measured with other options than its row has. Options that the cell does not record are
+            newer than it; their defaults keep what was done before.
+    """
+    found = {draw: read_run(output, draw.name) for draw in todo if (output / f"{draw.name}.json").exists()}
+    for draw, run in found.items():
+        options = draw.request.options.model_dump() if draw != Draw() else {}
+        recorded = run.run.get("options", {})
+        if changed := [name for name, value in recorded.items() if options.get(name) != value]:
+            raise QVLMError(
+                f"{run.file}: the cell was measured with another {', '.join(changed)} than its row has; remove it or "
+                "pass another folder"
+            )
+    return found
 
 
 def show_table(todo: Sequence[Draw], output: Path, baseline: str, tasks: Sequence[str]) -> None:

@@ -101,6 +101,21 @@ def test_cells_of_another_compute_type_are_refused(benchmarks, tmp_path):
         seeds._require_dtype(tmp_path, "bfloat16")
 
 
+def test_a_cell_measured_with_other_options_is_refused(benchmarks, tmp_path):
+    seeds, _ = benchmarks
+    (tmp_path / "documents.json").write_text('{"one": []}')
+    _, draw = todo = [*seeds.draws(["w4a4"], ["qlora-zero"], [32], [0])]
+    options = draw.request.options.model_dump(mode="json")
+    for recorded in ({}, options, options | {"zero_on_grid": False}):  # a cell may be older than an option
+        content = {"run": {"method": "qlora", "options": recorded}, "exact": {"one": ""}}
+        (tmp_path / f"{draw.name}.json").write_text(json.dumps(content))
+        if recorded.get("zero_on_grid", True):
+            assert [*seeds.finished(todo, tmp_path)] == [draw]
+        else:
+            with pytest.raises(QVLMError, match="measured with another zero_on_grid than its row has; remove it or"):
+                seeds.finished(todo, tmp_path)
+
+
 def test_the_ladder_compares_each_row_with_the_one_before(benchmarks, tmp_path, capsys):
     seeds, _ = benchmarks
     documents = {"one": [[index, str(index), "x"] for index in range(40)]}

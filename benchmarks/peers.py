@@ -54,6 +54,7 @@ OURS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     "w4a4": (
         ("qlora", "qlora", {}), ("gptq", "gptq", G64), ("quarot", "quarot", {}),
         ("qvlm_rotated, centers and biases", "qvlm_rotated", {"cdm": False, "center": True, "bias_correction": True}),
+        ("qvlm_rotated, correction=0.25", "qvlm_rotated", {"cdm": False, "correction": 0.25}),
         ("qvlm_rotated", "qvlm_rotated", {"cdm": False}),
     ),
     "w8a8": (

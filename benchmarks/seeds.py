@@ -91,7 +91,7 @@ LADDER = (
 """The rows of the ladder, each to be compared with the one before."""
 
 GROUPS = {
-    "main": ("qlora", "awq", "qvlm", "qvlm_jacobian", "qvlm_rotated-centered", "qvlm_rotated"),
+    "main": ("qlora", "awq", "qvlm", "qvlm_jacobian", "qvlm_rotated"),
     "ladder": LADDER,
     "table1": (
         "qlora", "qvlm-short_cdm", "qvlm-short_veo", "qvlm-short", "qvlm-short_cdm_relative", "qvlm-short_relative",

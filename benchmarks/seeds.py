@@ -140,10 +140,10 @@ def draws(
 
 def run(todo: Sequence[Draw], output: Path, dtype: str, limit: int) -> None:
     """Search and evaluate the cells that are not finished and that no other process works on."""
+    _require_dtype(output, dtype)
+    finished(todo, output)  # raises if a cell does not fit its row, before the model is loaded
     questions = read_questions(load(resolve_demo("demo"), dtype=dtype), TASKS, limit)
     _keep_documents(output / "documents.json", questions)
-    _require_dtype(output, dtype)
-    finished(todo, output)
     for draw in todo:
         make_folder(output / "plans")
         try:

@@ -69,7 +69,7 @@ demo: install  ## full precision, qlora and Q-VLM at W4A4 on 100 documents of ea
 RUNS = none-w16a16 \
 	$(foreach scheme,w4a4 w6a6 w8a8,rtn-$(scheme) qlora-$(scheme) awq-$(scheme)-nf qvlm-$(scheme) qvlm_jacobian-$(scheme))
 COMMA := ,
-results: install  ## every method at W4A4, W6A6 and W8A8 on 1,000 documents of each task (hours); resumes
+results: install  ## five methods at W4A4, W6A6 and W8A8 on 1,000 documents of each task (hours); resumes
 	@$(BIN)/qvlm demo run $(BACKEND)-results --runs $(subst $() ,$(COMMA),$(strip $(RUNS))) --limit 1000 --samples 64 \
 		--backend $(BACKEND) --processes $(PROCESSES)
 

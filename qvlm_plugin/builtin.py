@@ -21,13 +21,13 @@ METHODS = (
     Method("rtn", "round to nearest over the whole range of weights and calibrated activations", MethodOptions, STEPS),
     Method(
         "qlora",
-        "normal-float weights (QLoRA) and layer-wise l_p search of activation ranges",
+        "normal-float weights (QLoRA) and an l_p search of activation ranges",
         preset(MethodOptions, weights="nf", observer="lp"),
         STEPS,
     ),
     Method(
         "awq",
-        "activation-aware weight scaling and clipping (AWQ) and layer-wise l_p search of activation ranges",
+        "activation-aware weight scaling and clipping (AWQ) and an l_p search of activation ranges",
         preset(MethodOptions, transform="awq", observer="lp"),
         STEPS,
     ),
@@ -112,10 +112,10 @@ METHODS = (
 )
 """Full precision, the baselines, Q-VLM (Wang et al., NeurIPS 2024; here with normal-float weights), and ours.
 
-``cdm=false`` and ``veo=false`` each leave out one part of ``qvlm``; both together give the layer-wise baseline: the
+``cdm=false`` and ``veo=false`` each leave out one part of ``qvlm``; both together give `qlora`, the baseline: the
 rows of the paper's Table 1. ``qvlm_jacobian`` deviates from the paper: errors are weighted by Jacobians, the grid of
-ratios is wider, biases are corrected, and the tower's norms are trained, too. It leaves the joint search out: narrower
-ranges than its own lower the error of a block, but harm the answers. ``qvlm_rotated`` does not train clip ratios
+ratios is wider, biases are corrected, and the tower's norms are trained, too. It leaves the joint search out,
+which shows no gain where each channel has its own range. ``qvlm_rotated`` does not train clip ratios
 (``veo``): on the demo model they lower the loss, but three draws show no gain in accuracy.
 """
 

@@ -34,7 +34,7 @@ from qvlm_plugin.commands.shared import (
 
 app = typer.Typer(
     cls=CommandGroup,
-    help="The paper's ablations, each with a table, its rows as JSON, and a figure.",
+    help="The paper's ablations and this package's own, each with a table, its rows as JSON, and a figure.",
     no_args_is_help=True,
 )
 

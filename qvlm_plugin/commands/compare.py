@@ -22,10 +22,16 @@ def compare(
         str | None, typer.Option(help="Calibration samples: task:split:n or file.json:n; join several by +.")
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Seeds of the choice of calibration samples, separated by commas; default: 0.")
+        str | None,
+        typer.Option(
+            help="Seeds of the choice of calibration samples, separated by commas; default: the grid file's, else 0."
+        ),
     ] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Method that the others are compared with; default: none (full precision).")
+        str | None,
+        typer.Option(
+            help="Method that the others are compared with; default: the grid file's, else none (full precision)."
+        ),
     ] = None,
     model_args: Annotated[
         str | None, typer.Option(help="More model arguments for every run, such as dtype=float16, separated by commas.")

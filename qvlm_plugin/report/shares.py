@@ -31,10 +31,22 @@ def scale(metric: str, *values: float) -> int:
 
 
 def number_text(value: float, scale: int, decimals: int = 1, signed: bool = False) -> str:
-    """A score, or a difference of scores: shares in percent with ``decimals``, others with five significant digits."""
-    sign = "+" if signed else ""
-    return f"{PERCENT * value:{sign}.{decimals}f}" if scale == PERCENT else f"{value:{sign}.5g}"
+    """A score, or a difference of scores: shares in percent with ``decimals``, others with five significant digits.
 
+    A difference of shares that would round to 0 keeps one significant digit: its sign tells whether an interval
+    includes 0. Differences below `NOISE` are 0.
+    """
+    sign = "+" if signed else ""
+    if scale != PERCENT:
+        return f"{value:{sign}.5g}"
+    percent = PERCENT * value
+    if signed and round(percent, decimals) == 0 and abs(percent) > NOISE:
+        decimals = -math.floor(math.log10(abs(percent)))
+    return f"{percent:{sign}z.{decimals}f}"
+
+
+NOISE = 1e-6
+"""Difference in percent that rounding errors of sums of scores explain."""
 
 FEWEST = 5
 """Numbers of right and of wrong documents below which Wilson's interval replaces a share's standard error."""

@@ -61,7 +61,7 @@ def test_outputs_err_much_less_than_with_the_nearest_codes(weight_format, act_or
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_output_channel_is_worse_than_with_the_nearest_codes(seed):
-    """Where inputs are independent there is nothing to gain, and a greedy order can lose."""
+    """By the damped errors, which GPTQ minimizes. Where inputs are independent, a greedy order can lose."""
     weight, _ = problem(rows=200, columns=8, seed=seed)
     inputs = torch.randn(300, 8, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-1, 1, 8)
     coarse = WeightFormat(kind="int", bits=2, group_size=8)
@@ -74,7 +74,7 @@ def test_no_output_channel_is_worse_than_with_the_nearest_codes(seed):
 
 
 def test_against_all_codes_of_a_small_weight():
-    """Within a few percent of the best of all roundings, where nearest is far from it."""
+    """It gains at least two thirds of what the best of all roundings gains over the nearest codes."""
     weight, inputs = problem(rows=6, columns=6, seed=4)
     fmt = WeightFormat(kind="int", bits=2, group_size=6)
     moments = Moments.of(inputs)
@@ -87,7 +87,7 @@ def test_against_all_codes_of_a_small_weight():
     found = output_error(weight, gptq(weight, fmt, moments, OPTIONS), fmt, inputs).sum()
     nearest = output_error(weight, grid, fmt, inputs).sum()
     least = torch.stack(best).sum()
-    assert least * 0.999 <= found <= least + 0.35 * (nearest - least)
+    assert least * 0.999 <= found <= least + (nearest - least) / 3
 
 
 def test_uncorrelated_inputs_of_one_size_leave_the_nearest_codes():

@@ -18,7 +18,7 @@ from qvlm_plugin.report.advice import Choice, advice, choices_grid, find_choices
 from qvlm_plugin.report.figures import Panel, Series, panels_figure
 from qvlm_plugin.report.samples import RunSamples
 
-METHODS = (*GROUPS["main"], "qvlm_rotated-centered_groups")
+METHODS = (*GROUPS["main"], "qvlm_rotated-groups")
 """Rows to choose from. Others, such as the steps of the ladder, are there to explain these."""
 
 SAMPLES = "64"

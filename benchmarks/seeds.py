@@ -75,7 +75,6 @@ METHODS = {
     "qvlm_rotated-centered_normal_blocks": _CENTERED
     | {"token_bounds": "normal", "max_percentile": 1.3, "percentile_step": 0.1, "max_depth": 1},
     "qvlm_rotated-centered": _CENTERED,
-    "qvlm_rotated-centered_groups": _CENTERED | {"group_size": -1},
     "qvlm_rotated-centered_progressive": _CENTERED | {"group_scales": "progressive"},
     "qvlm_rotated-centered_veo": _LADDER.row("+ VEO")[1] | _FASTER,
     "rtn-rotation": _LADDER.row("+ rotation, per token")[1],

@@ -24,12 +24,12 @@ def test_the_documents_table_and_advice_are_what_the_command_prints(choose, caps
 
 
 def test_every_cell_has_a_size_by_its_scheme(choose):
-    sizes = {(one.method, one.scheme): one.packed_bytes for one in choose.read_choices(FOLDERS)}
-    rotated = {scheme: size for (method, scheme), size in sizes.items() if method == "qvlm_rotated"}
+    choices = choose.read_choices(FOLDERS)
+    rotated = {one.scheme: one.packed_bytes for one in choices if one.method == "qvlm_rotated"}
     full = choose.read_run(FOLDERS[0], "full-precision").run["packed_bytes"]
     assert full == pytest.approx(313.2e6, rel=1e-3)  # docs/compare/comparison.md
     # Activations do not change the size of weights.
-    assert rotated["w3a16"] < rotated["w4a3"] == rotated["w4a4"] == rotated["w4a8"] < sizes["qlora", "w8a8"] < full
+    assert rotated["w3a16"] < rotated["w4a3"] == rotated["w4a4"] == rotated["w4a8"] < rotated["w8a8"] < full
 
 
 def test_the_picture_is_that_of_the_cells_that_are_kept(choose):

@@ -60,6 +60,8 @@ METHODS = {
     "qvlm-short": _SHORT,
     "qvlm-short_cdm_relative": _TABLE1.row("+CDM, relative")[1] | _SHORT,
     "qvlm-short_relative": _TABLE1.row("Q-VLM, relative")[1] | _SHORT,
+    "qvlm-short_cdm_wide": _TABLE1.row("+CDM, relative")[1] | _SHORT | {"relative_error": False},
+    "qvlm-depth1_relative": _TABLE1.row("+CDM, relative")[1] | _SHORT | {"max_depth": 1},
     **{f"qvlm-depth{depth}": _FIG3A.row(f"depth {depth}")[1] | _SHORT for depth in (1, 2, 4, 5)},
     **{f"qvlm-p{least}": _FIG3B.row(f"p {least}")[1] | _SHORT for least in ("0.995", "0.99")},
     **{f"qvlm-eta{eta}": _FIG3B.row(f"η {eta}")[1] | _SHORT for eta in ("0.1", "10")},
@@ -95,11 +97,15 @@ GROUPS = {
     "table1": (
         "qlora", "qvlm-short_cdm", "qvlm-short_veo", "qvlm-short", "qvlm-short_cdm_relative", "qvlm-short_relative",
     ),
+    "relative": (
+        "qlora", "qvlm-short_cdm_relative", "qvlm-depth1_relative", "qvlm-short_cdm", "qvlm-short_cdm_wide",
+    ),
     "fig3a": ("qvlm-depth1", "qvlm-depth2", "qvlm-short_cdm", "qvlm-depth4", "qvlm-depth5"),
     "fig3b": ("qlora", "qvlm-p0.995", "qvlm-p0.99", "qvlm-short_cdm", "qvlm-eta0.1", "qvlm-short", "qvlm-eta10"),
 }  # fmt: skip
-"""Rows that are measured together: those of the main table, and those of `qvlm ablate`'s grids. Without a search,
-`qvlm` is `qlora`; a depth of 3, a smallest percentile of 0.98 and an η of 1 are its defaults."""
+"""Rows that are measured together: those of the main table, those of `qvlm ablate`'s grids, and `relative`: the joint
+search with other errors and percentiles. Without a search, `qvlm` is `qlora`; a depth of 3, a smallest percentile of
+0.98 and an η of 1 are its defaults."""
 
 METRIC = "exact_match"
 FULL_PRECISION = "full-precision"

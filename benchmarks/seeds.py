@@ -15,13 +15,14 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import chdir
+from contextlib import chdir, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from searches import summary
+from sinks import first_tokens, unobserved
 from teacher_forced import Question, exact_matches, read_questions
 
 from qvlm_plugin import planning
@@ -53,6 +54,8 @@ _FIG3A, _FIG3B = read_grid(Path("fig3a"), {}), read_grid(Path("fig3b"), {})
 METHODS = {
     "qlora": {},
     "qlora-zero": {"zero_on_grid": True},
+    "qlora-sinks1": {},
+    "qlora-sinks24": {},
     "awq": {"weights": "nf"},
     "qvlm": _FASTER,
     "qvlm-short_cdm": _TABLE1.row("+CDM")[1] | _SHORT,
@@ -84,6 +87,9 @@ METHODS = {
     "rtn-rotation-gptq-centers": _LADDER.row("+ centers, biases")[1],
 }
 """Rows and their options: a method, and after a hyphen what the row leaves out or changes."""
+
+SINKS = {"qlora-sinks1": 1, "qlora-sinks24": 24}
+"""Number of first tokens that the decoder computes in full precision (`sinks`). 24: the text before an image."""
 
 LADDER = (
     "qlora", "rtn-rotation", "rtn-rotation-gptq", "rtn-rotation-gptq-centers", "qvlm_rotated-centered_cdm",
@@ -169,11 +175,15 @@ def _cell(draw: Draw, output: Path, loaded: LoadedModel, questions: Sequence[Que
     """
     facts: dict[str, Any] = {"method": "none", "scheme": "w16a16"}
     search: dict[str, Any] = {}
+    cache = None
+    if count := SINKS.get(draw.method):
+        first = first_tokens(loaded.model, questions, count)
+        questions, cache = [first.removed_from(question) for question in questions], first.cache
     if draw != Draw():
         plan = _plan(draw, output, loaded)
         planning.apply(plan, loaded)
         facts, search = {**plan.facts}, summary(plan.record)
-    exact = exact_matches(loaded.model, questions)
+    exact = exact_matches(loaded.model, questions, cache)
     marks = {
         task: "".join(str(int(exact[one.task, one.id])) for one in questions if one.task == task) for task in TASKS
     }
@@ -193,7 +203,10 @@ def _plan(draw: Draw, output: Path, loaded: LoadedModel) -> RoundingPlan:
     calibration = None
     if request.needs_calibration:
         calibration = read_calibration(f"{CALIBRATION}:{draw.samples}", None, draw.seed, draw_samples)
-    plan = planning.obtain_plan(loaded, request, calibration, output / "searches")
+    sinks = SINKS.get(draw.method)
+    searches = output / (f"searches-sinks{sinks}" if sinks else "searches")  # the same request, another search
+    with unobserved(sinks) if sinks else nullcontext():
+        plan = planning.obtain_plan(loaded, request, calibration, searches)
     plan.save(folder)
     return plan
 

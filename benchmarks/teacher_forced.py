@@ -80,12 +80,21 @@ def question_of(loaded: LoadedModel, task: str, index: int, conversation: Conver
 
 
 @torch.inference_mode()
-def exact_matches(model: PreTrainedModel, questions: Sequence[Question]) -> dict[tuple[str, int], bool]:
-    """Whether the model answers each document exactly, by task and id."""
+def exact_matches(
+    model: PreTrainedModel, questions: Sequence[Question], first: DynamicCache | None = None
+) -> dict[tuple[str, int], bool]:
+    """Whether the model answers each document exactly, by task and id.
+
+    Args:
+        model: the model.
+        questions: the documents.
+        first: keys and values of tokens that precede every question's own.
+    """
     found = {}
+    first = DynamicCache(config=model.config.get_text_config()) if first is None else first
     with tqdm(total=len(questions), desc="answering", mininterval=10) as progress:
         for batch in _by_images(questions):
-            cache = _read_images(model, batch)
+            cache = _read_images(model, batch, copy.deepcopy(first))
             rows = {image: row for row, image in enumerate(dict.fromkeys(question.image for question in batch))}
             batch = sorted(batch, key=lambda question: len(question.tail))
             for start in range(0, len(batch), QUESTIONS_AT_A_TIME):
@@ -108,9 +117,8 @@ def _by_images(questions: Sequence[Question]) -> Iterator[list[Question]]:
         yield [question for group in groups[start : start + IMAGES_AT_A_TIME] for question in group]
 
 
-def _read_images(model: PreTrainedModel, questions: Sequence[Question]) -> DynamicCache:
-    """Keys and values of the questions' prefixes, a row for each image; empty for questions without one."""
-    cache = DynamicCache(config=model.config.get_text_config())
+def _read_images(model: PreTrainedModel, questions: Sequence[Question], cache: DynamicCache) -> DynamicCache:
+    """The cache, with keys and values of the questions' prefixes added; a row for each image."""
     first = questions[0]
     if first.image is None:
         return cache
@@ -118,7 +126,8 @@ def _read_images(model: PreTrainedModel, questions: Sequence[Question]) -> Dynam
         raise ValueError("prompts differ before or within the image, so that its computation cannot be shared")
     pixels = torch.cat([*{question.image: question.pixels for question in questions}.values()]).to(model.dtype)
     before = int((first.prefix == model.config.image_token_id).nonzero()[0])
-    model.model(input_ids=first.prefix[None, :before], past_key_values=cache, use_cache=True)
+    if before:
+        model.model(input_ids=first.prefix[None, :before], past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(len(pixels))
     within = first.prefix[before:].expand(len(pixels), -1)
     model.model(input_ids=within, pixel_values=pixels, past_key_values=cache, use_cache=True)

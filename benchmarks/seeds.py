@@ -63,7 +63,6 @@ METHODS = {
     "qvlm-short": _SHORT,
     "qvlm-short_cdm_relative": _TABLE1.row("+CDM, relative")[1] | _SHORT,
     "qvlm-short_relative": _TABLE1.row("Q-VLM, relative")[1] | _SHORT,
-    "qvlm-short_cdm_wide": _TABLE1.row("+CDM, relative")[1] | _SHORT | {"relative_error": False},
     "qvlm-depth1_relative": _TABLE1.row("+CDM, relative")[1] | _SHORT | {"max_depth": 1},
     **{f"qvlm-depth{depth}": _FIG3A.row(f"depth {depth}")[1] | _SHORT for depth in (1, 2, 4, 5)},
     **{f"qvlm-p{least}": _FIG3B.row(f"p {least}")[1] | _SHORT for least in ("0.995", "0.99")},
@@ -103,9 +102,7 @@ GROUPS = {
     "table1": (
         "qlora", "qvlm-short_cdm", "qvlm-short_veo", "qvlm-short", "qvlm-short_cdm_relative", "qvlm-short_relative",
     ),
-    "relative": (
-        "qlora", "qvlm-short_cdm_relative", "qvlm-depth1_relative", "qvlm-short_cdm", "qvlm-short_cdm_wide",
-    ),
+    "relative": ("qlora", "qvlm-short_cdm_relative", "qvlm-depth1_relative"),
     "fig3a": ("qvlm-depth1", "qvlm-depth2", "qvlm-short_cdm", "qvlm-depth4", "qvlm-depth5"),
     "fig3b": ("qlora", "qvlm-p0.995", "qvlm-p0.99", "qvlm-short_cdm", "qvlm-eta0.1", "qvlm-short", "qvlm-eta10"),
 }  # fmt: skip

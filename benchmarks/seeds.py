@@ -318,7 +318,13 @@ def _row(head: tuple[str, ...], one: Pooled, compared: bool) -> tuple[str, ...]:
 
 
 def agreement(output: Path, name: str, data: Path, limit: int) -> None:
-    """Let the harness generate with a cell's plan; print the number of documents on which the two scores differ."""
+    """Let the harness generate with a cell's plan; print the number of documents on which the two scores differ.
+
+    Raises:
+        QVLMError: the cell's first tokens are in full precision, which the harness cannot compute.
+    """
+    if any(name.startswith(f"{row}-") for row in SINKS):
+        raise QVLMError(f"{name}: the harness cannot compute first tokens in full precision; pass another cell")
     ours = read_run(output, name)
     dtype = ours.run["dtype"].removeprefix("torch.")
     arguments = {"pretrained": "demo", "plan": str(output / "plans" / name), "dtype": dtype}

@@ -56,7 +56,11 @@ def first_tokens(model: PreTrainedModel, questions: Sequence[Question], count: i
 
 @contextmanager
 def unobserved(count: int) -> Iterator[None]:
-    """While active, searches do not observe the first ``count`` tokens of prompts at the inputs of decoder sites."""
+    """While active, searches do not observe the first ``count`` tokens of prompts at the inputs of decoder sites.
+
+    This concerns the steps that use `visit_site_inputs`, such as all of `qlora`; others, such as the joint search,
+    would still see these tokens.
+    """
     watching = observe.watching
 
     def without_first(

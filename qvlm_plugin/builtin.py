@@ -116,7 +116,8 @@ METHODS = (
 rows of the paper's Table 1. ``qvlm_jacobian`` deviates from the paper: errors are weighted by Jacobians, the grid of
 ratios is wider, biases are corrected, and the tower's norms are trained, too. It leaves the joint search out,
 which shows no gain where each channel has its own range. ``qvlm_rotated`` does not train clip ratios
-(``veo``): on the demo model they lower the loss, but three draws show no gain in accuracy.
+(``veo``): on the demo model they lower the loss, but three draws show no gain in accuracy. Nor do they show one of its
+joint search, which it keeps so that the preset has Q-VLM's main step; ``cdm=false`` leaves it out.
 """
 
 

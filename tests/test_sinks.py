@@ -6,6 +6,7 @@ from searching import context_of
 from tiny_llava import random_image
 
 from qvlm_plugin.conversation import Conversation
+from qvlm_plugin.errors import QVLMError
 from qvlm_plugin.methods.draft import Draft
 from qvlm_plugin.methods.minmax import observe
 
@@ -35,6 +36,13 @@ def test_separately_computed_first_tokens_change_no_output(benchmark_module, loa
         seen.clear()
         teacher_forced.exact_matches(loaded.model, shorter, first.cache)
         torch.testing.assert_close(seen, whole)
+
+
+def test_rows_are_named_after_their_first_tokens(benchmark_module, tmp_path):
+    seeds = benchmark_module("seeds")
+    assert all(name in seeds.METHODS and name == f"qlora-sinks{count}" for name, count in seeds.SINKS.items())
+    with pytest.raises(QVLMError, match="qlora-sinks1-w4a4-32-0: the harness cannot compute first tokens in full"):
+        seeds.agreement(tmp_path, "qlora-sinks1-w4a4-32-0", tmp_path, 1)
 
 
 def test_prompts_that_begin_otherwise_are_refused(benchmark_module, loaded, asked):
